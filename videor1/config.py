@@ -1,0 +1,323 @@
+"""Every option of the trainer, with its default and its meaning. The command line (``cli.py``) is made from this file.
+
+Names are the reference's (Video-R1) where it has one. A field's docstring is its ``--help`` text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from videor1.errors import ConfigError
+
+IMAGE_MAX_PIXELS = 256 * 28 * 28
+VIDEO_MAX_PIXELS = 128 * 28 * 28
+
+
+@dataclass
+class DataConfig:
+    """Where the samples are."""
+
+    root: str | None = None
+    """Folder that media paths are relative to and must stay under; default: the folder of the data file."""
+    eval_path: str | None = None
+    """Held-out data file (same format) for the periodic evaluation."""
+    shuffle: bool = True
+    """Draw the samples in a new seeded order each epoch; false: in file order."""
+    workers: int = 2
+    """Decode processes that work ahead of the step; 0 decodes in the training process (no timeout then)."""
+    prefetch: int = 16
+    """Samples decoded ahead at most: bounds the memory (about 4.5 MB a video at the default size)."""
+    timeout: float = 60.0
+    """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
+    cache_mb: int = 512
+    """Memory for decoded 8-bit patches kept across epochs, in MiB; 0 keeps none."""
+
+
+@dataclass
+class VideoConfig:
+    """How videos and images become patches."""
+
+    max_frames: int = 16
+    """Frames sampled from a video at most (even)."""
+    fps: float = 2.0
+    """Frames per second to sample."""
+    max_pixels: int = VIDEO_MAX_PIXELS
+    """Pixels of a video frame at most, after the resize (height and width are multiples of 28)."""
+    min_pixels: int = VIDEO_MAX_PIXELS
+    """Pixels of a video frame at least; the reference's minimum equals its maximum."""
+    image_max_pixels: int = IMAGE_MAX_PIXELS
+    """Pixels of an image at most."""
+    image_min_pixels: int = 4 * 28 * 28
+    """Pixels of an image at least."""
+    backend: str = "auto"
+    """Decoder: auto or pyav."""
+
+
+@dataclass
+class TemporalConfig:
+    """The temporal reward: compare answers from frames in order with answers from shuffled frames."""
+
+    enabled: bool = True
+    """T-GRPO; false trains plain GRPO (no shuffled answers)."""
+    rule: Literal["margin", "threshold", "reference"] = "margin"
+    """margin: alpha * (p - p~) if p > p~; threshold: alpha if p > mu * p~; reference: alpha if p >= mu * p~."""
+    alpha: float = 0.3
+    """Size of the bonus."""
+    mu: float = 0.8
+    """Factor on p~ in the rules threshold and reference."""
+    apply: Literal["reward", "advantage"] | None = None
+    """Add the bonus to the reward (parity; the group's normalisation nearly cancels it) or to the normalised
+    advantage; default: reward for threshold and reference, advantage for margin."""
+    shuffle_unit: Literal["frame", "temporal_patch"] = "frame"
+    """What is permuted: frames, or pairs of frames (which leaves the motion inside each pair visible)."""
+    num_generations: int | None = None
+    """Answers from shuffled frames per prompt; default: half of num_generations."""
+
+
+@dataclass
+class RewardConfig:
+    """What an answer earns."""
+
+    lenient: bool = False
+    """Forgive case, trailing punctuation, thousands separators and equivalent numbers in answers; false: the
+    reference's exact semantics."""
+    correct_above: float = 0.1
+    """An answer counts as correct for the temporal and the length bonus when its accuracy reward exceeds this."""
+    format_weight: float = 1.0
+    """Factor on the format reward."""
+    length_bonus: float = 0.2
+    """Bonus for a correct answer whose length is in length_range (omega: 0.2 in the reference's code, 0.1 in its
+    paper)."""
+    length_range: tuple[int, int] = (320, 512)
+    """Tokens, both ends included, EOS counted."""
+    functions: list[str] = field(default_factory=list)
+    """More rewards, as module:function; called with (completions, samples), returns one float per completion, added
+    to the format reward."""
+
+
+@dataclass
+class LoraConfig:
+    """LoRA through peft; rank 0 trains the whole model."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: no LoRA."""
+    alpha: float = 32.0
+    """Scale of the adapters (alpha / rank)."""
+    dropout: float = 0.0
+    """Dropout inside the adapters."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the language model that get an adapter."""
+
+
+@dataclass
+class CommonConfig:
+    """What SFT and T-GRPO share."""
+
+    model_name_or_path: str | None = None
+    """A Qwen2.5-VL folder or hub id."""
+    dataset_name: str | None = None
+    """Data file in the Video-R1 JSON format (.json list or .jsonl)."""
+    output_dir: str | None = None
+    """Run folder; default: runs/<command>-<date>-<time>."""
+    data: DataConfig = field(default_factory=DataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    max_prompt_length: int = 16384
+    """Prompt tokens at most; a longer prompt is skipped and counted, never cut."""
+    per_device_train_batch_size: int = 1
+    """Prompts (SFT: samples) in one forward and backward."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes per optimizer step."""
+    num_train_epochs: float = 1.0
+    """Passes over the data; max_steps wins where it is set."""
+    max_steps: int = -1
+    """Optimizer steps; -1: from num_train_epochs."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Schedule after the warm-up; cosine and linear end at zero."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only (not on biases and norms)."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.999
+    """AdamW's second beta."""
+    max_grad_norm: float = 5.0
+    """Clip the gradient to this norm."""
+    max_nonfinite_steps: int = 3
+    """Stop after this many steps in a row whose loss or gradient is NaN or Inf (each is skipped and counted)."""
+
+    freeze_vision: bool = False
+    """Keep the vision tower (and its merger) fixed."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    bf16: bool | None = None
+    """Compute in bf16 with fp32 master weights; default: on a GPU yes, on CPU no."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    seed: int = 42
+    """Seeds the data order, the sampling, the permutations and the initialisation, each with its own generator."""
+    save_steps: int = 100
+    """Write a checkpoint every so many steps, and at the end; 0: only at the end."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep; the oldest are deleted."""
+    save_only_model: bool = False
+    """Leave out the optimizer and the trainer state (no resume)."""
+    resume: str | None = None
+    """auto: go on from the newest checkpoint of output_dir; or a checkpoint's path."""
+    logging_steps: int = 1
+    """Steps between lines of metrics.jsonl."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Trackers beside metrics.jsonl, which is always written."""
+    run_name: str | None = None
+    """Name shown by the trackers; default: the run folder's name."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    """T-GRPO."""
+
+    num_generations: int = 8
+    """Answers from ordered frames per prompt."""
+    max_completion_length: int = 768
+    """New tokens per answer at most."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs use it too."""
+    top_p: float = 0.95
+    """Nucleus sampling; 1: off. Log-probs ignore it."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: off. Log-probs ignore it."""
+    rollout_batch_size: int = 64
+    """Rows (ordered and shuffled answers) decoded together at most."""
+
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    len_control: bool = True
+    """The length reward (reward.length_bonus for correct answers within reward.length_range)."""
+    normalize: Literal["std", "none"] = "std"
+    """Divide the centred rewards by the group's standard deviation (ddof 1), or only centre them."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation."""
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are averaged: per completion then over completions (grpo), over the micro-batch's tokens
+    (bnpo), by a constant (dr_grpo), over the whole batch's tokens (dapo)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Level of the importance ratio; sequence is GSPO."""
+    beta: float = 0.04
+    """Weight of the KL term; 0 needs no reference model."""
+    kl_clamp: float = 10.0
+    """Clamp on ref_logp - logp inside the KL term."""
+    clip_low: float | None = None
+    """Clip the ratio at 1 - clip_low; default: no clip."""
+    clip_high: float | None = None
+    """Clip the ratio at 1 + clip_high; default: no clip."""
+    num_iterations: int = 1
+    """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
+
+    eval_steps: int = 0
+    """Evaluate on data.eval_path every so many steps; 0: only at the end."""
+    eval_samples: int = 256
+    """Samples of data.eval_path to use, from the top; 0: all."""
+    compat: Literal["video-r1"] | None = None
+    """video-r1: every default as in the reference code; explicit options still win."""
+
+    def __post_init__(self) -> None:
+        check_common(self)
+        _expect("num_generations", self.num_generations, "at least 2 (the group is its own baseline)", self.num_generations >= 2)
+        _expect("max_completion_length", self.max_completion_length, "at least 1", self.max_completion_length >= 1)
+        _expect("temperature", self.temperature, "above 0", self.temperature > 0)
+        _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
+        _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
+        _expect("rollout_batch_size", self.rollout_batch_size, "at least 1", self.rollout_batch_size >= 1)
+        _expect("beta", self.beta, "0 or more", self.beta >= 0)
+        _expect("num_iterations", self.num_iterations, "at least 1", self.num_iterations >= 1)
+        _expect("temporal.num_generations", self.temporal.num_generations, "at least 1 (or temporal.enabled false)",
+                self.temporal.num_generations is None or self.temporal.num_generations >= 1)
+        _expect("reward.length_range", self.reward.length_range, "(low, high) with low <= high",
+                self.reward.length_range[0] <= self.reward.length_range[1])
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            _expect(name, value, "above 0", value is None or value > 0)
+
+    @property
+    def num_shuffled(self) -> int:
+        """Shuffled answers per video prompt; 0 with the temporal reward off."""
+        if not self.temporal.enabled:
+            return 0
+        return self.temporal.num_generations or max(1, self.num_generations // 2)
+
+    @property
+    def temporal_apply(self) -> str:
+        """``temporal.apply`` with its default resolved."""
+        return self.temporal.apply or ("advantage" if self.temporal.rule == "margin" else "reward")
+
+
+@dataclass
+class SFTConfig(CommonConfig):
+    """SFT cold start on Video-R1-CoT data: loss on the assistant's tokens only, samples packed into rows."""
+
+    max_length: int = 16384
+    """Tokens of a packed row at most; a longer sample is skipped and counted."""
+
+    def __post_init__(self) -> None:
+        check_common(self)
+        _expect("max_length", self.max_length, "at least 1", self.max_length >= 1)
+
+
+# The reference code's values wherever they are defaults of its launch script or trainer.
+COMPAT: dict[str, dict[str, object]] = {
+    "video-r1": {
+        "num_generations": 8, "max_completion_length": 768, "max_prompt_length": 16384,
+        "temperature": 1.0, "top_p": 0.95, "top_k": 50,
+        "temporal.enabled": True, "temporal.rule": "reference", "temporal.alpha": 0.3, "temporal.mu": 0.8,
+        "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": 4,
+        "len_control": True, "reward.length_bonus": 0.2, "reward.length_range": (320, 512),
+        "reward.correct_above": 0.1, "reward.lenient": False, "reward.format_weight": 1.0,
+        "normalize": "std", "advantage_eps": 1e-4,
+        "loss_type": "grpo", "importance_level": "token", "beta": 0.04, "kl_clamp": 10.0,
+        "clip_low": None, "clip_high": None, "num_iterations": 1,
+        "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 5.0,
+        "freeze_vision": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "video.max_frames": 16, "video.fps": 2.0, "video.max_pixels": VIDEO_MAX_PIXELS,
+        "video.min_pixels": VIDEO_MAX_PIXELS, "video.image_max_pixels": IMAGE_MAX_PIXELS,
+    },
+}  # fmt: skip
+
+
+def check_common(config: CommonConfig) -> None:
+    """Range checks of the shared options."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "logging_steps",
+                 "max_nonfinite_steps"):
+        _expect(name, getattr(config, name), "at least 1", getattr(config, name) >= 1)
+    for name in ("warmup_steps", "save_steps", "weight_decay"):
+        _expect(name, getattr(config, name), "0 or more", getattr(config, name) >= 0)
+    _expect("learning_rate", config.learning_rate, "above 0", config.learning_rate > 0)
+    _expect("max_grad_norm", config.max_grad_norm, "above 0", config.max_grad_norm > 0)
+    _expect("num_train_epochs", config.num_train_epochs, "above 0", config.num_train_epochs > 0)
+    _expect("save_total_limit", config.save_total_limit, "at least 1, or null to keep all",
+            config.save_total_limit is None or config.save_total_limit >= 1)
+    _expect("lora.rank", config.lora.rank, "0 (off) or more", config.lora.rank >= 0)
+    _expect("video.max_frames", config.video.max_frames, "an even number, at least 2",
+            config.video.max_frames >= 2 and config.video.max_frames % 2 == 0)
+    _expect("video.fps", config.video.fps, "above 0", config.video.fps > 0)
+    for kind, low, high in (("video.", config.video.min_pixels, config.video.max_pixels),
+                            ("video.image_", config.video.image_min_pixels, config.video.image_max_pixels)):
+        _expect(f"{kind}min_pixels", low, f"at least 1 and at most {kind}max_pixels ({high})", 1 <= low <= high)
+    _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
+    _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
+    _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
+
+
+def _expect(name: str, value: object, expected: str, ok: bool) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
