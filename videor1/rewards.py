@@ -1,0 +1,290 @@
+"""Rewards of an answer: accuracy by problem type, format, and the user's own functions.
+
+Accuracy and format have the exact semantics of Video-R1's reward functions (repository tulerfeng/Video-R1, ``grpo.py``
+at commit 59d65c3), quirks included; ``lenient`` is ours and can only add to what the strict rules give.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import math
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+from rouge_score import rouge_scorer
+
+from videor1.answer import extract_answer, follows_format
+from videor1.config import RewardConfig
+from videor1.errors import ConfigError
+from videor1.types import Sample
+
+RewardFunction = Callable[[list[str], list[Sample]], Any]
+
+
+def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> float:
+    """How right the answer of ``completion`` is, in [0, 1].
+
+    Both texts are reduced to what stands in their first ``<answer>...</answer>``, stripped ("" without the tags): the
+    output ``o`` and the ground truth ``g``. Then by ``problem_type``:
+
+    - ``multiple choice``: 1 if o == g (case-sensitive), else 0. So "" equals "" (``load_samples`` refuses such a
+      solution).
+    - ``numerical``: 0 if just one of the two contains "." or ","; else commas are dropped, both are read by Python's
+      ``float`` (which takes "1e3", "1_000", "inf" and non-ASCII digits), and it is 1 if they are equal after
+      ``round(., 2)``. Not a number: 0.
+    - ``OCR``: max(0, 1 - word edit distance(g, o) / max(1, words of g)); words are split at any whitespace.
+    - ``free-form``: mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, from the rouge-score package. A text of one
+      word has no bigrams, so it earns 2/3 at most.
+    - ``regression``: 1 - min(1, (|o - g| + 1e-9) / (|g| + 1e-9)), read as above. Not a number: 0. The reference's clip
+      turns an answer of "nan" into the full reward; here a NaN is not a number. That is the one departure.
+    - anything else: 0.
+
+    With ``lenient`` the reward is the larger of the strict one and this:
+
+    - ``multiple choice``: case and the punctuation and brackets around the answer do not count, and an option's letter
+      may be followed by its text: "b", "B.", "(B)", "B) two cars" and "B: two cars" are B. "A) or B)" is neither; a
+      letter without a mark ("A dog") is text.
+    - ``numerical``: "3" equals "3.0"; "1,000" equals "1000" (commas count as thousands separators only where they cut
+      groups of three digits); "1/2" equals "0.5"; a trailing "." or "," is dropped. A percentage equals only a
+      percentage: "50%" is neither 50 nor 0.5. Infinite numbers equal nothing.
+    - ``regression``: numbers are read in that way.
+    - ``OCR``: words are compared without case and without punctuation at their ends.
+    - ``free-form``: no change (ROUGE ignores case and punctuation).
+
+    Never raises for any two strings.
+    """
+    output, truth = extract_answer(completion), extract_answer(solution)
+    compare = _STRICT.get(problem_type)
+    if compare is None:
+        return 0.0
+    reward = compare(output, truth)
+    if lenient and reward < 1.0 and problem_type in _LENIENT:
+        reward = max(reward, _LENIENT[problem_type](output, truth))
+    return reward
+
+
+def format_reward(completion: str) -> float:
+    """1 if the whole completion, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
+    else 0 (``re.fullmatch`` of ``<think>.*?</think>\\s*<answer>.*?</answer>`` with DOTALL)."""
+    return 1.0 if follows_format(completion) else 0.0
+
+
+def score(completions: list[str], samples: list[Sample], config: RewardConfig) -> tuple[list[float], list[float]]:
+    """(accuracy, format) rewards, one of each per completion; ``samples[i]`` is what ``completions[i]`` answers.
+
+    format = ``config.format_weight`` * format_reward + the sum of ``config.functions``. Raises ConfigError for a
+    function that cannot be loaded or does not return one finite number per completion; an exception inside a function
+    passes through.
+    """
+    assert len(completions) == len(samples), (len(completions), len(samples))
+    accuracy = [
+        accuracy_reward(completion, sample.solution, sample.problem_type, lenient=config.lenient)
+        for completion, sample in zip(completions, samples, strict=True)
+    ]
+    form = [config.format_weight * format_reward(completion) for completion in completions]
+    for name in config.functions:
+        extra = _call(name, load_reward(name), completions, samples)
+        form = [a + b for a, b in zip(form, extra, strict=True)]
+    return accuracy, form
+
+
+@functools.cache
+def load_reward(name: str) -> RewardFunction:
+    """The callable that ``module:function`` names (``function`` may be dotted). Raises ConfigError."""
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and attribute and all(part.isidentifier() for part in module_name.split("."))):
+        raise ConfigError(f"reward.functions: expected 'module:function', got {name!r}")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it imports is not
+        raise ConfigError(
+            f"reward.functions: {name!r}: no module {error.name!r}{_near(error.name, _siblings(error.name))}; "
+            "it must be installed or stand in the folder the command runs in"
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            public = [other for other in dir(target) if not other.startswith("_")]
+            raise ConfigError(f"reward.functions: {name!r}: {module_name!r} has no {attribute!r}{_near(part, public)}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise ConfigError(f"reward.functions: {name!r} is {type(target).__name__}, expected a function")
+    return target
+
+
+def _siblings(module_name: str) -> list[str]:
+    """Full names of the modules beside where ``module_name`` would be."""
+    parent = module_name.rpartition(".")[0]
+    path = getattr(sys.modules.get(parent), "__path__", None)
+    return [f"{parent}.{module.name}" if parent else module.name for module in pkgutil.iter_modules(path)]
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _call(name: str, function: RewardFunction, completions: list[str], samples: list[Sample]) -> list[float]:
+    try:
+        returned = function(list(completions), list(samples))
+    except Exception as error:
+        error.add_note(f"raised by the reward function {name}")
+        raise
+    try:
+        values = list(returned)
+    except TypeError:
+        raise ConfigError(
+            f"reward function {name}: expected a list of {len(completions)} floats, got {type(returned).__name__}"
+        ) from None
+    if len(values) != len(completions):
+        raise ConfigError(
+            f"reward function {name}: expected {len(completions)} values, one per completion, got {len(values)}"
+        )
+    rewards = []
+    for index, value in enumerate(values):
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            reward = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            reward = math.nan
+        if not math.isfinite(reward):
+            raise ConfigError(f"reward function {name}: expected a finite number for completion {index}, got {value!r}")
+        rewards.append(reward)
+    return rewards
+
+
+def _multiple_choice(output: str, truth: str) -> float:
+    return float(output == truth)
+
+
+def _numerical(output: str, truth: str) -> float:
+    if any(mark in output for mark in ".,") != any(mark in truth for mark in ".,"):
+        return 0.0
+    o, g = _number(output), _number(truth)
+    return 0.0 if o is None or g is None else float(round(o, 2) == round(g, 2))
+
+
+def _regression(output: str, truth: str) -> float:
+    return _closeness(_number(output), _number(truth))
+
+
+def _ocr(output: str, truth: str) -> float:
+    return _word_accuracy(output.split(), truth.split())
+
+
+def _free_form(output: str, truth: str) -> float:
+    try:
+        scores = _rouge().score(truth, output)
+    except Exception:  # the reference gives 0 here too: NLTK's stemmer fails on some strings that are no words
+        return 0.0
+    mean = (scores["rouge1"].fmeasure + scores["rouge2"].fmeasure + scores["rougeL"].fmeasure) / 3
+    return max(0.0, min(1.0, mean))
+
+
+def _number(text: str) -> float | None:
+    """``float`` without commas; None for what is not a number, NaN included."""
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return None if math.isnan(value) else value
+
+
+def _closeness(output: float | None, truth: float | None) -> float:
+    if output is None or truth is None:
+        return 0.0
+    error = (abs(output - truth) + 1e-9) / (abs(truth) + 1e-9)
+    return 0.0 if math.isnan(error) else 1.0 - min(1.0, error)
+
+
+def _word_accuracy(output: list[str], truth: list[str]) -> float:
+    # jiwer counts with this same function, but splits words at spaces only: a tab or a newline would join two words.
+    return max(0.0, 1.0 - Levenshtein.distance(truth, output) / max(1, len(truth)))
+
+
+@functools.cache
+def _rouge() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+_PUNCTUATION = " \t\r\n.,;:!?\"'`*_()[]{}“”‘’…。，、！？：；（）"
+_MARKED_LETTER = re.compile(r"[(\[]?([a-z])[)\].:]+\s+(.*)", re.DOTALL)
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
+
+
+def _lenient_choice(output: str, truth: str) -> float:
+    o, g = _choice(output), _choice(truth)
+    return float(bool(o) and o == g)
+
+
+def _choice(text: str) -> str:
+    """The option's letter where the text starts with a marked one and no other may be meant; else the text, bared."""
+    folded = text.casefold()
+    bare = folded.strip(_PUNCTUATION)
+    match = _MARKED_LETTER.match(folded)
+    if match and len(bare) > 1:
+        words = match[2].split()
+        others = [word for word in words if len(word.strip(_PUNCTUATION)) == 1]
+        if words and words[-1] not in others and set(others) <= {"a", "i"} | set("0123456789"):
+            return match[1]
+    return " ".join(bare.split())
+
+
+def _lenient_numerical(output: str, truth: str) -> float:
+    (o, o_percent), (g, g_percent) = _lenient_number(output), _lenient_number(truth)
+    if o is None or g is None or o_percent != g_percent:
+        return 0.0
+    return float(round(o, 2) == round(g, 2))
+
+
+def _lenient_regression(output: str, truth: str) -> float:
+    (o, o_percent), (g, g_percent) = _lenient_number(output), _lenient_number(truth)
+    return _closeness(o, g) if o_percent == g_percent else 0.0
+
+
+def _lenient_number(text: str) -> tuple[float | None, bool]:
+    """(finite value or None, whether it is a percentage)."""
+    text = text.replace("−", "-").rstrip(" .,;:")
+    percent = text.endswith("%")
+    text = text.removesuffix("%").rstrip()
+    top, slash, bottom = text.partition("/")
+    value = _ungrouped(top.strip())
+    if slash and value is not None:
+        divisor = _ungrouped(bottom.strip())
+        value = value / divisor if divisor else None
+    return (value if value is not None and math.isfinite(value) else None), percent
+
+
+def _ungrouped(text: str) -> float | None:
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    return float(text) if _PLAIN_NUMBER.fullmatch(text) else None
+
+
+def _lenient_ocr(output: str, truth: str) -> float:
+    o, g = ([word.strip(_PUNCTUATION) or word for word in text.casefold().split()] for text in (output, truth))
+    return _word_accuracy(o, g)
+
+
+_STRICT: dict[str, Callable[[str, str], float]] = {
+    "multiple choice": _multiple_choice,
+    "numerical": _numerical,
+    "OCR": _ocr,
+    "free-form": _free_form,
+    "regression": _regression,
+}
+_LENIENT: dict[str, Callable[[str, str], float]] = {
+    "multiple choice": _lenient_choice,
+    "numerical": _lenient_numerical,
+    "OCR": _lenient_ocr,
+    "regression": _lenient_regression,
+}
