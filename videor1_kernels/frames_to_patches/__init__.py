@@ -1,0 +1,92 @@
+"""Video frames to Qwen2.5-VL patches: antialiased bicubic resize, normalisation and patch order in one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import check_tensor, fail
+from videor1_kernels.dispatch import register, resolve
+from videor1_kernels.frames_to_patches.reference import (
+    FACTOR,
+    PATCH,
+    PATCH_COLUMNS,
+    YuvFrames,
+    frames_to_patches_reference,
+    normalize_patches,
+)
+
+__all__ = ["FACTOR", "PATCH", "PATCH_COLUMNS", "YuvFrames", "frames_to_patches", "normalize_patches"]
+
+OP = "frames_to_patches"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
+
+register(OP, "reference", frames_to_patches_reference)
+
+
+def frames_to_patches(
+    frames: Tensor | YuvFrames,
+    *,
+    size: tuple[int, int],
+    permutation: Sequence[int] | Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> Tensor:
+    """Resize frames, normalise them and cut them into Qwen2.5-VL's patches.
+
+    Per frame: bicubic resize (a = -0.5, widened by the scale where it shrinks: antialiased) to ``size``, clamp to
+    0..255, round half to even; then ``(x - 255 mean) / (255 std)`` in fp32 with CLIP's mean and std per channel. A
+    frame that already has ``size`` is not resized: its levels come through unchanged. Two frames make a temporal
+    patch, after the permutation; an odd number of frames repeats the last one (of the permuted order).
+
+    With T = ceil(F / 2), h = size[0] / 14, w = size[1] / 14, frame 2t + tp, channel c and pixel
+    (28 hb + 14 hm + py, 28 wb + 14 wm + px) go to::
+
+        row    = ((t * h/2 + hb) * w/2 + wb) * 4 + hm * 2 + wm
+        column = ((c * 2 + tp) * 14 + py) * 14 + px
+
+    Args:
+        frames: uint8 RGB [F, height, width, 3], or ``YuvFrames``.
+        size: (height, width) of the output in pixels, each a positive multiple of 28.
+        permutation: a permutation of 0..F-1; output frame i is input frame ``permutation[i]``. None: in order.
+        dtype: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation; float64 computes
+            every stage in fp64 (the oracle of tests).
+        backend: "auto" or "reference".
+
+    Returns:
+        patches [T * h * w, 1176] on the frames' device.
+
+    Raises:
+        ValueError, TypeError: for frames, a size, a permutation, a dtype or a backend outside of the above.
+
+    Source: Qwen2-VL's image processor (transformers); the resize equals
+    ``F.interpolate(mode="bicubic", antialias=True)`` on float pixels.
+    """
+    _check_frames(frames)
+    if dtype not in DTYPES:
+        raise fail(OP, "dtype", "float32, bfloat16, float16, float64 or uint8", dtype)
+    if len(size) != 2 or any(int(side) != side or side <= 0 or side % FACTOR for side in size):
+        raise fail(OP, "size", f"(height, width), positive multiples of {FACTOR}", tuple(size))
+    order = _checked_permutation(permutation, len(frames))
+    device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
+    call = resolve(OP, backend, device)
+    return call(frames, size=(int(size[0]), int(size[1])), permutation=order, dtype=dtype)
+
+
+def _check_frames(frames: Tensor | YuvFrames) -> None:
+    if isinstance(frames, YuvFrames):
+        return  # checked when it was made
+    check_tensor(OP, "frames", frames, ("F", "height", "width", 3), (torch.uint8,))
+    if frames.numel() == 0:
+        raise fail(OP, "frames", "at least one frame of at least one pixel", list(frames.shape))
+
+
+def _checked_permutation(permutation: Sequence[int] | Tensor | None, num_frames: int) -> tuple[int, ...] | None:
+    if permutation is None:
+        return None
+    order = tuple(int(i) for i in permutation)
+    if sorted(order) != list(range(num_frames)):
+        raise fail(OP, "permutation", f"each of 0..{num_frames - 1} once (there are {num_frames} frames)", list(order))
+    return order
