@@ -282,14 +282,16 @@ class Progress:
         self._last_line = time.monotonic()
         line = tqdm.format_meter(
             self._done, self._total, self._last_line - self._start, initial=self._initial,
-            unit="step", prefix=self._description, postfix=shown,
+            unit="step", prefix=self._description and f"{self._description}: ", postfix=shown,
             bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )  # fmt: skip
         print(line, file=self._stream, flush=True)
 
 
 def _short(value: float | None) -> str:
-    return "—" if value is None or not math.isfinite(value) else f"{float(value):.3g}"
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def summary_table(rows: Sequence[Sequence[object]]) -> str:
