@@ -1,1 +1,32 @@
-"""Placeholder until the API lands."""
+"""Kernels for reinforcement learning on video language models, each with a reference in plain torch.
+
+Every function takes ``backend="auto"``, which picks the fastest implementation that can run on the inputs' device; a
+named backend is that one or an error. :func:`backends` lists them, :func:`chosen_backend` says what a call would take
+and :func:`last_backend` what the last one took.
+"""
+
+from videor1_kernels.dispatch import backends, chosen_backend, last_backend
+from videor1_kernels.frames_to_patches import YuvFrames, frames_to_patches
+from videor1_kernels.group_advantage import Advantages, tgrpo_advantages
+from videor1_kernels.grpo_loss import GrpoLoss, grpo_loss, linear_grpo_loss
+from videor1_kernels.linear_logprob import linear_logprob, selective_log_softmax
+from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, prefix_attention, prefix_decode_attention
+
+__all__ = [
+    "Advantages",
+    "DecodeLayout",
+    "GrpoLoss",
+    "PrefixLayout",
+    "YuvFrames",
+    "backends",
+    "chosen_backend",
+    "frames_to_patches",
+    "grpo_loss",
+    "last_backend",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "prefix_attention",
+    "prefix_decode_attention",
+    "selective_log_softmax",
+    "tgrpo_advantages",
+]

@@ -1,0 +1,107 @@
+"""T-GRPO's rewards and advantages: accuracy, format, length and temporal rewards, normalised per prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, fail
+from videor1_kernels.group_advantage import reference
+from videor1_kernels.group_advantage.reference import APPLY, NORMALIZE, RULES, Options
+
+__all__ = ["Advantages", "tgrpo_advantages"]
+
+dispatch.register("tgrpo_advantages", "reference", reference.tgrpo_advantages)
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What :func:`tgrpo_advantages` returns. P prompts, G completions each."""
+
+    advantages: Tensor  # [P, G]
+    rewards: Tensor  # [P, G]: accuracy + format + length bonus, + the temporal bonus where it is applied to the reward
+    temporal: Tensor  # [P]: the temporal bonus of the prompt; 0 where its rule fails or it has no shuffled branch
+    p: Tensor  # [P]: mean accuracy over the ordered completions
+    p_shuffled: Tensor  # [P]: mean accuracy over the shuffled completions; NaN without a shuffled branch
+
+
+def tgrpo_advantages(
+    accuracy: Tensor,
+    format: Tensor,
+    lengths: Tensor,
+    shuffled_accuracy: Tensor | None = None,
+    *,
+    rule: str = "margin",
+    alpha: float = 0.3,
+    mu: float = 0.8,
+    correct_above: float = 0.1,
+    length_bonus: float = 0.2,
+    length_range: tuple[float, float] = (320, 512),
+    normalize: str = "std",
+    eps: float = 1e-4,
+    apply: str = "reward",
+    backend: str = "auto",
+) -> Advantages:
+    """Rewards and group-relative advantages of T-GRPO.
+
+    With p and p~ the mean accuracy of a prompt's ordered and shuffled completions, its temporal bonus is, by ``rule``:
+
+        margin     alpha (p - p~) if p > p~, else 0
+        threshold  alpha if p > mu p~, else 0
+        reference  alpha if p >= mu p~, else 0   (p = p~ = 0 passes)
+
+    A completion is correct if its accuracy exceeds ``correct_above``. Its reward is
+
+        accuracy + format
+        + length_bonus  if it is correct, low <= length <= high, and more than one completion of the group is correct
+        + temporal bonus  if it is correct and ``apply`` is "reward"
+
+    and its advantage (reward - mean) / (std + eps) over the group, std with ddof 1; ``normalize="none"`` only centres.
+    ``apply="advantage"`` adds the temporal bonus of correct completions to the normalised advantage instead, also in
+    groups whose rewards are all equal.
+
+    Before that addition, a group whose rewards are all equal (to within the rounding of their sums), or that has one
+    completion only, gets advantages of exactly 0.
+
+    Args:
+        accuracy, format: [P, G]; fp64, fp32, bf16 or fp16. The maths and the results are fp32, or fp64 if any is fp64.
+        lengths: [P, G], tokens; an integer or float dtype.
+        shuffled_accuracy: [P, Gs], or None. NaN is a missing completion: p~ is the mean over the others, and a row of
+            NaN is a prompt without shuffled branch (no bonus, p~ NaN).
+        length_range: (low, high), tokens, both included.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option; an accuracy or format that is NaN or infinite.
+
+    Source: Video-R1 (arXiv 2503.21776), whose paper has the rule ``threshold`` and whose code ``reference``.
+    """
+    op = "tgrpo_advantages"
+    check_tensor(op, "accuracy", accuracy, ("P", "G"))
+    if accuracy.shape[1] < 1:
+        raise fail(op, "accuracy", "at least one completion per prompt", f"shape {list(accuracy.shape)}")
+    device = accuracy.device
+    check_tensor(op, "format", format, accuracy.shape, device=device)
+    check_tensor(op, "lengths", lengths, accuracy.shape, INTEGERS + FLOATS, device)
+    for name, values in (("accuracy", accuracy), ("format", format)):
+        if not bool(values.isfinite().all()):
+            raise fail(op, name, "finite values", f"{int((~values.isfinite()).sum())} that are NaN or infinite")
+    if shuffled_accuracy is not None:
+        check_tensor(op, "shuffled_accuracy", shuffled_accuracy, (len(accuracy), "Gs"), device=device)
+        if bool(shuffled_accuracy.isinf().any()):
+            raise fail(op, "shuffled_accuracy", "finite values, or NaN for a missing completion", "an infinite value")
+    check_choice(op, "rule", rule, RULES)
+    check_choice(op, "normalize", normalize, NORMALIZE)
+    check_choice(op, "apply", apply, APPLY)
+    check_number(op, "alpha", alpha, at_least=0)
+    check_number(op, "mu", mu, at_least=0)
+    check_number(op, "correct_above", correct_above)
+    check_number(op, "length_bonus", length_bonus)
+    check_number(op, "eps", eps, at_least=0)
+    if len(length_range) != 2 or not length_range[0] <= length_range[1]:
+        raise fail(op, "length_range", "(low, high) with low <= high", tuple(length_range))
+    low, high = length_range
+    options = Options(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
+    call = dispatch.resolve(op, backend, device)
+    return Advantages(*call(accuracy, format, lengths, shuffled_accuracy, options))

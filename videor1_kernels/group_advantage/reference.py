@@ -1,0 +1,78 @@
+"""Reference in plain torch. P prompts, G ordered and Gs shuffled completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import compute_dtype
+
+RULES = ("margin", "threshold", "reference")
+NORMALIZE = ("std", "none")
+APPLY = ("reward", "advantage")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a call."""
+
+    rule: str
+    alpha: float
+    mu: float
+    correct_above: float
+    length_bonus: float
+    length_range: tuple[float, float]
+    normalize: str
+    eps: float
+    apply: str
+
+
+@torch.no_grad()
+def tgrpo_advantages(
+    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
+    dtype = compute_dtype(accuracy, format, shuffled_accuracy)
+    correct = accuracy > options.correct_above  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
+    accuracy, format = accuracy.to(dtype), format.to(dtype)
+    # In fp64, so that equal accuracies have equal means whatever the two group sizes.
+    p = accuracy.double().mean(1).to(dtype)
+    if shuffled_accuracy is None:
+        p_shuffled = torch.full_like(p, torch.nan)
+    else:
+        p_shuffled = shuffled_accuracy.double().nanmean(1).to(dtype)
+    temporal = temporal_bonus(p, p_shuffled, options)
+
+    low, high = options.length_range
+    brief = correct & (lengths >= low) & (lengths <= high) & (correct.sum(1, keepdim=True) > 1)
+    length = brief.to(dtype) * options.length_bonus
+    bonus = torch.where(correct, temporal[:, None], 0.0)
+    rewards = accuracy + format + length
+    if options.apply == "reward":
+        rewards = rewards + bonus
+
+    size = accuracy.shape[1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
+    magnitude = (accuracy.abs() + format.abs() + length.abs() + bonus.abs()).amax(1)
+    spread = rewards.amax(1) - rewards.amin(1)
+    equal = spread <= 4 * torch.finfo(dtype).eps * magnitude
+    advantages = centred
+    if options.normalize == "std":
+        std = (centred.square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
+        advantages = centred / (std + options.eps)
+    advantages = advantages.masked_fill(equal[:, None], 0.0)
+    if options.apply == "advantage":
+        advantages = advantages + bonus
+    return advantages, rewards, temporal, p, p_shuffled
+
+
+def temporal_bonus(p: Tensor, p_shuffled: Tensor, options: Options) -> Tensor:
+    """p, p_shuffled [P] -> [P]. A comparison with NaN (no shuffled branch) is false: no bonus."""
+    if options.rule == "margin":
+        return torch.where(p > p_shuffled, options.alpha * (p - p_shuffled), 0.0)
+    bar = options.mu * p_shuffled
+    passed = p > bar if options.rule == "threshold" else p >= bar
+    return passed.to(p.dtype) * options.alpha

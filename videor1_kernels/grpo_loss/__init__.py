@@ -1,0 +1,200 @@
+"""The GRPO family of losses: from log-probabilities, or from hidden states through the linear head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import check_choice, check_cu_seqlens, check_number, check_tensor, fail
+from videor1_kernels.grpo_loss import reference
+from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Options
+from videor1_kernels.linear_logprob import check_head, row_temperature
+
+__all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
+
+dispatch.register("grpo_loss", "reference", reference.grpo_loss)
+dispatch.register("linear_grpo_loss", "reference", reference.linear_grpo_loss)
+
+
+@dataclass(frozen=True)
+class GrpoLoss:
+    """What a loss call returns. N tokens; all but ``loss`` are detached."""
+
+    loss: Tensor  # scalar, differentiable
+    logp: Tensor  # [N] nats; 0 at masked tokens
+    entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
+    kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
+    clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
+    skipped_rows: int  # tokens whose coefficient d loss / d logp is exactly 0: no gradient work downstream
+
+
+def grpo_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss_type: str = "grpo",
+    beta: float = 0.04,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    kl_clamp: float = 10.0,
+    importance_level: str = "token",
+    max_completion_length: int | None = None,
+    num_tokens: float | None = None,
+    backend: str = "auto",
+) -> GrpoLoss:
+    """GRPO loss of packed completions from their tokens' log-probabilities.
+
+    Token t of completion s, with A = advantages[s]:
+
+        l_t = -(min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - beta kl_t)
+        r = exp(logp_t - old_logp_t); with importance_level "sequence" (GSPO) r = exp(mean over the completion's tokens)
+        kl_t = exp(x) - x - 1,  x = clamp(ref_logp_t - logp_t, -kl_clamp, kl_clamp)
+
+    and the loss is, by ``loss_type``:
+
+        grpo     mean over the S completions of the mean of l over a completion's tokens
+        bnpo     sum of l / number of tokens of this call
+        dr_grpo  sum of l / (S * max_completion_length)
+        dapo     sum of l / num_tokens
+
+    An empty completion adds 0 to the sum and counts in S; no completions or no tokens give a loss of 0 that still has a
+    gradient function. A masked token is as if it were not there: it counts in no mean and gets no gradient.
+
+    Args:
+        logp: [N], the completions end to end; fp64, fp32, bf16 or fp16. The maths and the results are fp32, or fp64
+            for fp64 ``logp``.
+        advantages: [S].
+        cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
+        old_logp: [N] under the policy that sampled; None: ``logp`` itself, detached, so that r is exactly 1.
+        ref_logp: [N] under the reference model; needed where ``beta`` is above 0, ignored where it is 0.
+        mask: bool [N], False leaves the token out; None: all are in.
+        clip_low, clip_high: above 0; None leaves that side unclipped.
+        kl_clamp: above 0, nats.
+        max_completion_length: for dr_grpo, tokens.
+        num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, or one that the chosen loss needs and that is missing.
+
+    Source: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), T-GRPO (2503.21776).
+    """
+    op = "grpo_loss"
+    check_tensor(op, "logp", logp, ("N",))
+    if mask is not None:
+        check_tensor(op, "mask", mask, logp.shape, (torch.bool,), logp.device)
+    options = check_options(
+        op, len(logp), logp.device, advantages, cu_seqlens, old_logp, ref_logp, loss_type=loss_type, beta=beta,
+        clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
+        max_completion_length=max_completion_length, num_tokens=num_tokens,
+    )  # fmt: skip
+    call = dispatch.resolve(op, backend, logp.device)
+    return GrpoLoss(*call(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    loss_type: str = "grpo",
+    beta: float = 0.04,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    kl_clamp: float = 10.0,
+    importance_level: str = "token",
+    temperature: float | Tensor = 1.0,
+    max_completion_length: int | None = None,
+    num_tokens: float | None = None,
+    backend: str = "auto",
+) -> GrpoLoss:
+    """GRPO loss of packed completions from the hidden states that predict their tokens.
+
+    :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas,
+    the options, the dtypes and the errors. The logits are never whole in memory, and a token whose coefficient is
+    exactly 0 (masked, clipped, or of zero advantage without a KL term) costs nothing in the backward pass.
+
+    Args:
+        hidden: [N, H], row t predicts token t of the completions end to end.
+        weight, bias: the head, [V, H] and [V] or None.
+        labels: int64 [N] in [0, V); -100 masks the token.
+        temperature: a number or a tensor [N].
+    """
+    op = "linear_grpo_loss"
+    check_tensor(op, "hidden", hidden, ("N", "H"))
+    check_head(op, hidden, weight, labels, bias)
+    temperature = row_temperature(op, temperature, hidden, weight, bias)
+    options = check_options(
+        op, len(hidden), hidden.device, advantages, cu_seqlens, old_logp, ref_logp, loss_type=loss_type, beta=beta,
+        clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
+        max_completion_length=max_completion_length, num_tokens=num_tokens,
+    )  # fmt: skip
+    call = dispatch.resolve(op, backend, hidden.device)
+    return GrpoLoss(
+        *call(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, temperature, options)
+    )
+
+
+def check_options(
+    op: str,
+    tokens: int,
+    device: torch.device,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    *,
+    loss_type: str,
+    beta: float,
+    clip_low: float | None,
+    clip_high: float | None,
+    kl_clamp: float,
+    importance_level: str,
+    max_completion_length: int | None,
+    num_tokens: float | None,
+) -> Options:
+    """Checks of everything but the log-probabilities' source."""
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, tokens)
+    check_tensor(op, "cu_seqlens", cu_seqlens, None, (torch.int32, torch.int64), device)
+    check_tensor(op, "advantages", advantages, (len(cu_seqlens) - 1,), device=device)
+    for name, values in (("old_logp", old_logp), ("ref_logp", ref_logp)):
+        if values is not None:
+            check_tensor(op, name, values, (tokens,), device=device)
+    check_choice(op, "loss_type", loss_type, LOSS_TYPES)
+    check_choice(op, "importance_level", importance_level, IMPORTANCE_LEVELS)
+    check_number(op, "beta", beta, at_least=0)
+    check_number(op, "kl_clamp", kl_clamp, above=0)
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if clip is not None:
+            check_number(op, name, clip, above=0)
+    if beta > 0 and ref_logp is None:
+        raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)
+    if loss_type == "dr_grpo":
+        if max_completion_length is None:
+            raise fail(op, "max_completion_length", "a number of tokens, as loss_type is 'dr_grpo'", None)
+        check_number(op, "max_completion_length", max_completion_length, above=0)
+    if loss_type == "dapo":
+        if num_tokens is None:
+            raise fail(op, "num_tokens", "the tokens of the whole accumulated batch, as loss_type is 'dapo'", None)
+        check_number(op, "num_tokens", num_tokens, above=0)
+    return Options(
+        loss_type=loss_type,
+        beta=float(beta),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_clamp=float(kl_clamp),
+        importance_level=importance_level,
+        max_completion_length=max_completion_length,
+        num_tokens=num_tokens,
+    )

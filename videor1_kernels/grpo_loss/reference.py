@@ -1,0 +1,175 @@
+"""Reference in plain torch. The loss is linear in its tokens' terms, so a token's whole gradient is one coefficient
+d loss / d logp that needs only its completion's log-probabilities: it is formed in the forward pass and kept.
+
+N tokens, S completions. Per token, with weight w (see ``_token_weights``), ratio r and x = clamp(ref_logp - logp):
+coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from videor1_kernels.checks import IGNORED, compute_dtype
+from videor1_kernels.linear_logprob.reference import linear_logprob
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+IMPORTANCE_LEVELS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a loss call."""
+
+    loss_type: str
+    beta: float
+    clip_low: float | None
+    clip_high: float | None
+    kl_clamp: float
+    importance_level: str
+    max_completion_length: int | None
+    num_tokens: float | None
+
+
+class Terms(NamedTuple):
+    """What a loss call works out from the log-probabilities."""
+
+    loss: Tensor  # scalar
+    coefficient: Tensor  # [N]: d loss / d logp
+    kl: Tensor  # scalar
+    clip_fraction: Tensor  # scalar
+
+
+def grpo_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, None, Tensor, Tensor, int]:
+    """-> (loss, logp, None, kl, clip_fraction, skipped_rows)."""
+    terms = loss_terms(logp.detach(), advantages, cu_seqlens, old_logp, ref_logp, mask, options)
+    loss = _Attach.apply(logp, terms.loss, terms.coefficient)
+    values = logp.detach().to(terms.loss.dtype)
+    shown = values if mask is None else values.masked_fill(~mask, 0.0)
+    return loss, shown, None, terms.kl, terms.clip_fraction, int((terms.coefficient == 0).sum())
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """-> (loss, logp, entropy, kl, clip_fraction, skipped_rows). linear_logprob leaves out rows of zero coefficient."""
+    logp, entropy = linear_logprob(hidden, weight, labels, bias, temperature)
+    loss, shown, _, kl, clip_fraction, skipped = grpo_loss(
+        logp, advantages, cu_seqlens, old_logp, ref_logp, labels != IGNORED, options
+    )
+    return loss, shown, entropy.detach(), kl, clip_fraction, skipped
+
+
+class _Attach(torch.autograd.Function):
+    """Give a computed loss its known gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, loss: Tensor, coefficient: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficient)
+        ctx.dtype = logp.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (coefficient,) = ctx.saved_tensors
+        # A coefficient of 0 stays 0 whatever the incoming gradient is, so that its row is left out downstream.
+        return torch.where(coefficient == 0, 0.0, grad * coefficient).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def loss_terms(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Terms:
+    """The loss, its gradient per token, and the statistics."""
+    dtype = compute_dtype(logp)
+    if mask is None:
+        mask = torch.ones_like(logp, dtype=torch.bool)
+    # Masked entries may hold anything, NaN included.
+    logp = logp.to(dtype).masked_fill(~mask, 0.0)
+    old_logp, ref_logp = (
+        None if values is None else values.to(dtype).masked_fill(~mask, 0.0) for values in (old_logp, ref_logp)
+    )
+    boundaries = cu_seqlens.long()
+    lengths = boundaries.diff()  # [S]
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
+    counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
+    tokens = counted[boundaries[1:]] - counted[boundaries[:-1]]  # [S], unmasked
+    weight = _token_weights(tokens, options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
+    advantage = advantages.to(dtype)[sequence]  # [N]
+
+    log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp
+    if options.importance_level == "sequence" and len(lengths):
+        sums = torch.segment_reduce(log_ratio, "sum", lengths=lengths, initial=0.0)  # [S]
+        log_ratio = (sums / tokens.clamp(min=1))[sequence]
+    clipped = torch.zeros_like(mask)
+    ratio = log_ratio.exp()
+    if options.clip_low is not None:
+        clipped |= (advantage < 0) & (ratio < 1 - options.clip_low)
+        ratio = torch.where(clipped, 1 - options.clip_low, ratio)
+    if options.clip_high is not None:
+        above = (advantage > 0) & (ratio > 1 + options.clip_high)
+        ratio = torch.where(above, 1 + options.clip_high, ratio)
+        clipped |= above
+    clipped &= mask
+    # A zero advantage has no policy term, even where the ratio has overflowed.
+    term = torch.where(advantage == 0, 0.0, -ratio * advantage)
+    slope = term.masked_fill(clipped, 0.0)
+    kl = torch.zeros_like(logp)
+    if options.beta > 0:
+        assert ref_logp is not None
+        gap = ref_logp - logp
+        x = gap.clamp(-options.kl_clamp, options.kl_clamp)
+        growth = x.expm1()
+        kl = growth - x
+        term = term + options.beta * kl
+        slope = slope - options.beta * torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
+    total = mask.sum().clamp(min=1)
+    return Terms(
+        loss=(weight * term).sum(),
+        coefficient=torch.where(slope == 0, 0.0, weight * slope).masked_fill(~mask, 0.0),
+        kl=(kl * mask).sum() / total,
+        clip_fraction=clipped.sum().to(dtype) / total,
+    )
+
+
+def _token_weights(tokens: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """tokens [S] -> [S]: the factor that a completion's token terms have in the loss."""
+    completions = max(len(tokens), 1)
+    ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)
+    if options.loss_type == "grpo":
+        return ones / (tokens.clamp(min=1) * completions)
+    if options.loss_type == "bnpo":
+        return ones / tokens.sum().clamp(min=1)
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        return ones / (completions * options.max_completion_length)
+    assert options.num_tokens is not None
+    return ones / options.num_tokens

@@ -1,0 +1,116 @@
+"""Log-probability and entropy of given tokens: from hidden states (logits never whole), or from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import IGNORED, check_indices, check_number, check_tensor, compute_dtype, fail
+from videor1_kernels.linear_logprob import reference
+
+__all__ = ["linear_logprob", "selective_log_softmax"]
+
+dispatch.register("linear_logprob", "reference", reference.linear_logprob)
+dispatch.register("selective_log_softmax", "reference", reference.selective_log_softmax)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of its distribution under a linear head, without storing the logits.
+
+    z = (hidden @ weight^T + bias) / temperature, p = softmax(z) over the vocabulary;
+    logp = log p[label], entropy = -sum_v p_v log p_v, both in nats.
+
+    Args:
+        hidden: [..., H], fp64, fp32, bf16 or fp16.
+        weight: [V, H], any of these dtypes (it need not be that of ``hidden``).
+        labels: int64 [...] in [0, V), or -100: ignored, both outputs exactly 0 and no gradient.
+        bias: [V] or None. An entry of -inf bans that token.
+        temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
+        backend: ``auto``, ``reference``.
+
+    Returns:
+        (logp, entropy), each [...]: fp32, or fp64 where an input is fp64. The softmax runs on the accumulator of the
+        product, never on logits rounded to 16 bits. Both are differentiable into ``hidden``, ``weight`` and ``bias``.
+        Rows whose incoming gradients are exactly 0 cost nothing in the backward pass; ``weight`` costs nothing there
+        when it needs no gradient.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, label or temperature, or a backend that cannot run here.
+    """
+    op = "linear_logprob"
+    check_head(op, hidden, weight, labels, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logp, entropy = dispatch.resolve(op, backend, hidden.device)(
+        rows, weight, labels.reshape(-1), bias, row_temperature(op, temperature, hidden, weight, bias)
+    )
+    return logp.reshape(labels.shape), entropy.reshape(labels.shape)
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto"
+) -> Tensor:
+    """Log-probabilities of chosen entries: log softmax(logits / temperature)[index], in nats.
+
+    Args:
+        logits: [..., V], fp64, fp32, bf16 or fp16.
+        index: int64 [...] (one entry per row) or [..., K] (K entries per row), in [0, V).
+        temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
+        backend: ``auto``, ``reference``.
+
+    Returns:
+        Log-probabilities, shaped as ``index``; fp32, or fp64 for fp64 logits. Differentiable into ``logits``.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, index or temperature, or a backend that cannot run here.
+    """
+    op = "selective_log_softmax"
+    check_tensor(op, "logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise fail(op, "logits", "shape [..., V] with V of 1 or more", list(logits.shape))
+    check_tensor(op, "index", index, dtypes=(torch.int64,), device=logits.device)
+    rows, single = logits.shape[:-1], index.dim() == logits.dim() - 1
+    if (index.shape if single else index.shape[:-1]) != rows:
+        raise fail(op, "index", f"shape {list(rows)} or {[*rows, 'K']}".replace("'", ""), list(index.shape))
+    check_indices(op, "index", index, logits.shape[-1])
+    logp = dispatch.resolve(op, backend, logits.device)(
+        logits, index[..., None] if single else index, row_temperature(op, temperature, logits)
+    )
+    return logp[..., 0] if single else logp
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Checks shared by the operations that start at the linear head."""
+    check_tensor(op, "hidden", hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise fail(op, "hidden", "shape [..., H] with H of 1 or more", list(hidden.shape))
+    check_tensor(op, "weight", weight, ("V", hidden.shape[-1]), device=hidden.device)
+    if weight.shape[0] < 1:
+        raise fail(op, "weight", "V of 1 or more", list(weight.shape))
+    check_tensor(op, "labels", labels, hidden.shape[:-1], (torch.int64,), hidden.device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, (weight.shape[0],), device=hidden.device)
+    check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
+
+
+def row_temperature(op: str, temperature: float | Tensor, values: Tensor, *others: Tensor | None) -> float | Tensor:
+    """``temperature`` checked: a float, or a tensor [rows], one entry per row of ``values`` [..., H]."""
+    if not isinstance(temperature, Tensor):
+        check_number(op, "temperature", temperature, above=0)
+        return float(temperature)
+    if temperature.dim() == 0 and not temperature.requires_grad:
+        return row_temperature(op, temperature.item(), values)
+    check_tensor(op, "temperature", temperature, values.shape[:-1], device=values.device)
+    if temperature.requires_grad:
+        raise fail(op, "temperature", "a tensor without gradient (detach it)", "one that requires a gradient")
+    if not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise fail(op, "temperature", "finite values above 0", f"a smallest value of {temperature.min().item():g}")
+    return temperature.to(compute_dtype(values, *others)).reshape(-1)

@@ -1,0 +1,128 @@
+"""Attention in which the completions of a group share their prompt: packed (training, prefill) and decode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import INTEGERS, check_number, check_tensor, fail
+from videor1_kernels.prefix_attention import reference
+from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
+
+__all__ = ["DecodeLayout", "PrefixLayout", "prefix_attention", "prefix_decode_attention"]
+
+dispatch.register("prefix_attention", "reference", reference.prefix_attention)
+dispatch.register("prefix_decode_attention", "reference", reference.prefix_decode_attention)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over one packed row of shared-prefix groups, [prompt | completion 1 | ... | completion G] each.
+
+    out_t = sum_j softmax_j(scale q_t . k_j) v_j over the positions j that t sees: a prompt token its own prompt up to
+    itself; a completion token its whole prompt, and its own completion up to itself. Equal to causal attention over
+    each [prompt | completion] by itself, with the prompt stored and attended once.
+
+    Args:
+        q: [T, Hq, D], rotary positions already applied; fp64, fp32, bf16 or fp16.
+        k, v: [T, Hkv, D]; Hq a multiple of Hkv (grouped-query attention: query head h reads key head h // (Hq / Hkv)).
+        layout: the order of the row, T = ``layout.total_tokens``.
+        scale: factor on the scores; None: D ** -0.5.
+        backend: ``auto``, ``reference``.
+
+    Returns:
+        [T, Hq, D] in q's dtype (the maths is fp32, or fp64 if an input is), differentiable into q, k and v.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or a backend that cannot run here.
+    """
+    op = "prefix_attention"
+    if not isinstance(layout, PrefixLayout):
+        raise TypeError(f"{op}: layout: expected a PrefixLayout, got {type(layout).__name__}")
+    check_tensor(op, "q", q, (layout.total_tokens, "Hq", "D"))
+    heads = _check_heads(op, q, k, "k")
+    check_tensor(op, "k", k, (layout.total_tokens, heads, q.shape[2]), device=q.device)
+    check_tensor(op, "v", v, (layout.total_tokens, heads, q.shape[2]), device=q.device)
+    if layout.prompt_index.device != q.device:
+        raise fail(op, "layout", f"index tensors on {q.device} (use layout.to)", layout.device)
+    return dispatch.resolve(op, backend, q.device)(q, k, v, layout, _scale(op, scale, q))
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    *,
+    suffix_lengths: Tensor,
+    cu_prefix: Tensor | None = None,
+    row_group: Tensor | None = None,
+    layout: DecodeLayout | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of one new token per row over its group's prefix, stored once per group, and its own suffix.
+
+    Row r attends to prefix ``row_group[r]`` and the first ``suffix_lengths[r]`` entries of its suffix, in one softmax.
+
+    Args:
+        q: [R, Hq, D]; fp64, fp32, bf16 or fp16.
+        prefix_k, prefix_v: [Tp, Hkv, D], the prefixes end to end.
+        suffix_k, suffix_v: [R, C, Hkv, D], preallocated; entries from ``suffix_lengths`` on are never read.
+        suffix_lengths: int32 or int64 [R], valid entries, the new token's own included: 1 to C.
+        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
+        row_group: int64 [R], in [0, B); the rows of a group may be scattered.
+        layout: ``DecodeLayout(cu_prefix, row_group)`` in place of these two: their indices, built once for all steps
+            and layers.
+        scale: factor on the scores; None: D ** -0.5.
+        backend: ``auto``, ``reference``.
+
+    Returns:
+        [R, Hq, D] in q's dtype; the maths is fp32, or fp64 if an input is.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, length or group, or a backend that cannot run here.
+    """
+    op = "prefix_decode_attention"
+    sources = {"cu_prefix": cu_prefix, "row_group": row_group, "layout": layout}
+    given = [name for name, value in sources.items() if value is not None]
+    if given not in (["cu_prefix", "row_group"], ["layout"]):
+        raise fail(op, "prefixes", "cu_prefix and row_group, or layout", " and ".join(given) or "none of them")
+    check_tensor(op, "q", q, ("R", "Hq", "D"))
+    heads = _check_heads(op, q, prefix_k, "prefix_k")
+    if layout is None:
+        assert cu_prefix is not None
+        assert row_group is not None
+        layout = DecodeLayout(cu_prefix, row_group)
+    check_tensor(op, "row_group", layout.row_group, (q.shape[0],), (torch.int64,), q.device)
+    for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        check_tensor(op, name, prefix, (layout.prefix_tokens, heads, q.shape[2]), device=q.device)
+    check_tensor(op, "suffix_k", suffix_k, (q.shape[0], "C", heads, q.shape[2]), device=q.device)
+    check_tensor(op, "suffix_v", suffix_v, suffix_k.shape, device=q.device)
+    check_tensor(op, "suffix_lengths", suffix_lengths, (q.shape[0],), INTEGERS, q.device)
+    call = dispatch.resolve(op, backend, q.device)
+    return call(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, layout, _scale(op, scale, q))
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, name: str) -> int:
+    check_tensor(op, name, k, ("T", "Hkv", q.shape[2]), device=q.device)
+    heads = k.shape[1]
+    if heads < 1 or q.shape[1] % heads:
+        raise fail(op, name, f"a number of heads that divides the {q.shape[1]} of q", heads)
+    return heads
+
+
+def _scale(op: str, scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return q.shape[2] ** -0.5
+    check_number(op, "scale", scale, above=0)
+    return float(scale)

@@ -1,0 +1,181 @@
+"""How shared-prefix groups lie in memory: one packed row for training, padded gather indices for decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, check_tensor, fail
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLayout:
+    """Groups of one prompt and its completions, end to end in one row: [prompt | c1 | ... | cG] [prompt | c1 | ...] ...
+
+    Built once per batch; it owns the order. P groups, T tokens in all, N completion tokens, S completions, numbered
+    group by group. A group may have no completion (prefill only).
+
+    Args:
+        prompt_lengths: P ints, 1 or more.
+        completion_lengths: P lists of ints, 1 or more.
+        device: where the index tensors live.
+
+    Raises:
+        ValueError: no group, lists of different lengths, a length below 1.
+    """
+
+    prompt_lengths: Sequence[int]
+    completion_lengths: Sequence[Sequence[int]]
+    device: torch.device | str = "cpu"
+
+    total_tokens: int = field(init=False)  # T
+    prompt_starts: tuple[int, ...] = field(init=False)  # P row positions
+    completion_starts: tuple[tuple[int, ...], ...] = field(init=False)  # per group, per completion: row position
+    prompt_index: Tensor = field(init=False, repr=False)  # int64: row positions of the prompt tokens, end to end
+    completion_index: Tensor = field(init=False, repr=False)  # int64 [N]: row positions of the completion tokens
+    # int64 [N]: row position whose hidden state predicts each completion token. A prompt's last position predicts the
+    # first token of each of its completions, so it appears once per completion.
+    predict_index: Tensor = field(init=False, repr=False)
+    cu_completions: Tensor = field(init=False, repr=False)  # int32 [S+1]: where each completion starts in the [N]
+
+    def __post_init__(self) -> None:
+        prompts = tuple(int(n) for n in self.prompt_lengths)
+        completions = tuple(tuple(int(n) for n in group) for group in self.completion_lengths)
+        if not prompts:
+            raise fail("PrefixLayout", "prompt_lengths", "at least one group", "none")
+        if len(completions) != len(prompts):
+            raise fail("PrefixLayout", "completion_lengths", f"{len(prompts)} lists, one per prompt", len(completions))
+        for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+            if prompt < 1:
+                raise fail("PrefixLayout", f"prompt_lengths[{i}]", "1 or more", prompt)
+            if any(n < 1 for n in group):
+                raise fail("PrefixLayout", f"completion_lengths[{i}]", "lengths of 1 or more (drop empty ones)", group)
+
+        starts: list[int] = []
+        completion_starts: list[tuple[int, ...]] = []
+        position = 0
+        for prompt, group in zip(prompts, completions, strict=True):
+            bounds = list(accumulate(group, initial=position + prompt))
+            starts.append(position)
+            completion_starts.append(tuple(bounds[:-1]))
+            position = bounds[-1]
+        prompt_index, completion_index, predict_index = [], [], []
+        for start, prompt, group_starts, group in zip(starts, prompts, completion_starts, completions, strict=True):
+            prompt_index.append(torch.arange(start, start + prompt))
+            for first, length in zip(group_starts, group, strict=True):
+                own = torch.arange(first, first + length)
+                completion_index.append(own)
+                predict_index.append(torch.cat([own.new_tensor([start + prompt - 1]), own[:-1]]))
+        flat = [n for group in completions for n in group]
+        empty = torch.empty(0, dtype=torch.int64)
+        device = torch.device(self.device)
+        values = {
+            "prompt_lengths": prompts,
+            "completion_lengths": completions,
+            "device": device,
+            "total_tokens": position,
+            "prompt_starts": tuple(starts),
+            "completion_starts": tuple(completion_starts),
+            "prompt_index": torch.cat(prompt_index).to(device),
+            "completion_index": torch.cat([empty, *completion_index]).to(device),
+            "predict_index": torch.cat([empty, *predict_index]).to(device),
+            "cu_completions": torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def to(self, device: torch.device | str) -> PrefixLayout:
+        """The same layout with its index tensors on ``device``."""
+        if torch.device(device) == self.device:
+            return self
+        return PrefixLayout(self.prompt_lengths, self.completion_lengths, device)
+
+    def padded_completions(self, group: int) -> tuple[Tensor, Tensor]:
+        """Row positions of a group's completions padded to the longest, and which are real: int64, bool [G, C].
+
+        The padding points at the completion's last token.
+        """
+        lengths = torch.tensor(self.completion_lengths[group], device=self.device)
+        starts = torch.tensor(self.completion_starts[group], device=self.device)
+        column = torch.arange(max(self.completion_lengths[group]), device=self.device)
+        real = column < lengths[:, None]
+        return starts[:, None] + torch.minimum(column, lengths[:, None] - 1), real
+
+    def text_positions(self, prompt_positions: Sequence[Tensor], next_position: Sequence[int]) -> Tensor:
+        """M-RoPE positions of the packed row, int64 [3, 1, T].
+
+        Args:
+            prompt_positions: per group int64 [3, P_i] (time, height, width) of its prompt tokens.
+            next_position: per group the position of the first token after the prompt; every completion of the group
+                counts on from it, alike in the three rows.
+        """
+        op, groups = "PrefixLayout.text_positions", len(self.prompt_lengths)
+        if len(prompt_positions) != groups or len(next_position) != groups:
+            raise fail(
+                op, "prompt_positions, next_position", f"{groups} entries each",
+                f"{len(prompt_positions)} and {len(next_position)}",
+            )  # fmt: skip
+        parts = []
+        for i, (prompt, first) in enumerate(zip(prompt_positions, next_position, strict=True)):
+            check_tensor(op, f"prompt_positions[{i}]", prompt, (3, self.prompt_lengths[i]), INTEGERS)
+            parts.append(prompt.to(self.device, torch.int64))
+            for length in self.completion_lengths[i]:
+                parts.append(torch.arange(int(first), int(first) + length, device=self.device).expand(3, length))
+        return torch.cat(parts, dim=1)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeLayout:
+    """Gather indices of :func:`prefix_decode_attention`, to be built once per batch and reused by every step and layer.
+
+    B prefixes end to end, R rows of which each reads one prefix; a prefix's rows may be scattered.
+
+    Args:
+        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
+        row_group: int64 [R], the prefix that a row reads.
+    """
+
+    cu_prefix: Tensor
+    row_group: Tensor
+    prefix_tokens: int = field(init=False)  # all prefixes together
+    prefix_index: Tensor = field(init=False, repr=False)  # int64 [B, L]: prefix positions, padded to the longest
+    prefix_real: Tensor = field(init=False, repr=False)  # bool [B, L]
+    rows: Tensor = field(init=False, repr=False)  # int64 [B, M]: the rows of a prefix, padded to the most
+    slot: Tensor = field(init=False, repr=False)  # int64 [R]: where a row lies in the flattened [B * M]
+
+    def __post_init__(self) -> None:
+        op = "prefix_decode_attention"
+        check_tensor(op, "cu_prefix", self.cu_prefix, ("B+1",), INTEGERS)
+        total = int(self.cu_prefix[-1]) if len(self.cu_prefix) else 0
+        check_cu_seqlens(op, "cu_prefix", self.cu_prefix, total, smallest=1)
+        check_tensor(op, "row_group", self.row_group, ("R",), (torch.int64,), self.cu_prefix.device)
+        groups = len(self.cu_prefix) - 1
+        check_indices(op, "row_group", self.row_group, groups)
+        device, count = self.cu_prefix.device, len(self.row_group)
+
+        lengths = self.cu_prefix.long().diff()
+        column = torch.arange(int(lengths.max()) if groups else 0, device=device)
+        real = column < lengths[:, None]  # [B, L]
+        index = self.cu_prefix[:-1].long()[:, None] + torch.minimum(column, lengths[:, None] - 1)
+
+        per_group = torch.bincount(self.row_group, minlength=groups)
+        most = int(per_group.max()) if groups else 0
+        order = self.row_group.argsort(stable=True)
+        first = per_group.cumsum(0) - per_group
+        slot = torch.empty_like(order)
+        slot[order] = self.row_group[order] * most + torch.arange(count, device=device) - first[self.row_group[order]]
+        rows = torch.zeros(groups * most, dtype=torch.int64, device=device)
+        rows[slot] = torch.arange(count, device=device)
+        values = {
+            "prefix_tokens": total,
+            "prefix_index": index,
+            "prefix_real": real,
+            "rows": rows.reshape(groups, most),
+            "slot": slot,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)

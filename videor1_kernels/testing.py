@@ -1,0 +1,105 @@
+"""Tools for testing a kernel against its fp64 oracle; any codebase may use them.
+
+The bar: a kernel may err no more against the fp64 oracle than plain torch does at the same dtype (plus a little slack),
+whatever its outputs' memory held before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds for ``torch.testing.assert_close``."""
+
+    rtol: float
+    atol: float
+
+
+# Of a result against the fp64 oracle on inputs of order 1: a few ulp of the dtype that the result is stored in, times
+# the growth of a sum of some thousand terms.
+TOLERANCES: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(rtol=1e-10, atol=1e-11),
+    torch.float32: Tolerance(rtol=2e-5, atol=5e-6),
+    torch.float16: Tolerance(rtol=4e-3, atol=1e-3),
+    torch.bfloat16: Tolerance(rtol=2e-2, atol=1e-2),
+}
+
+
+def assert_matches(actual: Tensor, oracle: Tensor, dtype: torch.dtype | None = None, name: str = "result") -> None:
+    """``actual`` equals the fp64 ``oracle`` within the table's bounds for ``dtype`` (default: that of ``actual``)."""
+    bound = TOLERANCES[dtype or actual.dtype]
+    torch.testing.assert_close(
+        actual.double(), oracle.double(), rtol=bound.rtol, atol=bound.atol, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def assert_no_worse(
+    actual: Tensor, baseline: Tensor, oracle: Tensor, *, slack: float = 1.1, name: str = "result"
+) -> None:
+    """The largest error of ``actual`` against ``oracle`` is at most ``slack`` times that of ``baseline`` (plain torch
+    at the same dtype), plus one rounding of the stored dtype."""
+    assert actual.shape == oracle.shape, f"{name}: shape {list(actual.shape)}, oracle {list(oracle.shape)}"
+    if not actual.numel():
+        return
+    error = (actual.double() - oracle.double()).abs().max().item()
+    allowed = (baseline.double() - oracle.double()).abs().max().item()
+    ulp = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    limit = slack * allowed + ulp
+    assert error <= limit, f"{name}: error {error:.3e} against fp64, plain torch {allowed:.3e}, limit {limit:.3e}"
+
+
+def oracle_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copies for the oracle: floats as fp64 leaves that require a gradient where the original does; the rest as is."""
+    return tuple(
+        t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        for t in tensors
+    )
+
+
+def poison_padding(values: Tensor, lengths: Tensor, poison: float = float("nan")) -> Tensor:
+    """A copy of ``values`` [R, C, ...] with NaN from ``lengths`` [R] on: reading there shows in the result."""
+    column = torch.arange(values.shape[1], device=values.device)
+    padding = column[None, :] >= lengths.to(values.device)[:, None]  # [R, C]
+    return values.detach().clone().masked_fill_(padding.reshape(*padding.shape, *[1] * (values.dim() - 2)), poison)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` returns NaN (integers: the largest value), so that an output element never written shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements (``numel``) of any tensor that an operation in the block returns, backward included.
+
+    CPU only: a CUDA backward runs in threads that the mode does not see (use ``torch.cuda.max_memory_allocated``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.operation = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and value.numel() > self.numel:
+                self.numel, self.operation = value.numel(), str(func)
+        return out
