@@ -61,7 +61,7 @@ def permute_frames(patches: Tensor, grid_thw: Grid, permutation: Sequence[int] |
     T, _, _ = _check(patches, grid_thw)
     order = [int(i) for i in permutation]
     if len(order) not in (2 * T, 2 * T - 1) or sorted(order) != list(range(len(order))):
-        raise ValueError(f"permute_frames: expected a permutation of the {2 * T} frames of grid {grid_thw}, got {order}")
+        raise ValueError(f"permute_frames: expected a permutation of {2 * T} frames (grid {grid_thw}), got {order}")
     if len(order) % 2:
         order.append(order[-1])
     frames = patches.view(T, -1, 3, 2, PATCH * PATCH).permute(0, 3, 1, 2, 4).flatten(0, 1)  # [2T, h*w, 3, 196]
