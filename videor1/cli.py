@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -69,11 +70,7 @@ def collect_options(config_class: type) -> dict[str, Option]:
 
 def _walk(config_class: type, defaults: Any, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(config_class)
-    title = docstring_parser.parse_from_object(config_class).short_description or config_class.__name__
-    docs: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        if dataclasses.is_dataclass(base):
-            docs |= {p.arg_name: " ".join((p.description or "").split()) for p in _attributes(base)}
+    title, docs = _docstrings(config_class)
     for field in dataclasses.fields(config_class):
         default = getattr(defaults, field.name)
         name = prefix + field.name
@@ -83,8 +80,15 @@ def _walk(config_class: type, defaults: Any, prefix: str) -> Iterator[Option]:
             yield Option(name, hints[field.name], default, docs.get(field.name, ""), prefix[:-1], title)
 
 
-def _attributes(config_class: type) -> Sequence[docstring_parser.DocstringParam]:
-    return docstring_parser.parse_from_object(config_class).params
+@functools.cache
+def _docstrings(config_class: type) -> tuple[str, dict[str, str]]:
+    """The first line of the class's docstring, and the docstring of each field, inherited ones too."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(base):
+            parsed = docstring_parser.parse_from_object(base)
+            docs |= {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    return parsed.short_description or config_class.__name__, docs
 
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str) -> ConfigT:
@@ -175,8 +179,8 @@ def _build_parser(options: dict[str, Option], prog: str, description: str) -> Ar
     groups: dict[str, Any] = {}
     for option in options.values():
         if option.section not in groups:
-            short = next((key for key, name in SHORTHANDS.items() if key == option.section and name in options), None)
-            note = f"--{short} true|false is short for --{SHORTHANDS[short]}." if short else None
+            full = SHORTHANDS.get(option.section)
+            note = f"--{option.section} true|false is short for --{full}." if full else None
             title = f"{option.section}: {option.title}" if option.section else option.title
             title = title.removesuffix(".")
             groups[option.section] = parser.add_argument_group(title, note)
@@ -206,10 +210,11 @@ def _resolve(
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
         values = {**COMPAT[compat], **values}
-    if values:
-        parser.set_defaults(values)
-    result = _parse_tokens(parser, options, tokens, defaults=True)
-    return _build(config_class, result.as_dict()), print_config
+    parser.set_defaults({name: value for name, value in values.items() if options[name].is_list})  # --list+ adds to it
+    explicit = _parse_tokens(parser, options, tokens, defaults=True)
+    for name, option in options.items():
+        values[name] = explicit[name] if name in given else values.get(name, option.default)
+    return _build(config_class, values, ""), print_config
 
 
 def _parse_tokens(parser: ArgumentParser, options: dict[str, Option], tokens: list[str], *, defaults: bool) -> Any:
@@ -239,7 +244,8 @@ def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
         option = options.get(name.removesuffix("+"))  # --list+ appends
         known = option is not None and (option.is_list or not name.endswith("+"))
         if not known and name not in ("help", "config"):
-            raise ConfigError(f"unknown option --{name}; did you mean {_nearest(name, options)}?")
+            nearest = _nearest(name, ["config", "print_config", *options])
+            raise ConfigError(f"unknown option --{name}; did you mean {nearest}?")
         values = [value] if equals else []
         while not equals and index < len(argv) and not str(argv[index]).startswith("--"):
             values.append(str(argv[index]))
@@ -340,17 +346,17 @@ def _is_null(node: yaml.Node) -> bool:
     return node.tag == "tag:yaml.org,2002:null"
 
 
-def _build(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> ConfigT:
     hints = get_type_hints(config_class)
     arguments = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        hint, value = hints[field.name], values[field.name]
+        name, hint = prefix + field.name, hints[field.name]
         section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        arguments[field.name] = _build(hint, value) if section else value
+        arguments[field.name] = _build(hint, values, f"{name}.") if section else values[name]
     return config_class(**arguments)
 
 
-def _nearest(name: str, options: dict[str, Option]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     """The known name most like ``name``; by its last part too, so that ``rule`` finds ``temporal.rule``."""
 
     def alike(known: str) -> float:
@@ -359,9 +365,8 @@ def _nearest(name: str, options: dict[str, Option]) -> str:
 
         return max(ratio(name, known), 0.99 * ratio(name.split(".")[-1], known.split(".")[-1]))
 
-    names = ["config", "print_config", *options]
-    best = max(map(alike, names))
-    return " or ".join([known for known in names if alike(known) == best][:3])
+    scores = {known: alike(known) for known in names}
+    return " or ".join([known for known, score in scores.items() if score == max(scores.values())][:3])
 
 
 def _type_error(option: Option, got: str) -> str:
