@@ -24,7 +24,6 @@ def follows_format(text: str) -> bool:
     Under a full match each lazy ``.*?`` may cross other tags, so this is: the outer tags at both ends and, anywhere
     between them, a ``</think>`` with only blanks before an ``<answer>``. Linear time; the reference's is quadratic.
     """
-    head, tail = "<think>", "</answer>"
-    if not (text.startswith(head) and text.endswith(tail)):
+    if not (text.startswith("<think>") and text.endswith("</answer>")):
         return False
-    return _TURN.search(text, len(head), max(len(head), len(text) - len(tail))) is not None
+    return _TURN.search(text, 0, len(text) - len("</answer>")) is not None

@@ -42,7 +42,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     - ``free-form``: mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, from the rouge-score package. A text of one
       word has no bigrams, so it earns 2/3 at most.
     - ``regression``: 1 - min(1, (|o - g| + 1e-9) / (|g| + 1e-9)), read as above. Not a number: 0. The reference's clip
-      turns an answer of "nan" into the full reward; here a NaN is not a number. That is the one departure.
+      turns an answer of "nan" into the full reward; here a NaN difference earns 0. That is the one departure.
     - anything else: 0.
 
     With ``lenient`` the reward is the larger of the strict one and this:
@@ -190,12 +190,10 @@ def _free_form(output: str, truth: str) -> float:
 
 
 def _number(text: str) -> float | None:
-    """``float`` without commas; None for what is not a number, NaN included."""
     try:
-        value = float(text.replace(",", ""))
+        return float(text.replace(",", ""))
     except ValueError:
         return None
-    return None if math.isnan(value) else value
 
 
 def _closeness(output: float | None, truth: float | None) -> float:
