@@ -1,4 +1,4 @@
-"""Is a video file cut off? FFmpeg ends a cut Matroska file without an error, and the clip would be silently shorter."""
+"""Is a video file cut off? FFmpeg may end a cut file without an error, and the clip would be silently shorter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _MP4_NEEDED = (b"moov", b"mdat", b"moof")
 
 
 def missing_bytes(path: Path) -> int:
-    """Bytes that the top-level boxes of an MP4 or the segment of a Matroska file claim beyond the end of the file.
+    """Bytes that a file's outermost element (MP4 box, Matroska segment, AVI chunk) claims beyond the file's end.
 
-    0 where nothing is missing, or where the container does not say (other formats, live recordings of open size).
+    0 where nothing is missing, or where the container does not say: other formats (MPEG-TS and raw streams have no
+    length at all), live recordings of open size.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -23,6 +24,9 @@ def missing_bytes(path: Path) -> int:
             return max(0, _matroska_end(file) - size)
         if head[4:8] in _MP4_FIRST:
             return _mp4_missing(file, size)
+    if head[:4] == b"RIFF":
+        missing = 8 + int.from_bytes(head[4:], "little") - size
+        return missing if missing > 1 else 0  # the last pad byte is often left out
     return 0
 
 

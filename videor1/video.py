@@ -1,6 +1,7 @@
 """A video or image file to upright RGB frames and the size the vision tower will see.
 
-A file that cannot be read in full is a ``SampleError``: never a shortened, concealed or replaced clip. Kinds:
+A file that cannot be read in full is a ``SampleError``: never a shortened or replaced clip. (Damage inside a frame that
+the decoder repairs without reporting it goes unnoticed, and so does a cut MPEG-TS or raw stream.) Kinds:
 ``missing_file``, ``not_video``, ``truncated``, ``zero_frames``, ``too_few_frames``, ``decode``, ``image``,
 ``aspect_ratio``.
 """
@@ -71,6 +72,8 @@ def read_frames(
     if max_frames < 2 or not fps > 0:
         raise ValueError(f"read_frames: expected max_frames of 2 or more and fps above 0, got {max_frames} and {fps}")
     min_pixels = min(max_pixels, VIDEO_MAX_PIXELS) if min_pixels is None else min_pixels
+    if not 1 <= min_pixels <= max_pixels:
+        raise ValueError(f"read_frames: expected 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
     path = Path(path)
     _check_file(path, "not_video")
     if missing := missing_bytes(path):

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,22 +106,20 @@ class WorkerPool:
 
     def _poll(self, task: Task) -> Reply | None:
         """The reply, or None after half a second or after a restart."""
-        if task.future is not None and wait([task.future], timeout=0.5).done:
+        path = getattr(task.item, "path", None)
+        if task.future and wait([task.future], timeout=0.5).done and not _is_broken(task.future):
             try:
                 payload, error, seconds = task.future.result()
             except TimeoutError:
                 message = f"took longer than {self._timeout:g} s; its worker was killed"
-                return Reply(None, SampleError("timeout", message, getattr(task.item, "path", None)), self._timeout)
+                return Reply(None, SampleError("timeout", message, path), self._timeout)
             except ProcessExpired as died:
                 message = f"the worker died (exit code {died.exitcode}) while it worked on this sample"
-                return Reply(None, SampleError("worker_died", message, getattr(task.item, "path", None)), 0.0)
-            except (BrokenProcessPool, CancelledError):
-                self._restart()
-                return None
+                return Reply(None, SampleError("worker_died", message, path), 0.0)
             self._fruitless_restarts = 0
             return Reply(None if payload is None else pickle.loads(payload), error, seconds)
         quiet = time.monotonic() - max(self._last_reply, task.submitted)
-        if task.future is None or not self._pool.active or quiet > self._timeout + self.stall_seconds:
+        if _is_broken(task.future) or not self._pool.active or quiet > self._timeout + self.stall_seconds:
             self._restart()
         return None
 
@@ -156,7 +154,7 @@ class WorkerPool:
         self._discard()
         self._start()
         for task in sorted(self._unfinished, key=lambda task: task.submitted):
-            if task.future is None or not task.future.done() or _is_broken(task.future):
+            if task.future is None or _is_broken(task.future) or not task.future.done():
                 self._schedule(task)
 
     def _discard(self) -> threading.Thread:
@@ -220,5 +218,8 @@ def _stop_pool(pool: ProcessPool, starting: threading.Thread) -> None:
     pool.join()
 
 
-def _is_broken(future: Future[Any]) -> bool:
-    return future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
+def _is_broken(future: Future[Any] | None) -> bool:
+    """Never scheduled, or ended by the pool's end and not by its call's."""
+    if future is None or future.cancelled():
+        return True
+    return future.done() and isinstance(future.exception(), BrokenProcessPool)
