@@ -72,7 +72,7 @@ class PrefixLayout:
                 predict_index.append(torch.cat([own.new_tensor([start + prompt - 1]), own[:-1]]))
         flat = [n for group in completions for n in group]
         empty = torch.empty(0, dtype=torch.int64)
-        device = torch.device(self.device)
+        device = torch.empty(0, device=self.device).device  # "cuda" becomes "cuda:0"
         values = {
             "prompt_lengths": prompts,
             "completion_lengths": completions,
