@@ -183,13 +183,27 @@ class CommonConfig:
 
 
 @dataclass
-class TrainConfig(CommonConfig):
+class EvalOptions(CommonConfig):
+    """What every command that answers questions shares."""
+
+    max_completion_length: int = 768
+    """New tokens per answer at most."""
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval_steps: int = 0
+    """Evaluate on data.eval_path every so many steps, and at the end; 0: only at the end."""
+    eval_samples: int = 256
+    """Samples of data.eval_path to use, from the top; 0: all."""
+    eval_temperature: float = 0.0
+    """Sampling temperature of the evaluation; 0: greedy."""
+
+
+@dataclass
+class TrainConfig(EvalOptions):
     """T-GRPO."""
 
     num_generations: int = 8
     """Answers from ordered frames per prompt."""
-    max_completion_length: int = 768
-    """New tokens per answer at most."""
     temperature: float = 1.0
     """Sampling temperature; log-probs use it too."""
     top_p: float = 0.95
@@ -199,8 +213,6 @@ class TrainConfig(CommonConfig):
     rollout_batch_size: int = 64
     """Rows (ordered and shuffled answers) decoded together at most."""
 
-    temporal: TemporalConfig = field(default_factory=TemporalConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     len_control: bool = True
     """The length reward (reward.length_bonus for correct answers within reward.length_range)."""
     normalize: Literal["std", "none"] = "std"
@@ -224,17 +236,12 @@ class TrainConfig(CommonConfig):
     num_iterations: int = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
 
-    eval_steps: int = 0
-    """Evaluate on data.eval_path every so many steps; 0: only at the end."""
-    eval_samples: int = 256
-    """Samples of data.eval_path to use, from the top; 0: all."""
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code; explicit options still win."""
 
     def __post_init__(self) -> None:
-        check_common(self)
+        check_eval(self)
         _expect("num_generations", self.num_generations, "at least 2 (the group is its own baseline)", self.num_generations >= 2)
-        _expect("max_completion_length", self.max_completion_length, "at least 1", self.max_completion_length >= 1)
         _expect("temperature", self.temperature, "above 0", self.temperature > 0)
         _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
         _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
@@ -263,15 +270,27 @@ class TrainConfig(CommonConfig):
 
 
 @dataclass
-class SFTConfig(CommonConfig):
+class SFTConfig(EvalOptions):
     """SFT cold start on Video-R1-CoT data: loss on the assistant's tokens only, samples packed into rows."""
 
     max_length: int = 16384
     """Tokens of a packed row at most; a longer sample is skipped and counted."""
+    stop_at_accuracy: float | None = None
+    """Stop once the accuracy on data.eval_path reaches this: a cold start should leave RL room to improve."""
 
     def __post_init__(self) -> None:
-        check_common(self)
+        check_eval(self)
         _expect("max_length", self.max_length, "at least 1", self.max_length >= 1)
+        if self.stop_at_accuracy is not None and not (self.data.eval_path and self.eval_steps):
+            raise ConfigError("stop_at_accuracy: needs data.eval_path and eval_steps above 0")
+
+
+@dataclass
+class EvaluateConfig(EvalOptions):
+    """Accuracy of a model on a data file, frames in order and shuffled."""
+
+    def __post_init__(self) -> None:
+        check_eval(self)
 
 
 # The reference code's values wherever they are defaults of its launch script or trainer.
@@ -280,7 +299,7 @@ COMPAT: dict[str, dict[str, object]] = {
         "num_generations": 8, "max_completion_length": 768, "max_prompt_length": 16384,
         "temperature": 1.0, "top_p": 0.95, "top_k": 50,
         "temporal.enabled": True, "temporal.rule": "reference", "temporal.alpha": 0.3, "temporal.mu": 0.8,
-        "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": 4,
+        "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": None,
         "len_control": True, "reward.length_bonus": 0.2, "reward.length_range": (320, 512),
         "reward.correct_above": 0.1, "reward.lenient": False, "reward.format_weight": 1.0,
         "normalize": "std", "advantage_eps": 1e-4,
@@ -316,6 +335,14 @@ def check_common(config: CommonConfig) -> None:
     _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
     _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
     _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
+
+
+def check_eval(config: EvalOptions) -> None:
+    """Range checks of the options of whatever answers questions."""
+    check_common(config)
+    _expect("max_completion_length", config.max_completion_length, "at least 1", config.max_completion_length >= 1)
+    for name in ("eval_steps", "eval_samples", "eval_temperature"):
+        _expect(name, getattr(config, name), "0 or more", getattr(config, name) >= 0)
 
 
 def _expect(name: str, value: object, expected: str, ok: bool) -> None:

@@ -1,0 +1,189 @@
+"""Checkpoints: Hugging Face folders that transformers and vLLM load, with the trainer's state in a subfolder.
+
+    checkpoints/step-100/            config.json, model.safetensors, tokenizer, chat template, processor files
+    checkpoints/step-100/trainer/    state.json, optimizer.safetensors, adapter/ (LoRA), master.safetensors (bf16 runs)
+
+A checkpoint is written to a temporary folder and renamed: what is named step-N is whole. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from videor1.errors import ConfigError
+from videor1.model import VideoLM, processor_files
+from videor1.optim import load_state_tensors, state_tensors
+
+_NAME = re.compile(r"step-(\d+)")
+_PARTIAL = ".partial-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written (full disk, no permission); the ones before it are untouched."""
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's whole checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: VideoLM,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    *,
+    keep: int | None = None,
+) -> Path:
+    """Write checkpoint ``step`` and delete the oldest beyond ``keep``.
+
+    Args:
+        optimizer: None writes the model only (no resume from it).
+        state: the trainer's, JSON values.
+
+    Raises:
+        CheckpointError: nothing is left of the attempt, and older checkpoints are whole.
+    """
+    folder = run_dir / "checkpoints"
+    final, partial = folder / f"step-{step}", folder / f"{_PARTIAL}step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving
+            shutil.rmtree(stale)
+        partial.mkdir()
+        save_model(model, partial)
+        if optimizer is not None:
+            _save_trainer(partial / "trainer", model, optimizer, state | {"step": step})
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync_folder(folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors reports a failed write with an exception class of its own.
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
+        raise
+    for _, old in checkpoints(run_dir)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+    return final
+
+
+def save_model(model: VideoLM, folder: Path) -> None:
+    """The model (adapters merged), its tokenizer and its processor files, as ``from_pretrained`` reads them."""
+    dtype = model.compute_dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in _merged(model)}
+    config_dtype, model.hf.config.dtype = model.hf.config.dtype, dtype
+    try:
+        model.hf.save_pretrained(folder, state_dict=tensors)
+    finally:
+        model.hf.config.dtype = config_dtype
+    model.tokenizer.save_pretrained(folder)
+    for name, text in processor_files(model.source).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
+    """The plain model's state dict: each adapted weight with its adapter added, without touching the live one."""
+    if model.peft is None:
+        yield from model.hf.state_dict().items()
+        return
+    adapted = {name: m for name, m in model.hf.named_modules() if hasattr(m, "base_layer")}
+    for name, tensor in model.hf.state_dict().items():
+        if ".lora_" in name:
+            continue
+        module, base, field = name.partition(".base_layer.")
+        if base and field == "weight":
+            layer: Any = adapted[module]
+            for adapter in layer.active_adapters:
+                tensor = tensor + layer.get_delta_weight(adapter)
+        yield f"{module}.{field}" if base else name, tensor
+
+
+def _save_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    folder.mkdir()
+    save_file(_contiguous(state_tensors(optimizer, model.trainable())), folder / "optimizer.safetensors")
+    if model.peft is not None:
+        adapter = {name: p.detach() for name, p in model.trainable().items()}
+        save_file(_contiguous(adapter), folder / "adapter.safetensors")
+    elif model.compute_dtype != torch.float32:
+        master = {name: p.detach() for name, p in model.trainable().items()}
+        save_file(_contiguous(master), folder / "master.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def load_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start."""
+    trainer = folder / "trainer"
+    if not (trainer / "state.json").is_file():
+        raise ConfigError(f"{folder}: no trainer state to resume from (save_only_model true, or not a checkpoint)")
+    state: dict[str, Any] = json.loads((trainer / "state.json").read_text(encoding="utf-8"))
+    trained = model.trainable()
+    for name in ("adapter.safetensors", "master.safetensors"):
+        if (trainer / name).is_file():
+            weights = load_file(trainer / name)
+            break
+    else:
+        weights = _plain_weights(folder, trained)
+    if set(weights) != set(trained):
+        different = sorted(set(weights) ^ set(trained))
+        raise ConfigError(f"{folder}: its trained parameters are not this run's: {different[:5]} ({len(different)})")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    load_state_tensors(optimizer, trained, load_file(trainer / "optimizer.safetensors"))
+    return state
+
+
+def _plain_weights(folder: Path, trained: dict[str, Any]) -> dict[str, Tensor]:
+    """The trained parameters as from_pretrained reads them (it knows the names that the files use)."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return {name: p.detach() for name, p in saved.named_parameters() if name in trained}
+
+
+def find_resume(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint that the option ``resume`` means; ``auto`` in a run without any: None (a fresh start)."""
+    if resume == "auto":
+        found = checkpoints(run_dir)
+        return found[-1][1] if found else None
+    path = Path(resume)
+    if not path.is_dir():
+        raise ConfigError(f"resume: no checkpoint folder at {resume!r}; expected auto or .../checkpoints/step-N")
+    return path
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(folder: Path) -> None:
+    """Everything on disk before the rename makes it the checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

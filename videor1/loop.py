@@ -1,0 +1,302 @@
+"""The loop that SFT and T-GRPO share: optimizer steps, metrics, checkpoints, exact resume, signals.
+
+Everything random is derived from (seed, name, position), never from a running global generator, so the state of a run
+is its weights, its optimizer, its step and its position in the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from videor1.checkpoint import CheckpointError, checkpoints, find_resume, load_trainer, save
+from videor1.cli import save_config
+from videor1.config import EvalOptions
+from videor1.data import Dataset, load_samples
+from videor1.errors import ConfigError, TrainingStopped
+from videor1.evaluation import evaluate_samples
+from videor1.metrics import JsonlWriter, MetricsWriter, Progress
+from videor1.model import VideoLM, load_model
+from videor1.optim import guarded_step, learning_rate, make_optimizer
+from videor1.seeding import derive_seed
+from videor1.source import Source
+from videor1.types import SampleError
+
+C = TypeVar("C", bound=EvalOptions)
+
+
+class Loop(ABC, Generic[C]):
+    """One run. A subclass says what a batch is and how it updates the model.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        model, optimizer, source, progress: made by :meth:`train`.
+    """
+
+    name: str  # of the command
+    total_steps: int
+    source: Source[Any]
+    metrics: MetricsWriter
+    progress: Progress
+    _saved_at: int
+    _batch_start: int
+    _evaluated_at: int
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+        self.run_dir = Path(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.dataset = self._load_dataset(config.dataset_name)
+        self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
+        self.accuracy = math.nan  # of the latest evaluation
+        self.resume_from = self._resume_point()
+        self.model: VideoLM = load_model(config)
+        self.optimizer = make_optimizer(self.model.trainable(), config)
+        self.step = 0
+        self.nonfinite_in_a_row = 0
+        self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0}
+        self._stop: str | None = None
+
+    @abstractmethod
+    def make_source(self, start: int) -> Source[Any]:
+        """The records of this run, from draw ``start`` on."""
+
+    @abstractmethod
+    def train_batch(self) -> None:
+        """Take a batch from the source and make one or more :meth:`optimizer_step` calls."""
+
+    @abstractmethod
+    def samples_per_step(self) -> float:
+        """Samples of the data set that one optimizer step consumes."""
+
+    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """What the progress bar shows of a step's metrics."""
+        return {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
+
+    def finished(self) -> bool:
+        """A subclass may end a run before its last step."""
+        return False
+
+    def _load_dataset(self, path: str | None) -> Dataset:
+        if not path:
+            raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
+        return load_samples(path, root=self.config.data.root)
+
+    def train(self) -> Path:
+        """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
+        with self._open():
+            while self.step < self.total_steps and not self._stop and not self.finished():
+                self.train_batch()
+                if self._due(self.config.eval_steps):
+                    self._evaluate()
+                if self._due(self.config.save_steps):
+                    self._save(required=False)
+                self._batch_start = self.step
+            if not self._stop:
+                self._evaluate()
+            final = self._save(required=True)
+        if self._stop:
+            raise KeyboardInterrupt(f"{self._stop}: saved {final}; go on with --resume auto --output_dir {self.run_dir}")
+        return final
+
+    def optimizer_step(self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]]) -> None:
+        """One update from the micro-batches' losses, whose sum is the loss of the step.
+
+        A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
+        ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch.
+        """
+        started = time.perf_counter()
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
+        total, finite = 0.0, True
+        for loss in losses:
+            total += float(loss.detach())
+            finite = math.isfinite(total)
+            if not finite:
+                break
+            if loss.requires_grad:
+                loss.backward()
+        parameters = self.model.trainable()
+        if not finite:
+            self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.step, self.total_steps, self.config)
+        norm, finite_norm = guarded_step(self.optimizer, parameters, rate, self.config.max_grad_norm)
+        self.step += 1
+        row = {"loss": total, "grad_norm": norm if finite else math.nan, "learning_rate": rate}
+        row |= metrics() if finite else {}
+        row |= {"data/draws": self.source.position, **self._skipped(), **self.counters}
+        row["time/update"] = time.perf_counter() - started
+        self._count_nonfinite(finite and finite_norm, row)
+        self._report(row)
+
+    def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
+        if finite:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        self.counters["nonfinite_steps"] += 1
+        row["nonfinite_steps"] = self.counters["nonfinite_steps"]
+        self.progress.write(
+            f"step {self.step}: skipped, its loss ({row['loss']}) or gradient norm ({row['grad_norm']}) is not finite"
+        )
+        if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            self._report(row)
+            raise TrainingStopped(
+                f"{self.nonfinite_in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
+                f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
+            )
+
+    def _report(self, row: dict[str, Any]) -> None:
+        self._since_log.append(row)
+        if self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
+            self.metrics.log(self.step, _mean_rows(self._since_log))
+            self._since_log.clear()
+        self.progress.update(self.shown(row))
+
+    def _evaluate(self) -> None:
+        """Held-out accuracy of the weights at hand, once per step."""
+        if self.eval_set is None or self._evaluated_at == self.step:
+            return
+        started = time.perf_counter()
+        result = evaluate_samples(self.model, self.eval_set, self.config)
+        self.accuracy, self._evaluated_at = result.ordered, self.step
+        self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
+
+    def _skipped(self) -> dict[str, int]:
+        bad = self.source.skipped + self._skipped_before
+        return {"data/skipped": sum(bad.values())} | {f"data/skipped/{kind}": n for kind, n in sorted(bad.items())}
+
+    def _on_skip(self, draw: int, error: SampleError) -> None:
+        self.skips.write(self.step + 1, {"draw": draw, "kind": error.kind, "path": error.path, "message": str(error)})
+        self.progress.write(f"skipped: {error}")
+
+    def _due(self, every: int) -> bool:
+        """Whether this batch, which may hold several steps, reached a multiple of ``every`` before the last step."""
+        return bool(every) and self.step // every > self._batch_start // every and self.step < self.total_steps
+
+    def _save(self, *, required: bool) -> Path:
+        """Write a checkpoint. A failure in the middle of a run is reported and counted; the last one is required."""
+        existing = dict(checkpoints(self.run_dir))
+        if self._saved_at == self.step and self.step in existing:
+            return existing[self.step]
+        optimizer = None if self.config.save_only_model else self.optimizer
+        try:
+            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=self.config.save_total_limit)
+        except CheckpointError as error:
+            if required:
+                kept = f"the last whole one is {list(existing.values())[-1]}" if existing else "there is none before it"
+                raise TrainingStopped(f"{error}; {kept}") from error
+            self.counters["failed_checkpoints"] += 1
+            self.progress.write(f"{error}; training goes on")
+            return self.run_dir
+        self._saved_at = self.step
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "position": self.source.position,
+            "skipped": dict(self.source.skipped + self._skipped_before),
+            "counters": self.counters,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "pending_metrics": self._since_log,
+            "evaluated_at": self._evaluated_at,
+            "accuracy": self.accuracy,
+        }
+
+    def _resume_point(self) -> Path | None:
+        used = (self.run_dir / "metrics.jsonl").exists()
+        found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
+        if used and not self.config.resume:
+            raise ConfigError(
+                f"output_dir: {self.run_dir} holds a run already; go on with it by --resume auto, or name another folder"
+            )
+        return found
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Everything that is open while the run runs, closed in order however it ends."""
+        from collections import Counter
+
+        state: dict[str, Any] = {}
+        if self.resume_from is not None:
+            state = load_trainer(self.resume_from, self.model, self.optimizer)
+            self.step = state["step"]
+            self.counters |= state["counters"]
+            self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self._skipped_before: Counter[str] = Counter(state.get("skipped", {}))
+        self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
+        self._saved_at = self._batch_start = self.step
+        self._evaluated_at = state.get("evaluated_at", -1)
+        self.accuracy = state.get("accuracy", math.nan)
+        epochs = self.config.num_train_epochs * len(self.dataset) / self.samples_per_step()
+        self.total_steps = self.config.max_steps if self.config.max_steps >= 0 else math.ceil(epochs)
+        resume_step = self.step if self.config.resume else None
+        with ExitStack() as stack:
+            save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), self.run_dir / "config.yaml")
+            self.metrics = stack.enter_context(
+                MetricsWriter(
+                    self.run_dir, report_to=self.config.report_to, run_name=self.config.run_name, config=self.config,
+                    resume_step=resume_step,
+                )
+            )  # fmt: skip
+            self.skips = JsonlWriter(self.run_dir / "skipped.jsonl", resume_step=resume_step)
+            stack.callback(self.skips.close)
+            self.progress = stack.enter_context(
+                Progress(
+                    self.total_steps, initial=self.step, description=self.name, disabled=self.config.disable_tqdm
+                )
+            )
+            if self.resume_from is not None:
+                self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
+            for error in self.dataset.errors[:5]:
+                self.progress.write(f"left out: {error}")
+            if len(self.dataset.errors) > 5:
+                self.progress.write(f"left out: {len(self.dataset.errors)} entries in all {self.dataset.error_counts()}")
+            self.source = self.make_source(state.get("position", 0))
+            stack.callback(self.source.close)
+            stack.enter_context(self._signals())
+            yield
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the batch at hand, with a checkpoint; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+            self.progress.write(f"{self._stop}: saving after this batch; again to stop at once")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of each metric over the steps since the last line; counts and data positions are the last step's."""
+    if len(rows) == 1:
+        return rows[0]
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if all(isinstance(v, float) for v in values) and values:
+            known = [v for v in values if not math.isnan(v)]
+            merged[key] = sum(known) / len(known) if known else math.nan
+        else:
+            merged[key] = values[-1] if values else None
+    return merged

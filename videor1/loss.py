@@ -1,0 +1,125 @@
+"""Packed rows of prompts and answers, and the passes over them: log-probs, T-GRPO loss, SFT loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1.config import TrainConfig
+from videor1.model import VideoLM
+from videor1.types import Group, Prompt
+from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
+from videor1_kernels.integrations.transformers import PackedRow
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts with their completions in one row, each prompt once. T tokens, N of them in completions."""
+
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [3, 1, T]
+    layout: PrefixLayout
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def labels(self) -> Tensor:
+        """Completion tokens end to end, int64 [N]."""
+        return self.ids[self.layout.completion_index]
+
+
+def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Packed:
+    """One packed row; ``completions[i]`` are the token ids of the answers to ``prompts[i]``."""
+    layout = PrefixLayout(
+        [len(p.input_ids) for p in prompts], [[len(ids) for ids in group] for group in completions], model.device
+    )
+    ids = [part for p, group in zip(prompts, completions, strict=True) for part in (p.input_ids, *group)]
+    positions, firsts = zip(*map(model.positions, prompts), strict=True)
+    return Packed(torch.cat(ids).to(model.device), layout.text_positions(positions, firsts), layout, tuple(prompts))
+
+
+def pack_groups(model: VideoLM, groups: Sequence[Group]) -> Packed:
+    """The ordered answers of some groups; shuffled answers get no loss."""
+    return pack(model, [g.prompt for g in groups], [[c.token_ids for c in g.ordered] for g in groups])
+
+
+def media_features(model: VideoLM, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Vision features of the prompts that have media, in order; one pass of the tower for all of them."""
+    return model.vision_features([p.media for p in prompts if p.media is not None])
+
+
+def predicting_states(model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None) -> Tensor:
+    """The hidden states [N, H] that predict the completions' tokens: all that ever reaches the head."""
+    if features is None:
+        features = media_features(model, packed.prompts)
+    hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout), features)
+    return hidden[packed.layout.predict_index]
+
+
+def completion_logp(
+    model: VideoLM, packed: Packed, *, temperature: float = 1.0, features: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Log-probs [N] of the completions' tokens, fp32, nats."""
+    hidden = predicting_states(model, packed, features)
+    return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature)[0]
+
+
+def tgrpo_loss(
+    model: VideoLM,
+    packed: Packed,
+    advantages: Tensor,
+    config: TrainConfig,
+    *,
+    num_tokens: int,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    features: Sequence[Tensor] | None = None,
+) -> GrpoLoss:
+    """The policy loss of one packed row.
+
+    Args:
+        advantages: [S], one per completion.
+        num_tokens: completion tokens of the whole accumulated batch (loss_type dapo).
+        old_logp: [N] under the policy that sampled; None for the first update after a rollout.
+        ref_logp: [N] under the reference policy; None where beta is 0.
+        features: of a frozen vision tower, computed before; None runs the tower, with gradients if it is trained.
+    """
+    return linear_grpo_loss(
+        predicting_states(model, packed, features),
+        model.head_weight,
+        packed.labels,
+        advantages.to(model.device),
+        packed.layout.cu_completions,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_clamp=config.kl_clamp,
+        importance_level=config.importance_level,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        num_tokens=num_tokens,
+    )
+
+
+def loss_weight(loss_type: str, completions: int, all_completions: int, micro_batches: int) -> float:
+    """Factor on a micro-batch's loss so that the sum over micro-batches is the loss of the accumulated batch.
+
+    Means over completions (grpo, dr_grpo) weigh by their share of the completions; bnpo, defined per micro-batch, is
+    averaged; dapo is divided by the whole batch's tokens already.
+    """
+    return {
+        "grpo": completions / all_completions,
+        "dr_grpo": completions / all_completions,
+        "bnpo": 1 / micro_batches,
+        "dapo": 1.0,
+    }[loss_type]
+
+
+def sft_loss(model: VideoLM, packed: Packed, num_tokens: int) -> Tensor:
+    """Sum of the cross-entropy over the answers' tokens, divided by ``num_tokens`` of the accumulated batch."""
+    return -completion_logp(model, packed).sum() / num_tokens

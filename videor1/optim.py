@@ -1,0 +1,80 @@
+"""AdamW with a learning-rate schedule that is a function of the step, and guarded optimizer steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from videor1.config import CommonConfig
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: CommonConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, as usual (biases, norms and other vectors have none)."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
+
+
+def learning_rate(step: int, total_steps: int, config: CommonConfig) -> float:
+    """The rate of step ``step`` (from 0): linear warm-up, then constant, or linear or cosine decay to 0 at the end."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    span = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.lr_scheduler_type]
+    return config.learning_rate * factor
+
+
+def guarded_step(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], rate: float, max_grad_norm: float
+) -> tuple[float, bool]:
+    """Clip and step; (gradient norm before clipping, whether it was finite). A non-finite gradient changes nothing.
+
+    The gradients are freed either way.
+    """
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    finite = bool(torch.isfinite(norm))
+    if finite and gradients:
+        nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm), finite
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named ``<parameter>/<field>``, for safetensors."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{field}"] = value.detach().clone() if value.ndim == 0 else value.detach()
+    return tensors
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of :func:`state_tensors`. A parameter without entries has not been stepped yet."""
+    unknown = {key.rpartition("/")[0] for key in tensors} - set(parameters)
+    if unknown:
+        raise ValueError(f"optimizer state of parameters that are not trained here: {sorted(unknown)[:5]}")
+    for name, parameter in parameters.items():
+        fields = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
+        if fields:
+            # AdamW keeps its step counter on the CPU.
+            optimizer.state[parameter] = {
+                field: t.clone() if t.ndim == 0 else t.to(parameter.device, copy=True) for field, t in fields.items()
+            }

@@ -1,0 +1,110 @@
+"""SFT cold start: ``python -m videor1.sft --model_name_or_path MODEL --dataset_name cot.json``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from videor1.cli import parse, run_main
+from videor1.config import SFTConfig
+from videor1.data import Dataset, load_samples
+from videor1.errors import ConfigError
+from videor1.loop import Loop
+from videor1.loss import pack, sft_loss
+from videor1.prompts import build_sft_ids
+from videor1.source import Source
+from videor1.types import Media, Prompt, Sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to learn."""
+
+    prompt: Prompt
+    answer: Tensor  # int64 [C], EOS included
+
+    def __len__(self) -> int:
+        return len(self.prompt.input_ids) + len(self.answer)
+
+
+class SFTTrainer(Loop[SFTConfig]):
+    """Cross-entropy on the assistant's tokens, several samples packed into a row without seeing each other."""
+
+    name = "sft"
+
+    def _load_dataset(self, path: str | None) -> Dataset:
+        if not path:
+            raise ConfigError("dataset_name: expected a data file in the Video-R1-CoT JSON format, got nothing")
+        return load_samples(path, root=self.config.data.root, require_process=True)
+
+    def samples_per_step(self) -> float:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def make_source(self, start: int) -> Source[Example]:
+        def build(sample: Sample, media: Media | None, draw: int) -> Example:
+            ids, mask = build_sft_ids(self.model.tokenizer, sample, media, self.config.max_length)
+            length = len(ids) - int(mask.sum())
+            return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
+
+        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
+
+    def train_batch(self) -> None:
+        config = self.config
+        started = time.perf_counter()
+        micro = [
+            self.source.take(config.per_device_train_batch_size) for _ in range(config.gradient_accumulation_steps)
+        ]
+        rows = [row for examples in micro for row in pack_rows(examples, config.max_length)]
+        waited = time.perf_counter() - started
+        tokens = sum(len(example.answer) for row in rows for example in row)
+
+        def losses() -> Iterator[Tensor]:
+            for row in rows:
+                packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
+                yield sft_loss(self.model, packed, tokens)
+
+        def metrics() -> dict[str, Any]:
+            everything = sum(len(example) for row in rows for example in row)
+            return {
+                "num_tokens": everything,
+                "time/data": waited,
+                "time/tokens_per_second": everything / (time.perf_counter() - started),
+            }
+
+        self.optimizer_step(losses(), metrics)
+
+    def finished(self) -> bool:
+        """``stop_at_accuracy`` is reached."""
+        return self.config.stop_at_accuracy is not None and self.accuracy >= self.config.stop_at_accuracy
+
+    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+        labels = {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
+        return labels if self.eval_set is None else labels | {"accuracy": self.accuracy}
+
+
+def pack_rows(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Rows of at most ``max_length`` tokens, in order: a new row begins where the next example would not fit."""
+    rows: list[list[Example]] = []
+    for example in examples:
+        if not rows or sum(map(len, rows[-1])) + len(example) > max_length:
+            rows.append([])
+        rows[-1].append(example)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    config = parse(SFTConfig, argv, prog="python -m videor1.sft", description="SFT cold start for T-GRPO.")
+    final: Path = SFTTrainer(config).train()
+    print(f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final} --dataset_name DATA.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,120 @@
+"""The stream of training records: samples in their seeded order, decoded ahead, tokenised; bad ones skipped aloud."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from videor1.config import CommonConfig
+from videor1.data import Dataset, SampleStream
+from videor1.errors import DataError
+from videor1.prefetch import Prefetcher, load_media, media_key
+from videor1.types import Media, Sample, SampleError
+
+R = TypeVar("R")
+
+
+class Source(Generic[R]):
+    """Endless records made from a data set.
+
+    Args:
+        dataset: the samples.
+        build: makes the record of (sample, media, draw); a SampleError skips the sample.
+        on_skip: told every skipped draw.
+        start: the draw to begin with (resume).
+
+    Attributes:
+        position: the next draw; with the seed, all that a resumed run needs to know.
+        skipped: skipped draws by SampleError.kind.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: CommonConfig,
+        build: Callable[[Sample, Media | None, int], R],
+        *,
+        on_skip: Callable[[int, SampleError], None],
+        start: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.position = start
+        self.skipped: Counter[str] = Counter()
+        self._build, self._on_skip = build, on_skip
+        stream = SampleStream(len(dataset), config.seed, config.data.shuffle)
+        self._prefetcher: Prefetcher[_Draw, Media | None] = Prefetcher(
+            functools.partial(_load, video=config.video),
+            workers=config.data.workers,
+            depth=config.data.prefetch,
+            timeout=config.data.timeout,
+            cache_bytes=config.data.cache_mb * 2**20,
+            key=_key,
+        )
+        draws = (_Draw(draw, dataset.samples[index]) for draw, index in stream.iterate(start))
+        self._results = self._prefetcher.iterate(draws)
+        self._failed_in_a_row = 0
+
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds that the consumer waited for data, in all."""
+        return self._prefetcher.stats.waited_seconds
+
+    def __iter__(self) -> Iterator[R]:
+        return self
+
+    def __next__(self) -> R:
+        while True:
+            draw, outcome = next(self._results)
+            try:
+                if isinstance(outcome, SampleError):
+                    raise outcome
+                record = self._build(draw.sample, outcome, draw.number)
+            except SampleError as error:
+                self._skip(draw, error)
+                continue
+            self.position = draw.number + 1
+            self._failed_in_a_row = 0
+            return record
+
+    def take(self, count: int) -> list[R]:
+        """The next ``count`` records. Raises DataError when a whole pass over the data gave none."""
+        return [next(self) for _ in range(count)]
+
+    def close(self) -> None:
+        self._prefetcher.close()
+
+    def _skip(self, draw: _Draw, error: SampleError) -> None:
+        self.position = draw.number + 1
+        self.skipped[error.kind] += 1
+        self._failed_in_a_row += 1
+        if error.path is None and draw.sample.path is not None:
+            error = SampleError(error.kind, error.message, draw.sample.path)
+        self._on_skip(draw.number, error)
+        if self._failed_in_a_row >= len(self.dataset):
+            kinds = ", ".join(f"{kind} {count}" for kind, count in self.skipped.most_common())
+            raise DataError(
+                f"{self.dataset.path}: none of its {len(self.dataset)} samples can be used ({kinds}). The last: {error}"
+            )
+
+
+class _Draw:
+    """One draw of the stream, as the decode workers get it."""
+
+    __slots__ = ("number", "sample")
+
+    def __init__(self, number: int, sample: Sample) -> None:
+        self.number, self.sample = number, sample
+
+    @property
+    def path(self) -> object:
+        return self.sample.path
+
+
+def _load(draw: _Draw, video: object) -> Media | None:
+    return load_media(draw.sample, video)  # type: ignore[arg-type]
+
+
+def _key(draw: _Draw) -> object:
+    return media_key(draw.sample)

@@ -1,0 +1,38 @@
+"""T-GRPO: ``python -m videor1.train``. Without a model and a data file it runs the embedded demonstration."""
+
+from __future__ import annotations
+
+import sys
+
+from videor1.cli import parse, run_main
+from videor1.config import TrainConfig
+from videor1.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    config = parse(
+        TrainConfig,
+        argv,
+        prog="python -m videor1.train",
+        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine.",
+    )
+    if bool(config.model_name_or_path) != bool(config.dataset_name):
+        missing = "dataset_name" if config.model_name_or_path else "model_name_or_path"
+        raise ConfigError(f"{missing}: give model_name_or_path and dataset_name, or neither for the demonstration")
+    if not config.model_name_or_path:
+        from videor1.demo.run import run_demo
+
+        return run_demo(config, sys.argv[1:] if argv is None else argv)
+    from videor1.curves import draw_curves
+    from videor1.trainer import Trainer
+
+    trainer = Trainer(config)
+    final = trainer.train()
+    picture = draw_curves(trainer.run_dir)
+    print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

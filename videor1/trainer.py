@@ -1,0 +1,255 @@
+"""T-GRPO: answer from ordered and from shuffled frames, reward order where it helped, update on the ordered answers."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1.advantages import Scored, score_groups
+from videor1.config import TrainConfig
+from videor1.loop import Loop
+from videor1.loss import Packed, completion_logp, loss_weight, media_features, pack_groups, tgrpo_loss
+from videor1.metrics import JsonlWriter
+from videor1.prompts import build_input_ids
+from videor1.rewards import load_reward
+from videor1.rollout import Request, Sampler
+from videor1.sampling import SamplingOptions
+from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
+from videor1.source import Source
+from videor1.types import Group, Media, Prompt, Sample
+from videor1_kernels import GrpoLoss
+
+
+class Trainer(Loop[TrainConfig]):
+    """The T-GRPO trainer; ``Trainer(config).train()`` runs it."""
+
+    name = "train"
+
+    def __init__(self, config: TrainConfig) -> None:
+        for function in config.reward.functions:
+            load_reward(function)  # a misspelt one must not wait for the first rollout
+        super().__init__(config)
+        needs_copy = config.beta > 0 and not config.lora.rank
+        self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
+        self.sampler = Sampler(self.model, max_rows=config.rollout_batch_size)
+
+    def samples_per_step(self) -> float:
+        config = self.config
+        return config.per_device_train_batch_size * config.gradient_accumulation_steps / config.num_iterations
+
+    def make_source(self, start: int) -> Source[Prompt]:
+        def build(sample: Sample, media: Media | None, draw: int) -> Prompt:
+            limit = self.config.max_prompt_length
+            ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=limit)
+            return Prompt(sample, ids, media, draw)
+
+        resume_step = self.step if self.config.resume else None
+        self.rollouts = JsonlWriter(self.run_dir / "rollouts.jsonl", resume_step=resume_step)
+        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
+
+    def train_batch(self) -> None:
+        """One rollout and its ``num_iterations`` updates."""
+        config, clock = self.config, _Clock()
+        prompts = self.source.take(config.per_device_train_batch_size * config.gradient_accumulation_steps)
+        clock.lap("time/data")
+        groups, features = self.rollout(prompts)
+        clock.lap("time/rollout")
+        scored = score_groups(groups, config)
+        self._write_rollouts(groups, scored)
+        clock.lap("time/reward")
+
+        size = config.per_device_train_batch_size
+        micro = [slice(i, i + size) for i in range(0, len(groups), size)]
+        rows = [pack_groups(self.model, groups[part]) for part in micro]
+        tower = [self._frozen_features(features[part]) for part in micro]
+        reference = [self._reference_logp(row) for row in rows]
+        clock.lap("time/reference")
+
+        old: list[Tensor | None] = [None] * len(rows)
+        for _ in range(min(config.num_iterations, self.total_steps - self.step)):
+            results: list[GrpoLoss] = []
+            losses = self._losses(rows, micro, scored, old, reference, tower, results)
+            self.optimizer_step(losses, functools.partial(self._metrics, groups, scored, rows, results, clock))
+            old = [kept if kept is not None else new.logp for kept, new in zip(old, results, strict=False)]
+
+    def rollout(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Tensor | None]]:
+        """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
+        config, model = self.config, self.model
+        with model.inference():
+            ordered = _scatter(prompts, iter(media_features(model, prompts)))
+            permutations = [
+                draw_permutation(p, config.temporal.shuffle_unit, config.seed) if config.num_shuffled else None
+                for p in prompts
+            ]
+            shuffled = self._shuffled_features(prompts, ordered, permutations)
+        branches = [("ordered", ordered, config.num_generations), ("shuffled", shuffled, config.num_shuffled)]
+        requests = [
+            Request(prompt, features[i], count, config.seed, (branch, prompt.draw))
+            for i, prompt in enumerate(prompts)
+            for branch, features, count in branches
+            if branch == "ordered" or permutations[i] is not None
+        ]
+        options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
+        answers = iter(self.sampler.generate(requests, options))
+        groups = []
+        for prompt, permutation in zip(prompts, permutations, strict=True):
+            first = tuple(next(answers))
+            second = () if permutation is None else tuple(next(answers))
+            groups.append(Group(prompt, first, second, permutation))
+        return groups, ordered
+
+    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+        labels = {"loss": "loss", "reward": "reward", "p": "temporal/p", "p~": "temporal/p_shuffled"}
+        return {label: row.get(key) for label, key in labels.items()} | {"tokens/s": row.get("time/tokens_per_second")}
+
+    def _losses(
+        self,
+        rows: Sequence[Packed],
+        micro: Sequence[slice],
+        scored: Scored,
+        old: Sequence[Tensor | None],
+        reference: Sequence[Tensor | None],
+        tower: Sequence[list[Tensor] | None],
+        results: list[GrpoLoss],
+    ) -> Iterator[Tensor]:
+        """Micro-batch by micro-batch, so that each one's graph is freed before the next is built."""
+        completions, tokens = scored.lengths.numel(), int(scored.lengths.sum())
+        for row, part, old_logp, ref_logp, features in zip(rows, micro, old, reference, tower, strict=True):
+            advantages = scored.result.advantages[part].flatten()
+            result = tgrpo_loss(
+                self.model, row, advantages, self.config, num_tokens=tokens, old_logp=old_logp, ref_logp=ref_logp,
+                features=features,
+            )  # fmt: skip
+            results.append(result)
+            yield result.loss * loss_weight(self.config.loss_type, len(advantages), completions, len(rows))
+
+    def _shuffled_features(
+        self, prompts: Sequence[Prompt], ordered: Sequence[Tensor | None], orders: Sequence[tuple[int, ...] | None]
+    ) -> list[Tensor | None]:
+        if self.config.temporal.shuffle_unit == "temporal_patch":
+            return [
+                permuted_features(features, p.media, order) if order and features is not None and p.media else None
+                for p, features, order in zip(prompts, ordered, orders, strict=True)
+            ]
+        moved = [(p.media, order) for p, order in zip(prompts, orders, strict=True) if p.media and order]
+        patches = [shuffled_patches(m, order, "frame") for m, order in moved]
+        encoded = iter(self.model.vision_features([m for m, _ in moved], patches))
+        return [next(encoded) if order else None for order in orders]
+
+    def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The rollout's vision features serve training too where the tower is not trained."""
+        if any(p.requires_grad for p in self.model.visual.parameters()):
+            return None
+        return [f for f in features if f is not None]
+
+    def _reference_logp(self, row: Packed) -> Tensor | None:
+        if not self.config.beta:
+            return None
+        with self.model.as_reference(self.frozen) as reference:
+            return completion_logp(reference, row, temperature=self.config.temperature)
+
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        scored: Scored,
+        rows: Sequence[Packed],
+        results: Sequence[GrpoLoss],
+        clock: _Clock,
+    ) -> dict[str, Any]:
+        result, lengths = scored.result, scored.lengths
+        weights = torch.tensor([float(len(row.labels)) for row in rows])
+        weights /= weights.sum()
+
+        def token_mean(values: Sequence[Tensor | None]) -> float:
+            means = [0.0 if v is None else float(v.float().mean()) for v in values]
+            return sum(mean * float(weight) for mean, weight in zip(means, weights, strict=True))
+
+        sampled = torch.cat([c.logp for g in groups for c in g.ordered])
+        gap = (torch.cat([r.logp.cpu() for r in results]) - sampled).abs()
+        video = ~result.p_shuffled.isnan()
+        seconds = clock.total()
+        everything = int(lengths.sum()) + sum(len(c.token_ids) for g in groups for c in g.shuffled)
+        return {
+            "reward": float(result.rewards.mean()),
+            "reward_std": float(result.rewards.std(1).mean()),
+            "rewards/accuracy": float(scored.accuracy.mean()),
+            "rewards/format": float(scored.format.mean()),
+            "kl": token_mean([r.kl for r in results]),
+            "entropy": token_mean([r.entropy for r in results]),
+            "clip_ratio": token_mean([r.clip_fraction for r in results]),
+            "zero_advantage_groups": float((result.advantages == 0).all(1).float().mean()),
+            "completions/mean_length": float(lengths.float().mean()),
+            "completions/max_length": int(lengths.max()),
+            "completions/clipped_ratio": 1 - _mean([c.finished for g in groups for c in g.ordered]),
+            "temporal/p": _mean(result.p[video].tolist()),
+            "temporal/p_shuffled": _mean(result.p_shuffled[video].tolist()),
+            "temporal/bonus": _mean(result.temporal[video].tolist()),
+            "temporal/rewarded": _mean((result.temporal[video] > 0).tolist()),
+            "sampling/sampling_logp_difference/mean": float(gap.mean()),
+            "sampling/sampling_logp_difference/max": float(gap.max()),
+            **clock.laps,
+            "time/tokens_per_second": everything / seconds,
+        }
+
+    def _write_rollouts(self, groups: Sequence[Group], scored: Scored) -> None:
+        result = scored.result
+        for i, group in enumerate(groups):
+            sample = group.prompt.sample
+            self.rollouts.write(
+                self.step + 1,
+                {
+                    "draw": group.prompt.draw,
+                    "problem_id": sample.problem_id,
+                    "path": sample.path,
+                    "prompt": self.model.tokenizer.decode(_without_media(self.model, group.prompt).tolist()),
+                    "solution": sample.solution,
+                    "permutation": group.permutation,
+                    "completions": [c.text for c in group.ordered],
+                    "shuffled_completions": [c.text for c in group.shuffled],
+                    "lengths": scored.lengths[i],
+                    "accuracy": scored.accuracy[i],
+                    "format": scored.format[i],
+                    "shuffled_accuracy": scored.shuffled_accuracy[i],
+                    "rewards": result.rewards[i],
+                    "advantages": result.advantages[i],
+                    "temporal": result.temporal[i],
+                },
+            )
+
+
+class _Clock:
+    """Seconds of each phase of a batch."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def _scatter(prompts: Sequence[Prompt], features: Iterator[Tensor]) -> list[Tensor | None]:
+    """One entry per prompt from the features of those that have media."""
+    return [None if p.media is None else next(features) for p in prompts]
+
+
+def _without_media(model: Any, prompt: Prompt) -> Tensor:
+    """The prompt's ids with its run of media tokens shortened to one, for reading."""
+    ids = prompt.input_ids
+    pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
+    repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])
+    return ids[~repeated]
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return sum(map(float, values)) / len(values) if values else float("nan")

@@ -1,0 +1,1 @@
+"""One small file per host library; import the one you need."""
