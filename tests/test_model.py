@@ -1,0 +1,159 @@
+"""The packed row, its positions, its gradients and the sampler, against an unmodified transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_lm, make_media, make_model, make_prompt
+from torch import Tensor
+
+from videor1.loss import completion_logp, pack, predicting_states
+from videor1.model import VideoLM
+from videor1.patches import normalize_patches
+from videor1.rollout import Request, Sampler
+from videor1.sampling import SamplingOptions
+from videor1.types import Prompt
+
+PROMPTS = {
+    "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
+    "slow video": lambda: make_prompt(make_media("video", (4, 4, 4), seconds=3.7, seed=2), "And last?", draw=2),
+    "tall video": lambda: make_prompt(make_media("video", (2, 12, 4), seconds=0.3, seed=3), draw=3),
+    "image": lambda: make_prompt(make_media("image", (1, 8, 4), seed=4), "What is this? Say it in full.", draw=4),
+    "text": lambda: make_prompt(None, "What is two and two?", draw=5),
+}
+
+
+def hf_inputs(model: VideoLM, prompt: Prompt, completion: Tensor | None = None) -> dict[str, Tensor]:
+    """What transformers' own forward takes for a prompt, with a completion appended."""
+    ids = prompt.input_ids if completion is None else torch.cat([prompt.input_ids, completion])
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    media, special = prompt.media, model.special
+    if media is not None:
+        kinds = torch.zeros_like(ids)
+        kinds[ids == special.image_pad] = 1
+        kinds[ids == special.video_pad] = 2
+        pixels, grid = normalize_patches(media.patches, torch.float32), torch.tensor([media.grid_thw])
+        name = "pixel_values" if media.kind == "image" else "pixel_values_videos"
+        inputs |= {name: pixels, f"{media.kind}_grid_thw": grid, "mm_token_type_ids": kinds[None]}
+        if media.kind == "video":
+            inputs["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
+    return inputs
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_positions_equal_transformers(kind: str) -> None:
+    model, prompt = make_lm(), PROMPTS[kind]()
+    positions, after = model.positions(prompt)
+    if prompt.media is None:
+        assert positions.tolist() == [list(range(len(prompt.input_ids)))] * 3
+        assert after == len(prompt.input_ids)
+        return
+    tail = torch.tensor([5, 6, 7])
+    inputs = hf_inputs(model, prompt, tail)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    expected, _ = model.hf.model.get_rope_index(**{name: inputs.get(name) for name in names})
+    assert torch.equal(positions, expected[:, 0, :-3])
+    assert torch.equal(expected[:, 0, -3:], torch.arange(after, after + 3).expand(3, 3))
+
+
+def repeated_rows(plain: torch.nn.Module, model: VideoLM, prompts: list[Prompt], answers: list[list[Tensor]]) -> Tensor:
+    """Log-probs of the answers' tokens from one transformers forward per prompt and answer."""
+    logps = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            logits = plain(**hf_inputs(model, prompt, answer), use_cache=False).logits[0]
+            start = len(prompt.input_ids) - 1
+            rows = logits[start : start + len(answer)].float().log_softmax(-1)
+            logps.append(rows.gather(-1, answer[:, None])[:, 0])
+    return torch.cat(logps)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_row_equals_repeated_rows_with_gradients(checkpointing: bool) -> None:
+    model, plain = make_lm(), make_model()
+    prompts = [PROMPTS[kind]() for kind in ("video", "image", "text", "slow video")]
+    generator = torch.Generator().manual_seed(0)
+    lengths = [[5, 1, 9], [4], [2, 7], [3, 3]]
+    answers = [[torch.randint(0, 300, (n,), generator=generator) for n in group] for group in lengths]
+    if checkpointing:
+        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        model.hf.train()
+    packed = pack(model, prompts, answers)
+    logp = completion_logp(model, packed)
+    expected = repeated_rows(plain, model, prompts, answers)
+    assert (logp - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+    coefficients = torch.randn(len(logp), generator=generator)
+    (logp * coefficients).sum().backward()
+    (expected * coefficients).sum().backward()
+    want = dict(plain.named_parameters())
+    assert any(name.startswith("model.visual") for name in want)
+    for name, parameter in model.hf.named_parameters():
+        reference = want[name].grad
+        assert parameter.grad is not None, name
+        scale = reference.norm().clamp_min(1e-6)
+        assert (parameter.grad - reference).norm() / scale <= 1e-5, name
+
+
+def test_only_completion_positions_reach_the_head() -> None:
+    model = make_lm()
+    answers = [[torch.arange(5), torch.arange(3)], [torch.arange(2)]]
+    packed = pack(model, [PROMPTS["video"](), PROMPTS["text"]()], answers)
+    assert predicting_states(model, packed).shape[0] == 10
+    assert packed.labels.tolist() == [*range(5), *range(3), *range(2)]
+
+
+def test_the_tower_runs_once_per_prompt() -> None:
+    model, patches = make_lm(), []
+    model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
+    prompt = PROMPTS["video"]()
+    completion_logp(model, pack(model, [prompt], [[torch.arange(4)] * 8]))
+    assert prompt.media is not None
+    assert patches == [len(prompt.media.patches)]
+
+
+def test_greedy_answers_equal_generate_token_for_token() -> None:
+    model, plain = make_lm(), make_model()
+    prompts = [make() for make in PROMPTS.values()]
+    with model.inference():
+        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
+    requests = [Request(p, f, 2, 0, ("test",)) for p, f in zip(prompts, features, strict=True)]
+    answers = Sampler(model, max_rows=6).generate(requests, SamplingOptions(24, temperature=0.0))
+    banned = [[token] for token in model.special.vision]
+    longest = 0
+    for prompt, group in zip(prompts, answers, strict=True):
+        out = plain.generate(
+            **hf_inputs(model, prompt), max_new_tokens=24, do_sample=False, bad_words_ids=banned,
+            eos_token_id=[model.special.eos, model.special.pad], pad_token_id=model.special.pad,
+        )[0, len(prompt.input_ids) :]  # fmt: skip
+        longest = max(longest, len(out))
+        for completion in group:
+            assert completion.token_ids.tolist() == out.tolist()
+    assert longest > 4
+
+
+def test_sampled_logp_equals_the_training_pass() -> None:
+    model = make_lm()
+    prompts = [PROMPTS[kind]() for kind in ("video", "image", "text", "tall video")]
+    with model.inference():
+        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
+    requests = [Request(p, f, 3, 7, ("ordered", p.draw)) for p, f in zip(prompts, features, strict=True)]
+    options = SamplingOptions(20, temperature=1.3, top_p=0.9, top_k=50)
+    answers = Sampler(model).generate(requests, options)
+    packed = pack(model, prompts, [[c.token_ids for c in group] for group in answers])
+    logp = completion_logp(model, packed, temperature=1.3)
+    sampled = torch.cat([c.logp for group in answers for c in group])
+    assert (logp - sampled).abs().max() <= 1e-5
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    model = make_lm()
+    prompts = [PROMPTS[kind]() for kind in ("video", "text", "image")]
+    with model.inference():
+        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
+    requests = [Request(p, f, 4, 3, ("ordered", p.draw)) for p, f in zip(prompts, features, strict=True)]
+    options = SamplingOptions(16, top_p=0.95)
+    together = Sampler(model).generate(requests, options)
+    alone = [Sampler(model, max_rows=4).generate([r], options)[0] for r in reversed(requests)][::-1]
+    assert [[c.token_ids.tolist() for c in g] for g in together] == [[c.token_ids.tolist() for c in g] for g in alone]
+    assert len({tuple(c.token_ids.tolist()) for c in together[0]}) == 4  # the rows of a group differ
