@@ -28,20 +28,28 @@ def noise(*shape):
 
 
 def pillow_clips(frames, size):
-    """[F, H, W, 3]: where Pillow's resize, which works in 8 bits, clips the overshoot of its first (horizontal) pass.
+    """[F, H, W, 3]: where Pillow's resize, which works in 8 bits, may clip the overshoot of its first pass.
 
-    Torch's antialiased bicubic keeps the overshoot through the second pass and clips once, as torchvision does.
+    Torch's antialiased bicubic keeps that overshoot through the second pass and clips once, as torchvision does on
+    float frames. Which of the two passes Pillow takes first depends on the sizes: either counts here.
     """
-    x = frames.permute(0, 3, 1, 2).float()
+    x = frames.permute(0, 3, 1, 2).float()  # [F, 3, height, width]
+    touched = [first_pass_clips(x, size).permute(0, 2, 3, 1)]
+    touched.append(first_pass_clips(x.transpose(2, 3), size[::-1]).permute(0, 3, 2, 1))
+    return touched[0] | touched[1]
+
+
+def first_pass_clips(x, size):
+    """bool [F, 3, *size]: whose taps in the second (vertical) pass hold a value that the first one clipped."""
     first = F.interpolate(x, size=(x.shape[2], size[1]), mode="bicubic", antialias=True)
-    clipped = ((first < -0.5) | (first > 255.5)).permute(0, 2, 3, 1)
+    clipped = (first < -0.5) | (first > 255.5)
     scale = x.shape[2] / size[0]
     reach = 2 * max(scale, 1.0)
     rows = []
     for i in range(size[0]):
         centre = scale * (i + 0.5)
-        rows.append(clipped[:, max(int(centre - reach + 0.5), 0) : int(centre + reach + 0.5)].any(1))
-    return torch.stack(rows, 1)
+        rows.append(clipped[:, :, max(int(centre - reach + 0.5), 0) : int(centre + reach + 0.5)].any(2))
+    return torch.stack(rows, 2)
 
 
 def clip_of(frames, size, fps=2.0):
@@ -102,7 +110,7 @@ def test_video_frames_equal_transformers(name):
     expected = torch.stack((expected[:, 0, :, :, 0], expected[:, 1, :, :, 1]), 3).reshape(media.patches.shape)
     difference = (normalize_patches(media.patches, torch.float32) - expected).abs()
     clips = frames_to_patches(pillow_clips(clip.frames, clip.size).byte(), size=clip.size, dtype=torch.uint8).bool()
-    assert clips.float().mean() < 0.02
+    assert clips.float().mean() < 0.1
     assert difference[~clips].max() <= 1.01 * LEVEL
     assert difference.mean() < 0.2 * LEVEL
 
