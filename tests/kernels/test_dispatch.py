@@ -46,7 +46,7 @@ def test_auto_takes_the_first_that_can_run(operation):
 
 
 def test_an_explicit_backend_never_falls_back(operation):
-    with pytest.raises(ValueError, match="toy: backend 'triton' cannot run on cpu: it needs CUDA; usable here: 'auto', "):
+    with pytest.raises(ValueError, match="toy: backend 'triton' cannot run on cpu: it needs CUDA; usable here: 'auto'"):
         dispatch.resolve(operation, "triton", "cpu")
     with pytest.raises(ValueError, match="on cpu: this version of videor1_kernels has no native implementation"):
         dispatch.resolve(operation, "native", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -94,16 +95,18 @@ class PrefixLayout:
             return self
         return PrefixLayout(self.prompt_lengths, self.completion_lengths, device)
 
-    def padded_completions(self, group: int) -> tuple[Tensor, Tensor]:
-        """Row positions of a group's completions padded to the longest, and which are real: int64, bool [G, C].
-
-        The padding points at the completion's last token.
+    @cached_property
+    def padded_completions(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Per group: positions of its completions' tokens, counted from the end of its prompt, padded to the longest
+        completion, and which of them are real. int64 and bool [G, C]; the padding points at a completion's last token.
         """
-        lengths = torch.tensor(self.completion_lengths[group], device=self.device)
-        starts = torch.tensor(self.completion_starts[group], device=self.device)
-        column = torch.arange(max(self.completion_lengths[group]), device=self.device)
-        real = column < lengths[:, None]
-        return starts[:, None] + torch.minimum(column, lengths[:, None] - 1), real
+        padded = []
+        for group in self.completion_lengths:
+            lengths = torch.tensor(group, dtype=torch.int64)[:, None]  # [G, 1]
+            column = torch.arange(max(group, default=0))
+            index = lengths.cumsum(0) - lengths + torch.minimum(column, lengths - 1)
+            padded.append((index.to(self.device), (column < lengths).to(self.device)))
+        return tuple(padded)
 
     def text_positions(self, prompt_positions: Sequence[Tensor], next_position: Sequence[int]) -> Tensor:
         """M-RoPE positions of the packed row, int64 [3, 1, T].
@@ -143,7 +146,7 @@ class DecodeLayout:
     row_group: Tensor
     prefix_tokens: int = field(init=False)  # all prefixes together
     prefix_index: Tensor = field(init=False, repr=False)  # int64 [B, L]: prefix positions, padded to the longest
-    prefix_real: Tensor = field(init=False, repr=False)  # bool [B, L]
+    prefix_padding: Tensor | None = field(init=False, repr=False)  # bool [B, L]; None if all have one length
     rows: Tensor = field(init=False, repr=False)  # int64 [B, M]: the rows of a prefix, padded to the most
     slot: Tensor = field(init=False, repr=False)  # int64 [R]: where a row lies in the flattened [B * M]
 
@@ -159,7 +162,7 @@ class DecodeLayout:
 
         lengths = self.cu_prefix.long().diff()
         column = torch.arange(int(lengths.max()) if groups else 0, device=device)
-        real = column < lengths[:, None]  # [B, L]
+        padding = column >= lengths[:, None]  # [B, L]
         index = self.cu_prefix[:-1].long()[:, None] + torch.minimum(column, lengths[:, None] - 1)
 
         per_group = torch.bincount(self.row_group, minlength=groups)
@@ -173,7 +176,7 @@ class DecodeLayout:
         values = {
             "prefix_tokens": total,
             "prefix_index": index,
-            "prefix_real": real,
+            "prefix_padding": padding if bool(padding.any()) else None,
             "rows": rows.reshape(groups, most),
             "slot": slot,
         }

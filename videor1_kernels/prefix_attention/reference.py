@@ -14,26 +14,33 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scal
     """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D] in q's dtype. A prompt is attended once, not once per completion."""
     dtype = compute_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        qc, kc, vc = q.to(dtype), k.to(dtype), v.to(dtype)
-        groups = [_group(qc, kc, vc, layout, group, scale) for group in range(len(layout.prompt_lengths))]
-        return torch.cat(groups).to(q.dtype)
+        # Per group a prompt part and a completions part. One split, so that the backward pass is one concatenation.
+        pairs = zip(layout.prompt_lengths, layout.completion_lengths, strict=True)
+        sizes = [n for prompt, completions in pairs for n in (prompt, sum(completions))]
+        qs, ks, vs = (x.to(dtype).split(sizes) for x in (q, k, v))
+        out = []
+        for group, (index, real) in enumerate(layout.padded_completions):
+            qp, kp, vp = (x[2 * group][None].transpose(1, 2) for x in (qs, ks, vs))  # [1, heads, P, D]
+            out.append(_prompt(qp, kp, vp, scale))
+            if index.numel():
+                qc, kc, vc = (x[2 * group + 1][index].transpose(1, 2) for x in (qs, ks, vs))  # [G, heads, C, D]
+                out.append(_completions(qc, kc, vc, kp, vp, scale)[real])
+        return torch.cat(out).to(q.dtype)
 
 
-def _group(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, group: int, scale: float) -> Tensor:
-    start, length = layout.prompt_starts[group], layout.prompt_lengths[group]
-    qp, kp, vp = (x[None, start : start + length].transpose(1, 2) for x in (q, k, v))  # [1, heads, P, D]
-    prompt = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scale, enable_gqa=True)
-    prompt = prompt[0].transpose(0, 1)  # [P, Hq, D]
-    if not layout.completion_lengths[group]:
-        return prompt
-    index, real = layout.padded_completions(group)  # [G, C]
-    count, width = index.shape
-    qc, kc, vc = (x[index].transpose(1, 2) for x in (q, k, v))  # [G, heads, C, D]
-    keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], dim=2) for a, b in ((kp, kc), (vp, vc)))
+def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [1, Hq, P, D], k, v [1, Hkv, P, D] -> [P, Hq, D]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _completions(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float) -> Tensor:
+    """q [G, Hq, C, D], k, v [G, Hkv, C, D], prompt_k/v [1, Hkv, P, D] -> [G, C, Hq, D]."""
+    count, width, length = len(q), q.shape[2], prompt_k.shape[2]
+    keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], dim=2) for a, b in ((prompt_k, k), (prompt_v, v)))
     # [C, P + C]: the whole prompt, and the completion up to the token itself. Padding lies behind every real token.
     mask = torch.ones(width, length + width, dtype=torch.bool, device=q.device).tril(length)
-    out = F.scaled_dot_product_attention(qc, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
-    return torch.cat([prompt, out.transpose(1, 2)[real]])
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def prefix_decode_attention(
@@ -62,8 +69,11 @@ def prefix_decode_attention(
         # B prefixes of at most L tokens, at most M rows each: [B, Hkv, M * repeat, D] against [B, Hkv, L, D].
         groups, most = layout.rows.shape
         grouped = scaled[layout.rows].transpose(1, 2).reshape(groups, kv_heads, most * repeat, dim)
-        keys, values = (x[layout.prefix_index].to(dtype).transpose(1, 2) for x in (prefix_k, prefix_v))
-        parts = _softmax_part(grouped, keys, values, layout.prefix_real[:, None, None])
+        keys, values = (
+            x[layout.prefix_index].to(dtype).transpose(1, 2).contiguous() for x in (prefix_k, prefix_v)
+        )
+        padding = None if layout.prefix_padding is None else layout.prefix_padding[:, None, None]  # [B, 1, 1, L]
+        parts = _softmax_part(grouped, keys, values, padding)
         high_p, sum_p, out_p = (
             x.view(groups, kv_heads, most, repeat, -1).transpose(1, 2).flatten(0, 1)[layout.slot] for x in parts
         )
@@ -72,13 +82,13 @@ def prefix_decode_attention(
         if shortest < 1 or width > suffix_k.shape[1]:
             expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{shortest} to {width}"
             raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
-        real = torch.arange(width, device=q.device) < suffix_lengths[:, None]  # [R, C]
-        # Entries past a row's length may hold anything: zero them, as 0 * NaN would be NaN.
-        keys, values = (
-            x[:, :width].to(dtype).masked_fill(~real[..., None, None], 0.0).transpose(1, 2)
-            for x in (suffix_k, suffix_v)
-        )
-        high_s, sum_s, out_s = _softmax_part(scaled, keys, values, real[:, None, None])
+        keys, values = (x[:, :width].to(dtype).transpose(1, 2).contiguous() for x in (suffix_k, suffix_v))
+        padding = None
+        if shortest < width:
+            padding = (torch.arange(width, device=q.device) >= suffix_lengths[:, None])[:, None, None]  # [R, 1, 1, C]
+            # Entries past a row's length may hold anything: their scores are masked, but 0 * NaN would be NaN.
+            values = values.masked_fill(padding.transpose(2, 3), 0.0)
+        high_s, sum_s, out_s = _softmax_part(scaled, keys, values, padding)
 
         high = torch.maximum(high_p, high_s)
         by_p, by_s = (high_p - high).exp(), (high_s - high).exp()
@@ -86,9 +96,11 @@ def prefix_decode_attention(
         return out.reshape(rows, q_heads, dim).to(q.dtype)
 
 
-def _softmax_part(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [..., m, D] (scaled), k, v [..., n, D], real [..., 1, n] -> max, sum [..., m, 1], out [..., m, D]."""
-    scores = (q @ k.transpose(-1, -2)).masked_fill(~real, -torch.inf)
+def _softmax_part(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [..., m, D] (scaled), k, v [..., n, D], padding [..., 1, n] -> max, sum [..., m, 1], out [..., m, D]."""
+    scores = q @ k.transpose(-1, -2)
+    if padding is not None:
+        scores = scores.masked_fill(padding, -torch.inf)
     high = scores.amax(-1, keepdim=True)
     weights = (scores - high).exp()
     return high, weights.sum(-1, keepdim=True), weights @ v
