@@ -1,0 +1,171 @@
+"""The demo's files on disk: media, data files in the Video-R1 JSON format, and the tiny model's folder.
+
+They are made once for a seed, sizes and version of this package, complete or not at all, and used again after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from videor1.demo.clips import PALETTES, write_image, write_video
+from videor1.demo.model import save_model
+from videor1.demo.questions import draw_questions, entry, guessing_reward
+from videor1.demo.tokenizer import make_tokenizer
+from videor1.errors import ConfigError
+from videor1.seeding import derive_seed
+
+RECORD = "demo.json"
+SPLITS = ("sft", "train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Samples to make, each with a clip or an image of its own."""
+
+    sft_videos: int = 600
+    sft_images: int = 60
+    train_videos: int = 400
+    train_images: int = 40
+    dev_videos: int = 64
+    dev_images: int = 0
+    test_videos: int = 128
+    test_images: int = 16
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Where everything is, and what guessing earns."""
+
+    folder: Path
+    model: Path  # Hugging Face folder
+    sft: Path  # data files; media paths are relative to their folder
+    train: Path
+    dev: Path
+    test: Path
+    chance: float  # expected accuracy reward of a guess, over the test's video questions
+
+
+def make_assets(folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: bool = True) -> Assets:
+    """Make the demo's files in ``folder``, or use those that are there if the same call made them.
+
+    Everything is written into a temporary folder beside ``folder`` that takes its place when complete.
+
+    Args:
+        folder: created, or replaced where it holds the files of an earlier demo.
+        seed: decides orders, questions, pixels and the model's weights, split by split.
+        sizes: how many samples; at least one video in each split.
+        progress: show a progress bar if it takes longer than two seconds.
+
+    Raises:
+        ConfigError: ``folder`` holds something that no demo has made.
+        ValueError: sizes that cannot be.
+    """
+    folder = Path(folder)
+    _check_sizes(sizes)
+    wanted = {"seed": seed, "sizes": asdict(sizes), "made_by": _source_digest()}
+    record = _read_record(folder)
+    if record is None or not _is_complete(folder, record, wanted):
+        record = _make(folder, wanted, seed, sizes, progress)
+    files = {split: folder / f"{split}.json" for split in SPLITS}
+    return Assets(folder=folder, model=folder / "model", **files, chance=record["chance"])
+
+
+def _make(folder: Path, wanted: dict[str, Any], seed: int, sizes: Sizes, progress: bool) -> dict[str, Any]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary, "new")
+        (new / "clips").mkdir(parents=True)
+        with tqdm(total=sum(asdict(sizes).values()), desc="making clips", delay=2, disable=not progress) as bar:
+            entries = {split: _make_split(new, split, seed, sizes, bar) for split in SPLITS}
+        save_model(new / "model", make_tokenizer(), derive_seed(seed, "demo", "model"))
+        files = {str(path.relative_to(new)): path.stat().st_size for path in sorted(new.rglob("*")) if path.is_file()}
+        videos = [e for e in entries["test"] if e["data_type"] == "video"]
+        record = wanted | {"chance": guessing_reward(videos), "files": files}
+        _write_json(new / RECORD, record)
+        if folder.exists():
+            folder.rename(Path(temporary, "old"))
+        new.rename(folder)
+    return record
+
+
+def _make_split(folder: Path, split: str, seed: int, sizes: Sizes, bar: tqdm) -> list[dict[str, Any]]:
+    rng = Random(derive_seed(seed, "demo", split))
+    count, stills = getattr(sizes, f"{split}_videos"), getattr(sizes, f"{split}_images")
+    questions = draw_questions(count, rng) + draw_questions(stills, rng, still=True)
+    entries = []
+    for number, question in enumerate(questions):
+        palette = PALETTES[question.topic]
+        if question.kind == "still":
+            order: tuple[str, ...] = (rng.choice(palette),)
+            name = f"{split}-{number:04d}.png"
+            write_image(folder / "clips" / name, question.topic, order[0], rng)
+        else:
+            order = tuple(rng.sample(palette, len(palette)))
+            name = f"{split}-{number:04d}.mp4"
+            write_video(folder / "clips" / name, question.topic, order, rng)
+        entries.append(entry(question, order, f"./clips/{name}", number))
+        bar.update()
+    _write_json(folder / f"{split}.json", entries)
+    return entries
+
+
+def _check_sizes(sizes: Sizes) -> None:
+    for name, value in asdict(sizes).items():
+        least = 1 if name.endswith("videos") else 0
+        if value < least:
+            raise ValueError(f"sizes.{name}: expected at least {least}, got {value}")
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What an earlier call left there; None for no folder or an empty one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(record["files"], dict):
+            raise TypeError("its list of files is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder}: expected a folder that the demo has made, or none; it has no usable {RECORD} ({error!r}). "
+            "Name another folder, or delete it"
+        ) from error
+    return record
+
+
+def _is_complete(folder: Path, record: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    if any(record.get(name) != value for name, value in wanted.items()):
+        return False
+    return all(_size(folder / name) == size for name, size in record["files"].items())
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _source_digest() -> str:
+    """Changes whenever the code that makes the files does."""
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[Path]:
+    here = Path(__file__).parent
+    yield from (here / f"{name}.py" for name in ("assets", "clips", "model", "questions", "tokenizer"))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

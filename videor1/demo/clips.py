@@ -1,0 +1,89 @@
+"""Made media: H.264 clips of four plain colours or four shapes, one after the other, and still images of one.
+
+Nothing moves inside a segment, and each starts at a key frame behind which no other frame looks: all its frames decode
+to the same pixels, and neither one frame nor two neighbours tell anything about the order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+Topic = Literal["color", "shape"]
+
+RGB = {"blue": (40, 70, 220), "green": (40, 170, 60), "red": (220, 40, 40), "yellow": (230, 210, 50)}
+PALETTES: dict[Topic, tuple[str, ...]] = {"color": tuple(RGB), "shape": ("circle", "cross", "square", "triangle")}
+
+SEGMENTS = 4
+FRAMES_PER_SEGMENT = 8
+FPS = 8
+VIDEO_SIDE = 112  # pixels
+IMAGE_SIDE = 56  # pixels
+
+_DARK, _LIGHT = 30, 230
+_JITTER = 20  # levels of brightness
+_X264 = {
+    "preset": "ultrafast",
+    "bf": "0",
+    "g": str(FRAMES_PER_SEGMENT),
+    "keyint_min": str(FRAMES_PER_SEGMENT),
+    "sc_threshold": "0",
+    # Key frames so much finer than the rest that nothing is left to refine: all frames of a segment decode alike.
+    "qp": "20",
+    "x264-params": "ipratio=3",
+}
+
+
+def write_video(path: Path, topic: Topic, order: tuple[str, ...], rng: Random) -> None:
+    """A clip of 4 seconds that shows the words of ``order`` (of one palette) one after the other, a second each."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=_X264)
+        stream.width = stream.height = VIDEO_SIDE
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        reformatter = VideoReformatter()  # one for the clip: each starts threads of its own
+        for segment, word in enumerate(order):
+            pixels = draw(topic, word, VIDEO_SIDE, rng)
+            frame = reformatter.reformat(av.VideoFrame.from_ndarray(pixels, format="rgb24"), format="yuv420p", threads=1)
+            for number in range(FRAMES_PER_SEGMENT):
+                frame.pts = segment * FRAMES_PER_SEGMENT + number
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_image(path: Path, topic: Topic, word: str, rng: Random) -> None:
+    """A still image (PNG) of one colour or shape."""
+    Image.fromarray(draw(topic, word, IMAGE_SIDE, rng)).save(path)
+
+
+def draw(topic: Topic, word: str, side: int, rng: Random) -> np.ndarray:
+    """uint8 [side, side, 3]: a frame full of one colour, or one large light shape near the middle of a dark frame; the
+    brightness, and a shape's size and place, vary a little."""
+    if topic == "color":
+        image = np.broadcast_to(np.array(RGB[word]), (side, side, 3))
+    else:
+        image = np.where(_shape(word, side, rng), _LIGHT, _DARK)[..., None].repeat(3, axis=2)
+    return np.clip(image + rng.randint(-_JITTER, _JITTER), 0, 255).astype(np.uint8)
+
+
+def _shape(word: str, side: int, rng: Random) -> np.ndarray:
+    """bool [side, side]: where the shape is."""
+    radius = side * rng.uniform(0.36, 0.45)
+    y, x = np.mgrid[:side, :side] + 0.5
+    x -= side * (0.5 + rng.uniform(-0.05, 0.05))
+    y -= side * (0.5 + rng.uniform(-0.05, 0.05))
+    if word == "circle":  # a ring: a full disc would be hard to tell from a square at this size
+        squared = x * x + y * y
+        return (squared <= radius**2) & (squared >= 0.5 * radius**2)
+    if word == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.9 * radius
+    if word == "triangle":
+        return (y >= -radius) & (y <= 0.8 * radius) & (abs(x) <= 0.6 * (y + radius))
+    assert word == "cross", word
+    return (np.minimum(abs(x), abs(y)) <= 0.25 * radius) & (np.maximum(abs(x), abs(y)) <= radius)

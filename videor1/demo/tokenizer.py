@@ -1,0 +1,92 @@
+"""A small tokenizer with Qwen2.5-VL's special tokens, made from the demo's own text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+
+from videor1.demo.questions import all_entries
+from videor1.prompts import question_text
+from videor1.types import Sample
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but plain text: they are shown when decoded
+
+# As Qwen2.5-VL's, but without a system turn where none is given, and without tools.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'text' -%}
+{{- part.text -}}
+{%- elif part.type in ('image', 'video') -%}
+{{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' -}}
+{%- else -%}
+{{- raise_exception('content of type ' + part.type + ': expected text, image or video') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer in which each word of the demo is one token; any other text becomes shorter pieces,
+    down to bytes. ``AutoTokenizer`` loads it back; eos is <|im_end|>, pad <|endoftext|>."""
+    core = Tokenizer(models.BPE())
+    blank = Qwen2Tokenizer().backend_tokenizer
+    core.normalizer, core.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,  # never reached: merges end when every word of the text is one token
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    between_tags = re.compile("|".join(TAGS))
+    core.train_from_iterator((piece for text in _texts() for piece in between_tags.split(text)), trainer)
+    learned = json.loads(core.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")],
+        model_max_length=4096,
+    )
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _texts() -> Iterator[str]:
+    """All text of the demo, and the chat template's."""
+    yield from ("system\n", "user\n", "assistant\n")
+    for entry in all_entries():
+        known = {name: entry[name] for name in ("problem_id", "problem", "data_type", "problem_type", "solution")}
+        yield question_text(Sample(index=0, options=tuple(entry.get("options", ())), **known))
+        yield entry["process"] + "\n" + entry["solution"]
