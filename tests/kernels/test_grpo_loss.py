@@ -313,6 +313,17 @@ def test_masked_tokens_are_as_if_absent():
         assert grad.isfinite().all()
 
 
+def test_masked_tokens_of_a_clipped_sequence_are_not_counted():
+    # Of 3 tokens one is masked; the other two form a sequence of ratio e^0.5, clipped.
+    out = grpo_loss(
+        leaf(-1, -9, -2), tokens(2), torch.tensor([0, 3]), old_logp=tokens(-2, -1, -2), beta=0, clip_high=0.2,
+        importance_level="sequence", mask=torch.tensor([True, False, True]),
+    )  # fmt: skip
+    assert out.clip_fraction.item() == 1.0
+    assert out.loss.item() == pytest.approx(-2.4)
+    assert out.skipped_rows == 3
+
+
 def test_everything_masked():
     logp = leaf(-1, -2, -3)
     out = grpo_loss(logp, ADVANTAGES, CU, beta=0, mask=torch.zeros(3, dtype=torch.bool))

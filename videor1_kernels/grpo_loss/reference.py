@@ -94,8 +94,7 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (coefficient,) = ctx.saved_tensors
-        # A coefficient of 0 stays 0 whatever the incoming gradient is, so that its row is left out downstream.
-        return torch.where(coefficient == 0, 0.0, grad * coefficient).to(ctx.dtype), None, None
+        return (grad * coefficient).to(ctx.dtype), None, None
 
 
 @torch.no_grad()
@@ -154,7 +153,7 @@ def loss_terms(
     total = mask.sum().clamp(min=1)
     return Terms(
         loss=(weight * term).sum(),
-        coefficient=torch.where(slope == 0, 0.0, weight * slope).masked_fill(~mask, 0.0),
+        coefficient=weight * slope,
         kl=(kl * mask).sum() / total,
         clip_fraction=clipped.sum().to(dtype) / total,
     )
@@ -162,7 +161,7 @@ def loss_terms(
 
 def _token_weights(tokens: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """tokens [S] -> [S]: the factor that a completion's token terms have in the loss."""
-    completions = max(len(tokens), 1)
+    completions = len(tokens)
     ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)
     if options.loss_type == "grpo":
         return ones / (tokens.clamp(min=1) * completions)
