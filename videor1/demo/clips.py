@@ -12,7 +12,6 @@ from typing import Literal
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 Topic = Literal["color", "shape"]
@@ -47,10 +46,9 @@ def write_video(path: Path, topic: Topic, order: tuple[str, ...], rng: Random) -
         stream.width = stream.height = VIDEO_SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        reformatter = VideoReformatter()  # one for the clip: each starts threads of its own
         for segment, word in enumerate(order):
             pixels = draw(topic, word, VIDEO_SIDE, rng)
-            frame = reformatter.reformat(av.VideoFrame.from_ndarray(pixels, format="rgb24"), format="yuv420p", threads=1)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             for number in range(FRAMES_PER_SEGMENT):
                 frame.pts = segment * FRAMES_PER_SEGMENT + number
                 container.mux(stream.encode(frame))
@@ -65,11 +63,12 @@ def write_image(path: Path, topic: Topic, word: str, rng: Random) -> None:
 def draw(topic: Topic, word: str, side: int, rng: Random) -> np.ndarray:
     """uint8 [side, side, 3]: a frame full of one colour, or one large light shape near the middle of a dark frame; the
     brightness, and a shape's size and place, vary a little."""
-    if topic == "color":
-        image = np.broadcast_to(np.array(RGB[word]), (side, side, 3))
-    else:
-        image = np.where(_shape(word, side, rng), _LIGHT, _DARK)[..., None].repeat(3, axis=2)
-    return np.clip(image + rng.randint(-_JITTER, _JITTER), 0, 255).astype(np.uint8)
+    brighter = rng.randint(-_JITTER, _JITTER)
+    image = np.empty((side, side, 3), np.uint8)
+    image[:] = np.clip(np.array(RGB[word] if topic == "color" else _DARK) + brighter, 0, 255)
+    if topic == "shape":
+        image[_shape(word, side, rng)] = _LIGHT + brighter
+    return image
 
 
 def _shape(word: str, side: int, rng: Random) -> np.ndarray:
