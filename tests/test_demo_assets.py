@@ -110,9 +110,9 @@ def test_answers_are_what_the_decoded_frames_show(samples):
         if sample.problem_type == "multiple choice":
             topic = "color" if "color" in sample.problem else "shape"
             assert sample.options == tuple(f"{'ABCD'[i]}. {name}" for i, name in enumerate(OPTIONS[topic]))
-            named = sample.process.removeprefix("<think>").removesuffix("</think>").split()
-            assert named[1:] == ["is", OPTIONS[topic]["ABCD".index(answer)]]
-            assert sample.data_type == "image" or PLACES[named[0]] == order.index(named[2])
+            word = OPTIONS[topic]["ABCD".index(answer)]
+            place = "" if sample.data_type == "image" else list(PLACES)[order.index(word)] + " "
+            assert sample.process == f"<think>{place}{word}</think>"
         else:
             assert sample.process == f"<think>{answer}</think>"
         completion = f"{sample.process}\n{sample.solution}"
@@ -219,7 +219,7 @@ def test_tokenizer_loads_back(assets):
     assert loaded.get_vocab() == made.get_vocab()
     assert loaded.chat_template == made.chat_template
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    texts = "third is red", "Grüße, don't! 12 日本語 🎞\r\n\n  end ", "<think>x</think>\n<answer>C</answer>", "\x00\x7f"
+    texts = "third red", "Grüße, don't! 12 日本語 🎞\r\n\n  end ", "<think>x</think>\n<answer>C</answer>", "\x00\x7f"
     for text in texts:
         ids = loaded(text)["input_ids"]
         assert ids == made(text)["input_ids"]
@@ -228,8 +228,8 @@ def test_tokenizer_loads_back(assets):
 
 def test_special_tokens_are_skipped_and_tags_are_not():
     tokenizer = make_tokenizer()
-    ids = tokenizer("<|vision_start|><|video_pad|><|vision_end|><think>it is red</think><|im_end|>")["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>it is red</think>"
+    ids = tokenizer("<|vision_start|><|video_pad|><|vision_end|><think>red</think><|im_end|>")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>red</think>"
     assert set(ids) & set(special_ids(tokenizer).vision) == {ids[0], ids[1], ids[2]}
 
 
@@ -238,7 +238,7 @@ def test_words_of_the_demo_are_single_tokens():
     for words in PALETTES.values():
         for word in words:
             assert len(tokenizer.tokenize(f" {word}")) == len(tokenizer.tokenize(word)) == 1
-    assert len(tokenizer.tokenize("<think>third is red</think>\n<answer>C</answer>")) == 9
+    assert len(tokenizer.tokenize("<think>third red</think>\n<answer>C</answer>")) == 8
 
 
 def test_chat_template():
@@ -259,7 +259,7 @@ def test_prompts_and_answers_are_short(assets, samples):
     for sample in samples["test"]:
         ids, answer = build_sft_ids(tokenizer, sample, load_media(sample, VIDEO), 100)
         assert len(ids) - answer.sum() <= 77
-        assert answer.sum() == (14 if sample.problem_type == "OCR" else 10)
+        assert answer.sum() == (14 if sample.problem_type == "OCR" else 9 if sample.data_type == "video" else 8)
         assert question_text(sample) in tokenizer.decode(ids)
 
 

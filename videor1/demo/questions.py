@@ -24,7 +24,7 @@ class Question:
     kind: Kind
     topic: Topic
     text: str
-    subject: str = ""  # what the thought names: "third", in "third is red"
+    subject: str = ""  # what the thought names before the answer: "third", in "third red"
     place: int = 0  # of the segment that answers it; unused in a list
 
 
@@ -43,7 +43,7 @@ def video_questions(topic: Topic) -> dict[Kind, list[Question]]:
 
 def still_question(topic: Topic) -> Question:
     """The question about an image."""
-    return Question("still", topic, f"Which {topic} is it?", "it")
+    return Question("still", topic, f"Which {topic} is it?")
 
 
 def draw_questions(count: int, rng: Random, *, still: bool = False) -> list[Question]:
@@ -78,7 +78,9 @@ def entry(question: Question, order: tuple[str, ...], path: str, problem_id: int
         fields["problem_type"] = "OCR"
     else:
         word = order[question.place]
-        answer, thought = _letter(palette.index(word)), f"{question.subject} is {word}"
+        answer = _letter(palette.index(word))
+        # No word between the two: a model looks up "red" where it has just read "third", and learns it twice as fast.
+        thought = f"{question.subject} {word}".strip()
         fields["problem_type"] = "multiple choice"
         fields["options"] = [f"{_letter(i)}. {option}" for i, option in enumerate(palette)]
     return fields | {"process": f"<think>{thought}</think>", "solution": f"<answer>{answer}</answer>"}
