@@ -8,7 +8,7 @@ from tiny import make_lm, make_media, make_model, make_prompt
 from torch import Tensor
 
 from videor1.loss import completion_logp, pack, predicting_states
-from videor1.model import VideoLM
+from videor1.model import VideoLM, set_checkpointing
 from videor1.patches import normalize_patches
 from videor1.rollout import Request, Sampler
 from videor1.sampling import SamplingOptions
@@ -76,7 +76,7 @@ def test_packed_row_equals_repeated_rows_with_gradients(checkpointing: bool) -> 
     lengths = [[5, 1, 9], [4], [2, 7], [3, 3]]
     answers = [[torch.randint(0, 300, (n,), generator=generator) for n in group] for group in lengths]
     if checkpointing:
-        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model.hf, True)
         model.hf.train()
     packed = pack(model, prompts, answers)
     logp = completion_logp(model, packed)

@@ -30,12 +30,14 @@ def draw_curves(run_dir: Path) -> Path:
         ("Seconds a step", [("time/rollout", "rollout"), ("time/update", "update"), ("time/data", "waiting for data")]),
     ]
     for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+        colors = iter(("tab:blue", "tab:orange", "tab:green"))
         for key, label in lines:
             steps, values = _series(rows, key)
             if steps:
                 sparse = len(steps) <= 20
-                axis.plot(steps, values, alpha=1.0 if sparse else 0.25, marker="o" if sparse else None,
-                          color=(color := axis._get_lines.get_next_color()), label=label if sparse else None)  # fmt: skip
+                color = next(colors)
+                style = {"marker": "o", "label": label} if sparse else {"alpha": 0.25}
+                axis.plot(steps, values, color=color, **style)
                 if not sparse:
                     axis.plot(steps, _smooth(values), color=color, label=label)
         first, second = (dict(zip(*_series(rows, key), strict=True)) for key, _ in lines[:2])

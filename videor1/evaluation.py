@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,60 +63,59 @@ class Evaluation:
         return metrics | ({"eval/image": _mean(others)} if others else {})
 
 
-def evaluate_samples(
-    model: VideoLM,
-    dataset: Dataset,
-    config: EvalOptions,
-    *,
-    on_skip: Callable[[SampleError], None] | None = None,
-) -> Evaluation:
-    """Answer each sample once from ordered and, for videos, once from shuffled frames.
+class Evaluator:
+    """Answers the samples of a data file, as often as asked; media are decoded once, within ``data.cache_mb``.
 
     Greedy unless ``config.eval_temperature`` is above 0. The permutation of a sample depends on the seed and its
-    position in the file alone, so two models are asked the same. A sample that cannot be read is skipped, counted and
-    told to ``on_skip``; it counts neither as right nor as wrong.
+    position in the file alone, so two models are asked the same. A sample that cannot be read is skipped and counted,
+    neither right nor wrong.
+
+    Args:
+        on_skip: told each skipped sample.
     """
-    samples = dataset.samples[: config.eval_samples or None]
-    result = Evaluation()
-    options = SamplingOptions(config.max_completion_length, config.eval_temperature)
-    sampler = Sampler(model, max_rows=2 * _CHUNK)
-    chunk: list[Prompt] = []
-    with Prefetcher(
-        functools.partial(load_media, video=config.video),
-        workers=config.data.workers,
-        depth=config.data.prefetch,
-        timeout=config.data.timeout,
-        key=media_key,
-    ) as prefetcher:
-        for prompt in _prompts(model, samples, prefetcher, config, result, on_skip):
-            chunk.append(prompt)
-            if len(chunk) == _CHUNK:
-                result.answers += _answer(model, sampler, chunk, options, config)
-                chunk = []
-        if chunk:
+
+    def __init__(
+        self, dataset: Dataset, config: EvalOptions, *, on_skip: Callable[[SampleError], None] = lambda _: None
+    ) -> None:
+        self._samples = dataset.samples[: config.eval_samples or None]
+        self._config, self._on_skip = config, on_skip
+        self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
+            functools.partial(load_media, video=config.video),
+            workers=config.data.workers,
+            depth=config.data.prefetch,
+            timeout=config.data.timeout,
+            cache_bytes=config.data.cache_mb * 2**20,
+            key=media_key,
+        )
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._prefetcher.close()
+
+    def run(self, model: VideoLM) -> Evaluation:
+        """Evaluate the model's weights as they are."""
+        result, config = Evaluation(), self._config
+        options = SamplingOptions(config.max_completion_length, config.eval_temperature)
+        sampler = Sampler(model, max_rows=2 * _CHUNK)
+        prompts = self._prompts(model, result)
+        while chunk := list(itertools.islice(prompts, _CHUNK)):
             result.answers += _answer(model, sampler, chunk, options, config)
-    return result
+        return result
 
-
-def _prompts(
-    model: VideoLM,
-    samples: Sequence[Sample],
-    prefetcher: Prefetcher[Sample, Media | None],
-    config: EvalOptions,
-    result: Evaluation,
-    on_skip: Callable[[SampleError], None] | None,
-) -> Iterator[Prompt]:
-    for sample, outcome in prefetcher.iterate(samples):
-        try:
-            if isinstance(outcome, SampleError):
-                raise outcome
-            ids = build_input_ids(model.tokenizer, sample, outcome, max_prompt_length=config.max_prompt_length)
-        except SampleError as error:
-            result.skipped[error.kind] += 1
-            if on_skip:
-                on_skip(error)
-            continue
-        yield Prompt(sample, ids, outcome, sample.index)
+    def _prompts(self, model: VideoLM, result: Evaluation) -> Iterator[Prompt]:
+        limit = self._config.max_prompt_length
+        for sample, outcome in self._prefetcher.iterate(self._samples):
+            try:
+                if isinstance(outcome, SampleError):
+                    raise outcome
+                ids = build_input_ids(model.tokenizer, sample, outcome, max_prompt_length=limit)
+            except SampleError as error:
+                result.skipped[error.kind] += 1
+                self._on_skip(error)
+                continue
+            yield Prompt(sample, ids, outcome, sample.index)
 
 
 def _answer(

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from videor1.cli import save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
 from videor1.errors import ConfigError, TrainingStopped
-from videor1.evaluation import evaluate_samples
+from videor1.evaluation import Evaluator
 from videor1.metrics import JsonlWriter, MetricsWriter, Progress
 from videor1.model import VideoLM, load_model
 from videor1.optim import guarded_step, learning_rate, make_optimizer
@@ -52,6 +53,7 @@ class Loop(ABC, Generic[C]):
     _saved_at: int
     _batch_start: int
     _evaluated_at: int
+    _evaluator: Evaluator | None
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -106,7 +108,7 @@ class Loop(ABC, Generic[C]):
                 self._evaluate()
             final = self._save(required=True)
         if self._stop:
-            raise KeyboardInterrupt(f"{self._stop}: saved {final}; go on with --resume auto --output_dir {self.run_dir}")
+            raise KeyboardInterrupt(f"saved {final}; go on with --resume auto --output_dir {self.run_dir}")
         return final
 
     def optimizer_step(self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]]) -> None:
@@ -164,10 +166,10 @@ class Loop(ABC, Generic[C]):
 
     def _evaluate(self) -> None:
         """Held-out accuracy of the weights at hand, once per step."""
-        if self.eval_set is None or self._evaluated_at == self.step:
+        if self._evaluator is None or self._evaluated_at == self.step:
             return
         started = time.perf_counter()
-        result = evaluate_samples(self.model, self.eval_set, self.config)
+        result = self._evaluator.run(self.model)
         self.accuracy, self._evaluated_at = result.ordered, self.step
         self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
 
@@ -190,7 +192,8 @@ class Loop(ABC, Generic[C]):
             return existing[self.step]
         optimizer = None if self.config.save_only_model else self.optimizer
         try:
-            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=self.config.save_total_limit)
+            keep = self.config.save_total_limit
+            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep)
         except CheckpointError as error:
             if required:
                 kept = f"the last whole one is {list(existing.values())[-1]}" if existing else "there is none before it"
@@ -217,15 +220,14 @@ class Loop(ABC, Generic[C]):
         found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
         if used and not self.config.resume:
             raise ConfigError(
-                f"output_dir: {self.run_dir} holds a run already; go on with it by --resume auto, or name another folder"
+                f"output_dir: {self.run_dir} holds a run already; go on with it by --resume auto, "
+                "or name another folder"
             )
         return found
 
     @contextmanager
     def _open(self) -> Iterator[None]:
         """Everything that is open while the run runs, closed in order however it ends."""
-        from collections import Counter
-
         state: dict[str, Any] = {}
         if self.resume_from is not None:
             state = load_trainer(self.resume_from, self.model, self.optimizer)
@@ -260,7 +262,11 @@ class Loop(ABC, Generic[C]):
             for error in self.dataset.errors[:5]:
                 self.progress.write(f"left out: {error}")
             if len(self.dataset.errors) > 5:
-                self.progress.write(f"left out: {len(self.dataset.errors)} entries in all {self.dataset.error_counts()}")
+                count = len(self.dataset.errors)
+                self.progress.write(f"left out: {count} entries in all {self.dataset.error_counts()}")
+            self._evaluator = None
+            if self.eval_set is not None:
+                self._evaluator = stack.enter_context(Evaluator(self.eval_set, self.config))
             self.source = self.make_source(state.get("position", 0))
             stack.callback(self.source.close)
             stack.enter_context(self._signals())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, LoraConfig
 from videor1.errors import ConfigError
@@ -146,7 +147,7 @@ class VideoLM:
     def frozen_copy(self) -> VideoLM:
         """A copy for the KL term, in the compute dtype, without gradients."""
         hf = copy.deepcopy(self.hf).to(self.compute_dtype).requires_grad_(False)
-        hf.gradient_checkpointing_disable()
+        set_checkpointing(hf, False)
         return VideoLM(hf, self.tokenizer, device=self.device, bf16=False, source=self.source)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
@@ -186,9 +187,8 @@ class VideoLM:
             if model_id != token_id:
                 raise ConfigError(f"{self.source}: the model's {name} is {model_id}, its tokenizer's {token_id}")
         if len(self.tokenizer) > config.text_config.vocab_size:
-            raise ConfigError(
-                f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the model {config.text_config.vocab_size}"
-            )
+            tokens, vocabulary = len(self.tokenizer), config.text_config.vocab_size
+            raise ConfigError(f"{self.source}: the tokenizer has {tokens} tokens, the model {vocabulary}")
 
 
 def load_model(config: CommonConfig) -> VideoLM:
@@ -198,6 +198,7 @@ def load_model(config: CommonConfig) -> VideoLM:
         raise ConfigError("model_name_or_path: expected a Qwen2.5-VL folder or hub id, got nothing")
     device = pick_device(config.device)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    transformers_logging.disable_progress_bar()  # the run's own bar is enough
     hf, tokenizer = _from_pretrained(source)
     if config.freeze_vision:
         hf.model.visual.requires_grad_(False)
@@ -205,11 +206,21 @@ def load_model(config: CommonConfig) -> VideoLM:
     if config.lora.rank:
         model.add_lora(config.lora, config.seed)
     if config.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(hf, True)
     hf.train()
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model
+
+
+def set_checkpointing(hf: Any, on: bool) -> None:
+    """Switch gradient checkpointing; the method has another name from transformers 5.20 or so on."""
+    if hasattr(hf, "activation_checkpointing_enable"):
+        hf.activation_checkpointing_enable({"use_reentrant": False}) if on else hf.activation_checkpointing_disable()
+    elif on:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        hf.gradient_checkpointing_disable()
 
 
 def pick_device(name: str) -> torch.device:
@@ -243,7 +254,8 @@ def _from_pretrained(source: str) -> tuple[Qwen2_5_VLForConditionalGeneration, A
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             names = sorted(map(str, report[problem]))
-            raise ConfigError(f"{source}: {problem.replace('_', ' ')} in its weights: {names[:5]} ({len(names)} in all)")
+            kind = problem.replace("_", " ")
+            raise ConfigError(f"{source}: {kind} in its weights: {names[:5]} ({len(names)} in all)")
     return hf, tokenizer
 
 

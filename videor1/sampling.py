@@ -33,7 +33,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, options: SamplingOptions, ban
     if options.temperature == 0:
         return logits.argmax(-1)
     k = min(options.top_k or logits.shape[-1], logits.shape[-1])
-    values, tokens = logits.topk(k, dim=-1) if k < logits.shape[-1] else logits.sort(dim=-1, descending=True, stable=True)
+    # Ties in the order of the ids, so that a row draws the same on every machine.
+    values, tokens = (x[:, :k] for x in logits.sort(dim=-1, descending=True, stable=True))
     probs = (values / options.temperature).softmax(-1)
     cumulative = probs.cumsum(-1)
     if options.top_p < 1:
