@@ -43,6 +43,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, options: SamplingOptions, ban
         cumulative = probs.cumsum(-1)
     # The largest kept entry closes the interval: a uniform just below 1 must not fall off its end through rounding.
     target = uniform[:, None] * cumulative[:, -1:]
-    last = (probs > 0).sum(-1, keepdim=True) - 1
-    chosen = torch.searchsorted(cumulative, target, right=True).clamp_max(last)
+    # Logits of NaN have no such entry: any token serves, its log-prob is NaN and the training step is then skipped.
+    last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp_min(0)
+    chosen = torch.searchsorted(cumulative, target, right=True).minimum(last)
     return tokens.gather(-1, chosen)[:, 0]
