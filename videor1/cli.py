@@ -145,8 +145,8 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     except (ConfigError, DataError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130
 
 

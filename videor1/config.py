@@ -241,7 +241,8 @@ class TrainConfig(EvalOptions):
 
     def __post_init__(self) -> None:
         check_eval(self)
-        _expect("num_generations", self.num_generations, "at least 2 (the group is its own baseline)", self.num_generations >= 2)
+        group = self.num_generations
+        _expect("num_generations", group, "at least 2 (the group is its own baseline)", group >= 2)
         _expect("temperature", self.temperature, "above 0", self.temperature > 0)
         _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
         _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)

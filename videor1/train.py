@@ -11,6 +11,7 @@ from videor1.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
     config = parse(
         TrainConfig,
         argv,
@@ -20,10 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     if bool(config.model_name_or_path) != bool(config.dataset_name):
         missing = "dataset_name" if config.model_name_or_path else "model_name_or_path"
         raise ConfigError(f"{missing}: give model_name_or_path and dataset_name, or neither for the demonstration")
+    # Imported here: decode workers import this file again, and must start quickly.
     if not config.model_name_or_path:
         from videor1.demo.run import run_demo
 
-        return run_demo(config, sys.argv[1:] if argv is None else argv)
+        return run_demo(argv)
     from videor1.curves import draw_curves
     from videor1.trainer import Trainer
 

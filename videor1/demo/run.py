@@ -1,0 +1,110 @@
+"""The embedded default: the user's whole path on made data. Clips, SFT cold start, T-GRPO, held-out evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from videor1.cli import load_config, parse
+from videor1.config import SFTConfig, TrainConfig
+from videor1.curves import draw_curves
+from videor1.data import load_samples
+from videor1.demo.assets import Assets, make_assets
+from videor1.evaluation import Evaluation, Evaluator
+from videor1.metrics import summary_table
+from videor1.model import load_model
+from videor1.sft import SFTTrainer
+from videor1.trainer import Trainer
+
+
+def run_demo(argv: list[str]) -> int:
+    """Run the demonstration; ``argv`` overrides the recipe ``demo`` of the T-GRPO stage.
+
+    Writes ``summary.json`` into the run folder and prints it as a table. Returns the exit code.
+    """
+    started = time.perf_counter()
+    config = parse(TrainConfig, ["--config", "demo", *argv], prog="python -m videor1.train", description="")
+    run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
+
+    print("1/4  making clips, questions, a tokenizer and a tiny Qwen2.5-VL", flush=True)
+    assets = make_assets(run_dir / "demo", seed=config.seed, progress=not config.disable_tqdm)
+
+    print("2/4  SFT cold start", flush=True)
+    cold_start = SFTTrainer(_sft_config(config, assets, run_dir)).train()
+
+    print("3/4  T-GRPO", flush=True)
+    config = dataclasses.replace(
+        config,
+        model_name_or_path=str(cold_start),
+        dataset_name=str(assets.train),
+        output_dir=str(run_dir),
+        data=dataclasses.replace(config.data, eval_path=str(assets.dev)),
+    )
+    trainer = Trainer(config)
+    final = trainer.train()
+
+    print("4/4  held-out evaluation", flush=True)
+    before, after = evaluate(config, assets.test, [cold_start, final])
+    summary = {
+        "before": _accuracy(before),
+        "after": _accuracy(after),
+        "chance": assets.chance,
+        "steps": trainer.step,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    _write(run_dir / "summary.json", summary)
+    draw_curves(run_dir)
+    print(f"\n{_table(before, after, assets.chance)}\n")
+    print(f"{trainer.step} T-GRPO steps, {summary['seconds']:.0f} seconds in all. Run folder: {run_dir}")
+    print("  curves.png (curves)  rollouts.jsonl (every answer)  metrics.jsonl  checkpoints/  demo/ (the made data)")
+    print("Next, your own data:")
+    print("  python -m videor1.train --config qwen2_5_vl_7b --model_name_or_path MODEL --dataset_name DATA.json")
+    return 0
+
+
+def evaluate(config: TrainConfig, data: Path, models: list[Path]) -> list[Evaluation]:
+    """Accuracy of several checkpoints on the same samples, each sample decoded once."""
+    config = dataclasses.replace(config, eval_samples=0)
+    with Evaluator(load_samples(data), config) as evaluator:
+        return [
+            evaluator.run(load_model(dataclasses.replace(config, model_name_or_path=str(model)))) for model in models
+        ]
+
+
+def _sft_config(config: TrainConfig, assets: Assets, run_dir: Path) -> SFTConfig:
+    recipe = load_config(SFTConfig, "sft_demo")
+    return dataclasses.replace(
+        recipe,
+        model_name_or_path=str(assets.model),
+        dataset_name=str(assets.sft),
+        output_dir=str(run_dir / "sft"),
+        data=dataclasses.replace(recipe.data, eval_path=str(assets.dev)),
+        video=config.video,
+        seed=config.seed,
+        device=config.device,
+        resume=config.resume and "auto",
+        disable_tqdm=config.disable_tqdm,
+    )
+
+
+def _accuracy(result: Evaluation) -> dict[str, float]:
+    return {"ordered": result.ordered, "shuffled": result.shuffled}
+
+
+def _table(before: Evaluation, after: Evaluation, chance: float) -> str:
+    rows: list[list[Any]] = [["held-out accuracy", "cold start", "T-GRPO", "guessing"]]
+    rows.append(["frames in order", before.ordered, after.ordered, chance])
+    rows.append(["frames shuffled", before.shuffled, after.shuffled, chance])
+    images = [result.metrics().get("eval/image") for result in (before, after)]
+    return summary_table([*rows, ["still images", *images, 0.25]])
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
