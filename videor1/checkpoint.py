@@ -8,6 +8,7 @@ A checkpoint is written to a temporary folder and renamed: what is named step-N 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +50,8 @@ def save(
     *,
     keep: int | None = None,
 ) -> Path:
-    """Write checkpoint ``step`` and delete the oldest beyond ``keep``.
+    """Write checkpoint ``step``; then delete the oldest beyond ``keep``, and later ones, which a run that went back to
+    an earlier step has left behind.
 
     Args:
         optimizer: None writes the model only (no resume from it).
@@ -61,7 +64,7 @@ def save(
     final, partial = folder / f"step-{step}", folder / f"{_PARTIAL}step-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving
+        for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving or deleting
             shutil.rmtree(stale)
         partial.mkdir()
         save_model(model, partial)
@@ -69,18 +72,25 @@ def save(
             _save_trainer(partial / "trainer", model, optimizer, state | {"step": step})
         _sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _delete(final)
         os.replace(partial, final)
         _sync_folder(folder)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors reports a failed write with an exception class of its own.
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
-        raise
-    for _, old in checkpoints(run_dir)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+    earlier = [path for number, path in checkpoints(run_dir) if number <= step]
+    later = [path for number, path in checkpoints(run_dir) if number > step]
+    for old in later + earlier[: -keep if keep else 0]:
+        _delete(old)
     return final
+
+
+def _delete(checkpoint: Path) -> None:
+    """Rename first, so that a kill in between leaves no half of a checkpoint under its name."""
+    doomed = checkpoint.with_name(f"{_PARTIAL}old-{checkpoint.name}")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def save_model(model: VideoLM, folder: Path) -> None:
@@ -126,27 +136,64 @@ def _save_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def load_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start."""
+def load_trainer(
+    folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer, fixed: dict[str, Any]
+) -> dict[str, Any]:
+    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start.
+
+    Args:
+        fixed: what must equal the saved state's ``fixed``: options that decide which parameters are trained, and how.
+
+    Raises:
+        ConfigError: no trainer state, a damaged one, or one of a run with other ``fixed`` values.
+    """
     trainer = folder / "trainer"
     if not (trainer / "state.json").is_file():
         raise ConfigError(f"{folder}: no trainer state to resume from (save_only_model true, or not a checkpoint)")
-    state: dict[str, Any] = json.loads((trainer / "state.json").read_text(encoding="utf-8"))
     trained = model.trainable()
-    for name in ("adapter.safetensors", "master.safetensors"):
-        if (trainer / name).is_file():
-            weights = load_file(trainer / name)
-            break
-    else:
-        weights = _plain_weights(folder, trained)
-    if set(weights) != set(trained):
-        different = sorted(set(weights) ^ set(trained))
+    try:
+        state: dict[str, Any] = json.loads((trainer / "state.json").read_text(encoding="utf-8"))
+        for name, value in fixed.items():
+            saved = state["fixed"].get(name)
+            if saved != value:
+                raise ConfigError(
+                    f"{folder}: saved by a run with {name} {saved!r}, this one has {value!r}; resume with the same, or "
+                    "start a new run in another output_dir"
+                )
+        for name in ("adapter.safetensors", "master.safetensors"):
+            if (trainer / name).is_file():
+                weights = load_file(trainer / name)
+                break
+        else:
+            weights = _plain_weights(folder, trained)
+        moments = load_file(trainer / "optimizer.safetensors")
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: a damaged checkpoint ({error!r}); resume from another one") from error
+    different = [name for name in sorted(weights.keys() | trained.keys()) if not _alike(name, weights, trained)]
+    if different:
         raise ConfigError(f"{folder}: its trained parameters are not this run's: {different[:5]} ({len(different)})")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    load_state_tensors(optimizer, trained, load_file(trainer / "optimizer.safetensors"))
+    load_state_tensors(optimizer, trained, moments)
     return state
+
+
+def base_digest(model: VideoLM) -> str:
+    """Tells models apart by their parameters' shapes and a few values of each, wherever their folder lies.
+
+    Adapters are left out: they belong to the run, not to the model it began with.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.hf.named_parameters():
+        if ".lora_" not in name:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
+            digest.update(repr((name.replace(".base_layer.", "."), tuple(parameter.shape), values)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _alike(name: str, weights: dict[str, Tensor], trained: dict[str, Any]) -> bool:
+    return name in weights and name in trained and weights[name].shape == trained[name].shape
 
 
 def _plain_weights(folder: Path, trained: dict[str, Any]) -> dict[str, Tensor]:

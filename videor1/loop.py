@@ -7,6 +7,7 @@ is its weights, its optimizer, its step and its position in the data.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import signal
 import threading
@@ -21,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from videor1.checkpoint import CheckpointError, checkpoints, find_resume, load_trainer, save
+from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, load_trainer, save
 from videor1.cli import save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
@@ -35,6 +36,8 @@ from videor1.source import Source
 from videor1.types import SampleError
 
 C = TypeVar("C", bound=EvalOptions)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Loop(ABC, Generic[C]):
@@ -50,6 +53,9 @@ class Loop(ABC, Generic[C]):
     source: Source[Any]
     metrics: MetricsWriter
     progress: Progress
+    skips: JsonlWriter
+    _closing: ExitStack
+    _resume_step: int | None
     _saved_at: int
     _batch_start: int
     _evaluated_at: int
@@ -63,6 +69,7 @@ class Loop(ABC, Generic[C]):
         self.accuracy = math.nan  # of the latest evaluation
         self.resume_from = self._resume_point()
         self.model: VideoLM = load_model(config)
+        self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self.nonfinite_in_a_row = 0
@@ -96,7 +103,7 @@ class Loop(ABC, Generic[C]):
 
     def train(self) -> Path:
         """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
-        with self._open():
+        with self._disk_errors(), self._open():
             while self.step < self.total_steps and not self._stop and not self.finished():
                 self.train_batch()
                 if self._due(self.config.eval_steps):
@@ -151,15 +158,15 @@ class Loop(ABC, Generic[C]):
             f"step {self.step}: skipped, its loss ({row['loss']}) or gradient norm ({row['grad_norm']}) is not finite"
         )
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            self._report(row)
+            self._report(row, last=True)
             raise TrainingStopped(
                 f"{self.nonfinite_in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
                 f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
             )
 
-    def _report(self, row: dict[str, Any]) -> None:
+    def _report(self, row: dict[str, Any], *, last: bool = False) -> None:
         self._since_log.append(row)
-        if self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
+        if last or self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
             self.metrics.log(self.step, _mean_rows(self._since_log))
             self._since_log.clear()
         self.progress.update(self.shown(row))
@@ -178,8 +185,27 @@ class Loop(ABC, Generic[C]):
         return {"data/skipped": sum(bad.values())} | {f"data/skipped/{kind}": n for kind, n in sorted(bad.items())}
 
     def _on_skip(self, draw: int, error: SampleError) -> None:
-        self.skips.write(self.step + 1, {"draw": draw, "kind": error.kind, "path": error.path, "message": str(error)})
+        self._write_skip(self.step + 1, "train", error, draw)
         self.progress.write(f"skipped: {error}")
+
+    def _on_eval_skip(self, error: SampleError) -> None:
+        self._write_skip(self.step, "eval", error)
+        self.progress.write(f"skipped in the evaluation: {error}")
+
+    def _report_bad_entries(self) -> None:
+        """Entries that the data files' check left out: all of them in skipped.jsonl, the first few on the screen."""
+        for split, dataset in (("train", self.dataset), ("eval", self.eval_set)):
+            errors = dataset.errors if dataset else []
+            for error in errors:
+                self._write_skip(0, split, error)
+            for error in errors[:5]:
+                self.progress.write(f"left out: {error}")
+            if dataset and len(errors) > 5:
+                self.progress.write(f"left out: {len(errors)} entries in all {dataset.error_counts()}")
+
+    def _write_skip(self, step: int, split: str, error: SampleError, draw: int | None = None) -> None:
+        row = {"split": split, "draw": draw, "kind": error.kind, "path": error.path, "message": str(error)}
+        self.skips.write(step, row)
 
     def _due(self, every: int) -> bool:
         """Whether this batch, which may hold several steps, reached a multiple of ``every`` before the last step."""
@@ -196,8 +222,7 @@ class Loop(ABC, Generic[C]):
             path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep)
         except CheckpointError as error:
             if required:
-                kept = f"the last whole one is {list(existing.values())[-1]}" if existing else "there is none before it"
-                raise TrainingStopped(f"{error}; {kept}") from error
+                raise TrainingStopped(f"{error}; {self._last_whole()}") from error
             self.counters["failed_checkpoints"] += 1
             self.progress.write(f"{error}; training goes on")
             return self.run_dir
@@ -213,10 +238,20 @@ class Loop(ABC, Generic[C]):
             "pending_metrics": self._since_log,
             "evaluated_at": self._evaluated_at,
             "accuracy": self.accuracy,
+            "fixed": self.fixed,
         }
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        config = self.config
+        lora = dataclasses.asdict(config.lora) if config.lora.rank else None
+        options = {"lora": lora, "freeze_vision": config.freeze_vision, "bf16": self.model.bf16}
+        return {"model_name_or_path (digest of its weights)": base_digest(self.model)} | options
 
     def _resume_point(self) -> Path | None:
         used = (self.run_dir / "metrics.jsonl").exists()
+        if self.config.resume == "auto" and not self.config.output_dir:
+            raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
         found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
         if used and not self.config.resume:
             raise ConfigError(
@@ -230,28 +265,29 @@ class Loop(ABC, Generic[C]):
         """Everything that is open while the run runs, closed in order however it ends."""
         state: dict[str, Any] = {}
         if self.resume_from is not None:
-            state = load_trainer(self.resume_from, self.model, self.optimizer)
+            state = load_trainer(self.resume_from, self.model, self.optimizer, self.fixed)
             self.step = state["step"]
             self.counters |= state["counters"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        self._skipped_before: Counter[str] = Counter(state.get("skipped", {}))
+        self._skipped_before: Counter[str] = Counter(state.get("skipped", self.dataset.error_counts()))
         self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
         self._saved_at = self._batch_start = self.step
         self._evaluated_at = state.get("evaluated_at", -1)
         self.accuracy = state.get("accuracy", math.nan)
         epochs = self.config.num_train_epochs * len(self.dataset) / self.samples_per_step()
         self.total_steps = self.config.max_steps if self.config.max_steps >= 0 else math.ceil(epochs)
-        resume_step = self.step if self.config.resume else None
+        # Without a checkpoint to go on from, every line of an earlier attempt goes, those of step 0 too.
+        self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
         with ExitStack() as stack:
+            self._closing = stack
             save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), self.run_dir / "config.yaml")
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir, report_to=self.config.report_to, run_name=self.config.run_name, config=self.config,
-                    resume_step=resume_step,
+                    resume_step=self._resume_step,
                 )
             )  # fmt: skip
-            self.skips = JsonlWriter(self.run_dir / "skipped.jsonl", resume_step=resume_step)
-            stack.callback(self.skips.close)
+            self.skips = self.open_lines("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
                     self.total_steps, initial=self.step, description=self.name, disabled=self.config.disable_tqdm
@@ -259,18 +295,36 @@ class Loop(ABC, Generic[C]):
             )
             if self.resume_from is not None:
                 self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
-            for error in self.dataset.errors[:5]:
-                self.progress.write(f"left out: {error}")
-            if len(self.dataset.errors) > 5:
-                count = len(self.dataset.errors)
-                self.progress.write(f"left out: {count} entries in all {self.dataset.error_counts()}")
+            if not self.skips.path.stat().st_size:
+                self._report_bad_entries()
             self._evaluator = None
             if self.eval_set is not None:
-                self._evaluator = stack.enter_context(Evaluator(self.eval_set, self.config))
+                evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip)
+                self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(state.get("position", 0))
             stack.callback(self.source.close)
             stack.enter_context(self._signals())
             yield
+
+    def open_lines(self, name: str) -> JsonlWriter:
+        """A file of the run folder that is written line by line and goes on where the resumed run does."""
+        lines = JsonlWriter(self.run_dir / name, resume_step=self._resume_step)
+        self._closing.callback(lines.close)
+        return lines
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full disk met outside of a checkpoint, by a line of metrics.jsonl say, ends the run with one message."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self._last_whole()}") from error
+
+    def _last_whole(self) -> str:
+        existing = checkpoints(self.run_dir)
+        return f"the last whole checkpoint is {existing[-1][1]}" if existing else "there is no checkpoint yet"
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

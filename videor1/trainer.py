@@ -14,7 +14,6 @@ from videor1.advantages import Scored, score_groups
 from videor1.config import TrainConfig
 from videor1.loop import Loop
 from videor1.loss import Packed, completion_logp, loss_weight, media_features, pack_groups, tgrpo_loss
-from videor1.metrics import JsonlWriter
 from videor1.prompts import build_input_ids
 from videor1.rewards import load_reward
 from videor1.rollout import Request, Sampler
@@ -48,8 +47,7 @@ class Trainer(Loop[TrainConfig]):
             ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=limit)
             return Prompt(sample, ids, media, draw)
 
-        resume_step = self.step if self.config.resume else None
-        self.rollouts = JsonlWriter(self.run_dir / "rollouts.jsonl", resume_step=resume_step)
+        self.rollouts = self.open_lines("rollouts.jsonl")
         return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
 
     def train_batch(self) -> None:
@@ -75,7 +73,9 @@ class Trainer(Loop[TrainConfig]):
             results: list[GrpoLoss] = []
             losses = self._losses(rows, micro, scored, old, reference, tower, results)
             self.optimizer_step(losses, functools.partial(self._metrics, groups, scored, rows, results, clock))
-            old = [kept if kept is not None else new.logp for kept, new in zip(old, results, strict=False)]
+            for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
+                if old[i] is None and bool(new.logp.isfinite().all()):
+                    old[i] = new.logp
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Tensor | None]]:
         """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
