@@ -60,7 +60,7 @@ def plain_logp(model: VideoLM, prompt: Prompt, ids: Tensor, temperature: float) 
 def test_an_answer_ends_with_its_first_stop_token(name: str) -> None:
     model = make_lm()
     stop = getattr(model.special, name)
-    rig(model, stop, 9.0)
+    rig(model, stop, 6.0)
     answers = Sampler(model).generate([request(model, VIDEO, 24), request(model, TEXT, 8)], SamplingOptions(10))
     completions = [c for group in answers for c in group]
     assert [len(group) for group in answers] == [24, 8]
@@ -73,14 +73,14 @@ def test_an_answer_ends_with_its_first_stop_token(name: str) -> None:
     lengths = {len(c.token_ids) for c in completions if c.finished}
     assert len(lengths) >= 3  # rows end at different steps
     assert any(not c.finished for c in completions)
-    assert all(c.token_ids[-1] == stop for c in completions if c.finished and len(c.token_ids) < 4)
+    assert sum(c.token_ids[-1] == stop for c in completions) >= 16
     # The text leaves the stop token out.
     assert not any("<|" in c.text for c in completions)
 
 
 def test_a_row_goes_on_as_if_others_had_not_ended() -> None:
     model = make_lm()
-    rig(model, model.special.eos, 9.0)
+    rig(model, model.special.eos, 6.0)
     one = request(model, VIDEO, 12)
     short, long = (Sampler(model).generate([one], SamplingOptions(n))[0] for n in (3, 12))
     for a, b in zip(short, long, strict=True):
@@ -175,7 +175,12 @@ def test_batches_are_no_larger_than_max_rows(monkeypatch: pytest.MonkeyPatch) ->
     model, sizes = make_lm(), []
     sampler = Sampler(model, max_rows=5)
     generate = sampler._generate
-    monkeypatch.setattr(sampler, "_generate", lambda batch, o: sizes.append([r.count for r in batch]) or generate(batch, o))
+
+    def noted(batch: list[Request], options: SamplingOptions) -> list[list[Completion]]:
+        sizes.append([r.count for r in batch])
+        return generate(batch, options)
+
+    monkeypatch.setattr(sampler, "_generate", noted)
     requests = [request(model, TEXT, n) for n in (2, 3, 1, 7, 4, 1)]
     sampler.generate(requests, SamplingOptions(2))
     assert sizes == [[2, 3], [1], [7], [4, 1]]  # a request is never split
@@ -211,10 +216,16 @@ def test_a_call_leaves_the_model_as_it_was() -> None:
         assert all(p.grad is None and p.requires_grad for p in model.hf.parameters())
         assert torch.is_grad_enabled()
         assert not any(c.logp.requires_grad for c in group)
+
+
+def test_a_call_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_lm()
     model.hf.train()
-    with pytest.raises(AttributeError):
-        Sampler(model).generate([dataclasses.replace(request(model, TEXT), prompt=None)], SamplingOptions(2))  # type: ignore[arg-type]
+    monkeypatch.setattr("videor1.rollout.sample_tokens", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Sampler(model).generate([request(model, TEXT)], SamplingOptions(2))
     assert model.hf.training
+    assert torch.is_grad_enabled()
 
 
 def test_global_random_numbers_are_neither_used_nor_moved() -> None:
