@@ -71,7 +71,7 @@ class Evaluator:
     neither right nor wrong.
 
     Args:
-        on_skip: told each skipped sample, the first time.
+        on_skip: told each skipped sample.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Evaluator:
     ) -> None:
         self._samples = dataset.samples[: config.eval_samples or None]
         self._config, self._on_skip = config, on_skip
-        self._told: set[int] = set()  # Sample.index
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
             functools.partial(load_media, video=config.video),
             workers=config.data.workers,
@@ -114,9 +113,7 @@ class Evaluator:
                 ids = build_input_ids(model.tokenizer, sample, outcome, max_prompt_length=limit)
             except SampleError as error:
                 result.skipped[error.kind] += 1
-                if sample.index not in self._told:
-                    self._told.add(sample.index)
-                    self._on_skip(error)
+                self._on_skip(error)
                 continue
             yield Prompt(sample, ids, outcome, sample.index)
 

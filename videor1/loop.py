@@ -190,7 +190,8 @@ class Loop(ABC, Generic[C]):
 
     def _on_eval_skip(self, error: SampleError) -> None:
         self._write_skip(self.step, "eval", error)
-        self.progress.write(f"skipped in the evaluation: {error}")
+        if self._evaluated_at < 0:  # each evaluation meets the same ones
+            self.progress.write(f"skipped in the evaluation: {error}")
 
     def _report_bad_entries(self) -> None:
         """Entries that the data files' check left out: all of them in skipped.jsonl, the first few on the screen."""

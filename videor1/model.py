@@ -97,7 +97,7 @@ class VideoLM:
         context: attention.AttentionContext,
         features: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Last hidden states [T, H] of one packed row.
+        """Last hidden states [T, H] of one packed row, in the compute dtype.
 
         Args:
             ids: int64 [T].
@@ -119,7 +119,7 @@ class VideoLM:
                 use_cache=False,
                 videor1_context=context,
             )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0].to(self.compute_dtype)  # the last norm gives fp32 under autocast
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

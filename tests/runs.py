@@ -1,0 +1,166 @@
+"""Short training runs for tests, in this process and as commands, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from videor1.checkpoint import checkpoints
+from videor1.cli import parse
+from videor1.config import SFTConfig, TrainConfig
+from videor1.demo.assets import Assets
+from videor1.metrics import read_jsonl
+from videor1.sft import SFTTrainer
+from videor1.trainer import Trainer
+
+TESTS = Path(__file__).parent
+TINY = {
+    "data.workers": 0,
+    "video.max_pixels": 3136,
+    "video.min_pixels": 3136,
+    "video.image_max_pixels": 3136,
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+    "device": "cpu",
+}
+TINY_TRAIN = TINY | {
+    "num_generations": 2,
+    "temporal.num_generations": 1,
+    "reward.functions": "toy_rewards:uneven",
+}
+
+
+class Killed(BaseException):
+    """Ends a run in this process at a chosen place, past every ``except Exception``."""
+
+
+def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
+    """The command line of a tiny T-GRPO run; a double underscore stands for a dot."""
+    given = {"model_name_or_path": assets.model, "dataset_name": assets.train, "output_dir": output_dir}
+    return _flags(TINY_TRAIN | given | _dotted(options))
+
+
+def sft_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
+    """The command line of a tiny SFT run."""
+    given = {"model_name_or_path": assets.model, "dataset_name": assets.sft, "output_dir": output_dir}
+    return _flags(TINY | given | _dotted(options))
+
+
+def trainer(assets: Assets, output_dir: Path, **options: Any) -> Trainer:
+    return Trainer(parse(TrainConfig, train_flags(assets, output_dir, **options), prog="train", description=""))
+
+
+def sft_trainer(assets: Assets, output_dir: Path, **options: Any) -> SFTTrainer:
+    return SFTTrainer(parse(SFTConfig, sft_flags(assets, output_dir, **options), prog="sft", description=""))
+
+
+def start(module: str, flags: list[str], *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """``python -m module flags`` in a session of its own, with one thread."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", module, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeout: float = 90) -> None:
+    """Until a run in progress has written ``count`` lines."""
+    deadline = time.monotonic() + timeout
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} has no {count} lines after {timeout} s"
+        time.sleep(0.005)
+
+
+def session_members(session: int) -> list[int]:
+    """Live processes of a session (zombies do not count)."""
+    members = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                members.append(int(folder.name))
+    return members
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The last line about a training step."""
+    return [row for row in metrics(run_dir) if "loss" in row][-1]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    """Bit for bit: metrics, rollouts, skips, and every file of the last checkpoint."""
+    assert metrics(run_dir) == metrics(expected)
+    for name in ("rollouts.jsonl", "skipped.jsonl"):
+        if (expected / name).exists():
+            assert (run_dir / name).read_bytes() == (expected / name).read_bytes(), name
+    (step, ours), (expected_step, theirs) = checkpoints(run_dir)[-1], checkpoints(expected)[-1]
+    assert step == expected_step
+    files = [path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file())
+    for file in files:
+        if file.name == "state.json":
+            assert _state(ours / file) == _state(theirs / file)
+        else:
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+def write_data(path: Path, entries: list[Any]) -> Path:
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a demo data file with absolute media paths."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [entry | {"path": str(path.parent / entry["path"])} for entry in found]
+
+
+def _state(path: Path) -> str:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    for row in state["pending_metrics"]:
+        for key in [key for key in row if key.startswith("time/")]:
+            del row[key]
+    return json.dumps(state, sort_keys=True)  # as text: NaN equals NaN
+
+
+def _dotted(options: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("__", "."): value for name, value in options.items()}
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        text = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+        flags.append(f"--{name}={text}")
+    return flags
