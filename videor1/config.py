@@ -282,8 +282,6 @@ class SFTConfig(EvalOptions):
     def __post_init__(self) -> None:
         check_eval(self)
         _expect("max_length", self.max_length, "at least 1", self.max_length >= 1)
-        if self.stop_at_accuracy is not None and not (self.data.eval_path and self.eval_steps):
-            raise ConfigError("stop_at_accuracy: needs data.eval_path and eval_steps above 0")
 
 
 @dataclass

@@ -38,6 +38,11 @@ class SFTTrainer(Loop[SFTConfig]):
 
     name = "sft"
 
+    def __init__(self, config: SFTConfig) -> None:
+        if config.stop_at_accuracy is not None and not (config.data.eval_path and config.eval_steps):
+            raise ConfigError("stop_at_accuracy: needs data.eval_path and eval_steps above 0")
+        super().__init__(config)
+
     def _load_dataset(self, path: str | None) -> Dataset:
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1-CoT JSON format, got nothing")

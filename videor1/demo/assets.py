@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from videor1.demo.clips import PALETTES, write_image, write_video
 from videor1.demo.model import save_model
-from videor1.demo.questions import draw_questions, entry, guessing_reward
+from videor1.demo.questions import COLD_START_SHARES, SHARES, draw_questions, entry, guessing_reward
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.seeding import derive_seed
@@ -100,7 +100,8 @@ def _make(folder: Path, wanted: dict[str, Any], seed: int, sizes: Sizes, progres
 def _make_split(folder: Path, split: str, seed: int, sizes: Sizes, bar: tqdm) -> list[dict[str, Any]]:
     rng = Random(derive_seed(seed, "demo", split))
     count, stills = getattr(sizes, f"{split}_videos"), getattr(sizes, f"{split}_images")
-    questions = draw_questions(count, rng) + draw_questions(stills, rng, still=True)
+    shares = COLD_START_SHARES if split == "sft" else SHARES
+    questions = draw_questions(count, rng, shares=shares) + draw_questions(stills, rng, still=True)
     entries = []
     for number, question in enumerate(questions):
         palette = PALETTES[question.topic]

@@ -1,0 +1,79 @@
+"""The embedded default, shortened: the whole path from made clips to summary.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from videor1 import train
+from videor1.config import SFTConfig, TrainConfig
+from videor1.demo import run
+from videor1.demo.assets import Sizes, make_assets
+from videor1.metrics import read_jsonl
+from videor1.model import load_model
+
+SMALL = Sizes(
+    sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6, test_images=2
+)
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with few samples and a cold start of two steps."""
+    recipe = run.load_config(SFTConfig, "sft_demo")
+    short = dataclasses.replace(recipe, max_steps=2, per_device_train_batch_size=4, eval_steps=1)
+    monkeypatch.setattr(run, "load_config", lambda *_: short)
+    monkeypatch.setattr(run, "make_assets", functools.partial(make_assets, sizes=SMALL))
+
+
+def test_without_arguments_it_runs_the_whole_path(
+    small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--output_dir", str(folder), "--max_steps", "2", "--per_device_train_batch_size", "3", "--data.workers=0"]
+    assert train.main(options) == 0
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {"before", "after", "chance", "steps", "seconds"}
+    assert summary["steps"] == 2
+    assert 0.25 <= summary["chance"] <= 0.35
+    for when in ("before", "after"):
+        assert set(summary[when]) == {"ordered", "shuffled"}
+        assert all(0 <= value <= 1 for value in summary[when].values())
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert {"temporal/p", "temporal/p_shuffled", "reward", "kl", "time/rollout"} <= set(rows[0])
+    rollouts = read_jsonl(folder / "rollouts.jsonl")
+    assert len(rollouts) == 6
+    for row in rollouts:
+        video = row["permutation"] is not None
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 8
+        assert len(row["shuffled_completions"]) == (4 if video else 0)
+        if video:
+            assert sorted(row["permutation"]) == list(range(8))
+    assert (folder / "curves.png").stat().st_size > 10_000
+    again = TrainConfig(model_name_or_path=str(folder / "checkpoints" / "step-2"), device="cpu")
+    assert load_model(again).trainable()
+
+    shown = capsys.readouterr().out
+    for text in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data"):
+        assert text in shown
+
+
+def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path) -> None:
+    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
+    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    assert train.main(options) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train.main([*options, "--resume", "auto"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_half_a_command_names_the_missing_half(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match=r"dataset_name: give .* or neither"):
+        train.main(["--model_name_or_path", str(tmp_path)])
