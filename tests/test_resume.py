@@ -33,7 +33,6 @@ from videor1.loop import Loop
 from videor1.metrics import JsonlWriter
 from videor1.rollout import Sampler
 from videor1.sft import SFTTrainer
-from videor1.trainer import Trainer
 
 # Everything at once: mixed media, a bad sample, two prompts a step, two updates a rollout, a schedule, averaged lines.
 HARD = {

@@ -259,6 +259,10 @@ class Loop(ABC, Generic[C]):
                 f"output_dir: {self.run_dir} holds a run already; go on with it by --resume auto, "
                 "or name another folder"
             )
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.run_dir} cannot be made: {error}") from error
         return found
 
     @contextmanager
