@@ -97,14 +97,26 @@ def save_model(model: VideoLM, folder: Path) -> None:
     """The model (adapters merged), its tokenizer and its processor files, as ``from_pretrained`` reads them."""
     dtype = model.compute_dtype
     tensors = {name: tensor.to(dtype) for name, tensor in _merged(model)}
-    config_dtype, model.hf.config.dtype = model.hf.config.dtype, dtype
+    if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
+        del tensors["lm_head.weight"]
+    config_dtype = model.hf.config.dtype
     try:
         model.hf.save_pretrained(folder, state_dict=tensors)
     finally:
         model.hf.config.dtype = config_dtype
+    _note_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     model.tokenizer.save_pretrained(folder)
     for name, text in processor_files(model.source).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _note_dtype(path: Path, dtype: str) -> None:
+    """transformers writes the live model's dtype, not that of the tensors it is given."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "dtype" in part:
+            part["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
