@@ -105,6 +105,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
+def run_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return read_jsonl(run_dir / name)
+
+
 def last_metrics(run_dir: Path) -> dict[str, Any]:
     """The last line about a training step."""
     return [row for row in metrics(run_dir) if "loss" in row][-1]

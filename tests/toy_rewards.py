@@ -11,3 +11,8 @@ from videor1.types import Sample
 def uneven(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
     """A number in [0, 1) that depends on every letter of an answer."""
     return [zlib.crc32(text.encode()) % 97 / 97 for text in completions]
+
+
+def not_finite(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """What a reward must not return."""
+    return [float("nan")] * len(completions)

@@ -1,0 +1,236 @@
+"""Everything a data file can get wrong: counted, logged with its path and skipped; a run of nothing else stops."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from media import cut, write_sound, write_video
+from runs import entries, last_metrics, run_lines, sft_trainer, train_flags, trainer, write_data
+
+from videor1.checkpoint import checkpoints
+from videor1.cli import run_main
+from videor1.demo.assets import Assets
+from videor1.errors import ConfigError
+from videor1.train import main
+
+
+@pytest.fixture(scope="module")
+def broken(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with one of each: kind of file -> path."""
+    root = tmp_path_factory.mktemp("broken")
+    clip = Path(entries(assets.train)[0]["path"])
+    (root / "good.mp4").write_bytes(clip.read_bytes())
+    (root / "text.mp4").write_text("this is not a video\n" * 100)
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "half.png").write_bytes((assets.folder / "clips" / "train-0003.png").read_bytes()[:60])
+    (root / "folder.mp4").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)
+    data = bytearray(write_video(root / "fine.mp4", np.zeros((20, 64, 64, 3), np.uint8) + 90).read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 600] = noise.tobytes()[:600]
+    (root / "corrupt.mp4").write_bytes(data)
+    return {
+        "missing": root / "gone.mp4",
+        "truncated": cut(clip, root / "cut.mp4"),
+        "no video": root / "text.mp4",
+        "empty": root / "empty.mp4",
+        "no frames": write_sound(root / "sound.mp4", with_empty_video=True),
+        "sound only": write_sound(root / "song.mp4"),
+        "corrupt": root / "corrupt.mp4",
+        "image": root / "half.png",
+        "folder": root / "folder.mp4",
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_kind_of_broken_file_is_skipped_and_reported(
+    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good, image = entries(assets.train)[0], entries(assets.train)[3]
+    assert image["data_type"] == "image"
+    bad = [(image if name == "image" else good) | {"path": str(path)} for name, path in broken.items()]
+    root = Path("/")
+    data = write_data(tmp_path / "data.json", [*bad, good, image])
+    run = trainer(
+        assets, tmp_path / "run", dataset_name=data, data__root=root, data__shuffle=False, data__workers=workers,
+        max_steps=3,
+    )  # fmt: skip
+    run.train()
+    lines = run_lines(tmp_path / "run", "skipped.jsonl")
+    first_pass = [line for line in lines if line["draw"] < len(bad)]
+    assert [line["path"] for line in first_pass] == [str(path) for path in broken.values()]
+    assert all(line["split"] == "train" and line["kind"] and line["message"] for line in first_pass)
+    row = last_metrics(tmp_path / "run")
+    assert row["data/skipped"] == len(lines) == 2 * len(bad)  # the third step begins another pass
+    counted = {key: value for key, value in row.items() if key.startswith("data/skipped/")}
+    assert counted == {f"data/skipped/{kind}": sum(line["kind"] == kind for line in lines)
+                       for kind in {line["kind"] for line in lines}}  # fmt: skip
+    assert counted["data/skipped/missing_file"] == 2
+    screen = capfd.readouterr().err
+    assert all(str(path) in screen for path in broken.values())
+    rollouts = run_lines(tmp_path / "run", "rollouts.jsonl")
+    assert [line["path"] for line in rollouts] == [good["path"], image["path"], good["path"]]
+
+
+def bad_entries(good: dict[str, Any]) -> dict[str, Any]:
+    """Kind of error -> an entry that has it."""
+    return {
+        "wrong_type": 7,
+        "missing_field": {key: value for key, value in good.items() if key != "problem"},
+        "empty_field": good | {"problem": " "},
+        "data_type": good | {"data_type": "vidoe"},
+        "problem_type": good | {"problem_type": "multiple choise"},
+        "options": good | {"problem_type": "multiple choice", "options": []},
+        "solution": good | {"solution": "A"},
+        "outside_root": good | {"path": "../../etc/passwd"},
+        "bad_path": good | {"path": "a\0b"},
+    }
+
+
+def test_every_kind_of_bad_entry_is_left_out_and_reported(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = entries(assets.train)[0]
+    bad = bad_entries(good)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join([json.dumps(good), "{no json", *map(json.dumps, bad.values())]) + "\n")
+    run = trainer(assets, tmp_path / "run", dataset_name=data, data__root=assets.folder, max_steps=2)
+    run.train()
+    lines = run_lines(tmp_path / "run", "skipped.jsonl")
+    assert [line["kind"] for line in lines] == ["bad_json", *bad]
+    assert [int(re.search(r"line (\d+)", line["message"])[1]) for line in lines] == list(range(2, 12))  # type: ignore
+    assert {line["path"] for line in lines} == {str(data)}
+    row = last_metrics(tmp_path / "run")
+    assert row["data/skipped"] == 10
+    assert all(row[f"data/skipped/{kind}"] == 1 for kind in ("bad_json", *bad))
+    screen = capfd.readouterr().err
+    assert "line 2: does not parse as JSON" in screen
+    assert "left out: 10 entries in all" in screen
+
+
+def test_a_prompt_that_is_too_long_is_skipped_whole(assets: Assets, tmp_path: Path) -> None:
+    good = entries(assets.train)[0]
+    long = good | {"problem": "Which shape comes first? " * 200, "problem_id": "long"}
+    data = write_data(tmp_path / "data.json", [long, good])
+    run = trainer(
+        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_prompt_length=400,
+        max_steps=2,
+    )  # fmt: skip
+    run.train()
+    row = last_metrics(tmp_path / "run")
+    assert row["data/skipped/too_long"] == row["data/skipped"] == 2
+    (line, _) = run_lines(tmp_path / "run", "skipped.jsonl")
+    assert "400" in line["message"]
+    assert line["path"] == good["path"]
+    assert {line["problem_id"] for line in run_lines(tmp_path / "run", "rollouts.jsonl")} == {str(good["problem_id"])}
+
+
+def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_path: Path) -> None:
+    good = entries(assets.sft)[0]
+    bad = [good | {"path": str(path)} for name, path in broken.items() if name != "image"]
+    no_thought = {key: value for key, value in good.items() if key != "process"}
+    long = good | {"process": "<think>" + "red " * 600 + "</think>"}
+    data = write_data(tmp_path / "data.json", [*bad, no_thought, long, good])
+    run = sft_trainer(
+        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_length=500, max_steps=1
+    )
+    run.train()
+    row = last_metrics(tmp_path / "run")
+    assert row["data/skipped"] == len(bad) + 2
+    assert row["data/skipped/missing_field"] == row["data/skipped/too_long"] == row["data/skipped/missing_file"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_of_nothing_usable_stops_with_one_message(
+    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = entries(assets.train)[0]
+    data = write_data(tmp_path / "data.json", [good | {"path": str(broken[name])} for name in ("missing", "empty")])
+    flags = train_flags(assets, tmp_path / "run", dataset_name=data, data__root="/", data__workers=workers)
+    assert run_main(main, flags) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {data}: none of its 2 samples can be used (")
+    assert "missing_file 1" in last
+    assert str(broken["missing"]) in last or str(broken["empty"]) in last
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_samples_that_fail_later_stop_the_run_too(assets: Assets, tmp_path: Path) -> None:
+    """The files vanish while the run runs (a network drive): the checkpoints before survive."""
+    clips = [entry | {"path": f"{i}.mp4"} for i, entry in enumerate(entries(assets.train)[:3])]
+    for i, entry in enumerate(entries(assets.train)[:3]):
+        (tmp_path / f"{i}.mp4").write_bytes(Path(entry["path"]).read_bytes())
+    data = write_data(tmp_path / "data.json", clips)
+    run = trainer(
+        assets, tmp_path / "run", dataset_name=data, data__cache_mb=0, max_steps=9, save_steps=2, data__prefetch=1
+    )
+    original, wanted = run.train_batch, 4
+
+    def batch() -> None:
+        if run.step == wanted:
+            for i in range(3):
+                (tmp_path / f"{i}.mp4").unlink()
+        original()
+
+    run.train_batch = batch  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"none of its 3 samples can be used \(missing_file 3\)"):
+        run.train()
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_name": "gone.json"}, "no such data file"),
+        ({"data__eval_path": "gone.json"}, "no such data file"),
+        ({"model_name_or_path": "./gone"}, "model_name_or_path: cannot load './gone'"),
+        ({"reward__functions": "toy_rewards:unever"}, "did you mean|has no 'unever'"),
+        ({"reward__functions": "toy_reward:uneven"}, "toy_reward"),
+        ({"device": "cuda:99"}, "device"),
+        ({"video__backend": "magic"}, "backend"),
+    ],
+)
+def test_a_wrong_option_ends_before_training(
+    change: dict[str, Any], message: str, assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = run_main(main, train_flags(assets, tmp_path / "run", max_steps=1, **change))
+    error = capfd.readouterr().err.strip().splitlines()
+    assert code in (1, 2)
+    assert error[-1].startswith("error: ")
+    assert re.search(message, error[-1])
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists() or not run_lines(tmp_path / "run", "rollouts.jsonl")
+
+
+def test_a_model_without_its_tokenizer_is_one_message(assets: Assets, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(assets.model / name)
+    with pytest.raises(ConfigError, match=r"tokenizer|cannot load"):
+        trainer(assets, tmp_path / "run", model_name_or_path=folder)
+
+
+def test_a_reward_that_is_no_number_names_its_function(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path / "run", reward__functions="toy_rewards:not_finite", max_steps=1)
+    with pytest.raises(ConfigError, match=r"toy_rewards:not_finite.*finite number"):
+        run.train()
+
+
+def test_an_evaluation_with_bad_samples_reports_them(
+    assets: Assets, broken: dict[str, Path], tmp_path: Path
+) -> None:
+    dev = entries(assets.dev)
+    data = write_data(tmp_path / "dev.json", [*dev, dev[0] | {"path": str(broken["missing"])}])
+    run = trainer(assets, tmp_path / "run", data__eval_path=data, data__root="/", dataset_name=write_data(
+        tmp_path / "train.json", entries(assets.train)), max_steps=1)  # fmt: skip
+    run.train()
+    rows = run_lines(tmp_path / "run", "metrics.jsonl")
+    assert rows[-1]["eval/skipped"] == 1
+    assert rows[-1]["eval/samples"] == len(dev)
+    (line,) = run_lines(tmp_path / "run", "skipped.jsonl")
+    assert (line["split"], line["path"]) == ("eval", str(broken["missing"]))
