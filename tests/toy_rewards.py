@@ -16,3 +16,8 @@ def uneven(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]
 def not_finite(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
     """What a reward must not return."""
     return [float("nan")] * len(completions)
+
+
+def brief(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """The fewer letters the better."""
+    return [max(0.0, 1 - len(text) / 20) for text in completions]

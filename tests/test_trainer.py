@@ -1,0 +1,343 @@
+"""What a T-GRPO batch does: branches, frozen parts, and gradients that do not depend on how a batch is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import last_metrics, metrics, run_lines, same_weights, trainer, weights
+from torch import Tensor
+
+import videor1.loop
+import videor1.trainer
+from videor1.advantages import score_groups
+from videor1.demo.assets import Assets
+from videor1.loss import pack_groups
+from videor1.model import VideoLM
+from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
+from videor1.trainer import Trainer
+from videor1.types import Completion, Group, Prompt
+
+
+class Opened:
+    """A trainer whose run is open, so that its parts can be called one by one."""
+
+    def __init__(self, run: Trainer) -> None:
+        self.run = run
+        self._context = run._open()
+
+    def __enter__(self) -> Trainer:
+        self._context.__enter__()
+        return self.run
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def test_frozen_vision_stays_and_its_features_are_used_again(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    original = VideoLM.vision_features
+
+    def counting(self: VideoLM, media: Any, patches: Any = None) -> list[Tensor]:
+        encoded.append(len(media))
+        return original(self, media, patches)
+
+    monkeypatch.setattr(VideoLM, "vision_features", counting)
+    options: dict[str, Any] = {"max_steps": 3, "data__shuffle": False, "num_iterations": 1}
+    final = trainer(assets, tmp_path / "frozen", freeze_vision=True, beta=0, **options).train()
+    # Each of the three steps on a video encodes the ordered and the shuffled frames once, for the rollout.
+    assert encoded == [1, 1] * 3
+    before, after = weights(assets.model), weights(final)
+    vision = {name for name in before if name.startswith("visual.")}
+    assert vision
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    assert not all(torch.equal(before[name], after[name]) for name in before.keys() - vision)
+
+    encoded.clear()
+    final = trainer(assets, tmp_path / "trained", beta=0, **options).train()
+    assert encoded == [1, 1, 1] * 3  # once more with gradients
+    assert not all(torch.equal(before[name], weights(final)[name]) for name in vision)
+
+
+def test_frozen_features_give_the_gradients_of_encoding_again(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "freeze_vision": True}
+    reused = trainer(assets, tmp_path / "reused", **options).train()
+    monkeypatch.setattr(Trainer, "_frozen_features", lambda *_: None)
+    again = trainer(assets, tmp_path / "again", **options).train()
+    assert same_weights(weights(reused), weights(again))
+
+
+def test_temporal_patches_permuted_after_the_tower_equal_before(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, temporal__shuffle_unit="temporal_patch")
+    with Opened(run):
+        prompts = [p for p in run.source.take(4) if p.media and p.media.kind == "video"]
+    for prompt in prompts:
+        media, order = prompt.media, draw_permutation(prompt, "temporal_patch", 7)
+        assert media is not None
+        assert order is not None
+        assert sorted(order) == list(range(media.grid_thw[0]))
+        with run.model.inference():
+            (ordered,) = run.model.vision_features([media])
+            (shuffled,) = run.model.vision_features([media], [shuffled_patches(media, order, "temporal_patch")])
+        assert torch.equal(permuted_features(ordered, media, order), shuffled)
+        assert list(order) == sorted(order) or not torch.equal(ordered, shuffled)
+
+
+@pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
+def test_identity_permutation_makes_both_branches_equal(
+    unit: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers, shuffled answers are the ordered ones, token by token and log-prob by log-prob."""
+
+    def identity(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
+        real = draw_permutation(prompt, unit, seed)
+        return None if real is None else tuple(sorted(real))
+
+    request = videor1.trainer.Request
+    same_names = lambda prompt, features, count, seed, names: request(  # noqa: E731
+        prompt, features, count, seed, ("both", names[1])
+    )
+    run = trainer(
+        assets, tmp_path, num_generations=3, temporal__num_generations=3, temporal__shuffle_unit=unit,
+        max_completion_length=12,
+    )  # fmt: skip
+    with Opened(run):
+        prompts = run.source.take(4)
+    real, _ = run.rollout(prompts)
+    monkeypatch.setattr(videor1.trainer, "Request", same_names)
+    different, _ = run.rollout(prompts)
+    monkeypatch.setattr(videor1.trainer, "draw_permutation", identity)
+    groups, _ = run.rollout(prompts)
+    videos = [g for g in groups if g.permutation is not None]
+    assert len(videos) == 3
+    for group in videos:
+        for ordered, shuffled in zip(group.ordered, group.shuffled, strict=True):
+            assert torch.equal(ordered.token_ids, shuffled.token_ids)
+            torch.testing.assert_close(ordered.logp, shuffled.logp, rtol=0, atol=1e-5)
+    # And only then: a real permutation, or other random numbers, give others.
+    assert any(answers(g.ordered) != answers(g.shuffled) for g in different if g.permutation)
+    assert any(answers(g.ordered) != answers(g.shuffled) for g in real if g.permutation)
+    (image,) = [g for g in groups if g.permutation is None]
+    assert image.shuffled == ()
+
+
+def answers(completions: Any) -> list[list[int]]:
+    return [c.token_ids.tolist() for c in completions]
+
+
+def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, num_generations=3, temporal__num_generations=2)
+    with Opened(run):
+        groups, _ = run.rollout(run.source.take(4))
+    assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
+    packed = pack_groups(run.model, groups)
+    assert packed.labels.tolist() == [token for g in groups for ids in answers(g.ordered) for token in ids]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, assets: Assets, tmp_path: Path) -> None:
+    trainer(assets, tmp_path, temporal__enabled=enabled, max_steps=4, data__shuffle=False).train()
+    lines = run_lines(tmp_path, "rollouts.jsonl")
+    assert [bool(line["shuffled_completions"]) for line in lines] == [enabled] * 3 + [False]
+    assert [line["permutation"] is not None for line in lines] == [enabled] * 3 + [False]
+    assert (metrics(tmp_path)[0]["temporal/p_shuffled"] is not None) == enabled
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [({"beta": 0}, 0), ({"beta": 0.1}, 1), ({"beta": 0.1, "lora__rank": 2}, 0), ({"beta": 0, "lora__rank": 2}, 0)],
+)
+def test_reference_model_is_copied_only_where_needed(
+    options: dict[str, Any], copies: int, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    original = VideoLM.frozen_copy
+
+    def copying(self: VideoLM) -> VideoLM:
+        made.append(original(self))
+        return made[-1]
+
+    monkeypatch.setattr(VideoLM, "frozen_copy", copying)
+    run = trainer(assets, tmp_path, max_steps=3, **options)
+    run.train()
+    assert len(made) == copies
+    kl = [row["kl"] for row in metrics(tmp_path)]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert (kl[-1] > 1e-6) == (options["beta"] > 0)
+
+
+def cut_unequally(groups: list[Group]) -> list[Group]:
+    """The same groups with answers of 1, 2, 3, ... tokens."""
+    lengths = itertools.count(1)
+
+    def cut(completion: Completion) -> Completion:
+        length = min(next(lengths), len(completion.token_ids))
+        ids, logp = completion.token_ids[:length], completion.logp[:length]
+        return dataclasses.replace(completion, token_ids=ids, logp=logp)
+
+    return [dataclasses.replace(group, ordered=tuple(map(cut, group.ordered))) for group in groups]
+
+
+def gradients(run: Trainer, prompts: list[Prompt], groups: list[Group], batch: int) -> dict[str, Tensor]:
+    """The gradient that an optimizer step sees when the groups come in micro-batches of ``batch``."""
+    config = run.config
+    config.per_device_train_batch_size = batch
+    config.gradient_accumulation_steps = len(groups) // batch
+    captured: dict[str, Tensor] = {}
+
+    def capture(_: Any, parameters: dict[str, Any], *__: Any) -> tuple[float, bool]:
+        captured.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+        for parameter in parameters.values():
+            parameter.grad = None
+        return 1.0, True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(videor1.loop, "guarded_step", capture)
+        patch.setattr(run.source, "take", lambda count: prompts[:count])
+        patch.setattr(run, "rollout", lambda _: (groups, [None] * len(groups)))
+        run.train_batch()
+    return captured
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_gradients_do_not_depend_on_the_micro_batches(
+    loss_type: str, importance: str, assets: Assets, tmp_path: Path
+) -> None:
+    """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved."""
+    run = trainer(
+        assets, tmp_path, loss_type=loss_type, importance_level=importance, num_generations=3, beta=0.2,
+        max_completion_length=16, max_steps=20,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert run.frozen is not None
+        for parameter in run.frozen.hf.parameters():
+            parameter.mul_(1.05)
+    with Opened(run):
+        prompts = run.source.take(4)
+        groups = cut_unequally(run.rollout(prompts)[0])
+        assert (score_groups(groups, run.config).result.advantages != 0).any(1).sum() >= 3
+        whole, half, single = (gradients(run, prompts, groups, batch) for batch in (4, 2, 1))
+    assert whole.keys() == half.keys() == single.keys() == run.model.trainable().keys()
+    scale = max(float(g.abs().max()) for g in whole.values())
+    assert scale > 1e-3
+    for name, gradient in whole.items():
+        for other in (half, single):
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=2e-6 * scale)
+
+
+def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -> None:
+    """bnpo divides by the tokens of each micro-batch: cutting the batch differently is another loss."""
+    run = trainer(
+        assets, tmp_path, loss_type="bnpo", num_generations=3, max_completion_length=16, max_steps=20, beta=0
+    )
+    with Opened(run):
+        prompts = run.source.take(4)
+        groups = cut_unequally(run.rollout(prompts)[0])
+        single = gradients(run, prompts, groups, 1)
+        scored = score_groups(groups, run.config)
+        expected = {name: torch.zeros_like(p) for name, p in run.model.trainable().items()}
+        for i, group in enumerate(groups):
+            advantages = scored.result.advantages[i]
+            row = pack_groups(run.model, [group])
+            result = videor1.trainer.tgrpo_loss(run.model, row, advantages, run.config, num_tokens=1)
+            for name, gradient in zip(
+                expected, torch.autograd.grad(result.loss / 4, run.model.trainable().values()), strict=True
+            ):
+                expected[name] += gradient
+    for name, gradient in expected.items():
+        torch.testing.assert_close(single[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_second_update_of_a_rollout_uses_its_own_log_probs(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update has no old log-probs; the second's are those of the first, which were the rollout's."""
+    seen: list[tuple[Tensor | None, Tensor]] = []
+    original: Callable[..., Any] = videor1.trainer.tgrpo_loss
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        seen.append((kwargs["old_logp"], result.logp))
+        return result
+
+    monkeypatch.setattr(videor1.trainer, "tgrpo_loss", spy)
+    trainer(assets, tmp_path, num_iterations=3, max_steps=3, clip_low=0.2, clip_high=0.2).train()
+    assert [old is None for old, _ in seen] == [True, False, False]
+    first = seen[0][1]
+    assert torch.equal(seen[1][0], first)  # type: ignore[arg-type]
+    assert torch.equal(seen[2][0], first)  # type: ignore[arg-type]
+    assert not torch.equal(seen[1][1], first)
+    assert metrics(tmp_path)[0]["clip_ratio"] == 0
+
+
+def test_a_skipped_first_update_does_not_disturb_the_second(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = videor1.trainer.tgrpo_loss
+    calls: list[None] = []
+
+    def nan_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:  # the second micro-batch of the first update
+            args = (*args[:2], args[2] * torch.nan, *args[3:])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(videor1.trainer, "tgrpo_loss", nan_once)
+    trainer(assets, tmp_path, num_iterations=2, gradient_accumulation_steps=3, max_steps=2).train()
+    assert [row["nonfinite_steps"] for row in metrics(tmp_path)] == [1, 1]
+    assert metrics(tmp_path)[1]["grad_norm"] > 0
+
+
+def test_rollout_and_training_log_probs_agree(assets: Assets, tmp_path: Path) -> None:
+    """The sampler's cache and the packed row are two programs for one number."""
+    trainer(assets, tmp_path, max_steps=4, per_device_train_batch_size=2, max_completion_length=16, beta=0).train()
+    for row in metrics(tmp_path):
+        assert row["sampling/sampling_logp_difference/max"] < 2e-5
+
+
+def test_learning_raises_the_reward(assets: Assets, tmp_path: Path) -> None:
+    """The whole loop points uphill: answers become shorter where that is what pays."""
+    run = trainer(
+        assets, tmp_path, reward__functions="toy_rewards:brief", num_generations=8, max_steps=25, learning_rate=2e-3,
+        max_completion_length=12, beta=0, temporal__enabled=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    rewards = [row["reward"] for row in metrics(tmp_path)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(assets: Assets, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        torch.manual_seed(len(name))  # the global generator has no say
+        trainer(assets, tmp_path / name, seed=seed, max_steps=3).train()
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "same")
+    assert metrics(tmp_path / "one") != metrics(tmp_path / "other")
+
+
+def test_decode_workers_and_batch_rows_do_not_change_the_run(assets: Assets, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2}
+    trainer(assets, tmp_path / "here", **options).train()
+    trainer(assets, tmp_path / "ahead", data__workers=1, data__prefetch=3, data__cache_mb=0, **options).train()
+    assert metrics(tmp_path / "here") == metrics(tmp_path / "ahead")
+    assert (tmp_path / "here" / "rollouts.jsonl").read_bytes() == (tmp_path / "ahead" / "rollouts.jsonl").read_bytes()
+
+
+def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_path: Path) -> None:
+    trainer(assets, tmp_path, max_steps=1).train()
+    row = last_metrics(tmp_path)
+    names = {
+        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "rewards/accuracy", "rewards/format", "kl",
+        "entropy", "completions/mean_length", "completions/clipped_ratio", "temporal/p", "temporal/p_shuffled",
+        "temporal/bonus", "sampling/sampling_logp_difference/mean", "data/draws", "data/skipped", "nonfinite_steps",
+    }  # fmt: skip
+    assert names <= row.keys()
