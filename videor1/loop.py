@@ -112,6 +112,7 @@ class Loop(ABC, Generic[C]):
                     self._save(required=False)
                 self._batch_start = self.step
             if not self._stop:
+                self._log_steps()
                 self._evaluate()
             final = self._save(required=True)
         if self._stop:
@@ -167,9 +168,14 @@ class Loop(ABC, Generic[C]):
     def _report(self, row: dict[str, Any], *, last: bool = False) -> None:
         self._since_log.append(row)
         if last or self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
+            self._log_steps()
+        self.progress.update(self.shown(row))
+
+    def _log_steps(self) -> None:
+        """One line of metrics for the steps since the last."""
+        if self._since_log:
             self.metrics.log(self.step, _mean_rows(self._since_log))
             self._since_log.clear()
-        self.progress.update(self.shown(row))
 
     def _evaluate(self) -> None:
         """Held-out accuracy of the weights at hand, once per step."""
