@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -232,7 +233,10 @@ def test_signals_save_and_exit_130(
         flags = sft_flags(assets, tmp_path, **sft_options(mixed) | {"data__workers": 1, "save_steps": 0})
     process = start(module, flags)
     wait_for_lines(process, tmp_path / "metrics.jsonl", 1)
-    process.send_signal(number)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal sends it to the decode workers too
+    else:
+        process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     ((step, checkpoint),) = checkpoints(tmp_path)
