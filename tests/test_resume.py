@@ -251,6 +251,27 @@ def test_signals_save_and_exit_130(
     assert_same_run(tmp_path, whole("full" if train else "sft"))
 
 
+def test_ctrl_c_during_the_last_step(
+    assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The last evaluation is made up for once, however often the run is resumed after that."""
+    run = trainer(assets, tmp_path, **options(mixed, "train"))
+    original = run.train_batch
+
+    def batch() -> None:
+        original()
+        if run.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run, "train_batch", batch)
+    with pytest.raises(KeyboardInterrupt, match="step-8; go on with --resume auto"):
+        run.train()
+    for _ in range(2):
+        trainer(assets, tmp_path, resume="auto", **options(mixed, "train")).train()
+        assert_same_run(tmp_path, whole("full"))
+
+
 def assert_session_ends(session: int) -> None:
     deadline = time.monotonic() + 15
     while session_members(session):

@@ -176,6 +176,7 @@ class Loop(ABC, Generic[C]):
         if self._since_log:
             self.metrics.log(self.step, _mean_rows(self._since_log))
             self._since_log.clear()
+            self._saved_at = -1  # a checkpoint of this step, saved on Ctrl-C, does not know of the line
 
     def _evaluate(self) -> None:
         """Held-out accuracy of the weights at hand, once per step."""
@@ -185,6 +186,7 @@ class Loop(ABC, Generic[C]):
         result = self._evaluator.run(self.model)
         self.accuracy, self._evaluated_at = result.ordered, self.step
         self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
+        self._saved_at = -1
 
     def _skipped(self) -> dict[str, int]:
         bad = self.source.skipped + self._skipped_before
