@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import make_lm, make_media, make_prompt
+from tiny import installed_seconds, make_lm, make_media, make_prompt
 from torch import Tensor
 
 from videor1.model import VideoLM
@@ -68,6 +68,7 @@ def test_any_grid_and_rate_as_in_transformers(model: VideoLM, kind, grid, second
     before, after, answer = text
     if kind == "image":
         grid, seconds = (1, *grid[1:]), 0.0
+    seconds = installed_seconds(seconds)
     prompt = bare_prompt(model, kind, (grid[0], 2 * grid[1], 2 * grid[2]), seconds, before, after)
     positions, first = model.positions(prompt)
     expected = transformers_positions(model, prompt, answer)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from videor1.model import VideoLM
 from videor1.prompts import build_input_ids
@@ -100,3 +101,15 @@ def make_prompt(media: Media | None = None, problem: str = "Which comes first?",
     kind = media.kind if media else "text"
     sample = Sample(draw, str(draw), problem, kind, "free-form", "<answer>red</answer>", Path("clip.mp4"))
     return Prompt(sample, build_input_ids(make_tokenizer(), sample, media, max_prompt_length=4096), media, draw)
+
+
+@functools.cache
+def _transformers_truncates_seconds() -> bool:
+    time_interval = inspect.signature(Qwen2_5_VLModel.get_vision_position_ids).parameters["time_interval"]
+    return time_interval.default == 1 and not isinstance(time_interval.default, float)
+
+
+def installed_seconds(seconds: float) -> float:
+    """``seconds`` per temporal patch as the installed transformers takes them: 5.17 cuts the fraction off, later
+    versions do not. Only for comparisons with transformers; videor1 never cuts."""
+    return float(int(seconds)) if _transformers_truncates_seconds() else seconds

@@ -65,7 +65,7 @@ class Trainer(Loop[TrainConfig]):
         micro = [slice(i, i + size) for i in range(0, len(groups), size)]
         rows = [pack_groups(self.model, groups[part]) for part in micro]
         tower = [self._frozen_features(features[part]) for part in micro]
-        reference = [self._reference_logp(row) for row in rows]
+        reference = [self._reference_logp(row, own) for row, own in zip(rows, tower, strict=True)]
         clock.lap("time/reference")
 
         old: list[Tensor | None] = [None] * len(rows)
@@ -147,11 +147,11 @@ class Trainer(Loop[TrainConfig]):
             return None
         return [f for f in features if f is not None]
 
-    def _reference_logp(self, row: Packed) -> Tensor | None:
+    def _reference_logp(self, row: Packed, features: list[Tensor] | None) -> Tensor | None:
         if not self.config.beta:
             return None
         with self.model.as_reference(self.frozen) as reference:
-            return completion_logp(reference, row, temperature=self.config.temperature)
+            return completion_logp(reference, row, temperature=self.config.temperature, features=features)
 
     def _metrics(
         self,

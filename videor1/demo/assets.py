@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from videor1.demo.clips import PALETTES, write_image, write_video
 from videor1.demo.model import save_model
-from videor1.demo.questions import COLD_START_SHARES, SHARES, draw_questions, entry, guessing_reward
+from videor1.demo.questions import draw_questions, entry, guessing_reward
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.seeding import derive_seed
@@ -31,10 +31,10 @@ SPLITS = ("sft", "train", "dev", "test")
 class Sizes:
     """Samples to make, each with a clip or an image of its own."""
 
-    sft_videos: int = 600
-    sft_images: int = 60
-    train_videos: int = 400
-    train_images: int = 40
+    sft_videos: int = 500
+    sft_images: int = 50
+    train_videos: int = 800
+    train_images: int = 80
     dev_videos: int = 64
     dev_images: int = 0
     test_videos: int = 128
@@ -100,8 +100,7 @@ def _make(folder: Path, wanted: dict[str, Any], seed: int, sizes: Sizes, progres
 def _make_split(folder: Path, split: str, seed: int, sizes: Sizes, bar: tqdm) -> list[dict[str, Any]]:
     rng = Random(derive_seed(seed, "demo", split))
     count, stills = getattr(sizes, f"{split}_videos"), getattr(sizes, f"{split}_images")
-    shares = COLD_START_SHARES if split == "sft" else SHARES
-    questions = draw_questions(count, rng, shares=shares) + draw_questions(stills, rng, still=True)
+    questions = draw_questions(count, rng) + draw_questions(stills, rng, still=True)
     entries = []
     for number, question in enumerate(questions):
         palette = PALETTES[question.topic]

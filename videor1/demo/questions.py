@@ -14,10 +14,8 @@ from videor1.rewards import accuracy_reward
 Kind = Literal["ordinal", "neighbour", "list", "still"]
 
 ORDINALS = ("first", "second", "third", "last")
-# Of 8 video questions of one topic. The cold start lists orders more often: it learns to see, which examples teach
-# better than rewards, and leaves the rarer kinds of question to T-GRPO.
-SHARES: dict[Kind, int] = {"ordinal": 4, "neighbour": 2, "list": 2}
-COLD_START_SHARES: dict[Kind, int] = {"ordinal": 3, "neighbour": 1, "list": 4}
+# Of 8 questions about videos. Few skills, each met often, are what so small a model learns from rewards in minutes.
+SHARES: dict[tuple[Kind, Topic], int] = {("ordinal", "color"): 4, ("neighbour", "color"): 2, ("list", "shape"): 2}
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,17 @@ class Question:
     place: int = 0  # of the segment that answers it; unused in a list
 
 
-def video_questions(topic: Topic) -> dict[Kind, list[Question]]:
-    """Every question about a clip, by kind."""
-    ordinal = [Question("ordinal", topic, f"Which {topic} comes {word}?", word, i) for i, word in enumerate(ORDINALS)]
-    neighbour = []
-    for i, word in enumerate(ORDINALS):
-        for side, place in (("before", i - 1), ("after", i + 1)):
-            if 0 <= place < SEGMENTS:
-                text = f"Which {topic} comes just {side} the {word}?"
-                neighbour.append(Question("neighbour", topic, text, ORDINALS[place], place))
-    orders = [Question("list", topic, f"In which order do the {topic}s appear?")]
-    return {"ordinal": ordinal, "neighbour": neighbour, "list": orders}
+def video_questions(kind: Kind, topic: Topic) -> list[Question]:
+    """Every question of a kind about a clip."""
+    if kind == "list":
+        return [Question("list", topic, f"In which order do the {topic}s appear?")]
+    if kind == "ordinal":
+        return [Question(kind, topic, f"Which {topic} comes {word}?", word, i) for i, word in enumerate(ORDINALS)]
+    beside = (("after", 0, 1), ("before", SEGMENTS - 1, SEGMENTS - 2))
+    return [
+        Question(kind, topic, f"Which {topic} comes just {side} the {ORDINALS[anchor]}?", ORDINALS[place], place)
+        for side, anchor, place in beside
+    ]
 
 
 def still_question(topic: Topic) -> Question:
@@ -49,19 +47,16 @@ def still_question(topic: Topic) -> Question:
     return Question("still", topic, f"Which {topic} is it?")
 
 
-def draw_questions(
-    count: int, rng: Random, *, still: bool = False, shares: dict[Kind, int] = SHARES
-) -> list[Question]:
-    """``count`` questions in random order: colours and shapes by halves, the kinds by ``shares`` of 8, and the
-    questions of a kind equally often, as far as ``count`` allows."""
+def draw_questions(count: int, rng: Random, *, still: bool = False) -> list[Question]:
+    """``count`` questions in random order: kinds and topics by ``SHARES`` (stills: colours and shapes by halves), and
+    the questions of a kind equally often, as far as ``count`` allows."""
     cycles: list[Iterator[Question]] = []
-    for topic in PALETTES:
-        if still:
-            cycles.append(itertools.repeat(still_question(topic)))
-            continue
-        by_kind = video_questions(topic)
-        for kind, share in shares.items():
-            cycles += [itertools.cycle(rng.sample(by_kind[kind], len(by_kind[kind])))] * share
+    if still:
+        cycles += [itertools.repeat(still_question(topic)) for topic in PALETTES]
+    else:
+        for (kind, topic), share in SHARES.items():
+            questions = video_questions(kind, topic)
+            cycles += [itertools.cycle(rng.sample(questions, len(questions)))] * share
     rng.shuffle(cycles)
     drawn = [next(questions) for questions in itertools.islice(itertools.cycle(cycles), count)]
     rng.shuffle(drawn)
@@ -93,10 +88,10 @@ def entry(question: Question, order: tuple[str, ...], path: str, problem_id: int
 
 def all_entries() -> Iterator[dict[str, Any]]:
     """An entry for every question and every answer to it."""
-    for topic, palette in PALETTES.items():
-        for order in itertools.permutations(palette):
-            for question in itertools.chain(*video_questions(topic).values(), [still_question(topic)]):
-                yield entry(question, order, "-", 0)
+    videos = [question for kind, topic in SHARES for question in video_questions(kind, topic)]
+    for question in [*videos, *map(still_question, PALETTES)]:
+        for order in itertools.permutations(PALETTES[question.topic]):
+            yield entry(question, order, "-", 0)
 
 
 def guessing_reward(entries: list[dict[str, Any]]) -> float:
