@@ -202,3 +202,11 @@ def test_nothing_is_pickled(assets: Assets, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_plain(final)
+
+
+def test_files_are_as_readable_as_others(model: VideoLM, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.touch()
+    folder = save(tmp_path, 1, model, make_optimizer(model.trainable(), TrainConfig()), {})
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.stat().st_mode == beside.stat().st_mode, path

@@ -359,3 +359,12 @@ def test_the_table_command():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == cli.options_table(SFTConfig)
+
+
+def test_changed_options_name_old_and_new() -> None:
+    before = TrainConfig(learning_rate=1e-3)
+    after = dataclasses.replace(
+        before, max_steps=7, output_dir="elsewhere", temporal=dataclasses.replace(before.temporal, alpha=0.5)
+    )
+    assert cli.changed_options(before, before) == []
+    assert cli.changed_options(before, after) == ["max_steps: -1 -> 7", "temporal.alpha: 0.3 -> 0.5"]

@@ -17,8 +17,9 @@ from videor1.metrics import read_jsonl
 from videor1.model import load_model
 
 SMALL = Sizes(
-    sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6, test_images=2
-)
+    sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6,
+    test_images=2,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def test_without_arguments_it_runs_the_whole_path(
     small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    options = ["--output_dir", str(folder), "--max_steps", "2", "--per_device_train_batch_size", "3", "--data.workers=0"]
+    options = ["--output_dir", str(folder), "--max_steps", "2", "--per_device_train_batch_size", "3"]
+    options += ["--data.workers", "0"]
     assert train.main(options) == 0
 
     summary = json.loads((folder / "summary.json").read_text())

@@ -16,7 +16,9 @@ from videor1.types import Prompt
 
 PROMPTS = {
     "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
-    "slow video": lambda: make_prompt(make_media("video", (4, 4, 4), seconds=installed_seconds(3.7), seed=2), "And last?", draw=2),
+    "slow video": lambda: make_prompt(
+        make_media("video", (4, 4, 4), seconds=installed_seconds(3.7), seed=2), "And last?", draw=2
+    ),
     "tall video": lambda: make_prompt(make_media("video", (2, 12, 4), seconds=installed_seconds(0.3), seed=3), draw=3),
     "image": lambda: make_prompt(make_media("image", (1, 8, 4), seed=4), "What is this? Say it in full.", draw=4),
     "text": lambda: make_prompt(None, "What is two and two?", draw=5),

@@ -232,9 +232,14 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sync(folder: Path) -> None:
-    """Everything on disk before the rename makes it the checkpoint."""
+    """Everything on disk, and readable as new files are, before the rename makes it the checkpoint.
+
+    safetensors makes its files readable by their owner alone, which would hide a checkpoint from a server's user.
+    """
+    os.umask(mask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o666 & ~mask)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     _sync_folder(folder)

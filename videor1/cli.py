@@ -134,6 +134,24 @@ def save_config(config: Any, path: str | Path) -> None:
     os.replace(temporary, path)
 
 
+def changed_options(before: Any, after: Any) -> list[str]:
+    """``name: old -> new`` of each option that differs, apart from where the run is and how it is resumed."""
+    changes = []
+    for name, old in _flat(before).items():
+        new = _flat(after)[name]
+        if old != new and name not in ("output_dir", "resume", "disable_tqdm"):
+            changes.append(f"{name}: {_shown(old)} -> {_shown(new)}")
+    return changes
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        values |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: _plain(value)}
+    return values
+
+
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Call a command; turn the errors that are the user's to mend into one message on stderr.
 

@@ -1,4 +1,4 @@
-"""Held-out accuracy, frames in order and shuffled: ``python -m videor1.evaluate --model_name_or_path M --dataset_name D``."""
+"""Held-out accuracy from frames in order and from shuffled frames: ``python -m videor1.evaluate``."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, load_trainer, save
-from videor1.cli import save_config
+from videor1.cli import changed_options, load_config, save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
 from videor1.errors import ConfigError, TrainingStopped
@@ -293,7 +293,10 @@ class Loop(ABC, Generic[C]):
         self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
         with ExitStack() as stack:
             self._closing = stack
-            save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), self.run_dir / "config.yaml")
+            config_file = self.run_dir / "config.yaml"
+            resumed = self.resume_from is not None and config_file.exists()
+            changed = changed_options(load_config(type(self.config), config_file), self.config) if resumed else []
+            save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.run_dir, report_to=self.config.report_to, run_name=self.config.run_name, config=self.config,
@@ -308,6 +311,8 @@ class Loop(ABC, Generic[C]):
             )
             if self.resume_from is not None:
                 self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
+                for change in changed:  # allowed (a longer run, say), but the run no longer equals an uninterrupted one
+                    self.progress.write(f"changed since the run began: {change}")
             if not self.skips.path.stat().st_size:
                 self._report_bad_entries()
             self._evaluator = None

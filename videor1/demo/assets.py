@@ -35,7 +35,7 @@ class Sizes:
     sft_images: int = 50
     train_videos: int = 800
     train_images: int = 80
-    dev_videos: int = 64
+    dev_videos: int = 96
     dev_images: int = 0
     test_videos: int = 128
     test_images: int = 16
