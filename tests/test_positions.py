@@ -101,7 +101,7 @@ def test_text_counts_up(model: VideoLM) -> None:
 def test_time_is_cut_in_fp32_as_transformers_does(model: VideoLM) -> None:
     """A product that is whole in real numbers may fall just short of it, by the precision it is taken in."""
     for tenths in range(1, 200):
-        prompt = bare_prompt(model, "video", (16, 2, 2), tenths / 10, 1, 1)
+        prompt = bare_prompt(model, "video", (16, 2, 2), installed_seconds(tenths / 10), 1, 1)
         positions, _ = model.positions(prompt)
         assert torch.equal(positions, transformers_positions(model, prompt, 0)), tenths
 

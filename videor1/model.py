@@ -199,7 +199,8 @@ def load_model(config: CommonConfig) -> VideoLM:
     device = pick_device(config.device)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     transformers_logging.disable_progress_bar()  # the run's own bar is enough
-    hf, tokenizer = _from_pretrained(source)
+    # Trained weights are kept in fp32, bf16 runs compute under autocast; weights that only carry adapters need not be.
+    hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and config.lora.rank else torch.float32)
     if config.freeze_vision:
         hf.model.visual.requires_grad_(False)
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16, source=source)
@@ -236,7 +237,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _from_pretrained(source: str) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -244,9 +245,8 @@ def _from_pretrained(source: str) -> tuple[Qwen2_5_VLForConditionalGeneration, A
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
     try:
-        # fp32 master weights: bf16 runs compute under autocast.
         hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
