@@ -119,7 +119,11 @@ def test_failures_with_a_success_in_between_do_not_stop(dataset: Dataset) -> Non
     allowed = dataset.samples[4].problem_id
     others = frozenset(sample.problem_id for sample in dataset.samples) - {allowed}
     with Reader(dataset, refuse=others) as reader:
-        assert [name for _, name in reader.source.take(4)] == [allowed] * 4
+        assert [name for _, name in reader.source.take(40)] == [allowed] * 40
+        draws = [draw for draw, _, _ in reader.skips]
+    # Two epochs' orders put more failures in a row than there are samples.
+    taken = [-1, *sorted(set(range(draws[-1] + 2)) - set(draws))]
+    assert max(b - a - 1 for a, b in zip(taken, taken[1:], strict=False)) > len(dataset)
 
 
 def test_a_data_set_of_one(assets: Assets, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Source(Generic[R]):
         )
         draws = (_Draw(draw, dataset.samples[index]) for draw, index in stream.iterate(start))
         self._results = self._prefetcher.iterate(draws)
-        self._failed_in_a_row = 0
+        self._failed: set[int] = set()  # samples skipped since the last record
 
     @property
     def waited_seconds(self) -> float:
@@ -75,11 +75,11 @@ class Source(Generic[R]):
                 self._skip(draw, error)
                 continue
             self.position = draw.number + 1
-            self._failed_in_a_row = 0
+            self._failed.clear()
             return record
 
     def take(self, count: int) -> list[R]:
-        """The next ``count`` records. Raises DataError when a whole pass over the data gave none."""
+        """The next ``count`` records. Raises DataError once every sample failed since the last record."""
         return [next(self) for _ in range(count)]
 
     def close(self) -> None:
@@ -88,11 +88,12 @@ class Source(Generic[R]):
     def _skip(self, draw: _Draw, error: SampleError) -> None:
         self.position = draw.number + 1
         self.skipped[error.kind] += 1
-        self._failed_in_a_row += 1
+        self._failed.add(draw.sample.index)
         if error.path is None and draw.sample.path is not None:
             error = SampleError(error.kind, error.message, draw.sample.path)
         self._on_skip(draw.number, error)
-        if self._failed_in_a_row >= len(self.dataset):
+        # Samples, not draws: the end of one epoch and the start of the next may hold the same bad ones.
+        if len(self._failed) >= len(self.dataset):
             kinds = ", ".join(f"{kind} {count}" for kind, count in self.skipped.most_common())
             raise DataError(
                 f"{self.dataset.path}: none of its {len(self.dataset)} samples can be used ({kinds}). The last: {error}"
