@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_failures_with_a_success_in_between_do_not_stop(dataset: Dataset) -> Non
         draws = [draw for draw, _, _ in reader.skips]
     # Two epochs' orders put more failures in a row than there are samples.
     taken = [-1, *sorted(set(range(draws[-1] + 2)) - set(draws))]
-    assert max(b - a - 1 for a, b in zip(taken, taken[1:], strict=False)) > len(dataset)
+    assert max(b - a - 1 for a, b in itertools.pairwise(taken)) > len(dataset)
 
 
 def test_a_data_set_of_one(assets: Assets, tmp_path: Path) -> None:
