@@ -167,6 +167,12 @@ def test_yaml_merge_keys(tmp_path):
         ("--report_to mlflow", "report_to: expected a list of tensorboard, wandb, trackio, got 'mlflow'"),
         ("--compat video-r2", "compat: expected one of video-r1 or null, got 'video-r2'"),
         ("--num_generations 1", "num_generations: expected at least 2 (the group is its own baseline), got 1"),
+        ("--max_steps -2", "max_steps: expected 0 or more, or -1 (from num_train_epochs), got -2"),
+        ("--temporal.alpha -1", "temporal.alpha: expected 0 or more, got -1.0"),
+        ("--kl_clamp 0", "kl_clamp: expected above 0, got 0.0"),
+        ("--adam_beta2 1", "adam_beta2: expected in [0, 1), got 1.0"),
+        ("--lora.dropout 1", "lora.dropout: expected in [0, 1), got 1.0"),
+        ("--data.cache_mb -1", "data.cache_mb: expected 0 (none) or more, got -1"),
         ("stray", "unrecognized arguments: stray"),
     ],
 )
@@ -204,6 +210,12 @@ def test_mistakes_in_yaml_name_the_line(capsys, tmp_path, text, message):
 def test_a_range_error_from_yaml_is_one_line(capsys, tmp_path):
     path = write(tmp_path, "video: {max_frames: 3}")
     assert failure(capsys, "--config", path) == "video.max_frames: expected an even number, at least 2, got 3"
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+def test_no_option_is_infinite_or_nan(capsys, tmp_path, value):
+    path = write(tmp_path, f"reward: {{length_bonus: {value}}}")
+    assert failure(capsys, "--config", path).startswith("reward.length_bonus: expected a finite number, got ")
 
 
 def test_missing_and_unreadable_config_files(capsys, tmp_path):

@@ -5,7 +5,8 @@ Names are the reference's (Video-R1) where it has one. A field's docstring is it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from videor1.errors import ConfigError
@@ -248,6 +249,8 @@ class TrainConfig(EvalOptions):
         _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _expect("rollout_batch_size", self.rollout_batch_size, "at least 1", self.rollout_batch_size >= 1)
         _expect("beta", self.beta, "0 or more", self.beta >= 0)
+        _expect("kl_clamp", self.kl_clamp, "above 0", self.kl_clamp > 0)
+        _expect("advantage_eps", self.advantage_eps, "0 or more", self.advantage_eps >= 0)
         _expect("num_iterations", self.num_iterations, "at least 1", self.num_iterations >= 1)
         _expect("temporal.num_generations", self.temporal.num_generations, "at least 1 (or temporal.enabled false)",
                 self.temporal.num_generations is None or self.temporal.num_generations >= 1)
@@ -282,6 +285,8 @@ class SFTConfig(EvalOptions):
     def __post_init__(self) -> None:
         check_eval(self)
         _expect("max_length", self.max_length, "at least 1", self.max_length >= 1)
+        _expect("stop_at_accuracy", self.stop_at_accuracy, "in (0, 1]",
+                self.stop_at_accuracy is None or 0 < self.stop_at_accuracy <= 1)
 
 
 @dataclass
@@ -314,6 +319,7 @@ COMPAT: dict[str, dict[str, object]] = {
 
 def check_common(config: CommonConfig) -> None:
     """Range checks of the shared options."""
+    _check_finite(config, "")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "logging_steps",
                  "max_nonfinite_steps"):
         _expect(name, getattr(config, name), "at least 1", getattr(config, name) >= 1)
@@ -324,7 +330,11 @@ def check_common(config: CommonConfig) -> None:
     _expect("num_train_epochs", config.num_train_epochs, "above 0", config.num_train_epochs > 0)
     _expect("save_total_limit", config.save_total_limit, "at least 1, or null to keep all",
             config.save_total_limit is None or config.save_total_limit >= 1)
+    _expect("max_steps", config.max_steps, "0 or more, or -1 (from num_train_epochs)", config.max_steps >= -1)
+    for name in ("adam_beta1", "adam_beta2"):
+        _expect(name, getattr(config, name), "in [0, 1)", 0 <= getattr(config, name) < 1)
     _expect("lora.rank", config.lora.rank, "0 (off) or more", config.lora.rank >= 0)
+    _expect("lora.dropout", config.lora.dropout, "in [0, 1)", 0 <= config.lora.dropout < 1)
     _expect("video.max_frames", config.video.max_frames, "an even number, at least 2",
             config.video.max_frames >= 2 and config.video.max_frames % 2 == 0)
     _expect("video.fps", config.video.fps, "above 0", config.video.fps > 0)
@@ -334,6 +344,7 @@ def check_common(config: CommonConfig) -> None:
     _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
     _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
     _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
+    _expect("data.cache_mb", config.data.cache_mb, "0 (none) or more", config.data.cache_mb >= 0)
 
 
 def check_eval(config: EvalOptions) -> None:
@@ -342,6 +353,19 @@ def check_eval(config: EvalOptions) -> None:
     _expect("max_completion_length", config.max_completion_length, "at least 1", config.max_completion_length >= 1)
     for name in ("eval_steps", "eval_samples", "eval_temperature"):
         _expect(name, getattr(config, name), "0 or more", getattr(config, name) >= 0)
+    for name in ("alpha", "mu"):
+        value = getattr(config.temporal, name)
+        _expect(f"temporal.{name}", value, "0 or more", value >= 0)
+
+
+def _check_finite(section: object, prefix: str) -> None:
+    """YAML can write .inf and .nan, which no option means anything by."""
+    for option in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, option.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{prefix}{option.name}.")
+        elif isinstance(value, float):
+            _expect(f"{prefix}{option.name}", value, "a finite number", math.isfinite(value))
 
 
 def _expect(name: str, value: object, expected: str, ok: bool) -> None:
