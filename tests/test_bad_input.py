@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from media import cut, write_sound, write_video
 from runs import entries, last_metrics, run_lines, sft_trainer, train_flags, trainer, write_data
+from safetensors.torch import load_file
 
 from videor1.checkpoint import checkpoints
 from videor1.cli import run_main
@@ -135,14 +139,19 @@ def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_
     bad = [good | {"path": str(path)} for name, path in broken.items() if name != "image"]
     no_thought = {key: value for key, value in good.items() if key != "process"}
     long = good | {"process": "<think>" + "red " * 600 + "</think>"}
-    data = write_data(tmp_path / "data.json", [*bad, no_thought, long, good])
+    wordy = good | {"problem": "Which shape comes first? " * 60}
+    data = write_data(tmp_path / "data.json", [*bad, no_thought, long, wordy, good])
     run = sft_trainer(
-        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_length=500, max_steps=1
-    )
+        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_length=500,
+        max_prompt_length=200, max_steps=1,
+    )  # fmt: skip
     run.train()
     row = last_metrics(tmp_path / "run")
-    assert row["data/skipped"] == len(bad) + 2
-    assert row["data/skipped/missing_field"] == row["data/skipped/too_long"] == row["data/skipped/missing_file"] == 1
+    assert row["data/skipped"] == len(bad) + 3
+    assert row["data/skipped/missing_field"] == row["data/skipped/missing_file"] == 1
+    assert row["data/skipped/too_long"] == 2
+    messages = [line["message"] for line in run_lines(tmp_path / "run", "skipped.jsonl")]
+    assert [limit for m in messages for limit in ("500", "200") if f"the limit is {limit}" in m] == ["500", "200"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -192,6 +201,8 @@ def test_samples_that_fail_later_stop_the_run_too(assets: Assets, tmp_path: Path
         ({"reward__functions": "toy_rewards:unever"}, "did you mean|has no 'unever'"),
         ({"reward__functions": "toy_reward:uneven"}, "toy_reward"),
         ({"device": "cuda:99"}, "device"),
+        ({"device": "meta"}, "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
+        ({"lora__rank": 2, "lora__target_modules": "nothing"}, "lora.target_modules: .*nothing"),
         ({"video__backend": "magic"}, "backend"),
     ],
 )
@@ -212,6 +223,30 @@ def test_a_model_without_its_tokenizer_is_one_message(assets: Assets, tmp_path: 
     for name in ("config.json", "model.safetensors"):
         (folder / name).symlink_to(assets.model / name)
     with pytest.raises(ConfigError, match=r"tokenizer|cannot load"):
+        trainer(assets, tmp_path / "run", model_name_or_path=folder)
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_weights, damage_tokenizer, pickle_weights])
+def test_a_model_that_cannot_be_loaded_is_one_message(
+    damage: Callable[[Path], None], assets: Assets, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(assets.model, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(ConfigError, match="model_name_or_path: cannot load"):
         trainer(assets, tmp_path / "run", model_name_or_path=folder)
 
 

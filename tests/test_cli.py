@@ -245,11 +245,12 @@ def test_every_shipped_recipe_reads(path):
 
 def test_the_7b_recipe_holds_the_launch_values():
     config = cli.load_config(TrainConfig, "qwen2_5_vl_7b")
-    for name in ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "beta", "num_generations",
+    for name in ("lr_scheduler_type", "weight_decay", "max_grad_norm", "beta", "num_generations",
                  "max_completion_length", "max_prompt_length", "temperature", "top_p", "len_control",
                  "temporal.enabled", "video.max_frames", "video.fps", "video.max_pixels"):  # fmt: skip
         assert get(config, name) == COMPAT["video-r1"][name], name
     assert (config.bf16, config.gradient_checkpointing, config.save_steps) == (True, True, 100)
+    assert (config.lora.rank, config.learning_rate) == (64, 1e-5)  # adapters, so that it fits one GPU
 
 
 def test_compat_fills_in_below_yaml_and_command_line(tmp_path):

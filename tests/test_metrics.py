@@ -232,6 +232,7 @@ def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch, tracker, modul
     monkeypatch.setitem(sys.modules, module, None)  # import fails
     with pytest.raises(ConfigError, match=rf'report_to {tracker}: .*pip install "videor1\[{tracker}\]"'):
         MetricsWriter(tmp_path, report_to=[tracker])
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_every_choice_of_report_to_has_a_tracker():

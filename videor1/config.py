@@ -293,6 +293,9 @@ class SFTConfig(EvalOptions):
 class EvaluateConfig(EvalOptions):
     """Accuracy of a model on a data file, frames in order and shuffled."""
 
+    eval_samples: int = 0
+    """Samples of dataset_name to use, from the top; 0: all."""
+
     def __post_init__(self) -> None:
         check_eval(self)
 

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         for answer in result.answers:
             row = {
                 "problem_id": answer.sample.problem_id,
-                "path": str(answer.sample.path),
+                "path": None if answer.sample.path is None else str(answer.sample.path),
                 "solution": answer.sample.solution,
                 "accuracy": answer.accuracy,
                 "shuffled_accuracy": answer.shuffled,

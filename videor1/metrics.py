@@ -137,8 +137,9 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         name = run_name or run_dir.resolve().name
         settings = {} if config is None else dataclasses.asdict(config)
-        self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=resume_step)
+        # The file last: a tracker that cannot start must not leave a folder that looks like a run's.
         self._trackers = [TRACKERS[kind](run_dir, name, settings, resume_step) for kind in report_to]
+        self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=resume_step)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line for ``step``. Trackers get the finite numbers of it."""

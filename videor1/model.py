@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -156,18 +157,19 @@ class VideoLM:
         from peft import get_peft_model
 
         names = "|".join(config.target_modules)
+        options = PeftLoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=rf".*language_model.*\.({names})",
+            task_type="CAUSAL_LM",
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "lora"))
-            self.peft = get_peft_model(
-                self.hf,
-                PeftLoraConfig(
-                    r=config.rank,
-                    lora_alpha=config.alpha,
-                    lora_dropout=config.dropout,
-                    target_modules=rf".*language_model.*\.({names})",
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            try:
+                self.peft = get_peft_model(self.hf, options)
+            except ValueError as error:
+                raise ConfigError(f"lora.target_modules: {config.target_modules}: {error}") from error
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the model's order."""
@@ -231,9 +233,12 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} asked for, but torch {torch.__version__} sees no GPU")
+        device = torch.device("meta")  # no device that is asked for
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device: {name!r} asked for, but the GPUs that torch {torch.__version__} sees number {count}")
     return device
 
 
@@ -246,10 +251,10 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForCond
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
     try:
         hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # damaged files raise what they like
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):

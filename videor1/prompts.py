@@ -118,13 +118,15 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def build_sft_ids(tokenizer: Any, sample: Sample, media: Media | None, max_length: int) -> tuple[Tensor, Tensor]:
+def build_sft_ids(
+    tokenizer: Any, sample: Sample, media: Media | None, max_length: int, *, max_prompt_length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(token ids int64 [L], loss mask bool [L]) of the prompt, then ``process``, a newline, ``solution`` and EOS; the
     mask is True on the answer, EOS included.
 
     The prompt's ids are those of :func:`build_input_ids` exactly, and the decoded answer earns the format reward:
     white space around process and solution is dropped. Raises SampleError ``process`` where they cannot earn it,
-    ``too_long`` and ``special_token``.
+    ``too_long`` (``max_length`` for both together, ``max_prompt_length`` for the prompt alone) and ``special_token``.
     """
     answer = f"{sample.process.strip()}\n{sample.solution.strip()}"
     if not follows_format(answer):
@@ -136,7 +138,7 @@ def build_sft_ids(tokenizer: Any, sample: Sample, media: Media | None, max_lengt
             sample.path,
         )
     _refuse_special(tokenizer, sample, answer)
-    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=max_length)
+    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=min(max_length, max_prompt_length or max_length))
     # Encoded apart from the prompt, as a rollout sees it: no token may span the border.
     completion = torch.tensor([*_encode(tokenizer, answer), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)

@@ -54,7 +54,7 @@ class Source(Generic[R]):
         )
         draws = (_Draw(draw, dataset.samples[index]) for draw, index in stream.iterate(start))
         self._results = self._prefetcher.iterate(draws)
-        self._failed: set[int] = set()  # samples skipped since the last record
+        self._failed: dict[int, str] = {}  # samples skipped since the last record, and why
 
     @property
     def waited_seconds(self) -> float:
@@ -88,13 +88,13 @@ class Source(Generic[R]):
     def _skip(self, draw: _Draw, error: SampleError) -> None:
         self.position = draw.number + 1
         self.skipped[error.kind] += 1
-        self._failed.add(draw.sample.index)
+        self._failed[draw.sample.index] = error.kind
         if error.path is None and draw.sample.path is not None:
             error = SampleError(error.kind, error.message, draw.sample.path)
         self._on_skip(draw.number, error)
         # Samples, not draws: the end of one epoch and the start of the next may hold the same bad ones.
         if len(self._failed) >= len(self.dataset):
-            kinds = ", ".join(f"{kind} {count}" for kind, count in self.skipped.most_common())
+            kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(self._failed.values()).most_common())
             raise DataError(
                 f"{self.dataset.path}: none of its {len(self.dataset)} samples can be used ({kinds}). The last: {error}"
             )
