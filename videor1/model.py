@@ -237,8 +237,8 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"device: {name!r} asked for, but the GPUs that torch {torch.__version__} sees number {count}")
+        seen = torch.cuda.device_count()
+        raise ConfigError(f"device: {name!r} asked for; number of GPUs that torch {torch.__version__} sees: {seen}")
     return device
 
 
