@@ -138,7 +138,8 @@ def build_sft_ids(
             sample.path,
         )
     _refuse_special(tokenizer, sample, answer)
-    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=min(max_length, max_prompt_length or max_length))
+    limit = min(max_length, max_prompt_length or max_length)
+    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit)
     # Encoded apart from the prompt, as a rollout sees it: no token may span the border.
     completion = torch.tensor([*_encode(tokenizer, answer), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)
