@@ -15,7 +15,8 @@ from videor1.errors import DataError
 from videor1.metrics import JsonlWriter
 
 STEP = {
-    "temporal/p": 0.5, "temporal/p_shuffled": 0.3, "reward": 1.4, "rewards/accuracy": 0.5, "rewards/format": 0.9,
+    "temporal/p": 0.5, "temporal/p_shuffled": 0.3, "reward": 1.4,
+    "rewards/accuracy/mean": 0.5, "rewards/format/mean": 0.9,
     "kl": 0.01, "entropy": 1.1, "completions/mean_length": 22.5, "completions/max_length": 40,
     "time/rollout": 0.6, "time/update": 0.4, "time/data": 0.0,
 }  # fmt: skip

@@ -277,7 +277,7 @@ def test_second_update_of_a_rollout_uses_its_own_log_probs(
     assert torch.equal(seen[1][0], first)  # type: ignore[arg-type]
     assert torch.equal(seen[2][0], first)  # type: ignore[arg-type]
     assert not torch.equal(seen[1][1], first)
-    assert metrics(tmp_path)[0]["clip_ratio"] == 0
+    assert metrics(tmp_path)[0]["clip_ratio/region_mean"] == 0
 
 
 def test_a_skipped_first_update_does_not_disturb_the_second(
@@ -336,8 +336,10 @@ def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_
     trainer(assets, tmp_path, max_steps=1).train()
     row = last_metrics(tmp_path)
     names = {
-        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "rewards/accuracy", "rewards/format", "kl",
-        "entropy", "completions/mean_length", "completions/clipped_ratio", "temporal/p", "temporal/p_shuffled",
+        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean",
+        "rewards/accuracy/std", "rewards/format/mean", "rewards/format/std", "kl", "entropy", "clip_ratio/region_mean",
+        "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "sampling/sampling_logp_difference/max", "temporal/p", "temporal/p_shuffled",
         "temporal/bonus", "sampling/sampling_logp_difference/mean", "data/draws", "data/skipped", "nonfinite_steps",
     }  # fmt: skip
     assert names <= row.keys()

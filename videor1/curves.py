@@ -24,7 +24,7 @@ def draw_curves(run_dir: Path) -> Path:
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         ("Accuracy while training", [("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, shuffled")]),
         ("Held-out accuracy", [("eval/ordered", "frames in order"), ("eval/shuffled", "shuffled")]),
-        ("Reward", [("reward", "total"), ("rewards/accuracy", "accuracy"), ("rewards/format", "format")]),
+        ("Reward", [("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")]),
         ("KL to the reference, entropy (nats)", [("kl", "KL"), ("entropy", "entropy")]),
         ("Answer length (tokens)", [("completions/mean_length", "mean"), ("completions/max_length", "longest")]),
         ("Seconds a step", [("time/rollout", "rollout"), ("time/update", "update"), ("time/data", "waiting for data")]),
