@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from videor1.config import TrainConfig
-from videor1.rewards import score
-from videor1.types import Completion, Group, Sample
+from videor1.rewards import accuracy_reward, score
+from videor1.types import Group
 from videor1_kernels import Advantages, tgrpo_advantages
 
 
@@ -27,19 +27,23 @@ class Scored:
 
 def score_groups(groups: Sequence[Group], config: TrainConfig) -> Scored:
     """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones."""
-    accuracy, form = _score([g.ordered for g in groups], groups, config)
-    width = max(len(g.shuffled) for g in groups)
-    shuffled = torch.full((len(groups), width), torch.nan)
-    for row, group in zip(shuffled, groups, strict=True):
-        if group.shuffled:
-            row[: len(group.shuffled)] = _score([group.shuffled], [group], config)[0][0]
-    lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
+    answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
+    accuracy, form = (
+        torch.tensor(rewards).reshape(len(groups), -1)
+        for rewards in score([text for text, _ in answered], [sample for _, sample in answered], config.reward)
+    )
+    shuffled = torch.full((len(groups), max(len(g.shuffled) for g in groups)), torch.nan)
     reward, temporal = config.reward, config.temporal
+    for row, group in zip(shuffled, groups, strict=True):
+        truth, kind = group.prompt.sample.solution, group.prompt.sample.problem_type
+        for i, completion in enumerate(group.shuffled):  # only their accuracy counts: no other reward is asked for
+            row[i] = accuracy_reward(completion.text, truth, kind, lenient=reward.lenient)
+    lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     result = tgrpo_advantages(
         accuracy,
         form,
         lengths,
-        shuffled if width else None,
+        shuffled if shuffled.shape[1] else None,
         rule=temporal.rule,
         alpha=temporal.alpha,
         mu=temporal.mu,
@@ -51,14 +55,3 @@ def score_groups(groups: Sequence[Group], config: TrainConfig) -> Scored:
         eps=config.advantage_eps,
     )
     return Scored(accuracy, form, lengths, shuffled, result)
-
-
-def _score(
-    answers: Sequence[Sequence[Completion]], groups: Sequence[Group], config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """(accuracy, format), each [P, G]; custom reward functions see all texts in one call."""
-    texts = [completion.text for answer in answers for completion in answer]
-    samples: list[Sample] = [g.prompt.sample for g, answer in zip(groups, answers, strict=True) for _ in answer]
-    accuracy, form = score(texts, samples, config.reward)
-    shape = (len(groups), len(answers[0]))
-    return torch.tensor(accuracy).reshape(shape), torch.tensor(form).reshape(shape)
