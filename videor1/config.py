@@ -45,8 +45,8 @@ class VideoConfig:
     """Frames per second to sample."""
     max_pixels: int = VIDEO_MAX_PIXELS
     """Pixels of a video frame at most, after the resize (height and width are multiples of 28)."""
-    min_pixels: int = VIDEO_MAX_PIXELS
-    """Pixels of a video frame at least; the reference's minimum equals its maximum."""
+    min_pixels: int | None = None
+    """Pixels of a video frame at least; default: as many as max_pixels, up to 128 * 28 * 28 (as in the reference)."""
     image_max_pixels: int = IMAGE_MAX_PIXELS
     """Pixels of an image at most."""
     image_min_pixels: int = 4 * 28 * 28
@@ -315,7 +315,7 @@ COMPAT: dict[str, dict[str, object]] = {
         "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 5.0,
         "freeze_vision": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
         "video.max_frames": 16, "video.fps": 2.0, "video.max_pixels": VIDEO_MAX_PIXELS,
-        "video.min_pixels": VIDEO_MAX_PIXELS, "video.image_max_pixels": IMAGE_MAX_PIXELS,
+        "video.min_pixels": None, "video.image_max_pixels": IMAGE_MAX_PIXELS,
     },
 }  # fmt: skip
 
@@ -343,7 +343,9 @@ def check_common(config: CommonConfig) -> None:
     _expect("video.fps", config.video.fps, "above 0", config.video.fps > 0)
     for kind, low, high in (("video.", config.video.min_pixels, config.video.max_pixels),
                             ("video.image_", config.video.image_min_pixels, config.video.image_max_pixels)):
-        _expect(f"{kind}min_pixels", low, f"at least 1 and at most {kind}max_pixels ({high})", 1 <= low <= high)
+        _expect(f"{kind}max_pixels", high, "at least 1", high >= 1)
+        _expect(f"{kind}min_pixels", low, f"at least 1 and at most {kind}max_pixels ({high})",
+                low is None or 1 <= low <= high)
     _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
     _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
     _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
