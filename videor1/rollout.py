@@ -25,6 +25,8 @@ from videor1_kernels import (
     selective_log_softmax,
 )
 
+_REPACK = 0.75  # the batch shrinks to the rows still going once no more than this share of it is
+
 
 @dataclass(frozen=True)
 class Request:
@@ -81,20 +83,26 @@ class Sampler:
         first = torch.tensor(firsts, device=device)[row_group]
         weight, banned = model.head_weight, torch.tensor(special.vision, device=device)
         stops = torch.tensor([special.eos, special.pad], device=device)
-        # A row that has ended goes on in the batch, and what it draws is dropped.
-        ended = torch.zeros(len(row_group), dtype=torch.bool, device=device)
-        sampled: list[Tensor] = []
-        logps: list[Tensor] = []
+        rows = torch.arange(len(row_group), device=device)  # those still in the batch
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        sampled = torch.full((len(rows), options.max_new_tokens), special.pad, device=device)
+        logps = torch.zeros(sampled.shape, device=device)
         for step in range(options.max_new_tokens):
             logits = F.linear(hidden, weight)
             tokens = sample_tokens(logits, uniform[:, step], options, banned)
-            sampled.append(tokens)
-            logps.append(selective_log_softmax(logits, tokens, temperature=options.temperature or 1.0))
+            sampled[rows, step] = tokens
+            logps[rows, step] = selective_log_softmax(logits, tokens, temperature=options.temperature or 1.0).float()
             ended |= torch.isin(tokens, stops)
-            if step + 1 == options.max_new_tokens or bool(ended.all()):
+            left = len(rows) - int(ended.sum())
+            if step + 1 == options.max_new_tokens or not left:
                 break
+            if left <= _REPACK * len(rows):  # until then what ended rows draw is dropped: moving the cache costs too
+                going = ~ended
+                rows, tokens, uniform, first = rows[going], tokens[going], uniform[going], first[going]
+                ended = ended[going]
+                cache.keep(going)
             hidden = model.hidden_states(tokens, (first + step).expand(3, 1, -1), cache.at(step))
-        return self._completions(torch.stack(sampled, 1).cpu(), torch.stack(logps, 1).cpu(), requests, stops.cpu())
+        return self._completions(sampled.cpu(), logps.cpu(), requests, stops.cpu())
 
     def _completions(
         self, tokens: Tensor, logps: Tensor, requests: Sequence[Request], stops: Tensor
@@ -109,7 +117,7 @@ class Sampler:
             for _, row in zip(range(request.count), rows, strict=False):
                 ids = tokens[row, : lengths[row]].clone()
                 text = self.model.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-                group.append(Completion(ids, logps[row, : len(ids)].float().clone(), bool(finished[row]), text))
+                group.append(Completion(ids, logps[row, : len(ids)].clone(), bool(finished[row]), text))
             answers.append(group)
         return answers
 
@@ -151,6 +159,11 @@ class _DecodeCache:
         self.prefill, self.layout, self.capacity = prefill, layout, capacity
         self.suffix: list[tuple[Tensor, Tensor]] = []  # per layer K and V, [R, C, Hkv, D]
         self.step = 0
+
+    def keep(self, going: Tensor) -> None:
+        """Go on with the rows of the mask ``going`` [R] alone."""
+        self.layout = DecodeLayout(self.layout.cu_prefix, self.layout.row_group[going])
+        self.suffix = [(k[going], v[going]) for k, v in self.suffix]
 
     def at(self, step: int) -> _DecodeCache:
         """The context of decode step ``step``: the new token becomes entry ``step`` of each suffix."""
