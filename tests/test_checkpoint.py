@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,24 @@ def test_files_are_as_readable_as_others(model: VideoLM, tmp_path: Path) -> None
     folder = save(tmp_path, 1, model, make_optimizer(model.trainable(), TrainConfig()), {})
     for path in folder.rglob("*"):
         assert path.is_dir() or path.stat().st_mode == beside.stat().st_mode, path
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(
+    model: VideoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, model, None, {})
+    whole = keys(tmp_path / "checkpoints" / "step-1")
+    rename = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "step-1":
+            raise KeyboardInterrupt  # stands for the kill: the new checkpoint does not get its name
+        rename(source, target)
+
+    monkeypatch.setattr("videor1.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 1, model, None, {})
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == []
+    assert find_resume("auto", tmp_path) == tmp_path / "checkpoints" / "step-1"
+    assert keys(tmp_path / "checkpoints" / "step-1") == whole

@@ -79,3 +79,22 @@ def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path) ->
 def test_half_a_command_names_the_missing_half(tmp_path: Path) -> None:
     with pytest.raises(train.ConfigError, match=r"dataset_name: give .* or neither"):
         train.main(["--model_name_or_path", str(tmp_path)])
+
+
+def test_print_config_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--print_config", "--max_steps", "7"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "max_steps: 7\n" in shown
+    assert "max_completion_length: 20\n" in shown
+
+
+def test_the_demo_does_not_take_the_users_data(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match="makes its own data"):
+        train.main(["--data.eval_path", "held_out.json", "--output_dir", str(tmp_path / "run")])
+
+
+def test_evaluating_without_held_out_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match=r"eval_steps: needs data\.eval_path"):
+        train.main(["--model_name_or_path", "m", "--dataset_name", "d.json", "--eval_steps", "5"])

@@ -1,7 +1,8 @@
 """Checkpoints: Hugging Face folders that transformers and vLLM load, with the trainer's state in a subfolder.
 
     checkpoints/step-100/            config.json, model.safetensors, tokenizer, chat template, processor files
-    checkpoints/step-100/trainer/    state.json, optimizer.safetensors, adapter/ (LoRA), master.safetensors (bf16 runs)
+    checkpoints/step-100/trainer/    state.json, optimizer.safetensors, adapter.safetensors (LoRA) or
+                                     master.safetensors (bf16 runs)
 
 A checkpoint is written to a temporary folder and renamed: what is named step-N is whole. No pickle is written or read.
 """
@@ -28,6 +29,7 @@ from videor1.optim import load_state_tensors, state_tensors
 
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = ".partial-"
+_REPLACED, _DOOMED = f"{_PARTIAL}replaced-", f"{_PARTIAL}doomed-"
 
 
 class CheckpointError(OSError):
@@ -64,6 +66,7 @@ def save(
     final, partial = folder / f"step-{step}", folder / f"{_PARTIAL}step-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _restore(folder)
         for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving or deleting
             shutil.rmtree(stale)
         partial.mkdir()
@@ -71,10 +74,11 @@ def save(
         if optimizer is not None:
             _save_trainer(partial / "trainer", model, optimizer, state | {"step": step})
         _sync(partial)
-        if final.exists():
-            _delete(final)
+        replaced = _set_aside(final, _REPLACED) if final.exists() else None
         os.replace(partial, final)
         _sync_folder(folder)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
     finally:
@@ -82,15 +86,23 @@ def save(
     earlier = [path for number, path in checkpoints(run_dir) if number <= step]
     later = [path for number, path in checkpoints(run_dir) if number > step]
     for old in later + earlier[: -keep if keep else 0]:
-        _delete(old)
+        shutil.rmtree(_set_aside(old, _DOOMED), ignore_errors=True)
     return final
 
 
-def _delete(checkpoint: Path) -> None:
-    """Rename first, so that a kill in between leaves no half of a checkpoint under its name."""
-    doomed = checkpoint.with_name(f"{_PARTIAL}old-{checkpoint.name}")
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def _set_aside(checkpoint: Path, prefix: str) -> Path:
+    """Rename a checkpoint that is to go, so that a kill leaves no half of one under its name."""
+    aside = checkpoint.with_name(f"{prefix}{checkpoint.name}")
+    os.replace(checkpoint, aside)
+    return aside
+
+
+def _restore(folder: Path) -> None:
+    """Give a checkpoint its name back if a kill came between its renaming and that of the one to replace it."""
+    for aside in folder.glob(f"{_REPLACED}*"):
+        name = folder / aside.name.removeprefix(_REPLACED)
+        if not name.exists():
+            os.replace(aside, name)
 
 
 def save_model(model: VideoLM, folder: Path) -> None:
@@ -219,6 +231,7 @@ def _plain_weights(folder: Path, trained: dict[str, Any]) -> dict[str, Tensor]:
 def find_resume(resume: str, run_dir: Path) -> Path | None:
     """The checkpoint that the option ``resume`` means; ``auto`` in a run without any: None (a fresh start)."""
     if resume == "auto":
+        _restore(run_dir / "checkpoints")
         found = checkpoints(run_dir)
         return found[-1][1] if found else None
     path = Path(resume)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from videor1.cli import parse, run_main
 from videor1.config import EvaluateConfig
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, DataError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     with Evaluator(dataset, config, on_skip=lambda error: print(f"skipped: {error}", file=sys.stderr)) as evaluator:
         result = evaluator.run(load_model(config))
+    if not result.answers:
+        raise DataError(f"{dataset.path}: none of its samples can be used ({dict(result.skipped)})")
     with open(run_dir / "answers.jsonl", "w", encoding="utf-8") as file:
         for answer in result.answers:
             row = {

@@ -62,6 +62,8 @@ class Loop(ABC, Generic[C]):
     _evaluator: Evaluator | None
 
     def __init__(self, config: C) -> None:
+        if config.eval_steps and not config.data.eval_path:
+            raise ConfigError("eval_steps: needs data.eval_path, the held-out data file")
         self.config = config
         self.run_dir = Path(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.dataset = self._load_dataset(config.dataset_name)
@@ -73,7 +75,7 @@ class Loop(ABC, Generic[C]):
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self.nonfinite_in_a_row = 0
-        self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0}
+        self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0, "num_tokens": 0}
         self._stop: str | None = None
 
     @abstractmethod
@@ -123,7 +125,8 @@ class Loop(ABC, Generic[C]):
         """One update from the micro-batches' losses, whose sum is the loss of the step.
 
         A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
-        ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch.
+        ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch; its ``num_tokens`` are those
+        of the step and are summed over the run.
         """
         started = time.perf_counter()
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
@@ -141,8 +144,10 @@ class Loop(ABC, Generic[C]):
         rate = learning_rate(self.step, self.total_steps, self.config)
         norm, finite_norm = guarded_step(self.optimizer, parameters, rate, self.config.max_grad_norm)
         self.step += 1
-        row = {"loss": total, "grad_norm": norm if finite else math.nan, "learning_rate": rate}
+        row: dict[str, Any] = {"loss": total, "grad_norm": norm if finite else math.nan, "learning_rate": rate}
         row |= metrics() if finite else {}
+        self.counters["num_tokens"] += row.pop("num_tokens", 0)
+        row["epoch"] = self.source.position / len(self.dataset)
         row |= {"data/draws": self.source.position, **self._skipped(), **self.counters}
         row["time/update"] = time.perf_counter() - started
         self._count_nonfinite(finite and finite_norm, row)
@@ -258,7 +263,7 @@ class Loop(ABC, Generic[C]):
         return {"model_name_or_path (digest of its weights)": base_digest(self.model)} | options
 
     def _resume_point(self) -> Path | None:
-        used = (self.run_dir / "metrics.jsonl").exists()
+        used = _holds_lines(self.run_dir / "metrics.jsonl")
         if self.config.resume == "auto" and not self.config.output_dir:
             raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
         found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
@@ -363,6 +368,11 @@ class Loop(ABC, Generic[C]):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _holds_lines(path: Path) -> bool:
+    """A run that ended before its first step leaves an empty file: the mended command may use the folder."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def _mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:

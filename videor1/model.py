@@ -217,7 +217,7 @@ def load_model(config: CommonConfig) -> VideoLM:
 
 
 def set_checkpointing(hf: Any, on: bool) -> None:
-    """Switch gradient checkpointing; the method has another name from transformers 5.20 or so on."""
+    """Switch gradient checkpointing; the method's name differs between the supported transformers."""
     if hasattr(hf, "activation_checkpointing_enable"):
         hf.activation_checkpointing_enable({"use_reentrant": False}) if on else hf.activation_checkpointing_disable()
     elif on:

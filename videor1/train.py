@@ -12,15 +12,13 @@ from videor1.errors import ConfigError
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    config = parse(
-        TrainConfig,
-        argv,
-        prog="python -m videor1.train",
-        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine.",
-    )
+    # Asked to print the configuration, the demonstration prints its own: that is read first.
+    config = _parse([argument for argument in argv if argument != "--print_config"])
     if bool(config.model_name_or_path) != bool(config.dataset_name):
         missing = "dataset_name" if config.model_name_or_path else "model_name_or_path"
         raise ConfigError(f"{missing}: give model_name_or_path and dataset_name, or neither for the demonstration")
+    if "--print_config" in argv:
+        _parse(argv if config.model_name_or_path else ["--config", "demo", *argv])
     # Imported here: decode workers import this file again, and must start quickly.
     if not config.model_name_or_path:
         from videor1.demo.run import run_demo
@@ -34,6 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     picture = draw_curves(trainer.run_dir)
     print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")
     return 0
+
+
+def _parse(argv: list[str]) -> TrainConfig:
+    return parse(
+        TrainConfig,
+        argv,
+        prog="python -m videor1.train",
+        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine.",
+    )
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ class Trainer(Loop[TrainConfig]):
         seconds = clock.total()
         everything = int(lengths.sum()) + sum(len(c.token_ids) for g in groups for c in g.shuffled)
         return {
+            "num_tokens": everything + sum(len(g.prompt.input_ids) for g in groups),
             "reward": float(result.rewards.mean()),
             "reward_std": float(result.rewards.std(1).mean()),
             "rewards/accuracy/mean": float(scored.accuracy.mean()),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -438,3 +439,11 @@ def test_errors(change, message):
     arguments = {"logp": torch.zeros(3), "advantages": torch.zeros(2), "cu_seqlens": CU, "beta": 0.0} | change
     with pytest.raises(ValueError, match=f"grpo_loss: {message}"):
         grpo_loss(**arguments)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(8), torch.tensor(8.0), np.int64(8)])
+def test_num_tokens_may_be_a_scalar_of_any_library(count: object) -> None:
+    logp, cu = torch.randn(6, dtype=torch.float64), torch.tensor([0, 2, 6])
+    options = {"loss_type": "dapo", "beta": 0.0}
+    expected = grpo_loss(logp, torch.ones(2, dtype=torch.float64), cu, num_tokens=8, **options).loss
+    assert grpo_loss(logp, torch.ones(2, dtype=torch.float64), cu, num_tokens=count, **options).loss == expected

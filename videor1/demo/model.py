@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from videor1.prompts import special_ids
 
@@ -39,6 +40,7 @@ def save_model(folder: Path, tokenizer: Qwen2Tokenizer, seed: int) -> None:
     model.generation_config = GenerationConfig(
         do_sample=True, bos_token_id=ids.pad, eos_token_id=[ids.eos, ids.pad], pad_token_id=ids.pad
     )
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, content in PROCESSOR_FILES.items():

@@ -14,6 +14,7 @@ from videor1.config import SFTConfig, TrainConfig
 from videor1.curves import draw_curves
 from videor1.data import load_samples
 from videor1.demo.assets import Assets, make_assets
+from videor1.errors import ConfigError
 from videor1.evaluation import Evaluation, Evaluator
 from videor1.metrics import summary_table
 from videor1.model import load_model
@@ -28,6 +29,8 @@ def run_demo(argv: list[str]) -> int:
     """
     started = time.perf_counter()
     config = parse(TrainConfig, ["--config", "demo", *argv], prog="python -m videor1.train", description="")
+    if config.data.root or config.data.eval_path:
+        raise ConfigError("data.root, data.eval_path: the demonstration makes its own data; name your model and data")
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
 

@@ -187,6 +187,8 @@ def check_options(
     if loss_type == "dapo":
         if num_tokens is None:
             raise fail(op, "num_tokens", "the tokens of the whole accumulated batch, as loss_type is 'dapo'", None)
+        if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
+            num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
     return Options(
         loss_type=loss_type,
