@@ -33,8 +33,8 @@ class Sizes:
 
     sft_videos: int = 500
     sft_images: int = 50
-    train_videos: int = 800
-    train_images: int = 80
+    train_videos: int = 1200
+    train_images: int = 120
     dev_videos: int = 96
     dev_images: int = 0
     test_videos: int = 128
