@@ -123,7 +123,9 @@ def _siblings(module_name: str) -> list[str]:
     """Full names of the modules beside where ``module_name`` would be."""
     parent = module_name.rpartition(".")[0]
     path = getattr(sys.modules.get(parent), "__path__", None)
-    return [f"{parent}.{module.name}" if parent else module.name for module in pkgutil.iter_modules(path)]
+    found = [f"{parent}.{module.name}" if parent else module.name for module in pkgutil.iter_modules(path)]
+    # An editable install may be found by an import hook alone, which lists nothing; what is imported is known anyway.
+    return found + [name for name in list(sys.modules) if name.rpartition(".")[0] == parent]
 
 
 def _near(name: str, known: list[str]) -> str:
