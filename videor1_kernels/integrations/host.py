@@ -1,0 +1,97 @@
+"""What the integrations share: putting a function where a host library looks up its own, and the host's autocast."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One name of a host and what takes its place."""
+
+    module: str  # where the host defines the name, dotted
+    name: str
+    ours: Any
+    parameters: Sequence[str]  # of the host's own, as this version of videor1_kernels knows them
+
+
+def replace(distribution: str, packages: Sequence[str], replacements: Sequence[Replacement]) -> ExitStack:
+    """Set every replacement in all modules of ``packages`` that hold the host's own; closing the result undoes it.
+
+    Modules that import the name later, or did so in between, are covered as well. Nothing is changed unless every name
+    is where it is expected and takes the expected parameters.
+
+    Raises:
+        ImportError: the host is not installed, or its version keeps a name elsewhere or with other parameters.
+    """
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"use() needs {distribution}, which is not installed: pip install {distribution}") from None
+    found = [(entry, _find(f"{distribution} {version}", entry)) for entry in replacements]
+    stack = ExitStack()
+    for entry, theirs in found:
+        stack.callback(_swap, packages, entry.name, entry.ours, theirs)
+        _swap(packages, entry.name, theirs, entry.ours)
+    return stack
+
+
+def with_backend(module: type[torch.nn.Module], backend: str) -> type[torch.nn.Module]:
+    """A subclass of ``module`` that is built with this ``backend``."""
+    return type(module.__name__, (module,), {"__init__": functools.partialmethod(module.__init__, backend=backend)})
+
+
+def autocast_like_linear(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that ``F.linear`` would take them in here: autocast's, where it is on."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def _find(host: str, entry: Replacement) -> Any:
+    where = f"{entry.module}.{entry.name}"
+    try:
+        theirs = getattr(importlib.import_module(entry.module), entry.name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ImportError(
+            f"{host} has no {where} ({error}): install a version that has, or call "
+            "the function of videor1_kernels.integrations in your own code instead of use()"
+        ) from error
+    parameters = _parameters(theirs)
+    if parameters != list(entry.parameters):
+        raise ImportError(
+            f"{where} of {host} takes ({', '.join(parameters)}), expected ({', '.join(entry.parameters)}): install a "
+            "version that takes these, or call the function of videor1_kernels.integrations in your own code instead "
+            "of use()"
+        )
+    return theirs
+
+
+def _parameters(function: Any) -> list[str]:
+    """Names a caller can pass by position: to a function, a class, an autograd Function or its ``apply``."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return list(inspect.signature(owner.forward).parameters)[1:]  # without ctx
+    if not isinstance(function, type):
+        function = getattr(function, "apply", function)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def _swap(packages: Sequence[str], name: str, old: Any, new: Any) -> None:
+    for module_name, module in list(sys.modules.items()):
+        # vars, not getattr: a lazy package would import the whole host to answer.
+        if module_name.partition(".")[0] in packages and vars(module).get(name) is old:
+            setattr(module, name, new)

@@ -1,0 +1,126 @@
+"""TRL: its ``selective_log_softmax``, and the head that its trainers take log-probabilities from.
+
+    from videor1_kernels.integrations.trl import use
+
+    use()                       # from here on, in every TRL trainer of the process
+    with use(): trainer.train() # or in a block
+
+For TRL 1.16. GRPOTrainer, RLOOTrainer and AsyncGRPOTrainer read log-probabilities and entropy from a "fused LM head"
+(``trl.trainer.utils.add_fused_lm_head``); ``use()`` computes it with :func:`videor1_kernels.linear_logprob`. The
+trainers that keep their logits call ``selective_log_softmax``. TRL 1.12 and older can take the loss of
+:mod:`videor1_kernels.integrations.liger` (their ``use_liger_kernel=True``).
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+import videor1_kernels
+from videor1_kernels.checks import check_number, fail
+from videor1_kernels.integrations.host import Replacement, autocast_like_linear, replace
+
+__all__ = ["FusedHead", "selective_log_softmax", "use"]
+
+HEAD_OUTPUTS = ("log_probs", "entropy")
+
+
+def use(*, backend: str = "auto") -> ExitStack:
+    """Put this library's log-probabilities into TRL; ``close()`` the result, or leave its block, to undo it.
+
+    Raises:
+        ImportError: TRL is not installed, or its version keeps the names elsewhere or with other parameters.
+    """
+    ours = functools.partial(selective_log_softmax, backend=backend)
+    softmax = ("logits", "index", "temperature", "row_mask")
+    head = (
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "outputs",
+    )  # fmt: skip
+    return replace(
+        "trl",
+        ["trl"],
+        [
+            Replacement("trl.trainer.utils", "selective_log_softmax", ours, softmax),
+            Replacement("trl.trainer.utils", "_ChunkedLogProbFunction", FusedHead(backend), head),
+        ],
+    )
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """TRL's ``selective_log_softmax``: log softmax(logits / temperature)[index], in nats.
+
+    Args:
+        logits: [..., V], fp64, fp32, bf16 or fp16.
+        index: int64 or int32, [...] or [..., K], in [0, V); anything where ``row_mask`` is zero.
+        temperature: above 0.
+        row_mask: shaped as ``index``; where it is zero the result is exactly 0 and no gradient flows.
+
+    Returns:
+        Shaped as ``index``; fp32, or fp64 for fp64 logits, whatever the device. TRL returns fp32 from its Triton kernel
+        (GPUs) and the logits' dtype elsewhere; fp32 costs one number per token and keeps what a ratio needs.
+
+    Raises:
+        ValueError: as :func:`videor1_kernels.selective_log_softmax`, or a ``row_mask`` of another shape than ``index``.
+    """
+    if index.dtype == torch.int32:
+        index = index.long()
+    if row_mask is None:
+        return videor1_kernels.selective_log_softmax(logits, index, temperature=temperature, backend=backend)
+    if row_mask.shape != index.shape:
+        raise fail("selective_log_softmax", "row_mask", f"shape {list(index.shape)}", list(row_mask.shape))
+    out = row_mask == 0
+    logp = videor1_kernels.selective_log_softmax(
+        logits, index.masked_fill(out, 0), temperature=temperature, backend=backend
+    )
+    return logp.masked_fill(out, 0.0)
+
+
+class FusedHead:
+    """What TRL's fused LM head calls, ``apply`` as on its autograd function."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = HEAD_OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        """(logp [N], entropy [N] or None, None, None, None) of hidden [N, H], weight [V, H], bias [V], targets [N].
+
+        Both are fp32 and differentiable. Under autocast the head runs in autocast's dtype, as in TRL. ``chunk_size``
+        shapes TRL's own tiles and has no effect.
+
+        Raises:
+            ValueError: for a model with capped logits, an output other than those of :data:`HEAD_OUTPUTS`, or a head
+                that DeepSpeed ZeRO-3 has partitioned (it would be gone again in the backward pass).
+        """
+        op = "trl fused head"
+        if final_logit_softcapping is not None:
+            raise fail(
+                op, "final_logit_softcapping", "None (train models with capped logits without use())",
+                final_logit_softcapping,
+            )  # fmt: skip
+        if unknown := [name for name in outputs if name not in HEAD_OUTPUTS]:
+            raise fail(op, "outputs", f"of {', '.join(HEAD_OUTPUTS)} (run this trainer without use())", unknown)
+        if hasattr(weight, "ds_id"):
+            raise fail(op, "weight", "a whole parameter (under DeepSpeed ZeRO-3 train without use())", "a ZeRO-3 one")
+        check_number(op, "logit_scale", logit_scale, above=0)
+        hidden, weight, bias = autocast_like_linear(hidden, weight, bias)  # type: ignore[assignment]
+        logp, entropy = videor1_kernels.linear_logprob(
+            hidden, weight, targets, bias=bias, temperature=temperature / logit_scale, backend=self.backend
+        )
+        return logp, entropy if "entropy" in outputs else None, None, None, None

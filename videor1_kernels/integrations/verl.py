@@ -1,0 +1,114 @@
+"""verl: its ``linear_cross_entropy`` and its ``FusedLinearForPPO``.
+
+    from videor1_kernels.integrations.verl import use
+
+    use()           # acts where use_fused_kernels is set, with the torch, triton and liger backends of it alike
+
+Written against verl 0.9.1 (``verl/utils/kernel/linear_cross_entropy.py`` and
+``verl/utils/experimental/torch_functional.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+import videor1_kernels
+from videor1_kernels.checks import check_choice, fail
+from videor1_kernels.integrations.host import Replacement, replace, with_backend
+
+__all__ = ["FusedLinearForPPO", "linear_cross_entropy", "use"]
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def use(*, backend: str = "auto") -> ExitStack:
+    """Put both into verl; ``close()`` the result, or leave its block, to undo it.
+
+    Raises:
+        ImportError: verl is not installed, or its version keeps the names elsewhere or with other parameters.
+    """
+    function = functools.partial(linear_cross_entropy, backend=backend)
+    module = with_backend(FusedLinearForPPO, backend)
+    parameters = ("hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
+    where = "verl.utils.kernel.linear_cross_entropy"
+    return replace(
+        "verl",
+        ["verl"],
+        [
+            Replacement(where, "linear_cross_entropy", function, parameters),
+            Replacement(
+                "verl.utils.experimental.torch_functional", "FusedLinearForPPO", module, ("chunk_size", "impl_backend")
+            ),
+        ],
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "none",
+    dist_process_group: torch.distributed.ProcessGroup | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label (despite the name: not its negative) and entropy, in nats.
+
+    Args:
+        hidden: [..., H].
+        weight: [V, H].
+        labels: int64 or int32 [...], N in all, in [0, V); -100: both results are 0.
+        temperature: above 0; a number, or one per row as a tensor [...].
+        reduction: of the log-probability over the N tokens: "none", "sum" or "mean".
+        dist_process_group: None, or a tensor-parallel group of one process.
+
+    Returns:
+        (logp, entropy): [N] flat whatever the shape of ``labels``, as in verl, or a scalar ``logp`` where it is
+        reduced; entropy is always [N]. fp32, differentiable into ``hidden`` and ``weight``.
+
+    Raises:
+        ValueError: a group of several processes, each with a slice of the vocabulary; what
+            :func:`videor1_kernels.linear_logprob` refuses.
+    """
+    op = "linear_cross_entropy"
+    check_choice(op, "reduction", reduction.lower(), REDUCTIONS)
+    if dist_process_group is not None and (size := torch.distributed.get_world_size(dist_process_group)) > 1:
+        raise fail(op, "dist_process_group", "None or one process (a weight sliced over processes needs verl's own)",
+                   f"{size} processes")  # fmt: skip
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.reshape(-1)
+    logp, entropy = videor1_kernels.linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), weight, _int64(labels).reshape(-1), temperature=temperature,
+        backend=backend,
+    )  # fmt: skip
+    if reduction.lower() != "none":
+        logp = logp.sum() if reduction.lower() == "sum" else logp.mean()
+    return logp, entropy
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """verl's module; ``chunk_size`` and ``impl_backend`` choose among its own implementations and have no effect."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch", *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(logp, entropy) of ``input_ids`` [...], in nats, shaped as they are; both fp32.
+
+        verl's torch implementation returns the entropy in the dtype of ``hidden_states``.
+        """
+        return videor1_kernels.linear_logprob(
+            hidden_states, vocab_weights, _int64(input_ids), temperature=temperature, backend=self.backend
+        )
+
+
+def _int64(labels: Tensor) -> Tensor:
+    return labels.long() if labels.dtype == torch.int32 else labels
