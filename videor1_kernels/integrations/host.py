@@ -49,7 +49,8 @@ def replace(distribution: str, packages: Sequence[str], replacements: Sequence[R
 
 def with_backend(module: type[torch.nn.Module], backend: str) -> type[torch.nn.Module]:
     """A subclass of ``module`` that is built with this ``backend``."""
-    return type(module.__name__, (module,), {"__init__": functools.partialmethod(module.__init__, backend=backend)})
+    init = functools.partialmethod(module.__init__, backend=backend)
+    return type(module.__name__, (module,), {"__init__": init, "__module__": module.__module__})
 
 
 def autocast_like_linear(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from videor1_kernels import selective_log_softmax
+from videor1_kernels.checks import fail
 from videor1_kernels.integrations.host import Replacement, replace
 
 __all__ = ["log_probs_from_logits", "use"]
@@ -48,4 +49,6 @@ def log_probs_from_logits(
     Raises:
         ValueError: as :func:`videor1_kernels.selective_log_softmax`, or ``labels`` of another shape than [...].
     """
+    if labels.shape != logits.shape[:-1]:
+        raise fail("log_probs_from_logits", "labels", f"shape {list(logits.shape[:-1])}", list(labels.shape))
     return selective_log_softmax(logits, labels, temperature=temperature, backend=backend)

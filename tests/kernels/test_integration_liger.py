@@ -1,0 +1,290 @@
+"""LigerFusedLinearGRPOLoss: the numbers of the installed liger-kernel on the same inputs, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from liger_kernel import chunked_loss
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as Theirs
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from videor1_kernels import dispatch
+from videor1_kernels.integrations.liger import LigerFusedLinearGRPOLoss as Ours
+from videor1_kernels.integrations.liger import use
+
+B, T, H, V = 4, 7, 16, 29
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+
+
+def make_inputs(**changes):
+    """Row 0 whole, row 1 with a hole, row 2 padded, row 3 without tokens; ratios on both sides of the clip range."""
+    g = torch.Generator().manual_seed(3)
+    mask = torch.ones(B, T, dtype=torch.long)
+    mask[1, 2:4] = 0
+    mask[2, 3:] = 0
+    mask[3] = 0
+    inputs = {
+        "_input": torch.randn(B, T, H, generator=g),
+        "lin_weight": torch.randn(V, H, generator=g) * 0.5,
+        "selected_token_ids": torch.randint(V, (B, T), generator=g),
+        "attention_mask": mask,
+        "advantages": torch.tensor([1.3, -0.8, 0.4, 0.6]),
+        "bias": torch.randn(V, generator=g),
+    }
+    exact = (inputs["_input"] @ inputs["lin_weight"].T + inputs["bias"]).log_softmax(-1)
+    exact = exact.gather(-1, inputs["selected_token_ids"][..., None])[..., 0]
+    inputs["old_per_token_logps"] = exact + 0.4 * torch.randn(B, T, generator=g)
+    inputs["ref_per_token_logps"] = exact + 0.7 * torch.randn(B, T, generator=g)
+    return inputs | changes
+
+
+def run(loss_class, inputs, frozen=(), **options):
+    inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    leaves = [n for n in ("_input", "lin_weight", "bias") if inputs[n] is not None and n not in frozen]
+    for name in leaves:
+        inputs[name].requires_grad_()
+    loss, metrics = loss_class(compiled=False, **options)(**inputs)
+    (loss * 1.7).backward()
+    return loss, metrics, {name: inputs[name].grad for name in leaves}
+
+
+def assert_same(inputs, frozen=(), **options):
+    loss, metrics, grads = run(Ours, inputs, frozen, **options)
+    their_loss, their_metrics, their_grads = run(Theirs, inputs, frozen, **options)
+    assert loss.dtype == their_loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert not any(metric.requires_grad for metric in metrics)
+    assert len(metrics) == len(their_metrics)
+    torch.testing.assert_close(loss, their_loss, rtol=2e-5, atol=2e-6)
+    for ours, theirs in zip(metrics, their_metrics, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+    for name, theirs in their_grads.items():
+        bound = 2e-6 * theirs.abs().max().item()  # entries are sums whose terms cancel
+        torch.testing.assert_close(grads[name], theirs, rtol=1e-5, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+    return loss, metrics, grads
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSS_TYPES, LEVELS)))
+def test_same_numbers(loss_type, level):
+    _, (kl, clip_ratio), grads = assert_same(
+        make_inputs(), loss_type=loss_type, importance_sampling_level=level, max_completion_length=11, beta=0.07
+    )
+    assert kl > 0.01
+    assert 0 < clip_ratio < 1 or level == "sequence"
+    assert grads["_input"][1, 2:4].abs().max() == 0  # the hole
+    assert grads["_input"][1, 4:].abs().max() > 0  # and what follows it
+
+
+def test_sequence_level_clips_whole_completions():
+    _, (_, clip_ratio), grads = assert_same(
+        make_inputs(), importance_sampling_level="sequence", epsilon_low=0.001, epsilon_high=0.001, loss_type="grpo"
+    )
+    assert clip_ratio > 0
+    assert grads["_input"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.0, "use_ref_model": False},
+        {"temperature": 0.3},
+        {"temperature": 2.0, "importance_sampling_level": "sequence"},
+        {"epsilon_low": 0.05, "epsilon_high": 0.6},
+        {"use_ref_model": False, "beta": 0.5},  # the KL term is 0, and is reported
+        {"chunk_size": 3, "loss_type": "bnpo"},
+        {"sapo_temperature_pos": 3.0, "vespo_k_pos": 1.0},  # of other loss types: no effect in either
+    ],
+    ids=str,
+)
+def test_same_numbers_with_options(options):
+    assert_same(make_inputs(), **options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_on_policy_without_old_log_probs(level):
+    _, (_, clip_ratio), _ = assert_same(make_inputs(old_per_token_logps=None), importance_sampling_level=level)
+    assert clip_ratio == 0
+
+
+@pytest.mark.parametrize("num_items", [40, 40.0, torch.tensor(40), torch.tensor(40.0), 0, None])
+def test_dapo_normaliser(num_items):
+    assert_same(make_inputs(num_items_in_batch=num_items), loss_type="dapo")
+
+
+@pytest.mark.parametrize("num_items", [40, None])
+def test_dapo_normaliser_of_several_processes(num_items, monkeypatch):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: x.mul_(3))  # the other process holds twice the tokens
+    try:
+        loss, _, _ = assert_same(make_inputs(num_items_in_batch=num_items), loss_type="dapo")
+    finally:
+        dist.destroy_process_group()
+    tokens = 15  # of make_inputs
+    alone, _, _ = run(Ours, make_inputs(num_items_in_batch=tokens), loss_type="dapo")
+    torch.testing.assert_close(loss, alone * tokens / ((num_items or 3 * tokens) / 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_mask_dtypes(dtype):
+    inputs = make_inputs()
+    wanted = run(Ours, inputs)[0]
+    assert torch.equal(run(Ours, inputs | {"attention_mask": inputs["attention_mask"].to(dtype)})[0], wanted)
+
+
+def test_reference_from_its_hidden_states():
+    g = torch.Generator().manual_seed(5)
+    inputs = make_inputs(
+        ref_per_token_logps=None,
+        ref_input=torch.randn(B, T, H, generator=g),
+        ref_weight=torch.randn(V, H, generator=g) * 0.5,
+        ref_bias=torch.randn(V, generator=g),
+    )
+    _, (kl, _), _ = assert_same(inputs, temperature=0.8)
+    assert kl > 0.1
+    inputs["ref_weight"].requires_grad_()
+    run(Ours, inputs)
+    assert inputs["ref_weight"].grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Both ref_per_token_logps and ref_input")  # Liger's
+def test_given_reference_log_probs_win_over_hidden_states():
+    inputs = make_inputs(ref_input=torch.randn(B, T, H), ref_weight=torch.randn(V, H))
+    assert_same(inputs)
+
+
+def test_kl_is_not_clamped():
+    inputs = make_inputs()
+    inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] + 14
+    _, (kl, _), _ = assert_same(inputs)
+    assert kl > 1e5  # a clamp at 10 nats would stop at 22,015
+
+
+def test_without_bias_and_with_a_frozen_head():
+    assert_same(make_inputs(bias=None), frozen=("lin_weight",))
+
+
+def test_nothing_counts():
+    inputs = make_inputs(attention_mask=torch.zeros(B, T, dtype=torch.long))
+    for loss_type in LOSS_TYPES:
+        loss, _, grads = assert_same(inputs, loss_type=loss_type, max_completion_length=5)
+        assert loss == 0
+        assert all(grad.abs().max() == 0 for grad in grads.values())
+
+
+def test_what_masked_positions_hold_does_not_matter():
+    inputs = make_inputs()
+    loss, _, grads = run(Ours, inputs)
+    out = inputs["attention_mask"] == 0
+    for name, poison in (
+        ("_input", torch.nan), ("selected_token_ids", -100), ("old_per_token_logps", torch.inf),
+        ("ref_per_token_logps", torch.nan),
+    ):  # fmt: skip
+        inputs[name][out] = poison
+    poisoned, _, poisoned_grads = run(Ours, inputs)
+    assert torch.equal(loss, poisoned)
+    assert all(torch.equal(grad, poisoned_grads[name]) for name, grad in grads.items())
+
+
+def test_autocast_runs_the_head_in_its_dtype():
+    inputs = make_inputs()
+    rounded = inputs | {n: inputs[n].bfloat16() for n in ("_input", "lin_weight", "bias")}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, grads = run(Ours, inputs)
+    wanted, _, _ = run(Ours, rounded)
+    assert torch.equal(loss, wanted)
+    assert not torch.equal(loss, run(Ours, inputs)[0])
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_the_call_of_trl():
+    """Constructed and called as by GRPOTrainer of TRL 1.12, the last with a Liger loss."""
+    inputs = make_inputs()
+    results = []
+    for loss_class in (Ours, Theirs):
+        loss_fn = loss_class(
+            beta=0.04, epsilon_low=0.2, epsilon_high=0.28, temperature=0.9, use_ref_model=True, loss_type="dapo",
+            max_completion_length=T, importance_sampling_level="token", delta=None, use_bias_correction_kl=False,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        )  # fmt: skip
+        if loss_class is Theirs:
+            loss_fn.compiled = False
+        loss, metrics = loss_fn(
+            _input=inputs["_input"],
+            lin_weight=inputs["lin_weight"],
+            selected_token_ids=inputs["selected_token_ids"],
+            attention_mask=inputs["attention_mask"],
+            advantages=inputs["advantages"],
+            bias=None,
+            old_per_token_logps=inputs["old_per_token_logps"],
+            ref_per_token_logps=inputs["ref_per_token_logps"],
+            vllm_is_ratio=None,
+            num_items_in_batch=torch.tensor(31),
+        )
+        results.append(torch.stack([loss, *metrics]))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_arguments_are_those_of_the_installed_liger(method):
+    ours = [p for p in inspect.signature(getattr(Ours, method)).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    theirs = list(inspect.signature(getattr(Theirs, method)).parameters.values())
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "sapo"}, "loss_type: expected one of 'grpo', 'bnpo', 'dr_grpo', 'dapo', got 'sapo'"),
+        ({"loss_type": "luspo"}, "loss_type.*'luspo'"),
+        ({"importance_sampling_level": "tokens"}, "importance_sampling_level.*did you mean 'token'"),
+        ({"delta": 4.0}, r"delta: expected None .*got 4\.0"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl: expected False"),
+    ],
+)
+def test_unsupported_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Ours(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vllm_is_ratio": torch.ones(B, T)}, "vllm_is_ratio: expected None"),
+        ({"ref_per_token_logps": None}, "ref_per_token_logps: expected a tensor, or ref_input and ref_weight"),
+        ({"attention_mask": torch.full((B, T), 0.5)}, "attention_mask: expected 0 and 1 only"),
+        ({"attention_mask": torch.ones(B, T + 1)}, r"attention_mask: expected shape \[4, 7\], got \[4, 8\]"),
+        ({"old_per_token_logps": torch.ones(B)}, r"old_per_token_logps: expected shape \[4, 7\], got \[4\]"),
+        ({"_input": torch.ones(B * T, H)}, r"_input: expected shape \[B, T, H\], got \[28, 16\]"),
+        ({"advantages": torch.ones(B, T)}, "advantages"),
+    ],
+)
+def test_bad_inputs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Ours()(**make_inputs(**changes))
+
+
+def test_dr_grpo_needs_its_length():
+    with pytest.raises(ValueError, match="max_completion_length"):
+        Ours(loss_type="dr_grpo")(**make_inputs())
+
+
+def test_use_puts_it_into_liger_and_back():
+    with use(backend="reference"):
+        loss = chunked_loss.LigerFusedLinearGRPOLoss(beta=0.1)
+        assert isinstance(loss, Ours)
+        assert (loss.backend, loss.beta) == ("reference", 0.1)
+    assert chunked_loss.LigerFusedLinearGRPOLoss is Theirs
+
+
+def test_backend_is_handed_on():
+    with pytest.raises(ValueError, match="no-such-backend"):
+        Ours(backend="no-such-backend")(**make_inputs())
+    Ours(backend="reference")(**make_inputs())
+    assert dispatch.last_backend("linear_grpo_loss") == "reference"
