@@ -1,0 +1,115 @@
+"""What is measured: cases, and the implementations that stand side by side in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.oracle import Expected
+
+Step = Callable[[], Mapping[str, Tensor]]  # one call of what is timed -> its outputs by name
+OURS = "videor1_kernels"
+
+
+def _everywhere(device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation."""
+
+    name: str
+    build: Callable[[Any], Step]  # from the case's inputs; imports what it needs
+    missing: Callable[[torch.device], str | None] = _everywhere  # why it cannot run on this device; None: it can
+    # The matrix products it computes, where that differs from what the table counts; by backend for ours.
+    does: str | Mapping[str, str] = ""
+    graph: bool = False  # it never waits for the device, so a CUDA graph can hold it
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(OURS)
+
+    @property
+    def dependable(self) -> bool:
+        """Ours and plain torch run before any implementation whose kernels could break the process's device."""
+        return self.ours or self.name.startswith("torch")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a call must do, whatever the implementation: the rates in the table divide this by the time."""
+
+    flops: float  # of matrix products; 0: the case is bound by memory
+    bytes: float  # each input read once, each output written once
+    count: str  # the flops in the table's words, e.g. 6NHV
+
+    @property
+    def ceiling(self) -> str:
+        return "gemm" if self.flops else "copy"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One line of comparison."""
+
+    op: str
+    title: str
+    size: Mapping[str, Any]
+    dtype: torch.dtype
+    inputs: Callable[[torch.device], Any]
+    expected: Callable[[Any], Sequence[Expected]]
+    work: Callable[[Any], Work]
+    contenders: Sequence[Contender]
+    uses: Sequence[str] = ()  # operations that ours calls besides ``op``
+    slow: bool = False  # minutes on a CPU: left out of ``pytest benchmarks`` unless asked for
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.title}, {self.described}"
+
+    @property
+    def described(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.size.items())
+
+
+@dataclass
+class Row:
+    """One measurement, as the JSON file holds it."""
+
+    op: str
+    title: str
+    size: Mapping[str, Any]
+    dtype: str
+    implementation: str
+    status: str  # measured, not run (another's implementation, with the reason), or failed (ours, or a wrong result)
+    reason: str | None = None
+    version: str | None = None
+    backend: str | None = None  # of ours: which one ran
+    does: str = ""
+    count: str = ""
+    flops: float = 0.0
+    bytes: float = 0.0
+    ceiling: str = ""
+    seconds: float | None = None  # median
+    spread: float | None = None  # (90th - 10th percentile) / median
+    rounds: int = 0
+    timing: str = ""  # wall: a clock that waits for the device; graph: replays of a CUDA graph
+    tflops: float | None = None
+    gbps: float | None = None
+    percent: float | None = None  # of the ceiling measured in the same run
+    peak_mib: float | None = None  # beyond inputs and outputs
+    errors: Mapping[str, float] = field(default_factory=dict)  # against fp64
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pairs(cases: Sequence[Case]) -> list[tuple[Case, Contender]]:
+    """Every (case, implementation), the dependable ones first."""
+    everything = [(case, contender) for case in cases for contender in case.contenders]
+    return sorted(everything, key=lambda pair: not pair[1].dependable)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
+#   benchmarks/gpu.sh kernels
+# The JSON file goes to $OUT (default benchmarks/results). BENCH_COMMIT names the commit where there is no repository.
+# SECONDS_FOR_TESTS and SECONDS_FOR_BENCHMARKS bound the two halves; ours is measured first, others while time is left.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+part=${1:?"which part: kernels"}
+out=${OUT:-benchmarks/results}
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu.sh: expected a CUDA device that torch can use, found none" >&2
+    exit 2
+}
+tests="not run"
+if [ "$part" = kernels ] && "$python" -c "import pytest" 2>/dev/null; then
+    tests=passed
+    timeout "${SECONDS_FOR_TESTS:-150}" "$python" -m pytest -x -q --durations=5 tests/kernels >"$out/tests.log" 2>&1 || tests=failed
+    tail -n 15 "$out/tests.log"
+fi
+"$python" -m benchmarks.run "$part" --device cuda --record "$out" --tests "$tests" \
+    --seconds "${SECONDS_FOR_BENCHMARKS:-300}"
+status=$?
+[ "$tests" != failed ] || { echo "the kernels' tests failed: $out/tests.log" >&2; status=1; }
+exit $status

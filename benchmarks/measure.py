@@ -1,0 +1,268 @@
+"""Time, peak memory and ceilings. The same code serves ``pytest benchmarks`` and the plain runner."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Contender, Row, Step, Work
+from benchmarks.oracle import Expected, GateFailure, check
+from videor1_kernels import last_backend
+
+GRAPH_BELOW = 100e-6  # seconds; a launch from Python costs about a tenth of this
+GRAPH_CALLS = 20
+BUDGET = {"cuda": 1.0, "cpu": 0.4}  # seconds of timed calls per row
+MIB = 2**20
+
+# (what to time, what to run before each round, rounds) -> seconds of each round
+Stopwatch = Callable[[Callable[[], None], Callable[[], None], int], Sequence[float]]
+
+
+class Clock:
+    """Seconds, read when the device has finished what it was given. A target that times itself (a CUDA graph of many
+    calls) says with :meth:`count` what the round took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = 0.0
+        self._counted: float | None = None
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        self._last, self._counted = (time.perf_counter() if self._counted is None else self._counted), None
+        return self._last
+
+    def count(self, seconds: float) -> None:
+        """The next reading is ``seconds`` after the last."""
+        self._counted = self._last + seconds
+
+
+def plain_stopwatch(clock: Clock) -> Stopwatch:
+    """A stopwatch without pytest-benchmark."""
+
+    def run(target: Callable[[], None], setup: Callable[[], None], rounds: int) -> list[float]:
+        seconds = []
+        for _ in range(rounds):
+            setup()
+            start = clock()
+            target()
+            seconds.append(clock() - start)
+        return seconds
+
+    return run
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches, measured in the same process as the rows."""
+
+    gemm_tflops: float  # a product of the head's shape through torch.mm
+    gemm_shape: str
+    gemm_dtype: str
+    copy_gbps: float  # a copy within the device, bytes read plus bytes written
+    copy_mib: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@functools.cache
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure them, once per process and device, on random data."""
+    on_gpu = device.type == "cuda"
+    n, h, v, dtype = (8192, 3584, 152064, torch.bfloat16) if on_gpu else (512, 256, 8192, torch.float32)
+    mib = 4096 if on_gpu else 256
+    return Ceilings(
+        gemm_tflops=2 * n * h * v / _product_seconds(n, h, v, dtype, device) / 1e12,
+        gemm_shape=f"[{n}, {h}] x [{h}, {v}]",
+        gemm_dtype=str(dtype).removeprefix("torch."),
+        copy_gbps=2 * mib * MIB / _copy_seconds(mib * MIB, device) / 1e9,
+        copy_mib=mib,
+    )
+
+
+def _product_seconds(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> float:
+    left = torch.randn(n, h, device=device, dtype=dtype)
+    right = torch.randn(v, h, device=device, dtype=dtype)
+    product = torch.empty(n, v, device=device, dtype=dtype)
+    return _median(lambda: torch.mm(left, right.T, out=product), device)
+
+
+def _copy_seconds(size: int, device: torch.device) -> float:
+    source = torch.empty(size // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    return _median(lambda: target.copy_(source), device)
+
+
+@functools.lru_cache(maxsize=1)
+def prepare(case: Case, device: torch.device) -> tuple[Any, Sequence[Expected], Work]:
+    """A case's inputs, what fp64 says of them, and the work: kept until the next case is prepared."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        inputs = case.inputs(device)
+    return inputs, case.expected(inputs), case.work(inputs)
+
+
+def measure(case: Case, contender: Contender, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> Row:
+    """Gate first, then time and memory. Never raises for what another implementation cannot do, nor for a wrong result:
+    the row's status and reason say it."""
+    row = Row(case.op, case.title, dict(case.size), str(case.dtype).removeprefix("torch."), contender.name, "measured")
+    reason = contender.missing(device)
+    if reason is not None:
+        row.status, row.reason = "not run", reason
+        return row
+    try:
+        inputs, expected, work = prepare(case, device)
+        row.count, row.flops, row.bytes, row.ceiling = work.count, work.flops, work.bytes, work.ceiling
+        step = contender.build(inputs)
+        row.errors = check(step(), expected, case.dtype, ours=contender.ours)
+        if contender.ours:
+            row.backend = " + ".join(dict.fromkeys(check_backend(op, device) for op in (*case.uses, case.op)))
+        row.does = contender.does if isinstance(contender.does, str) else contender.does.get(row.backend or "", "")
+        _time(row, step, contender.graph, device, stopwatch, clock)
+        row.peak_mib = peak_bytes(step, device) / MIB
+    except GateFailure as wrong:
+        row.status, row.reason = "failed", str(wrong)
+    except torch.OutOfMemoryError:
+        row.status, row.reason = "failed" if contender.ours else "not run", "does not fit in the device's memory"
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")[:200]
+        row.status, row.reason = "failed" if contender.ours else "not run", f"{type(error).__name__}: {first}"
+    finally:
+        step = inputs = None  # type: ignore[assignment]
+        torch.compiler.reset()  # past a few shapes of one function the compiler would run it uncompiled
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if row.status == "measured":
+        _rate(row, ceilings(device))
+    return row
+
+
+def check_backend(op: str, device: torch.device) -> str:
+    """The backend that the last call of ``op`` took; on a GPU the reference is not what is to be measured."""
+    backend = last_backend(op)
+    if backend is None:
+        raise GateFailure(f"{op}: expected a call of it, but none was made in this process")
+    if device.type == "cuda" and backend == "reference":
+        raise GateFailure(f"{op}: the reference ran on {device}, expected a kernel; backends({op!r}, 'cuda') says why")
+    return backend
+
+
+def _time(row: Row, step: Step, graph: bool, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> None:
+    def target() -> None:
+        step()
+
+    flush = l2_flush(device)
+    estimate = min(plain_stopwatch(clock)(target, flush, 2))
+    row.timing = "wall"
+    if graph and device.type == "cuda":
+        replay, per_call = capture(step, flush, clock)
+        if per_call < GRAPH_BELOW:
+            target, estimate, row.timing = replay, per_call * GRAPH_CALLS, "graph"
+            flush = _nothing
+    rounds = max(3 if estimate > 0.3 else 7, min(50, int(BUDGET[device.type] / estimate)))
+    seconds = sorted(stopwatch(target, flush, rounds))
+    row.rounds = len(seconds)
+    row.seconds = statistics.median(seconds)
+    row.spread = (seconds[round(0.9 * (len(seconds) - 1))] - seconds[round(0.1 * (len(seconds) - 1))]) / row.seconds
+
+
+def _rate(row: Row, ceiling: Ceilings) -> None:
+    assert row.seconds is not None
+    row.tflops = row.flops / row.seconds / 1e12 if row.flops else None
+    row.gbps = row.bytes / row.seconds / 1e9
+    row.percent = 100 * (row.tflops / ceiling.gemm_tflops if row.tflops else row.gbps / ceiling.copy_gbps)
+
+
+def capture(step: Step, flush: Callable[[], None], clock: Clock) -> tuple[Callable[[], None], float]:
+    """A target that counts the seconds of one call inside a CUDA graph, and a first reading of them. One graph holds
+    calls each behind a flush, the other the flushes alone: the difference is the calls, cache cold."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with_calls, flushes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(with_calls):
+        for _ in range(GRAPH_CALLS):
+            flush()
+            step()
+    with torch.cuda.graph(flushes):
+        for _ in range(GRAPH_CALLS):
+            flush()
+
+    def replay() -> float:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        with_calls.replay()
+        marks[1].record()
+        flushes.replay()
+        marks[2].record()
+        marks[2].synchronize()
+        return (marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2])) / 1e3 / GRAPH_CALLS
+
+    for _ in range(3):
+        replay()
+    return lambda: clock.count(replay()), statistics.median(replay() for _ in range(5))
+
+
+def l2_flush(device: torch.device) -> Callable[[], None]:
+    """Overwrite the second-level cache, so that a call finds nothing of the one before."""
+    if device.type != "cuda":
+        return _nothing
+    size = max(64 * MIB, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+    buffer = torch.empty(size, dtype=torch.int8, device=device)
+    return lambda: _discard(buffer.zero_())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most memory a call holds at once, beyond what was there before it and the outputs it returns."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        outputs = step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before - _returned(outputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outputs = step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak - _returned(outputs)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _returned(outputs: Mapping[str, Tensor]) -> int:
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in outputs.values()}
+    return sum(storages.values())
+
+
+def _median(call: Callable[[], Tensor], device: torch.device) -> float:
+    for _ in range(3):
+        call()
+    return statistics.median(plain_stopwatch(Clock(device))(lambda: _discard(call()), l2_flush(device), 11))
+
+
+def _discard(value: object) -> None:
+    pass
+
+
+def _nothing() -> None:
+    pass

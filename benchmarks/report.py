@@ -1,0 +1,140 @@
+"""The table of the README from the recorded runs: ``python -m benchmarks.report [--write]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, load
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+COMMAND = "pytest benchmarks --record"
+NOTHING = f"No results from a card have been recorded yet; `{COMMAND}` on a machine with one records them."
+COLUMNS = (
+    "implementation", "ms", "TF/s", "GB/s", "% of ceiling", "peak MiB", "rms error", "gradient error", "computes",
+)  # fmt: skip
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """One run as Markdown: its machine, then a table with a heading row per case."""
+    lines = [_machine(record), "", _row(COLUMNS), _row(["---", *["---:"] * 7, "---"])]
+    rows = sorted(record["rows"], key=_case_order(record["rows"]))
+    for (op, title, _), group in groupby(rows, key=_case):
+        entries = list(group)
+        size = ", ".join(f"{key} {value}" for key, value in entries[0]["size"].items())
+        count = next((entry["count"] for entry in entries if entry["count"]), "")
+        counted = f"; {count} counted" if count else ""
+        lines.append(_row([f"**{op}**, {title}: {size}{counted}", *[""] * 8]))
+        lines += [_row(_cells(entry)) for entry in entries]
+    return "\n".join(lines)
+
+
+def report(folder: Path) -> str:
+    """All recorded runs, cards before CPUs; a sentence that says how to record where there are none of a card."""
+    records = sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run["cuda"] is None, run["card"]))
+    blocks = [_trusted(record) for record in records]
+    if not any(record["cuda"] for record in records):
+        blocks.insert(0, NOTHING)
+    return "\n\n".join(blocks)
+
+
+def write(text: str, readme: Path) -> None:
+    """Replace what stands between the markers."""
+    old = readme.read_text()
+    head, begin, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme.name}: expected a line {BEGIN} and after it a line {END}, to put the table between")
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def _trusted(record: Mapping[str, Any]) -> str:
+    if record["tests"] == "failed":
+        return f"{_machine(record)}: the kernels' tests failed in this run, so its figures are left out."
+    return table(record)
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    commit = record["commit"][:12] if record["commit"] else "unknown"
+    state = " with local changes" if record["dirty"] else ""
+    parts = [
+        f"**{record['card']}**",
+        f"driver {record['driver']}" if record["driver"] else "",
+        f"CUDA {record['cuda']}" if record["cuda"] else "",
+        f"Python {record['python']}",
+        f"torch {record['torch']}",
+        *(f"{name} {version}" for name, version in record["packages"].items() if version),
+        f"commit {commit}{state}",
+        record["date"],
+        f"kernel tests {record['tests']}",
+        "" if record["complete"] else "part of the cases only",
+    ]
+    ceiling = record["ceilings"]
+    measured = (
+        f"Ceilings of this run: {ceiling['gemm_tflops']:.4g} TF/s ({ceiling['gemm_dtype']} product "
+        f"{ceiling['gemm_shape']}), {ceiling['copy_gbps']:.4g} GB/s (copy of {ceiling['copy_mib']} MiB, read + write)."
+    )
+    return f"{', '.join(part for part in parts if part)}. {measured}"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if row["seconds"] is None:
+        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * 7]
+    backend = f" ({row['backend']})" if row["backend"] else ""
+    graph = ", graph" if row["timing"] == "graph" else ""
+    gradients = [error for name, error in row["errors"].items() if name.startswith("d_")]
+    values = [error for name, error in row["errors"].items() if not name.startswith("d_")]
+    return [
+        f"{row['implementation']}{backend}",
+        f"{row['seconds'] * 1e3:.4g}{graph}",
+        _number(row["tflops"]),
+        _number(row["gbps"]),
+        f"{row['percent']:.1f} ({row['ceiling']})",
+        f"{row['peak_mib']:.1f}",
+        f"{max(values):.1e}" if values else "",
+        f"{max(gradients):.1e}" if gradients else "",
+        row["does"],
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _case(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["op"], row["title"], str(row["size"])
+
+
+def _case_order(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows of a case together, in the order in which the cases first came."""
+    first: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        first.setdefault(_case(row), len(first))
+    return lambda row: first[_case(row)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"put it between {BEGIN} and {END} of README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded runs")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(arguments)
+    text = report(options.results)
+    if options.write:
+        write(text, options.readme)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

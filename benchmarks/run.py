@@ -1,0 +1,89 @@
+"""Measure without pytest: ``python -m benchmarks.run kernels``. Prints the table last; ends with 1 if ours failed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Case, Contender, Row, pairs
+from benchmarks.measure import Clock, ceilings, measure, plain_stopwatch
+from benchmarks.record import RESULTS, Record, failures
+from benchmarks.report import table
+
+PARTS = {
+    "kernels": ("linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage"),
+}
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def part_of(module: str) -> str:
+    """The part that ``benchmarks.bench_<name>`` belongs to."""
+    name = module.rpartition("bench_")[2]
+    return next(part for part, names in PARTS.items() if name in names)
+
+
+def part_pairs(part: str, device: torch.device) -> list[tuple[Case, Contender]]:
+    """Everything that a part measures on this device, in order."""
+    modules = [importlib.import_module(f"benchmarks.bench_{name}") for name in PARTS[part]]
+    return pairs([case for module in modules for case in module.cases(device)])
+
+
+def run_part(
+    part: str, device: torch.device, *, only: str = "", seconds: float = float("inf"), tests: str = "not run",
+    out: Path | None = None,
+) -> Record:  # fmt: skip
+    """Measure a part; after ``seconds`` the remaining implementations of others are left out, and the rows say so.
+    Writes the file after every row, so that a run that is cut off leaves what it had."""
+    start = time.monotonic()
+    everything = part_pairs(part, device)
+    record = Record(part, device, ceilings(device), len(everything), tests)
+    clock = Clock(device)
+    for case, contender in everything:
+        if not re.search(only, f"{case.name}: {contender.name}"):
+            continue
+        if contender.dependable or time.monotonic() - start < seconds:
+            row = measure(case, contender, device, plain_stopwatch(clock), clock)
+        else:
+            row = Row(case.op, case.title, case.size, str(case.dtype), contender.name, "not run")
+            row.reason = f"left out after {seconds:.0f} s of this run"
+        record.rows.append(row)
+        print(f"{time.monotonic() - start:6.1f} s  {case.name}: {contender.name}: {outcome(row)}", flush=True)
+        if out is not None:
+            record.save(out)
+    return record
+
+
+def outcome(row: Row) -> str:
+    return f"{row.status}: {row.reason}" if row.seconds is None else f"{row.seconds * 1e3:.3f} ms"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
+    parser.add_argument("--only", default="", metavar="REGEX", help="what to measure, by 'case: implementation'")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out others' rest after this long")
+    parser.add_argument("--tests", default="not run", choices=["passed", "failed", "not run"],
+                        help="how the kernels' tests ended on this machine")  # fmt: skip
+    parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
+                        help="write the JSON file (default folder: benchmarks/results)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    record = run_part(options.part, options.device, only=options.only, seconds=options.seconds, tests=options.tests,
+                      out=options.record)  # fmt: skip
+    print()
+    print(table(record.to_json()))
+    return 1 if failures(record.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
