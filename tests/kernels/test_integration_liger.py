@@ -93,6 +93,8 @@ def test_sequence_level_clips_whole_completions():
     [
         {},
         {"beta": 0.0, "use_ref_model": False},
+        {"beta": 0.0, "use_ref_model": False, "use_bias_correction_kl": True},  # no KL term to weight
+        {"use_ref_model": False, "use_bias_correction_kl": True},
         {"temperature": 0.3},
         {"temperature": 2.0, "importance_sampling_level": "sequence"},
         {"epsilon_low": 0.05, "epsilon_high": 0.6},
@@ -245,7 +247,7 @@ def test_arguments_are_those_of_the_installed_liger(method):
         ({"loss_type": "luspo"}, "loss_type.*'luspo'"),
         ({"importance_sampling_level": "tokens"}, "importance_sampling_level.*did you mean 'token'"),
         ({"delta": 4.0}, r"delta: expected None .*got 4\.0"),
-        ({"use_bias_correction_kl": True}, "use_bias_correction_kl: expected False"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl: expected False, or beta=0"),
     ],
 )
 def test_unsupported_options_are_refused(options, message):

@@ -45,7 +45,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         beta, epsilon_low, epsilon_high, temperature, max_completion_length, importance_sampling_level: as in Liger.
         loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
         use_ref_model: False: the KL term is 0 with gradient 0, as in Liger.
-        delta, use_bias_correction_kl: None and False only.
+        delta: None only.
+        use_bias_correction_kl: False where there is a KL term (TRL's default is True: set it to False for a ``beta``).
         compiled, chunk_size: of Liger's implementation; no effect here.
         sapo_*, vespo_*: of loss types that are not supported here; no effect.
         backend: of the kernels.
@@ -82,8 +83,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         check_choice(OP, "importance_sampling_level", importance_sampling_level, ("token", "sequence"))
         if delta is not None:
             raise fail(OP, "delta", "None (the ratio is clipped by epsilon_low and epsilon_high only)", delta)
-        if use_bias_correction_kl:
-            raise fail(OP, "use_bias_correction_kl", "False (the KL term is not weighted by the ratio)", True)
+        if use_bias_correction_kl and beta != 0 and use_ref_model:
+            raise fail(OP, "use_bias_correction_kl", "False, or beta=0 (the KL term is not weighted by the ratio)", True)
         self.beta = beta
         self.use_ref_model = use_ref_model
         self.epsilon_low = epsilon_low
