@@ -1,12 +1,14 @@
-"""Reference in plain torch: rows in chunks, the logits of a chunk recomputed in the backward pass.
+"""Reference in plain torch: the logits in tiles, folded into a running softmax, recomputed in the backward pass.
 
 N rows, H hidden, V vocabulary. z = (x W^T + b) / t, p = softmax(z), E = -sum p log p. With incoming gradients g (of
 logp) and e (of E):  dz_v = g (1[v = label] - p_v) - e p_v (log p_v + E),  dx = dz W / t,  dW = (dz / t)^T x.
+
+The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are converted, tile by tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,40 +16,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-
-# Bound on the logits of one chunk. A GPU needs larger products, and fewer passes over an fp32 weight gradient.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+from videor1_kernels.linear_logprob.tiles import CHUNK_BYTES, FAR_BELOW, RunningSoftmax, product, spans, tile_sizes
 
 
+@torch.no_grad()
 def forward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
-    chunk_rows: int | None = None,
+    tile_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], temperature a float or [N] -> (logp, entropy, lse), each [N]."""
+    """hidden [N, H], weight [V, H], labels [N], bias [V], temperature a float or [N] -> (logp, entropy, lse), each [N].
+
+    All three are 0 in ignored rows, whose ``hidden`` is never read. lse = log sum_v exp z_v is fp64 always: what it
+    is rounded by, every probability of its row is wrong by in the backward pass.
+    """
     dtype = compute_dtype(hidden, weight, bias)
-    logp = hidden.new_zeros(len(labels), dtype=dtype)
-    entropy, lse = torch.zeros_like(logp), torch.zeros_like(logp)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = weight.to(dtype)
-        for rows in (labels != IGNORED).nonzero()[:, 0].split(chunk_rows or _chunk_rows(weight, dtype)):
-            logits = _logits(hidden, head, bias, temperature, rows, dtype)  # [n, V]
-            top = logits.amax(1, keepdim=True)
-            logits -= top
-            probs = logits.exp()
-            total = probs.sum(1)
-            log_total = total.log()
-            logp[rows] = logits.gather(1, labels[rows, None])[:, 0] - log_total
-            lse[rows] = top[:, 0] + log_total
-            # A banned token has p = 0 and a logit of -inf: the clamp makes their product 0.
-            probs *= logits.clamp_(min=torch.finfo(dtype).min)
-            entropy[rows] = log_total - probs.sum(1) / total
+    live = (labels != IGNORED).nonzero()[:, 0]
+    n, m = tile_sizes(len(live), weight, dtype, tile_rows)
+    softmax = RunningSoftmax(len(live), dtype, hidden.device)
+    chosen = softmax.top.clone()  # the label's logit
+    scratch = hidden.new_empty(n * m, dtype=dtype)
+    for columns in spans(len(weight), m):
+        head = weight[columns].to(dtype)
+        for block in spans(len(live), n):
+            rows = live[block]
+            logits = _logits(hidden[rows].to(dtype), head, bias, columns, temperature, rows)  # [n, m]
+            here, position = _labels_within(labels[rows], columns)
+            chosen[block] = torch.where(here, logits.gather(1, position)[:, 0], chosen[block])
+            softmax.add(block, logits, scratch[: logits.numel()].view_as(logits))
+    log_total = softmax.total.log()
+    logp = torch.zeros(len(labels), dtype=dtype, device=hidden.device)
+    entropy, lse = torch.zeros_like(logp), torch.zeros_like(logp, dtype=torch.float64)
+    logp[live] = chosen - softmax.top - log_total
+    entropy[live] = log_total - softmax.weighted / softmax.total
+    lse[live] = softmax.top.double() + softmax.total.double().log()
     return logp, entropy, lse
 
 
+@torch.no_grad()
 def backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
@@ -59,65 +68,95 @@ def backward(
     entropy: Tensor,
     lse: Tensor,
     needs: Sequence[bool],
-    chunk_rows: int | None = None,
+    tile_rows: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of what :func:`forward` returned -> (d_hidden, d_weight, d_bias), None where ``needs`` says no."""
+    """Gradients through what :func:`forward` returned -> (d_hidden, d_weight, d_bias), each None where not needed.
+
+    Each has the dtype of its input and is rounded to it once. Rows whose incoming gradients are 0 are left out.
+    """
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden, weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = weight.to(dtype)
-        active = torch.zeros_like(labels, dtype=torch.bool)
-        for grad in (grad_logp, grad_entropy):
-            if grad is not None:
-                active |= grad != 0
-        active &= labels != IGNORED
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(head) if need_weight else None
-        d_bias = head.new_zeros(len(head)) if need_bias else None
-        for rows in active.nonzero()[:, 0].split(chunk_rows or _chunk_rows(weight, dtype)):
-            scores = _logits(hidden, head, bias, temperature, rows, dtype)  # [n, V]
-            scores -= lse[rows, None]
-            probs = scores.exp()
+    live = _rows_with_gradient(labels, grad_logp, grad_entropy)
+    n, m = tile_sizes(len(live), weight, dtype, tile_rows)
+    lse_high = lse.to(dtype)
+    lse_low = (lse.double() - lse_high).to(dtype)
+    d_rows = torch.zeros(len(live), hidden.shape[1], dtype=dtype, device=hidden.device) if need_hidden else None
+    d_weight = torch.zeros_like(weight) if need_weight else None
+    d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    scratch = hidden.new_empty(n * m, dtype=dtype)
+    for columns in spans(len(weight), m):
+        head = weight[columns].to(dtype)
+        d_head = torch.zeros_like(head)
+        d_offset = head.new_zeros(len(head))
+        for block in spans(len(live), n):
+            rows = live[block]
+            x = hidden[rows].to(dtype)
+            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: z, then log p, then dz / t
+            scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
+            probs = torch.exp(scores, out=scratch[: scores.numel()].view_as(scores))
+            g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / _at(temperature, rows)
             if grad_entropy is None:
-                d_scores = scores.zero_()
+                assert g is not None  # or no row would be live
+                torch.mul(probs, -g, out=scores)
             else:
-                d_scores = scores.clamp_(min=torch.finfo(dtype).min).add_(entropy[rows, None])
-                d_scores.mul_(probs).mul_(-grad_entropy[rows, None].to(dtype))
-            if grad_logp is not None:
-                g = grad_logp[rows, None].to(dtype)
-                d_scores.addcmul_(probs, g, value=-1)
-                d_scores.scatter_add_(1, labels[rows, None], g)
-            d_scores /= _at(temperature, rows)
-            if d_hidden is not None:
-                d_hidden[rows] = (d_scores @ head).to(hidden.dtype)  # one rounding: a row is in one chunk only
-            if d_weight is not None:
-                d_weight.addmm_(d_scores.T, hidden[rows].to(dtype))
+                scores.clamp_(min=FAR_BELOW).add_(entropy[rows, None])
+                scores.mul_(-grad_entropy[rows, None].to(dtype) / _at(temperature, rows))
+                if g is not None:
+                    scores.sub_(g)
+                scores.mul_(probs)
+            if g is not None:
+                here, position = _labels_within(labels[rows], columns)
+                scores.scatter_add_(1, position, g.masked_fill(~here[:, None], 0.0))
+            if d_rows is not None:
+                d_rows[block] += product(scores, head.T)
+            if need_weight:
+                d_head += product(scores.T, x.T)
             if d_bias is not None:
-                d_bias += d_scores.sum(0)
-    return (
-        d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
+                d_offset += scores.sum(0)
+        if d_weight is not None:
+            d_weight[columns] = d_head
+        if d_bias is not None:
+            d_bias[columns] = d_offset
+    d_hidden = None
+    if d_rows is not None:
+        d_hidden = torch.zeros_like(hidden)
+        d_hidden[live] = d_rows.to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
 
 
+@torch.no_grad()
 def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """logits [R, V], index [R, K], temperature a float or [R] -> (logp [R, K], lse [R])."""
-    scaled = logits.to(compute_dtype(logits)) / _column(temperature)
-    lse = scaled.logsumexp(1)
-    return scaled.log_softmax(1).gather(1, index), lse
+    """logits [R, V], index [R, K], temperature a float or [R] -> (logp [R, K], lse [R]), of the compute dtype."""
+    dtype = compute_dtype(logits)
+    logp = torch.empty(index.shape, dtype=dtype, device=logits.device)
+    lse = torch.empty(len(logits), dtype=dtype, device=logits.device)
+    for rows in _whole_rows(logits, dtype):
+        scores = _scaled(logits, temperature, rows, dtype)  # [n, V]
+        top = scores.amax(1, keepdim=True)
+        scores -= top
+        chosen = scores.gather(1, index[rows])
+        log_total = scores.exp_().sum(1, keepdim=True).log_()
+        logp[rows] = chosen - log_total
+        lse[rows] = (top + log_total)[:, 0]
+    return logp, lse
 
 
+@torch.no_grad()
 def selective_backward(
     grad: Tensor, logits: Tensor, index: Tensor, temperature: float | Tensor, lse: Tensor
 ) -> Tensor:
-    """grad, index [R, K], logits [R, V], lse [R] -> d_logits [R, V] in the dtype of ``logits``."""
+    """grad, index [R, K], logits [R, V], lse [R] -> d_logits [R, V] of the logits' dtype; repeated entries add up."""
     dtype = compute_dtype(logits)
-    grad = grad.to(dtype)
-    active = (grad != 0).any(1)
-    d_logits = (logits.to(dtype) / _column(temperature) - lse[:, None]).exp_()
-    d_logits.mul_(-grad.sum(1, keepdim=True)).scatter_add_(1, index, grad).div_(_column(temperature))
-    return d_logits.masked_fill_(~active[:, None], 0.0).to(logits.dtype)
+    d_logits = torch.zeros_like(logits)
+    live = (grad != 0).any(1).nonzero()[:, 0]
+    for block in _whole_rows(logits, dtype, len(live)):
+        rows = live[block]
+        g = grad[rows].to(dtype) / _at(temperature, rows)
+        probs = _scaled(logits, temperature, rows, dtype).sub_(lse[rows, None].to(dtype)).exp_()  # [n, V]
+        probs.div_(probs.sum(1, keepdim=True))  # they were wrong by the rounding of lse
+        probs.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, index[rows], g)
+        d_logits[rows] = probs.to(logits.dtype)
+    return d_logits
 
 
 def linear_logprob(
@@ -148,13 +187,13 @@ class _LinearLogprob(torch.autograd.Function):
         labels: Tensor,
         bias: Tensor | None,
         temperature: float | Tensor,
-        chunk_rows: int | None,
+        tile_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logp, entropy, lse = forward(hidden, weight, labels, bias, temperature, chunk_rows)
+        logp, entropy, lse = forward(hidden, weight, labels, bias, temperature, tile_rows)
         ctx.save_for_backward(
             hidden, weight, labels, bias, temperature if isinstance(temperature, Tensor) else None, entropy, lse
         )
-        ctx.temperature, ctx.chunk_rows = temperature if not isinstance(temperature, Tensor) else None, chunk_rows
+        ctx.temperature, ctx.tile_rows = temperature if not isinstance(temperature, Tensor) else None, tile_rows
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return logp, entropy, lse
@@ -164,10 +203,9 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, bias, row_temperature, entropy, lse = ctx.saved_tensors
         temperature = ctx.temperature if row_temperature is None else row_temperature
-        need_hidden, need_weight, _labels, need_bias = ctx.needs_input_grad[:4]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         d_hidden, d_weight, d_bias = backward(
-            grad_logp, grad_entropy, hidden, weight, labels, bias, temperature, entropy, lse,
-            (need_hidden, need_weight, need_bias), ctx.chunk_rows,
+            grad_logp, grad_entropy, hidden, weight, labels, bias, temperature, entropy, lse, needs, ctx.tile_rows
         )
         return d_hidden, d_weight, None, d_bias, None, None
 
@@ -190,22 +228,42 @@ class _Selective(torch.autograd.Function):
 
 
 def _logits(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float | Tensor, rows: Tensor, dtype: torch.dtype
+    x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, temperature: float | Tensor, rows: Tensor
 ) -> Tensor:
-    logits = hidden[rows].to(dtype) @ head.T  # [n, V]
+    logits = product(x, head)  # [n, m]
     if bias is not None:
-        logits += bias.to(dtype)
-    return logits.div_(_at(temperature, rows))
+        logits += bias[columns].to(logits.dtype)
+    return _divide(logits, _at(temperature, rows))
 
 
-def _chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
-    budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"])
-    return max(1, budget // (weight.shape[0] * dtype.itemsize))
+def _scaled(logits: Tensor, temperature: float | Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor: these rows over their temperatures."""
+    part = logits[rows].to(dtype, copy=isinstance(rows, slice))
+    return _divide(part, _at(temperature, rows))
 
 
-def _at(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+def _divide(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
+
+
+def _at(temperature: float | Tensor, rows: slice | Tensor) -> float | Tensor:
     return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
 
-def _column(temperature: float | Tensor) -> float | Tensor:
-    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Of labels [n]: which lie in these columns [n], and a column [n, 1] to use: theirs, or any."""
+    here = (labels >= columns.start) & (labels < columns.stop)
+    return here, (labels - columns.start).masked_fill_(~here, 0)[:, None]
+
+
+def _rows_with_gradient(labels: Tensor, *grads: Tensor | None) -> Tensor:
+    active = torch.zeros_like(labels, dtype=torch.bool)
+    for grad in grads:
+        if grad is not None:
+            active |= grad != 0
+    return (active & (labels != IGNORED)).nonzero()[:, 0]
+
+
+def _whole_rows(logits: Tensor, dtype: torch.dtype, rows: int | None = None) -> Iterator[slice]:
+    budget = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cpu"])
+    return spans(len(logits) if rows is None else rows, max(1, budget // (logits.shape[1] * dtype.itemsize)))

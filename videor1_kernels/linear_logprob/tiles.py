@@ -1,0 +1,75 @@
+"""What the reference computes a tile of logits with: the tiles' sizes, the matrix product, and the running softmax.
+
+n rows and m vocabulary entries of a tile, N rows in all, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bound on the logits of one tile, and on its part of the weight in the compute dtype. On a CPU a tile that stays in
+# cache makes everything but the products cheap. A GPU needs large products.
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
+WEIGHT_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
+CHUNK_ROWS = {"cpu": 512, "cuda": 16384}
+FAR_BELOW = -1e4  # exp of it is exactly 0 in every dtype; times 0 it is 0, which -inf is not
+
+
+def tile_sizes(rows: int, weight: Tensor, dtype: torch.dtype, tile_rows: int | None = None) -> tuple[int, int]:
+    """Rows and vocabulary entries of a tile of ``rows`` x V logits, both at least 1."""
+    kind = weight.device.type if weight.device.type in CHUNK_BYTES else "cpu"
+    logits = CHUNK_BYTES[kind] // dtype.itemsize
+    n = max(1, min(rows, tile_rows or CHUNK_ROWS[kind], logits))
+    m = min(logits // n, WEIGHT_BYTES[kind] // (weight.shape[1] * dtype.itemsize), weight.shape[0])
+    return n, max(1, m)
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """[0, total) in slices of ``step``, the last one shorter."""
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k], b [m, k], of one dtype -> a b^T [n, m]."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not _onednn():
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b.T
+    # torch.mm is MKL here, which on CPUs of other makers than its own leaves half of the vector unit unused. oneDNN is
+    # as fast on either.
+    a, b = (x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous() for x in (a, b))
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def _onednn() -> bool:
+    on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return on and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class RunningSoftmax:
+    """Log-normaliser and mean logit of N rows whose logits arrive tile by tile.
+
+    Of the logits z so far a row keeps top = max z, total = sum exp(z - top), weighted = sum exp(z - top) (z - top).
+    """
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.top = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        self.total = torch.zeros_like(self.top)
+        self.weighted = torch.zeros_like(self.top)
+
+    def add(self, rows: slice, logits: Tensor, scratch: Tensor) -> None:
+        """Take in ``logits`` [n, m] of ``rows``; overwrites them and ``scratch`` [n, m]."""
+        top, total, weighted = self.top[rows], self.total[rows], self.weighted[rows]  # views
+        new = torch.maximum(top, logits.amax(1))
+        shift = new.masked_fill(new == -torch.inf, 0.0)  # every token so far is banned
+        fall = (top - shift).clamp_(min=FAR_BELOW)
+        shrink = fall.exp()
+        weighted.addcmul_(total, fall).mul_(shrink)
+        total.mul_(shrink)
+        top.copy_(new)
+        logits.sub_(shift[:, None])
+        torch.exp(logits, out=scratch)
+        total.add_(scratch.sum(1))
+        weighted.add_(scratch.mul_(logits.clamp_(min=FAR_BELOW)).sum(1))
