@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton reads this when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from videor1.demo.assets import Assets, Sizes, make_assets
 

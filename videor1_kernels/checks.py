@@ -71,7 +71,9 @@ def check_number(
 
 
 def check_indices(op: str, name: str, index: Tensor, size: int, *, ignored: int | None = None) -> None:
-    """Every entry lies in [0, size), or equals ``ignored``. Waits for the device once."""
+    """Every entry lies in [0, size), or equals ``ignored``. Waits for the device once, so not in a CUDA graph."""
+    if capturing(index):
+        return
     bad = (index < 0) | (index >= size)
     if ignored is not None:
         bad &= index != ignored
@@ -82,9 +84,19 @@ def check_indices(op: str, name: str, index: Tensor, size: int, *, ignored: int 
         raise fail(op, name, f"values in [0, {size}){also}", f"{count} outside, the first of them {first}")
 
 
+def check_temperature(op: str, temperatures: Tensor | None) -> None:
+    """Every entry is finite and above 0. Waits for the device once, so not in a CUDA graph."""
+    if temperatures is None or capturing(temperatures):
+        return
+    if not bool(((temperatures > 0) & temperatures.isfinite()).all()):
+        raise fail(op, "temperature", "finite values above 0", f"a smallest value of {temperatures.min().item():g}")
+
+
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, *, smallest: int = 0) -> None:
     """Cumulative lengths: start at 0, steps of ``smallest`` or more, end at ``total``. Waits for the device once."""
     check_tensor(op, name, cu_seqlens, ("S+1",), INTEGERS)
+    if capturing(cu_seqlens):
+        return
     values = cu_seqlens.tolist()
     if not values:
         raise fail(op, name, "at least one entry (the leading 0)", "an empty tensor")
@@ -94,6 +106,11 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, *, smal
         if values[i] - values[i - 1] < smallest:
             rule = "non-decreasing entries" if smallest == 0 else f"steps of {smallest} or more"
             raise fail(op, name, rule, f"{values[i - 1]} then {values[i]} at position {i}")
+
+
+def capturing(values: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device then, so values go unchecked."""
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _join(dtypes: Sequence[torch.dtype]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +16,18 @@ from videor1_kernels.checks import check_choice
 BACKENDS = ("auto", "reference", "triton", "native")
 
 
+# (device, dtype) -> why it cannot run there, None: it can. dtype None: that of no particular call.
+Unavailable = Callable[[torch.device, torch.dtype | None], str | None]
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend of one operation."""
 
     backend: str
-    call: Callable[..., Any]
-    unavailable: Callable[[torch.device], str | None]  # why it cannot run on this device; None: it can
+    what: Any  # a callable or a module; a string: the name of a module, imported at its first use
+    unavailable: Unavailable
+    only_explicit: Callable[[torch.device], bool]  # can run on this device, but ``auto`` leaves it
 
 
 _registry: dict[str, list[Implementation]] = {}
@@ -29,31 +37,52 @@ _last: dict[str, str] = {}
 def register(
     op: str,
     backend: str,
-    call: Callable[..., Any],
+    what: Any,
     *,
-    unavailable: Callable[[torch.device], str | None] = lambda device: None,
+    unavailable: Unavailable = lambda device, dtype: None,
+    only_explicit: Callable[[torch.device], bool] = lambda device: False,
 ) -> None:
     """Add an implementation of ``op``. ``auto`` takes the first registered that can run: register the fastest first."""
     check_choice("register", "backend", backend, BACKENDS[1:])
     implementations = _registry.setdefault(op, [])
     if any(known.backend == backend for known in implementations):
         raise ValueError(f"register: {op} has a {backend!r} backend already")
-    implementations.append(Implementation(backend, call, unavailable))
+    implementations.append(Implementation(backend, what, unavailable, only_explicit))
 
 
-def resolve(op: str, backend: str, device: torch.device | str) -> Callable[..., Any]:
+def register_triton(op: str, module: str) -> None:
+    """Register ``module``'s kernels: for CUDA tensors, and under TRITON_INTERPRET=1 on request for CPU tensors too."""
+    register(op, "triton", module, unavailable=_triton_unavailable, only_explicit=lambda device: device.type != "cuda")
+
+
+def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with videor1 on Linux)"
+    if dtype == torch.float64:
+        return "its kernels compute in fp32, and an input is fp64"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
+        return None
+    return "it needs CUDA tensors (or TRITON_INTERPRET=1 in the environment, which runs the kernels slowly on the CPU)"
+
+
+def resolve(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """The implementation of ``op`` that ``backend`` names on ``device``; remembered for :func:`last_backend`.
 
-    Raises ValueError, saying what can run and why the rest cannot, for an unknown or unavailable backend.
+    ``dtype`` is the one the maths runs in. Raises ValueError, saying what can run and why the rest cannot, for an
+    unknown or unavailable backend.
     """
-    chosen = _choose(op, backend, torch.device(device))
+    chosen = _choose(op, backend, torch.device(device), dtype)
     _last[op] = chosen.backend
-    return chosen.call
+    return importlib.import_module(chosen.what) if isinstance(chosen.what, str) else chosen.what
 
 
-def chosen_backend(op: str, device: torch.device | str = "cpu", backend: str = "auto") -> str:
-    """The name of the backend that a call of ``op`` on ``device`` takes."""
-    return _choose(op, backend, torch.device(device)).backend
+def chosen_backend(
+    op: str, device: torch.device | str = "cpu", backend: str = "auto", dtype: torch.dtype | None = None
+) -> str:
+    """The name of the backend that a call of ``op`` on ``device``, computing in ``dtype``, takes."""
+    return _choose(op, backend, torch.device(device), dtype).backend
 
 
 def last_backend(op: str) -> str | None:
@@ -64,7 +93,7 @@ def last_backend(op: str) -> str | None:
 
 def backends(op: str, device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Every backend of ``op`` in this version: name -> None if it can run on ``device``, else the reason it cannot."""
-    return {known.backend: known.unavailable(torch.device(device)) for known in _implementations(op)}
+    return {known.backend: known.unavailable(torch.device(device), None) for known in _implementations(op)}
 
 
 def _implementations(op: str) -> list[Implementation]:
@@ -73,13 +102,14 @@ def _implementations(op: str) -> list[Implementation]:
     return _registry[op]
 
 
-def _choose(op: str, backend: str, device: torch.device) -> Implementation:
+def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> Implementation:
     known = _implementations(op)
     check_choice(op, "backend", backend, BACKENDS)
-    for implementation in known:
-        if backend in ("auto", implementation.backend) and implementation.unavailable(device) is None:
-            return implementation
-    reasons = {entry.backend: entry.unavailable(device) for entry in known}
+    for entry in known:
+        wanted = not entry.only_explicit(device) if backend == "auto" else backend == entry.backend
+        if wanted and entry.unavailable(device, dtype) is None:
+            return entry
+    reasons = {entry.backend: entry.unavailable(device, dtype) for entry in known}
     usable = ", ".join(repr(name) for name, reason in reasons.items() if reason is None) or "none"
     why = reasons.get(backend) or f"this version of videor1_kernels has no {backend} implementation of it"
     raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {why}; usable here: 'auto', {usable}")

@@ -30,9 +30,10 @@ def operation(monkeypatch):
     """An operation with a fast backend that needs CUDA and a reference."""
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     monkeypatch.setattr(dispatch, "_last", {})
-    dispatch.register(
-        "toy", "triton", lambda: "fast", unavailable=lambda device: None if device.type == "cuda" else "it needs CUDA"
-    )
+    def unavailable(device, dtype):
+        return None if device.type == "cuda" else "it needs CUDA"
+
+    dispatch.register("toy", "triton", lambda: "fast", unavailable=unavailable)
     dispatch.register("toy", "reference", lambda: "slow")
     return "toy"
 
@@ -191,3 +192,20 @@ def test_largest_tensor_sees_the_backward_pass():
     with LargestTensor() as outer:
         torch.outer(torch.ones(7), torch.ones(11))
     assert outer.numel == 77
+
+
+def test_triton_on_the_cpu_only_through_its_interpreter_and_only_when_asked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.chosen_backend("linear_logprob", "cpu") == "reference"
+    assert dispatch.chosen_backend("linear_logprob", "cpu", "triton") == "triton"
+    assert dispatch.chosen_backend("linear_logprob", "cuda") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: it needs CUDA tensors"):
+        dispatch.chosen_backend("linear_logprob", "cpu", "triton")
+
+
+def test_fp64_never_reaches_triton():
+    assert dispatch.chosen_backend("grpo_loss", "cuda", dtype=torch.float64) == "reference"
+    x = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="an input is fp64"):
+        videor1_kernels.grpo_loss(x, x[:1], torch.tensor([0, 2]), beta=0, backend="triton")

@@ -278,7 +278,7 @@ def test_completion_order_does_not_matter_and_bits_repeat():
         ({"eps": -1}, "eps: expected a finite number of 0 or more, got -1"),
         ({"length_bonus": "0.2"}, "length_bonus: expected a finite number, got '0.2'"),
         ({"length_range": (512, 320)}, r"length_range: expected \(low, high\) with low <= high, got \(512, 320\)"),
-        ({"backend": "triton"}, "backend 'triton' cannot run on cpu"),
+        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
     ],
 )
 def test_errors(change, message):

@@ -432,7 +432,7 @@ def test_same_bits_in_poisoned_memory():
         ({"clip_low": 0}, "clip_low: expected a finite number above 0, got 0"),
         ({"clip_high": -0.1}, "clip_high: expected a finite number above 0, got -0.1"),
         ({"kl_clamp": 0}, "kl_clamp: expected a finite number above 0, got 0"),
-        ({"backend": "triton"}, "backend 'triton' cannot run on cpu"),
+        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
     ],
 )
 def test_errors(change, message):

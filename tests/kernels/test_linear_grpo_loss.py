@@ -223,7 +223,7 @@ def test_row_temperature():
         ({"beta": 0.1}, "ref_logp: expected a tensor"),
         ({"advantages": torch.zeros(1)}, r"advantages: expected shape \[2\], got \[1\]"),
         ({"loss_type": "dapo"}, "num_tokens: expected"),
-        ({"backend": "triton"}, "backend 'triton' cannot run on cpu"),
+        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
     ],
 )
 def test_errors(change, message):

@@ -9,11 +9,13 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.group_advantage import reference
-from videor1_kernels.group_advantage.reference import APPLY, NORMALIZE, RULES, Options
+from videor1_kernels.group_advantage.ops import tgrpo_advantages_op
+from videor1_kernels.group_advantage.reference import APPLY, NORMALIZE, RULES
 
 __all__ = ["Advantages", "tgrpo_advantages"]
 
-dispatch.register("tgrpo_advantages", "reference", reference.tgrpo_advantages)
+dispatch.register_triton("tgrpo_advantages", "videor1_kernels.group_advantage.triton")
+dispatch.register("tgrpo_advantages", "reference", reference)
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,9 @@ def tgrpo_advantages(
     device = accuracy.device
     check_tensor(op, "format", format, accuracy.shape, device=device)
     check_tensor(op, "lengths", lengths, accuracy.shape, INTEGERS + FLOATS, device)
-    for name, values in (("accuracy", accuracy), ("format", format)):
-        if not bool(values.isfinite().all()):
-            raise fail(op, name, "finite values", f"{int((~values.isfinite()).sum())} that are NaN or infinite")
     if shuffled_accuracy is not None:
         check_tensor(op, "shuffled_accuracy", shuffled_accuracy, (len(accuracy), "Gs"), device=device)
-        if bool(shuffled_accuracy.isinf().any()):
-            raise fail(op, "shuffled_accuracy", "finite values, or NaN for a missing completion", "an infinite value")
+        shuffled_accuracy = shuffled_accuracy.detach()
     check_choice(op, "rule", rule, RULES)
     check_choice(op, "normalize", normalize, NORMALIZE)
     check_choice(op, "apply", apply, APPLY)
@@ -102,6 +100,10 @@ def tgrpo_advantages(
     if len(length_range) != 2 or not length_range[0] <= length_range[1]:
         raise fail(op, "length_range", "(low, high) with low <= high", tuple(length_range))
     low, high = length_range
-    options = Options(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
-    call = dispatch.resolve(op, backend, device)
-    return Advantages(*call(accuracy, format, lengths, shuffled_accuracy, options))
+    check_choice(op, "backend", backend, dispatch.BACKENDS)
+    return Advantages(
+        *tgrpo_advantages_op(
+            accuracy.detach(), format.detach(), lengths, shuffled_accuracy, rule, alpha, mu, correct_above,
+            length_bonus, low, high, normalize, eps, apply, backend,
+        )
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from videor1_kernels.checks import compute_dtype
+from videor1_kernels.checks import compute_dtype, fail
 
 RULES = ("margin", "threshold", "reference")
 NORMALIZE = ("std", "none")
@@ -29,11 +29,21 @@ class Options:
     apply: str
 
 
-@torch.no_grad()
+def check_values(accuracy: Tensor, format: Tensor, shuffled_accuracy: Tensor | None) -> None:
+    """Accuracies and formats are finite; a shuffled accuracy may be NaN. Waits for the device."""
+    op = "tgrpo_advantages"
+    for name, values in (("accuracy", accuracy), ("format", format)):
+        if not bool(values.isfinite().all()):
+            raise fail(op, name, "finite values", f"{int((~values.isfinite()).sum())} that are NaN or infinite")
+    if shuffled_accuracy is not None and bool(shuffled_accuracy.isinf().any()):
+        raise fail(op, "shuffled_accuracy", "finite values, or NaN for a missing completion", "an infinite value")
+
+
 def tgrpo_advantages(
     accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
+    check_values(accuracy, format, shuffled_accuracy)
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     correct = accuracy > options.correct_above  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
     accuracy, format = accuracy.to(dtype), format.to(dtype)

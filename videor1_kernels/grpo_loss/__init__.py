@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import check_choice, check_cu_seqlens, check_number, check_tensor, fail
+from videor1_kernels.checks import INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
+from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Options
-from videor1_kernels.linear_logprob import check_head, row_temperature
+from videor1_kernels.linear_logprob import check_head, split_temperature
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
 
-dispatch.register("grpo_loss", "reference", reference.grpo_loss)
-dispatch.register("linear_grpo_loss", "reference", reference.linear_grpo_loss)
+for _op in ("grpo_loss", "linear_grpo_loss"):
+    dispatch.register_triton(_op, "videor1_kernels.grpo_loss.triton")
+    dispatch.register(_op, "reference", reference)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,12 @@ def grpo_loss(
         clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
         max_completion_length=max_completion_length, num_tokens=num_tokens,
     )  # fmt: skip
-    call = dispatch.resolve(op, backend, logp.device)
-    return GrpoLoss(*call(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
+    check_choice(op, "backend", backend, dispatch.BACKENDS)
+    loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
+        logp, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), mask, *astuple(options),
+        backend,
+    )  # fmt: skip
+    return GrpoLoss(loss, shown.detach(), None, kl.detach(), clip_fraction.detach(), skipped)
 
 
 def linear_grpo_loss(
@@ -134,16 +140,19 @@ def linear_grpo_loss(
     op = "linear_grpo_loss"
     check_tensor(op, "hidden", hidden, ("N", "H"))
     check_head(op, hidden, weight, labels, bias)
-    temperature = row_temperature(op, temperature, hidden, weight, bias)
+    temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     options = check_options(
         op, len(hidden), hidden.device, advantages, cu_seqlens, old_logp, ref_logp, loss_type=loss_type, beta=beta,
         clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
         max_completion_length=max_completion_length, num_tokens=num_tokens,
     )  # fmt: skip
-    call = dispatch.resolve(op, backend, hidden.device)
-    return GrpoLoss(
-        *call(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, temperature, options)
-    )
+    check_choice(op, "backend", backend, dispatch.BACKENDS)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
+        hidden, weight, labels, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), bias,
+        temperatures, scalar, *astuple(options), needs, backend,
+    )  # fmt: skip
+    return GrpoLoss(loss, logp.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
 
 
 def check_options(
@@ -165,8 +174,9 @@ def check_options(
     num_tokens: float | None,
 ) -> Options:
     """Checks of everything but the log-probabilities' source."""
-    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, tokens)
-    check_tensor(op, "cu_seqlens", cu_seqlens, None, (torch.int32, torch.int64), device)
+    check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
+    if not len(cu_seqlens):
+        raise fail(op, "cu_seqlens", "at least one entry (the leading 0)", "an empty tensor")
     check_tensor(op, "advantages", advantages, (len(cu_seqlens) - 1,), device=device)
     for name, values in (("old_logp", old_logp), ("ref_logp", ref_logp)):
         if values is not None:
@@ -200,3 +210,7 @@ def check_options(
         max_completion_length=max_completion_length,
         num_tokens=num_tokens,
     )
+
+
+def _detached(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach()

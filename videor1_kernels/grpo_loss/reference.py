@@ -7,15 +7,15 @@ coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-from videor1_kernels.linear_logprob.reference import linear_logprob
+from videor1_kernels.linear_logprob import reference as head
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -31,7 +31,7 @@ class Options:
     clip_high: float | None
     kl_clamp: float
     importance_level: str
-    max_completion_length: int | None
+    max_completion_length: float | None
     num_tokens: float | None
 
 
@@ -44,6 +44,32 @@ class Terms(NamedTuple):
     clip_fraction: Tensor  # scalar
 
 
+class Result(NamedTuple):
+    """What grpo_loss's implementations return."""
+
+    loss: Tensor  # scalar
+    logp: Tensor  # [N]; 0 at masked tokens
+    kl: Tensor  # scalar
+    clip_fraction: Tensor  # scalar
+    coefficient: Tensor  # [N]: d loss / d logp
+    skipped_rows: int
+
+
+class LinearResult(NamedTuple):
+    """What linear_grpo_loss's implementations return. The gradients are of loss / norm, None where not needed."""
+
+    loss: Tensor  # scalar
+    logp: Tensor  # [N]
+    entropy: Tensor  # [N]
+    kl: Tensor  # scalar
+    clip_fraction: Tensor  # scalar
+    skipped_rows: int
+    d_hidden: Tensor | None  # [N, H]
+    d_weight: Tensor | None  # [V, H], in the dtype that it was summed in
+    d_bias: Tensor | None  # [V], likewise
+    norm: Tensor  # scalar, a power of two
+
+
 def grpo_loss(
     logp: Tensor,
     advantages: Tensor,
@@ -52,13 +78,14 @@ def grpo_loss(
     ref_logp: Tensor | None,
     mask: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor, None, Tensor, Tensor, int]:
-    """-> (loss, logp, None, kl, clip_fraction, skipped_rows)."""
-    terms = loss_terms(logp.detach(), advantages, cu_seqlens, old_logp, ref_logp, mask, options)
-    loss = _Attach.apply(logp, terms.loss, terms.coefficient)
-    values = logp.detach().to(terms.loss.dtype)
-    shown = values if mask is None else values.masked_fill(~mask, 0.0)
-    return loss, shown, None, terms.kl, terms.clip_fraction, int((terms.coefficient == 0).sum())
+) -> Result:
+    """The loss from log-probabilities [N], and its gradient."""
+    terms = loss_terms(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options)
+    shown = logp.to(terms.loss.dtype, copy=True)
+    if mask is not None:
+        shown.masked_fill_(~mask, 0.0)
+    skipped = int((terms.coefficient == 0).sum())
+    return Result(terms.loss, shown, terms.kl, terms.clip_fraction, terms.coefficient, skipped)
 
 
 def linear_grpo_loss(
@@ -72,32 +99,21 @@ def linear_grpo_loss(
     bias: Tensor | None,
     temperature: float | Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """-> (loss, logp, entropy, kl, clip_fraction, skipped_rows). linear_logprob leaves out rows of zero coefficient."""
-    logp, entropy = linear_logprob(hidden, weight, labels, bias, temperature)
-    loss, shown, _, kl, clip_fraction, skipped = grpo_loss(
+    needs: Sequence[bool],
+) -> LinearResult:
+    """The loss from hidden states, and its gradients: rows of zero coefficient are left out of them."""
+    logp, entropy, lse = head.forward(hidden, weight, labels, bias, temperature)
+    loss, _, kl, clip_fraction, coefficient, skipped = grpo_loss(
         logp, advantages, cu_seqlens, old_logp, ref_logp, labels != IGNORED, options
     )
-    return loss, shown, entropy.detach(), kl, clip_fraction, skipped
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if any(needs):
+        gradients = head.backward(
+            coefficient, None, hidden, weight, labels, bias, temperature, entropy, lse, needs
+        )
+    return LinearResult(loss, logp, entropy, kl, clip_fraction, skipped, *gradients, torch.ones_like(loss))
 
 
-class _Attach(torch.autograd.Function):
-    """Give a computed loss its known gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logp: Tensor, loss: Tensor, coefficient: Tensor) -> Tensor:
-        ctx.save_for_backward(coefficient)
-        ctx.dtype = logp.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (coefficient,) = ctx.saved_tensors
-        return (grad * coefficient).to(ctx.dtype), None, None
-
-
-@torch.no_grad()
 def loss_terms(
     logp: Tensor,
     advantages: Tensor,

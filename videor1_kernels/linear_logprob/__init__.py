@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import IGNORED, check_indices, check_number, check_tensor, compute_dtype, fail
+from videor1_kernels.checks import check_choice, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.linear_logprob import reference
+from videor1_kernels.linear_logprob.ops import linear_logprob_op, selective_op
 
 __all__ = ["linear_logprob", "selective_log_softmax"]
 
-dispatch.register("linear_logprob", "reference", reference.linear_logprob)
-dispatch.register("selective_log_softmax", "reference", reference.selective_log_softmax)
+for _op in ("linear_logprob", "selective_log_softmax"):
+    dispatch.register_triton(_op, "videor1_kernels.linear_logprob.triton")
+    dispatch.register(_op, "reference", reference)
 
 
 def linear_logprob(
@@ -35,7 +37,7 @@ def linear_logprob(
         labels: int64 [...] in [0, V), or -100: ignored, both outputs exactly 0 and no gradient.
         bias: [V] or None. An entry of -inf bans that token.
         temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
-        backend: ``auto``, ``reference``.
+        backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
         (logp, entropy), each [...]: fp32, or fp64 where an input is fp64. The softmax runs on the accumulator of the
@@ -48,10 +50,10 @@ def linear_logprob(
     """
     op = "linear_logprob"
     check_head(op, hidden, weight, labels, bias)
+    check_choice(op, "backend", backend, dispatch.BACKENDS)
+    temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy = dispatch.resolve(op, backend, hidden.device)(
-        rows, weight, labels.reshape(-1), bias, row_temperature(op, temperature, hidden, weight, bias)
-    )
+    logp, entropy, _ = linear_logprob_op(rows, weight, labels.reshape(-1), bias, temperatures, scalar, backend)
     return logp.reshape(labels.shape), entropy.reshape(labels.shape)
 
 
@@ -64,7 +66,7 @@ def selective_log_softmax(
         logits: [..., V], fp64, fp32, bf16 or fp16.
         index: int64 [...] (one entry per row) or [..., K] (K entries per row), in [0, V).
         temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
-        backend: ``auto``, ``reference``.
+        backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
         Log-probabilities, shaped as ``index``; fp32, or fp64 for fp64 logits. Differentiable into ``logits``.
@@ -80,11 +82,13 @@ def selective_log_softmax(
     rows, single = logits.shape[:-1], index.dim() == logits.dim() - 1
     if (index.shape if single else index.shape[:-1]) != rows:
         raise fail(op, "index", f"shape {list(rows)} or {[*rows, 'K']}".replace("'", ""), list(index.shape))
-    check_indices(op, "index", index, logits.shape[-1])
-    logp = dispatch.resolve(op, backend, logits.device)(
-        logits, index[..., None] if single else index, row_temperature(op, temperature, logits)
+    check_choice(op, "backend", backend, dispatch.BACKENDS)
+    temperatures, scalar = split_temperature(op, temperature, logits)
+    entries = 1 if single else index.shape[-1]
+    logp, _ = selective_op(
+        logits.reshape(-1, logits.shape[-1]), index.reshape(-1, entries), temperatures, scalar, backend
     )
-    return logp[..., 0] if single else logp
+    return logp.reshape(index.shape)
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -98,19 +102,18 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Te
     check_tensor(op, "labels", labels, hidden.shape[:-1], (torch.int64,), hidden.device)
     if bias is not None:
         check_tensor(op, "bias", bias, (weight.shape[0],), device=hidden.device)
-    check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
 
 
-def row_temperature(op: str, temperature: float | Tensor, values: Tensor, *others: Tensor | None) -> float | Tensor:
-    """``temperature`` checked: a float, or a tensor [rows], one entry per row of ``values`` [..., H]."""
+def split_temperature(
+    op: str, temperature: float | Tensor, values: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, float]:
+    """``temperature`` as (one per row of ``values`` [..., H], 1.0), or (None, the number)."""
     if not isinstance(temperature, Tensor):
         check_number(op, "temperature", temperature, above=0)
-        return float(temperature)
-    if temperature.dim() == 0 and not temperature.requires_grad:
-        return row_temperature(op, temperature.item(), values)
+        return None, float(temperature)
+    if temperature.dim() == 0:
+        temperature = temperature.expand(values.shape[:-1])
     check_tensor(op, "temperature", temperature, values.shape[:-1], device=values.device)
     if temperature.requires_grad:
         raise fail(op, "temperature", "a tensor without gradient (detach it)", "one that requires a gradient")
-    if not bool(((temperature > 0) & temperature.isfinite()).all()):
-        raise fail(op, "temperature", "finite values above 0", f"a smallest value of {temperature.min().item():g}")
-    return temperature.to(compute_dtype(values, *others)).reshape(-1)
+    return temperature.to(compute_dtype(values, *others)).reshape(-1), 1.0

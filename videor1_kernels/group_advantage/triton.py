@@ -1,0 +1,117 @@
+"""tgrpo_advantages on Triton: all prompts in one launch. P prompts, G ordered and Gs shuffled completions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videor1_kernels.checks import capturing
+from videor1_kernels.group_advantage.reference import RULES, Options, check_values
+
+ELEMENTS = 512  # of one program: prompts times the width of a group
+
+
+@triton.jit
+def advantage_kernel(accuracy, format, lengths, shuffled, advantages, rewards_out, temporal_out, p_out, p_shuffled_out,
+                     unusable, P, G, Gs, alpha, mu, correct_above, length_bonus, low, high, eps, RULE: tl.constexpr,
+                     STD: tl.constexpr, IN_REWARD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+                     BLOCK_S: tl.constexpr):  # fmt: skip
+    """accuracy, format, lengths [P, G], shuffled [P, Gs] -> advantages, rewards [P, G] and [P] of the rest.
+
+    RULE: the place in RULES. unusable [P]: 1 where an input must not be used (NaN or infinite).
+    """
+    prompts = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    here = prompts < P
+    members = tl.arange(0, BLOCK_G)
+    inside = here[:, None] & (members < G)[None, :]  # [BLOCK_P, BLOCK_G]
+    at = prompts.to(tl.int64)[:, None] * G + members[None, :]
+    acc = tl.load(accuracy + at, mask=inside, other=0.0).to(tl.float32)
+    form = tl.load(format + at, mask=inside, other=0.0).to(tl.float32)
+    length = tl.load(lengths + at, mask=inside, other=0).to(tl.float32)
+    correct = inside & (acc > correct_above)
+    infinite = float("inf")
+    bad = tl.max((~((tl.abs(acc) < infinite) & (tl.abs(form) < infinite))).to(tl.int32), 1)
+    # Means in fp64, so that equal accuracies have equal means whatever the two group sizes.
+    p = (tl.sum(acc.to(tl.float64), 1) / G).to(tl.float32)  # [BLOCK_P]
+
+    others = tl.arange(0, BLOCK_S)
+    present = here[:, None] & (others < Gs)[None, :]
+    second = tl.load(shuffled + prompts.to(tl.int64)[:, None] * Gs + others[None, :], mask=present, other=0.0)
+    second = second.to(tl.float32)  # [BLOCK_P, BLOCK_S]
+    bad = tl.maximum(bad, tl.max((tl.abs(second) == infinite).to(tl.int32), 1))
+    counted = present & (second == second)  # NaN: no such completion
+    number = tl.sum(counted.to(tl.float64), 1)
+    total = tl.sum(tl.where(counted, second, 0.0).to(tl.float64), 1)
+    p_shuffled = tl.where(number > 0, total / tl.maximum(number, 1.0), float("nan")).to(tl.float32)
+
+    if RULE == 0:
+        temporal = tl.where(p > p_shuffled, alpha * (p - p_shuffled), 0.0)
+    elif RULE == 1:
+        temporal = tl.where(p > mu * p_shuffled, alpha, 0.0)
+    else:
+        temporal = tl.where(p >= mu * p_shuffled, alpha, 0.0)
+    several = tl.sum(correct.to(tl.int32), 1) > 1
+    brief = correct & (length >= low) & (length <= high) & several[:, None]
+    extra = tl.where(brief, length_bonus, 0.0)
+    bonus = tl.where(correct, temporal[:, None], 0.0)
+    rewards = acc + form + extra
+    if IN_REWARD:
+        rewards += bonus
+
+    mean = tl.div_rn(tl.sum(rewards, 1), tl.zeros((BLOCK_P,), tl.float32) + G)
+    centred = tl.where(inside, rewards - mean[:, None], 0.0)
+    # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
+    magnitude = tl.max(tl.abs(acc) + tl.abs(form) + tl.abs(extra) + tl.abs(bonus), 1)
+    top = tl.max(tl.where(inside, rewards, float("-inf")), 1)
+    bottom = tl.min(tl.where(inside, rewards, float("inf")), 1)
+    equal = top - bottom <= 4 * 1.1920928955078125e-07 * magnitude
+    result = centred
+    if STD:
+        std = tl.sqrt_rn(tl.sum(centred * centred, 1) / tl.maximum(G - 1, 1))
+        result = tl.div_rn(centred, (std + eps)[:, None] + tl.zeros_like(centred))
+    result = tl.where(equal[:, None], 0.0, result)
+    if not IN_REWARD:
+        result += bonus
+    tl.store(advantages + at, result, mask=inside)
+    tl.store(rewards_out + at, rewards, mask=inside)
+    tl.store(temporal_out + prompts, temporal, mask=here)
+    tl.store(p_out + prompts, p, mask=here)
+    tl.store(p_shuffled_out + prompts, p_shuffled, mask=here)
+    tl.store(unusable + prompts, bad, mask=here)
+
+
+def tgrpo_advantages(
+    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P]), fp32.
+
+    Inputs are checked in the same launch; only their verdict is waited for, and not inside a CUDA graph.
+    """
+    prompts, size = accuracy.shape
+    others = 0 if shuffled_accuracy is None else shuffled_accuracy.shape[1]
+    advantages, rewards = (accuracy.new_empty((prompts, size), dtype=torch.float32) for _ in range(2))
+    temporal, p, p_shuffled = (accuracy.new_empty(prompts, dtype=torch.float32) for _ in range(3))
+    unusable = torch.empty(prompts, dtype=torch.int32, device=accuracy.device)
+    block_g = triton.next_power_of_2(size)
+    block_s = triton.next_power_of_2(max(others, 1))
+    block_p = max(1, ELEMENTS // max(block_g, block_s))
+    if prompts:
+        low, high = (_rounded(bound, lengths.dtype) for bound in options.length_range)
+        advantage_kernel[(triton.cdiv(prompts, block_p),)](
+            accuracy.contiguous(), format.contiguous(), lengths.contiguous(),
+            accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous(), advantages, rewards, temporal,
+            p, p_shuffled, unusable, prompts, size, others, options.alpha, options.mu,
+            _rounded(options.correct_above, accuracy.dtype), options.length_bonus, low, high, options.eps,
+            RULE=RULES.index(options.rule), STD=options.normalize == "std", IN_REWARD=options.apply == "reward",
+            BLOCK_P=block_p, BLOCK_G=block_g, BLOCK_S=block_s, num_warps=4,
+        )  # fmt: skip
+        if not capturing(accuracy) and bool(unusable.any()):
+            check_values(accuracy, format, shuffled_accuracy)
+    return advantages, rewards, temporal, p, p_shuffled
+
+
+def _rounded(bound: float, dtype: torch.dtype) -> float:
+    """The bound as a comparison in ``dtype`` sees it, so that an accuracy of 0.1 does not exceed 0.1."""
+    return torch.tensor(float(bound), dtype=dtype if dtype.is_floating_point else torch.float32).item()

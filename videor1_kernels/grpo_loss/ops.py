@@ -1,0 +1,156 @@
+"""torch operators of grpo_loss and linear_grpo_loss: opaque to torch.compile, with gradients.
+
+Both know their whole gradient after the forward pass, so the backward pass only multiplies by the incoming gradient of
+the loss. What depends on values is checked inside. The operators are private; the public functions are in the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
+from videor1_kernels.grpo_loss.reference import Options
+
+
+@torch.library.custom_op("videor1::grpo_loss", mutates_args=())
+def grpo_loss_op(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    loss_type: str,
+    beta: float,
+    clip_low: float | None,
+    clip_high: float | None,
+    kl_clamp: float,
+    importance_level: str,
+    max_completion_length: float | None,
+    num_tokens: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
+    op = "grpo_loss"
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(logp))
+    run = dispatch.resolve(op, backend, logp.device, compute_dtype(logp))
+    options = Options(
+        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
+    )
+    return tuple(run.grpo_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
+
+
+@grpo_loss_op.register_fake
+def _(logp: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Any]:
+    dtype = compute_dtype(logp)
+    loss, kl, clip_fraction = (logp.new_empty((), dtype=dtype) for _ in range(3))
+    shown, coefficient = (logp.new_empty(logp.shape, dtype=dtype) for _ in range(2))
+    return loss, shown, kl, clip_fraction, coefficient, torch.library.get_ctx().new_dynamic_size()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(output[4])
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    (coefficient,) = ctx.saved_tensors
+    return (None if grad is None else (grad * coefficient).to(ctx.dtype), *[None] * 14)
+
+
+grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("videor1::linear_grpo_loss", mutates_args=())
+def linear_grpo_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    loss_type: str,
+    beta: float,
+    clip_low: float | None,
+    clip_high: float | None,
+    kl_clamp: float,
+    importance_level: str,
+    max_completion_length: float | None,
+    num_tokens: float | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
+    """-> (loss, logp, entropy, kl, clip_fraction, skipped_rows, d_hidden, d_weight, d_bias, norm).
+
+    The gradients are of loss / norm; an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
+    """
+    op = "linear_grpo_loss"
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden))
+    check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
+    check_temperature(op, temperatures)
+    run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
+    options = Options(
+        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = run.linear_grpo_loss(
+            hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias,
+            temperature if temperatures is None else temperatures, options, needs,
+        )  # fmt: skip
+    return tuple(hidden.new_empty(0) if value is None else value for value in result)  # type: ignore[return-value]
+
+
+@linear_grpo_loss_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, cu_seqlens: Tensor, *options: Any
+) -> tuple[Any, ...]:
+    bias, needs, backend = options[2], options[-2], options[-1]
+    dtype = compute_dtype(hidden, weight, bias)
+    chosen = dispatch.chosen_backend("linear_grpo_loss", hidden.device, backend, dtype)
+    loss, kl, clip_fraction, norm = (hidden.new_empty((), dtype=dtype) for _ in range(4))
+    logp, entropy = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+    exact = chosen == "reference"  # sums in the inputs' dtypes; the kernels keep fp32 until the backward pass
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(x.shape, dtype=x.dtype if exact or (x is hidden and hidden.dtype == weight.dtype) else dtype)
+        if need and x is not None
+        else hidden.new_empty(0)
+        for need, x in zip(needs, (hidden, weight, bias), strict=True)
+    )
+    skipped = torch.library.get_ctx().new_dynamic_size()
+    return loss, logp, entropy, kl, clip_fraction, skipped, d_hidden, d_weight, d_bias, norm
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hidden, weight, bias = inputs[0], inputs[1], inputs[7]
+    ctx.save_for_backward(*output[6:10])
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_linear(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    *gradients, norm = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
+    d_hidden, d_weight, d_bias = (
+        None if grad is None or not need else _times(g, grad * norm, dtype)
+        for g, need, dtype in zip(gradients, needed, ctx.dtypes, strict=True)
+    )
+    return d_hidden, d_weight, None, None, None, None, None, d_bias, *[None] * 12
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once to ``dtype``, without a second tensor of the wider one."""
+    if gradient.dtype == dtype:
+        return gradient * factor.to(dtype) if dtype.itemsize > 2 else (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
+
+
+linear_grpo_loss_op.register_autograd(_differentiate_linear, setup_context=_save_linear)

@@ -1,0 +1,262 @@
+"""grpo_loss and linear_grpo_loss on Triton kernels.
+
+linear_grpo_loss forms the gradients in the forward pass (6NHV operations): of a chunk of rows, one product for the
+logits, a row kernel for their statistics, a small one for the coefficients, a row kernel that turns the logits into
+their gradient in place, and a product each for d_hidden and d_weight. A token's coefficient needs only its own
+log-prob (its completion's, for sequence ratios), so nothing is recomputed.
+
+N rows, H hidden, V vocabulary, S completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import IGNORED
+from videor1_kernels.grpo_loss.reference import LinearResult, Options, Result
+from videor1_kernels.grpo_loss.triton_terms import terms
+from videor1_kernels.linear_logprob.products import (
+    HeadGradients,
+    chunk_rows,
+    common_dtype,
+    logits_buffer,
+    most_rows,
+    narrow_rows,
+    power_of_two,
+    product,
+)
+from videor1_kernels.linear_logprob.triton import inverse, statistics
+from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+
+
+def grpo_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Result:
+    """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
+    boundaries = cu_seqlens.long()
+    tokens = boundaries.diff()  # [S]
+    if mask is not None:
+        counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
+        tokens = counted[boundaries].diff()
+    whole = tokens.sum()
+    coefficient = logp.new_empty(len(logp), dtype=torch.float32)
+    segments = (boundaries[:-1], boundaries[1:], torch.arange(len(tokens), device=logp.device))
+    sums = terms(
+        logp.contiguous(), _contiguous(old_logp), _contiguous(ref_logp), _contiguous(mask), segments,
+        advantages.contiguous(), tokens, whole, options, coefficient,
+    ).sum(1)  # fmt: skip
+    shown = logp.detach().to(torch.float32, copy=True)
+    if mask is not None:
+        shown.masked_fill_(~mask, 0.0)
+    share = whole.clamp(min=1)
+    return Result(sums[0], shown, sums[1] / share, sums[2] / share, coefficient, int((coefficient == 0).sum()))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The unmasked rows of a call with what each needs, completions that can have a gradient first.
+
+    n rows; live: how many of them can have one. spans: (first, stop, completion), in the order of the rows.
+    """
+
+    hidden: Tensor  # [n, H]
+    weight: Tensor  # [V, H], of the same dtype
+    bias: Tensor | None
+    labels: Tensor  # [n]
+    scale: Tensor  # fp32 [n]: 1 / temperature
+    old_logp: Tensor | None  # [n]
+    ref_logp: Tensor | None  # [n]
+    advantages: Tensor  # [S]
+    tokens: Tensor  # int64 [S]
+    whole: Tensor  # int64 scalar: n
+    spans: list[tuple[int, int, int]]
+    live: int
+    options: Options
+
+    def add_terms(self, first: int, stop: int, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
+        """Coefficients of rows first to stop - 1 from their log-probs; their loss, KL and clips are added to sums."""
+        cuts = [
+            (max(low, first) - first, min(high, stop) - first, s)
+            for low, high, s in self.spans
+            if max(low, first) < min(high, stop)
+        ]
+        segments = torch.tensor(cuts, dtype=torch.int64).reshape(-1, 3).T.contiguous().to(logp.device)
+        old, ref = (None if v is None else v[first:stop] for v in (self.old_logp, self.ref_logp))
+        sums += terms(
+            logp[first:stop], old, ref, None, (segments[0], segments[1], segments[2]), self.advantages, self.tokens,
+            self.whole, self.options, coefficient[first:stop],
+        ).sum(1)  # fmt: skip
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> LinearResult:
+    """The loss, what is reported with it, and the gradients that ``needs`` names (hidden, weight, bias)."""
+    size, device = len(labels), hidden.device
+    head_hidden, head_weight = common_dtype(hidden, weight)
+    boundaries = cu_seqlens.long()
+    keep = labels != IGNORED
+    counted = torch.cat([boundaries.new_zeros(1), keep.long().cumsum(0)])
+    tokens = counted[boundaries].diff()  # [S]
+    # Without a KL term a completion of advantage 0 has no gradient: its rows only need their statistics.
+    dead = (advantages == 0) if options.beta == 0 and any(needs) else torch.zeros_like(advantages, dtype=torch.bool)
+    dead_row = dead.repeat_interleave(boundaries.diff(), output_size=size)
+    order = torch.cat([(keep & ~dead_row).nonzero()[:, 0], (keep & dead_row).nonzero()[:, 0]])
+    spans, live = _spans(tokens.tolist(), dead.tolist())
+    as_given = len(order) == size and live in (0, size)
+
+    def ordered(values: Tensor) -> Tensor:
+        return values.contiguous() if as_given else values[order]
+
+    rows = _Rows(
+        head_hidden if as_given else head_hidden[order], head_weight, bias, ordered(labels),
+        ordered(inverse(temperature, labels)), None if old_logp is None else ordered(old_logp),
+        None if ref_logp is None else ordered(ref_logp), advantages.contiguous(), tokens, tokens.sum(), spans, live,
+        options,
+    )  # fmt: skip
+    logp, entropy, coefficient = (torch.zeros(len(order), dtype=torch.float32, device=device) for _ in range(3))
+    gradients = HeadGradients(rows.hidden, head_weight, needs)
+    norm = _norm(rows)
+    sums = torch.zeros(3, device=device)
+    if any(needs):
+        with_gradient = _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
+    else:
+        logp, entropy, _ = statistics(rows.hidden, head_weight, rows.labels, bias, rows.scale)
+        rows.add_terms(0, len(order), logp, coefficient, sums)
+        with_gradient = int((coefficient != 0).sum())
+    d_hidden = gradients.d_hidden
+    if not as_given:
+        logp, entropy = (v.new_zeros(size).index_copy_(0, order, v) for v in (logp, entropy))
+        if d_hidden is not None:
+            d_hidden = torch.zeros_like(head_hidden).index_copy_(0, order, d_hidden)
+    share = rows.whole.clamp(min=1)
+    return LinearResult(
+        sums[0].clone(), logp, entropy, sums[1] / share, sums[2] / share, size - with_gradient, d_hidden,
+        gradients.d_weight, gradients.d_bias, norm,
+    )  # fmt: skip
+
+
+def _gradients(
+    rows: _Rows, gradients: HeadGradients, norm: Tensor, logp: Tensor, entropy: Tensor, coefficient: Tensor,
+    sums: Tensor,
+) -> int:  # fmt: skip
+    """Fill logp, entropy and coefficient [n], add to the sums and the gradients -> rows with a gradient."""
+    vocabulary, found = len(rows.weight), 0
+    # Ratios of 1 and no KL: every coefficient is the advantage's, known not to be 0, and the host need not wait.
+    certain = rows.old_logp is None and rows.options.beta == 0
+    spare = slice(rows.live, len(logp))
+    if len(logp) > rows.live:
+        logp[spare], entropy[spare], _ = statistics(
+            rows.hidden[spare], rows.weight, rows.labels[spare], rows.bias, rows.scale[spare]
+        )
+    chunks = list(_chunks(rows))
+    buffer = logits_buffer(max((high - low for low, high, _ in chunks), default=0), vocabulary, logp.device)
+    for low, high, known in chunks:
+        part = slice(low, high)
+        x, y, scale = rows.hidden[part], rows.labels[part, None], rows.scale[part]
+        logits = product(x, rows.weight.T, narrow_rows(buffer, high - low, vocabulary, torch.float32))
+        chosen, spread, top, log_total = row_statistics(logits, y, rows.bias, scale, entropy=True)
+        if known is None:
+            logp[part], entropy[part] = chosen[:, 0], spread
+            rows.add_terms(low, high, logp, coefficient, sums)
+        elif low == known[0]:  # the first chunk of a completion that no chunk can hold: all of its log-probs first
+            whole = slice(*known)
+            logp[whole], entropy[whole], _ = statistics(
+                rows.hidden[whole], rows.weight, rows.labels[whole], rows.bias, rows.scale[whole]
+            )
+            rows.add_terms(*known, logp, coefficient, sums)
+        source = None if certain else _live_first(coefficient[part])
+        count = high - low if source is None else len(source)
+        found += count
+        d_logits = narrow_rows(buffer, count, vocabulary, x.dtype)
+        row_gradient(
+            logits, d_logits, y, rows.bias, scale, top, log_total, (coefficient[part] / norm)[:, None], source=source
+        )
+        if count:
+            gradients.add(part if source is None else source + low, x if source is None else x[source], d_logits)
+    return found
+
+
+def _spans(tokens: list[int], dead: list[bool]) -> tuple[list[tuple[int, int, int]], int]:
+    """Completions of some tokens as (first, stop, completion), those with a gradient first -> spans, rows of those."""
+    spans: list[tuple[int, int, int]] = []
+    at = live = 0
+    for wanted in (False, True):
+        for s, count in enumerate(tokens):
+            if dead[s] == wanted and count:
+                spans.append((at, at + count, s))
+                at += count
+        live = live if wanted else at
+    return spans, live
+
+
+def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
+    """(first, stop, completion) of the rows that may have a gradient; completion: see below, else None.
+
+    A sequence ratio needs a whole completion's log-probs, so chunks then end at its end; a completion longer than a
+    chunk comes in several, each with its (first, stop).
+    """
+    if rows.options.importance_level == "token" or rows.old_logp is None:
+        size = chunk_rows(rows.live, len(rows.weight))
+        yield from ((low, min(low + size, rows.live), None) for low in range(0, rows.live, size))
+        return
+    most = most_rows(len(rows.weight))
+    start = 0
+    for low, high, _ in rows.spans:
+        if low >= rows.live:
+            break
+        if high - start > most and low > start:
+            yield start, low, None
+            start = low
+        if high - low > most:
+            size = chunk_rows(high - low, len(rows.weight))
+            yield from ((at, min(at + size, high), (low, high)) for at in range(low, high, size))
+            start = high
+    if start < rows.live:
+        yield start, rows.live, None
+
+
+def _live_first(coefficient: Tensor) -> Tensor:
+    """Rows of non-zero coefficient [k], where those below k keep their place and the others fill the gaps.
+
+    So the gradient of row source[i] can be written over row i while other rows are still read.
+    """
+    alive = coefficient != 0
+    index = alive.nonzero()[:, 0]
+    head = alive[: len(index)]
+    gap = (~head).long().cumsum(0) - 1
+    moved = (head.sum() + gap).clamp(0, max(len(index) - 1, 0))
+    return torch.where(head, torch.arange(len(index), device=index.device), index[moved])
+
+
+def _norm(rows: _Rows) -> Tensor:
+    """What the coefficients are divided by while they pass through 16 bits: fp16 would lose those under 6e-8."""
+    one = torch.ones((), device=rows.hidden.device)
+    if rows.hidden.dtype != torch.float16 or not rows.spans:
+        return one
+    share = rows.tokens.clamp(min=1) if rows.options.loss_type == "grpo" else rows.whole.clamp(min=1)
+    return power_of_two(rows.advantages.float().abs().max().clamp(min=1) / (share.min() * len(rows.tokens)))
+
+
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()

@@ -1,0 +1,213 @@
+"""The head's product with the softmax's statistics taken from its accumulator: logits never reach memory.
+
+N rows, H hidden, V vocabulary. Program tiles of [BLOCK_N, BLOCK_V] logits z = x W^T + b; of each tile and row it keeps
+m = max z, s = sum exp((z - m) / t) and d = sum exp((z - m) / t) (z - m), and the label's logit from the tile that holds
+it. A second kernel merges the tiles of a row. 2NHV operations.
+
+The differences z - m are taken before the temperature and log2(e) multiply, so that logits of 1e4 lose nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)  # stands for -inf where differences of it are taken
+MERGE_ROWS = 32
+MERGE_TILES = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shapes and launch options of the product kernel on one architecture."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    group_n: int = 16  # row tiles that share a sweep over the vocabulary: their hidden states stay in the L2 cache
+    descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
+    flatten: bool = False  # overlap the next tile's loads with this tile's statistics
+    warp_specialize: bool = False
+
+
+# By compute capability; others take the nearest below. Capabilities with 99 KiB of shared memory have their own entry.
+TILES: dict[int, Tile] = {
+    80: Tile(128, 128, 64, num_warps=8, num_stages=3),
+    86: Tile(128, 128, 32, num_warps=8, num_stages=4),
+    89: Tile(128, 128, 32, num_warps=8, num_stages=4),
+    90: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
+    100: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, flatten=True),
+    120: Tile(128, 128, 32, num_warps=8, num_stages=4),
+}
+
+
+def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
+    """The configuration for the inputs' device; operands that TMA cannot address take the pointer kernel."""
+    if hidden.device.type != "cuda":  # the interpreter
+        return Tile(32, 64, 32, num_warps=4, num_stages=1, group_n=2, descriptors=_addressable(hidden, weight))
+    major, minor = torch.cuda.get_device_capability(hidden.device)
+    capability = max((known for known in TILES if known <= 10 * major + minor), default=80)
+    tile = TILES[capability]
+    return tile if not tile.descriptors or _addressable(hidden, weight) else TILES[80]
+
+
+def _addressable(*operands: Tensor) -> bool:
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+
+
+@triton.jit
+def _tile_at(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
+    group_size = GROUP_N * tiles_v
+    group = tile // group_size
+    first = group * GROUP_N
+    size = min(tiles_n - first, GROUP_N)
+    return first + (tile % group_size) % size, (tile % group_size) // size
+
+
+@triton.jit
+def _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N: tl.constexpr,
+                BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """z [BLOCK_N, BLOCK_V] -> parts [3, tiles of V, N], and label_logit [N] where the label is in this tile.
+
+    plane: tiles of V times N, by the host: an argument of 1 is a compile-time constant, on which no cast works.
+    """
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    here = rows < N
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(z < LOWEST, LOWEST, z)
+    if (tile_v + 1) * BLOCK_V > V:
+        z = tl.where((columns < V)[None, :], z, LOWEST)
+    label = tl.load(labels + rows, mask=here, other=-1).to(tl.int32)  # [BLOCK_N]
+    mine = here & (label // BLOCK_V == tile_v) & (label >= 0)
+    if tl.max(mine.to(tl.int32), 0) > 0:
+        found = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
+        tl.store(label_logit + rows, found, mask=mine)
+    top = tl.max(z, 1)  # [BLOCK_N]
+    below = z - top[:, None]
+    exps = tl.exp2(below * (tl.load(scale + rows, mask=here, other=0.0) * LOG2E)[:, None])
+    out = parts + tile_v.to(tl.int64) * N + rows
+    tl.store(out, top, mask=here)
+    tl.store(out + plane, tl.sum(exps, 1), mask=here)
+    tl.store(out + plane + plane, tl.sum(exps * below, 1), mask=here)
+
+
+@triton.jit
+def product_descriptors(hidden, weight, bias, labels, scale, parts, label_logit, N, V, H, plane,
+                        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_N: tl.constexpr,
+                        HAS_BIAS: tl.constexpr, FLATTEN: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
+    """Persistent: each program takes every num_programs-th tile. hidden, weight: descriptors of [N, H] and [V, H]."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN,
+                         warp_specialize=WARP_SPECIALIZE):  # fmt: skip
+        tile_n, tile_v = _tile_at(tile, tiles_n, tiles_v, GROUP_N)
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for h in range(0, H, BLOCK_H):
+            x = hidden.load([tile_n * BLOCK_N, h])  # [BLOCK_N, BLOCK_H]
+            w = weight.load([tile_v * BLOCK_V, h])  # [BLOCK_V, BLOCK_H]
+            z = tl.dot(x, w.T, z, input_precision="ieee")
+        _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V,
+                    HAS_BIAS)  # fmt: skip
+
+
+@triton.jit
+def product_pointers(hidden, weight, bias, labels, scale, parts, label_logit, N, V, H, plane, hidden_stride,
+                     weight_stride, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+                     GROUP_N: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """One tile a program. hidden [N, H], weight [V, H], unit stride in H."""
+    tile_n, tile_v = _tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    # Rows past the end read the first ones again: their results are not stored.
+    rows = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
+    columns = (tile_v * BLOCK_V + tl.arange(0, BLOCK_V)) % V
+    inner = tl.arange(0, BLOCK_H)
+    x_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
+    w_at = weight + columns.to(tl.int64)[:, None] * weight_stride + inner[None, :]
+    z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for h in range(0, H, BLOCK_H):
+        x = tl.load(x_at, mask=(inner < H - h)[None, :], other=0.0)
+        w = tl.load(w_at, mask=(inner < H - h)[None, :], other=0.0)
+        z = tl.dot(x, w.T, z, input_precision="ieee")
+        x_at += BLOCK_H
+        w_at += BLOCK_H
+    _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V,
+                    HAS_BIAS)  # fmt: skip
+
+
+@triton.jit
+def merge_tiles(parts, label_logit, scale, logp, entropy, lse, N, tiles_v, plane, BLOCK_N: tl.constexpr,
+                BLOCK_T: tl.constexpr):  # fmt: skip
+    """parts [3, tiles_v, N], label_logit [N] -> logp, entropy, lse [N], nats."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    here = rows < N
+    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    t = tl.load(scale + rows, mask=here, other=1.0)
+    for first in range(0, tiles_v, BLOCK_T):
+        tiles = first + tl.arange(0, BLOCK_T)
+        at = parts + tiles.to(tl.int64)[:, None] * N + rows[None, :]  # [BLOCK_T, BLOCK_N]
+        inside = (tiles < tiles_v)[:, None] & here[None, :]
+        m = tl.load(at, mask=inside, other=LOWEST)
+        s = tl.load(at + plane, mask=inside, other=0.0)
+        d = tl.load(at + plane + plane, mask=inside, other=0.0)
+        new = tl.maximum(top, tl.max(m, 0))
+        shrink = tl.exp2((top - new) * t * LOG2E)
+        factor = tl.exp2((m - new[None, :]) * t[None, :] * LOG2E)
+        weighted = shrink * (weighted + (top - new) * total) + tl.sum(factor * (d + (m - new[None, :]) * s), 0)
+        total = shrink * total + tl.sum(factor * s, 0)
+        top = new
+    log_total = tl.where(top > LOWEST, tl.log(total), float("nan"))  # every token banned: no distribution
+    label = tl.load(label_logit + rows, mask=here, other=0.0)
+    label = tl.where(label > LOWEST, label, float("-inf"))
+    tl.store(logp + rows, (label - top) * t - log_total, mask=here)
+    tl.store(entropy + rows, log_total - t * weighted / total, mask=here)
+    tl.store(lse + rows, top * t + log_total, mask=here)
+
+
+def product_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (logp, entropy, lse), each fp32 [N].
+
+    hidden [N, H] and weight [V, H] of one dtype, unit stride in H; labels int64 [N] in [0, V); scale fp32 [N]: 1 /
+    temperature. N of 1 or more.
+    """
+    (rows, size), vocabulary = hidden.shape, weight.shape[0]
+    tile = tile or tile_for(hidden, weight)
+    tiles_n, tiles_v = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
+    parts = hidden.new_empty((3, tiles_v, rows), dtype=torch.float32)
+    label_logit, logp, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
+    shared = (weight if bias is None else bias, labels, scale, parts, label_logit, rows, vocabulary, size,
+              tiles_v * rows)  # fmt: skip
+    options = {
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "GROUP_N": tile.group_n,
+        "HAS_BIAS": bias is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if tile.descriptors:
+        grid = min(tiles_n * tiles_v, _processors(hidden.device))
+        product_descriptors[(grid,)](
+            TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h]),
+            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
+            *shared, **options, FLATTEN=tile.flatten, WARP_SPECIALIZE=tile.warp_specialize,
+        )  # fmt: skip
+    else:
+        product_pointers[(tiles_n * tiles_v,)](hidden, weight, *shared, hidden.stride(0), weight.stride(0), **options)
+    merge_tiles[(triton.cdiv(rows, MERGE_ROWS),)](
+        parts, label_logit, scale, logp, entropy, lse, rows, tiles_v, tiles_v * rows, BLOCK_N=MERGE_ROWS,
+        BLOCK_T=MERGE_TILES,
+    )  # fmt: skip
+    return logp, entropy, lse
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,174 @@
+"""Row kernels over logits in memory: softmax statistics, and the gradient, in place where wanted.
+
+R rows, V vocabulary, K chosen entries per row. With z the logit (bias included), t = 1 / temperature, m = max z:
+log p = (z - m) t - log sum exp((z - m) t). Differences are taken before the temperature multiplies, as in plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def row_statistics_kernel(logits, index, bias, scale, logp, entropy, top_out, log_total_out, stride, V, K,
+                          HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+                          BLOCK_K: tl.constexpr):  # fmt: skip
+    """One program a row: logits [R, V], index [R, K] -> logp [R, K], entropy [R], top [R], log_total [R]."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    t = tl.load(scale + row)
+    top = tl.full((), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        z = tl.load(base + columns, mask=columns < V, other=float("-inf")).to(tl.float32)  # [BLOCK]
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+        new = tl.maximum(top, tl.max(z, 0))
+        shrink = tl.exp2((top - new) * t * LOG2E)
+        below = z - new
+        below = tl.where(below < LOWEST, LOWEST, below)  # -inf: exp gives 0, and 0 * below is 0
+        exps = tl.exp2(below * (t * LOG2E))
+        if ENTROPY:
+            weighted = shrink * (weighted + (top - new) * total) + exps * below
+        total = shrink * total + exps
+        top = new
+    whole = tl.sum(total, 0)
+    log_total = tl.log(whole)
+    tl.store(top_out + row, top)
+    tl.store(log_total_out + row, log_total)
+    if ENTROPY:
+        tl.store(entropy + row, log_total - t * tl.sum(weighted, 0) / whole)
+    for first in range(0, K, BLOCK_K):
+        entries = first + tl.arange(0, BLOCK_K)
+        chosen = tl.load(index + row * K + entries, mask=entries < K, other=0)
+        z = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        tl.store(logp + row * K + entries, (z - top) * t - log_total, mask=entries < K)
+
+
+@triton.jit
+def row_gradient_kernel(logits, out, index, bias, scale, top, log_total, grad, entropy, grad_entropy, source, stride,
+                        out_stride, V, K, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, MOVED: tl.constexpr,
+                        BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """One program a row: d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)), written to ``out``.
+
+    With MOVED, program i reads row source[i] and writes row i. ``out`` may be the same memory as ``logits``, in a
+    narrower dtype too, if a row that is read by program i is written by no other: element v of the result then lies at
+    or before element v of the input, so a block may be overwritten once all threads have read it.
+    """
+    target = tl.program_id(0).to(tl.int64)
+    row = tl.load(source + target).to(tl.int64) if MOVED else target
+    base = logits + row * stride
+    result = out + target * out_stride
+    t = tl.load(scale + row)
+    m = tl.load(top + row)
+    log_sum = tl.load(log_total + row)
+    entries = tl.arange(0, BLOCK_K)
+    chosen = tl.load(index + row * K + entries, mask=entries < K, other=-1)  # [BLOCK_K]
+    gains = tl.load(grad + row * K + entries, mask=entries < K, other=0.0)
+    gain = tl.sum(gains, 0)
+    active = tl.max((gains != 0).to(tl.int32), 0) > 0
+    e = 0.0
+    spread = 0.0
+    if ENTROPY:
+        e = tl.load(grad_entropy + row)
+        spread = tl.load(entropy + row)
+        active = active | (e != 0)
+    if active:
+        # The chosen entries are read before their block may be overwritten, and written after it.
+        z = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        same = tl.zeros((BLOCK_K,), tl.float32)  # an entry chosen several times gets the sum of its gradients
+        for k in range(0, K):
+            same += tl.where(chosen == tl.load(index + row * K + k), tl.load(grad + row * K + k), 0.0)
+        lp = (z - m) * t - log_sum
+        p = tl.exp2(lp * LOG2E)
+        d = same - gain * p
+        if ENTROPY:
+            d -= e * p * (tl.where(lp < LOWEST, LOWEST, lp) + spread)
+        d *= t
+        for first in range(0, V, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            z = tl.load(base + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+            lp = (z - m) * t - log_sum
+            p = tl.exp2(lp * LOG2E)
+            dz = -gain * p
+            if ENTROPY:
+                dz -= e * p * (tl.where(lp < LOWEST, LOWEST, lp) + spread)
+            tl.debug_barrier()
+            tl.store(result + columns, (dz * t).to(out.dtype.element_ty), mask=columns < V)
+        tl.debug_barrier()
+        tl.store(result + chosen, d.to(out.dtype.element_ty), mask=entries < K)
+    else:
+        for first in range(0, V, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            tl.store(result + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=columns < V)
+
+
+def row_statistics(
+    logits: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (logp [R, K], entropy [R] or empty, top [R], log_total [R]), fp32.
+
+    logits [R, V], unit stride in V; index int64 [R, K] contiguous; scale fp32 [R]: 1 / temperature.
+    """
+    (rows, vocabulary), entries = logits.shape, index.shape[1]
+    logp = logits.new_empty((rows, entries), dtype=torch.float32)
+    spread, top, log_total = (logits.new_empty(n, dtype=torch.float32) for n in (rows if entropy else 0, rows, rows))
+    if rows:
+        row_statistics_kernel[(rows,)](
+            logits, index, logits if bias is None else bias, scale, logp, spread, top, log_total, logits.stride(0),
+            vocabulary, entries, HAS_BIAS=bias is not None, ENTROPY=entropy, BLOCK=block_for(vocabulary),
+            BLOCK_K=triton.next_power_of_2(min(max(entries, 1), 1024)), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return logp, spread, top, log_total
+
+
+def row_gradient(
+    logits: Tensor,
+    out: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    grad: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    source: Tensor | None = None,
+) -> None:
+    """d_logits into ``out`` [len(source) or R, V]; see the kernel for what may share memory.
+
+    grad fp32 [R, K] contiguous; entropy, grad_entropy fp32 [R], both or none; source int64: the row that each output
+    row is made from. A row whose gradients are all 0 becomes exactly 0 and its logits are not read.
+    """
+    entries = index.shape[1]
+    if not len(out):
+        return
+    row_gradient_kernel[(len(out),)](
+        logits, out, index, logits if bias is None else bias, scale, top, log_total, grad,
+        scale if entropy is None else entropy, scale if grad_entropy is None else grad_entropy,
+        index if source is None else source, logits.stride(0), out.stride(0), logits.shape[1], entries,
+        HAS_BIAS=bias is not None, ENTROPY=grad_entropy is not None, MOVED=source is not None,
+        BLOCK=block_for(logits.shape[1]), BLOCK_K=triton.next_power_of_2(max(entries, 1)), num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def block_for(vocabulary: int) -> int:
+    """Columns of one step: few programs would be mostly padding on a small vocabulary."""
+    return min(BLOCK, max(128, triton.next_power_of_2(vocabulary)))
