@@ -244,8 +244,10 @@ def train(folder, tokenizer, **options):
         processing_class=tokenizer,
         args=GRPOConfig(
             output_dir=str(folder / "run"), max_steps=2, per_device_train_batch_size=4, num_generations=4,
-            max_completion_length=20, logging_steps=1, learning_rate=0.01, report_to="none", save_strategy="no",
-            use_cpu=True, bf16=False, disable_tqdm=True, seed=3, **options,
+            max_completion_length=20, logging_steps=1, learning_rate=0.02, report_to="none", save_strategy="no",
+            use_cpu=True, bf16=False, disable_tqdm=True, seed=3,
+            optim="sgd",  # Adam would divide rounding differences by gradients near zero
+            **options,
         ),
     )  # fmt: skip
     trainer.train()
@@ -278,4 +280,4 @@ def test_grpo_trainer_takes_the_same_steps(options, tmp_path):
     assert ours[:, 1].min() > 0.01  # there was a gradient
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
     for mine, other in zip(our_trainer.model.parameters(), their_trainer.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)

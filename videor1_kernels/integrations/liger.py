@@ -84,7 +84,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if delta is not None:
             raise fail(OP, "delta", "None (the ratio is clipped by epsilon_low and epsilon_high only)", delta)
         if use_bias_correction_kl and beta != 0 and use_ref_model:
-            raise fail(OP, "use_bias_correction_kl", "False, or beta=0 (the KL term is not weighted by the ratio)", True)
+            raise fail(OP, "use_bias_correction_kl", "False, or beta=0 (no ratio weights the KL term here)", True)
         self.beta = beta
         self.use_ref_model = use_ref_model
         self.epsilon_low = epsilon_low

@@ -7,7 +7,8 @@
 
 For TRL 1.16. GRPOTrainer, RLOOTrainer and AsyncGRPOTrainer read log-probabilities and entropy from a "fused LM head"
 (``trl.trainer.utils.add_fused_lm_head``); ``use()`` computes it with :func:`videor1_kernels.linear_logprob`. The
-trainers that keep their logits call ``selective_log_softmax``. TRL 1.12 and older can take the loss of
+trainers that keep their logits call ``selective_log_softmax``. SFT, DPO and KTO ask the head for more (``mean_logits``,
+``is_top1``) and get an error: train them outside of the block. TRL 1.12 and older can take the loss of
 :mod:`videor1_kernels.integrations.liger` (their ``use_liger_kernel=True``).
 """
 
