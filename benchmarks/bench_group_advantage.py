@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.oracle import Expected
-from videor1_kernels import Advantages, dispatch, tgrpo_advantages
+from videor1_kernels import Advantages, tgrpo_advantages
 from videor1_kernels.group_advantage.reference import Options
 from videor1_kernels.group_advantage.reference import tgrpo_advantages as reference
 
@@ -44,13 +44,8 @@ def cases(device: torch.device) -> list[Case]:
             work=lambda x: Work(0.0, sum(t.nbytes for t in x) + 2 * x[0].nbytes + 3 * x[0].nbytes // G, ""),
             contenders=(
                 Contender(OURS, _ours),
-                Contender(f"{OURS}, without argument checks", _implementation, graph=True),
-                Contender("torch (our reference)", lambda x: _call(reference, x), graph=True),
-                *(
-                    [Contender("torch.compile of it", lambda x: _call(torch.compile(reference), x), graph=True)]
-                    if device.type == "cuda"
-                    else []
-                ),
+                Contender("torch (our reference)", lambda x: _reference(reference, x)),
+                *(_on_gpu if device.type == "cuda" else ()),
             ),
         )
     ]
@@ -64,12 +59,14 @@ def _ours(inputs: Inputs) -> Step:
     return step
 
 
-def _implementation(inputs: Inputs) -> Step:
-    return _call(dispatch.resolve("tgrpo_advantages", "auto", inputs[0].device), inputs)
+def _reference(call: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Step:
+    return lambda: dict(zip(OUTPUTS, call(*inputs, OPTIONS), strict=True))
 
 
-def _call(implementation: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Step:
-    return lambda: dict(zip(OUTPUTS, implementation(*inputs, OPTIONS), strict=True))
+_on_gpu = (
+    Contender(f"{OURS} in a CUDA graph", _ours, graph=True),
+    Contender("torch.compile of our reference", lambda x: _reference(torch.compile(reference), x)),
+)
 
 
 def _expected(inputs: Inputs) -> list[Expected]:

@@ -35,9 +35,12 @@ class Contender:
         return self.name.startswith(OURS)
 
     @property
-    def dependable(self) -> bool:
-        """Ours and plain torch run before any implementation whose kernels could break the process's device."""
-        return self.ours or self.name.startswith("torch")
+    def stage(self) -> int:
+        """0: ours and plain torch, before any implementation whose kernels could break the process's device; 1: other
+        libraries; 2: what is compiled first, which takes longest."""
+        if self.name.startswith("torch.compile"):
+            return 2
+        return 0 if self.ours or self.name.startswith("torch") else 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,6 @@ class Row:
     implementation: str
     status: str  # measured, not run (another's implementation, with the reason), or failed (ours, or a wrong result)
     reason: str | None = None
-    version: str | None = None
     backend: str | None = None  # of ours: which one ran
     does: str = ""
     count: str = ""
@@ -109,7 +111,13 @@ class Row:
         return asdict(self)
 
 
+def blank_row(case: Case, contender: Contender, status: str) -> Row:
+    """A row without figures."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return Row(case.op, case.title, dict(case.size), dtype, contender.name, status)
+
+
 def pairs(cases: Sequence[Case]) -> list[tuple[Case, Contender]]:
-    """Every (case, implementation), the dependable ones first."""
+    """Every (case, implementation), stage by stage."""
     everything = [(case, contender) for case in cases for contender in case.contenders]
-    return sorted(everything, key=lambda pair: not pair[1].dependable)
+    return sorted(everything, key=lambda pair: pair[1].stage)

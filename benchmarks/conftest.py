@@ -52,11 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_position)
 
 
-def _position(item: pytest.Item) -> tuple[bool, int]:
-    """The dependable implementations first, then the order of the part."""
+def _position(item: pytest.Item) -> tuple[int, int]:
+    """Stage by stage, each in the order of the part."""
     pair = getattr(item, "callspec", None) and item.callspec.params.get("pair")  # type: ignore[attr-defined]
     name = item.module.__name__.rpartition("bench_")[2]  # type: ignore[attr-defined]
-    return pair is not None and not pair[1].dependable, PARTS[part_of(name)].index(name)
+    return pair[1].stage if pair else 0, PARTS[part_of(name)].index(name)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Contender, Row, Step, Work
+from benchmarks.cases import Case, Contender, Row, Step, Work, blank_row
 from benchmarks.oracle import Expected, GateFailure, check
 from videor1_kernels import last_backend
 
@@ -105,15 +105,14 @@ def _copy_seconds(size: int, device: torch.device) -> float:
 @functools.lru_cache(maxsize=1)
 def prepare(case: Case, device: torch.device) -> tuple[Any, Sequence[Expected], Work]:
     """A case's inputs, what fp64 says of them, and the work: kept until the next case is prepared."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs = case.inputs(device)
+    inputs = case.inputs(device)
     return inputs, case.expected(inputs), case.work(inputs)
 
 
 def measure(case: Case, contender: Contender, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> Row:
     """Gate first, then time and memory. Never raises for what another implementation cannot do, nor for a wrong result:
     the row's status and reason say it."""
-    row = Row(case.op, case.title, dict(case.size), str(case.dtype).removeprefix("torch."), contender.name, "measured")
+    row = blank_row(case, contender, "measured")
     reason = contender.missing(device)
     if reason is not None:
         row.status, row.reason = "not run", reason

@@ -34,17 +34,19 @@ def missing(distribution: str, module: str, *, gpu: bool = False) -> Callable[[t
     return reason
 
 
-def never(reason: str) -> Callable[[torch.device], str | None]:
-    return lambda device: reason
+def left_out(name: str, reason: str) -> Contender:
+    """One that is not measured here; the table names it with the reason."""
+
+    def build(inputs: Any) -> Step:
+        raise AssertionError(f"{name} is left out: {reason}")
+
+    return Contender(name, build, lambda device: reason)
 
 
 LIGER = missing("liger-kernel", "liger_kernel")
 LIGER_GPU = missing("liger-kernel", "liger_kernel", gpu=True)
 TRL = missing("trl", "trl")
-TRL_GPU = missing("trl", "trl", gpu=True)
 CUT = missing("cut-cross-entropy", "cut_cross_entropy", gpu=True)
-# By the first word of an implementation's name: the distribution whose version the row states.
-DISTRIBUTIONS = {"Liger": "liger-kernel", "TRL": "trl", "cut-cross-entropy": "cut-cross-entropy", "torch": "torch"}
 
 
 def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
@@ -57,7 +59,7 @@ def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
         Contender("torch.compile, whole logits", lambda x: form(x, torch.compile(_torch_logp_entropy(x)))),
         Contender("TRL ChunkedLogProbFunction", lambda x: form(x, _trl_chunked(x)), TRL, does=work[1]),
         Contender("cut-cross-entropy", lambda x: form(x, _cut(x)), CUT, does=work[1] and f"{work[1]}, less filtered"),
-        Contender("verl linear_cross_entropy", form, never(VERL)),
+        left_out("verl linear_cross_entropy", VERL),
     )
 
 
@@ -72,7 +74,7 @@ def grpo_peers(*, compiled: bool) -> tuple[Contender, ...]:
         Contender("TRL ChunkedLogProbFunction + loss", lambda x: _loss_step(x, _trl_chunked(x)), TRL, does="8NHV"),
         Contender("TRL selective_log_softmax + loss", lambda x: _loss_step(x, _trl_logits(x)), TRL, does="6NHV"),
         Contender("cut-cross-entropy + loss", lambda x: _loss_step(x, _cut(x)), CUT, does="8NHV, less filtered"),
-        Contender("verl linear_cross_entropy + loss", _liger_fused, never(VERL)),
+        left_out("verl linear_cross_entropy + loss", VERL),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Case, Contender, Row, pairs
+from benchmarks.cases import Case, Contender, Row, blank_row, pairs
 from benchmarks.measure import Clock, ceilings, measure, plain_stopwatch
 from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
@@ -51,10 +51,10 @@ def run_part(
     for case, contender in everything:
         if not re.search(only, f"{case.name}: {contender.name}"):
             continue
-        if contender.dependable or time.monotonic() - start < seconds:
+        if contender.stage == 0 or time.monotonic() - start < seconds:
             row = measure(case, contender, device, plain_stopwatch(clock), clock)
         else:
-            row = Row(case.op, case.title, case.size, str(case.dtype), contender.name, "not run")
+            row = blank_row(case, contender, "not run")
             row.reason = f"left out after {seconds:.0f} s of this run"
         record.rows.append(row)
         print(f"{time.monotonic() - start:6.1f} s  {case.name}: {contender.name}: {outcome(row)}", flush=True)
