@@ -100,7 +100,6 @@ def tgrpo_advantages(
     if len(length_range) != 2 or not length_range[0] <= length_range[1]:
         raise fail(op, "length_range", "(low, high) with low <= high", tuple(length_range))
     low, high = length_range
-    check_choice(op, "backend", backend, dispatch.BACKENDS)
     return Advantages(
         *tgrpo_advantages_op(
             accuracy.detach(), format.detach(), lengths, shuffled_accuracy, rule, alpha, mu, correct_above,

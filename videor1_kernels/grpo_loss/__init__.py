@@ -96,7 +96,6 @@ def grpo_loss(
         clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
         max_completion_length=max_completion_length, num_tokens=num_tokens,
     )  # fmt: skip
-    check_choice(op, "backend", backend, dispatch.BACKENDS)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
         logp, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), mask, *astuple(options),
         backend,
@@ -146,7 +145,6 @@ def linear_grpo_loss(
         clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
         max_completion_length=max_completion_length, num_tokens=num_tokens,
     )  # fmt: skip
-    check_choice(op, "backend", backend, dispatch.BACKENDS)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
         hidden, weight, labels, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), bias,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import check_choice, check_number, check_tensor, compute_dtype, fail
+from videor1_kernels.checks import check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.linear_logprob import reference
 from videor1_kernels.linear_logprob.ops import linear_logprob_op, selective_op
 
@@ -50,7 +50,6 @@ def linear_logprob(
     """
     op = "linear_logprob"
     check_head(op, hidden, weight, labels, bias)
-    check_choice(op, "backend", backend, dispatch.BACKENDS)
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     rows = hidden.reshape(-1, hidden.shape[-1])
     logp, entropy, _ = linear_logprob_op(rows, weight, labels.reshape(-1), bias, temperatures, scalar, backend)
@@ -82,7 +81,6 @@ def selective_log_softmax(
     rows, single = logits.shape[:-1], index.dim() == logits.dim() - 1
     if (index.shape if single else index.shape[:-1]) != rows:
         raise fail(op, "index", f"shape {list(rows)} or {[*rows, 'K']}".replace("'", ""), list(index.shape))
-    check_choice(op, "backend", backend, dispatch.BACKENDS)
     temperatures, scalar = split_temperature(op, temperature, logits)
     entries = 1 if single else index.shape[-1]
     logp, _ = selective_op(

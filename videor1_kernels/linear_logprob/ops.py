@@ -25,7 +25,7 @@ def linear_logprob_op(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], temperatures [N] or None -> (logp, entropy, lse), each [N]."""
+    """hidden [N, H], weight [V, H], labels [N], temperatures [N] or None -> (logp, entropy, lse) [N], lse fp64."""
     op = "linear_logprob"
     check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
     check_temperature(op, temperatures)
@@ -45,8 +45,8 @@ def _(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden, weight, bias)
-    return tuple(hidden.new_empty(len(labels), dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+    logp, entropy = (hidden.new_empty(len(labels), dtype=compute_dtype(hidden, weight, bias)) for _ in range(2))
+    return logp, entropy, hidden.new_empty(len(labels), dtype=torch.float64)
 
 
 @torch.library.custom_op("videor1::linear_logprob_backward", mutates_args=())
@@ -117,14 +117,13 @@ linear_logprob_op.register_autograd(_differentiate, setup_context=_save)
 def selective_op(
     logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """logits [R, V], index [R, K], temperatures [R] or None -> (logp [R, K], statistics for the backward [2, R])."""
+    """logits [R, V], index [R, K], temperatures [R] or None -> (logp [R, K], what the backend's backward needs)."""
     op = "selective_log_softmax"
     check_indices(op, "index", index, logits.shape[1])
     check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, logits.device, compute_dtype(logits))
     with torch.autocast(logits.device.type, enabled=False):
-        logp, stats = run.selective_forward(logits, index, temperature if temperatures is None else temperatures)
-        return logp, stats if stats.dim() == 2 else torch.stack([stats, torch.zeros_like(stats)])
+        return run.selective_forward(logits, index, temperature if temperatures is None else temperatures)
 
 
 @selective_op.register_fake
@@ -132,7 +131,9 @@ def _(
     logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(logits)
-    return logits.new_empty(index.shape, dtype=dtype), logits.new_empty((2, len(logits)), dtype=dtype)
+    chosen = dispatch.chosen_backend("selective_log_softmax", logits.device, backend, dtype)
+    kept = (len(logits),) if chosen == "reference" else (2, len(logits))
+    return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(kept, dtype=dtype)
 
 
 @torch.library.custom_op("videor1::selective_log_softmax_backward", mutates_args=())
@@ -149,9 +150,8 @@ def selective_backward_op(
     run = dispatch.resolve("selective_log_softmax", backend, logits.device, compute_dtype(logits))
     with torch.autocast(logits.device.type, enabled=False):
         return run.selective_backward(
-            grad, logits, index, temperature if temperatures is None else temperatures,
-            statistics if run.__name__.endswith("triton") else statistics[0],
-        )  # fmt: skip
+            grad, logits, index, temperature if temperatures is None else temperatures, statistics
+        )
 
 
 @selective_backward_op.register_fake

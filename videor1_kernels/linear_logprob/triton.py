@@ -28,15 +28,16 @@ from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statist
 def forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], temperature a float or [N] -> (logp, entropy, lse), fp32 [N]."""
+    """hidden [N, H], weight [V, H], labels [N], temperature a float or [N] -> (logp, entropy, lse) [N], lse fp64."""
     rows = (labels != IGNORED).nonzero()[:, 0]
     scale = inverse(temperature, labels)
     if len(rows) == len(labels):
-        return statistics(hidden, weight, labels, bias, scale)
+        logp, entropy, lse = statistics(hidden, weight, labels, bias, scale)
+        return logp, entropy, lse.double()
     outputs = tuple(hidden.new_zeros(len(labels), dtype=torch.float32) for _ in range(3))
     for whole, part in zip(outputs, statistics(hidden[rows], weight, labels[rows], bias, scale[rows]), strict=True):
         whole[rows] = part
-    return outputs[0], outputs[1], outputs[2]
+    return outputs[0], outputs[1], outputs[2].double()
 
 
 def statistics(
@@ -84,7 +85,7 @@ def backward(
         active |= grad != 0
     live = (active & (labels != IGNORED)).nonzero()[:, 0]
     gradients = HeadGradients(head_hidden, head_weight, needs)
-    norm = power_of_two(torch.cat([grad[live] for grad in incoming])) if len(live) else lse.new_ones(())
+    norm = power_of_two(torch.cat([grad[live] for grad in incoming]))
     scale = inverse(temperature, labels)
     size = chunk_rows(len(live), len(weight))
     buffer = logits_buffer(min(size, len(live)), len(weight), hidden.device)
