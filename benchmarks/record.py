@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -102,6 +103,7 @@ def card_name(device: torch.device) -> str:
     return f"CPU: {model}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def driver(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
@@ -109,6 +111,7 @@ def driver(device: torch.device) -> str | None:
     return _output(command) or None
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -119,6 +122,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def revision() -> tuple[str | None, bool | None]:
     """(commit, whether the working tree differs from it). Where there is no repository, the environment variable
     BENCH_COMMIT names the commit, with ``-dirty`` behind it if the tree differed; else (None, None)."""
