@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from videor1_kernels import selective_log_softmax
-from videor1_kernels.testing import assert_matches
+from videor1_kernels.linear_logprob import reference, tiles
+from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse
 
 
 def naive(logits, index, temperature=1.0):
@@ -68,6 +69,71 @@ def test_banned_entries_and_large_logits():
     assert logp.item() == pytest.approx(-math.log(2))
     logp.sum().backward()
     assert logits.grad.tolist() == [[0.5, -0.5, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_of_a_block", [1, 4, 100])
+def test_gradients_against_the_oracle(dtype, rows_of_a_block, monkeypatch):
+    torch.manual_seed(0)
+    logits = (torch.randn(9, 300) * 5).to(dtype).requires_grad_()
+    index = torch.randint(300, (9, 3))
+    index[:, 2] = index[:, 0]  # repeated: its gradients add up
+    temperature, weight = torch.linspace(0.3, 2, 9), torch.randn(9, 3)
+    exact = logits.detach().double().requires_grad_()
+    item = 8 if dtype == torch.float64 else 4
+    monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", rows_of_a_block * 300 * item)
+
+    def gradient(values, logp):
+        return torch.autograd.grad((logp * weight.to(logp.dtype)).sum(), values)[0]
+
+    ours = selective_log_softmax(logits, index, temperature=temperature, backend="reference")
+    oracle = (exact / temperature.double()[:, None]).log_softmax(-1).gather(-1, index)
+    plain = (logits / temperature[:, None].to(dtype)).log_softmax(-1).gather(-1, index)
+    assert_matches(ours, oracle)
+    a, b, o = gradient(logits, ours), gradient(logits, plain), gradient(exact, oracle)
+    assert a.dtype == dtype
+    assert_matches(a, o)
+    assert_no_worse(a, b, o)
+
+
+def test_rows_without_gradient_are_exactly_zero():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 40)
+    logits[1:3] = torch.nan  # any arithmetic on these rows would show
+    logits.requires_grad_()
+    logp = selective_log_softmax(logits, torch.randint(40, (6, 2)), backend="reference")
+    grad = torch.ones(6, 2)
+    grad[1:4] = 0
+    (d_logits,) = torch.autograd.grad(logp, logits, grad)
+    assert (d_logits[1:4] == 0).all()
+    assert (d_logits[[0, 4, 5]] != 0).all()
+
+
+def test_logits_of_ten_thousand_keep_exact_probabilities():
+    logits = torch.tensor([[1e4, 1e4 - 1, -1e4, 9999.5], [-1e4, -1e4, -10001.0, -10002.0]], requires_grad=True)
+    index = torch.tensor([1, 2])
+    exact = logits.detach().double().requires_grad_()
+    ours, oracle = selective_log_softmax(logits, index), exact.log_softmax(1).gather(1, index[:, None])[:, 0]
+    assert_matches(ours, oracle)
+    assert_matches(*(torch.autograd.grad(y.sum(), x)[0] for x, y in ((logits, ours), (exact, oracle))))
+
+
+def test_no_copy_of_the_logits_is_made(monkeypatch):
+    monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", 64 * 1024)
+    logits, index = torch.randn(200, 512), torch.randint(512, (200, 1))
+    with LargestTensor() as seen:
+        reference.selective_forward(logits, index, 0.7)
+    assert seen.numel == 64 * 1024 // 4, seen.operation
+
+
+def test_non_contiguous_logits():
+    torch.manual_seed(0)
+    logits, index = torch.randn(40, 6), torch.randint(40, (6,))
+    strided = logits.T.requires_grad_()
+    plain = logits.T.contiguous().requires_grad_()
+    a, b = selective_log_softmax(strided, index), selective_log_softmax(plain, index)
+    assert_matches(a, b)
+    assert_matches(*(torch.autograd.grad(y.sum(), x)[0] for x, y in ((strided, a), (plain, b))))
 
 
 @pytest.mark.parametrize(

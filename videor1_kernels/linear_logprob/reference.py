@@ -9,11 +9,9 @@ The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from videor1_kernels.checks import IGNORED, compute_dtype
 from videor1_kernels.linear_logprob.tiles import CHUNK_BYTES, FAR_BELOW, RunningSoftmax, product, spans, tile_sizes
@@ -26,7 +24,6 @@ def forward(
     labels: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
-    tile_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [N, H], weight [V, H], labels [N], bias [V], temperature a float or [N] -> (logp, entropy, lse), each [N].
 
@@ -35,7 +32,7 @@ def forward(
     """
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
-    n, m = tile_sizes(len(live), weight, dtype, tile_rows)
+    n, m = tile_sizes(len(live), weight, dtype)
     softmax = RunningSoftmax(len(live), dtype, hidden.device)
     chosen = softmax.top.clone()  # the label's logit
     scratch = hidden.new_empty(n * m, dtype=dtype)
@@ -68,7 +65,6 @@ def backward(
     entropy: Tensor,
     lse: Tensor,
     needs: Sequence[bool],
-    tile_rows: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients through what :func:`forward` returned -> (d_hidden, d_weight, d_bias), each None where not needed.
 
@@ -77,7 +73,7 @@ def backward(
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden, weight, bias)
     live = _rows_with_gradient(labels, grad_logp, grad_entropy)
-    n, m = tile_sizes(len(live), weight, dtype, tile_rows)
+    n, m = tile_sizes(len(live), weight, dtype)
     lse_high = lse.to(dtype)
     lse_low = (lse.double() - lse_high).to(dtype)
     d_rows = torch.zeros(len(live), hidden.shape[1], dtype=dtype, device=hidden.device) if need_hidden else None
@@ -86,7 +82,7 @@ def backward(
     scratch = hidden.new_empty(n * m, dtype=dtype)
     for columns in spans(len(weight), m):
         head = weight[columns].to(dtype)
-        d_head = torch.zeros_like(head)
+        d_head = torch.zeros_like(head) if need_weight else None
         d_offset = head.new_zeros(len(head))
         for block in spans(len(live), n):
             rows = live[block]
@@ -109,11 +105,11 @@ def backward(
                 scores.scatter_add_(1, position, g.masked_fill(~here[:, None], 0.0))
             if d_rows is not None:
                 d_rows[block] += product(scores, head.T)
-            if need_weight:
+            if d_head is not None:
                 d_head += product(scores.T, x.T)
             if d_bias is not None:
                 d_offset += scores.sum(0)
-        if d_weight is not None:
+        if d_weight is not None and d_head is not None:
             d_weight[columns] = d_head
         if d_bias is not None:
             d_bias[columns] = d_offset
@@ -157,74 +153,6 @@ def selective_backward(
         probs.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, index[rows], g)
         d_logits[rows] = probs.to(logits.dtype)
     return d_logits
-
-
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    chunk_rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`forward` without lse, differentiable."""
-    logp, entropy, _ = _LinearLogprob.apply(hidden, weight, labels, bias, temperature, chunk_rows)
-    return logp, entropy
-
-
-def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Tensor) -> Tensor:
-    """logits [..., V], index [..., K], temperature a float or [rows] -> log-probabilities [..., K], differentiable."""
-    logp, _ = _Selective.apply(logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1]), temperature)
-    return logp.reshape(index.shape)
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        temperature: float | Tensor,
-        tile_rows: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logp, entropy, lse = forward(hidden, weight, labels, bias, temperature, tile_rows)
-        ctx.save_for_backward(
-            hidden, weight, labels, bias, temperature if isinstance(temperature, Tensor) else None, entropy, lse
-        )
-        ctx.temperature, ctx.tile_rows = temperature if not isinstance(temperature, Tensor) else None, tile_rows
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        return logp, entropy, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, bias, row_temperature, entropy, lse = ctx.saved_tensors
-        temperature = ctx.temperature if row_temperature is None else row_temperature
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        d_hidden, d_weight, d_bias = backward(
-            grad_logp, grad_entropy, hidden, weight, labels, bias, temperature, entropy, lse, needs, ctx.tile_rows
-        )
-        return d_hidden, d_weight, None, d_bias, None, None
-
-
-class _Selective(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        logp, lse = selective_forward(logits, index, temperature)
-        ctx.save_for_backward(logits, index, temperature if isinstance(temperature, Tensor) else None, lse)
-        ctx.temperature = temperature if not isinstance(temperature, Tensor) else None
-        ctx.mark_non_differentiable(lse)
-        return logp, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        logits, index, row_temperature, lse = ctx.saved_tensors
-        temperature = ctx.temperature if row_temperature is None else row_temperature
-        return selective_backward(grad, logits, index, temperature, lse), None, None
 
 
 def _logits(

@@ -1,0 +1,102 @@
+"""What linear_logprob costs on a CPU: memory beside F.linear + log_softmax + gather, products, conversions.
+
+Times are in benchmarks/: a machine that is busy with other work cannot tell them.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from videor1_kernels.linear_logprob import reference, tiles
+
+ROWS, HIDDEN, VOCAB = 4096, 1024, 32768
+MIB = 2**20
+# oneDNN keeps copies of its operands outside torch's allocator. Both operands and the result of the largest tile:
+UNSEEN = tiles.WEIGHT_BYTES["cpu"] + tiles.CHUNK_BYTES["cpu"] + tiles.CHUNK_ROWS["cpu"] * HIDDEN * 4
+
+
+def peak_bytes(call):
+    """The most bytes that torch's CPU allocator held at once for ``call``, its result included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del result
+    return peak
+
+
+def make(rows, hidden_size, vocab, dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, hidden_size), torch.randn(vocab, hidden_size) / hidden_size**0.5
+    return hidden.to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
+
+
+def naive(hidden, weight, labels):
+    return F.linear(hidden, weight).log_softmax(-1).gather(1, labels[:, None])
+
+
+def test_the_instrument():
+    logits = ROWS * 512 * 4
+    hidden, weight, labels = make(ROWS, 16, 512, torch.float32)
+    assert 2 * logits <= peak_bytes(lambda: naive(hidden, weight, labels)) <= 2.1 * logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_takes_a_tenth_of_the_memory(dtype):
+    hidden, weight, labels = make(ROWS, HIDDEN, VOCAB, dtype)
+    ours = peak_bytes(lambda: reference.forward(hidden, weight, labels, None, 1.0))
+    plain = 2 * ROWS * VOCAB * dtype.itemsize  # logits and their log-softmax
+    assert ours + UNSEEN <= plain / 10
+    assert ours + UNSEEN <= 40 * MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_takes_a_tenth_of_the_memory(dtype):
+    hidden, weight, labels = make(ROWS, 64, VOCAB, dtype)
+    grad, entropy, lse = torch.ones(ROWS), torch.ones(ROWS), torch.full((ROWS,), 10.0, dtype=torch.float64)
+    ours = peak_bytes(
+        lambda: reference.backward(grad, grad, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False))
+    )
+    plain = 2 * ROWS * VOCAB * dtype.itemsize  # autograd's log-softmax and its gradient
+    assert ours + UNSEEN - hidden.nbytes - weight.nbytes <= plain / 10
+
+
+class Work(TorchDispatchMode):
+    """Counts multiply-adds of products and elements converted from 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiplied = self.converted = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name in ("mkldnn._linear_pointwise.default", "aten.mm.default"):
+            self.multiplied += args[0].numel() * out.shape[1]
+        if name == "aten._to_copy.default" and args[0].dtype == torch.bfloat16:
+            self.converted += args[0].numel()
+        return out
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_nothing_is_multiplied_or_converted_twice(onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(tiles, "_onednn", lambda: False)
+    rows, hidden_size, vocab = 700, 8, 9000
+    hidden, weight, labels = make(rows, hidden_size, vocab, torch.bfloat16)
+    with Work() as forward:
+        _, entropy, lse = reference.forward(hidden, weight, labels, None, 1.0)
+    with Work() as backward:
+        reference.backward(
+            torch.ones(rows), None, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False)
+        )
+    passes = -(-vocab // tiles.tile_sizes(rows, weight, torch.float32)[1])
+    assert passes == 5
+    assert forward.multiplied == rows * hidden_size * vocab
+    assert backward.multiplied == 3 * rows * hidden_size * vocab
+    assert forward.converted == backward.converted == vocab * hidden_size + passes * rows * hidden_size
