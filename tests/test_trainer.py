@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from videor1.model import VideoLM
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.trainer import Trainer
 from videor1.types import Completion, Group, Prompt
+from videor1_kernels import last_backend
 
 
 class Opened:
@@ -343,3 +345,34 @@ def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_
         "temporal/bonus", "sampling/sampling_logp_difference/mean", "data/draws", "data/skipped", "nonfinite_steps",
     }  # fmt: skip
     assert names <= row.keys()
+
+
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+def test_same_trajectory_on_the_kernels_as_on_the_references(
+    importance_level: str, assets: Assets, tmp_path: Path
+) -> None:
+    """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
+    operations = ("linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
+    options: dict[str, Any] = {
+        "max_steps": 3, "num_iterations": 3, "clip_low": 0.2, "clip_high": 0.2, "importance_level": importance_level,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    ends = {}
+    for kernels in ("reference", "triton"):
+        final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()
+        assert [last_backend(op) for op in operations] == [kernels] * 3
+        ends[kernels] = weights(final)
+    start = weights(assets.model)
+    # Adam divides by the gradient's own size, so where that is next to 0 rounding decides the step: all entries
+    # together are compared.
+    apart, moved = (
+        math.sqrt(sum(float((ends["reference"][name] - other[name]).square().sum()) for name in start))
+        for other in (ends["triton"], start)
+    )
+    assert moved > 0.01
+    assert apart < 5e-3 * moved
+    rows = [metrics(tmp_path / kernels) for kernels in ("reference", "triton")]
+    assert len(rows[0]) == 3
+    for a, b in zip(*rows, strict=True):
+        for key in ("loss", "grad_norm", "kl", "entropy", "reward", "temporal/p", "clip_ratio/region_mean"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key

@@ -25,8 +25,9 @@ class Scored:
     result: Advantages
 
 
-def score_groups(groups: Sequence[Group], config: TrainConfig) -> Scored:
-    """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones."""
+def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
+    """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones, worked out on
+    ``device``. All that is returned is on the CPU."""
     answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
     accuracy, form = (
         torch.tensor(rewards).reshape(len(groups), -1)
@@ -40,10 +41,10 @@ def score_groups(groups: Sequence[Group], config: TrainConfig) -> Scored:
             row[i] = accuracy_reward(completion.text, truth, kind, lenient=reward.lenient)
     lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     result = tgrpo_advantages(
-        accuracy,
-        form,
-        lengths,
-        shuffled if shuffled.shape[1] else None,
+        accuracy.to(device),
+        form.to(device),
+        lengths.to(device),
+        shuffled.to(device) if shuffled.shape[1] else None,
         rule=temporal.rule,
         alpha=temporal.alpha,
         mu=temporal.mu,
@@ -53,5 +54,7 @@ def score_groups(groups: Sequence[Group], config: TrainConfig) -> Scored:
         length_range=reward.length_range,
         normalize=config.normalize,
         eps=config.advantage_eps,
+        backend=config.kernels,
     )
-    return Scored(accuracy, form, lengths, shuffled, result)
+    values = (result.advantages, result.rewards, result.temporal, result.p, result.p_shuffled)
+    return Scored(accuracy, form, lengths, shuffled, Advantages(*(value.cpu() for value in values)))

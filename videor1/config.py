@@ -160,6 +160,8 @@ class CommonConfig:
     """Recompute activations in the backward pass."""
     bf16: bool | None = None
     """Compute in bf16 with fp32 master weights; default: on a GPU yes, on CPU no."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Who computes log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 

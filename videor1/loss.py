@@ -59,11 +59,16 @@ def predicting_states(model: VideoLM, packed: Packed, features: Sequence[Tensor]
 
 
 def completion_logp(
-    model: VideoLM, packed: Packed, *, temperature: float = 1.0, features: Sequence[Tensor] | None = None
+    model: VideoLM,
+    packed: Packed,
+    *,
+    temperature: float = 1.0,
+    features: Sequence[Tensor] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Log-probs [N] of the completions' tokens, fp32, nats."""
     hidden = predicting_states(model, packed, features)
-    return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature)[0]
+    return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature, backend=backend)[0]
 
 
 def tgrpo_loss(
@@ -103,6 +108,7 @@ def tgrpo_loss(
         temperature=config.temperature,
         max_completion_length=config.max_completion_length,
         num_tokens=num_tokens,
+        backend=config.kernels,
     )
 
 
@@ -120,6 +126,6 @@ def loss_weight(loss_type: str, completions: int, all_completions: int, micro_ba
     }[loss_type]
 
 
-def sft_loss(model: VideoLM, packed: Packed, num_tokens: int) -> Tensor:
+def sft_loss(model: VideoLM, packed: Packed, num_tokens: int, backend: str = "auto") -> Tensor:
     """Sum of the cross-entropy over the answers' tokens, divided by ``num_tokens`` of the accumulated batch."""
-    return -completion_logp(model, packed).sum() / num_tokens
+    return -completion_logp(model, packed, backend=backend).sum() / num_tokens

@@ -75,7 +75,7 @@ class SFTTrainer(Loop[SFTConfig]):
         def losses() -> Iterator[Tensor]:
             for row in rows:
                 packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
-                yield sft_loss(self.model, packed, tokens)
+                yield sft_loss(self.model, packed, tokens, self.config.kernels)
 
         def metrics() -> dict[str, Any]:
             everything = sum(len(example) for row in rows for example in row)

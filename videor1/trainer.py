@@ -57,7 +57,7 @@ class Trainer(Loop[TrainConfig]):
         clock.lap("time/data")
         groups, features = self.rollout(prompts)
         clock.lap("time/rollout")
-        scored = score_groups(groups, config)
+        scored = score_groups(groups, config, self.model.device)
         self._write_rollouts(groups, scored)
         clock.lap("time/reward")
 
@@ -151,7 +151,9 @@ class Trainer(Loop[TrainConfig]):
         if not self.config.beta:
             return None
         with self.model.as_reference(self.frozen) as reference:
-            return completion_logp(reference, row, temperature=self.config.temperature, features=features)
+            return completion_logp(
+                reference, row, temperature=self.config.temperature, features=features, backend=self.config.kernels
+            )
 
     def _metrics(
         self,
