@@ -86,18 +86,19 @@ def row_gradient_kernel(logits, out, index, bias, scale, top, log_total, grad, e
         spread = tl.load(entropy + row)
         active = active | (e != 0)
     if active:
-        # The chosen entries are read before their block may be overwritten, and written after it.
-        z = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        # The chosen entries are read before their block may be overwritten, and written after it. Their names are their
+        # own: a name of one shape before a loop cannot have another in it.
+        z_k = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            z += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
+            z_k += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
         same = tl.zeros((BLOCK_K,), tl.float32)  # an entry chosen several times gets the sum of its gradients
         for k in range(0, K):
             same += tl.where(chosen == tl.load(index + row * K + k), tl.load(grad + row * K + k), 0.0)
-        lp = (z - m) * t - log_sum
-        p = tl.exp2(lp * LOG2E)
-        d = same - gain * p
+        lp_k = (z_k - m) * t - log_sum
+        p_k = tl.exp2(lp_k * LOG2E)
+        d = same - gain * p_k
         if ENTROPY:
-            d -= e * p * (tl.where(lp < LOWEST, LOWEST, lp) + spread)
+            d -= e * p_k * (tl.where(lp_k < LOWEST, LOWEST, lp_k) + spread)
         d *= t
         for first in range(0, V, BLOCK):
             columns = first + tl.arange(0, BLOCK)
@@ -124,9 +125,10 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (logp [R, K], entropy [R] or empty, top [R], log_total [R]), fp32.
 
-    logits [R, V], unit stride in V; index int64 [R, K] contiguous; scale fp32 [R]: 1 / temperature.
+    logits [R, V], unit stride in V; index int64 [R, K]; scale fp32 [R], contiguous: 1 / temperature.
     """
     (rows, vocabulary), entries = logits.shape, index.shape[1]
+    index, bias = index.contiguous(), None if bias is None else bias.contiguous()
     logp = logits.new_empty((rows, entries), dtype=torch.float32)
     spread, top, log_total = (logits.new_empty(n, dtype=torch.float32) for n in (rows if entropy else 0, rows, rows))
     if rows:
@@ -154,12 +156,13 @@ def row_gradient(
 ) -> None:
     """d_logits into ``out`` [len(source) or R, V]; see the kernel for what may share memory.
 
-    grad fp32 [R, K] contiguous; entropy, grad_entropy fp32 [R], both or none; source int64: the row that each output
+    grad fp32 [R, K]; entropy, grad_entropy fp32 [R], both or none; source int64: the row that each output
     row is made from. A row whose gradients are all 0 becomes exactly 0 and its logits are not read.
     """
     entries = index.shape[1]
     if not len(out):
         return
+    index, bias, grad = index.contiguous(), None if bias is None else bias.contiguous(), grad.contiguous()
     row_gradient_kernel[(len(out),)](
         logits, out, index, logits if bias is None else bias, scale, top, log_total, grad,
         scale if entropy is None else entropy, scale if grad_entropy is None else grad_entropy,
