@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from videor1_kernels.checks import check_choice
 
@@ -76,6 +78,18 @@ def resolve(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
     chosen = _choose(op, backend, torch.device(device), dtype)
     _last[op] = chosen.backend
     return importlib.import_module(chosen.what) if isinstance(chosen.what, str) else chosen.what
+
+
+@contextmanager
+def running_on(values: Tensor) -> Iterator[None]:
+    """Run an implementation on the device of ``values``, in the dtypes it asks for: autocast would round its products,
+    and Triton launches on the current device."""
+    with torch.autocast(values.device.type, enabled=False):
+        if values.is_cuda:
+            with torch.cuda.device(values.device):
+                yield
+        else:
+            yield
 
 
 def chosen_backend(

@@ -34,7 +34,8 @@ def tgrpo_advantages_op(
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     run = dispatch.resolve("tgrpo_advantages", backend, accuracy.device, dtype)
     options = Options(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
-    return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options)
+    with dispatch.running_on(accuracy):
+        return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options)
 
 
 @tgrpo_advantages_op.register_fake

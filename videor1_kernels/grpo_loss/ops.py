@@ -14,6 +14,18 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
 from videor1_kernels.grpo_loss.reference import Options
+from videor1_kernels.linear_logprob.products import times
+
+
+@torch.library.custom_op("videor1::scale", mutates_args=())
+def scale_op(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, a scalar. An operator, so that a second derivative is an error and not a missing term."""
+    return times(gradient, factor, dtype)
+
+
+@scale_op.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
 @torch.library.custom_op("videor1::grpo_loss", mutates_args=())
@@ -41,7 +53,8 @@ def grpo_loss_op(
     options = Options(
         loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
-    return tuple(run.grpo_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
+    with dispatch.running_on(logp):
+        return tuple(run.grpo_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
 
 
 @grpo_loss_op.register_fake
@@ -60,7 +73,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
     (coefficient,) = ctx.saved_tensors
-    return (None if grad is None else (grad * coefficient).to(ctx.dtype), *[None] * 14)
+    return (None if grad is None else scale_op(coefficient, grad, ctx.dtype), *[None] * 14)
 
 
 grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
@@ -101,7 +114,7 @@ def linear_grpo_loss_op(
     options = Options(
         loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with dispatch.running_on(hidden):
         result = run.linear_grpo_loss(
             hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias,
             temperature if temperatures is None else temperatures, options, needs,
@@ -140,17 +153,10 @@ def _differentiate_linear(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[
     *gradients, norm = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
     d_hidden, d_weight, d_bias = (
-        None if grad is None or not need else _times(g, grad * norm, dtype)
+        None if grad is None or not need else scale_op(g, grad * norm, dtype)
         for g, need, dtype in zip(gradients, needed, ctx.dtypes, strict=True)
     )
     return d_hidden, d_weight, None, None, None, None, None, d_bias, *[None] * 12
-
-
-def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once to ``dtype``, without a second tensor of the wider one."""
-    if gradient.dtype == dtype:
-        return gradient * factor.to(dtype) if dtype.itemsize > 2 else (gradient * factor).to(dtype)
-    return torch.mul(gradient, factor, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
 
 
 linear_grpo_loss_op.register_autograd(_differentiate_linear, setup_context=_save_linear)

@@ -31,7 +31,7 @@ def linear_logprob_op(
     check_temperature(op, temperatures)
     dtype = compute_dtype(hidden, weight, bias)
     run = dispatch.resolve(op, backend, hidden.device, dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with dispatch.running_on(hidden):
         return run.forward(hidden, weight, labels, bias, temperature if temperatures is None else temperatures)
 
 
@@ -66,7 +66,7 @@ def linear_logprob_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (d_hidden, d_weight, d_bias); an empty tensor for each that ``needs`` leaves out."""
     run = dispatch.resolve("linear_logprob", backend, hidden.device, compute_dtype(hidden, weight, bias))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with dispatch.running_on(hidden):
         gradients = run.backward(
             grad_logp, grad_entropy, hidden, weight, labels, bias,
             temperature if temperatures is None else temperatures, entropy, lse, needs,
@@ -122,7 +122,7 @@ def selective_op(
     check_indices(op, "index", index, logits.shape[1])
     check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, logits.device, compute_dtype(logits))
-    with torch.autocast(logits.device.type, enabled=False):
+    with dispatch.running_on(logits):
         return run.selective_forward(logits, index, temperature if temperatures is None else temperatures)
 
 
@@ -148,7 +148,7 @@ def selective_backward_op(
 ) -> Tensor:
     """grad, index [R, K], logits [R, V] -> d_logits [R, V]."""
     run = dispatch.resolve("selective_log_softmax", backend, logits.device, compute_dtype(logits))
-    with torch.autocast(logits.device.type, enabled=False):
+    with dispatch.running_on(logits):
         return run.selective_backward(
             grad, logits, index, temperature if temperatures is None else temperatures, statistics
         )
