@@ -43,7 +43,7 @@ def grpo_loss(
     options: Options,
 ) -> Result:
     """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
-    boundaries = cu_seqlens.long()
+    boundaries = cu_seqlens.long().contiguous()
     tokens = boundaries.diff()  # [S]
     if mask is not None:
         counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
@@ -119,7 +119,7 @@ def linear_grpo_loss(
     counted = torch.cat([boundaries.new_zeros(1), keep.long().cumsum(0)])
     tokens = counted[boundaries].diff()  # [S]
     # Without a KL term a completion of advantage 0 has no gradient: its rows only need their statistics.
-    dead = (advantages == 0) if options.beta == 0 and any(needs) else torch.zeros_like(advantages, dtype=torch.bool)
+    dead = (advantages.float() == 0) & (options.beta == 0 and any(needs))
     dead_row = dead.repeat_interleave(boundaries.diff(), output_size=size)
     order = torch.cat([(keep & ~dead_row).nonzero()[:, 0], (keep & dead_row).nonzero()[:, 0]])
     spans, live = _spans(tokens.tolist(), dead.tolist())
@@ -137,7 +137,7 @@ def linear_grpo_loss(
     logp, entropy, coefficient = (torch.zeros(len(order), dtype=torch.float32, device=device) for _ in range(3))
     gradients = HeadGradients(rows.hidden, head_weight, needs)
     norm = _norm(rows)
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(3, dtype=torch.float32, device=device)
     if any(needs):
         with_gradient = _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
     else:
@@ -251,11 +251,18 @@ def _live_first(coefficient: Tensor) -> Tensor:
 
 def _norm(rows: _Rows) -> Tensor:
     """What the coefficients are divided by while they pass through 16 bits: fp16 would lose those under 6e-8."""
-    one = torch.ones((), device=rows.hidden.device)
+    one = torch.ones((), dtype=torch.float32, device=rows.hidden.device)
     if rows.hidden.dtype != torch.float16 or not rows.spans:
         return one
-    share = rows.tokens.clamp(min=1) if rows.options.loss_type == "grpo" else rows.whole.clamp(min=1)
-    return power_of_two(rows.advantages.float().abs().max().clamp(min=1) / (share.min() * len(rows.tokens)))
+    options, completions = rows.options, len(rows.tokens)
+    shortest = torch.where(rows.tokens > 0, rows.tokens, rows.whole).min()
+    divisor = {  # the smallest that a token's term has
+        "grpo": shortest * completions,
+        "bnpo": rows.whole,
+        "dr_grpo": completions * (options.max_completion_length or 0),
+        "dapo": options.num_tokens or 0,
+    }[options.loss_type]
+    return power_of_two(rows.advantages.float().abs().max().clamp(min=1) / divisor)
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:

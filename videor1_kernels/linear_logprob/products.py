@@ -98,14 +98,26 @@ class HeadGradients:
 def power_of_two(values: Tensor) -> Tensor:
     """The power of two next to the largest magnitude, fp32 scalar; 1 where all are 0: dividing by it rounds nothing."""
     largest = values.detach().abs().max().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
-    exponent = torch.frexp(torch.where((largest > 0) & largest.isfinite(), largest, 1.0))[1]
-    return torch.ldexp(torch.ones((), device=values.device), exponent)
+    used = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return used / torch.frexp(used)[0]  # exact, unlike a power
+
+
+def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor (a scalar) in the wider of their dtypes, rounded once to ``dtype``; no second large tensor.
+
+    On CUDA a factor without dimensions would be rounded to a 16-bit gradient's dtype first, where 1e-8 is 0; a CPU
+    keeps it whole, and would make a second tensor for one with dimensions.
+    """
+    if gradient.dtype == dtype and gradient.device.type == "cpu":
+        return gradient * factor
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor.reshape(1), out=out)
 
 
 @functools.cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds a product of 16-bit operands to an fp32 matrix: versions differ, and say so by raising."""
-    total = torch.ones((16, 16), device=device)
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
     ones = torch.ones((16, 16), dtype=dtype, device=device)
     try:
         torch.ops.aten.addmm.dtype_out(total, ones, ones, torch.float32, out=total)

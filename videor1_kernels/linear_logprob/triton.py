@@ -20,6 +20,7 @@ from videor1_kernels.linear_logprob.products import (
     narrow_rows,
     power_of_two,
     product,
+    times,
 )
 from videor1_kernels.linear_logprob.triton_forward import product_statistics
 from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
@@ -112,7 +113,7 @@ def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor
     """logits [R, V], index [R, K] -> (logp [R, K], stats [2, R]: the maximum, and the log of the sum above it)."""
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     logp, _, top, log_total = row_statistics(
-        rows, index.contiguous(), None, inverse(temperature, logits), entropy=False
+        rows, index, None, inverse(temperature, logits), entropy=False
     )
     return logp, torch.stack([top, log_total])
 
@@ -124,8 +125,7 @@ def selective_backward(
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     row_gradient(
-        rows, out, index.contiguous(), None, inverse(temperature, logits), stats[0], stats[1],
-        grad.float().contiguous(),
+        rows, out, index, None, inverse(temperature, logits), stats[0], stats[1], grad.float()
     )  # fmt: skip
     return out
 
@@ -139,4 +139,4 @@ def inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
 
 def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """gradient * factor in fp32, then of ``dtype``."""
-    return None if gradient is None else (gradient * factor).to(dtype)
+    return None if gradient is None or dtype is None else times(gradient, factor, dtype)

@@ -60,7 +60,11 @@ def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
 
 
 def _addressable(*operands: Tensor) -> bool:
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]  # not rows that overlap: an expanded one
+        for x in operands
+    )  # fmt: skip
 
 
 @triton.jit
@@ -159,6 +163,7 @@ def merge_tiles(parts, label_logit, scale, logp, entropy, lse, N, tiles_v, plane
         inside = (tiles < tiles_v)[:, None] & here[None, :]
         m = tl.load(at, mask=inside, other=LOWEST)
         s = tl.load(at + plane, mask=inside, other=0.0)
+        s = tl.where(m > LOWEST, s, 0.0)  # a tile of banned tokens alone: its differences are of LOWEST with itself
         d = tl.load(at + plane + plane, mask=inside, other=0.0)
         new = tl.maximum(top, tl.max(m, 0))
         shrink = tl.exp2((top - new) * t * LOG2E)
@@ -183,6 +188,7 @@ def product_statistics(
     temperature. N of 1 or more.
     """
     (rows, size), vocabulary = hidden.shape, weight.shape[0]
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     tile = tile or tile_for(hidden, weight)
     tiles_n, tiles_v = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
     parts = hidden.new_empty((3, tiles_v, rows), dtype=torch.float32)
