@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
 #   benchmarks/gpu.sh kernels
+#   benchmarks/gpu.sh tune      sweeps the tile sizes instead: no tests, no other libraries
 # The JSON file goes to $OUT (default benchmarks/results). BENCH_COMMIT names the commit where there is no repository,
-# TESTS the tests to run (default tests/kernels). SECONDS_FOR_TESTS bounds these; once SECONDS_FOR_BENCHMARKS have gone
-# by, other libraries' remaining rows are left out (ours and plain torch are measured first, and always).
+# TESTS the tests to run (default: those of the Triton backend and of the operators). SECONDS_FOR_TESTS bounds these;
+# once SECONDS_FOR_BENCHMARKS have gone by, other libraries' remaining rows are left out (ours and plain torch are
+# measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels"}
+part=${1:?"which part: kernels or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
@@ -16,16 +18,19 @@ mkdir -p "$out"
     echo "gpu.sh: expected a CUDA device that torch can use, found none" >&2
     exit 2
 }
+if [ "$part" = tune ]; then
+    exec "$python" -m benchmarks.tune --out "$out"
+fi
 tests="not run"
 if [ "$part" = kernels ] && "$python" -c "import pytest" 2>/dev/null; then
     tests=passed
     # confcutdir: the trainer's fixtures need packages that the kernels do not
-    timeout "${SECONDS_FOR_TESTS:-150}" "$python" -m pytest -x -q --durations=5 --confcutdir=tests/kernels \
-        ${TESTS:-tests/kernels} >"$out/tests.log" 2>&1 || tests=failed
+    timeout "${SECONDS_FOR_TESTS:-240}" "$python" -m pytest -x -q --durations=5 --confcutdir=tests/kernels \
+        ${TESTS:-tests/kernels/test_triton_*.py tests/kernels/test_ops.py} >"$out/tests.log" 2>&1 || tests=failed
     tail -n 15 "$out/tests.log"
 fi
 "$python" -m benchmarks.run "$part" --device cuda --record "$out" --tests "$tests" \
-    --seconds "${SECONDS_FOR_BENCHMARKS:-300}"
+    --seconds "${SECONDS_FOR_BENCHMARKS:-240}"
 status=$?
 [ "$tests" != failed ] || { echo "the kernels' tests failed: $out/tests.log" >&2; status=1; }
 exit $status

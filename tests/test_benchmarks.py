@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, oracle, peers, report, run, shapes
+from benchmarks import measure, oracle, peers, report, run, shapes, tune
 from benchmarks.cases import OURS, Case, Contender, Work, pairs
 from benchmarks.measure import Ceilings, Clock, GateFailure, plain_stopwatch
 from benchmarks.record import REQUIRED, Record, load
@@ -286,3 +287,25 @@ def test_gpu_script_without_a_card():
     )  # fmt: skip
     assert done.returncode == 2
     assert "expected a CUDA device" in done.stderr
+
+
+def test_a_sweep_says_which_variants_are_wrong_or_do_not_run() -> None:
+    right = torch.arange(3.0)
+
+    def broken() -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    variants = [("a", lambda: right), ("b", lambda: right + 1), ("c", broken), ("d", lambda: right + 1e-4)]
+    rows = tune.sweep(iter(variants), 1e9, CPU, 2)
+    assert ["failed" in row for row in rows] == [False, True, True, False]
+    assert "away from the first" in rows[1]["failed"]
+    assert "shared memory" in rows[2]["failed"]
+    assert rows[0]["ms"] > 0
+
+
+def test_the_sweeps_variants_compute_the_same() -> None:
+    inputs = shapes.head_inputs(shapes.Size("tiny", 16, 8, 70, 8, torch.float16), CPU)
+    for variants in (tune.forward_variants(inputs), tune.loss_variants(inputs, (4,)), tune.row_variants(inputs)):
+        rows = tune.sweep(itertools.islice(variants, 3), 1.0, CPU, 1)
+        assert not any("failed" in row for row in rows)
+        assert len(rows) >= 2
