@@ -84,7 +84,7 @@ def selective_log_softmax(
     temperatures, scalar = split_temperature(op, temperature, logits)
     entries = 1 if single else index.shape[-1]
     logp, _ = selective_op(
-        logits.reshape(-1, logits.shape[-1]), index.reshape(-1, entries), temperatures, scalar, backend
+        logits.reshape(-1, logits.shape[-1]), index.reshape(rows.numel(), entries), temperatures, scalar, backend
     )
     return logp.reshape(index.shape)
 
