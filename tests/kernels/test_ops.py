@@ -177,7 +177,7 @@ OPTIONS = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    (hidden, weight, _), labels = case()
+    (hidden, weight, bias), labels = case()
     temperatures = torch.linspace(0.5, 2, 9, device=DEVICE)
     advantages, lp = torch.tensor([1.0, 0.0, -1.0], device=DEVICE), -torch.rand(9, device=DEVICE)
     checks = [
@@ -203,7 +203,8 @@ def test_opcheck(backend):
         (
             tgrpo_advantages_op,
             (torch.rand(2, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE),
-             torch.randint(9, (2, 3), device=DEVICE), torch.rand(2, 2, device=DEVICE), "margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4,
+             torch.randint(9, (2, 3), device=DEVICE), torch.rand(2, 2, device=DEVICE),
+             "margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4,
              "reward", backend),
         ),
     ]  # fmt: skip

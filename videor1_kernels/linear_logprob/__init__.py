@@ -7,14 +7,14 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import check_number, check_tensor, compute_dtype, fail
-from videor1_kernels.linear_logprob import reference
+from videor1_kernels.linear_logprob import reference, reference_selective
 from videor1_kernels.linear_logprob.ops import linear_logprob_op, selective_op
 
 __all__ = ["linear_logprob", "selective_log_softmax"]
 
-for _op in ("linear_logprob", "selective_log_softmax"):
+for _op, _reference in (("linear_logprob", reference), ("selective_log_softmax", reference_selective)):
     dispatch.register_triton(_op, "videor1_kernels.linear_logprob.triton")
-    dispatch.register(_op, "reference", reference)
+    dispatch.register(_op, "reference", _reference)
 
 
 def linear_logprob(

@@ -132,7 +132,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(logits)
     chosen = dispatch.chosen_backend("selective_log_softmax", logits.device, backend, dtype)
-    kept = (len(logits),) if chosen == "reference" else (2, len(logits))
+    kept = (0,) if chosen == "reference" else (2, len(logits))
     return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(kept, dtype=dtype)
 
 

@@ -8,13 +8,13 @@ The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-from videor1_kernels.linear_logprob.tiles import CHUNK_BYTES, FAR_BELOW, RunningSoftmax, product, spans, tile_sizes
+from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, product, spans, tile_sizes
 
 
 @torch.no_grad()
@@ -120,41 +120,6 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-@torch.no_grad()
-def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """logits [R, V], index [R, K], temperature a float or [R] -> (logp [R, K], lse [R]), of the compute dtype."""
-    dtype = compute_dtype(logits)
-    logp = torch.empty(index.shape, dtype=dtype, device=logits.device)
-    lse = torch.empty(len(logits), dtype=dtype, device=logits.device)
-    for rows in _whole_rows(logits, dtype):
-        scores = _scaled(logits, temperature, rows, dtype)  # [n, V]
-        top = scores.amax(1, keepdim=True)
-        scores -= top
-        chosen = scores.gather(1, index[rows])
-        log_total = scores.exp_().sum(1, keepdim=True).log_()
-        logp[rows] = chosen - log_total
-        lse[rows] = (top + log_total)[:, 0]
-    return logp, lse
-
-
-@torch.no_grad()
-def selective_backward(
-    grad: Tensor, logits: Tensor, index: Tensor, temperature: float | Tensor, lse: Tensor
-) -> Tensor:
-    """grad, index [R, K], logits [R, V], lse [R] -> d_logits [R, V] of the logits' dtype; repeated entries add up."""
-    dtype = compute_dtype(logits)
-    d_logits = torch.zeros_like(logits)
-    live = (grad != 0).any(1).nonzero()[:, 0]
-    for block in _whole_rows(logits, dtype, len(live)):
-        rows = live[block]
-        g = grad[rows].to(dtype) / _at(temperature, rows)
-        probs = _scaled(logits, temperature, rows, dtype).sub_(lse[rows, None].to(dtype)).exp_()  # [n, V]
-        probs.div_(probs.sum(1, keepdim=True))  # they were wrong by the rounding of lse
-        probs.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, index[rows], g)
-        d_logits[rows] = probs.to(logits.dtype)
-    return d_logits
-
-
 def _logits(
     x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, temperature: float | Tensor, rows: Tensor
 ) -> Tensor:
@@ -162,12 +127,6 @@ def _logits(
     if bias is not None:
         logits += bias[columns].to(logits.dtype)
     return _divide(logits, _at(temperature, rows))
-
-
-def _scaled(logits: Tensor, temperature: float | Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor: these rows over their temperatures."""
-    part = logits[rows].to(dtype, copy=isinstance(rows, slice))
-    return _divide(part, _at(temperature, rows))
 
 
 def _divide(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -190,8 +149,3 @@ def _rows_with_gradient(labels: Tensor, *grads: Tensor | None) -> Tensor:
         if grad is not None:
             active |= grad != 0
     return (active & (labels != IGNORED)).nonzero()[:, 0]
-
-
-def _whole_rows(logits: Tensor, dtype: torch.dtype, rows: int | None = None) -> Iterator[slice]:
-    budget = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cpu"])
-    return spans(len(logits) if rows is None else rows, max(1, budget // (logits.shape[1] * dtype.itemsize)))
