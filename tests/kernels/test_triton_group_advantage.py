@@ -92,16 +92,17 @@ def test_shapes(prompts, size, others):
 
 
 def test_equal_groups_are_exactly_zero():
-    """Whatever the rounding of their sums: 0.1 + 0.7 and 0.2 + 0.6, and a mean that is not one of the rewards."""
+    """Whatever the rounding of their sums: 0.1 + 1.2 and 0.3 + 1.0, and a mean that is not one of the rewards."""
     thirds = torch.full((4, 7), 1 / 3, device=DEVICE)
-    tenths = torch.arange(1, 8, device=DEVICE)[None] / 10
+    tenths = torch.arange(1, 8, dtype=torch.float64, device=DEVICE)[None] / 10
+    rest, tenths = (1.3 - tenths).float(), tenths.float()
     lengths = torch.zeros(4, 7, dtype=torch.int64, device=DEVICE)
     assert (check((thirds, thirds / 7, lengths, None))[0] == 0).all()
     for options in OPTIONS:
-        equal = check((tenths, tenths.flip(1), lengths[:1], None), False, correct_above=1.0, **options)
+        equal = check((tenths, rest, lengths[:1], None), False, correct_above=1.0, **options)
         assert equal[1].unique().numel() > 1
         assert (equal[0] == 0).all()
-        different = check((tenths, 1.00001 * tenths.flip(1), lengths[:1], None), False, correct_above=1.0, **options)
+        different = check((tenths, 1.00001 * rest, lengths[:1], None), False, correct_above=1.0, **options)
         assert (different[0] != 0).any()
     # All correct: the bonus, the same for all, moves no advantage, and applied to the advantage it is all of it.
     ones = torch.ones(2, 6, device=DEVICE)
