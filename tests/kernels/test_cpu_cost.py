@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from videor1_kernels.linear_logprob import reference, tiles
 
@@ -83,9 +83,18 @@ class Work(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_nothing_is_multiplied_or_converted_twice(onednn, monkeypatch):
-    if not onednn:
+@pytest.mark.parametrize("way", ["bf16", "onednn", "mm"])
+def test_nothing_is_multiplied_or_converted_twice(way, monkeypatch):
+    """``bf16`` has a stand-in for csrc/bf16_product.cpp: its bookkeeping is tested on every CPU."""
+    unconverted = []
+
+    def stand_in(a, b):
+        unconverted.append(a.numel() * len(b))
+        with _disable_current_modes():
+            return a.float() @ b.float().T
+
+    monkeypatch.setattr(tiles, "bf16_product", lambda: stand_in if way == "bf16" else None)
+    if way == "mm":
         monkeypatch.setattr(tiles, "_onednn", lambda: False)
     rows, hidden_size, vocab = 700, 8, 9000
     hidden, weight, labels = make(rows, hidden_size, vocab, torch.bfloat16)
@@ -97,6 +106,13 @@ def test_nothing_is_multiplied_or_converted_twice(onednn, monkeypatch):
         )
     passes = -(-vocab // tiles.tile_sizes(rows, weight, torch.float32)[1])
     assert passes == 5
-    assert forward.multiplied == rows * hidden_size * vocab
-    assert backward.multiplied == 3 * rows * hidden_size * vocab
-    assert forward.converted == backward.converted == vocab * hidden_size + passes * rows * hidden_size
+    product, converted = rows * hidden_size * vocab, vocab * hidden_size + passes * rows * hidden_size
+    if way == "bf16":
+        assert sum(unconverted) == 2 * product
+        assert forward.multiplied == forward.converted == 0
+        assert backward.multiplied == 2 * product
+    else:
+        assert forward.multiplied == product
+        assert forward.converted == converted
+        assert backward.multiplied == 3 * product
+    assert backward.converted == converted

@@ -3,7 +3,8 @@
 N rows, H hidden, V vocabulary. z = (x W^T + b) / t, p = softmax(z), E = -sum p log p. With incoming gradients g (of
 logp) and e (of E):  dz_v = g (1[v = label] - p_v) - e p_v (log p_v + E),  dx = dz W / t,  dW = (dz / t)^T x.
 
-The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are converted, tile by tile.
+The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are converted, tile by tile. bf16
+logits alone may be multiplied without conversion, where a CPU does so exactly and sums in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, product, spans, tile_sizes
+from videor1_kernels.linear_logprob.tiles import (
+    FAR_BELOW,
+    RunningSoftmax,
+    operand_dtype,
+    product,
+    spans,
+    tile_sizes,
+)
 
 
 @torch.no_grad()
@@ -33,14 +41,15 @@ def forward(
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
     n, m = tile_sizes(len(live), weight, dtype)
+    operand = operand_dtype(hidden, weight, dtype)
     softmax = RunningSoftmax(len(live), dtype, hidden.device)
     chosen = softmax.top.clone()  # the label's logit
     scratch = hidden.new_empty(n * m, dtype=dtype)
     for columns in spans(len(weight), m):
-        head = weight[columns].to(dtype)
+        head = weight[columns].to(operand)
         for block in spans(len(live), n):
             rows = live[block]
-            logits = _logits(hidden[rows].to(dtype), head, bias, columns, temperature, rows)  # [n, m]
+            logits = _logits(hidden[rows].to(operand), head, bias, columns, temperature, rows)  # [n, m]
             here, position = _labels_within(labels[rows], columns)
             chosen[block] = torch.where(here, logits.gather(1, position)[:, 0], chosen[block])
             softmax.add(block, logits, scratch[: logits.numel()].view_as(logits))
@@ -74,6 +83,7 @@ def backward(
     dtype = compute_dtype(hidden, weight, bias)
     live = _rows_with_gradient(labels, grad_logp, grad_entropy)
     n, m = tile_sizes(len(live), weight, dtype)
+    operand = operand_dtype(hidden, weight, dtype)
     lse_high = lse.to(dtype)
     lse_low = (lse.double() - lse_high).to(dtype)
     d_rows = torch.zeros(len(live), hidden.shape[1], dtype=dtype, device=hidden.device) if need_hidden else None
@@ -81,12 +91,13 @@ def backward(
     d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
     scratch = hidden.new_empty(n * m, dtype=dtype)
     for columns in spans(len(weight), m):
-        head = weight[columns].to(dtype)
-        d_head = torch.zeros_like(head) if need_weight else None
-        d_offset = head.new_zeros(len(head))
+        head = weight[columns].to(operand)
+        wide_head = head.to(dtype) if need_hidden else None
+        d_head = torch.zeros_like(head, dtype=dtype) if need_weight else None
+        d_offset = head.new_zeros(len(head), dtype=dtype)
         for block in spans(len(live), n):
             rows = live[block]
-            x = hidden[rows].to(dtype)
+            x = hidden[rows].to(operand)
             scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: z, then log p, then dz / t
             scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
             probs = torch.exp(scores, out=scratch[: scores.numel()].view_as(scores))
@@ -103,10 +114,10 @@ def backward(
             if g is not None:
                 here, position = _labels_within(labels[rows], columns)
                 scores.scatter_add_(1, position, g.masked_fill(~here[:, None], 0.0))
-            if d_rows is not None:
-                d_rows[block] += product(scores, head.T)
+            if d_rows is not None and wide_head is not None:
+                d_rows[block] += product(scores, wide_head.T)
             if d_head is not None:
-                d_head += product(scores.T, x.T)
+                d_head += product(scores.T, x.to(dtype).T)
             if d_bias is not None:
                 d_offset += scores.sum(0)
         if d_weight is not None and d_head is not None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from videor1_kernels.linear_logprob.native import bf16_product
+
 # Bound on the logits of one tile, and on its part of the weight in the compute dtype. On a CPU a tile that stays in
 # cache makes everything but the products cheap. A GPU needs large products.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
@@ -32,8 +34,23 @@ def spans(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
+def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the operands of a product are converted to whose result is of ``dtype``, the compute dtype, and exact to it.
+
+    Two bf16 matrices on a CPU may stay as they are: their elements multiply exactly, sums are in fp32 all the same.
+    """
+    on_cpu = hidden.device.type == weight.device.type == "cpu"
+    if on_cpu and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32 and bf16_product():
+        return torch.bfloat16
+    return dtype
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k], b [m, k], of one dtype -> a b^T [n, m]."""
+    """a [n, k], b [m, k], of one dtype -> a b^T [n, m], of that dtype; of bf16 on a CPU that can: in fp32."""
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        exact = bf16_product()
+        assert exact is not None  # operand_dtype
+        return exact(a, b)
     if a.device.type != "cpu" or a.dtype != torch.float32 or not _onednn():
         with torch.autocast(a.device.type, enabled=False):
             return a @ b.T
