@@ -30,7 +30,7 @@ class GrpoLoss:
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped_rows: int  # tokens whose coefficient d loss / d logp is exactly 0: no gradient work downstream
+    skipped_rows: int  # (symbolic inside torch.compile) tokens whose coefficient d loss / d logp is exactly 0: no gradient work downstream
 
 
 def grpo_loss(
@@ -127,8 +127,14 @@ def linear_grpo_loss(
     """GRPO loss of packed completions from the hidden states that predict their tokens.
 
     :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas,
-    the options, the dtypes and the errors. The logits are never whole in memory, and a token whose coefficient is
-    exactly 0 (masked, clipped, or of zero advantage without a KL term) costs nothing in the backward pass.
+    the options, the dtypes and the errors. The logits are never whole in memory, and a token whose coefficient
+    d loss / d logp is exactly 0 (masked, clipped, or of zero advantage without a KL term) takes no part in the
+    gradient's products.
+
+    The gradients are formed in this call, of those of ``hidden``, ``weight`` and ``bias`` that require one (none under
+    ``torch.no_grad()``), and ``loss.backward()`` only scales them: with C the rows that have a coefficient, the kernels
+    do 2NHV + 4CHV operations, 2NHV + 2CHV for a frozen head. Between the two calls d_weight is held in fp32.
+    The loss is differentiable once.
 
     Args:
         hidden: [N, H], row t predicts token t of the completions end to end.
