@@ -330,6 +330,7 @@ def test_chunks_change_nothing(dtype, level, beta, old, small_chunks, monkeypatc
     in_place = triton.row_gradient
 
     def watch(logits, out, *rest, source=None, **named):
+        assert len(logits) <= 4
         assert out.data_ptr() == logits.data_ptr() or not len(out)
         if source is not None:
             moved.append(bool((source != torch.arange(len(source), device=DEVICE)).any()))
@@ -453,27 +454,31 @@ def test_clipped_rows_take_no_part(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("why", ["advantages", "labels", "clipped"])
+@pytest.mark.parametrize("why", ["advantages", "labels", "clipped", "far from the reference model"])
 def test_all_coefficients_zero(dtype, why, monkeypatch):
     head, case = make_linear(dtype, bias=True)
-    case["ref_logp"] = None
+    options = {"beta": 0, **BOTH}
     if why == "advantages":
         case["advantages"].zero_()
     elif why == "labels":
         head.labels.fill_(-100)
-    else:
+    elif why == "clipped":
         case["advantages"] = torch.ones(len(LENGTHS), device=DEVICE)
         case["old_logp"] -= 5.0
+    else:  # every gap is clamped
+        case["advantages"].zero_()
+        case |= {"old_logp": None, "ref_logp": case["ref_logp"] - 50.0}
+        options["beta"] = 0.04
     into_weight = Counter(products.add_product)
     monkeypatch.setattr(products, "add_product", into_weight)
     with poisoned_memory():
-        ours, grads = run(head, case, beta=0, **BOTH)
+        ours, grads = run(head, case, **options)
     assert ours.skipped_rows == sum(LENGTHS)
     assert all((x == 0).all() for x in grads)
     assert [x.shape for x in grads] == [x.shape for x in head.leaves]
     assert ours.loss.isfinite()
     assert into_weight.calls == 0
-    check_linear(head, case, beta=0, **BOTH)
+    check_linear(head, case, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
