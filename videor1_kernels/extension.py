@@ -38,16 +38,18 @@ def load(name: str) -> ctypes.CDLL:
         raise Unavailable(f"VIDEOR1_NATIVE={os.environ['VIDEOR1_NATIVE']} turns it off")
     if sys.platform != "linux":
         raise Unavailable(f"it is compiled on Linux only, and this is {sys.platform}")
-    source = _source(name)
     compiler = _compiler()
-    key = "\0".join([source.read_text(), _version(compiler), *FLAGS, platform.machine()])
-    path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    folder = cache_folder()
     try:
+        source = _source(name)
+        version = _run([*compiler, "--version"])
+        key = "\0".join([source.read_text(encoding="utf-8"), version, *FLAGS, platform.machine()])
+        path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
         if not _is_whole(path):
             _build(source, compiler, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"{path} cannot be written or loaded ({error}); XDG_CACHE_HOME moves it") from error
+        raise Unavailable(f"no library can be kept in {folder} ({error}); XDG_CACHE_HOME moves the folder") from error
 
 
 def cache_folder() -> Path:
@@ -65,15 +67,14 @@ def _source(name: str) -> Path:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise Unavailable(f"CXX={os.environ['CXX']} is not a command ({error})") from error
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
     raise Unavailable(f"CXX={os.environ['CXX']} is not found" if named else "no C++ compiler (c++, g++, clang++, CXX)")
-
-
-def _version(compiler: list[str]) -> str:
-    return _run([*compiler, "--version"])
 
 
 def _is_whole(path: Path) -> bool:
@@ -82,12 +83,12 @@ def _is_whole(path: Path) -> bool:
     content = path.read_bytes()
     if hashlib.sha256(content[:-32]).digest() == content[-32:]:
         return True
-    log.warning("%s is damaged: compiling it anew", path)
+    log.warning("videor1_kernels: %s is damaged: compiling it anew", path)
     return False
 
 
 def _build(source: Path, compiler: list[str], path: Path) -> None:
-    log.warning("compiling %s into %s (once)", source.name, path)
+    log.warning("videor1_kernels: compiling %s into %s (once)", source.name, path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes may be at it too: the last one wins
         made = Path(folder, path.name)

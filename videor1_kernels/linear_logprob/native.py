@@ -33,7 +33,7 @@ def _bf16_product() -> Product | None:
     try:
         return _load()
     except extension.Unavailable as reason:
-        extension.log.warning("bf16 logits on the CPU are computed in fp32, more slowly: %s", reason)
+        extension.log.warning("videor1_kernels: bf16 logits on the CPU are computed in fp32, more slowly: %s", reason)
         return None
 
 

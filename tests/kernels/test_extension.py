@@ -1,0 +1,417 @@
+"""The compiled product of bf16 matrices, how it is compiled and kept, and what is done and said without it.
+
+On a CPU without AVX-512 BF16 the tests of the product check that fp32 takes its place, and that this is said.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import shutil
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from videor1_kernels import extension, linear_logprob
+from videor1_kernels.linear_logprob import native, reference, tiles
+
+CPU = Path("/proc/cpuinfo")
+FAST = (
+    CPU.exists()
+    and "avx512_bf16" in CPU.read_text()
+    and "ATEN_CPU_CAPABILITY" not in os.environ  # torch is to run as on a lesser CPU
+    and any(map(shutil.which, ("c++", "g++", "clang++")))
+)
+EPS = 2.0**-24  # rounding to fp32
+FALLBACK = "bf16 logits on the CPU are computed in fp32"
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path, monkeypatch):
+    """An empty cache, no wishes, nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("VIDEOR1_NATIVE", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    native._bf16_product.cache_clear()
+    yield
+    native._bf16_product.cache_clear()
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == extension.log.name]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture
+def product(kept, monkeypatch, caplog):
+    """What multiplies bf16 matrices here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", kept)  # compiled once for all tests
+    made = native.bf16_product()
+    if FAST:
+        assert made is not None, said(caplog)
+        return made
+    assert made is None
+    assert [FALLBACK in line for line in said(caplog)].count(True) == 1
+    return lambda a, b: a.float() @ b.float().T
+
+
+def assert_same(a, b):
+    """The same bits from the compiled product; torch's own of fp32 promises none."""
+    torch.testing.assert_close(a, b, rtol=0 if FAST else 1e-5, atol=0 if FAST else 1e-4)
+
+
+def matrices(n, m, k, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(n, k).bfloat16(), torch.randn(m, k).bfloat16()
+
+
+def errors(product, a, b):
+    """Of a b^T: [n, m] errors, and the bound on those of fp32 sums of k terms, whatever their order."""
+    exact = a.double() @ b.double().T
+    out = product(a, b)
+    assert out.dtype == torch.float32
+    assert out.shape == exact.shape
+    assert out.is_contiguous()
+    return out - exact, (a.shape[1] + 2) * EPS * (a.double().abs() @ b.double().abs().T)
+
+
+SHAPES = [
+    (1, 1, 1), (1, 1, 2), (6, 64, 512), (5, 63, 511), (7, 65, 513), (2, 3, 1025), (3, 200, 33), (130, 1, 64),
+    (1, 129, 1024), (4, 130, 31), (12, 16, 2050), (0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_entry_is_within_the_bound_of_fp32_sums(product, shape):
+    error, bound = errors(product, *matrices(*shape))
+    assert (error.abs() <= bound).all()
+
+
+@pytest.mark.parametrize("k", [512, 1024, 3584])
+def test_as_accurate_as_fp32_tiles(product, k):
+    a, b = matrices(48, 256, k)
+    ours, plain = (errors(f, a, b)[0].square().mean().sqrt() for f in (product, lambda x, y: x.float() @ y.float().T))
+    tiled = errors(lambda x, y: tiles.product(x.float(), y.float()), a, b)[0].square().mean().sqrt()
+    assert ours <= 1.25 * max(plain, tiled)
+
+
+@pytest.mark.parametrize("k", [64, 1024])
+def test_exact_where_fp32_is(product, k):
+    """Small whole numbers: a rounded product, a dropped or a doubled term would show."""
+    torch.manual_seed(0)
+    a, b = (torch.randint(-8, 9, (rows, k)).bfloat16() for rows in (19, 83))
+    assert torch.equal(product(a, b).double(), a.double() @ b.double().T)
+
+
+def test_any_strides(product):
+    a, b = matrices(11, 70, 90)
+    expected = product(a, b)
+    inner = torch.zeros(11, 180, dtype=torch.bfloat16)
+    inner[:, ::2] = a
+    offset = torch.full((72, 101), float("nan"), dtype=torch.bfloat16)
+    offset[1:71, 3:93] = b
+    for x in (a, a.T.contiguous().T, inner[:, ::2]):
+        for y in (b, b.T.contiguous().T, offset[1:71, 3:93]):
+            assert_same(product(x, y), expected)
+    same = product(a[:1].expand(5, -1), b)
+    assert_same(same, expected[:1].expand(5, -1))
+    column = torch.randn(6, 4).bfloat16()[:, 1:2]  # k is 1, and its stride not
+    assert torch.equal(product(column, column), column.float() @ column.float().T)
+
+
+def test_infinities_and_nans_stay_in_their_rows(product):
+    a, b = matrices(8, 66, 65)
+    a[2, 64], a[3, 5], b[65, 0] = float("inf"), float("nan"), float("-inf")
+    out = product(a, b)
+    clean = torch.ones_like(out, dtype=torch.bool)
+    clean[2:4], clean[:, 65] = False, False
+    assert out[clean].isfinite().all()
+    assert torch.equal(out[2, :65], torch.where(b[:65, 64] > 0, torch.inf, -torch.inf))
+    assert out[3].isnan().all()
+
+
+def test_same_bits_for_any_threads_and_every_run(product, kept, monkeypatch):
+    a, b = matrices(67, 1000, 1500)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(product(a, b))
+    finally:
+        torch.set_num_threads(threads)
+    if FAST:
+        monkeypatch.setattr(native, "_torch_parallel_for", lambda: None)  # a torch that does not export it
+        native._bf16_product.cache_clear()
+        results.append(native.bf16_product()(a, b))
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_torch_lends_its_threads():
+    assert native._torch_parallel_for()
+
+
+def inputs():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 96).bfloat16(), (torch.randn(300, 96) / 10).bfloat16()
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(300, (70,))
+
+
+def train():
+    hidden, weight, labels = inputs()
+    logp, entropy = linear_logprob(hidden, weight, labels, backend="reference")
+    (logp.sum() + 0.3 * entropy.sum()).backward()
+    return logp.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def test_linear_logprob_with_it_and_without(product, monkeypatch):
+    multiplied = []
+    if FAST:
+        monkeypatch.setattr(tiles, "bf16_product", lambda: lambda a, b: (multiplied.append(1), product(a, b))[1])
+    with_it = train()
+    assert len(multiplied) == (2 if FAST else 0)  # the logits, then the logits again: never a gradient
+    monkeypatch.setattr(tiles, "bf16_product", lambda: None)
+    without = train()
+    for ours, plain in zip(with_it[:2], without[:2], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=4e-6)
+    for ours, plain in zip(with_it[2:], without[2:], strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, plain, rtol=2**-7, atol=1e-6)  # a rounding of bf16 may tip over
+
+
+def test_other_dtypes_never_ask_for_it(monkeypatch):
+    monkeypatch.setattr(tiles, "bf16_product", lambda: pytest.fail("asked"))
+    hidden, weight, labels = (x.detach() for x in inputs())
+    for x, w, bias in [
+        (hidden.half(), weight.half(), None),
+        (hidden.float(), weight, None),
+        (hidden, weight.double(), None),
+        (hidden, weight, torch.zeros(300, dtype=torch.float64)),
+    ]:
+        reference.forward(x, w, labels, bias, 1.0)
+
+
+@pytest.fixture
+def fp32_result(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "bf16_product", lambda: None)
+        return train()
+
+
+def looks_supported(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+def script(folder, text):
+    path = folder / "compiler"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def turned_off(patch, folder):
+    patch.setenv("VIDEOR1_NATIVE", "0")
+    return "VIDEOR1_NATIVE=0 turns it off"
+
+
+def no_compiler(patch, folder):
+    patch.setenv("PATH", str(folder))
+    return "no C++ compiler"
+
+
+def missing_compiler(patch, folder):
+    patch.setenv("CXX", "/nowhere/c++ -O1")
+    return "CXX=/nowhere/c++ -O1 is not found"
+
+
+def unquoted_compiler(patch, folder):
+    patch.setenv("CXX", "c++ '")
+    return "is not a command"
+
+
+def failing_compiler(patch, folder):
+    patch.setenv("CXX", script(folder, '[ "$1" = --version ] && echo 1 && exit\necho "x.cpp:1: error: no" >&2\nexit 3'))
+    return "failed with exit status 3 (x.cpp:1: error: no)"
+
+
+def useless_compiler(patch, folder):
+    """Succeeds, and makes something that is no library."""
+    patch.setenv("CXX", script(folder, 'for last; do :; done\necho nothing > "$last"'))
+    return "XDG_CACHE_HOME"
+
+
+def silent_compiler(patch, folder):
+    """Succeeds, and makes nothing."""
+    patch.setenv("CXX", script(folder, "exit 0"))
+    return "XDG_CACHE_HOME"
+
+
+def no_source(patch, folder):
+    patch.setattr(extension, "__file__", str(folder / "package" / "extension.py"))
+    patch.setenv("CXX", script(folder, "exit 0"))
+    return "csrc/bf16_product.cpp is neither in"
+
+
+def no_cache(patch, folder):
+    patch.setenv("CXX", script(folder, "exit 0"))
+    (folder / "file").touch()
+    patch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    return "XDG_CACHE_HOME"
+
+
+def no_avx512(patch, folder):
+    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    return "this CPU has no AVX-512"
+
+
+def no_bf16_instructions(patch, folder):
+    patch.setattr(extension, "load", lambda name: types.SimpleNamespace(bf16_product_supported=lambda: 0))
+    return "this CPU has no AVX-512 BF16 instructions"
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        turned_off, no_compiler, missing_compiler, unquoted_compiler, failing_compiler, useless_compiler,
+        silent_compiler, no_source, no_cache, no_avx512, no_bf16_instructions,
+    ],
+)  # fmt: skip
+def test_without_it_fp32_takes_its_place_and_says_so_once(why, fp32_result, monkeypatch, tmp_path, caplog):
+    looks_supported(monkeypatch)
+    reason = why(monkeypatch, tmp_path)
+    for _ in range(2):
+        for ours, expected in zip(train(), fp32_result, strict=True):
+            assert torch.equal(ours, expected)
+    lines = [line for line in said(caplog) if FALLBACK in line]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert "\n" not in lines[0]
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A stand-in that needs no compiler: it "compiles" to a copy of libm, and notes each time."""
+    libm = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libm" in line)
+    notes = tmp_path / "notes"
+    notes.touch()
+    monkeypatch.setenv("CXX", script(tmp_path, f"""
+[ "$1" = --version ] && echo "${{FAKE_VERSION:-1}}" && exit
+echo made >> {notes}
+sleep 0.05
+for last; do :; done
+cp {libm} "$last"
+"""))
+    return lambda: len(notes.read_text().splitlines())
+
+
+def libraries():
+    return sorted(extension.cache_folder().iterdir())
+
+
+def works(library):
+    return library.abs(-3) == 3
+
+
+def test_compiled_once_and_said(compiler, caplog):
+    assert works(extension.load("bf16_product"))
+    [path] = libraries()
+    assert said(caplog) == [f"videor1_kernels: compiling bf16_product.cpp into {path} (once)"]
+    assert works(extension.load("bf16_product"))
+    assert len(said(caplog)) == compiler() == 1
+
+
+def test_another_source_compiler_flag_or_machine_makes_another_library(compiler, monkeypatch, tmp_path):
+    changes = [
+        lambda: None,
+        lambda: monkeypatch.setenv("FAKE_VERSION", "2"),
+        lambda: monkeypatch.setattr(extension, "FLAGS", (*extension.FLAGS, "-g")),
+        lambda: monkeypatch.setattr(platform, "machine", lambda: "other"),
+        lambda: monkeypatch.setattr(extension, "_source", lambda name: changed),
+    ]
+    changed = tmp_path / "changed.cpp"
+    changed.write_text("int changed;")
+    for count, change in enumerate(changes, 1):
+        change()
+        extension.load("bf16_product")
+        assert len(libraries()) == compiler() == count
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-32],
+        lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+        lambda content: b"not a library at all",
+    ],
+)
+def test_a_damaged_library_is_compiled_anew(damage, compiler, caplog):
+    extension.load("bf16_product")
+    [path] = libraries()
+    whole = path.read_bytes()
+    path.unlink()  # it is mapped into this process
+    path.write_bytes(damage(whole))
+    assert works(extension.load("bf16_product"))
+    assert libraries() == [path]
+    assert path.read_bytes() == whole
+    assert compiler() == 2
+    assert said(caplog)[1] == f"videor1_kernels: {path} is damaged: compiling it anew"
+
+
+def _load_in_another_process(barrier):
+    barrier.wait()
+    os._exit(0 if works(extension.load("bf16_product")) else 1)
+
+
+def test_processes_may_compile_at_once(compiler):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(5)
+    processes = [context.Process(target=_load_in_another_process, args=(barrier,)) for _ in range(5)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert compiler() > 1  # or nothing was tested
+    assert len(libraries()) == 1
+    assert works(extension.load("bf16_product"))
+
+
+def test_a_failed_build_leaves_nothing(monkeypatch, tmp_path):
+    failing_compiler(monkeypatch, tmp_path)
+    with pytest.raises(extension.Unavailable, match="error: no"):
+        extension.load("bf16_product")
+    assert libraries() == []
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    assert extension.cache_folder() == tmp_path / "cache" / "videor1"
+    monkeypatch.setenv("HOME", "/home/someone")
+    for unset in ("", "relative/path"):  # the XDG base directory specification has both ignored
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert extension.cache_folder() == Path("/home/someone/.cache/videor1")
+
+
+def test_the_wheel_has_every_package():
+    """setuptools does not find packages by itself here: csrc/ is installed inside videor1_kernels."""
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(root).parts)
+        for package in ("videor1", "videor1_kernels")
+        for path in (root / package).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found | {"videor1_kernels.csrc"}
+    kinds = {pattern.removeprefix("**/*") for pattern in settings["package-data"]["videor1_kernels.csrc"]}
+    assert {path.suffix for path in (root / "csrc").rglob("*") if path.is_file()} <= kinds | {".md"}
