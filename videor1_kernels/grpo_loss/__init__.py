@@ -30,7 +30,7 @@ class GrpoLoss:
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped_rows: int  # tokens of coefficient d loss / d logp exactly 0: no gradient work (symbolic under torch.compile)
+    skipped_rows: int  # tokens of coefficient d loss / d logp exactly 0: no gradient work (torch.compile: symbolic)
 
 
 def grpo_loss(
