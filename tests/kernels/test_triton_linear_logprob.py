@@ -310,6 +310,21 @@ def test_layouts_of_the_operands(dtype, layout, operand):
     check(changed)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gradients_have_the_strides_that_compiled_code_expects(backend):
+    """Those of the fake kernels, also where an input is column-major."""
+    head = make_head(6, 9, 4)
+    hidden, weight = (leaf(LAYOUTS["column-major"](x.detach())) for x in (head.hidden, head.weight))
+    cu = torch.tensor([0, 2, 6], device=DEVICE)
+    loss = (hidden, weight, head.labels, torch.ones(2, device=DEVICE), cu, None, None, None, None, 1.0, "grpo", 0.0,
+            None, None, 10.0, "token", None, None, [True, True, False], backend)  # fmt: skip
+    torch.library.opcheck(torch.ops.videor1.linear_grpo_loss, loss, test_utils="test_faketensor")
+    ones = torch.ones(6, device=DEVICE)
+    gradient = (ones, ones, hidden.detach(), weight.detach(), head.labels, None, None, 1.0, ones, ones.double(),
+                [True, True, False], backend)  # fmt: skip
+    torch.library.opcheck(torch.ops.videor1.linear_logprob_backward, gradient, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_labels_and_bias(dtype):
     head = make_head(9, 70, 16, dtype, bias=True)

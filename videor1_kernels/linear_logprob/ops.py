@@ -71,7 +71,8 @@ def linear_logprob_backward_op(
             grad_logp, grad_entropy, hidden, weight, labels, bias,
             temperature if temperatures is None else temperatures, entropy, lse, needs,
         )  # fmt: skip
-    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+    # Contiguous, as the fake kernel says; a gradient may have come out in the layout of its input.
+    return tuple(hidden.new_empty(0) if g is None else g.contiguous() for g in gradients)  # type: ignore[return-value]
 
 
 @linear_logprob_backward_op.register_fake
@@ -90,7 +91,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shaped = zip(needs, (hidden, weight, bias), strict=True)
-    return tuple(torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for need, x in shaped)  # type: ignore[return-value]
+    return tuple(x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for need, x in shaped)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
