@@ -397,10 +397,10 @@ def test_a_failed_build_leaves_nothing(monkeypatch, tmp_path):
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     assert extension.cache_folder() == tmp_path / "cache" / "videor1"
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for unset in ("", "relative/path"):  # the XDG base directory specification has both ignored
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert extension.cache_folder() == Path("/home/someone/.cache/videor1")
+        assert extension.cache_folder() == tmp_path / "home" / ".cache" / "videor1"
 
 
 def test_the_wheel_has_every_package():

@@ -48,7 +48,7 @@ def forward(
     for columns in spans(len(weight), m):
         head = weight[columns].to(operand)
         for block in spans(len(live), n):
-            rows = live[block]
+            rows = block if len(live) == len(labels) else live[block]  # a slice copies nothing
             logits = _logits(hidden[rows].to(operand), head, bias, columns, temperature, rows)  # [n, m]
             here, position = _labels_within(labels[rows], columns)
             chosen[block] = torch.where(here, logits.gather(1, position)[:, 0], chosen[block])
@@ -96,7 +96,7 @@ def backward(
         d_head = torch.zeros_like(head, dtype=dtype) if need_weight else None
         d_offset = head.new_zeros(len(head), dtype=dtype)
         for block in spans(len(live), n):
-            rows = live[block]
+            rows = block if len(live) == len(labels) else live[block]
             x = hidden[rows].to(operand)
             scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: z, then log p, then dz / t
             scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
@@ -132,7 +132,7 @@ def backward(
 
 
 def _logits(
-    x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, temperature: float | Tensor, rows: Tensor
+    x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, temperature: float | Tensor, rows: slice | Tensor
 ) -> Tensor:
     logits = product(x, head)  # [n, m]
     if bias is not None:

@@ -16,7 +16,7 @@ from videor1_kernels.linear_logprob.native import bf16_product
 # cache makes everything but the products cheap. A GPU needs large products.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
 WEIGHT_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
-CHUNK_ROWS = {"cpu": 512, "cuda": 16384}
+CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
 FAR_BELOW = -1e4  # exp of it is exactly 0 in every dtype; times 0 it is 0, which -inf is not
 
 
