@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from videor1_kernels import PrefixLayout, prefix_attention
+from videor1_kernels.prefix_attention import softmax
 from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, poisoned_memory
 
 LAYOUTS = {
@@ -103,6 +104,58 @@ def test_low_precision_against_the_oracle(dtype):
         assert a.dtype == dtype
         assert_matches(a, o)
         assert_no_worse(a, b, o)
+
+
+@pytest.mark.parametrize("block", [1, 2**28])
+def test_devices_without_the_blocked_kernel(block, monkeypatch):
+    """The path of other devices, with scores of one query at a time and of all at once."""
+    layout = PrefixLayout(*LAYOUTS["ragged"])
+    inputs = make(layout)
+    ours = prefix_attention(*inputs, layout)
+    gradients = torch.autograd.grad(ours.square().sum(), inputs)
+    monkeypatch.setattr(softmax, "SCORE_BYTES", block)
+    monkeypatch.setattr(softmax, "_blocked", lambda q: False)
+    monkeypatch.setattr(softmax, "_flash", None)
+    monkeypatch.setattr(softmax, "_flash_backward", None)
+    plain = prefix_attention(*inputs, layout)
+    assert_matches(plain, ours)
+    for a, b in zip(torch.autograd.grad(plain.square().sum(), inputs), gradients, strict=True):
+        assert_matches(a, b)
+
+
+def test_large_scores():
+    layout = PrefixLayout(*LAYOUTS["ragged"])
+    q, k, v = make(layout, dtype=torch.float32)
+    inputs = [(100 * q).detach().requires_grad_(), (100 * k).detach().requires_grad_(), v]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    assert (q[:, 0] @ k[:, 0].T).max() * 1e4 > 1e4
+    assert_matches(prefix_attention(*inputs, layout), naive(*exact, *LAYOUTS["ragged"]))
+
+
+def test_scores_are_computed_once(monkeypatch):
+    """Every prompt once by itself and once by its completions together, not once per completion."""
+    prompts, completions = [40, 7], [[10, 3, 10, 1], [5]]
+    seen = []
+
+    def counted(original):
+        def call(*args, **kwargs):
+            q, k = args[:2] if original is flash else args[1:3]
+            seen.append(q.shape[-2] * k.shape[-2])
+            return original(*args, **kwargs)
+
+        return call
+
+    flash, backward = softmax._flash, softmax._flash_backward
+    monkeypatch.setattr(softmax, "_flash", counted(flash))
+    monkeypatch.setattr(softmax, "_flash_backward", counted(backward))
+    layout = PrefixLayout(prompts, completions)
+    out = prefix_attention(*make(layout), layout)
+    expected = sum(
+        p * p + p * sum(group) + sum(c * c for c in group) for p, group in zip(prompts, completions, strict=True)
+    )
+    assert sum(seen) == expected
+    out.sum().backward()
+    assert sum(seen) == 2 * expected
 
 
 def test_group_and_completion_order_does_not_matter():

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, fail
-from videor1_kernels.prefix_attention import reference
+from videor1_kernels.prefix_attention import reference, reference_decode
+from videor1_kernels.prefix_attention.function import PrefixAttention
 from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
 
 __all__ = ["DecodeLayout", "PrefixLayout", "prefix_attention", "prefix_decode_attention"]
 
-dispatch.register("prefix_attention", "reference", reference.prefix_attention)
-dispatch.register("prefix_decode_attention", "reference", reference.prefix_decode_attention)
+dispatch.register("prefix_attention", "reference", reference)
+dispatch.register("prefix_decode_attention", "reference", reference_decode.prefix_decode_attention)
 
 
 def prefix_attention(
@@ -53,7 +54,7 @@ def prefix_attention(
     check_tensor(op, "v", v, (layout.total_tokens, heads, q.shape[2]), device=q.device)
     if layout.prompt_index.device != q.device:
         raise fail(op, "layout", f"index tensors on {q.device} (use layout.to)", layout.device)
-    return dispatch.resolve(op, backend, q.device)(q, k, v, layout, _scale(op, scale, q))
+    return PrefixAttention.apply(q, k, v, layout, _scale(op, scale, q), backend)
 
 
 def prefix_decode_attention(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -94,19 +93,6 @@ class PrefixLayout:
         if torch.device(device) == self.device:
             return self
         return PrefixLayout(self.prompt_lengths, self.completion_lengths, device)
-
-    @cached_property
-    def padded_completions(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Per group: positions of its completions' tokens, counted from the end of its prompt, padded to the longest
-        completion, and which of them are real. int64 and bool [G, C]; the padding points at a completion's last token.
-        """
-        padded = []
-        for group in self.completion_lengths:
-            lengths = torch.tensor(group, dtype=torch.int64)[:, None]  # [G, 1]
-            column = torch.arange(max(group, default=0))
-            index = lengths.cumsum(0) - lengths + torch.minimum(column, lengths - 1)
-            padded.append((index.to(self.device), (column < lengths).to(self.device)))
-        return tuple(padded)
 
     def text_positions(self, prompt_positions: Sequence[Tensor], next_position: Sequence[int]) -> Tensor:
         """M-RoPE positions of the packed row, int64 [3, 1, T].

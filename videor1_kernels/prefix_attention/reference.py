@@ -1,106 +1,82 @@
-"""References in plain torch. T tokens of a packed row, Hq query heads, Hkv key heads, D head dim."""
+"""Reference in plain torch: each prompt is attended once, and once by all its completions' tokens together.
+
+T tokens of a packed row, Hq query heads, Hkv key heads, D head dim. A completion's softmax has two parts, over its
+prompt and over itself. With o_1, l_1 and o_2, l_2 the outputs and the log-sum-exps of the parts,
+
+    l = log(exp l_1 + exp l_2),   o = o_1 exp(l_1 - l) + o_2 exp(l_2 - l).
+
+The gradient of either part needs the merged o and l alone: its probabilities are exp(score - l), and the term that
+all scores of a row share, the sum of do * o, belongs to the whole softmax. The compute dtype is fp64 where an input is
+fp64, else fp32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from videor1_kernels.checks import compute_dtype, fail
-from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
+from videor1_kernels.checks import compute_dtype
+from videor1_kernels.prefix_attention import softmax
+from videor1_kernels.prefix_attention.layout import PrefixLayout
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-    """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D] in q's dtype. A prompt is attended once, not once per completion."""
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D], lse [Hq, T]), in the compute dtype."""
+    q, k, v = _wide(q, k, v)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
+    for prompt, completions in _segments(layout):
+        out[prompt], lse[:, prompt] = softmax.forward(q[prompt], k[prompt], v[prompt], scale, causal=True)
+        if not completions:
+            continue
+        every = slice(completions[0].start, completions[-1].stop)
+        out[every], lse[:, every] = softmax.forward(q[every], k[prompt], v[prompt], scale, causal=False)
+        for own in completions:
+            o, high = softmax.forward(q[own], k[own], v[own], scale, causal=True)
+            merged = torch.logaddexp(lse[:, own], high)
+            out[own] *= (lse[:, own] - merged).exp_().T[..., None]
+            out[own] += o * (high - merged).exp_().T[..., None]
+            lse[:, own] = merged
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: PrefixLayout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), each in its input's dtype, from the gradient of ``out``; ``out``, ``lse``: :func:`forward`'s."""
+    inputs, (q, k, v, grad) = (q, k, v), _wide(q, k, v, grad)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+
+    def part(rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return softmax.backward(
+            grad[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], scale, causal=causal
+        )
+
+    for prompt, completions in _segments(layout):
+        dq[prompt], dk[prompt], dv[prompt] = part(prompt, prompt, causal=True)
+        if not completions:
+            continue
+        every = slice(completions[0].start, completions[-1].stop)
+        dq[every], dk_prompt, dv_prompt = part(every, prompt, causal=False)
+        dk[prompt] += dk_prompt
+        dv[prompt] += dv_prompt
+        for own in completions:
+            dq_own, dk[own], dv[own] = part(own, own, causal=True)
+            dq[own] += dq_own
+    dq, dk, dv = (gradient.to(x.dtype) for gradient, x in zip((dq, dk, dv), inputs, strict=True))
+    return dq, dk, dv
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> list[Tensor]:
     dtype = compute_dtype(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        # Per group a prompt part and a completions part. One split, so that the backward pass is one concatenation.
-        pairs = zip(layout.prompt_lengths, layout.completion_lengths, strict=True)
-        sizes = [n for prompt, completions in pairs for n in (prompt, sum(completions))]
-        qs, ks, vs = (x.to(dtype).split(sizes) for x in (q, k, v))
-        out = []
-        for group, (index, real) in enumerate(layout.padded_completions):
-            qp, kp, vp = (x[2 * group][None].transpose(1, 2) for x in (qs, ks, vs))  # [1, heads, P, D]
-            out.append(_prompt(qp, kp, vp, scale))
-            if index.numel():
-                qc, kc, vc = (x[2 * group + 1][index].transpose(1, 2) for x in (qs, ks, vs))  # [G, heads, C, D]
-                out.append(_completions(qc, kc, vc, kp, vp, scale)[real])
-        return torch.cat(out).to(q.dtype)
+    return [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in (q, k, v, *others)]
 
 
-def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [1, Hq, P, D], k, v [1, Hkv, P, D] -> [P, Hq, D]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
-
-
-def _completions(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float) -> Tensor:
-    """q [G, Hq, C, D], k, v [G, Hkv, C, D], prompt_k/v [1, Hkv, P, D] -> [G, C, Hq, D]."""
-    count, width, length = len(q), q.shape[2], prompt_k.shape[2]
-    keys, values = (torch.cat([a.expand(count, -1, -1, -1), b], dim=2) for a, b in ((prompt_k, k), (prompt_v, v)))
-    # [C, P + C]: the whole prompt, and the completion up to the token itself. Padding lies behind every real token.
-    mask = torch.ones(width, length + width, dtype=torch.bool, device=q.device).tril(length)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
-
-
-def prefix_decode_attention(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
-    layout: DecodeLayout,
-    scale: float,
-) -> Tensor:
-    """Two softmax parts, over the group's prefix and over the row's own suffix, merged by their maxima and sums.
-
-    q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [R, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
-    """
-    if not len(q):
-        return torch.empty_like(q)
-    dtype = compute_dtype(q, prefix_k, prefix_v, suffix_k, suffix_v)
-    with torch.autocast(q.device.type, enabled=False):
-        rows, q_heads, dim = q.shape
-        kv_heads = prefix_k.shape[1]
-        repeat = q_heads // kv_heads
-        scaled = (q.to(dtype) * scale).view(rows, kv_heads, repeat, dim)
-
-        # B prefixes of at most L tokens, at most M rows each: [B, Hkv, M * repeat, D] against [B, Hkv, L, D].
-        groups, most = layout.rows.shape
-        grouped = scaled[layout.rows].transpose(1, 2).reshape(groups, kv_heads, most * repeat, dim)
-        keys, values = (
-            x[layout.prefix_index].to(dtype).transpose(1, 2).contiguous() for x in (prefix_k, prefix_v)
-        )
-        padding = None if layout.prefix_padding is None else layout.prefix_padding[:, None, None]  # [B, 1, 1, L]
-        parts = _softmax_part(grouped, keys, values, padding)
-        high_p, sum_p, out_p = (
-            x.view(groups, kv_heads, most, repeat, -1).transpose(1, 2).flatten(0, 1)[layout.slot] for x in parts
-        )
-
-        shortest, width = torch.stack(suffix_lengths.aminmax()).tolist()  # one wait for the device
-        if shortest < 1 or width > suffix_k.shape[1]:
-            expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{shortest} to {width}"
-            raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
-        keys, values = (x[:, :width].to(dtype).transpose(1, 2).contiguous() for x in (suffix_k, suffix_v))
-        padding = None
-        if shortest < width:
-            padding = (torch.arange(width, device=q.device) >= suffix_lengths[:, None])[:, None, None]  # [R, 1, 1, C]
-            # Entries past a row's length may hold anything: their scores are masked, but 0 * NaN would be NaN.
-            values = values.masked_fill(padding.transpose(2, 3), 0.0)
-        high_s, sum_s, out_s = _softmax_part(scaled, keys, values, padding)
-
-        high = torch.maximum(high_p, high_s)
-        by_p, by_s = (high_p - high).exp(), (high_s - high).exp()
-        out = (out_p * by_p + out_s * by_s) / (sum_p * by_p + sum_s * by_s)
-        return out.reshape(rows, q_heads, dim).to(q.dtype)
-
-
-def _softmax_part(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q [..., m, D] (scaled), k, v [..., n, D], padding [..., 1, n] -> max, sum [..., m, 1], out [..., m, D]."""
-    scores = q @ k.transpose(-1, -2)
-    if padding is not None:
-        scores = scores.masked_fill(padding, -torch.inf)
-    high = scores.amax(-1, keepdim=True)
-    weights = (scores - high).exp()
-    return high, weights.sum(-1, keepdim=True), weights @ v
+def _segments(layout: PrefixLayout) -> Iterator[tuple[slice, list[slice]]]:
+    """Per group, the row positions of its prompt and of each of its completions."""
+    for start, length, starts, lengths in zip(
+        layout.prompt_starts, layout.prompt_lengths, layout.completion_starts, layout.completion_lengths, strict=True
+    ):
+        own = [slice(first, first + count) for first, count in zip(starts, lengths, strict=True)]
+        yield slice(start, start + length), own
