@@ -36,6 +36,7 @@ class Tile:
     descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
     flatten: bool = False  # overlap the next tile's loads with this tile's statistics
     warp_specialize: bool = False
+    bias_block_v: int | None = None  # instead of block_v where there is a bias
 
 
 # By compute capability; others take the nearest below. Capabilities with 99 KiB of shared memory have their own entry.
@@ -44,7 +45,8 @@ TILES: dict[int, Tile] = {
     86: Tile(128, 128, 32, num_warps=8, num_stages=4),
     89: Tile(128, 128, 32, num_warps=8, num_stages=4),
     90: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    100: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, flatten=True),
+    # With a bias 256 columns would spill: a thread here holds half a row, and needs as many values of the bias.
+    100: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, flatten=True, bias_block_v=128),
     120: Tile(128, 128, 32, num_warps=8, num_stages=4),
 }
 
@@ -190,20 +192,21 @@ def product_statistics(
     (rows, size), vocabulary = hidden.shape, weight.shape[0]
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     tile = tile or tile_for(hidden, weight)
-    tiles_n, tiles_v = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
+    block_v = tile.block_v if bias is None else tile.bias_block_v or tile.block_v
+    tiles_n, tiles_v = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, block_v)
     parts = hidden.new_empty((3, tiles_v, rows), dtype=torch.float32)
     label_logit, logp, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
     shared = (weight if bias is None else bias, labels, scale, parts, label_logit, rows, vocabulary, size,
               tiles_v * rows)  # fmt: skip
     options = {
-        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "GROUP_N": tile.group_n,
+        "BLOCK_N": tile.block_n, "BLOCK_V": block_v, "BLOCK_H": tile.block_h, "GROUP_N": tile.group_n,
         "HAS_BIAS": bias is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if tile.descriptors:
         grid = min(tiles_n * tiles_v, _processors(hidden.device))
         product_descriptors[(grid,)](
             TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h]),
-            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
+            TensorDescriptor.from_tensor(weight, [block_v, tile.block_h]),
             *shared, **options, FLATTEN=tile.flatten, WARP_SPECIALIZE=tile.warp_specialize,
         )  # fmt: skip
     else:

@@ -1,0 +1,209 @@
+"""The launches whose kernels are compiled without a GPU: through the package's launchers, at a 7B model's shapes, at
+ragged ones, and with every size 1.
+
+Triton compiles a kernel anew for a pointer or an integer that 16 divides, and for an integer that is 1. The tensors
+are CPU memory that is never touched: the launchers and Triton read only shapes, strides and addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videor1_kernels.group_advantage import reference as group_advantage
+from videor1_kernels.group_advantage.triton import tgrpo_advantages
+from videor1_kernels.grpo_loss import reference as grpo_loss
+from videor1_kernels.grpo_loss.triton_terms import terms
+from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
+from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
+from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+
+MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
+FULL_TARGETS = (80, 90, 100)  # the others have tiles of their own, but no row or token kernel of their own
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Untouched tensors, at addresses that 16 divides or, with ``odd``, at ones that it does not."""
+
+    odd: bool = False
+
+    def __call__(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
+        values = torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)
+        return (values[1:] if self.odd else values[:-1]).view(shape)
+
+
+ALIGNED, ODD = Memory(), Memory(odd=True)
+
+
+def launch_all(capability: int) -> Iterator[str]:
+    """Make every launch that ``capability`` has; yields the name of each before it is made."""
+    for tile in tiles(capability):
+        yield from _head(tile, full=capability in FULL_TARGETS)
+    if capability in FULL_TARGETS:
+        yield from _statistics()
+        yield from _gradients()
+        yield from _terms()
+        yield from _advantages()
+
+
+def launch_faults(capability: int) -> Iterator[str]:
+    """Kernels that have what the package's must not have, to see that it would be seen."""
+    if capability not in FULL_TARGETS:
+        return
+    yield "128 values a thread in 64 registers"
+    spilling_kernel[(1,)](ALIGNED(4096), ALIGNED(4096), BLOCK=4096, num_warps=1, maxnreg=64)
+    yield "a product of fp32"
+    scalar_product_kernel[(1,)](ALIGNED(32, 32), ALIGNED(32, 32), BLOCK=32)
+
+
+@triton.jit
+def spilling_kernel(values, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(values + at)
+    tl.store(out + at, x / tl.sum(x, 0))
+
+
+@triton.jit
+def scalar_product_kernel(values, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(values + at)
+    tl.store(out + at, tl.dot(x, x, input_precision="ieee"))
+
+
+def tiles(capability: int) -> list[Tile]:
+    """The tile of ``capability``, and the one for operands that its descriptors cannot address."""
+    tile = TILES[capability]
+    return [tile, TILES[80]] if tile.descriptors else [tile]
+
+
+def _head(tile: Tile, *, full: bool) -> Iterator[str]:
+    def launch(sizes: tuple[int, int, int], dtype: torch.dtype, memory: Memory, bias: torch.dtype | None) -> None:
+        rows, vocabulary, size = sizes
+        if tile.descriptors:  # they need aligned rows, which may still be cut to any width
+            pitch = -(-size // 8) * 8
+            hidden, weight = (ALIGNED(n, pitch, dtype=dtype)[:, :size] for n in (rows, vocabulary))
+        else:
+            hidden, weight = (memory(n, size, dtype=dtype) for n in (rows, vocabulary))
+        product_statistics(
+            hidden, weight, memory(rows, dtype=torch.int64), None if bias is None else memory(vocabulary, dtype=bias),
+            memory(rows), tile,
+        )  # fmt: skip
+
+    yield "7B head, odd N, bf16"
+    launch((16383, *MODEL[1:]), BF16, ALIGNED, None)
+    yield "odd everything, bf16, fp32 bias"
+    launch((333, 1001, 41), BF16, ODD, FP32)
+    if full:
+        yield "7B head, fp16, fp16 bias"
+        launch(MODEL, FP16, ALIGNED, FP16)
+        yield "sizes of 1, fp16, fp16 bias"
+        launch((1, 1, 1), FP16, ALIGNED, FP16)
+
+
+def _statistics() -> Iterator[str]:
+    def launch(
+        logits: Tensor, entries: int, memory: Memory, *, entropy: bool, bias: torch.dtype | None = None
+    ) -> None:
+        rows, vocabulary = logits.shape
+        row_statistics(
+            logits, memory(rows, entries, dtype=torch.int64), None if bias is None else memory(vocabulary, dtype=bias),
+            memory(rows), entropy=entropy,
+        )  # fmt: skip
+
+    yield "chunk of fp32 logits, entropy"
+    launch(_chunk(4096, 152064, FP32), 1, ALIGNED, entropy=True)
+    yield "chunk of fp32 logits, odd V, entropy, bf16 bias"
+    launch(_chunk(333, 1001, FP32), 1, ODD, entropy=True, bias=BF16)
+    yield "32 of bf16 logits"
+    launch(ALIGNED(4096, 152064, dtype=BF16), 32, ALIGNED, entropy=False)
+    yield "3 of fp16 logits, odd V"
+    launch(ODD(333, 151665, dtype=FP16), 3, ODD, entropy=False)
+    yield "sizes of 1, fp16"
+    launch(ALIGNED(1, 1, dtype=FP16), 1, ALIGNED, entropy=False)
+
+
+def _gradients() -> Iterator[str]:
+    def launch(
+        logits: Tensor, out: Tensor, entries: int, memory: Memory, *, entropy: bool = False,
+        bias: torch.dtype | None = None, moved: bool = False,
+    ) -> None:  # fmt: skip
+        rows, vocabulary = logits.shape
+        row_gradient(
+            logits, out, memory(rows, entries, dtype=torch.int64),
+            None if bias is None else memory(vocabulary, dtype=bias), memory(rows), memory(rows), memory(rows),
+            memory(rows, entries), entropy=memory(rows) if entropy else None,
+            grad_entropy=memory(rows) if entropy else None,
+            source=memory(rows, dtype=torch.int64) if moved else None,
+        )  # fmt: skip
+
+    yield "fp32 logits to bf16 in place, moved"
+    buffer = logits_buffer(4096, 152064, torch.device("cpu"))
+    launch(*(narrow_rows(buffer, 4096, 152064, dtype) for dtype in (FP32, BF16)), 1, ALIGNED, moved=True)
+    yield "fp32 logits to fp16 in place, odd V, entropy, fp16 bias"
+    buffer = logits_buffer(333, 1001, torch.device("cpu"))
+    launch(*(narrow_rows(buffer, 333, 1001, dtype) for dtype in (FP32, FP16)), 1, ODD, entropy=True, bias=FP16)
+    yield "fp32 logits in place, entropy, fp32 bias"
+    chunk = _chunk(4096, 152064, FP32)
+    launch(chunk, chunk, 1, ALIGNED, entropy=True, bias=FP32)
+    yield "32 of bf16 logits"
+    launch(*(ALIGNED(4096, 152064, dtype=BF16) for _ in range(2)), 32, ALIGNED)
+    yield "3 of fp16 logits, odd V"
+    launch(*(ODD(333, 151665, dtype=FP16) for _ in range(2)), 3, ODD)
+    yield "sizes of 1, fp32"
+    launch(*(ALIGNED(1, 1) for _ in range(2)), 1, ALIGNED)
+
+
+def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    return narrow_rows(logits_buffer(rows, vocabulary, torch.device("cpu")), rows, vocabulary, dtype)
+
+
+def _terms() -> Iterator[str]:
+    def launch(
+        completions: int, memory: Memory, loss_type: str, level: str, *, dtype: torch.dtype = FP32, old: bool = True,
+        low: float | None = 0.2, high: float | None = 0.2, beta: float = 0.0, masked: bool = False,
+    ) -> None:  # fmt: skip
+        options = grpo_loss.Options(loss_type, beta, low, high, 10.0, level, 768, 6144.0)
+        terms(
+            memory(6144, dtype=dtype), memory(6144, dtype=dtype) if old else None,
+            memory(6144, dtype=dtype) if beta else None, memory(6144, dtype=torch.bool) if masked else None,
+            tuple(memory(completions, dtype=torch.int64) for _ in range(3)), memory(completions),
+            memory(completions, dtype=torch.int64), memory(1, dtype=torch.int64)[0], options, memory(6144),
+        )  # fmt: skip
+
+    yield "on policy, KL"
+    launch(16, ALIGNED, "grpo", "token", old=False, low=None, high=None, beta=0.04)
+    yield "DAPO"
+    launch(333, ALIGNED, "dapo", "token", high=0.28)
+    yield "Dr. GRPO, one-sided clip, KL, mask, odd everything, bf16"
+    launch(333, ODD, "dr_grpo", "token", dtype=BF16, low=None, beta=0.04, masked=True)
+    yield "GSPO, KL, mask"
+    launch(333, ALIGNED, "grpo", "sequence", high=None, beta=0.04, masked=True)
+    yield "GSPO over all tokens, one segment, fp16"
+    launch(1, ALIGNED, "bnpo", "sequence", dtype=FP16)
+
+
+def _advantages() -> Iterator[str]:
+    def launch(
+        prompts: int, size: int, others: int | None, rule: str, *, dtype: torch.dtype = FP32,
+        lengths: torch.dtype = torch.int64, normalize: str = "std", apply: str = "reward",
+    ) -> None:  # fmt: skip
+        options = group_advantage.Options(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), normalize, 1e-4, apply)
+        zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
+        shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
+        tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options)
+
+    yield "4096 prompts of 8 and 4"
+    launch(4096, 8, 4, "margin")
+    yield "16 and 16, int32 lengths, added to the advantage"
+    launch(333, 16, 16, "threshold", lengths=torch.int32, apply="advantage")
+    yield "no shuffled branch, bf16, only centred"
+    launch(333, 5, None, "reference", dtype=BF16, lengths=BF16, normalize="none")
+    yield "sizes of 1, fp16"
+    launch(1, 1, 1, "margin", dtype=FP16)

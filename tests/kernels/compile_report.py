@@ -1,0 +1,225 @@
+"""What the package's Triton kernels compile to, for GPUs that need not be there.
+
+    python tests/kernels/compile_report.py            a Markdown table
+    python tests/kernels/compile_report.py --json 90  the kernels for sm_90 as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as one launch has it, compiled for one compute capability."""
+
+    name: str
+    capability: int
+    launch: str
+    flags: dict[str, Any]  # its constexpr parameters
+    integers: dict[str, str]  # its integer arguments as Triton took them: "1", "multiple of 16" or "any"
+    num_warps: int
+    num_stages: int
+    registers: int  # of a thread
+    shared: int  # bytes of a program
+    stack: int  # bytes of a thread, with what calls and indexed arrays would take
+    local: int
+    spills: int  # instructions that load from or store to local memory
+    matrix: bool  # has a matrix product
+    instructions: dict[str, int]  # of the tensor cores and of TMA
+
+    @property
+    def configuration(self) -> str:
+        """The constexpr parameters, flags that are off left out, and the launch options."""
+        flags = {name: value for name, value in self.flags.items() if value is not False}
+        shown = (name if value is True else f"{name}={value}" for name, value in flags.items())
+        return " ".join([*shown, f"warps={self.num_warps}", f"stages={self.num_stages}"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every kernel that was compiled: the package's, and those with known faults."""
+
+    versions: str
+    kernels: list[Kernel]
+    faults: list[Kernel]
+
+
+def report(*capabilities: int) -> Report:
+    """Compile for ``capabilities``, or for all that have a tile, in a process of its own: in this one, Triton may
+    already be set to interpret.
+    """
+    command = [sys.executable, __file__, "--json", *map(str, capabilities)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
+    found = json.loads(done.stdout)
+    return Report(found["versions"], *([Kernel(**kernel) for kernel in found[key]] for key in ("kernels", "faults")))
+
+
+def kernel_names(folder: Path, package: str) -> list[str]:
+    """The functions under ``folder`` that are kernels, as module.function: those that Triton compiles and that are
+    launched, or that no other such function uses.
+    """
+    compiled: list[tuple[str, str]] = []
+    used, launched = set(), set()
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "jit" in _names(*node.decorator_list):
+                compiled.append((f"{module}.{node.name}", node.name))
+                own = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+                own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                used |= _names(*node.body) - own - {node.name}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched |= _names(node.func.value)
+    return sorted(path for path, name in compiled if name in launched or name not in used)
+
+
+def _names(*nodes: ast.AST) -> set[str]:
+    found = (n for node in nodes for n in ast.walk(node))
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in found if isinstance(n, ast.Name | ast.Attribute)}
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Markdown."""
+    lines = [
+        "| Kernel | Target | Launch | Configuration | Registers | Shared memory, bytes | Spills | Instructions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k in kernels:
+        counts = ", ".join(f"{count} {name}" for name, count in k.instructions.items() if count)
+        spills = f"{k.spills}, {k.stack + k.local} bytes" if k.spills or k.stack or k.local else "0"
+        cells = (k.name, f"sm_{k.capability}", k.launch, k.configuration, k.registers, k.shared, spills, counts)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+class _Target:
+    """Stands in for Triton's driver: names the device to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _compile(capability: int) -> tuple[list[Kernel], list[Kernel]]:
+    """Make every launch with Triton's launch replaced by its compilation."""
+    from compile_launches import launch_all, launch_faults
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    warnings.simplefilter("ignore")
+    run = JITFunction.run
+    found: dict[str, Kernel] = {}
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in found:
+            found[kernel.hash] = _measure(self, capability, launch, kernel)
+        return kernel
+
+    driver.set_active(_Target(capability))
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for launch in launch_all(capability):  # noqa: B007 (compile_only reads it)
+            pass
+        ours = len(found)
+        for launch in launch_faults(capability):  # noqa: B007
+            pass
+    return list(found.values())[:ours], list(found.values())[ours:]
+
+
+def _compile_all(capabilities: list[int]) -> Report:
+    """In a process for each processor, those that take longest first. Forked: Torch and Triton are imported once."""
+    import torch
+    import triton
+    from compile_launches import TILES
+
+    capabilities = capabilities or list(TILES)
+    order = sorted(capabilities, key=lambda c: (TILES[c].descriptors, c == 80, c), reverse=True)
+    workers = min(len(order), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        parts = dict(zip(order, pool.map(_compile, order), strict=True))
+    kernels, faults = ([kernel for c in capabilities for kernel in parts[c][i]] for i in (0, 1))
+    return Report(f"triton {triton.__version__}, torch {torch.__version__}", kernels, faults)
+
+
+def _inspect(file: Path, *options: str) -> str:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    return subprocess.run([tool, *options, file], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel:
+    matrix = "tt.dot" in kernel.asm["ttir"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _inspect(cubin, "-res-usage"))
+        usage = {name: int(size) for name, size in found}
+        # Disassembly takes longer than most compilations: not where there is neither local memory, product nor TMA.
+        wanted = usage["STACK"] or usage["LOCAL"] or matrix or "cp.async.bulk" in kernel.asm["ptx"]
+        sass = _inspect(cubin, "-sass") if wanted else ""
+    declared = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    constants = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    integers = {name: "1" for name in constants if name not in declared}
+    for i, (name, kind) in enumerate(kernel.src.signature.items()):
+        if kind in ("i32", "i64"):
+            integers[name] = "multiple of 16" if kernel.src.attrs.get((i,)) else "any"
+    return Kernel(
+        name=f"{function.__module__}.{function.__name__}", capability=capability, launch=launch,
+        flags={name: value for name, value in constants.items() if name in declared}, integers=integers,
+        num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages, registers=usage["REG"],
+        shared=kernel.metadata.shared, stack=usage["STACK"], local=usage["LOCAL"], spills=_count(r"STL|LDL", sass),
+        matrix=matrix,
+        instructions={
+            "wgmma": _count("HGMMA", sass), "tcgen05": _count("UTCHMMA", sass), "mma": _count("HMMA", sass),
+            "TMA": _count("UTMALDG", sass),
+        },
+    )  # fmt: skip
+
+
+def _count(mnemonic: str, sass: str) -> int:
+    return len(re.findall(rf"\b(?:{mnemonic})\b", sass))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", nargs="*", type=int, help="80, 90, ...; all that have a tile, unless given")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    sys.path.insert(1, str(Path(__file__).parents[2]))  # the package beside the tests, if it is there
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled before is taken from a cache
+        compiled = _compile_all(options.capabilities)
+    print(json.dumps(asdict(compiled)) if options.json else f"{compiled.versions}\n\n{table(compiled.kernels)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Every kernel as shipped, compiled for each GPU that has a configuration: tensor cores, registers, shared memory.
+
+No GPU is needed; with one, it is not used.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import compile_report
+import pytest
+from compile_report import Kernel, Report, kernel_names, report, table
+
+import videor1_kernels
+from videor1_kernels.linear_logprob.triton_forward import TILES
+
+ARCHITECTURES = {80, 90, 100}
+TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+# Of a program, bytes: the CUDA C++ Programming Guide's table of technical specifications per compute capability.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+FORWARD = "videor1_kernels.linear_logprob.triton_forward"
+DESCRIPTORS, POINTERS = f"{FORWARD}.product_descriptors", f"{FORWARD}.product_pointers"
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Report:
+    return report()
+
+
+def failing(kernels: list[Kernel], fault: Callable[[Kernel], bool]) -> str:
+    """The table of the kernels at fault; nothing where there are none."""
+    assert kernels
+    found = [kernel for kernel in kernels if fault(kernel)]
+    return f"\n{table(found)}" if found else ""
+
+
+def spills(kernel: Kernel) -> bool:
+    return bool(kernel.spills or kernel.stack or kernel.local)
+
+
+def test_table(compiled: Report) -> None:
+    lines = table(compiled.kernels).splitlines()
+    print(f"\n{compiled.versions}\n", *lines, sep="\n")
+    assert len(lines) == 2 + len(compiled.kernels)
+    for kernel, line in zip(compiled.kernels, lines[2:], strict=True):
+        for shown in (kernel.name, f"sm_{kernel.capability}", kernel.launch, kernel.registers, kernel.shared):
+            assert f"| {shown} |" in line
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> None:
+    """A kernel without a launch in compile_launches.py fails here."""
+    names = kernel_names(Path(videor1_kernels.__file__).parent, "videor1_kernels")
+    assert {DESCRIPTORS, POINTERS} < set(names)
+    missing = [
+        f"{name} for sm_{capability}"
+        for name in names
+        for capability in sorted(ARCHITECTURES)
+        if (name != DESCRIPTORS or TILES[capability].descriptors)
+        and not any((k.name, k.capability) == (name, capability) for k in compiled.kernels)
+    ]
+    assert not missing, "nothing in compile_launches.py launches: " + ", ".join(missing)
+
+
+def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
+    products = [k for k in compiled.kernels if k.name in (DESCRIPTORS, POINTERS)]
+    for capability, tile in TILES.items():
+        for shipped in (tile, TILES[80]) if tile.descriptors else (tile,):
+            for biased in (False, True):
+                shape = {
+                    "BLOCK_N": shipped.block_n, "BLOCK_H": shipped.block_h, "HAS_BIAS": biased,
+                    "BLOCK_V": (shipped.bias_block_v if biased else None) or shipped.block_v,
+                }  # fmt: skip
+                assert any(
+                    k.capability == capability and k.name == (DESCRIPTORS if shipped.descriptors else POINTERS)
+                    and shape.items() <= k.flags.items()
+                    and (k.num_warps, k.num_stages) == (shipped.num_warps, shipped.num_stages)
+                    for k in products
+                ), f"sm_{capability}: {shipped}, {shape}"  # fmt: skip
+
+
+def test_every_flag_is_compiled_on_and_off(compiled: Report) -> None:
+    """But for the tile's: those are what the target's tile says."""
+    for name in {kernel.name for kernel in compiled.kernels}:
+        for capability in ARCHITECTURES:
+            flags = [k.flags for k in compiled.kernels if (k.name, k.capability) == (name, capability)]
+            for flag in set().union(*flags) - {"FLATTEN", "WARP_SPECIALIZE"}:
+                values = {constants[flag] for constants in flags if isinstance(constants[flag], bool)}
+                assert values != {True}, f"{name} for sm_{capability} has no launch without {flag}"
+                assert values != {False}, f"{name} for sm_{capability} has no launch with {flag}"
+
+
+def test_sizes_are_compiled_as_1_as_multiples_of_16_and_as_others(compiled: Report) -> None:
+    """Triton makes different kernels of them."""
+    for capability in ARCHITECTURES:
+        kinds = {k.integers["N"] for k in compiled.kernels if (k.name, k.capability) == (POINTERS, capability)}
+        assert kinds == {"1", "multiple of 16", "any"}
+
+
+def test_no_kernel_spills(compiled: Report) -> None:
+    assert not (found := failing(compiled.kernels, spills)), found
+
+
+def test_registers(compiled: Report) -> None:
+    assert not (found := failing(compiled.kernels, lambda k: not 0 < k.registers <= 255)), found
+    # A block's threads share 65536 registers, given out to a warp in steps of 256.
+    taken = {id(k): -(-k.registers * 32 // 256) * 256 * k.num_warps for k in compiled.kernels}
+    assert not (found := failing(compiled.kernels, lambda k: taken[id(k)] > 65536)), found
+
+
+def test_shared_memory(compiled: Report) -> None:
+    assert not (found := failing(compiled.kernels, lambda k: k.shared > SHARED_MEMORY[k.capability])), found
+
+
+def test_products_are_on_the_tensor_cores(compiled: Report) -> None:
+    """On sm_90 as wgmma, with descriptors and with the pointers that operands TMA cannot address take."""
+    products = [kernel for kernel in compiled.kernels if kernel.matrix]
+    assert not (found := failing(products, lambda k: not k.instructions[TENSOR_CORES[k.capability]])), found
+    others = ("mma", "wgmma", "tcgen05")
+    mixed = [k for k in products if any(k.instructions[o] for o in others if o != TENSOR_CORES[k.capability])]
+    assert not mixed, table(mixed)
+    for capability, tile in TILES.items():
+        names = {kernel.name for kernel in products if kernel.capability == capability}
+        assert {POINTERS} | ({DESCRIPTORS} if tile.descriptors else set()) <= names
+
+
+def test_descriptors_are_read_by_tma(compiled: Report) -> None:
+    described = [kernel for kernel in compiled.kernels if kernel.name == DESCRIPTORS]
+    assert {kernel.capability for kernel in described} == {90, 100}
+    assert not (found := failing(described, lambda k: not k.instructions["TMA"])), found
+    pointers = [kernel for kernel in compiled.kernels if kernel.name == POINTERS]
+    assert not (found := failing(pointers, lambda k: bool(k.instructions["TMA"]))), found
+
+
+@pytest.mark.parametrize("capability", sorted(ARCHITECTURES))
+def test_a_spill_is_seen(compiled: Report, capability: int) -> None:
+    (kernel,) = (k for k in compiled.faults if k.name.endswith(".spilling_kernel") and k.capability == capability)
+    assert kernel.spills > 0
+    assert kernel.stack + kernel.local >= 4 * 64  # 128 values and 64 registers
+    assert 32 < kernel.registers <= 64
+    assert f"| {kernel.spills}, {kernel.stack + kernel.local} bytes |" in table([kernel])
+
+
+@pytest.mark.parametrize("capability", sorted(ARCHITECTURES))
+def test_a_product_without_tensor_cores_is_seen(compiled: Report, capability: int) -> None:
+    (kernel,) = (k for k in compiled.faults if k.name.endswith(".scalar_product_kernel") and k.capability == capability)
+    assert kernel.matrix
+    assert not any(kernel.instructions.values())
+
+
+def test_kernels_are_found_in_sources(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "__init__.py").write_text(textwrap.dedent("""
+        @triton.autotune([], key=[])
+        @triton.jit
+        def tuned(x, later):
+            later = helper(x)
+
+        @jit(do_not_specialize=["x"])
+        def both(x):
+            pass
+
+        def launch(grid):
+            both[grid](1)
+    """))
+    (tmp_path / "rest.py").write_text(textwrap.dedent("""
+        @triton.jit
+        def helper(x):
+            return combine(x, part.both)
+
+        @triton.jit
+        def combine(x, y):
+            return x
+
+        @triton.jit
+        def later(x):
+            pass
+
+        def plain(x):
+            pass
+    """))
+    assert kernel_names(tmp_path, "package") == ["package.part.both", "package.part.tuned", "package.rest.later"]
+
+
+def test_a_crash_shows_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "crash.py"
+    script.write_text("raise SystemExit('no such compiler')")
+    monkeypatch.setattr(compile_report, "__file__", str(script))
+    with pytest.raises(RuntimeError, match=r"crash\.py --json 90 ended with status 1:\nno such compiler"):
+        report(90)
