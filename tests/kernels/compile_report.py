@@ -172,7 +172,10 @@ def _inspect(file: Path, *options: str) -> str:
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    return subprocess.run([tool, *options, file], check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run([tool, *options, file], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {' '.join(options)} ended with status {done.returncode}:\n{done.stderr}")
+    return done.stdout
 
 
 def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel:
