@@ -29,6 +29,7 @@ class Contender:
     # The matrix products it computes, where that differs from what the table counts; by backend for ours.
     does: str | Mapping[str, str] = ""
     graph: bool = False  # it never waits for the device, so a CUDA graph can hold it
+    work: Callable[[Any], Work] | None = None  # what it does, where the table is to show that and not the least
 
     @property
     def ours(self) -> bool:
@@ -50,6 +51,7 @@ class Work:
     flops: float  # of matrix products; 0: the case is bound by memory
     bytes: float  # each input read once, each output written once
     count: str  # the flops in the table's words, e.g. 6NHV
+    tokens: int | None = None  # of a step: positions that go through the language model
 
     @property
     def ceiling(self) -> str:
@@ -68,8 +70,16 @@ class Case:
     expected: Callable[[Any], Sequence[Expected]]
     work: Callable[[Any], Work]
     contenders: Sequence[Contender]
-    uses: Sequence[str] = ()  # operations that ours calls besides ``op``
+    uses: Sequence[str] = ()  # operations that ours calls besides ``op``, or all of them where ``against`` is given
     slow: bool = False  # minutes on a CPU: left out of ``pytest benchmarks`` unless asked for
+    # Name of the contender whose results the others must have: all are measured in turns, and ``expected`` takes its
+    # outputs in place of the inputs.
+    against: str | None = None
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The operations of the package that ours calls."""
+        return tuple(self.uses) if self.against else (*self.uses, self.op)
 
     @property
     def name(self) -> str:
@@ -94,6 +104,7 @@ class Row:
     backend: str | None = None  # of ours: which one ran
     does: str = ""
     count: str = ""
+    tokens: int | None = None
     flops: float = 0.0
     bytes: float = 0.0
     ceiling: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from benchmarks.cases import Case, Contender, Row, pairs
 from benchmarks.measure import Clock, ceilings, measure
 from benchmarks.record import RESULTS, Record
 from benchmarks.report import table
-from benchmarks.run import PARTS, default_device, part_of, part_pairs
+from benchmarks.run import PARTS, default_device, in_turns, part_of, part_pairs
 
 DEVICE = default_device()
 CLOCK = Clock(DEVICE)
@@ -38,9 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "pair" in metafunc.fixturenames:
-        slow = metafunc.config.getoption("slow")
-        chosen = pairs([case for case in metafunc.module.cases(DEVICE) if slow or not case.slow])
+    if not {"pair", "case"} & set(metafunc.fixturenames):
+        return
+    slow = metafunc.config.getoption("slow")
+    cases = [case for case in metafunc.module.cases(DEVICE) if slow or not case.slow]
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+    else:
+        chosen = pairs(cases)
         names = [f"{case.title}, {case.described}: {contender.name}" for case, contender in chosen]
         metafunc.parametrize("pair", chosen, ids=names)
 
@@ -52,11 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_position)
 
 
-def _position(item: pytest.Item) -> tuple[int, int]:
-    """Stage by stage, each in the order of the part."""
+def _position(item: pytest.Item) -> tuple[int, int, int]:
+    """Stage by stage, each in the order of the part; parts in their order."""
     pair = getattr(item, "callspec", None) and item.callspec.params.get("pair")  # type: ignore[attr-defined]
     name = item.module.__name__.rpartition("bench_")[2]  # type: ignore[attr-defined]
-    return pair[1].stage if pair else 0, PARTS[part_of(name)].index(name)
+    part = part_of(name)
+    return list(PARTS).index(part), pair[1].stage if pair else 0, PARTS[part].index(name)
 
 
 @pytest.fixture
@@ -73,14 +79,32 @@ def run_pair(pair: tuple[Case, Contender], benchmark, request: pytest.FixtureReq
         row = measure(case, contender, DEVICE, stopwatch, CLOCK)
         benchmark.skipped = row.seconds is None
         benchmark.extra_info.update(row.to_json())
-        part = part_of(request.module.__name__)
-        records = request.config.stash[RECORDS]
-        if part not in records:
-            records[part] = Record(part, DEVICE, ceilings(DEVICE), len(part_pairs(part, DEVICE)))
-        records[part].rows.append(row)
+        _record(request, [row])
         _judge(row)
 
     return run
+
+
+@pytest.fixture
+def run_case(case: Case, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """All contenders of a case by turns; each call is checked, timed, and its memory watched."""
+
+    def run() -> None:
+        rows = in_turns(case, DEVICE, CLOCK)
+        _record(request, rows)
+        for row in rows:
+            if row.status == "failed":
+                _judge(row)
+
+    return run
+
+
+def _record(request: pytest.FixtureRequest, rows: Sequence[Row]) -> None:
+    part = part_of(request.module.__name__)
+    records = request.config.stash[RECORDS]
+    if part not in records:
+        records[part] = Record(part, DEVICE, ceilings(DEVICE), len(part_pairs(part, DEVICE)))
+    records[part].rows += rows
 
 
 def _judge(row: Row) -> None:

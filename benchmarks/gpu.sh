@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
 #   benchmarks/gpu.sh kernels
+#   benchmarks/gpu.sh step      whole steps of the 3B's and the 7B's shapes, ours beside repeated rows
 #   benchmarks/gpu.sh tune      sweeps the tile sizes instead: no tests, no other libraries
 # The JSON file goes to $OUT (default benchmarks/results). BENCH_COMMIT names the commit where there is no repository,
 # TESTS the tests to run (default: those of the Triton backend and of the operators). SECONDS_FOR_TESTS bounds these;
@@ -8,10 +9,12 @@
 # measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels or tune"}
+part=${1:?"which part: kernels, step or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
+# Steps of very different sizes follow each other: without this the memory breaks into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 mkdir -p "$out"
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,16 +118,72 @@ def measure(case: Case, contender: Contender, device: torch.device, stopwatch: S
     if reason is not None:
         row.status, row.reason = "not run", reason
         return row
-    try:
+    with _outcome_in(row, contender, device):
         inputs, expected, work = prepare(case, device)
-        row.count, row.flops, row.bytes, row.ceiling = work.count, work.flops, work.bytes, work.ceiling
+        _describe(row, contender.work(inputs) if contender.work else work)
         step = contender.build(inputs)
         row.errors = check(step(), expected, case.dtype, ours=contender.ours)
-        if contender.ours:
-            row.backend = " + ".join(dict.fromkeys(check_backend(op, device) for op in (*case.uses, case.op)))
-        row.does = contender.does if isinstance(contender.does, str) else contender.does.get(row.backend or "", "")
+        _name_backend(row, case, contender, device)
         _time(row, step, contender.graph, device, stopwatch, clock)
         row.peak_mib = peak_bytes(step, device) / MIB
+    step = inputs = None  # type: ignore[assignment]
+    torch.compiler.reset()  # past a few shapes of one function the compiler would run it uncompiled
+    _free(device)
+    if row.status == "measured":
+        _rate(row, ceilings(device))
+    return row
+
+
+def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int, *, warm_up: int = 0) -> list[Row]:
+    """Every contender of a case that names one to compare with: by turns, so that what else the machine does falls on
+    all alike; each call is checked, timed, and its memory watched. ``warm_up`` rounds come first, untimed."""
+    inputs = case.inputs(device)
+    first = next(c for c in case.contenders if c.name == case.against)
+    order = [first, *(c for c in case.contenders if c is not first)]
+    rows = {c.name: blank_row(case, c, "measured") for c in order}
+    seconds: dict[str, list[float]] = {c.name: [] for c in order}
+    steps: dict[str, Step] = {}
+    expected: Sequence[Expected] | None = None
+    for number in range(warm_up + rounds):
+        for contender in order:
+            row = rows[contender.name]
+            if row.status != "measured":
+                continue
+            with _outcome_in(row, contender, device):
+                if contender.name not in steps:
+                    _describe(row, (contender.work or case.work)(inputs))
+                    steps[contender.name] = contender.build(inputs)
+                with PeakMemory(device) as memory:
+                    start = clock()
+                    outputs = steps[contender.name]()
+                    taken = clock() - start
+                row.peak_mib = max(row.peak_mib or 0.0, (memory.bytes - _returned(outputs)) / MIB)
+                if expected is None:
+                    if contender is not first:
+                        raise GateFailure(f"{case.against} gave no results to compare with")
+                    expected = case.expected(outputs)
+                row.errors = check(outputs, expected, case.dtype, ours=contender.ours)
+                _name_backend(row, case, contender, device)
+                if number >= warm_up:
+                    seconds[contender.name].append(taken)
+            if row.status != "measured":
+                steps.pop(contender.name, None)
+                _free(device)
+    for name, row in rows.items():
+        if row.status == "measured":
+            row.timing = "wall"
+            _summarise(row, seconds[name])
+            _rate(row, ceilings(device))
+        else:
+            row.peak_mib = None
+    return [rows[c.name] for c in case.contenders]
+
+
+@contextlib.contextmanager
+def _outcome_in(row: Row, contender: Contender, device: torch.device) -> Iterator[None]:
+    """What goes wrong inside ends up in the row: never an exception for what another implementation cannot do."""
+    try:
+        yield
     except GateFailure as wrong:
         row.status, row.reason = "failed", str(wrong)
     except torch.OutOfMemoryError:
@@ -134,15 +191,23 @@ def measure(case: Case, contender: Contender, device: torch.device, stopwatch: S
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")[:200]
         row.status, row.reason = "failed" if contender.ours else "not run", f"{type(error).__name__}: {first}"
-    finally:
-        step = inputs = None  # type: ignore[assignment]
-        torch.compiler.reset()  # past a few shapes of one function the compiler would run it uncompiled
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if row.status == "measured":
-        _rate(row, ceilings(device))
-    return row
+
+
+def _describe(row: Row, work: Work) -> None:
+    row.count, row.flops, row.bytes, row.ceiling = work.count, work.flops, work.bytes, work.ceiling
+    row.tokens = work.tokens
+
+
+def _name_backend(row: Row, case: Case, contender: Contender, device: torch.device) -> None:
+    if contender.ours:
+        row.backend = " + ".join(dict.fromkeys(check_backend(op, device) for op in case.ops))
+    row.does = contender.does if isinstance(contender.does, str) else contender.does.get(row.backend or "", "")
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_backend(op: str, device: torch.device) -> str:
@@ -168,7 +233,11 @@ def _time(row: Row, step: Step, graph: bool, device: torch.device, stopwatch: St
             target, estimate, row.timing = replay, per_call * GRAPH_CALLS, "graph"
             flush = _nothing
     rounds = max(3 if estimate > 0.3 else 7, min(50, int(BUDGET[device.type] / estimate)))
-    seconds = sorted(stopwatch(target, flush, rounds))
+    _summarise(row, stopwatch(target, flush, rounds))
+
+
+def _summarise(row: Row, samples: Sequence[float]) -> None:
+    seconds = sorted(samples)
     row.rounds = len(seconds)
     row.seconds = statistics.median(seconds)
     row.spread = (seconds[round(0.9 * (len(seconds) - 1))] - seconds[round(0.1 * (len(seconds) - 1))]) / row.seconds
@@ -223,24 +292,45 @@ def l2_flush(device: torch.device) -> Callable[[], None]:
     return lambda: _discard(buffer.zero_())
 
 
+class PeakMemory:
+    """``bytes``: the most that was allocated at once inside the block, beyond what was there before it."""
+
+    bytes: int
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._profile.__exit__(*error)
+        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        self.bytes = peak
+
+
 def peak_bytes(step: Step, device: torch.device) -> int:
     """The most memory a call holds at once, beyond what was there before it and the outputs it returns."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with PeakMemory(device) as memory:
         outputs = step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before - _returned(outputs)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        outputs = step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak - _returned(outputs)
+    return memory.bytes - _returned(outputs)
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import OURS
 from benchmarks.record import RESULTS, load
 
 README = Path(__file__).parent.parent / "README.md"
@@ -20,17 +21,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
+STEP_COLUMNS = (
+    "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "peak MiB", "MiB / ours", "TF/s", "% of ceiling",
+    "rms error", "gradient error", "computes",
+)  # fmt: skip
+
+
 def table(record: Mapping[str, Any]) -> str:
     """One run as Markdown: its machine, then a table with a heading row per case."""
-    lines = [_machine(record), "", _row(COLUMNS), _row(["---", *["---:"] * 7, "---"])]
+    step = record["part"] == "step"
+    columns = STEP_COLUMNS if step else COLUMNS
+    lines = [_machine(record), "", _row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
     rows = sorted(record["rows"], key=_case_order(record["rows"]))
     for (op, title, _), group in groupby(rows, key=_case):
         entries = list(group)
         size = ", ".join(f"{key} {value}" for key, value in entries[0]["size"].items())
         count = next((entry["count"] for entry in entries if entry["count"]), "")
         counted = f"; {count} counted" if count else ""
-        lines.append(_row([f"**{op}**, {title}: {size}{counted}", *[""] * 8]))
-        lines += [_row(_cells(entry)) for entry in entries]
+        lines.append(_row([f"**{op}**, {title}: {size}{counted}", *[""] * (len(columns) - 1)]))
+        lines += [_row(_step_cells(entry, entries) if step else _cells(entry)) for entry in entries]
     return "\n".join(lines)
 
 
@@ -85,21 +94,52 @@ def _machine(record: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["seconds"] is None:
         return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * 7]
-    backend = f" ({row['backend']})" if row["backend"] else ""
     graph = ", graph" if row["timing"] == "graph" else ""
-    gradients = [error for name, error in row["errors"].items() if name.startswith("d_")]
-    values = [error for name, error in row["errors"].items() if not name.startswith("d_")]
     return [
-        f"{row['implementation']}{backend}",
+        _name(row),
         f"{row['seconds'] * 1e3:.4g}{graph}",
         _number(row["tflops"]),
         _number(row["gbps"]),
         f"{row['percent']:.1f} ({row['ceiling']})",
         f"{row['peak_mib']:.1f}",
-        f"{max(values):.1e}" if values else "",
-        f"{max(gradients):.1e}" if gradients else "",
+        *_errors(row),
         row["does"],
     ]
+
+
+def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Time and memory also as multiples of ours."""
+    if row["seconds"] is None:
+        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(STEP_COLUMNS) - 2)]
+    ours = next(entry for entry in case if entry["implementation"].startswith(OURS))
+
+    def ratio(field: str) -> str:
+        return f"{row[field] / ours[field]:.2f}" if ours[field] else ""
+
+    return [
+        _name(row),
+        str(row["tokens"]),
+        f"{row['flops'] / 1e12:.4g}",
+        f"{row['seconds']:.4g} ({row['rounds']})",
+        ratio("seconds"),
+        f"{row['peak_mib']:.0f}",
+        ratio("peak_mib"),
+        _number(row["tflops"]),
+        f"{row['percent']:.1f}",
+        *_errors(row),
+        row["does"],
+    ]
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['implementation']} ({row['backend']})" if row["backend"] else row["implementation"]
+
+
+def _errors(row: Mapping[str, Any]) -> list[str]:
+    """The largest error of values, and of gradients."""
+    gradients = [error for name, error in row["errors"].items() if name.startswith("d_")]
+    values = [error for name, error in row["errors"].items() if not name.startswith("d_")]
+    return [f"{max(errors):.1e}" if errors else "" for errors in (values, gradients)]
 
 
 def _number(value: float | None) -> str:

@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case, Contender, Row, blank_row, pairs
-from benchmarks.measure import Clock, ceilings, measure, plain_stopwatch
+from benchmarks.measure import Clock, ceilings, measure, measure_in_turns, plain_stopwatch
 from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
 
 PARTS = {
     "kernels": ("linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage"),
+    "step": ("step",),
 }
+ROUNDS = {"cuda": (5, 1), "cpu": (3, 1)}  # of what is measured in turns: timed, and before these
+SLOW_ROUNDS = (1, 0)
 
 
 def default_device() -> torch.device:
@@ -40,27 +43,48 @@ def part_pairs(part: str, device: torch.device) -> list[tuple[Case, Contender]]:
 
 def run_part(
     part: str, device: torch.device, *, only: str = "", seconds: float = float("inf"), tests: str = "not run",
-    out: Path | None = None,
+    out: Path | None = None, rounds: int | None = None, everything: Sequence[tuple[Case, Contender]] | None = None,
 ) -> Record:  # fmt: skip
     """Measure a part; after ``seconds`` the remaining implementations of others are left out, and the rows say so.
-    Writes the file after every row, so that a run that is cut off leaves what it had."""
+    Writes the file after every row, so that a run that is cut off leaves what it had. ``everything`` replaces the
+    part's own cases."""
     start = time.monotonic()
-    everything = part_pairs(part, device)
+    if everything is None:
+        everything = part_pairs(part, device)
     record = Record(part, device, ceilings(device), len(everything), tests)
     clock = Clock(device)
+    done: set[Case] = set()
     for case, contender in everything:
-        if not re.search(only, f"{case.name}: {contender.name}"):
+        if case in done or not re.search(only, f"{case.name}: {contender.name}"):
             continue
-        if contender.stage == 0 or time.monotonic() - start < seconds:
-            row = measure(case, contender, device, plain_stopwatch(clock), clock)
+        late = time.monotonic() - start >= seconds
+        if case.against:
+            done.add(case)
+            rows = left_out(case, case.contenders, seconds) if late else in_turns(case, device, clock, rounds)
+        elif late and contender.stage:
+            rows = left_out(case, [contender], seconds)
         else:
-            row = blank_row(case, contender, "not run")
-            row.reason = f"left out after {seconds:.0f} s of this run"
-        record.rows.append(row)
-        print(f"{time.monotonic() - start:6.1f} s  {case.name}: {contender.name}: {outcome(row)}", flush=True)
+            rows = [measure(case, contender, device, plain_stopwatch(clock), clock)]
+        for row in rows:
+            passed = time.monotonic() - start
+            print(f"{passed:6.1f} s  {case.name}: {row.implementation}: {outcome(row)}", flush=True)
+        record.rows += rows
         if out is not None:
             record.save(out)
     return record
+
+
+def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None = None) -> list[Row]:
+    """Measure a case by turns, ``rounds`` times, or as often as its device and its length suggest."""
+    usual, warm_up = SLOW_ROUNDS if case.slow and device.type == "cpu" else ROUNDS[device.type]
+    return measure_in_turns(case, device, clock, rounds or usual, warm_up=warm_up)
+
+
+def left_out(case: Case, contenders: Sequence[Contender], seconds: float) -> list[Row]:
+    rows = [blank_row(case, contender, "not run") for contender in contenders]
+    for row in rows:
+        row.reason = f"left out after {seconds:.0f} s of this run"
+    return rows
 
 
 def outcome(row: Row) -> str:
