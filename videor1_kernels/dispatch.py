@@ -52,9 +52,15 @@ def register(
     implementations.append(Implementation(backend, what, unavailable, only_explicit))
 
 
-def register_triton(op: str, module: str) -> None:
+def register_triton(op: str, module: str, *, only_16_bit: bool = False) -> None:
     """Register ``module``'s kernels: for CUDA tensors, and under TRITON_INTERPRET=1 on request for CPU tensors too."""
-    register(op, "triton", module, unavailable=_triton_unavailable, only_explicit=lambda device: device.type != "cuda")
+
+    def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+        if only_16_bit and device.type == "cuda" and dtype == torch.float32:
+            return "its kernels take bf16 and fp16 inputs, and an input is fp32"
+        return _triton_unavailable(device, dtype)
+
+    register(op, "triton", module, unavailable=unavailable, only_explicit=lambda device: device.type != "cuda")
 
 
 def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:

@@ -276,7 +276,7 @@ def test_layout_errors(prompts, completions, message):
         ({"k": torch.zeros(5, 2, 4)}, r"k: expected shape \[T, Hkv, 8\], got \[5, 2, 4\]"),
         ({"scale": 0.0}, "scale: expected a finite number above 0, got 0.0"),
         ({"layout": PrefixLayout([3], [[2]], "meta")}, r"layout: expected index tensors on cpu \(use layout.to\)"),
-        ({"backend": "triton"}, "backend 'triton' cannot run on cpu"),
+        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
     ],
 )
 def test_errors(change, message):

@@ -16,8 +16,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from videor1_kernels import grpo_loss, linear_grpo_loss, linear_logprob, selective_log_softmax, tgrpo_advantages
+from videor1_kernels import (
+    PrefixLayout,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprob,
+    prefix_attention,
+    selective_log_softmax,
+    tgrpo_advantages,
+)
 from videor1_kernels.linear_logprob import products, triton_rows
+from videor1_kernels.prefix_attention import work
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -134,6 +143,20 @@ def main() -> None:
     def select(logits, index, g):  # type: ignore[no-untyped-def]
         logp = selective_log_softmax(logits, index, backend="triton")
         return [logp, *torch.autograd.grad(logp, logits, g)]
+
+    work.LEAST_PART = 20
+
+    def attend(layout: PrefixLayout):  # type: ignore[no-untyped-def]
+        def call(q, k, v, g):  # type: ignore[no-untyped-def]
+            out = prefix_attention(q, k, v, layout, backend="triton")
+            return [out, *torch.autograd.grad(out, (q, k, v), g)]
+
+        return call
+
+    for dim, layout in ((16, PrefixLayout([20, 1], [[18, 3], []])), (20, PrefixLayout([17], [[16]]))):
+        rows = layout.total_tokens
+        run(f"prefix_attention {dim}", attend(layout), leaf(rows, 2, dim), leaf(rows, 1, dim), leaf(rows, 1, dim),
+            torch.randn(rows, 2, dim))  # fmt: skip
 
     run("selective_log_softmax", select, leaf(3, 137, dtype=torch.float16), torch.tensor([[0, 136, 136]] * 3),
         torch.randn(3, 3))  # fmt: skip

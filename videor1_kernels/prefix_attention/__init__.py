@@ -11,8 +11,11 @@ from videor1_kernels.prefix_attention import reference, reference_decode
 from videor1_kernels.prefix_attention.function import PrefixAttention
 from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
 
+MOST_D = 128  # head dim of the Triton kernels
+
 __all__ = ["DecodeLayout", "PrefixLayout", "prefix_attention", "prefix_decode_attention"]
 
+dispatch.register_triton("prefix_attention", "videor1_kernels.prefix_attention.triton", only_16_bit=True)
 dispatch.register("prefix_attention", "reference", reference)
 dispatch.register("prefix_decode_attention", "reference", reference_decode.prefix_decode_attention)
 
@@ -37,10 +40,11 @@ def prefix_attention(
         k, v: [T, Hkv, D]; Hq a multiple of Hkv (grouped-query attention: query head h reads key head h // (Hq / Hkv)).
         layout: the order of the row, T = ``layout.total_tokens``.
         scale: factor on the scores; None: D ** -0.5.
-        backend: ``auto``, ``reference``.
+        backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 128 or less), ``reference``.
 
     Returns:
-        [T, Hq, D] in q's dtype (the maths is fp32, or fp64 if an input is), differentiable into q, k and v.
+        [T, Hq, D] in q's dtype, differentiable into q, k and v (once). Scores and sums are fp32, or fp64 if an input
+        is; nothing of size T x T is stored. The same bits every time.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or a backend that cannot run here.
@@ -54,6 +58,10 @@ def prefix_attention(
     check_tensor(op, "v", v, (layout.total_tokens, heads, q.shape[2]), device=q.device)
     if layout.prompt_index.device != q.device:
         raise fail(op, "layout", f"index tensors on {q.device} (use layout.to)", layout.device)
+    if q.shape[2] > MOST_D:
+        if backend == "triton":
+            raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
+        backend = "reference"
     return PrefixAttention.apply(q, k, v, layout, _scale(op, scale, q), backend)
 
 

@@ -18,7 +18,8 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, backend: str) -> Tensor:
-        ctx.run = dispatch.resolve("prefix_attention", backend, q.device, compute_dtype(q, k, v))
+        dtype = q.dtype if q.dtype == k.dtype == v.dtype else compute_dtype(q, k, v)
+        ctx.run = dispatch.resolve("prefix_attention", backend, q.device, dtype)
         with dispatch.running_on(q):
             out, lse = ctx.run.forward(q, k, v, layout, scale)
         ctx.save_for_backward(q, k, v, out, lse)

@@ -1,0 +1,133 @@
+"""prefix_attention on Triton kernels, for 16-bit inputs: what is launched, in which shapes.
+
+In fp32 and at D = 128 the registers of a program cannot hold what these kernels keep in them (tried: full precision and
+tf32x3, blocks down to 16 keys); the reference's large products are the better way there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from videor1_kernels.prefix_attention.layout import PrefixLayout
+from videor1_kernels.prefix_attention.triton_backward import (
+    prefix_key_gradients,
+    prefix_query_gradient,
+    prefix_sum_parts,
+)
+from videor1_kernels.prefix_attention.triton_forward import prefix_forward
+from videor1_kernels.prefix_attention.work import key_items, query_tiles
+
+SUM_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries and keys of one step of a kernel, and its launch options."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The three kernels of matrix products on one architecture."""
+
+    forward: Block
+    query_gradient: Block
+    key_gradients: Block
+
+
+# By compute capability; others take the nearest below. Larger ones spill registers at D = 128.
+BLOCKS: dict[int, Blocks] = {
+    80: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+    86: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+    89: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+    90: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(32, 128, 8, 2)),
+    100: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(32, 128, 8, 2)),
+    120: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+}
+INTERPRETED = Blocks(Block(16, 16, 4, 1), Block(16, 16, 4, 1), Block(16, 16, 4, 1))
+
+
+def blocks_for(q: Tensor) -> Blocks:
+    """The configuration for q's device."""
+    if q.device.type != "cuda":  # the interpreter
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return BLOCKS[max((known for known in BLOCKS if known <= 10 * major + minor), default=80)]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, blocks: Blocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D] in q's dtype, lse fp32 [Hq, T])."""
+    blocks, (q, k, v) = blocks or blocks_for(q), _operands(q, k, v)
+    tokens, heads, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
+    block = blocks.forward
+    tiles = query_tiles(layout, block.m)
+    prefix_forward[len(tiles), heads](
+        q, k, v, out, lse, tiles, *_strides(q, k, v), out.stride(0), tokens, scale, **_options(block, q, k)
+    )
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: PrefixLayout, scale: float,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of the gradient of ``out``, each in its input's dtype."""
+    blocks, dtypes = blocks or blocks_for(q), (q.dtype, k.dtype, v.dtype)
+    q, k, v, grad = _operands(q, k, v, grad.to(q.dtype))
+    tokens, heads, size = q.shape
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = torch.empty_like(lse)
+    block = blocks.query_gradient
+    tiles = query_tiles(layout, block.m)
+    shared = (q, k, v, grad, lse, delta)
+    strides = _strides(q, k, v, grad)
+    prefix_query_gradient[len(tiles), heads](
+        *shared, out, dq, tiles, *strides, dq.stride(0), tokens, scale, **_options(block, q, k)
+    )
+    block = blocks.key_gradients
+    items, sums, slots = key_items(layout, block.n)
+    parts = q.new_empty((slots, 2, k.shape[1], block.n, size), dtype=torch.float32)
+    prefix_key_gradients[len(items), k.shape[1]](
+        *shared, dk, dv, parts, items, *strides, dk.stride(0), tokens, scale, **_options(block, q, k)
+    )
+    if len(sums):
+        rows = min(SUM_ROWS, block.n)
+        prefix_sum_parts[len(sums), k.shape[1], block.n // rows](
+            parts, dk, dv, sums, dk.stride(0), D=size, BLOCK_N=block.n, BLOCK=rows, BLOCK_D=_columns(size)
+        )
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
+    return dq, dk, dv
+
+
+def _operands(q: Tensor, *others: Tensor) -> list[Tensor]:
+    """Of one dtype, unit stride in D. Views of other layouts are read as they are."""
+    dtypes = {x.dtype for x in (q, *others)}
+    dtype = q.dtype if len(dtypes) == 1 else torch.float32
+    return [x.to(dtype) if x.stride(2) == 1 else x.to(dtype).contiguous() for x in (q, *others)]
+
+
+def _strides(*operands: Tensor) -> list[int]:
+    return [stride for x in operands for stride in x.stride()[:2]]
+
+
+def _options(block: Block, q: Tensor, k: Tensor) -> dict[str, object]:
+    return {
+        "D": q.shape[2], "REPEAT": q.shape[1] // k.shape[1], "BLOCK_M": block.m, "BLOCK_N": block.n,
+        "BLOCK_D": _columns(q.shape[2]),
+        "num_warps": block.num_warps, "num_stages": block.num_stages,
+    }  # fmt: skip
+
+
+def _columns(size: int) -> int:
+    return triton.next_power_of_2(max(size, 16))

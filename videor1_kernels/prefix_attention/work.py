@@ -1,0 +1,105 @@
+"""How prefix attention is cut into programs: lists of row ranges, built once per layout and block size.
+
+In the packed row what follows a prompt up to the end of its group is what sees it, and what follows a completion's
+token inside its completion is what sees that. One rule covers both: a key is seen by the later positions of a range.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.prefix_attention.layout import PrefixLayout
+
+PARTS = 512  # the queries of all key tiles together are cut into about so many equal parts
+LEAST_PART = 512  # queries
+
+
+T = TypeVar("T")
+
+
+def _once_per_layout(build: Callable[[PrefixLayout, int], T]) -> Callable[[PrefixLayout, int], T]:
+    """All layers of a model share a layout, and forward and backward passes the same tiles."""
+    built: WeakKeyDictionary[PrefixLayout, dict[int, T]] = WeakKeyDictionary()
+
+    @functools.wraps(build)
+    def cached(layout: PrefixLayout, block: int) -> T:
+        known = built.setdefault(layout, {})
+        if block not in known:
+            known[block] = build(layout, block)
+        return known[block]
+
+    return cached
+
+
+@_once_per_layout
+def query_tiles(layout: PrefixLayout, block: int) -> Tensor:
+    """int32 [n, 5], a row per ``block`` queries or fewer, those that see most first:
+
+    first query, end of its segment, first key of its prompt, end of those keys (none for a prompt's own tokens), first
+    key of its segment. A query sees the keys of its prompt, and those of its segment up to itself.
+    """
+    tiles = []
+    for start, stop, prompt, prompt_stop in _segments(layout):
+        tiles += [(first, stop, prompt, prompt_stop, start) for first in range(start, stop, block)]
+    tiles.sort(key=lambda tile: tile[0] - tile[4] + tile[3] - tile[2], reverse=True)
+    return torch.tensor(tiles, dtype=torch.int32, device=layout.device)
+
+
+@_once_per_layout
+def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
+    """(items int32 [n, 5], sums int32 [m, 4], number of partial results).
+
+    An item is ``block`` keys or fewer and some of the queries that see them: first key, end of its segment, first
+    query, end of the queries, where its partial result goes (-1: it is the only item of its keys). A prompt's keys are
+    seen by all of its group: their queries are split over several items, which a row of ``sums`` names: first key, end
+    of its segment, first partial result, number of them.
+    """
+    tiles = [
+        (first, stop, seen)
+        for start, stop, seen in _key_segments(layout)
+        for first in range(start, stop, block)
+    ]
+    total = sum(seen - first for first, _, seen in tiles)
+    part = max(LEAST_PART, -(-total // PARTS))
+    items, sums, slots = [], [], 0
+    for first, stop, seen in tiles:
+        count = -(-(seen - first) // part)
+        if count == 1:
+            items.append((first, stop, first, seen, -1))
+            continue
+        size = -(-(seen - first) // count)
+        for i in range(count):
+            items.append((first, stop, first + i * size, min(first + (i + 1) * size, seen), slots + i))
+        sums.append((first, stop, slots, count))
+        slots += count
+    items.sort(key=lambda item: item[3] - item[2], reverse=True)
+    rows, summed = (torch.tensor(x, dtype=torch.int32, device=layout.device) for x in (items, sums))
+    return rows, summed.reshape(-1, 4), slots
+
+
+def _segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int, int]]:
+    """Every prompt and completion: its first position, its end, and those of its prompt (empty for a prompt)."""
+    for prompt, length, starts, lengths in _groups(layout):
+        yield prompt, prompt + length, prompt, prompt
+        for start, count in zip(starts, lengths, strict=True):
+            yield start, start + count, prompt, prompt + length
+
+
+def _key_segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int]]:
+    """Every prompt and completion: its first position, its end, and the end of what sees it."""
+    for prompt, length, starts, lengths in _groups(layout):
+        yield prompt, prompt + length, prompt + length + sum(lengths)
+        for start, count in zip(starts, lengths, strict=True):
+            yield start, start + count, start + count
+
+
+def _groups(layout: PrefixLayout) -> Iterator[tuple[int, int, Sequence[int], Sequence[int]]]:
+    return zip(
+        layout.prompt_starts, layout.prompt_lengths, layout.completion_starts, layout.completion_lengths, strict=True
+    )
