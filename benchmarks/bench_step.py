@@ -25,8 +25,8 @@ SAMPLE = 4096  # entries of each parameter's gradient that are compared
 FAMILIES = {"d_tower": "visual.", "d_embedding": "embed_tokens", "d_head": "lm_head", "d_layers": "language_model."}
 
 # Largest difference from the baseline: rms of log-probs and loss; gradients relative to the norm of those compared.
-# In bf16 both ways round, the baseline its logits too.
-BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 1e-1)}
+# In bf16 both ways round, the baseline its log-probs too: about 2e-2 between them at 4 to 36 layers.
+BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 5e-2)}
 
 
 def cases(device: torch.device) -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -148,6 +149,13 @@ def test_every_way_passes_the_gate(checkpointing: bool) -> None:
     assert rows[1].errors == dict.fromkeys(rows[0].errors, 0.0)  # what the others are compared with
     assert all(row.peak_mib > rows[0].peak_mib for row in rows[1:])
     assert all(row.flops > 1.5 * rows[0].flops for row in rows[1:])
+
+
+def test_bf16_passes_the_gate_with_room() -> None:
+    case = bench_step.training(dataclasses.replace(TOY, dtype=torch.bfloat16), GROUP, checkpointing=True)
+    rows = measure_in_turns(case, CPU, Clock(CPU), 1)
+    assert [row.status for row in rows] == ["measured"] * 4
+    assert 1e-4 < max(rows[0].errors.values()) < 0.6 * bench_step.BOUNDS[torch.bfloat16][1]
 
 
 def test_every_parameter_is_in_the_gate(inputs: StepInputs) -> None:
