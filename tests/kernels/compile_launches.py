@@ -22,6 +22,9 @@ from videor1_kernels.grpo_loss.triton_terms import terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
 from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+from videor1_kernels.prefix_attention import PrefixLayout
+from videor1_kernels.prefix_attention import triton as prefix_attention
+from videor1_kernels.prefix_attention.triton import BLOCKS, Blocks
 
 MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
 FULL_TARGETS = (80, 90, 100)  # the others have tiles of their own, but no row or token kernel of their own
@@ -51,6 +54,7 @@ def launch_all(capability: int) -> Iterator[str]:
         yield from _gradients()
         yield from _terms()
         yield from _advantages()
+    yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
 
 
 def launch_faults(capability: int) -> Iterator[str]:
@@ -207,3 +211,22 @@ def _advantages() -> Iterator[str]:
     launch(333, 5, None, "reference", dtype=BF16, lengths=BF16, normalize="none")
     yield "sizes of 1, fp16"
     launch(1, 1, 1, "margin", dtype=FP16)
+
+
+def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
+    def launch(
+        layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory
+    ) -> None:
+        rows = layout.total_tokens
+        q, grad = (memory(rows, heads[0], size, dtype=dtype) for _ in range(2))
+        k, v = (memory(rows, heads[1], size, dtype=dtype) for _ in range(2))
+        out, lse = prefix_attention.forward(q, k, v, layout, 0.1, blocks)
+        prefix_attention.backward(grad, q, k, v, out, lse, layout, 0.1, blocks)
+
+    yield "7B group, bf16"
+    launch(PrefixLayout([1224], [[768] * 8]), (28, 4), 128, BF16, ALIGNED)
+    if full:
+        yield "head dim 80, odd everything, fp16"
+        launch(PrefixLayout([1223, 1], [[1, 700], []]), (6, 2), 80, FP16, ODD)
+        yield "one token, head dim 64, bf16"
+        launch(PrefixLayout([1], [[]]), (1, 1), 64, BF16, ALIGNED)

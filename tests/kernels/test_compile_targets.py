@@ -15,6 +15,7 @@ from compile_report import Kernel, Report, kernel_names, report, table
 
 import videor1_kernels
 from videor1_kernels.linear_logprob.triton_forward import TILES
+from videor1_kernels.prefix_attention.triton import BLOCKS
 
 ARCHITECTURES = {80, 90, 100}
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
@@ -80,6 +81,18 @@ def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
                     and (k.num_warps, k.num_stages) == (shipped.num_warps, shipped.num_stages)
                     for k in products
                 ), f"sm_{capability}: {shipped}, {shape}"  # fmt: skip
+
+
+def test_every_shipped_block_is_compiled(compiled: Report) -> None:
+    for capability, blocks in BLOCKS.items():
+        for name in ("forward", "query_gradient", "key_gradients"):
+            block = getattr(blocks, name)
+            assert any(
+                k.capability == capability and k.name.endswith(f".prefix_{name}") and k.flags["D"] == 128
+                and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
+                and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
+                for k in compiled.kernels
+            ), f"sm_{capability}: {name}, {block}"  # fmt: skip
 
 
 def test_every_flag_is_compiled_on_and_off(compiled: Report) -> None:

@@ -75,12 +75,17 @@ def test_scale_and_large_scores():
 
 
 def test_views_of_other_layouts():
-    """q, k and v as transformers hands them over, [heads, T, D]; gradients broadcast from a sum."""
+    """q, k and v as transformers hands them over, [heads, T, D]; ones that cannot be read as they are; a gradient
+    broadcast from a sum."""
     layout, inputs, _ = make("ragged", dtype=DTYPES[0])
     moved = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs]
     assert not moved[0].is_contiguous()
     grad = torch.ones(1, 1, 1, dtype=DTYPES[0], device=DEVICE).expand_as(inputs[0])
     for a, b in zip(run(moved, layout, grad), run(inputs, layout, grad.contiguous()), strict=True):
+        assert torch.equal(a, b)
+    ours = run([x[..., 3:15].detach().requires_grad_() for x in inputs], layout, grad[..., 3:15])  # unaligned, D 12
+    whole = run([x[..., 3:15].contiguous().detach().requires_grad_() for x in inputs], layout, grad[..., 3:15])
+    for a, b in zip(ours, whole, strict=True):
         assert torch.equal(a, b)
     spread = [x.detach().repeat_interleave(2, 2)[..., ::2].requires_grad_() for x in inputs]
     assert spread[0].stride(2) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -45,12 +46,12 @@ class Blocks:
 
 # By compute capability; others take the nearest below. Larger ones spill registers at D = 128.
 BLOCKS: dict[int, Blocks] = {
-    80: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
-    86: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
-    89: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+    80: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
+    86: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
+    89: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
     90: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(32, 128, 8, 2)),
-    100: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(32, 128, 8, 2)),
-    120: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(64, 64, 8, 2)),
+    100: Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 2), Block(32, 128, 8, 2)),
+    120: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
 }
 INTERPRETED = Blocks(Block(16, 16, 4, 1), Block(16, 16, 4, 1), Block(16, 16, 4, 1))
 
@@ -67,7 +68,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D] in q's dtype, lse fp32 [Hq, T])."""
-    blocks, (q, k, v) = blocks or blocks_for(q), _operands(q, k, v)
+    width, blocks, (q, k, v) = q.shape[2], blocks or blocks_for(q), _operands(q, k, v)
     tokens, heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
     block = blocks.forward
@@ -75,7 +76,7 @@ def forward(
     prefix_forward[len(tiles), heads](
         q, k, v, out, lse, tiles, *_strides(q, k, v), out.stride(0), tokens, scale, **_options(block, q, k)
     )
-    return out, lse
+    return out[..., :width], lse
 
 
 def backward(
@@ -84,7 +85,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of the gradient of ``out``, each in its input's dtype."""
     blocks, dtypes = blocks or blocks_for(q), (q.dtype, k.dtype, v.dtype)
-    q, k, v, grad = _operands(q, k, v, grad.to(q.dtype))
+    width = q.shape[2]
+    q, k, v, grad, out = _operands(q, k, v, grad.to(out.dtype), out)
     tokens, heads, size = q.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
@@ -106,15 +108,20 @@ def backward(
         prefix_sum_parts[len(sums), k.shape[1], block.n // rows](
             parts, dk, dv, sums, dk.stride(0), D=size, BLOCK_N=block.n, BLOCK=rows, BLOCK_D=_columns(size)
         )
-    dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
+    dq, dk, dv = (x[..., :width].to(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True))
     return dq, dk, dv
 
 
-def _operands(q: Tensor, *others: Tensor) -> list[Tensor]:
-    """Of one dtype, unit stride in D. Views of other layouts are read as they are."""
-    dtypes = {x.dtype for x in (q, *others)}
-    dtype = q.dtype if len(dtypes) == 1 else torch.float32
-    return [x.to(dtype) if x.stride(2) == 1 else x.to(dtype).contiguous() for x in (q, *others)]
+def _operands(*inputs: Tensor) -> list[Tensor]:
+    """Of one dtype, in memory that is read 16 bytes at a time, D padded to a multiple of 16. Other views stay views."""
+    dtype = inputs[0].dtype if len({x.dtype for x in inputs}) == 1 else torch.float32
+    padding = -inputs[0].shape[2] % 16
+    operands = (F.pad(x.to(dtype), (0, padding)) if padding else x.to(dtype) for x in inputs)
+    return [x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in operands]
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.stride(2) == 1 and x.data_ptr() % 16 == x.stride(0) % 16 == x.stride(1) % 16 == 0
 
 
 def _strides(*operands: Tensor) -> list[int]:
