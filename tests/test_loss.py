@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from videor1.config import LoraConfig, TrainConfig
-from videor1.loss import completion_logp, loss_weight, media_features, pack, pack_groups, sft_loss, tgrpo_loss
+from videor1.loss import completion_logp, media_features, pack, sft_loss, tgrpo_loss
 from videor1.model import VideoLM
 from videor1.patches import normalize_patches
 from videor1.prompts import build_sft_ids
-from videor1.types import Completion, Group, Prompt
+from videor1.types import Prompt
 
 PROMPTS = [make_prompt(make_media("video", (2, 4, 4), seed=1), draw=1), make_prompt(None, "Two and two?", draw=2)]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -203,21 +203,6 @@ def test_log_probs_of_another_model_over_the_same_row(
             assert torch.allclose(got, torch.cat(row_logps(other, TEMPERATURE)), rtol=0, atol=1e-9)
 
 
-def test_packed_groups_hold_ordered_answers_only() -> None:
-    def completions(group: list[Tensor]) -> tuple[Completion, ...]:
-        return tuple(Completion(ids, torch.zeros(len(ids)), True, "") for ids in group)
-
-    groups = [
-        Group(prompt, completions(answers), completions([torch.arange(9)]), (1, 0, 2, 3))
-        for prompt, answers in zip(PROMPTS, ANSWERS, strict=True)
-    ]
-    packed, expected = pack_groups(HELPER, groups), pack(HELPER, PROMPTS, ANSWERS)
-    assert torch.equal(packed.ids, expected.ids)
-    assert torch.equal(packed.positions, expected.positions)
-    assert torch.equal(packed.labels, torch.cat([answer for group in ANSWERS for answer in group]))
-    assert packed.layout.cu_completions.tolist() == [0, *itertools.accumulate(LENGTHS)]
-
-
 def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_tower() -> None:
     model = make_lm()
     model.visual.requires_grad_(False)
@@ -235,38 +220,6 @@ def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_towe
     for name, gradient in losses[0][1].items():
         assert torch.equal(gradient, losses[1][1][name]), name
     assert not any("visual" in name for name in losses[1][1])
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_weighted_micro_batches_add_up_to_the_batch(loss_type: str) -> None:
-    """The whole batch: for bnpo the mean of the micro-batches' losses, for the others what one call gives."""
-    model = make_lm()
-    config = TrainConfig(loss_type=loss_type, beta=0.0, max_completion_length=20)  # type: ignore[arg-type]
-
-    def loss(indices: list[int]) -> Tensor:
-        packed = pack(model, [PROMPTS[i] for i in indices], [ANSWERS[i] for i in indices])
-        advantages = ADVANTAGES.float().split([len(group) for group in ANSWERS])
-        return tgrpo_loss(model, packed, torch.cat([advantages[i] for i in indices]), config, num_tokens=N).loss
-
-    parts = []
-    for i, answers in enumerate(ANSWERS):
-        part = loss([i])
-        (part * loss_weight(loss_type, len(answers), S, 2)).backward()
-        parts.append(part.item() * loss_weight(loss_type, len(answers), S, 2))
-    summed = {name: gradient.clone() for name, gradient in gradients(model.hf).items()}
-    model.hf.zero_grad()
-    whole = (loss([0]) + loss([1])) / 2 if loss_type == "bnpo" else loss([0, 1])
-    whole.backward()
-    assert sum(parts) == pytest.approx(whole.item(), rel=1e-5)
-    for name, gradient in gradients(model.hf).items():
-        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-
-
-def test_micro_batches_share_one_weight_in_all() -> None:
-    sizes = [8, 8, 3]
-    for loss_type in ("grpo", "dr_grpo", "bnpo"):
-        assert sum(loss_weight(loss_type, size, sum(sizes), len(sizes)) for size in sizes) == pytest.approx(1.0)
-    assert [loss_weight("dapo", size, sum(sizes), len(sizes)) for size in sizes] == [1.0] * 3
 
 
 def sft_rows(model: VideoLM) -> tuple[list[Prompt], list[Tensor]]:

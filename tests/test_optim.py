@@ -116,12 +116,20 @@ def test_a_nonfinite_norm_changes_nothing(value: float) -> None:
     assert all(torch.equal(after[key], moments[key]) for key in moments)
 
 
-def test_without_gradients_nothing_decays() -> None:
-    named = parameters()
-    optimizer = make_optimizer(named, TrainConfig(weight_decay=0.5))
-    before = {name: p.detach().clone() for name, p in named.items()}
-    assert guarded_step(optimizer, named, 0.1, 1.0) == (0.0, True)
-    assert all(torch.equal(p, before[name]) for name, p in named.items())
+def test_no_gradient_is_a_gradient_of_zero() -> None:
+    """Whether a batch has nothing to learn from, or leaves that out, is one step: momentum and decay go on."""
+    left_out, kept = parameters(), parameters()
+    for named in (left_out, kept):
+        optimizer = make_optimizer(named, TrainConfig(weight_decay=0.5))
+        for i in range(3):
+            for p in named.values():
+                p.grad = torch.ones_like(p) if i == 0 else torch.zeros_like(p) if named is kept else None
+            norm, finite = guarded_step(optimizer, named, 0.1, 1.0)
+            assert finite
+            assert (norm == 0) == (i > 0)
+    for name, p in left_out.items():
+        assert torch.equal(p, kept[name])
+        assert not torch.equal(p, parameters()[name])
 
 
 def test_state_round_trip_is_exact_and_independent() -> None:
@@ -130,9 +138,11 @@ def test_state_round_trip_is_exact_and_independent() -> None:
 
     def step(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for name, p in named.items():
-            p.grad = torch.randn(p.shape, generator=generator) if name != "norm" or seed > 1 else None
-        guarded_step(optimizer, named, 0.01, 1.0)
+        for p in named.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        stepped = {name: p for name, p in named.items() if name != "norm" or seed > 1}
+        named["norm"].grad = named["norm"].grad if seed > 1 else None
+        guarded_step(optimizer, stepped, 0.01, 1.0)
 
     step(one, first, 0)
     step(one, first, 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Opened
 from runs import last_metrics, metrics, run_lines, same_weights, trainer, weights
 from torch import Tensor
 
@@ -18,27 +17,12 @@ import videor1.loop
 import videor1.trainer
 from videor1.advantages import score_groups
 from videor1.demo.assets import Assets
-from videor1.loss import pack_groups
 from videor1.model import VideoLM
+from videor1.rows import training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.trainer import Trainer
-from videor1.types import Completion, Group, Prompt
+from videor1.types import Prompt
 from videor1_kernels import last_backend
-
-
-class Opened:
-    """A trainer whose run is open, so that its parts can be called one by one."""
-
-    def __init__(self, run: Trainer) -> None:
-        self.run = run
-        self._context = run._open()
-
-    def __enter__(self) -> Trainer:
-        self._context.__enter__()
-        return self.run
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(None, None, None)
 
 
 def test_frozen_vision_stays_and_its_features_are_used_again(
@@ -140,9 +124,11 @@ def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Ass
     run = trainer(assets, tmp_path, num_generations=3, temporal__num_generations=2)
     with Opened(run):
         groups, _ = run.rollout(run.source.take(4))
-    assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
-    packed = pack_groups(run.model, groups)
-    assert packed.labels.tolist() == [token for g in groups for ids in answers(g.ordered) for token in ids]
+        assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
+        rows, left_out = training_rows(run.model, groups, score_groups(groups, run.config), run.config)
+    assert left_out == 0
+    labels = [token for row in rows for token in row.packed.labels.tolist()]
+    assert labels == [token for g in groups for ids in answers(g.ordered) for token in ids]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -175,89 +161,6 @@ def test_reference_model_is_copied_only_where_needed(
     kl = [row["kl"] for row in metrics(tmp_path)]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert (kl[-1] > 1e-6) == (options["beta"] > 0)
-
-
-def cut_unequally(groups: list[Group]) -> list[Group]:
-    """The same groups with answers of 1, 2, 3, ... tokens."""
-    lengths = itertools.count(1)
-
-    def cut(completion: Completion) -> Completion:
-        length = min(next(lengths), len(completion.token_ids))
-        ids, logp = completion.token_ids[:length], completion.logp[:length]
-        return dataclasses.replace(completion, token_ids=ids, logp=logp)
-
-    return [dataclasses.replace(group, ordered=tuple(map(cut, group.ordered))) for group in groups]
-
-
-def gradients(run: Trainer, prompts: list[Prompt], groups: list[Group], batch: int) -> dict[str, Tensor]:
-    """The gradient that an optimizer step sees when the groups come in micro-batches of ``batch``."""
-    config = run.config
-    config.per_device_train_batch_size = batch
-    config.gradient_accumulation_steps = len(groups) // batch
-    captured: dict[str, Tensor] = {}
-
-    def capture(_: Any, parameters: dict[str, Any], *__: Any) -> tuple[float, bool]:
-        captured.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
-        for parameter in parameters.values():
-            parameter.grad = None
-        return 1.0, True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(videor1.loop, "guarded_step", capture)
-        patch.setattr(run.source, "take", lambda count: prompts[:count])
-        patch.setattr(run, "rollout", lambda _: (groups, [None] * len(groups)))
-        run.train_batch()
-    return captured
-
-
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_gradients_do_not_depend_on_the_micro_batches(
-    loss_type: str, importance: str, assets: Assets, tmp_path: Path
-) -> None:
-    """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved."""
-    run = trainer(
-        assets, tmp_path, loss_type=loss_type, importance_level=importance, num_generations=3, beta=0.2,
-        max_completion_length=16, max_steps=20,
-    )  # fmt: skip
-    with torch.no_grad():
-        assert run.frozen is not None
-        for parameter in run.frozen.hf.parameters():
-            parameter.mul_(1.05)
-    with Opened(run):
-        prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0])
-        assert (score_groups(groups, run.config).result.advantages != 0).any(1).sum() >= 3
-        whole, half, single = (gradients(run, prompts, groups, batch) for batch in (4, 2, 1))
-    assert whole.keys() == half.keys() == single.keys() == run.model.trainable().keys()
-    scale = max(float(g.abs().max()) for g in whole.values())
-    assert scale > 1e-3
-    for name, gradient in whole.items():
-        for other in (half, single):
-            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=2e-6 * scale)
-
-
-def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -> None:
-    """bnpo divides by the tokens of each micro-batch: cutting the batch differently is another loss."""
-    run = trainer(
-        assets, tmp_path, loss_type="bnpo", num_generations=3, max_completion_length=16, max_steps=20, beta=0
-    )
-    with Opened(run):
-        prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0])
-        single = gradients(run, prompts, groups, 1)
-        scored = score_groups(groups, run.config)
-        expected = {name: torch.zeros_like(p) for name, p in run.model.trainable().items()}
-        for i, group in enumerate(groups):
-            advantages = scored.result.advantages[i]
-            row = pack_groups(run.model, [group])
-            result = videor1.trainer.tgrpo_loss(run.model, row, advantages, run.config, num_tokens=1)
-            for name, gradient in zip(
-                expected, torch.autograd.grad(result.loss / 4, run.model.trainable().values()), strict=True
-            ):
-                expected[name] += gradient
-    for name, gradient in expected.items():
-        torch.testing.assert_close(single[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_second_update_of_a_rollout_uses_its_own_log_probs(
@@ -352,7 +255,7 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     importance_level: str, assets: Assets, tmp_path: Path
 ) -> None:
     """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
-    operations = ("linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
+    operations = ("prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
     options: dict[str, Any] = {
         "max_steps": 3, "num_iterations": 3, "clip_low": 0.2, "clip_high": 0.2, "importance_level": importance_level,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -360,7 +263,7 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     ends = {}
     for kernels in ("reference", "triton"):
         final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()
-        assert [last_backend(op) for op in operations] == [kernels] * 3
+        assert [last_backend(op) for op in operations] == [kernels] * 4
         ends[kernels] = weights(final)
     start = weights(assets.model)
     # Adam divides by the gradient's own size, so where that is next to 0 rounding decides the step: all entries

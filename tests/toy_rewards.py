@@ -21,3 +21,8 @@ def not_finite(completions: Sequence[str], samples: Sequence[Sample]) -> list[fl
 def brief(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
     """The fewer letters the better."""
     return [max(0.0, 1 - len(text) / 20) for text in completions]
+
+
+def nothing(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """All answers alike: nothing can be learned from them."""
+    return [0.0] * len(completions)

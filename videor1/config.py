@@ -161,7 +161,8 @@ class CommonConfig:
     bf16: bool | None = None
     """Compute in bf16 with fp32 master weights; default: on a GPU yes, on CPU no."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Who computes log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch elsewhere."""
+    """Who computes attention in training, log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch
+    elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -216,6 +217,10 @@ class TrainConfig(EvalOptions):
     rollout_batch_size: int = 64
     """Rows (ordered and shuffled answers) decoded together at most."""
 
+    max_tokens_per_row: int | None = None
+    """Tokens of a packed row (prompts and answers) at most: a micro-batch over it takes several passes, with the same
+    loss; default: no bound. A prompt that leaves no room for max_completion_length is skipped and counted."""
+
     len_control: bool = True
     """The length reward (reward.length_bonus for correct answers within reward.length_range)."""
     normalize: Literal["std", "none"] = "std"
@@ -250,6 +255,9 @@ class TrainConfig(EvalOptions):
         _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
         _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _expect("rollout_batch_size", self.rollout_batch_size, "at least 1", self.rollout_batch_size >= 1)
+        _expect("max_tokens_per_row", self.max_tokens_per_row, f"more than max_completion_length "
+                f"({self.max_completion_length}), or null for no bound",
+                self.max_tokens_per_row is None or self.max_tokens_per_row > self.max_completion_length)
         _expect("beta", self.beta, "0 or more", self.beta >= 0)
         _expect("kl_clamp", self.kl_clamp, "above 0", self.kl_clamp > 0)
         _expect("advantage_eps", self.advantage_eps, "0 or more", self.advantage_eps >= 0)

@@ -139,12 +139,13 @@ class Loop(ABC, Generic[C]):
             if loss.requires_grad:
                 loss.backward()
         parameters = self.model.trainable()
-        if not finite:
+        rate, norm = learning_rate(self.step, self.total_steps, self.config), math.nan
+        if finite:
+            norm, finite_norm = guarded_step(self.optimizer, parameters, rate, self.config.max_grad_norm)
+        else:
             self.optimizer.zero_grad(set_to_none=True)
-        rate = learning_rate(self.step, self.total_steps, self.config)
-        norm, finite_norm = guarded_step(self.optimizer, parameters, rate, self.config.max_grad_norm)
         self.step += 1
-        row: dict[str, Any] = {"loss": total, "grad_norm": norm if finite else math.nan, "learning_rate": rate}
+        row: dict[str, Any] = {"loss": total, "grad_norm": norm, "learning_rate": rate}
         row |= metrics() if finite else {}
         self.counters["num_tokens"] += row.pop("num_tokens", 0)
         row["epoch"] = self.source.position / len(self.dataset)

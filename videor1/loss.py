@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.types import Group, Prompt
+from videor1.types import Prompt
 from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
 from videor1_kernels.integrations.transformers import PackedRow
 
@@ -40,21 +40,18 @@ def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequen
     return Packed(torch.cat(ids).to(model.device), layout.text_positions(positions, firsts), layout, tuple(prompts))
 
 
-def pack_groups(model: VideoLM, groups: Sequence[Group]) -> Packed:
-    """The ordered answers of some groups; shuffled answers get no loss."""
-    return pack(model, [g.prompt for g in groups], [[c.token_ids for c in g.ordered] for g in groups])
-
-
 def media_features(model: VideoLM, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Vision features of the prompts that have media, in order; one pass of the tower for all of them."""
     return model.vision_features([p.media for p in prompts if p.media is not None])
 
 
-def predicting_states(model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None) -> Tensor:
+def predicting_states(
+    model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None, backend: str = "auto"
+) -> Tensor:
     """The hidden states [N, H] that predict the completions' tokens: all that ever reaches the head."""
     if features is None:
         features = media_features(model, packed.prompts)
-    hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout), features)
+    hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout, backend), features)
     return hidden[packed.layout.predict_index]
 
 
@@ -67,7 +64,7 @@ def completion_logp(
     backend: str = "auto",
 ) -> Tensor:
     """Log-probs [N] of the completions' tokens, fp32, nats."""
-    hidden = predicting_states(model, packed, features)
+    hidden = predicting_states(model, packed, features, backend)
     return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature, backend=backend)[0]
 
 
@@ -92,7 +89,7 @@ def tgrpo_loss(
         features: of a frozen vision tower, computed before; None runs the tower, with gradients if it is trained.
     """
     return linear_grpo_loss(
-        predicting_states(model, packed, features),
+        predicting_states(model, packed, features, config.kernels),
         model.head_weight,
         packed.labels,
         advantages.to(model.device),
@@ -110,20 +107,6 @@ def tgrpo_loss(
         num_tokens=num_tokens,
         backend=config.kernels,
     )
-
-
-def loss_weight(loss_type: str, completions: int, all_completions: int, micro_batches: int) -> float:
-    """Factor on a micro-batch's loss so that the sum over micro-batches is the loss of the accumulated batch.
-
-    Means over completions (grpo, dr_grpo) weigh by their share of the completions; bnpo, defined per micro-batch, is
-    averaged; dapo is divided by the whole batch's tokens already.
-    """
-    return {
-        "grpo": completions / all_completions,
-        "dr_grpo": completions / all_completions,
-        "bnpo": 1 / micro_batches,
-        "dapo": 1.0,
-    }[loss_type]
 
 
 def sft_loss(model: VideoLM, packed: Packed, num_tokens: int, backend: str = "auto") -> Tensor:

@@ -41,12 +41,15 @@ def guarded_step(
 ) -> tuple[float, bool]:
     """Clip and step; (gradient norm before clipping, whether it was finite). A non-finite gradient changes nothing.
 
-    The gradients are freed either way.
+    A parameter that no row of the batch reached has a gradient of 0, not none: what is left out of a batch because it
+    could not change the gradient does not change the step either. The gradients are freed either way.
     """
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     finite = bool(torch.isfinite(norm))
-    if finite and gradients:
+    if finite:
         nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = rate

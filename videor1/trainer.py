@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from videor1.advantages import Scored, score_groups
 from videor1.config import TrainConfig
 from videor1.loop import Loop
-from videor1.loss import Packed, completion_logp, loss_weight, media_features, pack_groups, tgrpo_loss
+from videor1.loss import Packed, completion_logp, media_features, tgrpo_loss
 from videor1.prompts import build_input_ids
 from videor1.rewards import load_reward
 from videor1.rollout import Request, Sampler
+from videor1.rows import Row, training_rows
 from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
@@ -42,9 +44,12 @@ class Trainer(Loop[TrainConfig]):
         return config.per_device_train_batch_size * config.gradient_accumulation_steps / config.num_iterations
 
     def make_source(self, start: int) -> Source[Prompt]:
+        longest = self.config.max_prompt_length
+        if self.config.max_tokens_per_row is not None:
+            longest = min(longest, self.config.max_tokens_per_row - self.config.max_completion_length)
+
         def build(sample: Sample, media: Media | None, draw: int) -> Prompt:
-            limit = self.config.max_prompt_length
-            ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=limit)
+            ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=longest)
             return Prompt(sample, ids, media, draw)
 
         self.rollouts = self.open_lines("rollouts.jsonl")
@@ -61,18 +66,18 @@ class Trainer(Loop[TrainConfig]):
         self._write_rollouts(groups, scored)
         clock.lap("time/reward")
 
-        size = config.per_device_train_batch_size
-        micro = [slice(i, i + size) for i in range(0, len(groups), size)]
-        rows = [pack_groups(self.model, groups[part]) for part in micro]
-        tower = [self._frozen_features(features[part]) for part in micro]
-        reference = [self._reference_logp(row, own) for row, own in zip(rows, tower, strict=True)]
+        rows, left_out = training_rows(self.model, groups, scored, config)
+        tower = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
+        reference = [self._reference_logp(row.packed, own) for row, own in zip(rows, tower, strict=True)]
         clock.lap("time/reference")
 
         old: list[Tensor | None] = [None] * len(rows)
         for _ in range(min(config.num_iterations, self.total_steps - self.step)):
             results: list[GrpoLoss] = []
-            losses = self._losses(rows, micro, scored, old, reference, tower, results)
-            self.optimizer_step(losses, functools.partial(self._metrics, groups, scored, rows, results, clock))
+            losses = self._losses(rows, scored, old, reference, tower, results)
+            self.optimizer_step(
+                losses, functools.partial(self._metrics, groups, scored, rows, left_out, results, clock)
+            )
             for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
                 if old[i] is None and bool(new.logp.isfinite().all()):
                     old[i] = new.logp
@@ -109,24 +114,22 @@ class Trainer(Loop[TrainConfig]):
 
     def _losses(
         self,
-        rows: Sequence[Packed],
-        micro: Sequence[slice],
+        rows: Sequence[Row],
         scored: Scored,
         old: Sequence[Tensor | None],
         reference: Sequence[Tensor | None],
         tower: Sequence[list[Tensor] | None],
         results: list[GrpoLoss],
     ) -> Iterator[Tensor]:
-        """Micro-batch by micro-batch, so that each one's graph is freed before the next is built."""
-        completions, tokens = scored.lengths.numel(), int(scored.lengths.sum())
-        for row, part, old_logp, ref_logp, features in zip(rows, micro, old, reference, tower, strict=True):
-            advantages = scored.result.advantages[part].flatten()
+        """Row by row, so that each one's graph is freed before the next is built."""
+        advantages, tokens = scored.result.advantages.flatten(), int(scored.lengths.sum())
+        for row, old_logp, ref_logp, features in zip(rows, old, reference, tower, strict=True):
             result = tgrpo_loss(
-                self.model, row, advantages, self.config, num_tokens=tokens, old_logp=old_logp, ref_logp=ref_logp,
-                features=features,
+                self.model, row.packed, advantages[row.completions], self.config, num_tokens=tokens,
+                old_logp=old_logp, ref_logp=ref_logp, features=features,
             )  # fmt: skip
             results.append(result)
-            yield result.loss * loss_weight(self.config.loss_type, len(advantages), completions, len(rows))
+            yield result.loss * row.weight
 
     def _shuffled_features(
         self, prompts: Sequence[Prompt], ordered: Sequence[Tensor | None], orders: Sequence[tuple[int, ...] | None]
@@ -159,20 +162,25 @@ class Trainer(Loop[TrainConfig]):
         self,
         groups: Sequence[Group],
         scored: Scored,
-        rows: Sequence[Packed],
+        rows: Sequence[Row],
+        left_out: int,
         results: Sequence[GrpoLoss],
         clock: _Clock,
     ) -> dict[str, Any]:
         result, lengths = scored.result, scored.lengths
-        weights = torch.tensor([float(len(row.labels)) for row in rows])
+        weights = torch.tensor([float(len(row.packed.labels)) for row in rows])
         weights /= weights.sum()
 
         def token_mean(values: Sequence[Tensor | None]) -> float:
+            """Over the tokens that a pass has seen."""
+            if not values:
+                return math.nan
             means = [0.0 if v is None else float(v.float().mean()) for v in values]
             return sum(mean * float(weight) for mean, weight in zip(means, weights, strict=True))
 
-        sampled = torch.cat([c.logp for g in groups for c in g.ordered])
-        gap = (torch.cat([r.logp.cpu() for r in results]) - sampled).abs()
+        answers, none = [c.logp for g in groups for c in g.ordered], torch.empty(0)
+        sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
+        gap = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
         video = ~result.p_shuffled.isnan()
         seconds = clock.total()
         everything = int(lengths.sum()) + sum(len(c.token_ids) for g in groups for c in g.shuffled)
@@ -197,7 +205,10 @@ class Trainer(Loop[TrainConfig]):
             "temporal/bonus": _mean(result.temporal[video].tolist()),
             "temporal/rewarded": _mean((result.temporal[video] > 0).tolist()),
             "sampling/sampling_logp_difference/mean": float(gap.mean()),
-            "sampling/sampling_logp_difference/max": float(gap.max()),
+            "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
+            "pass/rows": len(rows),
+            "pass/tokens": sum(row.packed.layout.total_tokens for row in rows),
+            "pass/groups_left_out": left_out,
             **clock.laps,
             "time/tokens_per_second": everything / seconds,
         }

@@ -10,13 +10,21 @@ from videor1_kernels.frames_to_patches import YuvFrames, frames_to_patches
 from videor1_kernels.group_advantage import Advantages, tgrpo_advantages
 from videor1_kernels.grpo_loss import GrpoLoss, grpo_loss, linear_grpo_loss
 from videor1_kernels.linear_logprob import linear_logprob, selective_log_softmax
-from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, prefix_attention, prefix_decode_attention
+from videor1_kernels.prefix_attention import (
+    DecodeLayout,
+    PrefixLayout,
+    RowPart,
+    plan_rows,
+    prefix_attention,
+    prefix_decode_attention,
+)
 
 __all__ = [
     "Advantages",
     "DecodeLayout",
     "GrpoLoss",
     "PrefixLayout",
+    "RowPart",
     "YuvFrames",
     "backends",
     "chosen_backend",
@@ -25,6 +33,7 @@ __all__ = [
     "last_backend",
     "linear_grpo_loss",
     "linear_logprob",
+    "plan_rows",
     "prefix_attention",
     "prefix_decode_attention",
     "selective_log_softmax",

@@ -5,11 +5,12 @@ import torch
 from triton_cases import CUDA, DEVICE, HALF, error_of
 
 from videor1_kernels import PrefixLayout, chosen_backend, last_backend, prefix_attention
-from videor1_kernels.prefix_attention import reference, work
+from videor1_kernels.prefix_attention import reference, triton, work
+from videor1_kernels.prefix_attention.triton import Block, Blocks
 from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_memory
 
 DTYPES = HALF if CUDA else [torch.float32, *HALF]  # in fp32 these kernels run in the interpreter only
-# Blocks are of 16 queries and keys in the interpreter.
+SMALL_BLOCKS = Blocks(*[Block(16, 16, 4, 1)] * 3)  # in the interpreter
 LAYOUTS = {
     "ragged": ([20, 1, 17], [[18, 1], [16, 3], []]),
     "whole blocks": ([32], [[16, 32]]),
@@ -42,9 +43,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on th
 
 
 @pytest.fixture(autouse=True)
-def _short_parts(monkeypatch):
-    """Queries are split as they are on long rows, so that partial results are summed here too."""
+def _small_blocks_and_parts(monkeypatch):
+    """Rows of several blocks, queries split as they are on long rows, so that partial results are summed here too."""
     monkeypatch.setattr(work, "LEAST_PART", 20)
+    monkeypatch.setattr(triton, "INTERPRETED", SMALL_BLOCKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,7 +26,7 @@ from videor1_kernels import (
     tgrpo_advantages,
 )
 from videor1_kernels.linear_logprob import products, triton_rows
-from videor1_kernels.prefix_attention import work
+from videor1_kernels.prefix_attention import triton, work
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -144,7 +144,7 @@ def main() -> None:
         logp = selective_log_softmax(logits, index, backend="triton")
         return [logp, *torch.autograd.grad(logp, logits, g)]
 
-    work.LEAST_PART = 20
+    work.LEAST_PART, triton.INTERPRETED = 20, triton.Blocks(*[triton.Block(16, 16, 4, 1)] * 3)
 
     def attend(layout: PrefixLayout):  # type: ignore[no-untyped-def]
         def call(q, k, v, g):  # type: ignore[no-untyped-def]

@@ -10,10 +10,11 @@ from videor1_kernels.checks import INTEGERS, check_number, check_tensor, fail
 from videor1_kernels.prefix_attention import reference, reference_decode
 from videor1_kernels.prefix_attention.function import PrefixAttention
 from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
+from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
 MOST_D = 128  # head dim of the Triton kernels
 
-__all__ = ["DecodeLayout", "PrefixLayout", "prefix_attention", "prefix_decode_attention"]
+__all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_attention", "prefix_decode_attention"]
 
 dispatch.register_triton("prefix_attention", "videor1_kernels.prefix_attention.triton", only_16_bit=True)
 dispatch.register("prefix_attention", "reference", reference)

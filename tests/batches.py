@@ -1,0 +1,65 @@
+"""A trainer opened up: its batch's parts one by one, and the gradient that a step sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import videor1.loop
+from videor1.trainer import Trainer
+from videor1.types import Completion, Group, Prompt
+
+
+class Opened:
+    """A trainer whose run is open, so that its parts can be called one by one."""
+
+    def __init__(self, run: Trainer) -> None:
+        self.run = run
+        self._context = run._open()
+
+    def __enter__(self) -> Trainer:
+        self._context.__enter__()
+        return self.run
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def cut_unequally(groups: list[Group]) -> list[Group]:
+    """The same groups with answers of 1, 2, 3, ... tokens."""
+    lengths = itertools.count(1)
+
+    def cut(completion: Completion) -> Completion:
+        length = min(next(lengths), len(completion.token_ids))
+        ids, logp = completion.token_ids[:length], completion.logp[:length]
+        return dataclasses.replace(completion, token_ids=ids, logp=logp)
+
+    return [dataclasses.replace(group, ordered=tuple(map(cut, group.ordered))) for group in groups]
+
+
+def gradients(
+    run: Trainer, prompts: list[Prompt], groups: list[Group], batch: int, max_tokens_per_row: int | None = None
+) -> dict[str, Tensor]:
+    """The gradient that an optimizer step sees when the groups come in micro-batches of ``batch``."""
+    config = run.config
+    config.max_tokens_per_row = max_tokens_per_row
+    config.per_device_train_batch_size = batch
+    config.gradient_accumulation_steps = len(groups) // batch
+    captured: dict[str, Tensor] = {}
+
+    def capture(_: Any, parameters: dict[str, Any], *__: Any) -> tuple[float, bool]:
+        captured.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+        for parameter in parameters.values():
+            parameter.grad = None
+        return 1.0, True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(videor1.loop, "guarded_step", capture)
+        patch.setattr(run.source, "take", lambda count: prompts[:count])
+        patch.setattr(run, "rollout", lambda _: (groups, [None] * len(groups)))
+        run.train_batch()
+    return captured
