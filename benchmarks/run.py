@@ -18,7 +18,10 @@ from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
 
 PARTS = {
-    "kernels": ("linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage"),
+    "kernels": (
+        "linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage",
+        "prefix_attention",
+    ),
     "step": ("step",),
 }
 ROUNDS = {"cuda": (5, 1), "cpu": (3, 1)}  # of what is measured in turns: timed, and before these
