@@ -109,6 +109,9 @@ class Row:
     bytes: float = 0.0
     ceiling: str = ""
     seconds: float | None = None  # median
+    # Of what is measured in turns on a CPU: processor time of all threads, user and system. Other processes change it
+    # far less than ``seconds``.
+    cpu_seconds: float | None = None
     spread: float | None = None  # (90th - 10th percentile) / median
     rounds: int = 0
     timing: str = ""  # wall: a clock that waits for the device; graph: replays of a CUDA graph

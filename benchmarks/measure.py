@@ -142,6 +142,7 @@ def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int
     order = [first, *(c for c in case.contenders if c is not first)]
     rows = {c.name: blank_row(case, c, "measured") for c in order}
     seconds: dict[str, list[float]] = {c.name: [] for c in order}
+    processor: dict[str, list[float]] = {c.name: [] for c in order}
     steps: dict[str, Step] = {}
     expected: Sequence[Expected] | None = None
     for number in range(warm_up + rounds):
@@ -154,9 +155,9 @@ def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int
                     _describe(row, (contender.work or case.work)(inputs))
                     steps[contender.name] = contender.build(inputs)
                 with PeakMemory(device) as memory:
-                    start = clock()
+                    start, busy = clock(), time.process_time()
                     outputs = steps[contender.name]()
-                    taken = clock() - start
+                    taken, busy = clock() - start, time.process_time() - busy
                 row.peak_mib = max(row.peak_mib or 0.0, (memory.bytes - _returned(outputs)) / MIB)
                 if expected is None:
                     if contender is not first:
@@ -166,6 +167,7 @@ def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int
                 _name_backend(row, case, contender, device)
                 if number >= warm_up:
                     seconds[contender.name].append(taken)
+                    processor[contender.name].append(busy)
             if row.status != "measured":
                 steps.pop(contender.name, None)
                 _free(device)
@@ -173,6 +175,7 @@ def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int
         if row.status == "measured":
             row.timing = "wall"
             _summarise(row, seconds[name])
+            row.cpu_seconds = statistics.median(processor[name]) if device.type == "cpu" else None
             _rate(row, ceilings(device))
         else:
             row.peak_mib = None

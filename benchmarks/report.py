@@ -22,8 +22,8 @@ COLUMNS = (
 
 
 STEP_COLUMNS = (
-    "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "peak MiB", "MiB / ours", "TF/s", "% of ceiling",
-    "rms error", "gradient error", "computes",
+    "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "CPU s", "CPU s / ours", "peak MiB", "MiB / ours",
+    "TF/s", "% of ceiling", "rms error", "gradient error", "computes",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> li
     ours = next(entry for entry in case if entry["implementation"].startswith(OURS))
 
     def ratio(field: str) -> str:
-        return f"{row[field] / ours[field]:.2f}" if ours[field] else ""
+        return f"{row[field] / ours[field]:.2f}" if row[field] and ours[field] else ""
 
     return [
         _name(row),
@@ -122,6 +122,8 @@ def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> li
         f"{row['flops'] / 1e12:.4g}",
         f"{row['seconds']:.4g} ({row['rounds']})",
         ratio("seconds"),
+        _number(row["cpu_seconds"]),
+        ratio("cpu_seconds"),
         f"{row['peak_mib']:.0f}",
         ratio("peak_mib"),
         _number(row["tflops"]),

@@ -257,16 +257,17 @@ def test_the_table_has_ratios_to_ours(tmp_path: Path) -> None:
                "--record", str(tmp_path)])  # fmt: skip
     data = json.loads((tmp_path / "cpu-step.json").read_text())
     for row, seconds, peak in zip(data["rows"], (2.0, 4.6, 5.0, None), (100.0, 250.0, 1000.0, None), strict=True):
-        row["seconds"], row["peak_mib"] = seconds, peak
+        assert 0 < row["cpu_seconds"] < 60
+        row["seconds"], row["peak_mib"], row["cpu_seconds"] = seconds, peak, seconds and 2 * seconds
     data["rows"][3] |= {"status": "not run", "reason": "does not fit in the device's memory"}
     ours, baseline, reference, absent = report.table(data).splitlines()[-4:]
     assert ours.startswith(f"| {bench_step.SHARED} (reference) | 212 |")
-    assert " | 2 (3) | 1.00 | 100 | 1.00 | " in ours
-    assert " | 4.6 (3) | 2.30 | 250 | 2.50 | " in baseline
-    assert " | 5 (3) | 2.50 | 1000 | 10.00 | " in reference
+    assert " | 2 (3) | 1.00 | 4 | 1.00 | 100 | 1.00 | " in ours
+    assert " | 4.6 (3) | 2.30 | 9.2 | 2.30 | 250 | 2.50 | " in baseline
+    assert " | 5 (3) | 2.50 | 10 | 2.50 | 1000 | 10.00 | " in reference
     assert absent.startswith("| repeated rows, both trimmed | not run: does not fit in the device's memory |")
-    data["rows"][0] |= {"seconds": None, "peak_mib": None, "status": "failed", "reason": "wrong"}
-    assert " | 4.6 (3) |  | 250 |  | " in report.table(data)
+    data["rows"][0] |= {"seconds": None, "peak_mib": None, "cpu_seconds": None, "status": "failed", "reason": "wrong"}
+    assert " | 4.6 (3) |  | 9.2 |  | 250 |  | " in report.table(data)
 
 
 def test_cases_of_a_part_are_left_out_when_the_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
