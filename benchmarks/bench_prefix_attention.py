@@ -65,7 +65,7 @@ def _case(size: Size, *, backward: bool) -> Case:
         title="forward + backward" if backward else "forward",
         size=described,
         dtype=size.dtype,
-        inputs=functools.partial(_inputs, size),
+        inputs=functools.partial(attention_inputs, size),
         expected=functools.partial(_expected, backward=backward),
         work=functools.partial(_work, backward=backward),
         contenders=(
@@ -79,7 +79,7 @@ def _case(size: Size, *, backward: bool) -> Case:
     )  # fmt: skip
 
 
-def _inputs(size: Size, device: torch.device) -> AttentionInputs:
+def attention_inputs(size: Size, device: torch.device) -> AttentionInputs:
     layout = PrefixLayout([size.prompt], [[size.completion] * size.generations], device)
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, grad = (
@@ -120,7 +120,7 @@ def _work(inputs: AttentionInputs, *, backward: bool) -> Work:
     pairs = shared_pairs(size.prompt, [size.completion] * size.generations)
     flops = 4 * pairs * size.heads[0] * size.head_dim * (3.5 if backward else 1)
     moved = 2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes
-    return Work(float(flops), float(moved * (3 if backward else 1)), "14 pairs D" if backward else "4 pairs D")
+    return Work(float(flops), float(moved * (3 if backward else 1)), "14 pairs Hq D" if backward else "4 pairs D")
 
 
 def _rows_of(inputs: AttentionInputs) -> Tensor:

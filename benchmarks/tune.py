@@ -1,9 +1,10 @@
 """Sweep what the kernels leave open on one card: ``python -m benchmarks.tune``. Prints one table last.
 
-Three sweeps, each gated by the first variant's result: the tiles of the fused log-prob forward (and the way without it:
-cuBLAS logits by chunks and a row kernel), the rows of a chunk of linear_grpo_loss, and the block and warps of the row
-kernels. The winners go into ``TILES`` (triton_forward.py), ``MIN_CHUNK_ROWS`` (products.py), ``BLOCK`` and
-``NUM_WARPS`` (triton_rows.py).
+Each sweep is gated by its first variant's result: the tiles of the fused log-prob forward (and the way without it:
+cuBLAS logits by chunks and a row kernel), the rows of a chunk of linear_grpo_loss, the block and warps of the row
+kernels, and the blocks of the three attention kernels. The winners go into ``TILES`` (triton_forward.py),
+``MIN_CHUNK_ROWS`` (products.py), ``BLOCK`` and ``NUM_WARPS`` (triton_rows.py), and ``BLOCKS``
+(prefix_attention/triton.py).
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.bench_prefix_attention import AttentionInputs
+from benchmarks.bench_prefix_attention import cases as attention_cases
 from benchmarks.measure import Clock, ceilings, l2_flush, plain_stopwatch
 from benchmarks.run import default_device
 from benchmarks.shapes import HeadInputs, Size, head_inputs, qwen_7b
 from videor1_kernels import linear_grpo_loss
 from videor1_kernels.linear_logprob import products, triton_forward, triton_rows
 from videor1_kernels.linear_logprob.triton_forward import Tile, product_statistics
+from videor1_kernels.prefix_attention import triton as attention
+from videor1_kernels.prefix_attention.triton import Block, Blocks
 
 Variant = tuple[str, Callable[[], Tensor]]
 TOLERANCE = 2e-3  # between variants: the order of fp32 sums only
@@ -108,6 +113,28 @@ def row_variants(inputs: HeadInputs) -> Iterator[Variant]:
             yield f"row kernels: block {block}, {warps} warps", with_block(block, warps)
 
 
+def attention_variants(inputs: AttentionInputs) -> Iterator[Variant]:
+    """One kernel's block changed at a time; the result is the output and the three gradients, scaled by their norms."""
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    shipped = attention.blocks_for(q)
+
+    def run(blocks: Blocks) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            out, lse = attention.forward(q, k, v, inputs.layout, 0.1, blocks)
+            results = (out, *attention.backward(inputs.grad, q, k, v, out, lse, inputs.layout, 0.1, blocks))
+            return torch.stack([x.float().norm() / inputs.grad.float().norm() for x in results])
+
+        return call
+
+    yield "attention: as shipped", run(shipped)
+    for kernel in ("forward", "query_gradient", "key_gradients"):
+        wide, narrow = (64, 128), (32, 64, 128)
+        for m, n in itertools.product(*((narrow, wide) if kernel == "key_gradients" else (wide, narrow))):
+            for warps, stages in itertools.product((4, 8), (2, 3)):
+                block = Block(m, n, warps, stages)
+                yield f"attention: {kernel} {block}", run(replace(shipped, **{kernel: block}))
+
+
 def _loss(inputs: HeadInputs) -> Tensor:
     result = linear_grpo_loss(
         inputs.hidden, inputs.weight, inputs.labels, inputs.advantages, inputs.cu_seqlens, old_logp=inputs.old_logp,
@@ -170,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = head_inputs(sizes[1], options.device)
     for variants in (loss_variants(inputs, options.rows), row_variants(inputs)):
         rows += sweep(variants, 3 * flops[1], options.device, options.rounds)
+    case = next(case for case in attention_cases(options.device) if case.title == "forward + backward")
+    packed = case.inputs(options.device)
+    rows += sweep(attention_variants(packed), case.work(packed).flops, options.device, options.rounds)
     ceiling = ceilings(options.device)
     if options.out is not None:
         shipped = {capability: asdict(tile) for capability, tile in triton_forward.TILES.items()}

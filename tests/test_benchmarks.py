@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from benchmarks import measure, oracle, peers, report, run, shapes, tune
+from benchmarks.bench_prefix_attention import Size as AttentionSize
+from benchmarks.bench_prefix_attention import attention_inputs
 from benchmarks.cases import OURS, Case, Contender, Work, pairs
 from benchmarks.measure import Ceilings, Clock, GateFailure, plain_stopwatch
 from benchmarks.record import REQUIRED, Record, load
@@ -159,7 +161,7 @@ def test_cases_pass_their_gates(name):
             assert row.status == "not run", f"{case.name}: {contender.name}: {row.reason}"
             assert not contender.name.startswith((OURS, "torch")), row.reason
         elif row.flops:
-            assert row.count.endswith("NHV")
+            assert row.count.endswith(("NHV", "pairs Hq D"))
     assert seen
 
 
@@ -305,7 +307,11 @@ def test_a_sweep_says_which_variants_are_wrong_or_do_not_run() -> None:
 
 def test_the_sweeps_variants_compute_the_same() -> None:
     inputs = shapes.head_inputs(shapes.Size("tiny", 16, 8, 70, 8, torch.float16), CPU)
-    for variants in (tune.forward_variants(inputs), tune.loss_variants(inputs, (4,)), tune.row_variants(inputs)):
+    packed = attention_inputs(AttentionSize("tiny", 20, 2, 10, (2, 1), 16, torch.float32), CPU)
+    for variants in (
+        tune.forward_variants(inputs), tune.loss_variants(inputs, (4,)), tune.row_variants(inputs),
+        tune.attention_variants(packed),
+    ):  # fmt: skip
         rows = tune.sweep(itertools.islice(variants, 3), 1.0, CPU, 1)
         assert not any("failed" in row for row in rows)
         assert len(rows) >= 2
