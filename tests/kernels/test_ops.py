@@ -15,6 +15,7 @@ from videor1_kernels.linear_logprob.ops import (
     selective_backward_op,
     selective_op,
 )
+from videor1_kernels.prefix_attention.ops import prefix_attention_backward_op, prefix_attention_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "triton")
@@ -95,7 +96,21 @@ def fused(backend):
     return call, (hidden, weight, bias)
 
 
+def attention(backend):
+    torch.manual_seed(0)
+    layout = vk.PrefixLayout([5, 3], [[2, 4], [3]], DEVICE)
+    dtype = torch.float16 if DEVICE == "cuda" and backend == "triton" else torch.float32
+    inputs = [torch.randn(17, heads, 16).to(DEVICE, dtype).requires_grad_() for heads in (2, 1, 1)]
+
+    def call(q, k, v):
+        out = vk.prefix_attention(q, k, v, layout, backend=backend)
+        return out.float().square().sum(), out
+
+    return call, inputs
+
+
 CALLS = {
+    "prefix_attention": attention,
     "linear_logprob": linear,
     "row_temperature": linear_row_temperature,
     "selective_log_softmax": selective,
@@ -208,6 +223,11 @@ def test_opcheck(backend):
              "reward", backend),
         ),
     ]  # fmt: skip
+    _, (q, k, v) = attention(backend)
+    numbers = ([5, 3], [2, 1], [2, 4, 3], 0.3, backend)
+    checks.append((prefix_attention_op, (q, k, v, *numbers)))
+    plain = [x.detach() for x in (q, k, v)]
+    checks.append((prefix_attention_backward_op, (plain[0], *plain, *prefix_attention_op(*plain, *numbers), *numbers)))
     logits, index = torch.randn(4, 7, device=DEVICE), torch.randint(7, (4, 2), device=DEVICE)
     logp, kept = selective_op(logits, index, None, 0.8, backend)
     checks.append((selective_backward_op, (torch.ones_like(logp), logits, index, None, 0.8, kept, backend)))

@@ -8,8 +8,8 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, fail
 from videor1_kernels.prefix_attention import reference, reference_decode
-from videor1_kernels.prefix_attention.function import PrefixAttention
 from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
+from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
 MOST_D = 128  # head dim of the Triton kernels
@@ -63,7 +63,8 @@ def prefix_attention(
         if backend == "triton":
             raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
         backend = "reference"
-    return PrefixAttention.apply(q, k, v, layout, _scale(op, scale, q), backend)
+    out, _ = prefix_attention_op(q, k, v, *layout_numbers(layout), _scale(op, scale, q), backend)
+    return out.to(q.dtype)
 
 
 def prefix_decode_attention(

@@ -1,0 +1,133 @@
+"""torch operators of prefix_attention: opaque to torch.compile, with gradients.
+
+An operator takes tensors and numbers, so a layout travels as its lengths; inside, the layout of the same lengths and
+device is found again. Private; the public function is in the package.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import compute_dtype
+from videor1_kernels.prefix_attention.layout import PrefixLayout
+
+_OP = "prefix_attention"
+
+
+def layout_numbers(layout: PrefixLayout) -> tuple[list[int], list[int], list[int]]:
+    """(prompt lengths, completions per group, completion lengths one group after the other)."""
+    groups = layout.completion_lengths
+    return list(layout.prompt_lengths), [len(group) for group in groups], [n for group in groups for n in group]
+
+
+@torch.library.custom_op("videor1::prefix_attention", mutates_args=())
+def prefix_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: Sequence[int],
+    counts: Sequence[int],
+    completions: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D], lse [Hq, T])."""
+    run = dispatch.resolve(_OP, backend, q.device, _dtype(q, k, v))
+    with dispatch.running_on(q):
+        out, lse = run.forward(q, k, v, _layout(prompts, counts, completions, q.device), scale)
+    return out.contiguous(), lse
+
+
+@prefix_attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: Sequence[int],
+    counts: Sequence[int],
+    completions: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = dispatch.chosen_backend(_OP, q.device, backend, _dtype(q, k, v))
+    dtype = compute_dtype(q, k, v)
+    out = q.new_empty(q.shape, dtype=dtype if chosen == "reference" else _dtype(q, k, v))
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("videor1::prefix_attention_backward", mutates_args=())
+def prefix_attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prompts: Sequence[int],
+    counts: Sequence[int],
+    completions: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dv)."""
+    run = dispatch.resolve(_OP, backend, q.device, _dtype(q, k, v))
+    with dispatch.running_on(q):
+        dq, dk, dv = run.backward(grad, q, k, v, out, lse, _layout(prompts, counts, completions, q.device), scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@prefix_attention_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prompts: Sequence[int],
+    counts: Sequence[int],
+    completions: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
+    return *prefix_attention_backward_op(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+
+
+prefix_attention_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """Theirs where it is one, else that of the maths."""
+    return q.dtype if q.dtype == k.dtype == v.dtype else compute_dtype(q, k, v)
+
+
+def _layout(
+    prompts: Sequence[int], counts: Sequence[int], completions: Sequence[int], device: torch.device
+) -> PrefixLayout:
+    return _known_layout(tuple(prompts), tuple(counts), tuple(completions), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_layout(
+    prompts: tuple[int, ...], counts: tuple[int, ...], completions: tuple[int, ...], device: torch.device
+) -> PrefixLayout:
+    """Kept for the layers of a model, its backward pass, and as many rows as are in flight between them."""
+    bounds = list(accumulate(counts, initial=0))
+    groups = [completions[first:last] for first, last in pairwise(bounds)]
+    return PrefixLayout(prompts, groups, device)
