@@ -120,7 +120,7 @@ def _work(inputs: AttentionInputs, *, backward: bool) -> Work:
     pairs = shared_pairs(size.prompt, [size.completion] * size.generations)
     flops = 4 * pairs * size.heads[0] * size.head_dim * (3.5 if backward else 1)
     moved = 2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes
-    return Work(float(flops), float(moved * (3 if backward else 1)), "14 pairs Hq D" if backward else "4 pairs D")
+    return Work(float(flops), float(moved * (3 if backward else 1)), "14 pairs Hq D" if backward else "4 pairs Hq D")
 
 
 def _rows_of(inputs: AttentionInputs) -> Tensor:
