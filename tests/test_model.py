@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import installed_seconds, make_lm, make_media, make_model, make_prompt
+from tiny import installed_seconds, make_lm, make_media, make_model, make_prompt, make_tokenizer
 from torch import Tensor
 
+import videor1.rollout
+import videor1_kernels.integrations.transformers
 from videor1.loss import completion_logp, pack, predicting_states
 from videor1.model import VideoLM, set_checkpointing
 from videor1.patches import normalize_patches
 from videor1.rollout import Request, Sampler
 from videor1.sampling import SamplingOptions
 from videor1.types import Prompt
+from videor1_kernels import chosen_backend, prefix_attention
 
 PROMPTS = {
     "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
@@ -159,3 +164,29 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     alone = [Sampler(model, max_rows=4).generate([r], options)[0] for r in reversed(requests)][::-1]
     assert [[c.token_ids.tolist() for c in g] for g in together] == [[c.token_ids.tolist() for c in g] for g in alone]
     assert len({tuple(c.token_ids.tolist()) for c in together[0]}) == 4  # the rows of a group differ
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_in_bf16_gets_bf16_as_the_kernels_need_it(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 rotary tables make query and key fp32 under autocast; fp32 would take the reference on a GPU."""
+    model = VideoLM(make_model(), make_tokenizer(), bf16=True)
+    if frozen:
+        model = model.frozen_copy()
+    seen: list[torch.dtype] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return prefix_attention(q, k, v, *args, **options)
+
+    prompts, answer = [make() for make in PROMPTS.values()], torch.arange(5)
+    for place in (videor1_kernels.integrations.transformers, videor1.rollout):
+        monkeypatch.setattr(place, "prefix_attention", spy)
+    logp = completion_logp(model, pack(model, prompts, [[answer]] * len(prompts)))
+    assert logp.isfinite().all()
+    options = SamplingOptions(2, 1.0, 1.0, 0)
+    with model.inference():
+        features = model.vision_features([p.media for p in prompts[:1] if p.media])
+    Sampler(model).generate([Request(prompts[0], features[0], 2, 0, ("test",))], options)
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) >= 3 * 2 * model.hf.config.text_config.num_hidden_layers
+    assert chosen_backend("prefix_attention", "cuda", dtype=torch.bfloat16) == "triton"

@@ -41,6 +41,10 @@ def test_frozen_vision_stays_and_its_features_are_used_again(
     # Each of the three steps on a video encodes the ordered and the shuffled frames once, for the rollout.
     assert encoded == [1, 1] * 3
     before, after = weights(assets.model), weights(final)
+    encoded.clear()
+    trainer(assets, tmp_path / "frozen, KL", freeze_vision=True, beta=0.1, **options).train()
+    trainer(assets, tmp_path / "adapters", lora__rank=2, beta=0.1, **options).train()
+    assert encoded == [1, 1] * 6  # the reference policy takes them too
     vision = {name for name in before if name.startswith("visual.")}
     assert vision
     assert all(torch.equal(before[name], after[name]) for name in vision)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from videor1_kernels.prefix_attention import PrefixLayout, prefix_attention
@@ -67,5 +68,9 @@ def _attention(
             f"attention {NAME!r} takes one packed row without a mask, got batch {query.shape[0]}, "
             f"mask {None if attention_mask is None else tuple(attention_mask.shape)}"
         )
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # As autocast does before torch's own attention: fp32 rotary tables have made query and key fp32.
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return videor1_context.attend(module.layer_idx, q, k, v, scaling)[None], None
