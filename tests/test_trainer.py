@@ -283,3 +283,13 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "grad_norm", "kl", "entropy", "reward", "temporal/p", "clip_ratio/region_mean"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path)
+    run.model.device = torch.device("cuda", 0)
+    run.model.compute_dtype = torch.bfloat16
+    chosen = ["prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages"]
+    assert run._kernels() == "kernels: " + ", ".join(f"{op} triton" for op in chosen)
+    run.model.compute_dtype = torch.float32
+    assert run._kernels().startswith("kernels: prefix_attention reference, linear_logprob triton")

@@ -23,7 +23,9 @@ from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
 from videor1.types import Group, Media, Prompt, Sample
-from videor1_kernels import GrpoLoss
+from videor1_kernels import GrpoLoss, chosen_backend
+
+KERNELS = ("prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
 
 
 class Trainer(Loop[TrainConfig]):
@@ -52,6 +54,8 @@ class Trainer(Loop[TrainConfig]):
             ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=longest)
             return Prompt(sample, ids, media, draw)
 
+        if self.model.device.type != "cpu":
+            self.progress.write(self._kernels())
         self.rollouts = self.open_lines("rollouts.jsonl")
         return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
 
@@ -107,6 +111,12 @@ class Trainer(Loop[TrainConfig]):
             second = () if permutation is None else tuple(next(answers))
             groups.append(Group(prompt, first, second, permutation))
         return groups, ordered
+
+    def _kernels(self) -> str:
+        """Who will compute what: on a GPU the reference is slow, and auto takes it where a kernel cannot run."""
+        device, dtype = self.model.device, self.model.compute_dtype
+        chosen = {op: chosen_backend(op, device, self.config.kernels, dtype) for op in KERNELS}
+        return "kernels: " + ", ".join(f"{op} {backend}" for op, backend in chosen.items())
 
     def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
         labels = {"loss": "loss", "reward": "reward", "p": "temporal/p", "p~": "temporal/p_shuffled"}
