@@ -18,9 +18,9 @@ from videor1.data import Dataset, load_samples
 from videor1.demo.assets import Assets
 from videor1.evaluation import Answered, Evaluation, Evaluator
 from videor1.model import VideoLM
-from videor1.rollout import Request
+from videor1.rollout import Request, Rollout
 from videor1.sampling import SamplingOptions
-from videor1.types import Completion, SampleError
+from videor1.types import Completion, Group, SampleError
 
 VIDEO = VideoConfig(
     max_frames=8, max_pixels=56 * 56, min_pixels=56 * 56, image_max_pixels=56 * 56, image_min_pixels=28 * 28
@@ -80,19 +80,21 @@ class Oracle:
     right_in_order = True
     requests: list[Request] = []  # noqa: RUF012 (set by each test)
 
-    def __init__(self, model: VideoLM, *, max_rows: int) -> None:
+    def __init__(self, model: VideoLM, options: SamplingOptions, *, max_rows: int, backend: str) -> None:
         self.max_rows = max_rows
 
-    def generate(self, requests: list[Request], options: SamplingOptions) -> list[list[Completion]]:
+    def generate(self, requests: list[Request]) -> Rollout:
         assert len(requests) <= self.max_rows
         self.requests.extend(requests)
-        answers = []
+        groups: list[Group | None] = []
         for request in requests:
-            shuffled = request.names[0] == "eval-shuffled"
-            right = self.right_when_shuffled if shuffled else self.right_in_order
-            text = request.prompt.sample.solution if right else "<answer>no idea</answer>"
-            answers.append([Completion(torch.zeros(1), torch.zeros(1), True, text)])
-        return answers
+            texts = [
+                request.prompt.sample.solution if right else "<answer>no idea</answer>"
+                for right in (self.right_in_order, self.right_when_shuffled)
+            ]
+            ordered, shuffled = ((Completion(torch.zeros(1), torch.zeros(1), True, text),) for text in texts)
+            groups.append(Group(request.prompt, ordered, shuffled if request.shuffled else ()))
+        return Rollout(groups)
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Oracle]]:
     class Fresh(Oracle):
         requests: list[Request] = []  # noqa: RUF012
 
-    monkeypatch.setattr(evaluation, "Sampler", Fresh)
+    monkeypatch.setattr(evaluation, "LocalEngine", Fresh)
     return Fresh
 
 
@@ -142,19 +144,21 @@ def test_requests_of_both_branches(model: VideoLM, dataset: Dataset, oracle: typ
         evaluator.run(model)
     kinds = [s.data_type for s in dataset.samples]
     videos = [i for i, kind in enumerate(kinds) if kind == "video"]
-    assert [r.names for r in oracle.requests] == [
-        *(("eval", i) for i in range(5)), *(("eval-shuffled", i) for i in videos)
-    ]  # fmt: skip
-    assert {(r.count, r.seed) for r in oracle.requests} == {(1, 3)}
-    ordered, shuffled = oracle.requests[:5], oracle.requests[5:]
-    assert [r.features is None for r in ordered] == [kind == "text" for kind in kinds]
-    for request in shuffled:
-        other = ordered[request.prompt.draw]
-        assert request.prompt is other.prompt
-        assert request.features is not None
-        assert other.features is not None
-        assert request.features.shape == other.features.shape
-        assert not torch.equal(request.features, other.features)
+    requests = oracle.requests
+    assert [r.ordered.names for r in requests] == [("eval", i) for i in range(5)]
+    assert [r.shuffled.names if r.shuffled else None for r in requests] == [
+        ("eval-shuffled", i) if i in videos else None for i in range(5)
+    ]
+    assert {r.seed for r in requests} == {3}
+    assert all(branch.count == 1 for r in requests for branch in (r.ordered, r.shuffled) if branch)
+    assert [r.ordered.features is None for r in requests] == [kind == "text" for kind in kinds]
+    assert all(r.judge is None for r in requests)  # every answer counts here
+    for request in requests:
+        if request.shuffled:
+            assert request.ordered.features is not None
+            assert request.shuffled.features is not None
+            assert request.shuffled.features.shape == request.ordered.features.shape
+            assert not torch.equal(request.shuffled.features, request.ordered.features)
 
 
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])

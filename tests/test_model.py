@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts import answer, ask
 from tiny import installed_seconds, make_lm, make_media, make_model, make_prompt, make_tokenizer
 from torch import Tensor
 
-import videor1.rollout
+import videor1.rollout.decode
 import videor1_kernels.integrations.transformers
 from videor1.loss import completion_logp, pack, predicting_states
 from videor1.model import VideoLM, set_checkpointing
 from videor1.patches import normalize_patches
-from videor1.rollout import Request, Sampler
 from videor1.sampling import SamplingOptions
 from videor1.types import Prompt
 from videor1_kernels import chosen_backend, prefix_attention
@@ -67,11 +67,11 @@ def repeated_rows(plain: torch.nn.Module, model: VideoLM, prompts: list[Prompt],
     """Log-probs of the answers' tokens from one transformers forward per prompt and answer."""
     logps = []
     for prompt, group in zip(prompts, answers, strict=True):
-        for answer in group:
-            logits = plain(**hf_inputs(model, prompt, answer), use_cache=False).logits[0]
+        for ids in group:
+            logits = plain(**hf_inputs(model, prompt, ids), use_cache=False).logits[0]
             start = len(prompt.input_ids) - 1
-            rows = logits[start : start + len(answer)].float().log_softmax(-1)
-            logps.append(rows.gather(-1, answer[:, None])[:, 0])
+            rows = logits[start : start + len(ids)].float().log_softmax(-1)
+            logps.append(rows.gather(-1, ids[:, None])[:, 0])
     return torch.cat(logps)
 
 
@@ -122,10 +122,8 @@ def test_the_tower_runs_once_per_prompt() -> None:
 def test_greedy_answers_equal_generate_token_for_token() -> None:
     model, plain = make_lm(), make_model()
     prompts = [make() for make in PROMPTS.values()]
-    with model.inference():
-        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
-    requests = [Request(p, f, 2, 0, ("test",)) for p, f in zip(prompts, features, strict=True)]
-    answers = Sampler(model, max_rows=6).generate(requests, SamplingOptions(24, temperature=0.0))
+    requests = [ask(model, p, 2) for p in prompts]
+    answers = answer(model, requests, SamplingOptions(24, temperature=0.0), max_rows=6)
     banned = [[token] for token in model.special.vision]
     longest = 0
     for prompt, group in zip(prompts, answers, strict=True):
@@ -142,11 +140,8 @@ def test_greedy_answers_equal_generate_token_for_token() -> None:
 def test_sampled_logp_equals_the_training_pass() -> None:
     model = make_lm()
     prompts = [PROMPTS[kind]() for kind in ("video", "image", "text", "tall video")]
-    with model.inference():
-        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
-    requests = [Request(p, f, 3, 7, ("ordered", p.draw)) for p, f in zip(prompts, features, strict=True)]
     options = SamplingOptions(20, temperature=1.3, top_p=0.9, top_k=50)
-    answers = Sampler(model).generate(requests, options)
+    answers = answer(model, [ask(model, p, 3, seed=7) for p in prompts], options)
     packed = pack(model, prompts, [[c.token_ids for c in group] for group in answers])
     logp = completion_logp(model, packed, temperature=1.3)
     sampled = torch.cat([c.logp for group in answers for c in group])
@@ -156,12 +151,10 @@ def test_sampled_logp_equals_the_training_pass() -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     model = make_lm()
     prompts = [PROMPTS[kind]() for kind in ("video", "text", "image")]
-    with model.inference():
-        features = [model.vision_features([p.media])[0] if p.media else None for p in prompts]
-    requests = [Request(p, f, 4, 3, ("ordered", p.draw)) for p, f in zip(prompts, features, strict=True)]
+    requests = [ask(model, p, 4, seed=3) for p in prompts]
     options = SamplingOptions(16, top_p=0.95)
-    together = Sampler(model).generate(requests, options)
-    alone = [Sampler(model, max_rows=4).generate([r], options)[0] for r in reversed(requests)][::-1]
+    together = answer(model, requests, options)
+    alone = [answer(model, [r], options, max_rows=4)[0] for r in reversed(requests)][::-1]
     assert [[c.token_ids.tolist() for c in g] for g in together] == [[c.token_ids.tolist() for c in g] for g in alone]
     assert len({tuple(c.token_ids.tolist()) for c in together[0]}) == 4  # the rows of a group differ
 
@@ -178,15 +171,12 @@ def test_attention_in_bf16_gets_bf16_as_the_kernels_need_it(frozen: bool, monkey
         seen.extend((q.dtype, k.dtype, v.dtype))
         return prefix_attention(q, k, v, *args, **options)
 
-    prompts, answer = [make() for make in PROMPTS.values()], torch.arange(5)
-    for place in (videor1_kernels.integrations.transformers, videor1.rollout):
+    prompts, ids = [make() for make in PROMPTS.values()], torch.arange(5)
+    for place in (videor1_kernels.integrations.transformers, videor1.rollout.decode):
         monkeypatch.setattr(place, "prefix_attention", spy)
-    logp = completion_logp(model, pack(model, prompts, [[answer]] * len(prompts)))
+    logp = completion_logp(model, pack(model, prompts, [[ids]] * len(prompts)))
     assert logp.isfinite().all()
-    options = SamplingOptions(2, 1.0, 1.0, 0)
-    with model.inference():
-        features = model.vision_features([p.media for p in prompts[:1] if p.media])
-    Sampler(model).generate([Request(prompts[0], features[0], 2, 0, ("test",))], options)
+    answer(model, [ask(model, prompts[0], 2)], SamplingOptions(2))
     assert set(seen) == {torch.bfloat16}
     assert len(seen) >= 3 * 2 * model.hf.config.text_config.num_hidden_layers
     assert chosen_backend("prefix_attention", "cuda", dtype=torch.bfloat16) == "triton"

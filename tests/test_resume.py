@@ -32,7 +32,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.loop import Loop
 from videor1.metrics import JsonlWriter
-from videor1.rollout import Sampler
+from videor1.rollout import LocalEngine
 from videor1.sft import SFTTrainer
 
 # Everything at once: mixed media, a bad sample, two prompts a step, two updates a rollout, a schedule, averaged lines.
@@ -112,7 +112,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -
 PLACES: dict[str, tuple[Any, str, int]] = {
     "first update": (Loop, "optimizer_step", 1),
     "between two updates of a rollout": (Loop, "optimizer_step", 6),
-    "rollout": (Sampler, "generate", 5),
+    "rollout": (LocalEngine, "generate", 5),
     "metrics line": (JsonlWriter, "write", 10),
     "evaluation": (Loop, "_evaluate", 1),
     "checkpoint not renamed": (videor1.checkpoint, "_sync", 3),
@@ -141,7 +141,7 @@ def test_killed_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     expected, chosen = whole(variant), options(mixed, "train", **VARIANTS[variant])
-    for resume, place in ((False, (Loop, "optimizer_step", 5)), (True, (Sampler, "generate", 2))):
+    for resume, place in ((False, (Loop, "optimizer_step", 5)), (True, (LocalEngine, "generate", 2))):
         with monkeypatch.context() as patch:
             kill_at(patch, *place)
             with pytest.raises(Killed):
@@ -156,7 +156,7 @@ def test_the_runs_do_something(whole: Callable[[str], Path]) -> None:
         rows = [row for row in metrics(whole(variant)) if "loss" in row]
         assert [row["step"] for row in rows] == [3, 6, 8]
         assert all(row["grad_norm"] > 0 for row in rows)
-        assert any(row["temporal/p_shuffled"] is not None for row in rows)
+        assert any(row["rollout/shuffled_asked"] > 0 for row in rows)
         assert rows[-1]["data/skipped/missing_file"] >= 1
         assert rows[-1]["data/skipped/missing_field"] == 1
     assert [row["step"] for row in metrics(whole("full")) if "eval/ordered" in row] == [4, 8]

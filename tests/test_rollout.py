@@ -1,4 +1,4 @@
-"""The sampler on the tiny model: where answers end, what their log-probs mean, and what a call leaves untouched."""
+"""The in-process engine on the tiny model: where answers end, what log-probs mean, what a call leaves untouched."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+from rollouts import answer, ask
 from test_model import hf_inputs
 from tiny import make_lm, make_media, make_model, make_prompt
 from torch import Tensor
 
 from videor1.model import VideoLM
-from videor1.rollout import Request, Sampler
+from videor1.rollout import LocalEngine, Request
 from videor1.sampling import SamplingOptions
 from videor1.types import Completion, Prompt
 
 VIDEO = make_prompt(make_media("video", (3, 4, 4), seed=1), draw=1)
 IMAGE = make_prompt(make_media("image", (1, 4, 8), seed=2), "What is this?", draw=2)
 TEXT = make_prompt(None, "Two and two?", draw=3)
-
-
-def request(model: VideoLM, prompt: Prompt, count: int = 4, seed: int = 0) -> Request:
-    with model.inference():
-        features = model.vision_features([prompt.media])[0] if prompt.media else None
-    return Request(prompt, features, count, seed, ("ordered", prompt.draw))
 
 
 def rig(model: VideoLM, token: int, gain: float) -> None:
@@ -60,8 +55,8 @@ def plain_logp(model: VideoLM, prompt: Prompt, ids: Tensor, temperature: float) 
 def test_an_answer_ends_with_its_first_stop_token(name: str) -> None:
     model = make_lm()
     stop = getattr(model.special, name)
-    rig(model, stop, 6.0)
-    answers = Sampler(model).generate([request(model, VIDEO, 24), request(model, TEXT, 8)], SamplingOptions(10))
+    rig(model, stop, 5.0)
+    answers = answer(model, [ask(model, VIDEO, 24), ask(model, TEXT, 8)], SamplingOptions(10))
     completions = [c for group in answers for c in group]
     assert [len(group) for group in answers] == [24, 8]
     for completion in completions:
@@ -81,8 +76,8 @@ def test_an_answer_ends_with_its_first_stop_token(name: str) -> None:
 def test_a_row_goes_on_as_if_others_had_not_ended() -> None:
     model = make_lm()
     rig(model, model.special.eos, 6.0)
-    one = request(model, VIDEO, 12)
-    short, long = (Sampler(model).generate([one], SamplingOptions(n))[0] for n in (3, 12))
+    one = ask(model, VIDEO, 12)
+    short, long = (answer(model, [one], SamplingOptions(n))[0] for n in (3, 12))
     for a, b in zip(short, long, strict=True):
         assert a.token_ids.tolist() == b.token_ids[:3].tolist()
         assert a.finished == (b.finished and len(b.token_ids) <= 3)
@@ -90,14 +85,14 @@ def test_a_row_goes_on_as_if_others_had_not_ended() -> None:
 
 def test_the_text_is_the_decoded_answer_without_special_tokens() -> None:
     model = make_lm()
-    (group,) = Sampler(model).generate([request(model, TEXT)], SamplingOptions(12))
+    (group,) = answer(model, [ask(model, TEXT)], SamplingOptions(12))
     for c in group:
         assert c.text == model.tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True)
 
 
 def test_one_new_token() -> None:
     model = make_lm()
-    (group,) = Sampler(model).generate([request(model, IMAGE, 5)], SamplingOptions(1))
+    (group,) = answer(model, [ask(model, IMAGE, 5)], SamplingOptions(1))
     assert [len(c.token_ids) for c in group] == [1] * 5
     assert not any(c.finished for c in group)
 
@@ -107,7 +102,7 @@ def test_logp_is_of_the_untruncated_distribution_at_the_temperature(prompt: Prom
     model = make_lm()
     for temperature, top_p, top_k in ((1.0, 0.5, 0), (0.7, 1.0, 3)):
         options = SamplingOptions(9, temperature=temperature, top_p=top_p, top_k=top_k)
-        (group,) = Sampler(model).generate([request(model, prompt, 2)], options)
+        (group,) = answer(model, [ask(model, prompt, 2)], options)
         for c in group:
             assert c.logp.dtype == torch.float32
             expected = plain_logp(model, prompt, c.token_ids, temperature)
@@ -116,7 +111,7 @@ def test_logp_is_of_the_untruncated_distribution_at_the_temperature(prompt: Prom
 
 def test_greedy_logp_is_at_temperature_one() -> None:
     model = make_lm()
-    ((c,),) = Sampler(model).generate([request(model, TEXT, 1)], SamplingOptions(6, temperature=0.0))
+    ((c,),) = answer(model, [ask(model, TEXT, 1)], SamplingOptions(6, temperature=0.0))
     assert (c.logp - plain_logp(model, TEXT, c.token_ids, 1.0)).abs().max() <= 1e-5
 
 
@@ -127,7 +122,7 @@ def test_vision_tokens_are_never_sampled(temperature: float) -> None:
         rigged = make_lm()
         rig(rigged, token, 60.0)
         assert int(plain_argmax(rigged)) == token
-        (group,) = Sampler(rigged).generate([request(rigged, VIDEO, 3)], SamplingOptions(4, temperature=temperature))
+        (group,) = answer(rigged, [ask(rigged, VIDEO, 3)], SamplingOptions(4, temperature=temperature))
         drawn = torch.cat([c.token_ids for c in group])
         assert not torch.isin(drawn, torch.tensor(model.special.vision)).any()
         # Banning a token does not change the distribution that log-probs are of.
@@ -138,7 +133,7 @@ def plain_argmax(model: VideoLM) -> Tensor:
     """The token that the model itself likes best after a prompt."""
     seen: list[Tensor] = []
     handle = model.hf.model.language_model.register_forward_hook(lambda _m, _a, out: seen.append(out.last_hidden_state))
-    Sampler(model).generate([request(model, TEXT, 1)], SamplingOptions(1))
+    answer(model, [ask(model, TEXT, 1)], SamplingOptions(1))
     handle.remove()
     return (seen[0][0, -1] @ model.head_weight.T).argmax()
 
@@ -149,60 +144,48 @@ def tokens(answers: list[list[Completion]]) -> list[list[list[int]]]:
 
 def test_the_size_of_a_batch_does_not_show() -> None:
     model = make_lm()
-    requests = [request(model, p, n) for p, n in ((VIDEO, 3), (TEXT, 1), (IMAGE, 4), (VIDEO, 2))]
-    requests[3] = dataclasses.replace(requests[3], names=("shuffled", 1))
+    requests = [ask(model, p, n) for p, n in ((VIDEO, 3), (TEXT, 1), (IMAGE, 4), (VIDEO, 2))]
+    requests[3] = ask(model, VIDEO, 2, names=("shuffled", 1))
     options = SamplingOptions(8, top_p=0.95)
-    together = Sampler(model, max_rows=64).generate(requests, options)
+    together = answer(model, requests, options, max_rows=64)
     assert [len(group) for group in together] == [3, 1, 4, 2]
     for max_rows in (1, 4, 5, 10):
-        split = Sampler(model, max_rows=max_rows).generate(requests, options)
+        split = answer(model, requests, options, max_rows=max_rows)
         assert tokens(split) == tokens(together), max_rows
         for a, b in zip([c for g in split for c in g], [c for g in together for c in g], strict=True):
             assert (a.logp - b.logp).abs().max() <= 1e-5
     # Another name or another seed is another stream of random numbers.
     assert tokens(together)[3] != tokens(together)[0][:2]
-    other = Sampler(model).generate([request(model, VIDEO, 3, seed=1)], options)
+    other = answer(model, [ask(model, VIDEO, 3, seed=1)], options)
     assert tokens(other)[0] != tokens(together)[0]
 
 
 def test_more_answers_leave_the_first_ones_as_they_were() -> None:
     model = make_lm()
-    few, many = (Sampler(model).generate([request(model, IMAGE, n)], SamplingOptions(8))[0] for n in (1, 5))
+    few, many = (answer(model, [ask(model, IMAGE, n)], SamplingOptions(8))[0] for n in (1, 5))
     assert few[0].token_ids.tolist() == many[0].token_ids.tolist()
 
 
-def test_batches_are_no_larger_than_max_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = make_lm(), []
-    sampler = Sampler(model, max_rows=5)
-    generate = sampler._generate
-
-    def noted(batch: list[Request], options: SamplingOptions) -> list[list[Completion]]:
-        sizes.append([r.count for r in batch])
-        return generate(batch, options)
-
-    monkeypatch.setattr(sampler, "_generate", noted)
-    requests = [request(model, TEXT, n) for n in (2, 3, 1, 7, 4, 1)]
-    sampler.generate(requests, SamplingOptions(2))
-    assert sizes == [[2, 3], [1], [7], [4, 1]]  # a request is never split
-
-
-def test_no_request_no_answer() -> None:
-    assert Sampler(make_lm()).generate([], SamplingOptions(4)) == []
+def greedy(engine: LocalEngine, request: Request) -> list[list[int]]:
+    (group,) = engine.generate([request]).groups
+    assert group is not None
+    return [c.token_ids.tolist() for c in group.ordered]
 
 
 def test_weights_changed_between_calls_take_effect() -> None:
     model = make_lm()
-    sampler, one = Sampler(model), request(model, TEXT, 4)
-    options = SamplingOptions(6, temperature=0.0)
-    before = sampler.generate([one], options)
+    one, options = ask(model, TEXT, 4), SamplingOptions(6, temperature=0.0)
+    engine = LocalEngine(model, options)
+    before = greedy(engine, one)
     weights = {id(p): p for p in model.hf.parameters()}
     with torch.no_grad():
         model.hf.model.language_model.layers[0].mlp.down_proj.weight.mul_(-1.5)
-    after = sampler.generate([one], options)
-    assert tokens(after) != tokens(before)
+    engine.weights_changed()
+    after = greedy(engine, one)
+    assert after != before
     fresh = make_lm()
     fresh.hf.load_state_dict(model.hf.state_dict())
-    assert tokens(Sampler(fresh).generate([one], options)) == tokens(after)
+    assert greedy(LocalEngine(fresh, options), one) == after
     assert {id(p) for p in model.hf.parameters()} == set(weights)
 
 
@@ -210,7 +193,7 @@ def test_a_call_leaves_the_model_as_it_was() -> None:
     model = make_lm()
     for training in (True, False):
         model.hf.train(training)
-        (group,) = Sampler(model).generate([request(model, VIDEO, 2)], SamplingOptions(3))
+        (group,) = answer(model, [ask(model, VIDEO, 2)], SamplingOptions(3))
         assert model.hf.training is training
         assert all(module.training is training for module in model.hf.modules())
         assert all(p.grad is None and p.requires_grad for p in model.hf.parameters())
@@ -221,9 +204,9 @@ def test_a_call_leaves_the_model_as_it_was() -> None:
 def test_a_call_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_lm()
     model.hf.train()
-    monkeypatch.setattr("videor1.rollout.sample_tokens", lambda *_: 1 / 0)
+    monkeypatch.setattr("videor1.rollout.step.sample_tokens", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Sampler(model).generate([request(model, TEXT)], SamplingOptions(2))
+        answer(model, [ask(model, TEXT)], SamplingOptions(2))
     assert model.hf.training
     assert torch.is_grad_enabled()
 
@@ -235,13 +218,14 @@ def test_global_random_numbers_are_neither_used_nor_moved() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        results.append(tokens(Sampler(model).generate([request(model, TEXT, 3)], options)))
+        results.append(tokens(answer(model, [ask(model, TEXT, 3)], options)))
         assert torch.equal(torch.get_rng_state(), state)
     assert results[0] == results[1]
 
 
 def test_features_that_do_not_fit_the_prompt_are_a_bug_found() -> None:
     model = make_lm()
-    bad = dataclasses.replace(request(model, VIDEO), features=torch.zeros(3, 64))
+    good = ask(model, VIDEO)
+    bad = dataclasses.replace(good, ordered=dataclasses.replace(good.ordered, features=torch.zeros(3, 64)))
     with pytest.raises(AssertionError):
-        Sampler(model).generate([bad], SamplingOptions(2))
+        answer(model, [bad], SamplingOptions(2))

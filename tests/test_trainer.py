@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from videor1.demo.assets import Assets
 from videor1.model import VideoLM
 from videor1.rows import training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
-from videor1.trainer import Trainer
-from videor1.types import Prompt
+from videor1.trainer import KERNELS, Trainer
+from videor1.types import Group, Prompt
 from videor1_kernels import last_backend
 
 
@@ -92,21 +92,19 @@ def test_identity_permutation_makes_both_branches_equal(
         real = draw_permutation(prompt, unit, seed)
         return None if real is None else tuple(sorted(real))
 
-    request = videor1.trainer.Request
-    same_names = lambda prompt, features, count, seed, names: request(  # noqa: E731
-        prompt, features, count, seed, ("both", names[1])
-    )
+    branch = videor1.trainer.Branch
+    same_names = lambda count, names, *rest: branch(count, ("both", names[1]), *rest)  # noqa: E731
     run = trainer(
         assets, tmp_path, num_generations=3, temporal__num_generations=3, temporal__shuffle_unit=unit,
-        max_completion_length=12,
+        max_completion_length=12, temporal__skip_shuffled=False,
     )  # fmt: skip
     with Opened(run):
         prompts = run.source.take(4)
-    real, _ = run.rollout(prompts)
-    monkeypatch.setattr(videor1.trainer, "Request", same_names)
-    different, _ = run.rollout(prompts)
+    real = groups_of(run, prompts)
+    monkeypatch.setattr(videor1.trainer, "Branch", same_names)
+    different = groups_of(run, prompts)
     monkeypatch.setattr(videor1.trainer, "draw_permutation", identity)
-    groups, _ = run.rollout(prompts)
+    groups = groups_of(run, prompts)
     videos = [g for g in groups if g.permutation is not None]
     assert len(videos) == 3
     for group in videos:
@@ -120,14 +118,21 @@ def test_identity_permutation_makes_both_branches_equal(
     assert image.shuffled == ()
 
 
+def groups_of(run: Trainer, prompts: Sequence[Prompt]) -> list[Group]:
+    rollout, _ = run.rollout(prompts)
+    return [group for group in rollout.groups if group is not None]
+
+
 def answers(completions: Any) -> list[list[int]]:
     return [c.token_ids.tolist() for c in completions]
 
 
 def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, num_generations=3, temporal__num_generations=2)
+    run = trainer(
+        assets, tmp_path, num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False
+    )
     with Opened(run):
-        groups, _ = run.rollout(run.source.take(4))
+        groups = groups_of(run, run.source.take(4))
         assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
         rows, left_out = training_rows(run.model, groups, score_groups(groups, run.config), run.config)
     assert left_out == 0
@@ -137,7 +142,8 @@ def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Ass
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path, temporal__enabled=enabled, max_steps=4, data__shuffle=False).train()
+    options = {"temporal__enabled": enabled, "temporal__skip_shuffled": False, "data__shuffle": False}
+    trainer(assets, tmp_path, max_steps=4, **options).train()
     lines = run_lines(tmp_path, "rollouts.jsonl")
     assert [bool(line["shuffled_completions"]) for line in lines] == [enabled] * 3 + [False]
     assert [line["permutation"] is not None for line in lines] == [enabled] * 3 + [False]
@@ -259,7 +265,7 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     importance_level: str, assets: Assets, tmp_path: Path
 ) -> None:
     """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
-    operations = ("prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
+    operations = KERNELS
     options: dict[str, Any] = {
         "max_steps": 3, "num_iterations": 3, "clip_low": 0.2, "clip_high": 0.2, "importance_level": importance_level,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -267,7 +273,7 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     ends = {}
     for kernels in ("reference", "triton"):
         final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()
-        assert [last_backend(op) for op in operations] == [kernels] * 4
+        assert [last_backend(op) for op in operations] == [kernels] * len(operations)
         ends[kernels] = weights(final)
     start = weights(assets.model)
     # Adam divides by the gradient's own size, so where that is next to 0 rounding decides the step: all entries
@@ -289,7 +295,7 @@ def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
     run = trainer(assets, tmp_path)
     run.model.device = torch.device("cuda", 0)
     run.model.compute_dtype = torch.bfloat16
-    chosen = ["prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages"]
-    assert run._kernels() == "kernels: " + ", ".join(f"{op} triton" for op in chosen)
+    assert run._kernels() == "kernels: " + ", ".join(f"{op} triton" for op in KERNELS)
     run.model.compute_dtype = torch.float32
-    assert run._kernels().startswith("kernels: prefix_attention reference, linear_logprob triton")
+    slow = "kernels: prefix_attention reference, prefix_decode_attention reference, sample_tokens triton"
+    assert run._kernels().startswith(slow)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from videor1.config import TrainConfig
-from videor1.rewards import accuracy_reward, score
+from videor1.rewards import score
+from videor1.rollout.skipping import TemporalJudge
 from videor1.types import Group
 from videor1_kernels import Advantages, tgrpo_advantages
 
@@ -21,7 +22,9 @@ class Scored:
     accuracy: Tensor  # [P, G]
     format: Tensor  # [P, G], custom rewards included
     lengths: Tensor  # int64 [P, G], tokens
-    shuffled_accuracy: Tensor  # [P, Gs]; a row of NaN: no shuffled branch; Gs is 0 without any
+    shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such answer, or it was skipped; Gs is 0 without any
+    # p_shuffled is NaN where answers were skipped, and temporal where it would have changed nothing: the rewards of
+    # such a group may lack one constant, its advantages lack nothing.
     result: Advantages
 
 
@@ -33,18 +36,28 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
         torch.tensor(rewards).reshape(len(groups), -1)
         for rewards in score([text for text, _ in answered], [sample for _, sample in answered], config.reward)
     )
-    shuffled = torch.full((len(groups), max(len(g.shuffled) for g in groups)), torch.nan)
+    shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
+    decisive = shuffled.clone()
+    skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
     reward, temporal = config.reward, config.temporal
-    for row, group in zip(shuffled, groups, strict=True):
-        truth, kind = group.prompt.sample.solution, group.prompt.sample.problem_type
-        for i, completion in enumerate(group.shuffled):  # only their accuracy counts: no other reward is asked for
-            row[i] = accuracy_reward(completion.text, truth, kind, lenient=reward.lenient)
+    for i, group in enumerate(groups):
+        judge = TemporalJudge(group.prompt.sample, config, ordered=len(group.ordered), shuffled=group.shuffled_asked)
+        judge.ordered = accuracy[i].tolist()
+        for completion in group.shuffled:  # only their accuracy counts: no other reward is asked for
+            judge.shuffled_done(completion)
+        finished = len(judge.shuffled)
+        shuffled[i, :finished] = decisive[i, :finished] = torch.tensor(judge.shuffled)
+        skipped[i] = finished < group.shuffled_asked
+        if skipped[i] and judge.decided:
+            decisive[i, finished : group.shuffled_asked] = 0.0  # as would any other: the bonus is decided
+        elif skipped[i] and judge.needed is False:
+            decisive[i], unknown[i] = torch.nan, True
     lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     result = tgrpo_advantages(
         accuracy.to(device),
         form.to(device),
         lengths.to(device),
-        shuffled.to(device) if shuffled.shape[1] else None,
+        decisive.to(device) if decisive.shape[1] else None,
         rule=temporal.rule,
         alpha=temporal.alpha,
         mu=temporal.mu,
@@ -56,5 +69,7 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
         eps=config.advantage_eps,
         backend=config.kernels,
     )
-    values = (result.advantages, result.rewards, result.temporal, result.p, result.p_shuffled)
-    return Scored(accuracy, form, lengths, shuffled, Advantages(*(value.cpu() for value in values)))
+    p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
+    bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
+    values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
+    return Scored(accuracy, form, lengths, shuffled, values)

@@ -74,6 +74,9 @@ class TemporalConfig:
     """What is permuted: frames, or pairs of frames (which leaves the motion inside each pair visible)."""
     num_generations: int | None = None
     """Answers from shuffled frames per prompt; default: half of num_generations."""
+    skip_shuffled: bool = True
+    """Leave out, or stop, shuffled answers that can no longer change the advantages; these stay the same, rewards may
+    lack a constant per group. false: run all, so that p~ is known for every prompt."""
 
 
 @dataclass
@@ -95,6 +98,33 @@ class RewardConfig:
     functions: list[str] = field(default_factory=list)
     """More rewards, as module:function; called with (completions, samples), returns one float per completion, added
     to the format reward."""
+
+
+@dataclass
+class RolloutConfig:
+    """Who samples the answers."""
+
+    engine: Literal["local", "server"] = "local"
+    """local: this process, from the training weights themselves; server: one that speaks OpenAI's API (vLLM,
+    SGLang)."""
+    kv_mib: int | None = None
+    """Local: memory of the KV cache, in MiB, which bounds the answers in flight together with rollout_batch_size;
+    default: 60% of what is free on a GPU, no bound on CPU."""
+    cuda_graphs: bool = True
+    """Local, on a GPU: replay decode steps as CUDA graphs."""
+    url: str = "http://localhost:8000/v1"
+    """Server: its base address. The key is taken from OPENAI_API_KEY."""
+    model: str | None = None
+    """Server: the name of the model there; default: the only one it has."""
+    timeout: float = 600.0
+    """Server: seconds for one answer."""
+    retries: int = 3
+    """Server: further tries of a request that failed, with growing pauses."""
+    concurrency: int = 64
+    """Server: requests at a time."""
+    sync: Literal["vllm", "none"] = "vllm"
+    """Server: how it gets new weights; vllm: from a checkpoint folder that both can read, by vLLM's development
+    routes; none: never (its answers then come from another policy than the one that is trained)."""
 
 
 @dataclass
@@ -161,7 +191,7 @@ class CommonConfig:
     bf16: bool | None = None
     """Compute in bf16 with fp32 master weights; default: on a GPU yes, on CPU no."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Who computes attention in training, log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch
+    """Who computes attention, sampling, log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch
     elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -216,6 +246,7 @@ class TrainConfig(EvalOptions):
     """Sample among the k likeliest tokens; 0: off. Log-probs ignore it."""
     rollout_batch_size: int = 64
     """Rows (ordered and shuffled answers) decoded together at most."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     max_tokens_per_row: int | None = None
     """Tokens of a packed row (prompts and answers) at most: a micro-batch over it takes several passes, with the same
@@ -255,6 +286,11 @@ class TrainConfig(EvalOptions):
         _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
         _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
         _expect("rollout_batch_size", self.rollout_batch_size, "at least 1", self.rollout_batch_size >= 1)
+        kv = self.rollout.kv_mib
+        _expect("rollout.kv_mib", kv, "at least 1, or null", kv is None or kv >= 1)
+        _expect("rollout.timeout", self.rollout.timeout, "above 0", self.rollout.timeout > 0)
+        _expect("rollout.retries", self.rollout.retries, "0 or more", self.rollout.retries >= 0)
+        _expect("rollout.concurrency", self.rollout.concurrency, "at least 1", self.rollout.concurrency >= 1)
         _expect("max_tokens_per_row", self.max_tokens_per_row, f"more than max_completion_length "
                 f"({self.max_completion_length}), or null for no bound",
                 self.max_tokens_per_row is None or self.max_tokens_per_row > self.max_completion_length)

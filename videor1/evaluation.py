@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from videor1.config import EvalOptions
 from videor1.data import Dataset
 from videor1.model import VideoLM
 from videor1.prefetch import Prefetcher, load_media, media_key
 from videor1.prompts import build_input_ids
 from videor1.rewards import accuracy_reward
-from videor1.rollout import Request, Sampler
+from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine
 from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation, shuffled_patches
 from videor1.types import Media, Prompt, Sample, SampleError
@@ -98,10 +100,10 @@ class Evaluator:
         """Evaluate the model's weights as they are."""
         result, config = Evaluation(), self._config
         options = SamplingOptions(config.max_completion_length, config.eval_temperature)
-        sampler = Sampler(model, max_rows=2 * _CHUNK)
+        engine = LocalEngine(model, options, max_rows=2 * _CHUNK, backend=config.kernels)
         prompts = self._prompts(model, result)
         while chunk := list(itertools.islice(prompts, _CHUNK)):
-            result.answers += _answer(model, sampler, chunk, options, config)
+            result.answers += _answer(model, engine, chunk, config)
         return result
 
     def _prompts(self, model: VideoLM, result: Evaluation) -> Iterator[Prompt]:
@@ -119,30 +121,25 @@ class Evaluator:
 
 
 def _answer(
-    model: VideoLM, sampler: Sampler, prompts: Sequence[Prompt], options: SamplingOptions, config: EvalOptions
+    model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions
 ) -> list[Answered]:
-    requests: list[Request] = []
+    orders = [draw_permutation(p, config.temporal.shuffle_unit, config.seed) for p in prompts]
     with model.inference():
-        for shuffle in (False, True):
-            orders = [
-                draw_permutation(p, config.temporal.shuffle_unit, config.seed) if shuffle else None for p in prompts
-            ]
-            chosen = [(p, o) for p, o in zip(prompts, orders, strict=True) if o is not None or not shuffle]
-            media = [(p.media, o) for p, o in chosen if p.media is not None]
-            unit = config.temporal.shuffle_unit
-            patches = [m.patches if o is None else shuffled_patches(m, o, unit) for m, o in media]
-            features = iter(model.vision_features([m for m, _ in media], patches))
-            branch = "eval-shuffled" if shuffle else "eval"
-            requests += [
-                Request(p, next(features) if p.media is not None else None, 1, config.seed, (branch, p.draw))
-                for p, _ in chosen
-            ]
-    texts = [answer[0].text for answer in sampler.generate(requests, options)]
-    shuffled = iter(texts[len(prompts) :])
+        ordered = _features(model, prompts, [None] * len(prompts), config)
+        moved = [(p, order) for p, order in zip(prompts, orders, strict=True) if order is not None]
+        shuffled = iter(_features(model, [p for p, _ in moved], [order for _, order in moved], config))
+    requests = [
+        Request(
+            p, config.seed, Branch(1, ("eval", p.draw), features),
+            None if order is None else Branch(1, ("eval-shuffled", p.draw), next(shuffled), order),
+        )
+        for p, features, order in zip(prompts, ordered, orders, strict=True)
+    ]  # fmt: skip
     answers = []
-    for prompt, text in zip(prompts, texts, strict=False):
-        sample = prompt.sample
-        other = next(shuffled) if sample.data_type == "video" else None
+    for group in engine.generate(requests).groups:
+        assert group is not None, "this engine answers or raises"
+        sample, text = group.prompt.sample, group.ordered[0].text
+        other = group.shuffled[0].text if group.shuffled else None
         scores = [
             None if t is None
             else accuracy_reward(t, sample.solution, sample.problem_type, lenient=config.reward.lenient)
@@ -151,6 +148,17 @@ def _answer(
         assert scores[0] is not None
         answers.append(Answered(sample, scores[0], scores[1], text, other))
     return answers
+
+
+def _features(
+    model: VideoLM, prompts: Sequence[Prompt], orders: Sequence[tuple[int, ...] | None], config: EvalOptions
+) -> list[Tensor | None]:
+    """Vision features of each prompt, its frames in the given order; None without media. One pass of the tower."""
+    media = [(p.media, order) for p, order in zip(prompts, orders, strict=True) if p.media is not None]
+    unit = config.temporal.shuffle_unit
+    patches = [m.patches if order is None else shuffled_patches(m, order, unit) for m, order in media]
+    encoded = iter(model.vision_features([m for m, _ in media], patches))
+    return [None if p.media is None else next(encoded) for p in prompts]
 
 
 def _mean(values: Sequence[float | None]) -> float:

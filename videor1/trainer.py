@@ -17,15 +17,17 @@ from videor1.loop import Loop
 from videor1.loss import Packed, completion_logp, media_features, tgrpo_loss
 from videor1.prompts import build_input_ids
 from videor1.rewards import load_reward
-from videor1.rollout import Request, Sampler
+from videor1.rollout import Branch, Request, Rollout, RolloutEngine, TemporalJudge, make_engine
 from videor1.rows import Row, training_rows
-from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
-from videor1.types import Group, Media, Prompt, Sample
+from videor1.types import Group, Media, Prompt, Sample, SampleError
 from videor1_kernels import GrpoLoss, chosen_backend
 
-KERNELS = ("prefix_attention", "linear_logprob", "linear_grpo_loss", "tgrpo_advantages")
+KERNELS = (
+    "prefix_attention", "prefix_decode_attention", "sample_tokens", "linear_logprob", "linear_grpo_loss",
+    "tgrpo_advantages",
+)  # fmt: skip
 
 
 class Trainer(Loop[TrainConfig]):
@@ -39,7 +41,7 @@ class Trainer(Loop[TrainConfig]):
         super().__init__(config)
         needs_copy = config.beta > 0 and not config.lora.rank
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
-        self.sampler = Sampler(self.model, max_rows=config.rollout_batch_size)
+        self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
 
     def samples_per_step(self) -> float:
         config = self.config
@@ -64,7 +66,9 @@ class Trainer(Loop[TrainConfig]):
         config, clock = self.config, _Clock()
         prompts = self.source.take(config.per_device_train_batch_size * config.gradient_accumulation_steps)
         clock.lap("time/data")
-        groups, features = self.rollout(prompts)
+        rollout, features = self.rollout(prompts)
+        answered = [i for i, group in enumerate(rollout.groups) if group is not None]
+        groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in answered]
         clock.lap("time/rollout")
         scored = score_groups(groups, config, self.model.device)
         self._write_rollouts(groups, scored)
@@ -80,37 +84,42 @@ class Trainer(Loop[TrainConfig]):
             results: list[GrpoLoss] = []
             losses = self._losses(rows, scored, old, reference, tower, results)
             self.optimizer_step(
-                losses, functools.partial(self._metrics, groups, scored, rows, left_out, results, clock)
+                losses, functools.partial(self._metrics, rollout, groups, scored, rows, left_out, results, clock)
             )
+            self.engine.weights_changed()
             for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
                 if old[i] is None and bool(new.logp.isfinite().all()):
                     old[i] = new.logp
 
-    def rollout(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Tensor | None]]:
+    def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
         config, model = self.config, self.model
-        with model.inference():
-            ordered = _scatter(prompts, iter(media_features(model, prompts)))
-            permutations = [
-                draw_permutation(p, config.temporal.shuffle_unit, config.seed) if config.num_shuffled else None
-                for p in prompts
-            ]
-            shuffled = self._shuffled_features(prompts, ordered, permutations)
-        branches = [("ordered", ordered, config.num_generations), ("shuffled", shuffled, config.num_shuffled)]
-        requests = [
-            Request(prompt, features[i], count, config.seed, (branch, prompt.draw))
-            for i, prompt in enumerate(prompts)
-            for branch, features, count in branches
-            if branch == "ordered" or permutations[i] is not None
+        orders = [
+            draw_permutation(p, config.temporal.shuffle_unit, config.seed) if config.num_shuffled else None
+            for p in prompts
         ]
-        options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
-        answers = iter(self.sampler.generate(requests, options))
-        groups = []
-        for prompt, permutation in zip(prompts, permutations, strict=True):
-            first = tuple(next(answers))
-            second = () if permutation is None else tuple(next(answers))
-            groups.append(Group(prompt, first, second, permutation))
-        return groups, ordered
+        ordered: list[Tensor | None] = [None] * len(prompts)
+        shuffled = list(ordered)
+        if self.engine.needs_features:
+            with model.inference():
+                ordered = _scatter(prompts, iter(media_features(model, prompts)))
+                shuffled = self._shuffled_features(prompts, ordered, orders)
+        requests = [self._request(*parts) for parts in zip(prompts, ordered, shuffled, orders, strict=True)]
+        rollout = self.engine.generate(requests)
+        for i, reason in rollout.failed.items():
+            self._on_skip(prompts[i].draw, SampleError("rollout", reason, prompts[i].sample.path))
+        return rollout, ordered
+
+    def _request(
+        self, prompt: Prompt, ordered: Tensor | None, shuffled: Tensor | None, order: tuple[int, ...] | None
+    ) -> Request:
+        config, count = self.config, (self.config.num_generations, self.config.num_shuffled)
+        first = Branch(count[0], ("ordered", prompt.draw), ordered)
+        if order is None:
+            return Request(prompt, config.seed, first)
+        skip = config.temporal.skip_shuffled
+        judge = TemporalJudge(prompt.sample, config, ordered=count[0], shuffled=count[1]) if skip else None
+        return Request(prompt, config.seed, first, Branch(count[1], ("shuffled", prompt.draw), shuffled, order), judge)
 
     def _kernels(self) -> str:
         """Who will compute what: on a GPU the reference is slow, and auto takes it where a kernel cannot run."""
@@ -156,7 +165,7 @@ class Trainer(Loop[TrainConfig]):
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The rollout's vision features serve training too where the tower is not trained."""
-        if any(p.requires_grad for p in self.model.visual.parameters()):
+        if not self.engine.needs_features or any(p.requires_grad for p in self.model.visual.parameters()):
             return None
         return [f for f in features if f is not None]
 
@@ -170,6 +179,7 @@ class Trainer(Loop[TrainConfig]):
 
     def _metrics(
         self,
+        rollout: Rollout,
         groups: Sequence[Group],
         scored: Scored,
         rows: Sequence[Row],
@@ -191,9 +201,10 @@ class Trainer(Loop[TrainConfig]):
         answers, none = [c.logp for g in groups for c in g.ordered], torch.empty(0)
         sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
         gap = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
-        video = ~result.p_shuffled.isnan()
+        video = torch.tensor([g.shuffled_asked > 0 for g in groups])
+        known, stats = ~result.p_shuffled.isnan(), rollout.stats
         seconds = clock.total()
-        everything = int(lengths.sum()) + sum(len(c.token_ids) for g in groups for c in g.shuffled)
+        everything = stats.tokens
         return {
             "num_tokens": everything + sum(len(g.prompt.input_ids) for g in groups),
             "reward": float(result.rewards.mean()),
@@ -211,9 +222,18 @@ class Trainer(Loop[TrainConfig]):
             "completions/max_length": int(lengths.max()),
             "completions/clipped_ratio": 1 - _mean([c.finished for g in groups for c in g.ordered]),
             "temporal/p": _mean(result.p[video].tolist()),
-            "temporal/p_shuffled": _mean(result.p_shuffled[video].tolist()),
-            "temporal/bonus": _mean(result.temporal[video].tolist()),
-            "temporal/rewarded": _mean((result.temporal[video] > 0).tolist()),
+            "temporal/p_shuffled": _mean(result.p_shuffled[known].tolist()),
+            "temporal/p_shuffled_unknown": int((video & ~known).sum()),
+            "temporal/bonus": _mean(result.temporal[video & ~result.temporal.isnan()].tolist()),
+            "temporal/rewarded": _mean((result.temporal[video & ~result.temporal.isnan()] > 0).tolist()),
+            "rollout/decode_steps": stats.decode_steps,
+            "rollout/row_steps": stats.row_steps,
+            "rollout/shuffled_asked": stats.shuffled_asked,
+            "rollout/shuffled_skipped": stats.shuffled_skipped,
+            "rollout/shuffled_stopped": stats.shuffled_stopped,
+            "rollout/kv_mib": stats.kv_bytes / 2**20,
+            "rollout/retries": stats.retries,
+            "rollout/failed": len(rollout.failed),
             "sampling/sampling_logp_difference/mean": float(gap.mean()),
             "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
             "pass/rows": len(rows),

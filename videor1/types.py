@@ -100,5 +100,6 @@ class Group:
 
     prompt: Prompt
     ordered: tuple[Completion, ...]
-    shuffled: tuple[Completion, ...] = ()
+    shuffled: tuple[Completion, ...] = ()  # those that were run to their end
     permutation: tuple[int, ...] | None = None  # over frames or temporal patches, as temporal.shuffle_unit says
+    shuffled_asked: int = 0  # more than there are: the rest was skipped, since it could not change the advantages

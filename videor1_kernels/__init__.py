@@ -18,6 +18,7 @@ from videor1_kernels.prefix_attention import (
     prefix_attention,
     prefix_decode_attention,
 )
+from videor1_kernels.sampling import sample_tokens
 
 __all__ = [
     "Advantages",
@@ -36,6 +37,7 @@ __all__ = [
     "plan_rows",
     "prefix_attention",
     "prefix_decode_attention",
+    "sample_tokens",
     "selective_log_softmax",
     "tgrpo_advantages",
 ]

@@ -22,9 +22,11 @@ from videor1_kernels.grpo_loss.triton_terms import terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
 from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
-from videor1_kernels.prefix_attention import PrefixLayout
+from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_decode
 from videor1_kernels.prefix_attention import triton as prefix_attention
-from videor1_kernels.prefix_attention.triton import BLOCKS, Blocks
+from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
+from videor1_kernels.sampling.reference import Options
+from videor1_kernels.sampling.triton import sample_tokens
 
 MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
 FULL_TARGETS = (80, 90, 100)  # the others have tiles of their own, but no row or token kernel of their own
@@ -54,7 +56,9 @@ def launch_all(capability: int) -> Iterator[str]:
         yield from _gradients()
         yield from _terms()
         yield from _advantages()
+        yield from _samples()
     yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
+    yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
 
 
 def launch_faults(capability: int) -> Iterator[str]:
@@ -213,6 +217,35 @@ def _advantages() -> Iterator[str]:
     launch(1, 1, 1, "margin", dtype=FP16)
 
 
+def _samples() -> Iterator[str]:
+    def launch(
+        rows: int, vocabulary: int, dtype: torch.dtype, memory: Memory, *options: float, banned: int = 0,
+        uniform: torch.dtype = FP32,
+    ) -> None:  # fmt: skip
+        sample_tokens(
+            memory(rows, vocabulary, dtype=dtype), memory(rows, dtype=uniform),
+            memory(banned, dtype=torch.int64) if banned else None, Options(*options),
+        )  # fmt: skip
+
+    for dtype in (BF16, FP32):
+        yield f"12 rows of {dtype}"
+        launch(12, 152064, dtype, ALIGNED, 1.0, 1.0, 0)
+        yield f"12 rows of {dtype}, 16 banned"
+        launch(12, 152064, dtype, ALIGNED, 1.0, 1.0, 0, banned=16)
+        yield f"12 rows of {dtype}, the likeliest, 16 banned"
+        launch(12, 152064, dtype, ALIGNED, 0.0, 1.0, 0, banned=16)
+        yield f"12 rows of {dtype}, top-k, 16 banned"
+        launch(12, 152064, dtype, ALIGNED, 0.7, 1.0, 50, banned=16)
+        yield f"12 rows of {dtype}, top-p, 16 banned"
+        launch(12, 152064, dtype, ALIGNED, 1.0, 0.95, 0, banned=16)
+        yield f"12 rows of {dtype}, top-k and top-p, 16 banned"
+        launch(12, 152064, dtype, ALIGNED, 1.0, 0.95, 50, banned=16)
+    yield "odd everything, fp16, fp64 numbers, top-k and top-p"
+    launch(333, 151665, FP16, ODD, 1.0, 0.95, 50, uniform=torch.float64)
+    yield "sizes of 1, fp16, top-p"
+    launch(1, 1, FP16, ODD, 1.0, 0.5, 0, banned=1)
+
+
 def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
     def launch(
         layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory
@@ -230,3 +263,33 @@ def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
         launch(PrefixLayout([1223, 1], [[1, 700], []]), (6, 2), 80, FP16, ODD)
         yield "one token, head dim 64, bf16"
         launch(PrefixLayout([1], [[]]), (1, 1), 64, BF16, ALIGNED)
+
+
+def _decode(block: Block, *, full: bool) -> Iterator[str]:
+    def launch(
+        groups: list[int], prefix: int, capacity: int, heads: tuple[int, int], size: int, dtype: torch.dtype,
+        memory: Memory, *, lengths: torch.dtype = torch.int32, slots: bool = False,
+    ) -> None:  # fmt: skip
+        row_group = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+        rows = len(row_group)
+        starts = torch.arange(len(groups) + 1) * prefix
+        layout = DecodeLayout(starts, row_group, suffix_slots=torch.arange(rows).flip(0) if slots else None)
+        prefix_k, prefix_v = (memory(len(groups) * prefix, heads[1], size, dtype=dtype) for _ in range(2))
+        suffix_k, suffix_v = (memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2))
+        suffix_lengths = memory(rows, dtype=lengths).zero_()
+        triton_decode.prefix_decode_attention(
+            memory(rows, heads[0], size, dtype=dtype), prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, layout,
+            0.1, block,
+        )  # fmt: skip
+
+    yield "7B decode, 12 rows, bf16"
+    launch([8, 4], 1224, 768, (28, 4), 128, BF16, ALIGNED)
+    if full:
+        yield "3B decode, 12 rows, slots, bf16"
+        launch([8, 4], 1224, 768, (16, 2), 128, BF16, ALIGNED, slots=True)
+        yield "head dim 64, 2 queries a key, int64 lengths, fp16"
+        launch([8, 4], 1224, 768, (8, 4), 64, FP16, ALIGNED, lengths=torch.int64)
+        yield "head dim 80, 16 queries a key, odd everything, fp16"
+        launch([3], 333, 77, (16, 1), 80, FP16, ODD, slots=True)
+        yield "one row, sizes of 1, bf16"
+        launch([1], 1, 1, (1, 1), 1, BF16, ALIGNED)

@@ -41,6 +41,8 @@ class Kernel:
     spills: int  # instructions that load from or store to local memory
     matrix: bool  # has a matrix product
     instructions: dict[str, int]  # of the tensor cores and of TMA
+    counts: int  # atomics that release what the program stored and acquire what others did
+    ordered: bool  # of these, all stand between barriers
 
     @property
     def configuration(self) -> str:
@@ -194,6 +196,7 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
     for i, (name, kind) in enumerate(kernel.src.signature.items()):
         if kind in ("i32", "i64"):
             integers[name] = "multiple of 16" if kernel.src.attrs.get((i,)) else "any"
+    counts, ordered = release_order(kernel.asm["ptx"])
     return Kernel(
         name=f"{function.__module__}.{function.__name__}", capability=capability, launch=launch,
         flags={name: value for name, value in constants.items() if name in declared}, integers=integers,
@@ -204,7 +207,22 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
             "wgmma": _count("HGMMA", sass), "tcgen05": _count("UTCHMMA", sass), "mma": _count("HMMA", sass),
             "TMA": _count("UTMALDG", sass),
         },
+        counts=counts, ordered=ordered,
     )  # fmt: skip
+
+
+def release_order(ptx: str) -> tuple[int, bool]:
+    """(atomics that release and acquire for the whole GPU, whether barriers stand around all of them).
+
+    One thread's atomic speaks for its program only so: a barrier between it and the stores before it, and another
+    between it and the loads after it.
+    """
+    found = re.findall(r"\b(bar\.sync|barrier\.sync|st\.global|ld\.global|atom\.global\.gpu\.acq_rel)", ptx)
+    marks = ["bar" if mark.startswith("bar") else mark for mark in found]
+    counts = [i for i, mark in enumerate(marks) if mark.startswith("atom")]
+    before = (next((m for m in reversed(marks[:i]) if m in ("bar", "st.global")), "bar") for i in counts)
+    after = (next((m for m in marks[i:] if m in ("bar", "ld.global")), "bar") for i in counts)
+    return len(counts), all(mark == "bar" for mark in (*before, *after))
 
 
 def _count(mnemonic: str, sass: str) -> int:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import compile_report
 import pytest
-from compile_report import Kernel, Report, kernel_names, report, table
+from compile_report import Kernel, Report, kernel_names, release_order, report, table
 
 import videor1_kernels
 from videor1_kernels.linear_logprob.triton_forward import TILES
+from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.triton import BLOCKS
 
 ARCHITECTURES = {80, 90, 100}
@@ -22,6 +23,7 @@ TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 12
 # Of a program, bytes: the CUDA C++ Programming Guide's table of technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FORWARD = "videor1_kernels.linear_logprob.triton_forward"
+DECODE = "videor1_kernels.prefix_attention.triton_decode.prefix_decode"
 DESCRIPTORS, POINTERS = f"{FORWARD}.product_descriptors", f"{FORWARD}.product_pointers"
 
 pytestmark = pytest.mark.timeout(300)
@@ -93,6 +95,49 @@ def test_every_shipped_block_is_compiled(compiled: Report) -> None:
                 and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
                 for k in compiled.kernels
             ), f"sm_{capability}: {name}, {block}"  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "size"), [(7, 128), (8, 128), (2, 64)])
+def test_every_decode_block_is_compiled(compiled: Report, heads: int, size: int) -> None:
+    """At the 7B and the 3B model's heads a key head, and at others."""
+    for capability, block in triton_decode.BLOCKS.items():
+        if capability in ARCHITECTURES or (heads, size) == (7, 128):
+            assert any(
+                k.capability == capability and k.name == DECODE and (k.num_warps, k.num_stages)
+                == (block.num_warps, block.num_stages) and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
+                and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
+                for k in compiled.kernels
+            ), f"sm_{capability}: {block}"  # fmt: skip
+
+
+def test_decode_programs_share_a_multiprocessor(compiled: Report) -> None:
+    """As many as the splits count on: at D = 128, registers and shared memory have room for them."""
+    per_multiprocessor = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB, of which 1 a program is taken
+    kernels = [k for k in compiled.kernels if k.name == DECODE and k.flags["D"] == 128]
+    for k in kernels:
+        registers = -(-k.registers * 32 // 256) * 256 * k.num_warps
+        room = min(65536 // registers, (per_multiprocessor[k.capability] << 10) // (k.shared + 1024))
+        assert room >= triton_decode.PROGRAMS, f"\n{table([k])}"
+    assert {k.capability for k in kernels} == set(triton_decode.BLOCKS)
+
+
+def test_counts_between_programs_stand_between_barriers(compiled: Report) -> None:
+    decode = [kernel for kernel in compiled.kernels if kernel.name == DECODE]
+    assert not (found := failing(decode, lambda k: k.counts != 1)), found
+    assert not (found := failing(compiled.kernels, lambda k: not k.ordered)), found
+
+
+@pytest.mark.parametrize(
+    ("ptx", "expected"),
+    [
+        ("ld.global st.global bar.sync 0; atom.global.gpu.acq_rel.add bar.sync 0; ld.global.cg", (1, True)),
+        ("bar.sync 0; st.global atom.global.gpu.acq_rel.add bar.sync 0; ld.global.cg", (1, False)),
+        ("st.global bar.sync 0; atom.global.gpu.acq_rel.add ld.global.cg bar.sync 0;", (1, False)),
+        ("st.global bar.sync 0; atom.global.gpu.relaxed.add ld.global.cg", (0, True)),
+    ],
+)
+def test_a_count_outside_of_barriers_is_seen(ptx: str, expected: tuple[int, bool]) -> None:
+    assert release_order(ptx) == expected
 
 
 def test_every_flag_is_compiled_on_and_off(compiled: Report) -> None:

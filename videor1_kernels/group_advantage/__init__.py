@@ -68,7 +68,7 @@ def tgrpo_advantages(
     completion only, gets advantages of exactly 0.
 
     Args:
-        accuracy, format: [P, G]; fp64, fp32, bf16 or fp16. The maths and the results are fp32, or fp64 if any is fp64.
+        accuracy, format: [P, G]; fp64, fp32, bf16 or fp16. The results are fp32, or fp64 if any is fp64; sums are fp64.
         lengths: [P, G], tokens; an integer or float dtype.
         shuffled_accuracy: [P, Gs], or None. NaN is a missing completion: p~ is the mean over the others, and a row of
             NaN is a prompt without shuffled branch (no bonus, p~ NaN).

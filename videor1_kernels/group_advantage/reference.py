@@ -46,9 +46,10 @@ def tgrpo_advantages(
     check_values(accuracy, format, shuffled_accuracy)
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     correct = accuracy > options.correct_above  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
-    accuracy, format = accuracy.to(dtype), format.to(dtype)
-    # In fp64, so that equal accuracies have equal means whatever the two group sizes.
-    p = accuracy.double().mean(1).to(dtype)
+    # In fp64: equal accuracies have equal means whatever the two group sizes, and a bonus that all completions of a
+    # group get leaves their advantages as they were.
+    accuracy, format = accuracy.double(), format.double()
+    p = accuracy.mean(1).to(dtype)
     if shuffled_accuracy is None:
         p_shuffled = torch.full_like(p, torch.nan)
     else:
@@ -57,8 +58,8 @@ def tgrpo_advantages(
 
     low, high = options.length_range
     brief = correct & (lengths >= low) & (lengths <= high) & (correct.sum(1, keepdim=True) > 1)
-    length = brief.to(dtype) * options.length_bonus
-    bonus = torch.where(correct, temporal[:, None], 0.0)
+    length = brief.double() * options.length_bonus
+    bonus = torch.where(correct, temporal[:, None].double(), 0.0)
     rewards = accuracy + format + length
     if options.apply == "reward":
         rewards = rewards + bonus
@@ -66,7 +67,7 @@ def tgrpo_advantages(
     size = accuracy.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
     # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
-    magnitude = (accuracy.abs() + format.abs() + length.abs() + bonus.abs()).amax(1)
+    magnitude = (accuracy.abs() + format.abs() + length.abs()).amax(1)
     spread = rewards.amax(1) - rewards.amin(1)
     equal = spread <= 4 * torch.finfo(dtype).eps * magnitude
     advantages = centred
@@ -76,7 +77,7 @@ def tgrpo_advantages(
     advantages = advantages.masked_fill(equal[:, None], 0.0)
     if options.apply == "advantage":
         advantages = advantages + bonus
-    return advantages, rewards, temporal, p, p_shuffled
+    return advantages.to(dtype), rewards.to(dtype), temporal, p, p_shuffled
 
 
 def temporal_bonus(p: Tensor, p_shuffled: Tensor, options: Options) -> Tensor:

@@ -33,8 +33,10 @@ def advantage_kernel(accuracy, format, lengths, shuffled, advantages, rewards_ou
     correct = inside & (acc > correct_above)
     infinite = float("inf")
     bad = tl.max((~((tl.abs(acc) < infinite) & (tl.abs(form) < infinite))).to(tl.int32), 1)
-    # Means in fp64, so that equal accuracies have equal means whatever the two group sizes.
-    p = (tl.sum(acc.to(tl.float64), 1) / G).to(tl.float32)  # [BLOCK_P]
+    # In fp64: equal accuracies have equal means whatever the two group sizes, and a bonus that all completions of a
+    # group get leaves their advantages as they were.
+    acc, form = acc.to(tl.float64), form.to(tl.float64)
+    p = (tl.sum(acc, 1) / G).to(tl.float32)  # [BLOCK_P]
 
     others = tl.arange(0, BLOCK_S)
     present = here[:, None] & (others < Gs)[None, :]
@@ -54,23 +56,23 @@ def advantage_kernel(accuracy, format, lengths, shuffled, advantages, rewards_ou
         temporal = tl.where(p >= mu * p_shuffled, alpha, 0.0)
     several = tl.sum(correct.to(tl.int32), 1) > 1
     brief = correct & (length >= low) & (length <= high) & several[:, None]
-    extra = tl.where(brief, length_bonus, 0.0)
-    bonus = tl.where(correct, temporal[:, None], 0.0)
+    extra = tl.where(brief, length_bonus, 0.0).to(tl.float64)
+    bonus = tl.where(correct, temporal[:, None], 0.0).to(tl.float64)
     rewards = acc + form + extra
     if IN_REWARD:
         rewards += bonus
 
-    mean = tl.div_rn(tl.sum(rewards, 1), tl.zeros((BLOCK_P,), tl.float32) + G)
+    mean = tl.sum(rewards, 1) / G
     centred = tl.where(inside, rewards - mean[:, None], 0.0)
     # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
-    magnitude = tl.max(tl.abs(acc) + tl.abs(form) + tl.abs(extra) + tl.abs(bonus), 1)
+    magnitude = tl.max(tl.abs(acc) + tl.abs(form) + tl.abs(extra), 1)
     top = tl.max(tl.where(inside, rewards, float("-inf")), 1)
     bottom = tl.min(tl.where(inside, rewards, float("inf")), 1)
     equal = top - bottom <= 4 * 1.1920928955078125e-07 * magnitude
     result = centred
     if STD:
-        std = tl.sqrt_rn(tl.sum(centred * centred, 1) / tl.maximum(G - 1, 1))
-        result = tl.div_rn(centred, (std + eps)[:, None] + tl.zeros_like(centred))
+        std = tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(G - 1, 1))
+        result = centred / (std + eps)[:, None]
     result = tl.where(equal[:, None], 0.0, result)
     if not IN_REWARD:
         result += bonus

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import INTEGERS, check_number, check_tensor, fail
+from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.prefix_attention import reference, reference_decode
-from videor1_kernels.prefix_attention.layout import DecodeLayout, PrefixLayout
+from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
+from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
@@ -18,7 +19,10 @@ __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_atten
 
 dispatch.register_triton("prefix_attention", "videor1_kernels.prefix_attention.triton", only_16_bit=True)
 dispatch.register("prefix_attention", "reference", reference)
-dispatch.register("prefix_decode_attention", "reference", reference_decode.prefix_decode_attention)
+dispatch.register_triton(
+    "prefix_decode_attention", "videor1_kernels.prefix_attention.triton_decode", only_16_bit=True
+)
+dispatch.register("prefix_decode_attention", "reference", reference_decode)
 
 
 def prefix_attention(
@@ -59,10 +63,7 @@ def prefix_attention(
     check_tensor(op, "v", v, (layout.total_tokens, heads, q.shape[2]), device=q.device)
     if layout.prompt_index.device != q.device:
         raise fail(op, "layout", f"index tensors on {q.device} (use layout.to)", layout.device)
-    if q.shape[2] > MOST_D:
-        if backend == "triton":
-            raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
-        backend = "reference"
+    backend = _within_most_d(op, q, backend)
     out, _ = prefix_attention_op(q, k, v, *layout_numbers(layout), _scale(op, scale, q), backend)
     return out.to(q.dtype)
 
@@ -88,20 +89,23 @@ def prefix_decode_attention(
     Args:
         q: [R, Hq, D]; fp64, fp32, bf16 or fp16.
         prefix_k, prefix_v: [Tp, Hkv, D], the prefixes end to end.
-        suffix_k, suffix_v: [R, C, Hkv, D], preallocated; entries from ``suffix_lengths`` on are never read.
+        suffix_k, suffix_v: [R, C, Hkv, D], preallocated; entries from ``suffix_lengths`` on are never read. With a
+            layout that has ``suffix_slots`` [S, C, Hkv, D], of which row r owns ``suffix_slots[r]``.
         suffix_lengths: int32 or int64 [R], valid entries, the new token's own included: 1 to C.
         cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
         row_group: int64 [R], in [0, B); the rows of a group may be scattered.
         layout: ``DecodeLayout(cu_prefix, row_group)`` in place of these two: their indices, built once for all steps
-            and layers.
+            and layers; it may also place prefixes and suffixes anywhere in preallocated memory.
         scale: factor on the scores; None: D ** -0.5.
-        backend: ``auto``, ``reference``.
+        backend: ``auto``, ``triton`` (on a GPU: inputs all bf16 or all fp16, D of 128 or less, no gradient),
+            ``reference``.
 
     Returns:
-        [R, Hq, D] in q's dtype; the maths is fp32, or fp64 if an input is.
+        [R, Hq, D] in q's dtype; the maths is fp32, or fp64 if an input is. The reference is differentiable.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, length or group, or a backend that cannot run here.
+        ValueError: a wrong shape, dtype, device, length or group, or a backend that cannot run here. The Triton kernel
+            does not wait for the device, so a length out of range is not found: it is taken as 1 or as C.
     """
     op = "prefix_decode_attention"
     sources = {"cu_prefix": cu_prefix, "row_group": row_group, "layout": layout}
@@ -115,13 +119,36 @@ def prefix_decode_attention(
         assert row_group is not None
         layout = DecodeLayout(cu_prefix, row_group)
     check_tensor(op, "row_group", layout.row_group, (q.shape[0],), (torch.int64,), q.device)
-    for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        check_tensor(op, name, prefix, (layout.prefix_tokens, heads, q.shape[2]), device=q.device)
-    check_tensor(op, "suffix_k", suffix_k, (q.shape[0], "C", heads, q.shape[2]), device=q.device)
+    tokens = layout.prefix_tokens if layout.prefix_starts is None else "Tp"
+    check_tensor(op, "prefix_k", prefix_k, (tokens, heads, q.shape[2]), device=q.device)
+    check_tensor(op, "prefix_v", prefix_v, prefix_k.shape, device=q.device)
+    if len(prefix_k) < layout.prefix_tokens:
+        raise fail(op, "prefix_k", f"at least the {layout.prefix_tokens} tokens of the layout", len(prefix_k))
+    check_tensor(op, "suffix_k", suffix_k, (q.shape[0] if layout.suffix_slots is None else "S", "C", heads, q.shape[2]),
+                 device=q.device)
     check_tensor(op, "suffix_v", suffix_v, suffix_k.shape, device=q.device)
+    if len(suffix_k) < layout.slots:
+        raise fail(op, "suffix_k", f"at least the {layout.slots} slots of the layout", len(suffix_k))
     check_tensor(op, "suffix_lengths", suffix_lengths, (q.shape[0],), INTEGERS, q.device)
-    call = dispatch.resolve(op, backend, q.device)
-    return call(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, layout, _scale(op, scale, q))
+    backend = _within_most_d(op, q, backend)
+    inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if backend == "triton":
+            raise fail(op, "inputs", "none that requires a gradient for the triton backend (torch.no_grad)", "one")
+        backend = "reference"
+    dtype = q.dtype if len({x.dtype for x in inputs}) == 1 else compute_dtype(*inputs)
+    run = dispatch.resolve(op, backend, q.device, dtype)
+    with dispatch.running_on(q):
+        return run.prefix_decode_attention(*inputs, suffix_lengths, layout, _scale(op, scale, q))
+
+
+def _within_most_d(op: str, q: Tensor, backend: str) -> str:
+    """The reference for head dims that the kernels do not have."""
+    if q.shape[2] <= MOST_D:
+        return backend
+    if backend == "triton":
+        raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
+    return "reference"
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, name: str) -> int:

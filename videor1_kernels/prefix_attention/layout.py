@@ -1,4 +1,4 @@
-"""How shared-prefix groups lie in memory: one packed row for training, padded gather indices for decode."""
+"""How shared-prefix groups lie in one packed row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, check_tensor, fail
+from videor1_kernels.checks import INTEGERS, check_tensor, fail
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,56 +115,3 @@ class PrefixLayout:
             for length in self.completion_lengths[i]:
                 parts.append(torch.arange(int(first), int(first) + length, device=self.device).expand(3, length))
         return torch.cat(parts, dim=1)[:, None]
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeLayout:
-    """Gather indices of :func:`prefix_decode_attention`, to be built once per batch and reused by every step and layer.
-
-    B prefixes end to end, R rows of which each reads one prefix; a prefix's rows may be scattered.
-
-    Args:
-        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
-        row_group: int64 [R], the prefix that a row reads.
-    """
-
-    cu_prefix: Tensor
-    row_group: Tensor
-    prefix_tokens: int = field(init=False)  # all prefixes together
-    prefix_index: Tensor = field(init=False, repr=False)  # int64 [B, L]: prefix positions, padded to the longest
-    prefix_padding: Tensor | None = field(init=False, repr=False)  # bool [B, L]; None if all have one length
-    rows: Tensor = field(init=False, repr=False)  # int64 [B, M]: the rows of a prefix, padded to the most
-    slot: Tensor = field(init=False, repr=False)  # int64 [R]: where a row lies in the flattened [B * M]
-
-    def __post_init__(self) -> None:
-        op = "prefix_decode_attention"
-        check_tensor(op, "cu_prefix", self.cu_prefix, ("B+1",), INTEGERS)
-        total = int(self.cu_prefix[-1]) if len(self.cu_prefix) else 0
-        check_cu_seqlens(op, "cu_prefix", self.cu_prefix, total, smallest=1)
-        check_tensor(op, "row_group", self.row_group, ("R",), (torch.int64,), self.cu_prefix.device)
-        groups = len(self.cu_prefix) - 1
-        check_indices(op, "row_group", self.row_group, groups)
-        device, count = self.cu_prefix.device, len(self.row_group)
-
-        lengths = self.cu_prefix.long().diff()
-        column = torch.arange(int(lengths.max()) if groups else 0, device=device)
-        padding = column >= lengths[:, None]  # [B, L]
-        index = self.cu_prefix[:-1].long()[:, None] + torch.minimum(column, lengths[:, None] - 1)
-
-        per_group = torch.bincount(self.row_group, minlength=groups)
-        most = int(per_group.max()) if groups else 0
-        order = self.row_group.argsort(stable=True)
-        first = per_group.cumsum(0) - per_group
-        slot = torch.empty_like(order)
-        slot[order] = self.row_group[order] * most + torch.arange(count, device=device) - first[self.row_group[order]]
-        rows = torch.zeros(groups * most, dtype=torch.int64, device=device)
-        rows[slot] = torch.arange(count, device=device)
-        values = {
-            "prefix_tokens": total,
-            "prefix_index": index,
-            "prefix_padding": padding if bool(padding.any()) else None,
-            "rows": rows.reshape(groups, most),
-            "slot": slot,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)

@@ -1,4 +1,7 @@
-"""Reference of decode in plain torch: two softmax parts, over the group's prefix and over the row's own suffix."""
+"""Reference of decode in plain torch: one softmax over the scores of the group's prefix and of the row's own suffix.
+
+R rows, Hq = Hkv * r heads; B prefixes of at most L tokens with at most M rows each; suffixes of at most W tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import compute_dtype, fail
-from videor1_kernels.prefix_attention.layout import DecodeLayout
+from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
 
 
 def prefix_decode_attention(
@@ -19,54 +22,63 @@ def prefix_decode_attention(
     layout: DecodeLayout,
     scale: float,
 ) -> Tensor:
-    """The parts merged by their maxima and sums.
+    """Each prefix is multiplied once with the queries of all its rows.
 
-    q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [R, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
+    q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
     """
     if not len(q):
         return torch.empty_like(q)
+    lengths = suffix_lengths.tolist()  # waits for the device
+    shortest, width = min(lengths), max(lengths)
+    if shortest < 1 or width > suffix_k.shape[1]:
+        expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{shortest} to {width}"
+        raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
     dtype = compute_dtype(q, prefix_k, prefix_v, suffix_k, suffix_v)
     with torch.autocast(q.device.type, enabled=False):
         rows, q_heads, dim = q.shape
-        kv_heads = prefix_k.shape[1]
-        repeat = q_heads // kv_heads
-        scaled = (q.to(dtype) * scale).view(rows, kv_heads, repeat, dim)
+        heads = prefix_k.shape[1]
+        padded = layout.gather
+        groups, most = padded.rows.shape
 
-        # B prefixes of at most L tokens, at most M rows each: [B, Hkv, M * repeat, D] against [B, Hkv, L, D].
-        groups, most = layout.rows.shape
-        grouped = scaled[layout.rows].transpose(1, 2).reshape(groups, kv_heads, most * repeat, dim)
-        keys, values = (
-            x[layout.prefix_index].to(dtype).transpose(1, 2).contiguous() for x in (prefix_k, prefix_v)
-        )
-        padding = None if layout.prefix_padding is None else layout.prefix_padding[:, None, None]  # [B, 1, 1, L]
-        parts = _softmax_part(grouped, keys, values, padding)
-        high_p, sum_p, out_p = (
-            x.view(groups, kv_heads, most, repeat, -1).transpose(1, 2).flatten(0, 1)[layout.slot] for x in parts
-        )
+        # Key heads first: each product is one batched product of blocks that lie together.
+        queries = (q.to(dtype) * scale).view(rows, heads, -1, dim).transpose(0, 1)  # [Hkv, R, r, D]
+        shared = queries if padded.in_order else queries.index_select(1, padded.rows.flatten())
+        keys, values = (_by_head(padded.select(x.to(dtype))) for x in (prefix_k, prefix_v))  # [Hkv * B, L, D]
+        scores = torch.bmm(shared.reshape(heads * groups, -1, dim), keys.mT)
+        if padded.hidden is not None:
+            hidden = padded.hidden[None, :, None]
+            scores.view(heads, groups, *scores.shape[1:]).masked_fill_(hidden, -torch.inf)
+        scores = padded.to_rows(scores.view(heads, groups * most, -1, keys.shape[1]))
 
-        shortest, width = torch.stack(suffix_lengths.aminmax()).tolist()  # one wait for the device
-        if shortest < 1 or width > suffix_k.shape[1]:
-            expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{shortest} to {width}"
-            raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
-        keys, values = (x[:, :width].to(dtype).transpose(1, 2).contiguous() for x in (suffix_k, suffix_v))
-        padding = None
+        own_keys, own_values = (_own(x, layout, width).to(dtype) for x in (suffix_k, suffix_v))  # [R, W, Hkv, D]
         if shortest < width:
-            padding = (torch.arange(width, device=q.device) >= suffix_lengths[:, None])[:, None, None]  # [R, 1, 1, C]
             # Entries past a row's length may hold anything: their scores are masked, but 0 * NaN would be NaN.
-            values = values.masked_fill(padding.transpose(2, 3), 0.0)
-        high_s, sum_s, out_s = _softmax_part(scaled, keys, values, padding)
+            unused = torch.arange(width, device=q.device) >= suffix_lengths[:, None]  # [R, W]
+            own_values = own_values.masked_fill(unused[:, :, None, None], 0.0)
+        own_keys, own_values = _by_head(own_keys), _by_head(own_values)  # [Hkv * R, W, D]
+        own_scores = torch.bmm(queries.reshape(heads * rows, -1, dim), own_keys.mT).view(heads, rows, -1, width)
+        if shortest < width:
+            own_scores.masked_fill_(unused[None, :, None], -torch.inf)
 
-        high = torch.maximum(high_p, high_s)
-        by_p, by_s = (high_p - high).exp(), (high_s - high).exp()
-        out = (out_p * by_p + out_s * by_s) / (sum_p * by_p + sum_s * by_s)
-        return out.reshape(rows, q_heads, dim).to(q.dtype)
+        weights = torch.cat([scores, own_scores], -1).softmax(-1)  # [Hkv, R, r, L + W]
+        by_prefix, by_own = weights.split([keys.shape[1], width], -1)
+        if not padded.in_order:
+            by_prefix = by_prefix.index_select(1, padded.rows.flatten())
+        out = torch.bmm(by_prefix.reshape(heads * groups, -1, keys.shape[1]), values)
+        out = padded.to_rows(out.view(heads, groups * most, -1, dim))
+        out = torch.baddbmm(out.reshape(heads * rows, -1, dim), by_own.flatten(0, 1), own_values)
+        return out.view(heads, rows, -1, dim).transpose(0, 1).reshape(rows, q_heads, dim).to(q.dtype)
 
 
-def _softmax_part(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q [..., m, D] (scaled), k, v [..., n, D], padding [..., 1, n] -> max, sum [..., m, 1], out [..., m, D]."""
-    scores = q @ k.transpose(-1, -2)
-    if padding is not None:
-        scores = scores.masked_fill(padding, -torch.inf)
-    high = scores.amax(-1, keepdim=True)
-    weights = (scores - high).exp()
-    return high, weights.sum(-1, keepdim=True), weights @ v
+def _own(suffix: Tensor, layout: DecodeLayout, width: int) -> Tensor:
+    """The rows' own entries [R, W, Hkv, D]."""
+    suffix = suffix[:, :width]
+    if layout.slots_in_order:
+        return suffix[: len(layout.row_group)]
+    assert layout.suffix_slots is not None
+    return suffix.index_select(0, layout.suffix_slots)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[n, m, Hkv, D] -> [Hkv * n, m, D]."""
+    return x.permute(2, 0, 1, 3).flatten(0, 1)

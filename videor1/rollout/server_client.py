@@ -1,0 +1,111 @@
+"""One server of the OpenAI protocol over HTTP: requests, retries, and what went wrong in a sentence."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from types import TracebackType
+from typing import Any
+
+from videor1.errors import ConfigError
+from videor1.rollout.protocol import RolloutError
+
+_QUOTED = 400  # characters of an error's body that a message shows
+
+
+class RequestFailed(Exception):
+    """A request that failed for good, its retries included. Says what came back."""
+
+
+class ServerClient:
+    """A connection pool for the time of a ``with`` block, in one event loop.
+
+    The ``openai`` client retries connection errors, timeouts, 408, 409, 429 and 5xx, waiting 0.5 s, 1 s, 2 s, ... or as
+    long as the server asks; any other 4xx is final.
+
+    Args:
+        url: base of the API, such as ``http://host:8000/v1``.
+        timeout: seconds one attempt may take.
+        retries: attempts after the first.
+        api_key: None: environment OPENAI_API_KEY, or "EMPTY".
+    """
+
+    def __init__(self, url: str, *, timeout: float, retries: int, api_key: str | None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"rollout server: expected a URL such as http://host:8000/v1, got {url!r}")
+        self.url = url.rstrip("/")
+        self.retried = 0  # attempts after the first, of all requests
+        self._timeout, self._retries = timeout, retries
+        self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self._openai = _import_openai()
+        self._client: Any = None
+
+    async def __aenter__(self) -> ServerClient:
+        openai = self._openai
+        # The hook sees every attempt, those of requests that fail in the end or are cancelled too.
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]})
+        timeout = openai.Timeout(self._timeout, connect=min(self._timeout, 10.0))
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url, api_key=self._api_key, timeout=timeout, max_retries=self._retries, http_client=http
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def models(self) -> list[str]:
+        """Names of the models that the server serves."""
+        reply = await self._send(self._client.get("/models", cast_to=object))
+        try:
+            return [str(model["id"]) for model in reply["data"]]
+        except (TypeError, KeyError):
+            raise RequestFailed(f"/models gave no list of models: {quoted(reply)}") from None
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The decoded reply. Raises RequestFailed."""
+        return await self._send(self._client.post(path, cast_to=object, body=body))
+
+    async def control(self, path: str, body: dict[str, Any]) -> Any:
+        """As :meth:`post`, to a path beside the API's ``/v1``."""
+        return await self.post(self.url.removesuffix("/v1") + path, body)
+
+    def dead(self, what: str, why: object) -> RolloutError:
+        """The error of a call that cannot go on."""
+        return RolloutError(
+            f"{self.url}: {what}: {why}\n"
+            f"Each request was tried {self._retries + 1} times at most, {self._timeout:g} s each. Check that it "
+            f"runs and is reached from here (curl {self.url}/models), and its log"
+        )
+
+    async def _send(self, request: Any) -> Any:
+        openai = self._openai
+        try:
+            return await request
+        except openai.APITimeoutError:
+            raise RequestFailed(f"no answer within {self._timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise RequestFailed(f"the connection failed: {type(cause).__name__}: {cause}") from None
+        except openai.APIStatusError as error:
+            raise RequestFailed(f"HTTP {error.status_code}: {quoted(error.response.text)}") from None
+        except (openai.APIError, json.JSONDecodeError) as error:
+            raise RequestFailed(f"the reply is not JSON: {error}") from None
+
+    async def _count(self, request: Any) -> None:
+        self.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
+
+
+def quoted(reply: object) -> str:
+    """The start of what a server sent."""
+    text = reply if isinstance(reply, str) else json.dumps(reply, default=str)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
+def _import_openai() -> Any:
+    try:
+        return importlib.import_module("openai")
+    except ImportError as error:
+        raise ConfigError(f'rollout server: {error}; install it with: pip install "videor1[server]"') from None

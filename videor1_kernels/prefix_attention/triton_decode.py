@@ -1,0 +1,295 @@
+"""prefix_decode_attention on a Triton kernel, for 16-bit inputs: one launch, which never waits for the device.
+
+R rows, Hq query heads, Hkv key heads, D head dim, T = R tiles (:attr:`DecodeLayout.tiles`: a prefix and the rows that
+share it). A program reads some keys and values of one head once, from a tile's prefix for all rows of the tile or from
+a row's suffix, and leaves what it found in memory: unnormalised sums, their maximum and total. Whichever program is the
+last of a row and head to be done (a counter tells) merges what all of them left, in the order of the keys: the same
+bits whatever the order of arrival, and no second launch. The grid is as large as the longest lengths would need, so a
+CUDA graph of a call serves all lengths; a program without keys ends at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videor1_kernels.checks import capturing, fail
+from videor1_kernels.prefix_attention.decode_layout import TILE_ROWS, DecodeLayout
+from videor1_kernels.prefix_attention.triton import Block
+from videor1_kernels.prefix_attention.triton_forward import LOG2E, _fold, load_rows
+
+# By compute capability; others take the nearest below. 64 queries are the fewest of a product on Hopper and Blackwell,
+# and hold a tile's 8 rows of 8 heads. Blocks of keys are small so that a multiprocessor holds two programs or more: one
+# starts or merges while another reads. Larger ones spill registers at D = 128 on sm_80.
+BLOCKS: dict[int, Block] = {
+    80: Block(64, 32, 8, 3),
+    86: Block(64, 32, 8, 2),
+    89: Block(64, 32, 8, 2),
+    90: Block(64, 32, 4, 3),
+    100: Block(64, 64, 8, 3),
+    120: Block(64, 32, 8, 2),
+}
+INTERPRETED = Block(64, 64, 4, 1)
+PROGRAMS = 2  # per multiprocessor, which hold them at once
+INTERPRETED_PROGRAMS = 8
+MOST_SPLITS = 32  # of a prefix or a suffix
+MERGED_HEADS, MERGED_SPLITS = 8, 8  # at a time
+
+
+@triton.jit
+def _cut(length, splits, BLOCK_N: tl.constexpr):
+    """(number of parts, keys of each but the last) of ``length`` keys cut into ``splits`` or fewer, of whole blocks."""
+    blocks = (length + BLOCK_N - 1) // BLOCK_N
+    own = (blocks + splits - 1) // splits
+    return (blocks + own - 1) // tl.maximum(own, 1), own * BLOCK_N
+
+
+@triton.jit
+def _inside(lengths, capacity):
+    return tl.minimum(tl.maximum(lengths, 1), capacity).to(tl.int32)
+
+
+@triton.jit
+def _merge(sums, tops, totals, out, row, kv_head, q_heads, prefix_parts, suffix_parts, prefix_splits, splits,
+           D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_S: tl.constexpr):  # fmt: skip
+    """out[row, kv_head * REPEAT + i] from the parts of its softmax. ``.cg``: other processors wrote them."""
+    columns = tl.arange(0, BLOCK_D)
+    parts = prefix_parts + suffix_parts
+    for first_head in range(0, REPEAT, BLOCK_H):
+        head = first_head + tl.arange(0, BLOCK_H)
+        q_head = row.to(tl.int64) * q_heads + kv_head * REPEAT + tl.minimum(head, REPEAT - 1)
+        high = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        for first in range(0, parts, BLOCK_S):
+            part = first + tl.arange(0, BLOCK_S)
+            split = tl.where(part < prefix_parts, part, part - prefix_parts + prefix_splits)
+            at = q_head[None, :] * splits + split[:, None]  # [BLOCK_S, BLOCK_H]
+            there = (part < parts)[:, None] & (head >= 0)[None, :]
+            top = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            own = tl.load(totals + at, mask=there, other=0.0, cache_modifier=".cg")
+            values = tl.load(
+                sums + at[:, :, None] * D + columns[None, None, :],
+                mask=there[:, :, None] & (columns < D)[None, None, :], other=0.0, cache_modifier=".cg",
+            )  # [BLOCK_S, BLOCK_H, BLOCK_D]  # fmt: skip
+            new = tl.maximum(high, tl.max(top, 0))
+            shrink = tl.exp2(high - new)
+            weights = tl.exp2(top - new[None, :])
+            total = total * shrink + tl.sum(weights * own, 0)
+            acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values, 0)
+            high = new
+        target = (row.to(tl.int64) * q_heads + kv_head * REPEAT + head)[:, None] * D + columns[None, :]
+        mask = (head < REPEAT)[:, None] & (columns < D)[None, :]
+        tl.store(out + target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+# Sizes that change as answers end are not worth a compilation each.
+@triton.jit(do_not_specialize=["R", "C", "prefix_splits", "suffix_splits", "early"])
+def prefix_decode(q, prefix_k, prefix_v, suffix_k, suffix_v, out, sums, tops, totals, arrived, tiles, prefix_lengths,
+                  suffix_lengths, suffix_slots, q_row, q_head, pk_row, pk_head, pv_row, pv_head, sk_slot, sk_row,
+                  sk_head, sv_slot, sv_row, sv_head, R, C, prefix_splits, suffix_splits, early, scale, D: tl.constexpr,
+                  REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+                  BLOCK_S: tl.constexpr):  # fmt: skip
+    """Grid: key heads, R * (prefix_splits + suffix_splits), blocks of BLOCK_M of a tile's TILE_ROWS * BLOCK_R queries:
+    REPEAT query heads of a row, padded to a power of 2. First the prefixes of ``early`` tiles, the longest work where
+    many rows share them; then the suffixes; then the other tiles, most of which are spare.
+
+    sums fp32 [R, Hq, splits, D], tops (in powers of 2) and totals fp32 [R, Hq, splits], splits = prefix_splits +
+    suffix_splits; arrived int32 [R, Hkv], 0 before and after: per row and key head the programs that are done.
+    """
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    block = tl.program_id(2)
+    kv_heads = tl.num_programs(0)
+    splits = prefix_splits + suffix_splits
+    before_suffixes = early * prefix_splits
+    of_suffix = (item >= before_suffixes) & (item < before_suffixes + R * suffix_splits)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = m % BLOCK_R
+    slots = tl.arange(0, TILE_ROWS)
+    if of_suffix:
+        own_row = (item - before_suffixes) // suffix_splits
+        split = (item - before_suffixes) % suffix_splits
+        length = tl.where(block * BLOCK_M < BLOCK_R, _inside(tl.load(suffix_lengths + own_row), C), 0)
+        slot = tl.load(suffix_slots + own_row) if HAS_SLOTS else own_row.to(tl.int64)
+        k = suffix_k + slot * sk_slot + kv_head.to(tl.int64) * sk_head
+        v = suffix_v + slot * sv_slot + kv_head.to(tl.int64) * sv_head
+        rows = tl.where(slots == 0, own_row, -1)
+        query_rows = tl.where(m < BLOCK_R, own_row, -1)
+    else:
+        item = tl.where(item < before_suffixes, item, item - R * suffix_splits)
+        split = item % prefix_splits
+        tile = tiles + item // prefix_splits * (2 + TILE_ROWS)
+        length = tl.load(tile + 1)
+        first_key = tl.load(tile).to(tl.int64)
+        k = prefix_k + first_key * pk_row + kv_head.to(tl.int64) * pk_head
+        v = prefix_v + first_key * pv_row + kv_head.to(tl.int64) * pv_head
+        rows = tl.load(tile + 2 + slots)
+        query_rows = tl.load(tile + 2 + m // BLOCK_R, mask=m // BLOCK_R < TILE_ROWS, other=-1)
+    k_row = tl.where(of_suffix, sk_row, pk_row)
+    v_row = tl.where(of_suffix, sv_row, pv_row)
+    parts, size = _cut(length, tl.where(of_suffix, suffix_splits, prefix_splits), BLOCK_N)
+    if split >= parts:
+        return
+    first = split * size
+    stop = tl.minimum(first + size, length)
+
+    columns = tl.arange(0, BLOCK_D)
+    query_heads = kv_head * REPEAT + head
+    asked = (query_rows >= 0) & (head < REPEAT)
+    cells = asked[:, None] & (columns < D)[None, :]
+    queries = q + query_rows.to(tl.int64)[:, None] * q_row + query_heads.to(tl.int64)[:, None] * q_head
+    q_block = tl.load(queries + columns[None, :], mask=cells, other=0.0)  # [BLOCK_M, BLOCK_D]
+    factor = scale * LOG2E
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for i in range(0, (stop - first + BLOCK_N - 1) // BLOCK_N):
+        key = first + i * BLOCK_N
+        k_block = load_rows(k, key, stop, k_row, D, BLOCK_N, BLOCK_D, True)
+        v_block = load_rows(v, key, stop, v_row, D, BLOCK_N, BLOCK_D, True)
+        seen = (key + tl.arange(0, BLOCK_N) < stop)[None, :]
+        high, total, acc = _fold(q_block, k_block, v_block, seen, factor, high, total, acc, True)
+    q_heads = kv_heads * REPEAT
+    at = (query_rows.to(tl.int64) * q_heads + query_heads) * splits + split + tl.where(of_suffix, prefix_splits, 0)
+    tl.store(sums + at[:, None] * D + columns[None, :], acc, mask=cells)
+    tl.store(tops + at, high, mask=asked)
+    tl.store(totals + at, total, mask=asked)
+
+    here = (rows >= 0) & (slots * BLOCK_R < (block + 1) * BLOCK_M) & ((slots + 1) * BLOCK_R > block * BLOCK_M)
+    prefixes = tl.load(prefix_lengths + rows, mask=here, other=1)
+    prefix_parts, _ = _cut(prefixes, prefix_splits, BLOCK_N)
+    suffixes = _inside(tl.load(suffix_lengths + rows, mask=here, other=1), C)
+    suffix_parts, _ = _cut(suffixes, suffix_splits, BLOCK_N)
+    counters = arrived + rows.to(tl.int64) * kv_heads + kv_head
+    # Release: the stores of all threads (the barrier) come before the count. Acquire: who finds the count full sees the
+    # stores of all who counted, and after the second barrier so do its program's other threads.
+    tl.debug_barrier()
+    before = tl.atomic_add(counters, tl.full((TILE_ROWS,), 1, tl.int32), mask=here, sem="acq_rel")
+    last = here & (before + 1 == (prefix_parts + suffix_parts) * ((BLOCK_R + BLOCK_M - 1) // BLOCK_M))
+    tl.debug_barrier()
+    if tl.max(last.to(tl.int32), 0) > 0:
+        tl.store(counters, tl.zeros((TILE_ROWS,), tl.int32), mask=last)  # for the next launch
+        for i in range(0, TILE_ROWS):
+            chosen = last & (slots == i)
+            if tl.max(chosen.to(tl.int32), 0) > 0:
+                _merge(
+                    sums, tops, totals, out, tl.sum(tl.where(chosen, rows, 0), 0), kv_head, q_heads,
+                    tl.sum(tl.where(chosen, prefix_parts, 0), 0), tl.sum(tl.where(chosen, suffix_parts, 0), 0),
+                    prefix_splits, splits, D, REPEAT, BLOCK_D, BLOCK_H, BLOCK_S,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the programs of a launch leave for each other; see :func:`prefix_decode`."""
+
+    sums: Tensor
+    tops: Tensor
+    totals: Tensor
+    arrived: Tensor
+
+
+_workspaces: WeakKeyDictionary[DecodeLayout, dict[tuple[int, ...], Workspace]] = WeakKeyDictionary()
+
+
+def workspace(layout: DecodeLayout, q: Tensor, kv_heads: int, splits: int) -> Workspace:
+    """That of a layout, made at its first call and kept as long as the layout; every launch leaves its counters 0."""
+    rows, heads, size = q.shape
+    known = _workspaces.setdefault(layout, {})
+    key = (heads, kv_heads, splits, size)
+    if key in known:
+        return known[key]
+    made = Workspace(
+        q.new_empty((rows, heads, splits, size), dtype=torch.float32),
+        *(q.new_empty((rows, heads, splits), dtype=torch.float32) for _ in range(2)),
+        torch.zeros(rows, kv_heads, dtype=torch.int32, device=q.device),
+    )
+    if not capturing(q):  # else its zeros are written by replays of the graph alone: no other call may rely on them
+        known[key] = made
+    return made
+
+
+def block_for(q: Tensor) -> Block:
+    """The configuration for q's device."""
+    if q.device.type != "cuda":
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return BLOCKS[max((known for known in BLOCKS if known <= 10 * major + minor), default=80)]
+
+
+def splits_for(
+    rows: int, kv_heads: int, prefix_tokens: int, capacity: int, programs: int, block_n: int
+) -> tuple[int, int]:
+    """(parts of a prefix, parts of a suffix) that give each of ``programs`` about the same number of keys.
+
+    From sizes known without asking the device: ``prefix_tokens`` of the prefixes' memory, taken as one prefix for each
+    TILE_ROWS rows, and ``capacity`` of a suffix.
+    """
+    share = max(block_n, -(-kv_heads * (prefix_tokens + rows * capacity) // programs))
+    prefix = -(-prefix_tokens // triton.cdiv(rows, TILE_ROWS))
+    return min(max(1, -(-prefix // share)), MOST_SPLITS), min(max(1, -(-capacity // share)), MOST_SPLITS)
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    layout: DecodeLayout,
+    scale: float,
+    block: Block | None = None,
+) -> Tensor:
+    """q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
+
+    Lengths are the device's own and go unchecked; outside 1 to C they are taken as 1 or C. Of a layout's calls one at a
+    time may run (on one stream, say): they share a workspace. A call that is captured in a CUDA graph needs a call
+    before it with the same layout, and the layout kept as long as the graph.
+    """
+    rows, heads, size = q.shape
+    kv_heads, capacity = suffix_k.shape[2], suffix_k.shape[1]
+    if not rows:
+        return torch.empty_like(q)
+    if not capacity:
+        raise fail("prefix_decode_attention", "suffix_k", "room for the new token, C of 1 or more", capacity)
+    block, dtype = block or block_for(q), q.dtype
+    q, prefix_k, prefix_v, suffix_k, suffix_v = _operands(q, prefix_k, prefix_v, suffix_k, suffix_v)
+    splits = splits_for(rows, kv_heads, len(prefix_k), capacity, _programs(q), block.n)
+    space = workspace(layout, q, kv_heads, sum(splits))
+    out = q.new_empty(q.shape)
+    repeat = heads // kv_heads
+    padded = triton.next_power_of_2(repeat)
+    grid = (kv_heads, rows * sum(splits), triton.cdiv(TILE_ROWS * padded, block.m))
+    prefix_decode[grid](
+        q, prefix_k, prefix_v, suffix_k, suffix_v, out, space.sums, space.tops, space.totals, space.arrived,
+        layout.tiles, layout.prefix_lengths, suffix_lengths.contiguous(),
+        None if layout.suffix_slots is None else layout.suffix_slots.contiguous(),
+        *(stride for x in (q, prefix_k, prefix_v, suffix_k, suffix_v) for stride in x.stride()[:-1]),
+        rows, capacity, *splits, triton.cdiv(rows, 4), scale,
+        D=size, REPEAT=repeat, BLOCK_R=padded, HAS_SLOTS=layout.suffix_slots is not None, TILE_ROWS=TILE_ROWS,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_D=triton.next_power_of_2(max(size, 16)),
+        BLOCK_H=min(MERGED_HEADS, padded), BLOCK_S=MERGED_SPLITS,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def _programs(q: Tensor) -> int:
+    if q.device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS * torch.cuda.get_device_properties(q.device).multi_processor_count
+
+
+def _operands(*inputs: Tensor) -> list[Tensor]:
+    """Of one dtype, with the values of a head side by side; views that are so already stay views."""
+    dtype = inputs[0].dtype if len({x.dtype for x in inputs}) == 1 else torch.float32
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in (x.to(dtype) for x in inputs)]

@@ -1,0 +1,66 @@
+"""Reference of sample_tokens in plain torch. R rows, V vocabulary.
+
+Softmaxes and cumulative sums run along rows, and the sums are of integers, so that neither the rows beside a row nor
+the order of summation shows in its result. Only truncation sorts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import compute_dtype
+
+UNITS = 2.0**60  # of probability, int64: a row's sum to about this many
+REACHED = 1 - 2.0**-40  # of top_p: what only rounding keeps from it has reached it
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a call."""
+
+    temperature: float
+    top_p: float  # 1: off
+    top_k: int  # 0: off; else below V
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, banned: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """-> (tokens int64 [R], logp [R] of the compute dtype)."""
+    scores = logits.to(compute_dtype(logits))  # [R, V]
+    limits = torch.finfo(scores.dtype)
+    # Finite but for the banned: whatever a row holds, it has a distribution over what may be drawn.
+    allowed = scores.nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    if banned is not None:
+        allowed.index_fill_(1, banned, -torch.inf)
+    if options.temperature == 0:
+        tokens = allowed.argmax(1, keepdim=True)  # [R, 1]; the first of equals
+    else:
+        weights = _tempered(allowed, options.temperature).softmax(1).mul_(UNITS).to(torch.int64)
+        if options.top_k or options.top_p < 1:
+            weights = truncated(allowed, weights, options.top_k, options.top_p)
+        cumulative = weights.cumsum(1)
+        total = cumulative[:, -1:]  # above 0
+        target = (uniform[:, None].double() * total).long().clamp_min_(0).minimum(total - 1)
+        tokens = torch.searchsorted(cumulative, target, right=True)  # [R, 1]: the first above the target
+    logp = _tempered(scores, options.temperature or 1.0).log_softmax(1).gather(1, tokens)
+    return tokens[:, 0], logp[:, 0]
+
+
+def truncated(allowed: Tensor, weights: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Weights int64 [R, V] with those that top_k and top_p leave out set to 0."""
+    order = allowed.sort(dim=1, descending=True, stable=True).indices[:, : top_k or None]  # [R, V or k]
+    ranked = weights.gather(1, order)
+    if top_p < 1:
+        cumulative = ranked.cumsum(1)
+        need = (cumulative[:, -1:].double() * (top_p * REACHED)).ceil().long()
+        ranked.masked_fill_(cumulative - ranked >= need, 0)  # those before it suffice
+    return torch.zeros_like(weights).scatter_(1, order, ranked)
+
+
+def _tempered(scores: Tensor, temperature: float) -> Tensor:
+    """scores / t up to a constant of each row. The difference comes first: it is exact where it matters."""
+    if temperature == 1:
+        return scores
+    return (scores - scores.amax(1, keepdim=True)) / temperature

@@ -1,0 +1,131 @@
+"""Parts of the sampling kernel that find the threshold of top_k and top_p: the candidates, listed and searched.
+
+A list holds S * C candidates, a few registers of each thread, in no order: what is asked of it are sums of integers.
+It holds a row's candidates whole where they are that few, else those between two bounds that the threshold is between.
+Bounds are images: the int32 that stand for fp32 numbers in the same order, so that bisection ends.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from videor1_kernels.sampling.triton_row import STAGES, count_above, tile, weight
+
+HALVINGS = tl.constexpr(12)  # of the interval of scores, which soon leaves few; then of that of images, which must end
+
+
+@triton.jit
+def image(x):
+    """fp32 -> int32 in the same order, -0 and 0 the same."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value(key):
+    """Image -> fp32."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def climb(scores, amounts, need, low, high):
+    """-> the greatest image t in [low, high) such that the amounts of scores from t on sum to ``need``; else low."""
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        if tl.sum(tl.where(scores >= value(middle), amounts, 0)) >= need:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def first_listed(ids, amounts, target, V):
+    """-> the first id at which the sum of amounts, in order of id, exceeds ``target``."""
+    low = tl.full((), -1, tl.int32)
+    high = V - 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if tl.sum(tl.where(ids <= middle, amounts, 0)) > target:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def candidates(base, V, L, banned, K, marks, listed, count, low, high, S: tl.constexpr, C: tl.constexpr,
+               BANNED: tl.constexpr):  # fmt: skip
+    """List the scores whose image is in [low, high), at most S * C of them -> their number.
+
+    listed int32 [2, S * C], count int32 [1]: this program's own.
+    """
+    tl.debug_barrier()  # an earlier list may still be being read
+    tl.store(count, 0)
+    tl.debug_barrier()
+    for i in tl.range(0, L // C, num_stages=STAGES):
+        ids, _, score = tile(base, i, V, L, banned, K, marks, S, C, BANNED)
+        inside = (score >= value(low)) & (score < value(high))
+        place = tl.atomic_add(count + tl.zeros((S, C), tl.int32), 1, mask=inside, sem="relaxed", scope="cta")
+        room = inside & (place < S * C)
+        tl.store(listed + place, score.to(tl.int32, bitcast=True), mask=room)
+        tl.store(listed + S * C + place, ids, mask=room)
+    tl.debug_barrier()
+    return tl.load(count).to(tl.int64)
+
+
+@triton.jit
+def read_list(listed, count, SIZE: tl.constexpr):
+    """-> scores [SIZE], ids [SIZE]; -inf and 0 beyond the last. Read when needed: held, they would take registers."""
+    at = tl.arange(0, SIZE)
+    inside = at < tl.load(count)
+    bits = tl.load(listed + at, mask=inside, other=0)
+    scores = tl.where(inside, bits.to(tl.float32, bitcast=True), float("-inf"))
+    return scores, tl.load(listed + SIZE + at, mask=inside, other=0)
+
+
+@triton.jit
+def cut(base, V, L, banned, K, marks, listed, count, number, whole, low, high, need, top, scale,
+        BY_WEIGHT: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr,
+        UNITS: tl.constexpr):  # fmt: skip
+    """Find the greatest threshold in [low, high) from which on the row holds ``need``: weight, or scores.
+
+    From ``low`` on it does, and has ``number`` scores; from ``high`` on it has none. whole: all these are listed.
+    -> (threshold, number above it, weight above it, number equal to it, whole).
+    """
+    number_beyond = tl.zeros((), tl.int64)  # of the scores from ``high`` on
+    weight_beyond = tl.zeros((), tl.int64)
+    if not whole:
+        end = high
+        step = tl.zeros((), tl.int32)
+        while (number - number_beyond > S * C) & (low + 1 < high):
+            middle = (low & high) + ((low ^ high) >> 1)
+            halfway = image(0.5 * value(low) + 0.5 * value(high - 1))
+            middle = tl.where((step < HALVINGS) & (halfway > low) & (halfway < high), halfway, middle)
+            n, w, least, others = count_above(
+                base, V, L, banned, K, marks, value(middle), top, scale, S, C, BANNED, UNITS
+            )  # fmt: skip
+            reached = (w if BY_WEIGHT else n) >= need
+            low = tl.where(reached, image(least), low)
+            number = tl.where(reached, n, number)
+            high = tl.where(reached, high, image(others) + 1)
+            number_beyond = tl.where(reached, number_beyond, n)
+            weight_beyond = tl.where(reached, weight_beyond, w)
+            step += 1
+        candidates(base, V, L, banned, K, marks, listed, count, low, high, S, C, BANNED)
+        whole = (high == end) & (number <= S * C)
+    scores, _ = read_list(listed, count, S * C)
+    weights = weight(scores, top, scale, UNITS)
+    single = low + 1 == high  # then perhaps more of them than can be listed
+    if BY_WEIGHT:
+        threshold = climb(scores, weights, need - weight_beyond, low, high)
+    else:
+        threshold = climb(scores, (scores >= value(low)).to(tl.int64), need - number_beyond, low, high)
+    bound = value(threshold)
+    over = scores > bound
+    ties = tl.where(single, number - number_beyond, tl.sum((scores == bound).to(tl.int64)))
+    return (
+        threshold, number_beyond + tl.sum(over.to(tl.int64)), weight_beyond + tl.sum(tl.where(over, weights, 0)), ties,
+        whole,
+    )  # fmt: skip
