@@ -17,11 +17,13 @@ import videor1.loop
 import videor1.trainer
 from videor1.advantages import score_groups
 from videor1.demo.assets import Assets
+from videor1.errors import TrainingStopped
 from videor1.model import VideoLM
+from videor1.rollout import Request, Rollout, RolloutError
 from videor1.rows import training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.trainer import KERNELS, Trainer
-from videor1.types import Group, Prompt
+from videor1.types import Completion, Group, Prompt
 from videor1_kernels import last_backend
 
 
@@ -299,3 +301,54 @@ def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
     run.model.compute_dtype = torch.float32
     slow = "kernels: prefix_attention reference, prefix_decode_attention reference, sample_tokens triton"
     assert run._kernels().startswith(slow)
+
+
+class Answering:
+    """An engine that gives canned answers, and fails where told."""
+
+    needs_features = False
+
+    def __init__(self, run: Trainer, fails: set[int], dead: bool = False) -> None:
+        self.run, self.fails, self.dead, self.calls = run, fails, dead, []
+
+    def generate(self, requests: Sequence[Request]) -> Rollout:
+        self.calls.append("generate")
+        if self.dead:
+            raise RolloutError("http://nowhere: refused")
+        groups: list[Group | None] = []
+        for i, request in enumerate(requests):
+            assert request.ordered.features is None
+            ids = torch.tensor([5, 6, 7 + len(self.calls), self.run.model.special.eos])
+            texts = [request.prompt.sample.solution, "<answer>no</answer>"]
+            answers = [Completion(ids, torch.zeros(4), True, text) for text in texts]
+            groups.append(None if i in self.fails else Group(request.prompt, tuple(answers)))
+        return Rollout(groups, failed=dict.fromkeys(self.fails, "too slow"))
+
+    def weights_changed(self) -> None:
+        self.calls.append("weights")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_another_engine_and_requests_that_fail(freeze_vision: bool, assets: Assets, tmp_path: Path) -> None:
+    options = {"num_generations": 2, "per_device_train_batch_size": 3, "max_steps": 2, "num_iterations": 1}
+    run = trainer(assets, tmp_path, freeze_vision=freeze_vision, **options)
+    run.engine = engine = Answering(run, {1})
+    final = run.train()
+    # New weights are handed over before they are asked for, and not after the last step.
+    assert engine.calls == ["weights", "generate", "weights", "generate", "close"]
+    assert [len(run_lines(tmp_path, name)) for name in ("rollouts.jsonl", "skipped.jsonl")] == [4, 2]
+    assert {(line["kind"], line["split"]) for line in run_lines(tmp_path, "skipped.jsonl")} == {("rollout", "train")}
+    assert last_metrics(tmp_path)["data/skipped/rollout"] == 2
+    assert last_metrics(tmp_path)["rollout/failed"] == 1
+    assert not same_weights(weights(assets.model), weights(final))
+
+
+def test_an_engine_that_cannot_go_on_stops_the_run(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, num_generations=2)
+    run.engine = engine = Answering(run, set(), dead=True)
+    with pytest.raises(TrainingStopped, match="nowhere: refused; there is no checkpoint yet"):
+        run.train()
+    assert engine.calls == ["weights", "generate", "close"]

@@ -237,7 +237,7 @@ class Loop(ABC, Generic[C]):
             path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep)
         except CheckpointError as error:
             if required:
-                raise TrainingStopped(f"{error}; {self._last_whole()}") from error
+                raise TrainingStopped(f"{error}; {self.last_whole()}") from error
             self.counters["failed_checkpoints"] += 1
             self.progress.write(f"{error}; training goes on")
             return self.run_dir
@@ -330,10 +330,14 @@ class Loop(ABC, Generic[C]):
             stack.enter_context(self._signals())
             yield
 
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call it when the run ends, however it ends."""
+        self._closing.callback(callback)
+
     def open_lines(self, name: str) -> JsonlWriter:
         """A file of the run folder that is written line by line and goes on where the resumed run does."""
         lines = JsonlWriter(self.run_dir / name, resume_step=self._resume_step)
-        self._closing.callback(lines.close)
+        self.on_close(lines.close)
         return lines
 
     @contextmanager
@@ -344,9 +348,10 @@ class Loop(ABC, Generic[C]):
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self._last_whole()}") from error
+            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self.last_whole()}") from error
 
-    def _last_whole(self) -> str:
+    def last_whole(self) -> str:
+        """What a run that cannot go on leaves behind, in words."""
         existing = checkpoints(self.run_dir)
         return f"the last whole checkpoint is {existing[-1][1]}" if existing else "there is no checkpoint yet"
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from videor1.advantages import Scored, score_groups
 from videor1.config import TrainConfig
+from videor1.errors import TrainingStopped
 from videor1.loop import Loop
 from videor1.loss import Packed, completion_logp, media_features, tgrpo_loss
 from videor1.prompts import build_input_ids
 from videor1.rewards import load_reward
-from videor1.rollout import Branch, Request, Rollout, RolloutEngine, TemporalJudge, make_engine
+from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, TemporalJudge, make_engine
 from videor1.rows import Row, training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
@@ -42,6 +43,7 @@ class Trainer(Loop[TrainConfig]):
         needs_copy = config.beta > 0 and not config.lora.rank
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
         self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
+        self.weights_are_new = True  # to the engine
 
     def samples_per_step(self) -> float:
         config = self.config
@@ -59,6 +61,7 @@ class Trainer(Loop[TrainConfig]):
         if self.model.device.type != "cpu":
             self.progress.write(self._kernels())
         self.rollouts = self.open_lines("rollouts.jsonl")
+        self.on_close(self.engine.close)
         return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
 
     def train_batch(self) -> None:
@@ -86,7 +89,7 @@ class Trainer(Loop[TrainConfig]):
             self.optimizer_step(
                 losses, functools.partial(self._metrics, rollout, groups, scored, rows, left_out, results, clock)
             )
-            self.engine.weights_changed()
+            self.weights_are_new = True
             for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
                 if old[i] is None and bool(new.logp.isfinite().all()):
                     old[i] = new.logp
@@ -105,9 +108,17 @@ class Trainer(Loop[TrainConfig]):
                 ordered = _scatter(prompts, iter(media_features(model, prompts)))
                 shuffled = self._shuffled_features(prompts, ordered, orders)
         requests = [self._request(*parts) for parts in zip(prompts, ordered, shuffled, orders, strict=True)]
-        rollout = self.engine.generate(requests)
+        try:
+            if self.weights_are_new:
+                self.engine.weights_changed()
+                self.weights_are_new = False
+            rollout = self.engine.generate(requests)
+        except RolloutError as error:
+            raise TrainingStopped(f"{error}; {self.last_whole()}") from error
         for i, reason in rollout.failed.items():
-            self._on_skip(prompts[i].draw, SampleError("rollout", reason, prompts[i].sample.path))
+            failure = SampleError("rollout", reason, prompts[i].sample.path)
+            self.source.skipped[failure.kind] += 1
+            self._on_skip(prompts[i].draw, failure)
         return rollout, ordered
 
     def _request(
