@@ -25,12 +25,17 @@ STEP_COLUMNS = (
     "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "CPU s", "CPU s / ours", "peak MiB", "MiB / ours",
     "TF/s", "% of ceiling", "rms error", "gradient error", "computes",
 )  # fmt: skip
+ROLLOUT_COLUMNS = (
+    "implementation", "tokens", "s (calls)", "CPU s", "tokens/s", "x generate's tokens/s", "decode steps",
+    "ms / decode step", "ms to read the weights", "ms / these", "peak MiB", "rms error", "computes",
+)  # fmt: skip
 
 
 def table(record: Mapping[str, Any]) -> str:
     """One run as Markdown: its machine, then a table with a heading row per case."""
-    step = record["part"] == "step"
-    columns = STEP_COLUMNS if step else COLUMNS
+    columns, cells = {"step": (STEP_COLUMNS, _step_cells), "rollout": (ROLLOUT_COLUMNS, _rollout_cells)}.get(
+        record["part"], (COLUMNS, _cells)
+    )
     lines = [_machine(record), "", _row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
     rows = sorted(record["rows"], key=_case_order(record["rows"]))
     for (op, title, _), group in groupby(rows, key=_case):
@@ -39,7 +44,7 @@ def table(record: Mapping[str, Any]) -> str:
         count = next((entry["count"] for entry in entries if entry["count"]), "")
         counted = f"; {count} counted" if count else ""
         lines.append(_row([f"**{op}**, {title}: {size}{counted}", *[""] * (len(columns) - 1)]))
-        lines += [_row(_step_cells(entry, entries) if step else _cells(entry)) for entry in entries]
+        lines += [_row(cells(entry, entries)) for entry in entries]
     return "\n".join(lines)
 
 
@@ -91,7 +96,7 @@ def _machine(record: Mapping[str, Any]) -> str:
     return f"{', '.join(part for part in parts if part)}. {measured}"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
     if row["seconds"] is None:
         return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * 7]
     graph = ", graph" if row["timing"] == "graph" else ""
@@ -129,6 +134,30 @@ def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> li
         _number(row["tflops"]),
         f"{row['percent']:.1f}",
         *_errors(row),
+        row["does"],
+    ]
+
+
+def _rollout_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Time per sampled token and, behind the prefill, per decode step; the floor of the latter is in ``percent``."""
+    if row["seconds"] is None:
+        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(ROLLOUT_COLUMNS) - 2)]
+    other = next(entry for entry in case if not entry["implementation"].startswith(OURS))
+    step = row["decode_seconds"] / row["decode_steps"] * 1e3 if row["decode_steps"] else None
+    floor = row["percent"] / 100 if row["percent"] else None
+    return [
+        _name(row),
+        str(row["tokens"]),
+        f"{row['seconds']:.4g} ({row['rounds']})",
+        _number(row["cpu_seconds"]),
+        f"{row['tokens'] / row['seconds']:.0f}",
+        f"{other['seconds'] / row['seconds']:.2f}" if other["seconds"] else "",
+        str(row["decode_steps"]),
+        "" if step is None else f"{step:.3g}",
+        f"{step * floor:.3g}" if step and floor else "",
+        f"{1 / floor:.2f}" if floor else "",
+        f"{row['peak_mib']:.1f}",
+        _errors(row)[0],
         row["does"],
     ]
 

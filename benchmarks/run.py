@@ -16,6 +16,7 @@ from benchmarks.cases import Case, Contender, Row, blank_row, pairs
 from benchmarks.measure import Clock, ceilings, measure, measure_in_turns, plain_stopwatch
 from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
+from benchmarks.rollout_turns import RolloutCase, measure_rollout
 
 PARTS = {
     "kernels": (
@@ -23,6 +24,7 @@ PARTS = {
         "prefix_attention",
     ),
     "step": ("step",),
+    "rollout": ("rollout",),
 }
 ROUNDS = {"cuda": (5, 1), "cpu": (3, 1)}  # of what is measured in turns: timed, and before these
 SLOW_ROUNDS = (1, 1)  # a first call also pays for memory that the machine has not given out before
@@ -79,6 +81,8 @@ def run_part(
 
 def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None = None) -> list[Row]:
     """Measure a case by turns, ``rounds`` times, or as often as its device and its length suggest."""
+    if isinstance(case, RolloutCase):
+        return measure_rollout(case, device, clock, rounds or case.rounds)
     usual, warm_up = SLOW_ROUNDS if case.slow and device.type == "cpu" else ROUNDS[device.type]
     return measure_in_turns(case, device, clock, rounds or usual, warm_up=warm_up)
 

@@ -87,16 +87,16 @@ def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone(monkeypatch:
     model.hf.model.language_model.register_forward_hook(
         lambda _module, _args, out: tokens.append(out.last_hidden_state.shape[1])
     )
-    product = videor1.rollout.engine.product
+    logits = Step.logits
 
-    def counted(hidden: Tensor, weight: Tensor) -> Tensor:
+    def counted(self: Step, hidden: Tensor) -> Tensor:
         heads.append(len(hidden))
-        return product(hidden, weight)
+        return logits(self, hidden)
 
-    monkeypatch.setattr(videor1.rollout.engine, "product", counted)
+    monkeypatch.setattr(Step, "logits", counted)
     rollout = LocalEngine(model, SamplingOptions(3)).generate([both(model, VIDEO, 8, 4), ask(model, TEXT, 6)])
     assert tokens == [2 * len(VIDEO.input_ids) + len(TEXT.input_ids)]
-    assert heads == [3]
+    assert heads == [3, 18, 18]
     assert rollout.stats.decode_steps == 2
     assert rollout.stats.row_steps <= 2 * 18
     assert rollout.stats.tokens == sum(len(c.token_ids) for group in answers(rollout) for c in group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import math
 import re
 import socket
@@ -26,7 +27,7 @@ from videor1.patches import media_from_clip
 from videor1.positions import prompt_positions
 from videor1.rollout.protocol import Branch, Request, RolloutError
 from videor1.rollout.server import ServerEngine
-from videor1.rollout.server_media import media_fields, media_frames
+from videor1.rollout.server_media import media_fields, media_frames, media_part
 from videor1.sampling import SamplingOptions
 from videor1.seeding import derive_seed
 from videor1.shuffle import shuffled_patches
@@ -156,6 +157,7 @@ def test_a_row_does_not_hang_on_its_batch_mates(server: FakeServer) -> None:
 
 
 def test_log_probs_at_another_temperature_are_not_taken(server: FakeServer) -> None:
+    server.respond = lambda body, _: completion({**body, "logprobs": True})
     for temperature, known in ((1.0, True), (0.0, True), (0.7, False)):
         engine = make_engine(server, options=SamplingOptions(64, temperature=temperature))
         answer = engine.generate([request(TEXT, 1)]).groups[0].ordered[0]
@@ -198,7 +200,9 @@ def test_sglang_names_the_token_ids_otherwise(server: FakeServer) -> None:
         return reply
 
     server.respond = respond
-    answer = make_engine(server).generate([request(IMAGE, 1)]).groups[0].ordered[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer = make_engine(server).generate([request(IMAGE, 1)]).groups[0].ordered[0]
     assert answer.text == answer_text(server.asked[0])
     assert answer.token_ids[-1] == SPECIAL.eos
 
@@ -240,6 +244,7 @@ def test_the_server_receives_the_very_pixels(
     media = prompt.media
     assert media is not None
     kind, frames, fps = received_media(server.asked[-1])
+    assert len(media_frames(media)) == len(frames) == (1 if kind == "image" else 6)
     again = media_from_clip(Clip(frames, tuple(frames.shape[1:3]), fps, (), len(frames), fps, "", ""), kind)
     expected = media.patches if permutation is None else shuffled_patches(media, permutation, unit)
     assert torch.equal(again.patches, expected)
@@ -267,7 +272,7 @@ def test_a_video_has_our_positions_in_time_though_vllm_rounds_to_bfloat16(T: int
         assert abs(2 / fps / seconds - 1) < 0.01
 
 
-@pytest.mark.parametrize("change", ["longer", "shorter", "other"])
+@pytest.mark.parametrize("change", ["longer", "shorter", "tail", "other", "sglang"])
 def test_a_server_that_reads_another_prompt_is_refused(server: FakeServer, change: str) -> None:
     def respond(body: Body, _: int) -> Body:
         reply = completion(body)
@@ -277,16 +282,45 @@ def test_a_server_that_reads_another_prompt_is_refused(server: FakeServer, chang
             ids.insert(at, SPECIAL.video_pad)  # a resized frame
         elif change == "shorter":
             del ids[at]
+        elif change == "tail":
+            ids.append(5)  # another generation prompt
         else:
             ids[3] += 1  # another system message
+        if change == "sglang":
+            reply["choices"][0]["prompt_token_ids"] = reply.pop("prompt_token_ids")
         return reply
 
     server.respond = respond
     with pytest.raises(RolloutError, match="the server's prompt has") as error:
         make_engine(server).generate([request(VIDEO, 4)])
-    count = len(VIDEO.input_ids) + {"longer": 1, "shorter": -1, "other": 0}[change]
+    count = len(VIDEO.input_ids) + {"longer": 1, "shorter": -1, "tail": 1}.get(change, 0)
     assert f"has {count} tokens, ours {len(VIDEO.input_ids)} (18 of them media)" in str(error.value)
-    assert ("differ from token 3 on" in str(error.value)) is (change == "other")
+    assert ("differ from token 3 on" in str(error.value)) is (change in ("other", "sglang"))
+
+
+def test_a_refused_server_is_left_at_once(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    under_way = threading.Barrier(3)
+
+    def respond(body: Body, _: int) -> Reply:
+        under_way.wait(10)
+        if doomed(body):
+            return Reply(body={**completion(body), "prompt_token_ids": [1]})
+        return Reply(body=completion(body), delay=60.0)
+
+    server.respond = respond
+    with pytest.raises(RolloutError, match="the server's prompt has 1 tokens"):
+        make_engine(server, retries=0).generate([request(TEXT, 2), request(VIDEO, 1)])
+    wait_until(lambda: server.cut_off == 2)
+    gc.collect()
+    assert caplog.records == []  # asyncio logs what a task left behind
+
+
+def test_media_are_encoded_once_for_each_branch(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[object] = []
+    monkeypatch.setattr("videor1.rollout.server.media_part", lambda *args: encoded.append(args[1]) or media_part(*args))
+    make_engine(server).generate([request(VIDEO, 3, 2)])
+    assert encoded == [None, (5, 0, 3, 1, 4, 2)]
+    assert sum(map(is_shuffled, server.asked)) == 2
 
 
 # Order

@@ -125,6 +125,10 @@ class VideoLM:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def exactly(self) -> contextlib.AbstractContextManager[Any]:
+        """In the dtypes of the operands, inside :meth:`autocast` too."""
+        return torch.autocast(self.device.type, enabled=False) if self.bf16 else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, and dropout and checkpointing off."""

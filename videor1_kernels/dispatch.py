@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,13 @@ def resolve(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
     chosen = _choose(op, backend, torch.device(device), dtype)
     _last[op] = chosen.backend
     return importlib.import_module(chosen.what) if isinstance(chosen.what, str) else chosen.what
+
+
+def exactly(values: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtypes of their operands. Leaving autocast takes longer than many a small product, so it is left
+    only where it is on."""
+    kind = values.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager

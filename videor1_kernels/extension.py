@@ -7,6 +7,7 @@ same, and says so where it is taken. VIDEOR1_NATIVE=0 in the environment turns a
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -50,6 +51,18 @@ def load(name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"no library can be kept in {folder} ({error}); XDG_CACHE_HOME moves the folder") from error
+
+
+@functools.cache
+def torch_parallel_for() -> ctypes.c_void_p | None:
+    """torch's own threads, so that no second pool competes with them. None: this torch does not export them."""
+    import torch
+
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # already loaded
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
 
 
 def cache_folder() -> Path:

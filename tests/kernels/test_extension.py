@@ -149,7 +149,7 @@ def test_same_bits_for_any_threads_and_every_run(product, kept, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     if FAST:
-        monkeypatch.setattr(native, "_torch_parallel_for", lambda: None)  # a torch that does not export it
+        monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)  # a torch that does not export it
         native._bf16_product.cache_clear()
         results.append(native.bf16_product()(a, b))
     for result in results[1:]:
@@ -157,7 +157,7 @@ def test_same_bits_for_any_threads_and_every_run(product, kept, monkeypatch):
 
 
 def test_torch_lends_its_threads():
-    assert native._torch_parallel_for()
+    assert extension.torch_parallel_for()
 
 
 def inputs():

@@ -151,10 +151,58 @@ def test_same_bits_in_poisoned_memory_and_under_autocast():
         ({"cu_prefix": None}, "prefixes: expected cu_prefix and row_group, or layout, got row_group"),
         ({"cu_prefix": None, "row_group": None}, "prefixes: .* got none of them"),
         ({"layout": DecodeLayout(torch.tensor([0, 7]), torch.zeros(4).long())}, "cu_prefix and row_group and layout"),
-        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
+        ({"backend": "native"}, "q: expected a head dim that 16 divides for the native backend, got 8"),
     ],
 )
 def test_errors(change, message):
     tensors, index = make(*CASES["rows in order"])
     with pytest.raises(ValueError, match=f"prefix_decode_attention: .*{message}"):
         prefix_decode_attention(*tensors, **(index | change))
+
+
+def scattered(tensors, index, prefix_starts, slots, gap=float("nan")):
+    """The same keys and values placed anywhere in larger memory, what lies between them poisoned."""
+    q, pk, pv, sk, sv = tensors
+    lengths = index["cu_prefix"].diff().tolist()
+    pool = max(start + length for start, length in zip(prefix_starts, lengths, strict=True)) + 2
+    prefixes = [x.new_full((pool, *x.shape[1:]), gap) for x in (pk, pv)]
+    suffixes = [x.new_full((max(slots) + 2, *x.shape[1:]), gap) for x in (sk, sv)]
+    bounds = index["cu_prefix"].tolist()
+    for new, old in zip(prefixes, (pk, pv), strict=True):
+        for start, begin, length in zip(prefix_starts, bounds, lengths, strict=False):
+            new[start : start + length] = old[begin : begin + length]
+    for new, old in zip(suffixes, (sk, sv), strict=True):
+        new[slots] = old
+    layout = DecodeLayout(index["cu_prefix"], index["row_group"], torch.tensor(prefix_starts), torch.tensor(slots))
+    return (q, *prefixes, *suffixes), layout
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "starts", "slots"),
+    [
+        ("rows scattered", [12, 0, 2], [5, 1, 8, 0, 3, 4]), ("rows in order", [0, 5], [0, 1, 2, 3]),
+        ("rows in order", [3, 0], [3, 2, 1, 0]), ("spare capacity", [1], [1, 0]), ("one row", [0], [2]),
+    ],
+)  # fmt: skip
+def test_prefixes_and_suffixes_anywhere_in_memory(name, starts, slots, dtype):
+    tensors, index = make(*CASES[name], dim=16, dtype=dtype)
+    expected = naive(*(x.double() for x in tensors), **index)
+    moved, layout = scattered(tensors, index, starts, slots)
+    for heads_first in (False, True):  # as a cache on a CPU keeps them
+        if heads_first:
+            moved = (moved[0], *(x.movedim(-2, 0).contiguous().movedim(0, -2) for x in moved[1:]))
+        out = prefix_decode_attention(*moved, suffix_lengths=index["suffix_lengths"], layout=layout)
+        assert_matches(out, expected)
+
+
+def test_memory_too_small_for_the_layout():
+    tensors, index = make(*CASES["rows in order"])
+    (q, pk, pv, sk, sv), layout = scattered(tensors, index, [0, 5], [0, 1, 2, 6])
+    with pytest.raises(ValueError, match="prefix_k: expected at least the 7 tokens of the layout, got 6"):
+        prefix_decode_attention(q, pk[:6], pv[:6], sk, sv, suffix_lengths=index["suffix_lengths"], layout=layout)
+    with pytest.raises(ValueError, match="suffix_k: expected at least the 7 slots of the layout, got 6"):
+        prefix_decode_attention(q, pk, pv, sk[:6], sv[:6], suffix_lengths=index["suffix_lengths"], layout=layout)
+    for change, message in (({"prefix_starts": torch.tensor([-1, 2])}, "prefix_starts"), ({"suffix_slots": torch.tensor([0, 1, -2, 3])}, "suffix_slots")):  # noqa: E501
+        with pytest.raises(ValueError, match=f"{message}: expected 0 or more, got -"):
+            DecodeLayout(index["cu_prefix"], index["row_group"], **change)

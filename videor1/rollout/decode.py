@@ -120,5 +120,6 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     if x.is_cuda:  # one kernel there; on a CPU it is slower than its parts
         return torch.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
     wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(module.variance_epsilon).rsqrt_()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(module.variance_epsilon).rsqrt_()
     return (wide * scale).to(x.dtype) * module.weight

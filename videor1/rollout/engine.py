@@ -25,7 +25,6 @@ from videor1.sampling import SamplingOptions
 from videor1.seeding import generator
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
-from videor1_kernels.linear_logprob.products import product
 
 PREFILL_TOKENS = 16384
 
@@ -165,7 +164,7 @@ class _Run:
         counts = torch.tensor([len(job.rows) for job in jobs])
         self.rows.enter(new, torch.tensor(firsts).repeat_interleave(counts), torch.stack([*map(self._uniform, new)]))
         # The head sees one position a branch: all its rows draw from the same logits.
-        logits = product(hidden[ends], self.step.head.T).repeat_interleave(counts.to(model.device), 0)
+        logits = self.step.logits(hidden[ends]).repeat_interleave(counts.to(model.device), 0)
         self._record(since, *self.step.draw(logits, self.rows.uniform[self.rows.places[since:], 0]))
 
     def _decode(self) -> None:

@@ -11,8 +11,9 @@ from videor1.model import VideoLM
 from videor1.rollout.cache import KVCache
 from videor1.rollout.decode import Decode, Decoder
 from videor1.sampling import SamplingOptions
-from videor1_kernels import DecodeLayout, dispatch, sample_tokens
+from videor1_kernels import DecodeLayout, dispatch
 from videor1_kernels.linear_logprob.products import product
+from videor1_kernels.sampling.reference import Options
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Step:
         device, dtype = model.device, model.compute_dtype
         self.decoder, self.head, self.cache, self.options = Decoder(model, positions), model.head_weight, cache, options
         self.banned = torch.tensor(model.special.vision, device=device)
-        self.backend = backend
+        # The implementations themselves: what the public functions check is the same in every layer and step.
         self.attention = dispatch.resolve("prefix_decode_attention", backend, device, dtype).prefix_decode_attention
+        self.sampler = dispatch.resolve("sample_tokens", backend, device, torch.float32).sample_tokens
+        top_k = options.top_k if options.top_k < len(self.head) else 0
+        self.sampling = Options(float(options.temperature), float(options.top_p), top_k)
         chosen = [
             dispatch.chosen_backend("prefix_decode_attention", device, backend, dtype),
             dispatch.chosen_backend("sample_tokens", device, backend, torch.float32),
@@ -52,12 +56,14 @@ class Step:
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         context = Decode(inputs.layout, self.cache, inputs.lengths, self.attention)
         hidden = self.decoder.states(inputs.tokens, inputs.positions, context)
-        return self.draw(product(hidden, self.head.T), inputs.uniform)
+        return self.draw(self.logits(hidden), inputs.uniform)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [R, V] from states [R, H]."""
+        with self.decoder.model.exactly():
+            return product(hidden, self.head.T)
 
     def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, logp) of fp32 logits [R, V]."""
-        options = self.options
-        return sample_tokens(
-            logits, uniform, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-            banned=self.banned, backend=self.backend,
-        )  # fmt: skip
+        with self.decoder.model.exactly():
+            return self.sampler(logits, uniform, self.banned, self.sampling)

@@ -7,7 +7,6 @@ import functools
 import platform
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def _load() -> Product:
         raise extension.Unavailable("this CPU has no AVX-512 BF16 instructions")
     call = library.bf16_product
     call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6 + [ctypes.c_void_p]
-    parallel_for = _torch_parallel_for()
+    parallel_for = extension.torch_parallel_for()
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         assert a.dtype == b.dtype == torch.bfloat16
@@ -60,12 +59,3 @@ def _load() -> Product:
         return out
 
     return product
-
-
-def _torch_parallel_for() -> ctypes.c_void_p | None:
-    """torch's own threads, so that no second pool competes with them. None: this torch does not export them."""
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # already loaded
-        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
-    except (OSError, AttributeError):
-        return None

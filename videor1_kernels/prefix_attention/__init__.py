@@ -7,7 +7,7 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
-from videor1_kernels.prefix_attention import reference, reference_decode
+from videor1_kernels.prefix_attention import native_decode, reference, reference_decode
 from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
@@ -22,6 +22,7 @@ dispatch.register("prefix_attention", "reference", reference)
 dispatch.register_triton(
     "prefix_decode_attention", "videor1_kernels.prefix_attention.triton_decode", only_16_bit=True
 )
+dispatch.register("prefix_decode_attention", "native", native_decode, unavailable=native_decode.unavailable)
 dispatch.register("prefix_decode_attention", "reference", reference_decode)
 
 
@@ -97,7 +98,8 @@ def prefix_decode_attention(
         layout: ``DecodeLayout(cu_prefix, row_group)`` in place of these two: their indices, built once for all steps
             and layers; it may also place prefixes and suffixes anywhere in preallocated memory.
         scale: factor on the scores; None: D ** -0.5.
-        backend: ``auto``, ``triton`` (on a GPU: inputs all bf16 or all fp16, D of 128 or less, no gradient),
+        backend: ``auto``, ``native`` (on a CPU: fp32, D a multiple of 16, no gradient; C++ compiled at its first use),
+            ``triton`` (on a GPU: inputs all bf16 or all fp16, D of 128 or less, no gradient),
             ``reference``.
 
     Returns:
@@ -133,9 +135,13 @@ def prefix_decode_attention(
     backend = _within_most_d(op, q, backend)
     inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        if backend == "triton":
-            raise fail(op, "inputs", "none that requires a gradient for the triton backend (torch.no_grad)", "one")
+        if backend in ("triton", "native"):
+            raise fail(op, "inputs", f"none that requires a gradient for the {backend} backend (torch.no_grad)", "one")
         backend = "reference"
+    if q.shape[2] % native_decode.LANES and q.device.type == "cpu":
+        if backend == "native":
+            raise fail(op, "q", f"a head dim that {native_decode.LANES} divides for the native backend", q.shape[2])
+        backend = "reference" if backend == "auto" else backend
     dtype = q.dtype if len({x.dtype for x in inputs}) == 1 else compute_dtype(*inputs)
     run = dispatch.resolve(op, backend, q.device, dtype)
     with dispatch.running_on(q):

@@ -105,6 +105,18 @@ class DecodeLayout:
         return torch.tensor([lengths[row] for row in range(len(lengths))], dtype=torch.int32, device=self.device)
 
     @cached_property
+    def longest_prefix(self) -> int:
+        """Of those that have rows; 0 without."""
+        return max((length for (_, length), rows in zip(self.spans, self.members, strict=True) if rows), default=0)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """int64 [R, 3]: the start and the length of the prefix that each row reads, and its slot."""
+        spans = {row: span for span, rows in zip(self.spans, self.members, strict=True) for row in rows}
+        slots = range(len(spans)) if self.suffix_slots is None else self.suffix_slots.tolist()
+        return self._index([[*spans[row], slot] for row, slot in enumerate(slots)]).reshape(-1, 3)
+
+    @cached_property
     def gather(self) -> PaddedPrefixes:
         """The prefixes that have rows, padded to one length and one number of rows."""
         used = [(span, rows) for span, rows in zip(self.spans, self.members, strict=True) if rows]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import compute_dtype, fail
+from videor1_kernels.dispatch import exactly
 from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
 
 
@@ -34,7 +35,7 @@ def prefix_decode_attention(
         expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{shortest} to {width}"
         raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
     dtype = compute_dtype(q, prefix_k, prefix_v, suffix_k, suffix_v)
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         rows, q_heads, dim = q.shape
         heads = prefix_k.shape[1]
         padded = layout.gather

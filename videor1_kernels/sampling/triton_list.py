@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from videor1_kernels.sampling.triton_row import STAGES, count_above, tile, weight
+from videor1_kernels.sampling.triton_row import (
+    STAGES,
+    aim,
+    count_above,
+    first_in_row,
+    segment_sums,
+    tile,
+    weight,
+)
 
 HALVINGS = tl.constexpr(12)  # of the interval of scores, which soon leaves few; then of that of images, which must end
 
@@ -129,3 +137,63 @@ def cut(base, V, L, banned, K, marks, listed, count, number, whole, low, high, n
         threshold, number_beyond + tl.sum(over.to(tl.int64)), weight_beyond + tl.sum(tl.where(over, weights, 0)), ties,
         whole,
     )  # fmt: skip
+
+
+@triton.jit
+def share(total, top_p):
+    """The weight that top_p asks of a total."""
+    return tl.maximum(tl.ceil(total.to(tl.float64) * 2.0**-62 * top_p).to(tl.int64), 1)
+
+
+@triton.jit
+def draw_truncated(base, V, L, banned, K, marks, listed, count, lanes, eligible, floor, total, u, top, scale, top_k,
+                   top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+                   BANNED: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+    """-> the token that ``u`` draws from what top_k, then top_p keep.
+
+    lanes [S, C]: the largest score at each place of a tile; where these alone hold what is needed, so does the row.
+    """
+    high = image(top) + 1
+    if TOP_K:
+        need = tl.minimum(eligible, top_k).to(tl.int64)
+        low = climb(lanes, (lanes >= floor).to(tl.int64), need, image(floor), high)
+    else:
+        need = share(total, top_p)
+        low = climb(lanes, weight(lanes, top, scale, UNITS), need, image(floor), high)
+    number = candidates(base, V, L, banned, K, marks, listed, count, low, high, S, C, BANNED)
+    threshold, above, kept, ties, whole = cut(
+        base, V, L, banned, K, marks, listed, count, number, number <= S * C, low, high, need, top, scale, not TOP_K,
+        S, C, BANNED, UNITS,
+    )  # fmt: skip
+    each = weight(value(threshold), top, scale, UNITS)
+    if TOP_K:
+        take = need - above  # of the ties, lower ids first
+        if TOP_P:
+            need = share(kept + take * each, top_p)
+            threshold, above, kept, ties, whole = cut(
+                base, V, L, banned, K, marks, listed, count, above + ties, whole, threshold, high, need, top, scale,
+                True, S, C, BANNED, UNITS,
+            )  # fmt: skip
+            each = weight(value(threshold), top, scale, UNITS)
+    if TOP_P:
+        take = (need - kept + each - 1) // tl.maximum(each, 1)
+    bound = value(threshold)
+    target = aim(u, kept + take * each)
+    last = V - 1  # the last id at which a tie is kept
+    if whole:
+        scores, ids = read_list(listed, count, S * C)
+        if take < ties:
+            last = first_listed(ids, (scores == bound).to(tl.int64), take - 1, V)
+        stays = (scores > bound) | ((scores == bound) & (ids <= last))
+        token = first_listed(ids, tl.where(stays, weight(scores, top, scale, UNITS), 0), target, V)
+    else:
+        if take < ties:
+            sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, True, S, C, BANNED, UNITS)
+            last = first_in_row(
+                base, V, L, banned, K, sums, take - 1, bound, last, top, scale, True, S, C, BANNED, UNITS
+            )  # fmt: skip
+        sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, False, S, C, BANNED, UNITS)
+        token = first_in_row(
+            base, V, L, banned, K, sums, target, bound, last, top, scale, False, S, C, BANNED, UNITS
+        )  # fmt: skip
+    return token

@@ -29,6 +29,12 @@ def weight(score, top, scale, UNITS: tl.constexpr):
 
 
 @triton.jit
+def aim(u, total):
+    """The sum to exceed: u of the total, and no less than 0 and less than all of it whatever u and rounding are."""
+    return tl.minimum((tl.where(u > 0, u, 0.0) * total.to(tl.float64)).to(tl.int64), total - 1)
+
+
+@triton.jit
 def without(score, ids, banned, K, V):
     for k in range(0, K):
         token = tl.load(banned + k)
@@ -59,7 +65,7 @@ def tile(base, i, V, L, banned, K, marks, S: tl.constexpr, C: tl.constexpr, BANN
     ids = tl.arange(0, S)[:, None] * L + (i * C + tl.arange(0, C)[None, :])
     z = tl.load(base + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
     score = score_of(z, ids < V)
-    if BANNED:
+    if BANNED:  # noqa: SIM102 (the one is decided when this is compiled)
         if marked(marks, i):
             score = without(score, ids, banned, K, V)
     return ids, z, score

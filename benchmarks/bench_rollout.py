@@ -1,0 +1,207 @@
+"""Answers to video prompts, from ordered and from shuffled frames: our engine, and transformers' ``generate`` called as
+the reference code of T-GRPO calls it. Every answer has the same number of tokens."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from benchmarks.cases import OURS, Contender, Step, Work
+from benchmarks.measure import Clock, synchronize
+from benchmarks.oracle import Expected, GateFailure
+from benchmarks.rollout_inputs import (
+    ORDERED, SHUFFLED, RolloutInputs, Rollouts, branches, generate_inputs, requests, rollout_inputs, weight_bytes,
+)  # fmt: skip
+from benchmarks.rollout_turns import DECODE_SECONDS, DECODE_STEPS, RolloutCase, measure_rollout
+from videor1.loss import completion_logp, pack
+from videor1.rollout import LocalEngine, Rollout
+from videor1.sampling import SamplingOptions
+
+ENGINE = f"{OURS}: rollout engine"
+GENERATE = "transformers generate"
+TOP_P, TOP_K = 0.95, 50
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # rms of the log-probs against the training pass's, nats
+
+
+def cases(device: torch.device) -> list[RolloutCase]:
+    """What ``pytest benchmarks`` and ``benchmarks.run rollout`` measure and record."""
+    if device.type == "cuda":
+        return [rollout(Rollouts(name, n, 256, torch.bfloat16)) for n in (1, 16) for name in ("7b", "3b")]
+    return [rollout(Rollouts("tiny", prompts, 64)) for prompts in (1, 4)]
+
+
+def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
+    """``weights``: whether reading the weights bounds a decode step; None: on a GPU."""
+    does = "rows of all prompts in one decode step, each branch's prompt prefilled once; gate: log-probs"
+    return RolloutCase(
+        op="rollout",
+        uses=("prefix_attention", "prefix_decode_attention", "sample_tokens"),
+        title=f"{ORDERED} answers from ordered, {SHUFFLED} from shuffled frames, top_p {TOP_P}, top_k {TOP_K}",
+        size={"model": sizes.model, "prompts": sizes.prompts, "P": sizes.group.prompt, "C": sizes.new_tokens,
+              "dtype": str(sizes.dtype).removeprefix("torch.")},
+        dtype=sizes.dtype,
+        inputs=functools.partial(rollout_inputs, sizes),
+        expected=functools.partial(_expected, sizes),
+        work=functools.partial(_work, weights),
+        contenders=(
+            Contender(ENGINE, _engine, does=f"{does} and greedy answers" if _exact(sizes) else does),
+            Contender(GENERATE, _generate, does=f"{ORDERED}, then {SHUFFLED} rows of one prompt at a time"),
+        ),
+        against=GENERATE,
+        slow=sizes.model != "tiny" and sizes.prompts > 1,  # minutes, in generate
+        rounds=5 if sizes.model == "tiny" else 3 if sizes.prompts == 1 else 1,
+    )  # fmt: skip
+
+
+def _work(weights: bool | None, inputs: RolloutInputs) -> Work:
+    bound = inputs.model.device.type == "cuda" if weights is None else weights
+    return Work(0.0, weight_bytes(inputs.model) if bound else 0, "", inputs.sizes.rows * inputs.sizes.new_tokens)
+
+
+def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
+    """The number of tokens of every answer; of ours, what its build has compared."""
+    lengths = torch.full((sizes.rows,), float(sizes.new_tokens), dtype=torch.float64)
+    difference = Expected("logp", "logp", torch.zeros((), dtype=torch.float64), ours_only=True,
+                          bound=BOUNDS[sizes.dtype])  # fmt: skip
+    return [Expected("tokens", "tokens", lengths, bound=0.0), difference]
+
+
+def _engine(inputs: RolloutInputs) -> Step:
+    """Ours. Building it is the gate."""
+    if _exact(inputs.sizes):
+        _check_greedy(inputs)
+    difference = _logp_difference(inputs)
+    engine, prefilled = _local(inputs, SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)), _Prefill(inputs)
+    prefilled.watch(inputs.model.hf)
+
+    def step() -> Mapping[str, Tensor]:
+        done = engine.generate(requests(inputs))
+        return {"logp": difference, **_outputs(_lengths(done), prefilled.seconds_since(), done.stats.decode_steps)}
+
+    return step
+
+
+def _generate(inputs: RolloutInputs) -> Step:
+    """One prompt after the other, ordered rows, then shuffled ones."""
+    new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs)
+    prefilled.watch(inputs.plain)
+
+    def rows(number: int, tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=True, temperature=1.0, top_p=TOP_P, top_k=TOP_K, num_return_sequences=number,
+            max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None,
+            pad_token_id=inputs.plain.generation_config.pad_token_id,
+        )  # fmt: skip
+
+    def answer(tokens: int) -> Mapping[str, Tensor]:
+        lengths: list[int] = []
+        seconds, steps = 0.0, 0
+        for prompt, patches, number in branches(inputs):
+            out = inputs.plain.generate(
+                **generate_inputs(inputs, prompt, patches), generation_config=rows(number, tokens)
+            )
+            seconds += prefilled.seconds_since()
+            lengths += [out.shape[1] - len(prompt.input_ids)] * len(out)
+            steps += lengths[-1] - 1  # the prefill gives the first token
+        return _outputs(lengths, seconds, steps)
+
+    with torch.inference_mode():
+        answer(2)  # libraries load and choose their kernels
+    return lambda: answer(new)
+
+
+class _Prefill:
+    """When a language model was last done with more than one position: what follows is decoding."""
+
+    def __init__(self, inputs: RolloutInputs) -> None:
+        self._device, self._at = inputs.model.device, 0.0
+
+    def watch(self, hf: Any) -> None:
+        hf.model.language_model.register_forward_hook(self._note)
+
+    def seconds_since(self) -> float:
+        synchronize(self._device)
+        return time.perf_counter() - self._at
+
+    def _note(self, _module: Any, _arguments: Any, output: Any) -> None:
+        if output.last_hidden_state.shape[1] > 1:
+            synchronize(self._device)
+            self._at = time.perf_counter()
+
+
+def _outputs(lengths: Sequence[int], seconds: float, steps: int) -> dict[str, Tensor]:
+    return {
+        "tokens": torch.tensor(lengths),
+        DECODE_SECONDS: torch.tensor(seconds, dtype=torch.float64),
+        DECODE_STEPS: torch.tensor(steps),
+    }
+
+
+def _local(inputs: RolloutInputs, options: SamplingOptions) -> LocalEngine:
+    return LocalEngine(inputs.model, options, max_rows=inputs.sizes.rows)
+
+
+def _lengths(done: Rollout) -> list[int]:
+    return [len(a.token_ids) for group in done.groups if group for a in (*group.ordered, *group.shuffled)]
+
+
+def _exact(sizes: Rollouts) -> bool:
+    """Whether greedy answers are to be those of generate: in bf16 two likely tokens often tie."""
+    return sizes.dtype == torch.float32
+
+
+def _check_greedy(inputs: RolloutInputs) -> None:
+    """GateFailure where a greedy answer of ours is not generate's, token for token; neither says a vision token."""
+    new, found = inputs.sizes.new_tokens, branches(inputs)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+        bad_words_ids=[[token] for token in inputs.model.special.vision],
+        pad_token_id=inputs.plain.generation_config.pad_token_id,
+    )  # fmt: skip
+    for group in _local(inputs, SamplingOptions(new, temperature=0.0)).generate(requests(inputs)).groups:
+        assert group is not None
+        for kind, answers in (("ordered", group.ordered), ("shuffled", group.shuffled)):
+            prompt, patches, _ = next(found)
+            out = inputs.plain.generate(**generate_inputs(inputs, prompt, patches), generation_config=greedy)
+            expected = out[0, len(prompt.input_ids) :].tolist()
+            for row, answer in enumerate(answers):
+                ids = answer.token_ids.tolist()
+                if ids != expected:
+                    same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+                    raise GateFailure(
+                        f"greedy answers: expected those of {GENERATE} token for token, got others from token {same} "
+                        f"of row {row} on, in the {kind} branch of prompt {prompt.draw}"
+                    )
+
+
+def _logp_difference(inputs: RolloutInputs) -> Tensor:
+    """Rms of what our engine says of its tokens' log-probs, against the training pass's, over all answers."""
+    options = SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)
+    asked, model = requests(inputs), inputs.model
+    differences = []
+    for request, group in zip(asked, _local(inputs, options).generate(asked).groups, strict=True):
+        assert group is not None
+        assert request.shuffled is not None
+        for branch, answers in ((request.ordered, group.ordered), (request.shuffled, group.shuffled)):
+            assert branch.features is not None
+            packed = pack(model, [request.prompt], [[answer.token_ids for answer in answers]])
+            with model.inference():
+                logp = completion_logp(model, packed, features=[branch.features])
+            differences.append(logp.cpu() - torch.cat([answer.logp for answer in answers]))
+    return torch.cat(differences).double().square().mean().sqrt()
+
+
+def test_small_rollout_passes_its_gate():
+    device = torch.device("cpu")
+    for row in measure_rollout(rollout(Rollouts("tiny", 2, 5)), device, Clock(device), 1):
+        assert row.status == "measured", f"{row.implementation}: {row.reason}"
+
+
+def test_rollout(run_case):
+    run_case()

@@ -1,0 +1,156 @@
+// Attention of one new token per row over its group's prefix and its own suffix, in fp32 on a CPU: dozens of small tensor
+// operations in one call, and no copy of a key or value.
+//
+// Compiled by videor1_kernels/extension.py at its first use, called through ctypes. A row and key head is one task that
+// sums in a fixed order: the bits are the same for any number of threads.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_CPU
+#endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // into each clone
+
+namespace {
+
+constexpr int kLanes = 16;  // head dims are multiples of it
+
+struct Strides {
+  int64_t entry, head;  // of consecutive tokens, and of key heads, in elements
+};
+
+struct Call {
+  const float *q, *prefix_k, *prefix_v, *suffix_k, *suffix_v;
+  float* out;
+  const int64_t* rows;     // [R, 3]: start and length of the prefix, slot
+  const int64_t* lengths;  // [R], of suffixes
+  int64_t heads, repeat, dim;
+  Strides pk, pv, sk, sv;
+  int64_t sk_slot, sv_slot;
+  float scale;
+};
+
+// e^x for x <= 0, to 2 units in the last place; below -87 it is 0. Branch-free, so that loops over it are vectorised.
+ALWAYS_INLINE float exp_negative(float x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * f * f + f + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? 0.0f : y * power;
+}
+
+ALWAYS_INLINE float sum_of(const float* lanes) {
+  float halves[kLanes];
+  std::copy(lanes, lanes + kLanes, halves);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
+  return halves[0];
+}
+
+// scores[i * total + t] = q[i] . k[t] for the `repeat` query heads of a key head
+ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t repeat, int64_t dim,
+                      int64_t total, float* scores) {
+  for (int64_t t = 0; t < count; ++t, k += stride) {
+    for (int64_t i = 0; i < repeat; ++i) {
+      float lanes[kLanes] = {0};
+      for (int64_t d = 0; d < dim; d += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[l] += q[i * dim + d + l] * k[d + l];
+      scores[i * total + t] = sum_of(lanes);
+    }
+  }
+}
+
+// out[i] += sum over t of weights[i * total + t] * v[t]
+ALWAYS_INLINE void add_values(const float* weights, const float* v, int64_t stride, int64_t count, int64_t repeat,
+                       int64_t dim, int64_t total, float* out) {
+  for (int64_t t = 0; t < count; ++t, v += stride) {
+    for (int64_t i = 0; i < repeat; ++i) {
+      const float weight = weights[i * total + t];
+      for (int64_t d = 0; d < dim; d += kLanes)
+        for (int l = 0; l < kLanes; ++l) out[i * dim + d + l] += weight * v[d + l];
+    }
+  }
+}
+
+EVERY_CPU void attend(const Call& call, int64_t row, int64_t head, std::vector<float>& memory) {
+  const int64_t start = call.rows[3 * row], prefix = call.rows[3 * row + 1], slot = call.rows[3 * row + 2];
+  const int64_t suffix = call.lengths[row], repeat = call.repeat, dim = call.dim;
+  const int64_t total = (prefix + suffix + kLanes - 1) / kLanes * kLanes;
+  memory.resize(repeat * (total + dim));
+  float* scores = memory.data();
+  float* queries = scores + repeat * total;
+  const int64_t at = (row * call.heads + head) * repeat * dim;
+  for (int64_t i = 0; i < repeat * dim; ++i) queries[i] = call.q[at + i] * call.scale;
+
+  const float* own_k = call.suffix_k + slot * call.sk_slot + head * call.sk.head;
+  const float* own_v = call.suffix_v + slot * call.sv_slot + head * call.sv.head;
+  const float* shared_k = call.prefix_k + start * call.pk.entry + head * call.pk.head;
+  const float* shared_v = call.prefix_v + start * call.pv.entry + head * call.pv.head;
+  scores_of(queries, shared_k, call.pk.entry, prefix, repeat, dim, total, scores);
+  scores_of(queries, own_k, call.sk.entry, suffix, repeat, dim, total, scores + prefix);
+
+  float* out = call.out + at;
+  std::fill(out, out + repeat * dim, 0.0f);
+  float sums[kLanes];
+  for (int64_t i = 0; i < repeat; ++i) {
+    float* own = scores + i * total;
+    for (int64_t t = prefix + suffix; t < total; ++t) own[t] = own[0];  // fills the last lanes; not counted below
+    float top[kLanes];
+    std::copy(own, own + kLanes, top);
+    for (int64_t t = 0; t < total; t += kLanes)
+      for (int l = 0; l < kLanes; ++l) top[l] = own[t + l] > top[l] ? own[t + l] : top[l];
+    const float most = *std::max_element(top, top + kLanes);
+    for (int64_t t = 0; t < total; ++t) own[t] = exp_negative(own[t] - most);
+    for (int64_t t = prefix + suffix; t < total; ++t) own[t] = 0.0f;
+    std::fill(sums, sums + kLanes, 0.0f);
+    for (int64_t t = 0; t < total; t += kLanes)
+      for (int l = 0; l < kLanes; ++l) sums[l] += own[t + l];
+    const float inverse = 1.0f / sum_of(sums);
+    for (int64_t t = 0; t < total; ++t) own[t] *= inverse;
+  }
+  add_values(scores, shared_v, call.pv.entry, prefix, repeat, dim, total, out);
+  add_values(scores + prefix, own_v, call.sv.entry, suffix, repeat, dim, total, out);
+}
+
+using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+void some(int64_t begin, int64_t end, void* data) {
+  const Call& call = *static_cast<const Call*>(data);
+  static thread_local std::vector<float> memory;
+  for (int64_t task = begin; task < end; ++task) attend(call, task / call.heads, task % call.heads, memory);
+}
+
+}  // namespace
+
+// numbers: R, Hkv, Hq / Hkv, D, then the strides (token, head) of prefix_k, prefix_v, (slot, token, head) of suffix_k,
+// suffix_v; grain: tasks (a row and key head each) that are worth a thread. Returns 0, or what torch_parallel_for did.
+extern "C" int decode_attention(const float* q, const float* prefix_k, const float* prefix_v, const float* suffix_k,
+                                const float* suffix_v, float* out, const int64_t* rows, const int64_t* lengths,
+                                const int64_t* numbers, float scale, int64_t grain, void* parallel_for) {
+  const int64_t* n = numbers;
+  Call call{q, prefix_k, prefix_v, suffix_k, suffix_v, out, rows, lengths, n[1], n[2], n[3],
+            {n[4], n[5]}, {n[6], n[7]}, {n[9], n[10]}, {n[12], n[13]}, n[8], n[11], scale};
+  const int64_t tasks = n[0] * n[1];
+  if (parallel_for == nullptr || tasks <= grain) {
+    some(0, tasks, &call);
+    return 0;
+  }
+  return reinterpret_cast<Parallel>(parallel_for)(0, tasks, grain, some, &call);
+}

@@ -1,0 +1,137 @@
+"""What the tests of sample_tokens share: its fp64 oracle, logits that are hard for it, and the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MARGIN = 1e-6  # of cumulative probability: what fp32 rounding may move
+ALMOST_ONE = 1 - 2.0**-24  # the largest fp32 number below 1
+SETTINGS = [
+    {},
+    {"temperature": 0.4},
+    {"temperature": 2.5},
+    {"temperature": 0.0},
+    {"top_p": 0.6},
+    {"top_p": 0.95, "temperature": 1.7},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 40, "temperature": 0.5},
+    {"top_k": 5, "top_p": 0.7},
+    {"top_k": 33, "top_p": 0.99, "temperature": 3.0},
+    {"top_k": 10_000, "top_p": 0.5},
+    {"top_p": 1e-9},
+    {"top_p": 1e-30, "top_k": 7},
+]
+EDGES = (0.0, 1e-12, 0.5, ALMOST_ONE)  # uniform numbers of interest
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The distribution that a row is drawn from."""
+
+    probabilities: Tensor  # fp64 [V]; 0: never drawn
+    logp: Tensor  # fp64 [V]: of the whole distribution
+    clear: bool  # whether the end of top_p's list is further than rounding from where the sum reaches it
+
+    @property
+    def ends(self) -> Tensor:
+        return self.probabilities.cumsum(0)
+
+    def accepts(self, token: int, uniform: float) -> bool:
+        """Whether ``token`` may be drawn, and holds ``uniform`` up to rounding."""
+        end = self.ends[token].item()
+        share = self.probabilities[token].item()
+        return share > 0 and end - share - MARGIN <= uniform < end + MARGIN
+
+    def token(self, uniform: float) -> int | None:
+        """The token that ``uniform`` draws; None where it is too near to an end to tell."""
+        if ((self.ends - uniform).abs() < MARGIN).any():
+            return None
+        return int((self.ends > uniform).nonzero()[0])
+
+
+def oracle(
+    logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Tensor | None = None
+) -> Oracle:
+    """Of one row [V], step by step: sort, cut to k, cut to the sum, renormalise."""
+    z = logits.detach().cpu().double()
+    forbidden = set() if banned is None else set(banned.tolist())
+    scaled = (z - z.max()) / (temperature or 1.0)
+    logp = scaled.log_softmax(0)
+    allowed = torch.tensor([token for token in range(len(z)) if token not in forbidden])
+    order = allowed[z[allowed].sort(descending=True, stable=True).indices]
+    if temperature == 0:
+        order = order[:1]
+    if top_k:
+        order = order[:top_k]
+    weights = ((z[order] - z[order[0]]) / (temperature or 1.0)).exp()
+    ends = weights.cumsum(0) / weights.sum()
+    clear = True
+    if top_p < 1:
+        clear = not bool((((ends - top_p).abs() < MARGIN) & ((ends - top_p).abs() > 1e-12)).any())
+        count = 1 + int((ends[:-1] < top_p * (1 - 1e-12)).sum())
+        order, weights = order[:count], weights[:count]
+    probabilities = torch.zeros_like(z)
+    probabilities[order] = weights / weights.sum()
+    return Oracle(probabilities, logp, clear)
+
+
+def hard_logits(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
+    """Rows [V] in fp32 by name. V of 8 or more."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(vocabulary, generator=generator)
+    some = torch.rand(vocabulary, generator=generator)
+    first, last = torch.zeros(vocabulary), torch.zeros(vocabulary)
+    first[0], last[-1] = 20.0, 20.0
+    return {
+        "normal": normal,
+        "spread": 6 * normal,
+        "ties": (2 * normal).round(),
+        "two values": (normal > 0).float(),
+        "signed zeros": torch.where(some < 0.5, -0.0, 0.0),
+        "equal": torch.full((vocabulary,), -3.7),
+        "some -inf": torch.where(some < 0.5, -torch.inf, normal),
+        "one finite": torch.where(torch.arange(vocabulary) == vocabulary // 2, 1.0, -torch.inf),
+        "huge": 1e30 * normal,
+        "largest": torch.where(some < 0.3, 3.4e38, -3.4e38),
+        "tiny": 1e-40 * normal,  # denormal
+        "offset": normal + 1e4,
+        "first": first,
+        "last": last,
+    }
+
+
+def check(logits: Tensor, uniform: Tensor, tokens: Tensor, logp: Tensor, **options: object) -> int:
+    """Each row of [R, V] against its oracle; returns the rows left out, whose top_p ends within rounding of a token."""
+    skipped = 0
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == logp.shape == (len(logits),)
+    for row, u, token, value in zip(logits, uniform.tolist(), tokens.tolist(), logp.tolist(), strict=True):
+        want = oracle(row, **options)
+        if not want.clear:
+            skipped += 1
+            continue
+        assert want.accepts(token, u), (token, u, want.token(u), want.probabilities[token], options)
+        exact = want.logp[token].item()
+        assert abs(value - exact) <= 5e-6 + 2e-6 * abs(exact) or value == exact, (token, value, exact, options)
+    return skipped
+
+
+def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
+    """Probability that counts [V] drawn from ``probabilities`` differ as much; rare tokens are taken together."""
+    assert not counts[probabilities == 0].any(), "a token was drawn that cannot be"
+    expected = probabilities * counts.sum()
+    order = expected.sort(descending=True).indices
+    common = order[expected[order] >= 5]
+    rare = order[len(common) :]
+    observed = torch.cat([counts[common].double(), counts[rare].double().sum()[None]])
+    expected = torch.cat([expected[common], expected[rare].sum()[None]])
+    if expected[-1] < 5:  # too few even together: with the least common of the others
+        observed, expected = (torch.cat([x[:-2], x[-2:].sum()[None]]) for x in (observed, expected))
+    if len(expected) < 2:
+        return 1.0
+    statistic = ((observed - expected).square() / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))

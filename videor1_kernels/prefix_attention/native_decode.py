@@ -1,0 +1,78 @@
+"""prefix_decode_attention on a CPU in fp32, from csrc/decode_attention.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import extension
+from videor1_kernels.checks import fail
+from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
+
+LANES = 16  # head dims are multiples of it
+GRAIN = 2**15  # products of a query and a key, or a weight and a value, entry by entry, that are worth a thread
+
+_lock = threading.Lock()
+
+
+def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why it cannot run there; None: it can. Compiles the library at the first question that it hangs on."""
+    if device.type != "cpu":
+        return "it runs on a CPU"
+    if dtype not in (None, torch.float32):
+        return f"it computes in fp32, and the inputs are {dtype}"
+    with _lock:
+        loaded = _library()
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def _library() -> Callable[..., int] | str:
+    try:
+        call = extension.load("decode_attention").decode_attention
+    except extension.Unavailable as reason:
+        extension.log.warning("videor1_kernels: decode attention on the CPU runs in plain torch, slower: %s", reason)
+        return str(reason)
+    call.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_float, ctypes.c_int64, ctypes.c_void_p]
+    return call
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    layout: DecodeLayout,
+    scale: float,
+) -> Tensor:
+    """q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D], fp32."""
+    call = _library()
+    assert not isinstance(call, str), call
+    rows, heads, dim = q.shape
+    lengths = suffix_lengths.long().contiguous()
+    known = lengths.tolist()
+    if rows and not 1 <= min(known) <= max(known) <= suffix_k.shape[1]:
+        expected, got = f"values from 1 to C = {suffix_k.shape[1]}", f"{min(known)} to {max(known)}"
+        raise fail("prefix_decode_attention", "suffix_lengths", expected, got)
+    q, prefix_k, prefix_v, suffix_k, suffix_v = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    )
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    numbers = (ctypes.c_int64 * 14)(
+        rows, suffix_k.shape[2], heads // suffix_k.shape[2], dim, *prefix_k.stride()[:2], *prefix_v.stride()[:2],
+        *suffix_k.stride()[:3], *suffix_v.stride()[:3],
+    )  # fmt: skip
+    grain = max(1, GRAIN // (numbers[2] * dim * 2 * (layout.longest_prefix + max(known, default=0)) + 1))
+    pointers = (x.data_ptr() for x in (q, prefix_k, prefix_v, suffix_k, suffix_v, out, layout.table, lengths))
+    error = call(*pointers, numbers, scale, grain, extension.torch_parallel_for())
+    if error:
+        raise RuntimeError(f"decode_attention: torch_parallel_for failed with error {error}")
+    return out
