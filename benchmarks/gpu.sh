@@ -2,8 +2,8 @@
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
 #   benchmarks/gpu.sh kernels
 #   benchmarks/gpu.sh step      whole steps of the 3B's and the 7B's shapes, ours beside repeated rows
-#   benchmarks/gpu.sh rollout   answers of the 3B's and the 7B's shapes, our engine beside transformers' generate; of the
-#                               16 prompts' calls, generate's take minutes each: raise SECONDS_FOR_BENCHMARKS for both
+#   benchmarks/gpu.sh rollout   answers of the 7B's and the 3B's shapes, our engine beside transformers' generate, to 1 and
+#                               to 16 prompts; generate takes minutes for these, and the 3B's are left out if time is up
 #   benchmarks/gpu.sh tune      sweeps the tile sizes instead: no tests, no other libraries
 # The JSON file goes to $OUT (default benchmarks/results). BENCH_COMMIT names the commit where there is no repository,
 # TESTS the tests to run (default: those of the Triton backend and of the operators). SECONDS_FOR_TESTS bounds these;

@@ -120,7 +120,7 @@ def generate_inputs(inputs: RolloutInputs, prompt: Prompt, patches: Tensor) -> d
         "mm_token_type_ids": 2 * (ids == model.special.video_pad).long(),
         "pixel_values_videos": normalize_patches(patches.to(model.device), model.compute_dtype),
         "video_grid_thw": torch.tensor([media.grid_thw], device=model.device),
-        "second_per_grid_ts": torch.tensor([media.second_per_grid], device=model.device),
+        "second_per_grid_ts": torch.tensor([media.second_per_grid]),
     }
 
 

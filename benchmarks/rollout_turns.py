@@ -44,9 +44,7 @@ def measure_rollout(case: RolloutCase, device: torch.device, clock: Clock, round
     contenders = [dataclasses.replace(c, build=_remembering(c, clock, calls)) for c in case.contenders]
     watched = dataclasses.replace(case, inputs=lambda _: inputs, contenders=contenders)
     on_cpu = device.type == "cpu"
-    rows = [
-        RolloutRow(**row.to_json()) for row in measure_in_turns(watched, device, clock, 1 if on_cpu else rounds)
-    ]
+    rows = [RolloutRow(**row.to_json()) for row in measure_in_turns(watched, device, clock, 1 if on_cpu else rounds)]
     if on_cpu:
         for call in calls.values():
             call.forget()

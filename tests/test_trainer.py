@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_server
 import pytest
 import torch
 from batches import Opened
@@ -352,3 +354,20 @@ def test_an_engine_that_cannot_go_on_stops_the_run(assets: Assets, tmp_path: Pat
     with pytest.raises(TrainingStopped, match="nowhere: refused; there is no checkpoint yet"):
         run.train()
     assert engine.calls == ["weights", "generate", "close"]
+
+
+def test_a_run_on_a_server(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"num_generations": 2, "max_steps": 2, "num_iterations": 1, "data__shuffle": False, "top_k": 0}
+    with fake_server.FakeServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options |= {"rollout__engine": "server", "rollout__url": server.url, "rollout__timeout": 20}
+        run = trainer(assets, tmp_path, **options)
+        monkeypatch.setattr(fake_server, "TOKENIZER", run.model.tokenizer)
+        monkeypatch.setattr(fake_server, "SPECIAL", run.model.special)
+        final = run.train()
+        assert len(run_lines(tmp_path, "rollouts.jsonl")) == 2
+        loaded = [body for path, body in server.controlled if path.endswith("collective_rpc")]
+        server.shutdown()
+    assert len(loaded) == 2  # before each rollout
+    assert last_metrics(tmp_path)["rollout/failed"] == 0
+    assert not same_weights(weights(assets.model), weights(final))

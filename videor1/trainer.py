@@ -212,6 +212,7 @@ class Trainer(Loop[TrainConfig]):
         answers, none = [c.logp for g in groups for c in g.ordered], torch.empty(0)
         sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
         gap = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
+        gap = gap[~gap.isnan()]  # a server may not tell its log-probs
         video = torch.tensor([g.shuffled_asked > 0 for g in groups])
         known, stats = ~result.p_shuffled.isnan(), rollout.stats
         seconds = clock.total()
@@ -245,7 +246,7 @@ class Trainer(Loop[TrainConfig]):
             "rollout/kv_mib": stats.kv_bytes / 2**20,
             "rollout/retries": stats.retries,
             "rollout/failed": len(rollout.failed),
-            "sampling/sampling_logp_difference/mean": float(gap.mean()),
+            "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN of none
             "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
             "pass/rows": len(rows),
             "pass/tokens": sum(row.packed.layout.total_tokens for row in rows),

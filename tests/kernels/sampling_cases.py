@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MARGIN = 1e-6  # of cumulative probability: what fp32 rounding may move
+MARGIN = 1e-6  # of cumulative probability: how far rounding may move an end
+NEAR = 3e-7  # of top_p: where rounding may decide whether a sum has reached it
 ALMOST_ONE = 1 - 2.0**-24  # the largest fp32 number below 1
 SETTINGS = [
     {},
@@ -34,17 +35,24 @@ class Oracle:
 
     probabilities: Tensor  # fp64 [V]; 0: never drawn
     logp: Tensor  # fp64 [V]: of the whole distribution
-    clear: bool  # whether the end of top_p's list is further than rounding from where the sum reaches it
+    doubtful: Tensor  # fp64 [V]: of the tokens at which the sum is within rounding of top_p: kept or not
 
     @property
     def ends(self) -> Tensor:
         return self.probabilities.cumsum(0)
 
+    @property
+    def clear(self) -> bool:
+        """Whether it matters little which of them are kept."""
+        return self.doubtful.sum().item() < MARGIN
+
     def accepts(self, token: int, uniform: float) -> bool:
         """Whether ``token`` may be drawn, and holds ``uniform`` up to rounding."""
         end = self.ends[token].item()
         share = self.probabilities[token].item()
-        return share > 0 and end - share - MARGIN <= uniform < end + MARGIN
+        margin = MARGIN + self.doubtful.sum().item()
+        possible = share > 0 or self.doubtful[token].item() > 0
+        return possible and end - share - margin <= uniform < end + margin
 
     def token(self, uniform: float) -> int | None:
         """The token that ``uniform`` draws; None where it is too near to an end to tell."""
@@ -69,14 +77,18 @@ def oracle(
         order = order[:top_k]
     weights = ((z[order] - z[order[0]]) / (temperature or 1.0)).exp()
     ends = weights.cumsum(0) / weights.sum()
-    clear = True
+    doubtful = torch.zeros_like(z)
     if top_p < 1:
-        clear = not bool((((ends - top_p).abs() < MARGIN) & ((ends - top_p).abs() > 1e-12)).any())
+        distance = (ends - top_p).abs()
+        near = (distance < NEAR) & (distance > 1e-12)  # nearer: the same up to fp64's rounding, thus reached
+        near[1:] |= near[:-1].clone()
+        near[0] = False  # always kept
+        doubtful[order[near]] = weights[near] / weights.sum()
         count = 1 + int((ends[:-1] < top_p * (1 - 1e-12)).sum())
         order, weights = order[:count], weights[:count]
     probabilities = torch.zeros_like(z)
     probabilities[order] = weights / weights.sum()
-    return Oracle(probabilities, logp, clear)
+    return Oracle(probabilities, logp, doubtful)
 
 
 def hard_logits(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
@@ -105,7 +117,7 @@ def hard_logits(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def check(logits: Tensor, uniform: Tensor, tokens: Tensor, logp: Tensor, **options: object) -> int:
-    """Each row of [R, V] against its oracle; returns the rows left out, whose top_p ends within rounding of a token."""
+    """Each row of [R, V] against its oracle; returns the rows left out, those that are not clear."""
     skipped = 0
     assert tokens.dtype == torch.int64
     assert tokens.shape == logp.shape == (len(logits),)

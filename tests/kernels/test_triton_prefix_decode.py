@@ -16,6 +16,7 @@ from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_me
 
 DTYPES = HALF if CUDA else [torch.float32, *HALF]  # in fp32 this kernel runs in the interpreter only
 DTYPE = DTYPES[0]
+OP = "prefix_decode_attention"
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on the padding of interpreted kernels
 
@@ -63,7 +64,7 @@ class Case:
         self.set_lengths(lengths)
 
     def set_lengths(self, lengths):
-        self.lengths = torch.tensor(lengths, device=DEVICE)
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
         self.sk, self.sv = (torch.full_like(x, torch.nan) for x in self.clean)
         for slot, length in zip(self.slots, lengths, strict=True):
             for x, clean in zip((self.sk, self.sv), self.clean, strict=True):
@@ -72,7 +73,7 @@ class Case:
     def __call__(self, **options):
         options = {"suffix_lengths": self.lengths, "layout": self.layout, "backend": "triton"} | options
         out = prefix_decode_attention(self.q, self.pk, self.pv, self.sk, self.sv, **options)
-        assert last_backend("prefix_decode_attention") == options["backend"]
+        assert last_backend(OP) == options["backend"]
         return out
 
     def exact(self, dtype=torch.float64, scale=None):
@@ -126,9 +127,10 @@ def test_heads_and_head_dims(heads, dim):
 
 
 @pytest.mark.parametrize(("name", "least"), [("long", 8), ("ragged groups", 5), ("a row more than a tile", 2)])
-def test_the_cases_are_split(name, least):
+def test_the_cases_are_split(monkeypatch, name, least):
     """Else the tests above would merge little: with ``least`` parts of a row."""
     case = Case(*CASES[name])
+    monkeypatch.setattr(triton_decode, "prefix_decode", Launches())
     case()
     ((_, _, splits, _),) = triton_decode._workspaces[case.layout]
     assert splits >= least
@@ -157,13 +159,13 @@ def test_no_worse_than_plain_torch_at_its_dtype(dtype):
     assert_no_worse(case(), case.exact(dtype), case.exact())
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_nothing_past_a_length_is_read(poison):
+@pytest.mark.parametrize("other", [7.0, torch.inf])
+def test_nothing_past_a_length_is_read(other):
     """The memory of every case holds NaN there; here it changes to other values, and the result to no other bit."""
     case = Case(*CASES["ragged groups"], scattered=True)
     clean = case()
     for x in (case.pk, case.pv, case.sk, case.sv):
-        x[x.isnan()] = poison if poison == torch.inf else 7.0
+        x[x.isnan()] = other
     assert torch.equal(case(), clean)
 
 
@@ -214,6 +216,15 @@ def test_a_row_depends_on_its_own_keys_alone():
     lengths = case.lengths.tolist()
     case.set_lengths([*lengths[:3], 40, 40, 40])
     assert torch.equal(case()[:3], out[:3])
+
+
+def test_a_layout_that_was_copied_into():
+    """As CUDA graphs use it: indices that the kernel reads are another batch's, everything else stays."""
+    case = Case(*CASES["ragged groups"], scattered=True)
+    held = Case([(5, 6), (9, 0)], [1] * 6, 1, scattered=True).layout.clone()
+    want = case()
+    held.copy_(case.layout)
+    assert torch.equal(case(layout=held), want)
 
 
 def test_lengths_out_of_range_stay_inside():
@@ -365,19 +376,19 @@ def test_auto_takes_the_reference_where_a_gradient_is_wanted_or_the_head_is_larg
         inputs = case.q, *(x.nan_to_num() for x in (case.pk, case.pv, case.sk, case.sv))
         options = {"suffix_lengths": case.lengths, "layout": case.layout}
         prefix_decode_attention(inputs[0].requires_grad_(), *inputs[1:], **options).sum().backward()
-        assert last_backend("prefix_decode_attention") == "reference"
+        assert last_backend(OP) == "reference"
         assert case.q.grad.isfinite().all()
         with torch.no_grad():
             prefix_decode_attention(*inputs, **options)
-        expected = "triton" if CUDA and case.q.shape[2] <= 128 else "reference"
-        assert last_backend("prefix_decode_attention") == expected
+        expected = "reference" if CUDA and case.q.shape[2] > 128 else chosen_backend(OP, DEVICE, dtype=DTYPE)
+        assert last_backend(OP) == expected
+        assert (expected == "triton") == (CUDA and case.q.shape[2] <= 128)
 
 
 def test_fp32_on_a_card_takes_the_reference():
-    op = "prefix_decode_attention"
-    assert chosen_backend(op, "cuda", dtype=torch.float32) == "reference"
-    assert chosen_backend(op, "cuda", dtype=torch.bfloat16) == "triton"
-    message = error_of(lambda: chosen_backend(op, "cuda", "triton", torch.float32))
+    assert chosen_backend(OP, "cuda", dtype=torch.float32) == "reference"
+    assert chosen_backend(OP, "cuda", dtype=torch.bfloat16) == "triton"
+    message = error_of(lambda: chosen_backend(OP, "cuda", "triton", torch.float32))
     assert "its kernels take bf16 and fp16 inputs, and an input is fp32" in message
 
 

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import (
+    DecodeLayout,
     PrefixLayout,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
     prefix_attention,
+    prefix_decode_attention,
     selective_log_softmax,
     tgrpo_advantages,
 )
 from videor1_kernels.linear_logprob import products, triton_rows
-from videor1_kernels.prefix_attention import triton, work
+from videor1_kernels.prefix_attention import triton, triton_decode, work
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -157,6 +159,27 @@ def main() -> None:
         rows = layout.total_tokens
         run(f"prefix_attention {dim}", attend(layout), leaf(rows, 2, dim), leaf(rows, 1, dim), leaf(rows, 1, dim),
             torch.randn(rows, 2, dim))  # fmt: skip
+
+    triton_decode.INTERPRETED, triton_decode.INTERPRETED_PROGRAMS = triton.Block(16, 16, 4, 1), 24
+
+    def decode(q, prefix_k, prefix_v, suffix_k, suffix_v, lengths, cu, group, slots):  # type: ignore[no-untyped-def]
+        layout = DecodeLayout(cu, group, suffix_slots=slots)
+        for name in ("tiles", "prefix_lengths"):
+            indices = getattr(layout, name)
+            layout.__dict__[name] = torch.empty(indices.shape, dtype=indices.dtype).copy_(indices)
+        return [
+            prefix_decode_attention(
+                q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths=lengths, layout=layout, backend="triton"
+            )
+        ]
+
+    for dim, heads, dtype in ((16, (6, 2), torch.float32), (20, (1, 1), torch.float16)):
+        prefixes = [torch.randn(38, heads[1], dim).to(dtype) for _ in range(2)]
+        suffixes = [torch.randn(12, 37, heads[1], dim).to(dtype) for _ in range(2)]
+        lengths = torch.tensor([37, 1, 0, 40, 16, 33, 32, 2, 37, 37, 37])  # 0 and 40 are out of range
+        run(f"prefix_decode_attention {dim}", decode, torch.randn(11, heads[0], dim).to(dtype), *prefixes, *suffixes,
+            lengths, torch.tensor([0, 37, 38]), torch.tensor([0] * 9 + [1, 0]),
+            torch.tensor([11, 0, 5, 3, 2, 1, 4, 6, 7, 10, 9]))  # fmt: skip
 
     run("selective_log_softmax", select, leaf(3, 137, dtype=torch.float16), torch.tensor([[0, 136, 136]] * 3),
         torch.randn(3, 3))  # fmt: skip

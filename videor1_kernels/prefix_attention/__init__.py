@@ -149,12 +149,10 @@ def prefix_decode_attention(
 
 
 def _within_most_d(op: str, q: Tensor, backend: str) -> str:
-    """The reference for head dims that the kernels do not have."""
-    if q.shape[2] <= MOST_D:
-        return backend
-    if backend == "triton":
+    """On a GPU, the reference for head dims that the Triton kernels do not have."""
+    if q.shape[2] > MOST_D and backend == "triton":
         raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
-    return "reference"
+    return "reference" if q.shape[2] > MOST_D and backend == "auto" and q.is_cuda else backend
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, name: str) -> int:

@@ -1,0 +1,143 @@
+"""The trainer's rollout with and without skipping shuffled answers: what it saves, and that advantages are equal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from videor1.advantages import score_groups
+from videor1.checkpoint import checkpoints
+from videor1.cli import parse
+from videor1.config import TrainConfig
+from videor1.metrics import summary_table
+from videor1.trainer import Trainer
+from videor1.types import Group, Prompt
+
+RULES = (("margin", "advantage"), ("margin", "reward"), ("threshold", "reward"), ("reference", "reward"))
+COLUMNS = (
+    "checkpoint", "rule", "apply", "shuffled asked", "skipped", "stopped", "row steps", "without skipping", "saved",
+    "answers that differ", "advantages differ by",
+)  # fmt: skip
+BOUND = 1e-6  # between the advantages of the same answers: they come from other sums
+
+
+@dataclass
+class Measured:
+    """All batches of one rule, rolled out with skipping and without."""
+
+    skipping: Counter[str]  # sums of RolloutStats
+    plain: Counter[str]
+    answers: int = 0  # ordered ones that are not the same tokens: rounding differs with the rows that are in flight
+    difference: float = 0.0  # largest, between the advantages
+
+    @property
+    def saved(self) -> float:
+        """Share of the row steps."""
+        return 1 - self.skipping["row_steps"] / self.plain["row_steps"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("skipping", "a trained model: where no answer is right, all is skipped")
+    group.add_argument("--skipping", action="store_true", help="measure the skipping of shuffled answers instead")
+    group.add_argument("--run", type=Path, metavar="FOLDER",
+                       help="a finished demonstration's (python -m videor1.train): all its checkpoints")  # fmt: skip
+    group.add_argument("--model", type=Path, nargs="+", metavar="FOLDER", help="checkpoints, instead of a run's")
+    group.add_argument("--data", type=Path, metavar="FILE", help="training data, instead of the run's")
+    group.add_argument("--batches", type=whole_number, default=4, help="of the demonstration's 24 prompts")
+
+
+def whole_number(text: str) -> int:
+    """An argument of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The command: prints the table, returns the exit code."""
+    models, data = options.model or found_checkpoints(options.run), options.data
+    if data is None and options.run is not None:
+        data = options.run / "demo" / "train.json"
+    if not models or data is None:
+        parser.error("--skipping: expected --run FOLDER of a finished demonstration, or --model FOLDER --data FILE")
+    rows: list[list[Any]] = [list(COLUMNS)]
+    equal = True
+    for model in models:
+        for (rule, apply), measured in measure(model, data, options.batches, str(options.device)).items():
+            equal &= measured.difference <= BOUND  # NaN is not
+            rows.append([_short(model), rule, apply, *_cells(measured)])
+    print(summary_table(rows))
+    print(f"\nadvantages with and without skipping: {'equal' if equal else 'NOT equal'} to {BOUND:.0e}")
+    return 0 if equal else 1
+
+
+def found_checkpoints(run_folder: Path | None) -> list[Path]:
+    """Of a demonstration: the cold start that T-GRPO began with, then its own, oldest first."""
+    if run_folder is None:
+        return []
+    cold = [path for _, path in checkpoints(run_folder / "sft")][-1:]
+    return cold + [path for _, path in checkpoints(run_folder)]
+
+
+def measure(model: Path, data: Path, batches: int, device: str) -> dict[tuple[str, str], Measured]:
+    """The first batches of the demonstration's recipe, answered by the model as it is, under each rule."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(_config(model, data, device, Path(folder)))
+        config = trainer.config
+        with trainer._open():
+            taken = [trainer.source.take(config.per_device_train_batch_size) for _ in range(batches)]
+            for rule, apply in RULES:
+                measured = results[rule, apply] = Measured(Counter(), Counter())
+                for prompts in taken:
+                    config.temporal = dataclasses.replace(config.temporal, rule=rule, apply=apply)  # type: ignore[arg-type]
+                    _compare(trainer, prompts, measured)
+    return results
+
+
+def _compare(trainer: Trainer, prompts: Sequence[Prompt], measured: Measured) -> None:
+    """One batch, twice with the same seeds."""
+    config, both = trainer.config, []
+    for skip, sums in ((True, measured.skipping), (False, measured.plain)):
+        config.temporal = dataclasses.replace(config.temporal, skip_shuffled=skip)
+        done, _ = trainer.rollout(prompts)
+        sums.update(dataclasses.asdict(done.stats))
+        groups = [group for group in done.groups if group is not None]
+        both.append((groups, score_groups(groups, config, trainer.model.device).result.advantages))
+    (groups, advantages), (other_groups, others) = both
+    measured.answers += sum(a != b for a, b in zip(_ids(groups), _ids(other_groups), strict=True))
+    difference = float((advantages - others).abs().max())
+    measured.difference = math.nan if math.isnan(difference) else max(measured.difference, difference)
+
+
+def _config(model: Path, data: Path, device: str, folder: Path) -> TrainConfig:
+    """The demonstration's; no reference model, no evaluation."""
+    flags = {"model_name_or_path": model, "dataset_name": data, "output_dir": folder, "device": device, "beta": 0,
+             "eval_steps": 0, "data.workers": 0, "disable_tqdm": "true"}  # fmt: skip
+    arguments = ["--config=demo", *(f"--{name}={value}" for name, value in flags.items())]
+    return parse(TrainConfig, arguments, prog="python -m benchmarks.rollout --skipping", description="")
+
+
+def _ids(groups: Sequence[Group]) -> list[list[int]]:
+    return [answer.token_ids.tolist() for group in groups for answer in group.ordered]
+
+
+def _cells(measured: Measured) -> list[Any]:
+    with_, without = measured.skipping, measured.plain
+    return [
+        with_["shuffled_asked"], with_["shuffled_skipped"], with_["shuffled_stopped"], with_["row_steps"],
+        without["row_steps"], f"{measured.saved:.1%}", measured.answers, f"{measured.difference:.1e}",
+    ]  # fmt: skip
+
+
+def _short(model: Path) -> str:
+    """The last folders of a checkpoint's path that tell it from its run's others."""
+    parts = model.parts[-3:] if "sft" in model.parts[-3:] else model.parts[-1:]
+    return "/".join(parts)
