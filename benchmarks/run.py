@@ -21,7 +21,7 @@ from benchmarks.rollout_turns import RolloutCase, measure_rollout
 PARTS = {
     "kernels": (
         "linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage",
-        "prefix_attention",
+        "prefix_attention", "prefix_decode_attention",
     ),
     "step": ("step",),
     "rollout": ("rollout",),

@@ -8,8 +8,10 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVERY_CPU
 #endif
@@ -56,25 +58,46 @@ ALWAYS_INLINE float exp_negative(float x) {
   return x < -87.0f ? 0.0f : y * power;
 }
 
-ALWAYS_INLINE float sum_of(const float* lanes) {
-  float halves[kLanes];
-  std::copy(lanes, lanes + kLanes, halves);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
-  return halves[0];
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef float Quarter __attribute__((vector_size(16), aligned(4)));
+
+ALWAYS_INLINE Quarter folded(Lanes x) {
+  Quarter parts[4];
+  std::memcpy(parts, &x, sizeof x);
+  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+}
+
+// The sums of the lanes of four vectors.
+ALWAYS_INLINE Quarter sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
+  const Quarter w = folded(a), x = folded(b), y = folded(c), z = folded(d);
+  const Quarter first{w[0], x[0], y[0], z[0]}, second{w[1], x[1], y[1], z[1]};
+  const Quarter third{w[2], x[2], y[2], z[2]}, fourth{w[3], x[3], y[3], z[3]};
+  return (first + third) + (second + fourth);
+}
+
+ALWAYS_INLINE float sum_of(Lanes x) { return sums_of(x, x, x, x)[0]; }
+
+ALWAYS_INLINE Lanes product_of(const float* q, const float* k, int64_t dim) {
+  Lanes sum = {0};
+  for (int64_t d = 0; d < dim; d += kLanes)
+    sum += *reinterpret_cast<const Lanes*>(q + d) * *reinterpret_cast<const Lanes*>(k + d);
+  return sum;
 }
 
 // scores[i * total + t] = q[i] . k[t] for the `repeat` query heads of a key head
 ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t repeat, int64_t dim,
-                      int64_t total, float* scores) {
-  for (int64_t t = 0; t < count; ++t, k += stride) {
+                             int64_t total, float* scores) {
+  int64_t t = 0;
+  for (; t + 4 <= count; t += 4, k += 4 * stride) {
     for (int64_t i = 0; i < repeat; ++i) {
-      float lanes[kLanes] = {0};
-      for (int64_t d = 0; d < dim; d += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += q[i * dim + d + l] * k[d + l];
-      scores[i * total + t] = sum_of(lanes);
+      const float* own = q + i * dim;
+      *reinterpret_cast<Quarter*>(scores + i * total + t) =
+          sums_of(product_of(own, k, dim), product_of(own, k + stride, dim), product_of(own, k + 2 * stride, dim),
+                  product_of(own, k + 3 * stride, dim));
     }
   }
+  for (; t < count; ++t, k += stride)
+    for (int64_t i = 0; i < repeat; ++i) scores[i * total + t] = sum_of(product_of(q + i * dim, k, dim));
 }
 
 // out[i] += sum over t of weights[i * total + t] * v[t]
@@ -122,7 +145,7 @@ EVERY_CPU void attend(const Call& call, int64_t row, int64_t head, std::vector<f
     std::fill(sums, sums + kLanes, 0.0f);
     for (int64_t t = 0; t < total; t += kLanes)
       for (int l = 0; l < kLanes; ++l) sums[l] += own[t + l];
-    const float inverse = 1.0f / sum_of(sums);
+    const float inverse = 1.0f / sum_of(*reinterpret_cast<const Lanes*>(sums));
     for (int64_t t = 0; t < total; ++t) own[t] *= inverse;
   }
   add_values(scores, shared_v, call.pv.entry, prefix, repeat, dim, total, out);

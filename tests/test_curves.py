@@ -60,7 +60,7 @@ def test_a_run_of_many_steps_is_smoothed_and_its_gap_shaded(tmp_path: Path) -> N
     rows[9] |= EVAL
     rows[39] |= {name: value + 0.2 for name, value in EVAL.items()}
     seen = drawn(tmp_path, lines_of(rows))
-    assert list(seen["Accuracy while training"]) == ["p, frames in order", "p~, shuffled", "temporal gap"]
+    assert list(seen["Accuracy while training"]) == ["p, frames in order", "p~, shuffled, where known", "temporal gap"]
     held_out = seen["Held-out accuracy"]
     assert held_out["frames in order"] == ([10, 40], [0.7, pytest.approx(0.9)])
     assert held_out["shuffled"][1] == [0.3, 0.5]
@@ -95,7 +95,7 @@ def test_missing_names_null_and_nan_are_left_out(tmp_path: Path) -> None:
     assert seen["KL to the reference, entropy (nats)"] == {}
     training = seen["Accuracy while training"]
     assert training["p, frames in order"] == ([1, 2], [0.5, 0.6])
-    assert training["p~, shuffled"] == ([3], [0.1])
+    assert training["p~, shuffled, where known"] == ([3], [0.1])
 
 
 def test_a_run_in_progress_whose_last_line_is_half_written(tmp_path: Path) -> None:

@@ -130,19 +130,18 @@ def test_equal_tokens(name, tile):
                 assert call(logits, uniform, banned, **options)[0].tolist() == [1, ids[number - 1]], options
 
 
-@pytest.mark.parametrize("name", TILES)
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}, {"top_k": 12, "top_p": 0.9}], ids=str)
-def test_draws_follow_the_distribution(options, name, tile):
-    """The interpreter makes some hundred draws, a GPU 200000."""
-    tile(name)
+def test_draws_follow_the_distribution(options, tile):
+    """The interpreter makes a hundred draws, a GPU 200000."""
+    tile("small")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, generator=generator)
     banned = torch.tensor([2, 30, 5])
-    uniform = torch.rand(200_000 if CUDA else 250, generator=generator)
+    uniform = torch.rand(200_000 if CUDA else 100, generator=generator)
     want = oracle(logits, banned=banned, temperature=1.3, **options)
     tokens, _ = call(logits.expand(len(uniform), -1), uniform, banned, temperature=1.3, **options)
     assert chi_square_p(tokens.bincount(minlength=40), want.probabilities) > 1e-4
-    for token, u in zip(tokens[:250].tolist(), uniform[:250].tolist(), strict=True):
+    for token, u in zip(tokens[:100].tolist(), uniform[:100].tolist(), strict=True):
         assert token == want.token(u) or want.token(u) is None
 
 
@@ -209,16 +208,21 @@ def test_a_banned_token_may_outweigh_all_others(tile):
 def test_many_banned_tokens(tile):
     """In more tiles than a word has bits."""
     tile("small")
-    logits = torch.randn(2, 2500, generator=torch.Generator().manual_seed(0))
-    banned = torch.arange(0, 2500, 90)
-    for options in ({}, {"top_k": 40}):
-        compare(logits, torch.tensor([0.3, 0.9]), banned, **options)
+    logits = torch.randn(1, 2100, generator=torch.Generator().manual_seed(0))
+    banned = logits[0].sort(descending=True).indices[:40]
+    for options in ({}, {"top_k": 20}):
+        tokens, logp = call(logits, torch.tensor([0.6]), banned, **options)
+        assert check(logits, torch.tensor([0.6]), tokens, logp, banned=banned, **options) == 0
+
+
+def test_all_but_one_banned(tile):
+    tile("small")
     logits = torch.tensor([[1.0, 2.0, 3.0, 0.0]]).expand(2, -1)
     for options in OPTIONS:
         tokens, logp = call(logits, torch.tensor([0.0, ALMOST_ONE]), torch.tensor([0, 1, 2, 2, 0]), **options)
         assert tokens.tolist() == [3, 3]
-        assert check(logits, torch.tensor([0.0, ALMOST_ONE]), tokens, logp, **({} if not options.get("top_p") else {})
-                     | {"temperature": options.get("temperature", 1.0), "banned": torch.tensor([0, 1, 2])}) == 0  # fmt: skip
+        want = oracle(logits[0], temperature=options.get("temperature", 1.0)).logp[3].float()
+        torch.testing.assert_close(logp, want.expand(2))
 
 
 @pytest.mark.parametrize("uniform", [-1.0, 1.0, math.nan, 1 - 2.0**-53])
@@ -269,13 +273,13 @@ def test_passes(monkeypatch, tile):
     ):  # fmt: skip
         assert passes(monkeypatch, peaked, **options) == (want, 0), options
     tile("small")
-    for logits in (torch.randn(3000, generator=torch.Generator().manual_seed(0)), torch.zeros(3000)):
-        for options in ({"top_k": 1000}, {"top_p": 0.7}):
+    for logits in (torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)):
+        for options in ({"top_k": 300}, {"top_p": 0.7}):
             full, bisections = passes(monkeypatch, logits, **options)
             assert bisections <= 12
             assert full <= bisections + 6
-    alike = 1 + torch.arange(3000) * 2.0**-23  # neighbouring numbers: no interval of logits, but one of images is left
-    assert passes(monkeypatch, alike, top_k=1000)[1] <= 44
+    alike = 1 + torch.arange(1000) * 2.0**-23  # neighbouring numbers: no interval of logits, but one of images is left
+    assert passes(monkeypatch, alike, top_k=300)[1] <= 44
 
 
 def test_one_launch(monkeypatch):
