@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
+from runs import metrics, run_lines, trainer, weights
 from test_advantages import VIDEO
 from tiny import make_prompt
 
+import videor1.rewards
+import videor1.rollout.skipping
 from videor1.advantages import score_groups
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
+from videor1.demo.assets import Assets
 from videor1.rollout.skipping import TemporalJudge
 from videor1.types import Completion, Group, Sample
 
@@ -154,3 +160,40 @@ def test_a_group_with_missing_answers_that_matter_counts_those_it_has() -> None:
     scored = score_groups([group_of(ordered, [completion(0.0)], 2)], make_config("margin", "reward"))
     assert scored.result.p_shuffled.isnan().all()  # not known
     assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
+
+
+@pytest.mark.parametrize(("rule", "apply"), [("margin", "advantage"), ("reference", "reward")])
+def test_a_run_is_the_same_with_and_without(
+    rule: str, apply: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted."""
+
+    def by_lot(completion: str, *_: object, **__: object) -> float:
+        return float(zlib.crc32(completion.encode()) % 3 == 0)
+
+    monkeypatch.setattr(videor1.rewards, "accuracy_reward", by_lot)
+    monkeypatch.setattr(videor1.rollout.skipping, "accuracy_reward", by_lot)
+    ends, lines, rows = [], [], []
+    for skip in (True, False):
+        folder = tmp_path / str(skip)
+        options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__num_generations": 3, "max_steps": 4}
+        run = trainer(
+            assets, folder, temporal__skip_shuffled=skip, num_generations=3, per_device_train_batch_size=4,
+            num_iterations=1, **options,
+        )  # fmt: skip
+        ends.append(weights(run.train()))
+        lines.append(run_lines(folder, "rollouts.jsonl"))
+        rows.append(metrics(folder))
+    for one, other in zip(*lines, strict=True):
+        assert one["completions"] == other["completions"]
+        assert one["advantages"] == pytest.approx(other["advantages"], abs=1e-6)
+        assert set(one["shuffled_completions"]) <= set(other["shuffled_completions"])
+    assert any(any(line["advantages"]) for line in lines[0])
+    assert sum(len(line["shuffled_completions"]) for line in lines[0]) > 0
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-5, atol=1e-6)
+    left_out = [sum(row["rollout/shuffled_skipped"] + row["rollout/shuffled_stopped"] for row in run) for run in rows]
+    assert left_out[0] > left_out[1] == 0
+    assert sum(r["rollout/row_steps"] for r in rows[0]) < sum(r["rollout/row_steps"] for r in rows[1])
+    assert any(row["temporal/p_shuffled_unknown"] for row in rows[0])
+    assert all(row["temporal/p_shuffled_unknown"] == 0 for row in rows[1])

@@ -43,8 +43,8 @@ def call(logits, uniform, banned=None, **options):
     return tokens.cpu(), logp.cpu()
 
 
-def compare(logits, uniform, banned=None, **options):
-    """With the oracle, and with the reference where no rounding can decide; again, it is the same to the bit."""
+def compare(logits, uniform, banned=None, *, repeat=True, **options):
+    """With the oracle, and with the reference where no rounding can decide; repeated, it is the same to the bit."""
     with poisoned_memory():
         tokens, logp = call(logits, uniform, banned, **options)
     skipped = check(logits, uniform, tokens, logp, banned=banned, **options)
@@ -53,9 +53,10 @@ def compare(logits, uniform, banned=None, **options):
     for row, u, token, other in zip(logits, uniform.tolist(), tokens.tolist(), same.tolist(), strict=True):
         want = oracle(row, banned=banned, **options)
         assert token == other or want.token(u) is None or want.doubtful.any()
-    again = call(logits, uniform, banned, **options)
-    assert torch.equal(tokens, again[0])
-    assert torch.equal(logp, again[1])
+    if repeat:
+        again = call(logits, uniform, banned, **options)
+        assert torch.equal(tokens, again[0])
+        assert torch.equal(logp, again[1])
     return len(logits) - skipped
 
 
@@ -68,11 +69,10 @@ def numbers(count, seed=0):
 def test_hard_logits(name, options, tile):
     """More candidates than a list of 32 holds, so that bounds are bisected over the row: with ties at them too."""
     tile("small")
-    uniform = numbers(1)
+    uniform = torch.tensor([0.0, 0.37, ALMOST_ONE])
     logits = hard_logits(150)[name].expand(len(uniform), -1)
     banned = torch.tensor([149, 3, 64, 3])
-    compared = compare(logits, uniform, banned, **options)
-    assert compared or "top_p" in options
+    assert compare(logits, uniform, banned, repeat=False, **options) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,8 +160,8 @@ def test_the_tile_changes_nothing(tile):
 
 def test_rows_do_not_know_of_each_other(tile):
     tile("small")
-    logits = 3 * torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
-    uniform = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.95])
+    logits = 3 * torch.randn(4, 70, generator=torch.Generator().manual_seed(0))
+    uniform = torch.tensor([0.1, 0.3, 0.5, 0.95])
     for options in OPTIONS:
         tokens, logp = call(logits, uniform, **options)
         alone = call(logits[3:4], uniform[3:4], **options)
@@ -262,24 +262,27 @@ def passes(monkeypatch, logits, **options):
     return 2 + bisections + listings + sums, bisections
 
 
-@pytest.mark.skipif(CUDA, reason="counts calls inside the interpreted kernel")
-def test_passes(monkeypatch, tile):
-    """As many as the docstring says."""
-    tile("shipped")
-    peaked = 6 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    for options, want in (
-        ({}, 2), ({"temperature": 0}, 2), ({"top_k": 5000}, 2), ({"top_k": 50}, 3), ({"top_p": 0.95}, 3),
-        ({"top_k": 50, "top_p": 0.9}, 3), ({"temperature": 0, "top_k": 50, "top_p": 0.9}, 2),
-    ):  # fmt: skip
-        assert passes(monkeypatch, peaked, **options) == (want, 0), options
-    tile("small")
-    for logits in (torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)):
-        for options in ({"top_k": 300}, {"top_p": 0.7}):
-            full, bisections = passes(monkeypatch, logits, **options)
-            assert bisections <= 12
-            assert full <= bisections + 6
-    alike = 1 + torch.arange(1000) * 2.0**-23  # neighbouring numbers: no interval of logits, but one of images is left
-    assert passes(monkeypatch, alike, top_k=300)[1] <= 44
+if not CUDA:  # calls inside a kernel can be counted where it is interpreted
+
+    def test_passes(monkeypatch, tile):
+        """As many as the docstring says."""
+        tile("shipped")
+        peaked = 6 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+        for options, want in (
+            ({}, 2), ({"temperature": 0}, 2), ({"top_k": 5000}, 2), ({"top_k": 50}, 3), ({"top_p": 0.95}, 3),
+            ({"top_k": 50, "top_p": 0.9}, 3), ({"temperature": 0, "top_k": 50, "top_p": 0.9}, 2),
+        ):  # fmt: skip
+            assert passes(monkeypatch, peaked, **options) == (want, 0), options
+        tile("small")
+        for logits in (torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)):
+            for options in ({"top_k": 300}, {"top_p": 0.7}):
+                full, bisections = passes(monkeypatch, logits, **options)
+                assert bisections <= 12
+                assert full <= bisections + 6
+        alike = (
+            1 + torch.arange(1000) * 2.0**-23
+        )  # neighbouring numbers: no interval of logits, but one of images is left
+        assert passes(monkeypatch, alike, top_k=300)[1] <= 44
 
 
 def test_one_launch(monkeypatch):

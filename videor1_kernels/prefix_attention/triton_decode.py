@@ -93,21 +93,21 @@ def _merge(sums, tops, totals, out, row, kv_head, q_heads, prefix_parts, suffix_
 @triton.jit(do_not_specialize=["R", "C", "prefix_splits", "suffix_splits", "early"])
 def prefix_decode(q, prefix_k, prefix_v, suffix_k, suffix_v, out, sums, tops, totals, arrived, tiles, prefix_lengths,
                   suffix_lengths, suffix_slots, q_row, q_head, pk_row, pk_head, pv_row, pv_head, sk_slot, sk_row,
-                  sk_head, sv_slot, sv_row, sv_head, R, C, prefix_splits, suffix_splits, early, scale, D: tl.constexpr,
-                  REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SLOTS: tl.constexpr, TILE_ROWS: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-                  BLOCK_S: tl.constexpr):  # fmt: skip
-    """Grid: key heads, R * (prefix_splits + suffix_splits), blocks of BLOCK_M of a tile's TILE_ROWS * BLOCK_R queries:
-    REPEAT query heads of a row, padded to a power of 2. First the prefixes of ``early`` tiles, the longest work where
-    many rows share them; then the suffixes; then the other tiles, most of which are spare.
+                  sk_head, sv_slot, sv_row, sv_head, kv_heads, R, C, prefix_splits, suffix_splits, early, scale,
+                  D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SLOTS: tl.constexpr,
+                  TILE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+    """Grid: R * (prefix_splits + suffix_splits) * kv_heads, heads next to each other; blocks of BLOCK_M of a tile's
+    TILE_ROWS * BLOCK_R queries, BLOCK_R: the REPEAT query heads of a row, padded to a power of 2. First the prefixes of
+    ``early`` tiles, the longest work where many rows share them; then the suffixes; then the other tiles, most of which
+    are spare.
 
     sums fp32 [R, Hq, splits, D], tops (in powers of 2) and totals fp32 [R, Hq, splits], splits = prefix_splits +
     suffix_splits; arrived int32 [R, Hkv], 0 before and after: per row and key head the programs that are done.
     """
-    kv_head = tl.program_id(0)
-    item = tl.program_id(1)
-    block = tl.program_id(2)
-    kv_heads = tl.num_programs(0)
+    kv_head = tl.program_id(0) % kv_heads
+    item = tl.program_id(0) // kv_heads
+    block = tl.program_id(1)
     splits = prefix_splits + suffix_splits
     before_suffixes = early * prefix_splits
     of_suffix = (item >= before_suffixes) & (item < before_suffixes + R * suffix_splits)
@@ -268,13 +268,13 @@ def prefix_decode_attention(
     out = q.new_empty(q.shape)
     repeat = heads // kv_heads
     padded = triton.next_power_of_2(repeat)
-    grid = (kv_heads, rows * sum(splits), triton.cdiv(TILE_ROWS * padded, block.m))
+    grid = (rows * sum(splits) * kv_heads, triton.cdiv(TILE_ROWS * padded, block.m))
     prefix_decode[grid](
         q, prefix_k, prefix_v, suffix_k, suffix_v, out, space.sums, space.tops, space.totals, space.arrived,
         layout.tiles, layout.prefix_lengths, suffix_lengths.contiguous(),
         None if layout.suffix_slots is None else layout.suffix_slots.contiguous(),
         *(stride for x in (q, prefix_k, prefix_v, suffix_k, suffix_v) for stride in x.stride()[:-1]),
-        rows, capacity, *splits, triton.cdiv(rows, 4), scale,
+        kv_heads, rows, capacity, *splits, triton.cdiv(rows, 4), scale,
         D=size, REPEAT=repeat, BLOCK_R=padded, HAS_SLOTS=layout.suffix_slots is not None, TILE_ROWS=TILE_ROWS,
         BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_D=triton.next_power_of_2(max(size, 16)),
         BLOCK_H=min(MERGED_HEADS, padded), BLOCK_S=MERGED_SPLITS,
