@@ -35,6 +35,7 @@ from benchmarks.rollout_inputs import (
 )
 from benchmarks.rollout_turns import DECODE_SECONDS, DECODE_STEPS, RolloutCase, RolloutRow, measure_rollout
 from benchmarks.step_inputs import SHAPES, model_config
+from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.model import VideoLM
@@ -337,7 +338,16 @@ def skipping(assets: Assets, *more: str) -> int:
 
 
 @pytest.mark.usefixtures("right_by_chance")
-def test_skipping_saves_and_changes_no_advantage(assets: Assets, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipping_saves_and_changes_no_advantage(
+    assets: Assets, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score, asked_of = rollout_skipping.score_groups, []
+
+    def scored(groups: Any, config: TrainConfig, device: torch.device) -> Any:
+        asked_of.append((config.temporal.rule, config.temporal_apply, config.temporal.skip_shuffled))
+        return score(groups, config, device)
+
+    monkeypatch.setattr(rollout_skipping, "score_groups", scored)
     assert skipping(assets) == 0
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["checkpoint", "rule", "apply"]
@@ -351,6 +361,7 @@ def test_skipping_saves_and_changes_no_advantage(assets: Assets, capsys: pytest.
         assert (others, float(difference) <= 1e-6) == ("0", True)
     assert len({row[7] for row in rows}) == 1  # the same answers under every rule
     assert len({row[6] for row in rows}) > 1
+    assert asked_of == [(rule, apply, skip) for rule, apply in rollout_skipping.RULES for skip in (True, False)]
 
 
 @pytest.mark.usefixtures("right_by_chance")

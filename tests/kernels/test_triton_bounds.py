@@ -16,4 +16,4 @@ def test_no_access_outside_the_tensors():
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 22, done.stdout
+    assert len(done.stdout.splitlines()) == 26, done.stdout

@@ -24,11 +24,13 @@ from videor1_kernels import (
     linear_logprob,
     prefix_attention,
     prefix_decode_attention,
+    sample_tokens,
     selective_log_softmax,
     tgrpo_advantages,
 )
 from videor1_kernels.linear_logprob import products, triton_rows
 from videor1_kernels.prefix_attention import triton, triton_decode, work
+from videor1_kernels.sampling import triton as sampling
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -198,6 +200,18 @@ def main() -> None:
 
     run("tgrpo_advantages", advantages, torch.rand(70, 5), torch.rand(70, 5), torch.randint(600, (70, 5)),
         torch.rand(70, 3))  # fmt: skip
+
+    sampling.SEGMENTS, sampling.COLUMNS = 4, 8
+
+    def sample(**options):  # type: ignore[no-untyped-def]
+        def call(logits, uniform, banned):  # type: ignore[no-untyped-def]
+            return list(sample_tokens(logits, uniform, banned=banned, backend="triton", **options))
+
+        return call
+
+    for options in ({}, {"temperature": 0}, {"top_k": 9}, {"top_k": 60, "top_p": 0.9}):  # 60: more than are listed
+        run(f"sample_tokens {options}", sample(**options), torch.randn(3, 137).half(), torch.rand(3),
+            torch.tensor([136, 0]))  # fmt: skip
 
 
 if __name__ == "__main__":

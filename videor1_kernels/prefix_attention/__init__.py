@@ -19,9 +19,7 @@ __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_atten
 
 dispatch.register_triton("prefix_attention", "videor1_kernels.prefix_attention.triton", only_16_bit=True)
 dispatch.register("prefix_attention", "reference", reference)
-dispatch.register_triton(
-    "prefix_decode_attention", "videor1_kernels.prefix_attention.triton_decode", only_16_bit=True
-)
+dispatch.register_triton("prefix_decode_attention", "videor1_kernels.prefix_attention.triton_decode", only_16_bit=True)
 dispatch.register("prefix_decode_attention", "native", native_decode, unavailable=native_decode.unavailable)
 dispatch.register("prefix_decode_attention", "reference", reference_decode)
 

@@ -208,9 +208,10 @@ def workspace(layout: DecodeLayout, q: Tensor, kv_heads: int, splits: int) -> Wo
     if key in known:
         return known[key]
     made = Workspace(
-        q.new_empty((rows, heads, splits, size), dtype=torch.float32),
-        *(q.new_empty((rows, heads, splits), dtype=torch.float32) for _ in range(2)),
-        torch.zeros(rows, kv_heads, dtype=torch.int32, device=q.device),
+        sums=q.new_empty((rows, heads, splits, size), dtype=torch.float32),
+        tops=q.new_empty((rows, heads, splits), dtype=torch.float32),
+        totals=q.new_empty((rows, heads, splits), dtype=torch.float32),
+        arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=q.device),
     )
     if not capturing(q):  # else its zeros are written by replays of the graph alone: no other call may rely on them
         known[key] = made
