@@ -11,7 +11,7 @@
 # measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels, step or tune"}
+part=${1:?"which part: kernels, step, rollout or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1

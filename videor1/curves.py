@@ -22,7 +22,10 @@ def draw_curves(run_dir: Path) -> Path:
     rows = read_jsonl(run_dir / "metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     panels: list[tuple[str, list[tuple[str, str]]]] = [
-        ("Accuracy while training", [("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, shuffled, where known")]),
+        (
+            "Accuracy while training",
+            [("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, shuffled, where known")],
+        ),
         ("Held-out accuracy", [("eval/ordered", "frames in order"), ("eval/shuffled", "shuffled")]),
         ("Reward", [("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")]),
         ("KL to the reference, entropy (nats)", [("kl", "KL"), ("entropy", "entropy")]),
