@@ -116,6 +116,14 @@ def test_equal_tokens(count):
         torch.testing.assert_close(logp, torch.full_like(logp, -math.log(count + 3)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_that_only_rounding_keeps_from_top_p_reaches_it(dtype):
+    for count in (25, 41, 49, 83):
+        for kept in range(1, count):
+            token, _ = sample_tokens(torch.zeros(1, count, dtype=dtype), torch.tensor([ALMOST_ONE]), top_p=kept / count)
+            assert token.item() == kept - 1
+
+
 def test_without_truncation_nothing_is_sorted():
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

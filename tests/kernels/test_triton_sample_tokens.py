@@ -128,6 +128,8 @@ def test_equal_tokens(name, tile):
                 ({"top_k": kept, "top_p": 0.5}, -(-kept // 2)),
             ):
                 assert call(logits, uniform, banned, **options)[0].tolist() == [1, ids[number - 1]], options
+    for kept, count in ((7, 25), (15, 29), (29, 35), (28, 41)):  # sums that only rounding keeps from top_p
+        assert call(torch.zeros(1, count), torch.tensor([ALMOST_ONE]), top_p=kept / count)[0].item() == kept - 1
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}, {"top_k": 12, "top_p": 0.9}], ids=str)
@@ -209,6 +211,8 @@ def test_many_banned_tokens(tile):
     """In more tiles than a word has bits."""
     tile("small")
     logits = torch.randn(1, 2100, generator=torch.Generator().manual_seed(0))
+    late = torch.arange(512, 1600, 528)  # in tiles 64 and 65 of segments of 528 tokens
+    logits[0, late + 3], logits[0, late + 11] = 9.0, 8.0
     banned = logits[0].sort(descending=True).indices[:40]
     for options in ({}, {"top_k": 20}):
         tokens, logp = call(logits, torch.tensor([0.6]), banned, **options)
