@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 import videor1.loop
+from videor1.rollout import Rollout
 from videor1.trainer import Trainer
 from videor1.types import Completion, Group, Prompt
 
@@ -60,6 +61,6 @@ def gradients(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(videor1.loop, "guarded_step", capture)
         patch.setattr(run.source, "take", lambda count: prompts[:count])
-        patch.setattr(run, "rollout", lambda _: (groups, [None] * len(groups)))
+        patch.setattr(run, "rollout", lambda _: (Rollout(list(groups)), [None] * len(groups)))
         run.train_batch()
     return captured

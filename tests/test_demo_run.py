@@ -55,7 +55,9 @@ def test_without_arguments_it_runs_the_whole_path(
     for row in rollouts:
         video = row["permutation"] is not None
         assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 8
-        assert len(row["shuffled_completions"]) == (4 if video else 0)
+        assert len(row["shuffled_accuracy"]) == 4
+        known = [accuracy for accuracy in row["shuffled_accuracy"] if accuracy is not None]
+        assert len(row["shuffled_completions"]) == len(known) <= (4 if video else 0)  # some did not matter
         if video:
             assert sorted(row["permutation"]) == list(range(8))
     assert (folder / "curves.png").stat().st_size > 10_000

@@ -52,7 +52,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
             parameter.mul_(1.05)
     with Opened(run):
         prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0])
+        groups = cut_unequally(run.rollout(prompts)[0].groups)
         assert (score_groups(groups, run.config).result.advantages != 0).any(1).sum() >= 3
         whole = gradients(run, prompts, groups, 4)
         assert whole.keys() == run.model.trainable().keys()
@@ -67,7 +67,7 @@ def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -
     )
     with Opened(run):
         prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0])
+        groups = cut_unequally(run.rollout(prompts)[0].groups)
         single = gradients(run, prompts, groups, 1)
         same_gradient(single, gradients(run, prompts, groups, 1, longest(groups, 1)))
         scored = score_groups(groups, run.config)
@@ -87,7 +87,7 @@ def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -
 def test_rows_under_a_bound_hold_every_answer_once(assets: Assets, tmp_path: Path) -> None:
     run = trainer(assets, tmp_path, num_generations=4, max_completion_length=16, per_device_train_batch_size=3)
     with Opened(run):
-        groups = cut_unequally(run.rollout(run.source.take(5))[0])
+        groups = cut_unequally(run.rollout(run.source.take(5))[0].groups)
         scored = score_groups(groups, run.config)
         answers = [c.token_ids.tolist() for g in groups for c in g.ordered]
         for bound in (longest(groups, 1), longest(groups, 2), 10**6, None):
@@ -118,7 +118,7 @@ def test_groups_with_nothing_to_learn_are_left_out_exactly(
     )
     with Opened(run):
         prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0])
+        groups = cut_unequally(run.rollout(prompts)[0].groups)
         for i in (0, 2):  # equal answers earn equal rewards
             groups[i] = dataclasses.replace(groups[i], ordered=(groups[i].ordered[0],) * 3)
         assert (score_groups(groups, run.config).result.advantages != 0).any(1).tolist() == [False, True, False, True]

@@ -24,8 +24,8 @@ from videor1_kernels.prefix_attention.triton import Block
 from videor1_kernels.prefix_attention.triton_forward import LOG2E, _fold, load_rows
 
 # By compute capability; others take the nearest below. 64 queries are the fewest of a product on Hopper and Blackwell,
-# and hold a tile's 8 rows of 8 heads. Blocks of keys are small so that a multiprocessor holds two programs or more: one
-# starts or merges while another reads. Larger ones spill registers at D = 128 on sm_80.
+# and hold a tile's 8 rows of 8 heads. Blocks of keys are small so that two programs or more share a multiprocessor (on
+# Hopper and Blackwell): one starts or merges while another reads. With 4 warps sm_80 spills registers at D = 128.
 BLOCKS: dict[int, Block] = {
     80: Block(64, 32, 8, 3),
     86: Block(64, 32, 8, 2),
@@ -35,7 +35,7 @@ BLOCKS: dict[int, Block] = {
     120: Block(64, 32, 8, 2),
 }
 INTERPRETED = Block(64, 64, 4, 1)
-PROGRAMS = 2  # per multiprocessor, which hold them at once
+PROGRAMS = 2  # per multiprocessor, at once
 INTERPRETED_PROGRAMS = 8
 MOST_SPLITS = 32  # of a prefix or a suffix
 MERGED_HEADS, MERGED_SPLITS = 8, 8  # at a time
