@@ -17,9 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared")
+OPERATORS = ("bindings.cpp", "frames_to_patches.cpp")  # on the stable ABI of torch
+CUDA_OPERATORS = ("bindings.cpp", "frames_to_patches.cu")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's, the oldest supported: newer ones load it too
 BUILD_SECONDS = 300
 
 log = logging.getLogger(__name__)
@@ -30,27 +38,30 @@ class Unavailable(Exception):
 
 
 def load(name: str) -> ctypes.CDLL:
-    """The library made of csrc/``name``.cpp, compiled if it is not in the cache. Raises Unavailable.
+    """The library made of csrc/``name``.cpp, compiled if it is not in the cache. Raises Unavailable."""
+    _check_wanted()
+    return _loaded(_library(name, (f"{name}.cpp",), _compiler(), FLAGS), ctypes.CDLL)
 
-    Its file is named after the source, the compiler's version, the flags and the machine, so a change of any makes
-    another one. It ends with the SHA-256 of what precedes it: a damaged file is compiled anew, never loaded.
+
+def load_operators(device_type: str) -> None:
+    """Make ``torch.ops.videor1_csrc`` run on "cpu" or "cuda", compiling the library if it is not in the cache.
+
+    Raises Unavailable.
     """
-    if os.environ.get("VIDEOR1_NATIVE", "1").lower() in ("0", "false", "off", "no", "n"):
-        raise Unavailable(f"VIDEOR1_NATIVE={os.environ['VIDEOR1_NATIVE']} turns it off")
-    if sys.platform != "linux":
-        raise Unavailable(f"it is compiled on Linux only, and this is {sys.platform}")
-    compiler = _compiler()
-    folder = cache_folder()
-    try:
-        source = _source(name)
-        version = _run([*compiler, "--version"])
-        key = "\0".join([source.read_text(encoding="utf-8"), version, *FLAGS, platform.machine()])
-        path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-        if not _is_whole(path):
-            _build(source, compiler, path)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"no library can be kept in {folder} ({error}); XDG_CACHE_HOME moves the folder") from error
+    import torch
+
+    _check_wanted()
+    if device_type == "cpu":
+        name, sources, compiler = "operators", OPERATORS, _compiler()
+        flags: tuple[str, ...] = (*FLAGS, STABLE_ABI)
+        links: tuple[str, ...] = ("-ltorch_cpu",)
+    else:
+        numbers = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        targets = (f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(numbers))
+        name, sources, compiler = "operators-cuda", CUDA_OPERATORS, _nvcc()
+        flags = (*NVCC_FLAGS, STABLE_ABI, *targets)
+        links = ("-ltorch_cpu", "-ltorch_cuda")
+    _loaded(_library(name, sources, compiler, flags, links), torch.ops.load_library)
 
 
 @functools.cache
@@ -71,12 +82,59 @@ def cache_folder() -> Path:
     return Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache"), "videor1")
 
 
-def _source(name: str) -> Path:
+def _check_wanted() -> None:
+    if os.environ.get("VIDEOR1_NATIVE", "1").lower() in ("0", "false", "off", "no", "n"):
+        raise Unavailable(f"VIDEOR1_NATIVE={os.environ['VIDEOR1_NATIVE']} turns it off")
+    if sys.platform != "linux":
+        raise Unavailable(f"it is compiled on Linux only, and this is {sys.platform}")
+
+
+def _library(
+    name: str, sources: Sequence[str], compiler: Sequence[str], flags: Sequence[str], torch_links: Sequence[str] = ()
+) -> Path:
+    """Compiled if it is not in the cache; with ``torch_links``, against torch's headers and these of its libraries.
+
+    Its file is named after the sources, the compiler's version, the flags and the machine, so a change of any makes
+    another one. It ends with the SHA-256 of what precedes it: a damaged file is compiled anew, never loaded.
+    """
+    folder = cache_folder()
+    try:
+        csrc = _csrc(sources[0])
+        files = [csrc / source for source in sources]
+        headers = sorted(csrc.rglob("*.h")) if torch_links else []
+        version = _run([*compiler, "--version"])
+        texts = (file.read_text(encoding="utf-8") for file in (*files, *headers))
+        key = "\0".join([*texts, version, *flags, platform.machine()])
+        path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+        if not _is_whole(path):
+            paths = _torch_paths() if torch_links else []
+            includes = [f"-I{csrc}", f"-I{csrc / 'include'}"] if torch_links else []
+            _build(path, [*compiler, *flags, *includes, *paths, *map(str, files), *torch_links], files)
+        return path
+    except OSError as error:
+        raise Unavailable(f"no library can be kept in {folder} ({error}); XDG_CACHE_HOME moves the folder") from error
+
+
+def _torch_paths() -> list[str]:
+    import torch
+
+    folder = Path(torch.__file__).parent
+    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}"]
+
+
+def _loaded(path: Path, load: Callable[[str], T]) -> T:
+    try:
+        return load(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded ({error})") from error
+
+
+def _csrc(source: str) -> Path:
     package = Path(__file__).parent
     for folder in (package / "csrc", package.parent / "csrc"):  # of an installed package, of a checkout
-        if (folder / f"{name}.cpp").is_file():
-            return folder / f"{name}.cpp"
-    raise Unavailable(f"csrc/{name}.cpp is neither in {package} nor beside it")
+        if (folder / source).is_file():
+            return folder
+    raise Unavailable(f"csrc/{source} is neither in {package} nor beside it")
 
 
 def _compiler() -> list[str]:
@@ -90,6 +148,14 @@ def _compiler() -> list[str]:
     raise Unavailable(f"CXX={os.environ['CXX']} is not found" if named else "no C++ compiler (c++, g++, clang++, CXX)")
 
 
+def _nvcc() -> list[str]:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for path in (None, os.path.join(home, "bin")):
+        if nvcc := shutil.which("nvcc", path=path):
+            return [nvcc]
+    raise Unavailable(f"no CUDA compiler (nvcc, in PATH or in {home}/bin; CUDA_HOME moves the latter)")
+
+
 def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
@@ -100,15 +166,32 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
-def _build(source: Path, compiler: list[str], path: Path) -> None:
-    log.warning("videor1_kernels: compiling %s into %s (once)", source.name, path)
+def _build(path: Path, command: Sequence[str], sources: Sequence[Path]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes may be at it too: the last one wins
-        made = Path(folder, path.name)
-        _run([*compiler, *FLAGS, str(source), "-o", str(made)])
-        with made.open("rb+") as file:
-            file.write(hashlib.sha256(file.read()).digest())
-        os.replace(made, path)
+    with _one_at_a_time(path.parent):
+        if path.exists() and _is_whole(path):  # another process has made it meanwhile
+            return
+        log.warning("videor1_kernels: compiling %s into %s (once)", ", ".join(file.name for file in sources), path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            _run([*command, "-o", str(made)])
+            with made.open("rb+") as file:
+                file.write(hashlib.sha256(file.read()).digest())
+            os.replace(made, path)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Decode workers start together: one compiles, the others wait. Where a folder cannot be locked, each compiles."""
+    import fcntl  # there is none on Windows, where nothing is compiled
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _run(command: list[str]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from videor1_kernels.checks import check_tensor, fail
 from videor1_kernels.dispatch import register, resolve
+from videor1_kernels.frames_to_patches import native
 from videor1_kernels.frames_to_patches.reference import (
     FACTOR,
     PATCH,
@@ -23,23 +25,49 @@ __all__ = ["FACTOR", "PATCH", "PATCH_COLUMNS", "YuvFrames", "frames_to_patches",
 OP = "frames_to_patches"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
+register(OP, "native", native.frames_to_patches, unavailable=native.unavailable)
 register(OP, "reference", frames_to_patches_reference)
 
 
+@overload
 def frames_to_patches(
     frames: Tensor | YuvFrames,
     *,
     size: tuple[int, int],
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    rotation: int = 0,
+    both: Literal[False] = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def frames_to_patches(
+    frames: Tensor | YuvFrames,
+    *,
+    size: tuple[int, int],
+    permutation: Sequence[int] | Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    rotation: int = 0,
+    both: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def frames_to_patches(
+    frames: Tensor | YuvFrames,
+    *,
+    size: tuple[int, int],
+    permutation: Sequence[int] | Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    rotation: int = 0,
+    both: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Resize frames, normalise them and cut them into Qwen2.5-VL's patches.
 
-    Per frame: bicubic resize (a = -0.5, widened by the scale where it shrinks: antialiased) to ``size``, clamp to
-    0..255, round half to even; then ``(x - 255 mean) / (255 std)`` in fp32 with CLIP's mean and std per channel. A
-    frame that already has ``size`` is not resized: its levels come through unchanged. Two frames make a temporal
-    patch, after the permutation; an odd number of frames repeats the last one (of the permuted order).
+    Per frame: RGB of planes, clamped to 0..255 and not rounded (``YuvFrames``); bicubic resize (a = -0.5, widened by
+    the scale where it shrinks: antialiased) to ``size``, clamp to 0..255, round half to even; then
+    ``(x - 255 mean) / (255 std)`` in fp32 with CLIP's mean and std per channel. An RGB frame that already has ``size``
+    is not resized: its levels come through unchanged. Two frames make a temporal patch, after the permutation; an odd
+    number of frames repeats the last one (of the permuted order).
 
     With T = ceil(F / 2), h = size[0] / 14, w = size[1] / 14, frame 2t + tp, channel c and pixel
     (28 hb + 14 hm + py, 28 wb + 14 wm + px) go to::
@@ -48,15 +76,19 @@ def frames_to_patches(
         column = ((c * 2 + tp) * 14 + py) * 14 + px
 
     Args:
-        frames: uint8 RGB [F, height, width, 3], or ``YuvFrames``.
-        size: (height, width) of the output in pixels, each a positive multiple of 28.
+        frames: uint8 RGB [F, height, width, 3], or ``YuvFrames``, of any strides.
+        size: (height, width) of the output in pixels, upright, each a positive multiple of 28.
         permutation: a permutation of 0..F-1; output frame i is input frame ``permutation[i]``. None: in order.
         dtype: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation; float64 computes
             every stage in fp64 (the oracle of tests).
-        backend: "auto" or "reference".
+        rotation: degrees anticlockwise that bring the frames upright, a multiple of 90; the output is upright.
+        both: return the patches in order and those of the permuted frames, made in the same pass.
+        backend: "auto"; "native": one pass in fp32, in C++ on a CPU and CUDA on a card (csrc/, compiled at its first
+            use); "reference": in torch. Between them a level may differ by 1 where a sum is within fp32's error of a
+            half.
 
     Returns:
-        patches [T * h * w, 1176] on the frames' device.
+        patches [T * h * w, 1176] on the frames' device; with ``both``, (in order, permuted).
 
     Raises:
         ValueError, TypeError: for frames, a size, a permutation, a dtype or a backend outside of the above.
@@ -70,9 +102,14 @@ def frames_to_patches(
     if len(size) != 2 or any(int(side) != side or side <= 0 or side % FACTOR for side in size):
         raise fail(OP, "size", f"(height, width), positive multiples of {FACTOR}", tuple(size))
     order = _checked_permutation(permutation, len(frames))
+    if rotation % 90:
+        raise fail(OP, "rotation", "a multiple of 90 degrees", rotation)
+    if both and order is None:
+        raise fail(OP, "permutation", f"an order of the {len(frames)} frames, with both=True", None)
     device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
-    call = resolve(OP, backend, device)
-    return call(frames, size=(int(size[0]), int(size[1])), permutation=order, dtype=dtype)
+    call = resolve(OP, backend, device, dtype)
+    out_size = int(size[0]), int(size[1])
+    return call(frames, size=out_size, permutation=order, dtype=dtype, rotation=int(rotation % 360), both=both)
 
 
 def _check_frames(frames: Tensor | YuvFrames) -> None:

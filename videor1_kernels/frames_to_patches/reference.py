@@ -91,16 +91,24 @@ def frames_to_patches_reference(
     size: tuple[int, int],
     permutation: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    rotation: int = 0,
+    both: bool = False,
     compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``frames_to_patches`` on checked arguments.
 
     compute_dtype: of the resize and the normalisation; default fp64 where ``dtype`` is, else fp32.
     """
     compute_dtype = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-    levels = torch.cat([_resized(group, size) for group in _float_groups(frames, size, compute_dtype)])  # [F, 3, H, W]
-    if permutation is not None:
-        levels = levels[torch.as_tensor(permutation, device=levels.device)]
+    stored = size if rotation % 180 == 0 else size[::-1]  # turned once it is small; the filter is symmetric
+    levels = torch.cat([_resized(group, stored) for group in _float_groups(frames, stored, compute_dtype)])
+    levels = torch.rot90(levels, rotation // 90, (2, 3))  # [F, 3, H, W]
+    permuted = levels if permutation is None else levels[torch.as_tensor(permutation, device=levels.device)]
+    made = tuple(_patches(x, dtype) for x in ((levels, permuted) if both else (permuted,)))
+    return made if len(made) == 2 else made[0]
+
+
+def _patches(levels: Tensor, dtype: torch.dtype) -> Tensor:
     if len(levels) % 2:
         levels = torch.cat([levels, levels[-1:]])
     patches = _cut(levels)

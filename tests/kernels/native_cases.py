@@ -1,0 +1,85 @@
+"""Frames of every kind for the compiled frames_to_patches, and the CUDA half run on a CPU."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from videor1_kernels import extension
+from videor1_kernels.frames_to_patches import YuvFrames, native
+
+CSRC = Path(__file__).parents[2] / "csrc"
+KINDS = ("rgb", "yuv420p", "nv12", "p010")
+
+
+def made_frames(kind, frames, height, width, *, matrix="601", range_="limited", seed=0, padding=0):
+    """Random frames; ``padding`` samples, which nothing may read, end each row and each plane."""
+    random = torch.Generator().manual_seed(seed)
+    top, dtype = (1024, torch.uint16) if kind == "p010" else (256, torch.uint8)
+
+    def plane(h, w, *rest):
+        whole = torch.randint(0, top, (frames, h + padding, w + padding, *rest), generator=random, dtype=torch.int32)
+        return (whole << 6 if kind == "p010" else whole).to(dtype)[:, :h, :w]
+
+    if kind == "rgb":
+        return plane(height, width, 3)
+    h, w = math.ceil(height / 2), math.ceil(width / 2)
+    chroma = (plane(h, w), plane(h, w)) if kind == "yuv420p" else (plane(h, w, 2),)
+    return YuvFrames((plane(height, width), *chroma), matrix=matrix, range=range_)
+
+
+def emulated(folder):
+    """native.frames_to_patches with the CUDA kernels of csrc/ in place of the C++ ones, run by ``cuda_on_cpu``."""
+    (folder / "bindings.cpp").write_text(
+        (CSRC / "bindings.cpp").read_text().replace("videor1_csrc", "videor1_emulated")
+    )
+    kernels = (CSRC / "frames_to_patches.cu").read_text()
+    launch = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*)\);")
+    kernels, count = launch.subn(r"emulation::launch([&] { \1(\3); }, \2);", kernels)
+    assert count == kernels.count("emulation::launch") == 2, "a launch was not found"
+    kernels, count = re.subn(r"extern __shared__ float4 memory\[\];", "float4* const memory = "
+                             "reinterpret_cast<float4*>(emulation::shared_memory);", kernels)  # fmt: skip
+    assert count == 1
+    kernels += """
+void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
+  if (frames_to_patches_cuda(job, nullptr)) std::abort();
+}
+"""
+    (folder / "kernels.cpp").write_text(kernels)
+    torch_folder = Path(torch.__file__).parent
+    library = folder / "emulated.so"
+    command = [
+        *extension._compiler(), "-O1", "-std=c++17", "-fPIC", "-shared", "-w", extension.STABLE_ABI,
+        f"-I{Path(__file__).parent / 'cuda_on_cpu'}", f"-I{CSRC}", f"-I{CSRC / 'include'}",
+        f"-I{torch_folder / 'include'}",
+        str(folder / "bindings.cpp"), str(folder / "kernels.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
+        "-o", str(library),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    torch.ops.load_library(str(library))
+    return torch.ops.videor1_emulated
+
+
+def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotation=0, both=False, align=1):
+    """(ordered, permuted) straight from the operator, into outputs full of something else."""
+    planes = list(frames.planes) if isinstance(frames, YuvFrames) else [frames]
+    matrix = native.MATRICES[frames.matrix] if isinstance(frames, YuvFrames) else 0
+    full = isinstance(frames, YuvFrames) and frames.range == "full"
+    count, height, width = planes[0].shape[:3]
+    out_height, out_width = size if rotation % 180 == 0 else size[::-1]
+    shape = (math.ceil(count / 2) * size[0] * size[1] // 196, 1176)
+    poison = 7 if dtype == torch.uint8 else float("nan")
+    ordered, permuted = (torch.full(shape, poison, dtype=dtype) if wanted else None
+                         for wanted in (permutation is None or both, permutation is not None))  # fmt: skip
+    tables = [operators.resample_table(torch.empty(0), *sizes, align)
+              for sizes in ((height, out_height), (width, out_width))]  # fmt: skip
+    slots = None if permutation is None else native._slots(permutation, torch.device("cpu"))
+    levels = native._levels(dtype, torch.device("cpu"))
+    operators.frames_to_patches(
+        planes, matrix, full, *tables[0], *tables[1], rotation // 90, levels, slots, ordered, permuted
+    )
+    return ordered, permuted

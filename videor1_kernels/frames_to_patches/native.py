@@ -1,0 +1,102 @@
+"""frames_to_patches from csrc/: one pass from planes to patches, in C++ on a CPU and in CUDA on a card."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import extension
+from videor1_kernels.frames_to_patches.reference import PATCH, PATCH_COLUMNS, YuvFrames, normalize_patches
+
+MATRICES = {"601": 0, "709": 1, "2020": 2}  # csrc/include/videor1/color.h
+
+_lock = threading.Lock()
+
+
+def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why it cannot run there; None: it can. Compiles the library at the first question that hangs on it."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on CPUs and CUDA devices, not on {device.type}"
+    if dtype == torch.float64:
+        return "it computes in fp32, and fp64 was asked for"
+    with _lock:
+        return _failure("cpu") or (_failure("cuda") if device.type == "cuda" else None)
+
+
+@functools.cache
+def _failure(device_type: str) -> str | None:
+    try:
+        extension.load_operators(device_type)  # "cpu" has the schemas too
+    except extension.Unavailable as reason:
+        where = "CPU" if device_type == "cpu" else "card"
+        extension.log.warning(
+            "videor1_kernels: frames become patches in plain torch on the %s, slower: %s", where, reason
+        )
+        return str(reason)
+    return None
+
+
+def frames_to_patches(
+    frames: Tensor | YuvFrames,
+    *,
+    size: tuple[int, int],
+    permutation: Sequence[int] | None,
+    dtype: torch.dtype,
+    rotation: int,
+    both: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``frames_to_patches`` on checked arguments; planes are read where they are, whatever their row strides."""
+    if isinstance(frames, YuvFrames):
+        planes, matrix, full_range = list(frames.planes), MATRICES[frames.matrix], frames.range == "full"
+    else:
+        planes, matrix, full_range = [frames], 0, False
+    planes = [_dense_rows(plane) for plane in planes]
+    device = planes[0].device
+    count, height, width = planes[0].shape[:3]
+    out_height, out_width = size if rotation % 180 == 0 else size[::-1]  # as stored: turned on the way out
+    shape = (-(-count // 2) * (size[0] // PATCH) * (size[1] // PATCH), PATCH_COLUMNS)
+    ordered = torch.empty(shape, dtype=dtype, device=device) if permutation is None or both else None
+    permuted = torch.empty(shape, dtype=dtype, device=device) if permutation is not None else None
+    torch.ops.videor1_csrc.frames_to_patches(
+        planes, matrix, full_range, *_table(height, out_height, device), *_table(width, out_width, device),
+        rotation // 90, _levels(dtype, device), None if permutation is None else _slots(permutation, device),
+        ordered, permuted,
+    )  # fmt: skip
+    if ordered is not None and permuted is not None:
+        return ordered, permuted
+    made = permuted if ordered is None else ordered
+    assert made is not None
+    return made
+
+
+def _dense_rows(plane: Tensor) -> Tensor:
+    """Samples of a row next to each other: all that the kernels ask of strides."""
+    dense = plane.stride(-1) == 1 and (plane.dim() == 3 or plane.stride(2) == plane.shape[3])
+    return plane if dense else plane.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """The resize's first taps and weights; on a card, windows begin at multiples of 4 samples."""
+    align = 1 if device.type == "cpu" else 4
+    first, weights, taps = torch.ops.videor1_csrc.resample_table(torch.empty(0), size_in, size_out, align)
+    return first.to(device), weights.to(device), taps
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[3, 256]: what is stored for each channel and level; those of ``normalize_patches``, to the bit."""
+    levels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, PATCH_COLUMNS)
+    stored = levels if dtype == torch.uint8 else normalize_patches(levels.contiguous(), dtype)
+    return stored[:, :: PATCH_COLUMNS // 3].T.contiguous().to(device)
+
+
+def _slots(permutation: Sequence[int], device: torch.device) -> Tensor:
+    """Where each frame goes: the inverse permutation."""
+    slots = torch.empty(len(permutation), dtype=torch.int32)
+    slots[torch.tensor(permutation)] = torch.arange(len(permutation), dtype=torch.int32)
+    return slots.to(device)
