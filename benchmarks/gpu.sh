@@ -4,6 +4,8 @@
 #   benchmarks/gpu.sh step      whole steps of the 3B's and the 7B's shapes, ours beside repeated rows
 #   benchmarks/gpu.sh rollout   answers of the 7B's and the 3B's shapes, our engine beside transformers' generate, to 1 and
 #                               to 16 prompts; generate takes minutes for these, and the 3B's are left out if time is up
+#   benchmarks/gpu.sh video     frames to patches beside the chain in torch; decoding by NVDEC and by the CPU, 360p to 1080p
+#                               (needs PyAV: pip install av)
 #   benchmarks/gpu.sh tune      sweeps the tile sizes instead: no tests, no other libraries
 # The JSON file goes to $OUT (default benchmarks/results). BENCH_COMMIT names the commit where there is no repository,
 # TESTS the tests to run (default: those of the Triton backend and of the operators). SECONDS_FOR_TESTS bounds these;
@@ -11,7 +13,7 @@
 # measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels, step, rollout or tune"}
+part=${1:?"which part: kernels, step, rollout, video or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
@@ -27,11 +29,16 @@ if [ "$part" = tune ]; then
     exec "$python" -m benchmarks.tune --out "$out"
 fi
 tests="not run"
-if [ "$part" = kernels ] && "$python" -c "import pytest" 2>/dev/null; then
+case "$part" in
+kernels) files=${TESTS:-tests/kernels/test_triton_*.py tests/kernels/test_ops.py} ;;
+video) files=${TESTS:-tests/kernels/test_native_frames.py} ;;
+*) files= ;;
+esac
+if [ -n "$files" ] && "$python" -c "import pytest" 2>/dev/null; then
     tests=passed
     # confcutdir: the trainer's fixtures need packages that the kernels do not
     timeout "${SECONDS_FOR_TESTS:-240}" "$python" -m pytest -x -q --durations=5 --confcutdir=tests/kernels \
-        ${TESTS:-tests/kernels/test_triton_*.py tests/kernels/test_ops.py} >"$out/tests.log" 2>&1 || tests=failed
+        $files >"$out/tests.log" 2>&1 || tests=failed
     tail -n 15 "$out/tests.log"
 fi
 "$python" -m benchmarks.run "$part" --device cuda --record "$out" --tests "$tests" \

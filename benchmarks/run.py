@@ -23,7 +23,7 @@ PARTS = {
         "linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage",
         "prefix_attention", "prefix_decode_attention",
     ),
-    "video": ("frames_to_patches",),
+    "video": ("frames_to_patches", "decode"),
     "step": ("step",),
     "rollout": ("rollout",),
 }

@@ -64,22 +64,32 @@ void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
     return torch.ops.videor1_emulated
 
 
-def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotation=0, both=False, align=1):
-    """(ordered, permuted) straight from the operator, into outputs full of something else."""
-    planes = list(frames.planes) if isinstance(frames, YuvFrames) else [frames]
+def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotation=0, both=False, align=1, device="cpu"):
+    """(ordered, permuted) straight from the operator, into outputs full of something else; on the CPU in the end."""
+    device = torch.device(device)
+    planes = [_moved(p, device) for p in (frames.planes if isinstance(frames, YuvFrames) else (frames,))]
     matrix = native.MATRICES[frames.matrix] if isinstance(frames, YuvFrames) else 0
     full = isinstance(frames, YuvFrames) and frames.range == "full"
     count, height, width = planes[0].shape[:3]
     out_height, out_width = size if rotation % 180 == 0 else size[::-1]
     shape = (math.ceil(count / 2) * size[0] * size[1] // 196, 1176)
     poison = 7 if dtype == torch.uint8 else float("nan")
-    ordered, permuted = (torch.full(shape, poison, dtype=dtype) if wanted else None
+    ordered, permuted = (torch.full(shape, poison, dtype=dtype, device=device) if wanted else None
                          for wanted in (permutation is None or both, permutation is not None))  # fmt: skip
     tables = [operators.resample_table(torch.empty(0), *sizes, align)
               for sizes in ((height, out_height), (width, out_width))]  # fmt: skip
-    slots = None if permutation is None else native._slots(permutation, torch.device("cpu"))
-    levels = native._levels(dtype, torch.device("cpu"))
+    tables = [(first.to(device), weights.to(device), taps) for first, weights, taps in tables]
+    slots = None if permutation is None else native._slots(permutation, device)
+    levels = native._levels(dtype, device)
     operators.frames_to_patches(
         planes, matrix, full, *tables[0], *tables[1], rotation // 90, levels, slots, ordered, permuted
     )
-    return ordered, permuted
+    return tuple(None if made is None else made.cpu() for made in (ordered, permuted))
+
+
+def _moved(plane, device):
+    """On the device, with the strides it has."""
+    if device.type == "cpu":
+        return plane
+    whole = torch.as_strided(plane, (plane.untyped_storage().nbytes() // plane.element_size(),), (1,), 0)
+    return torch.as_strided(whole.to(device), plane.shape, plane.stride(), plane.storage_offset())

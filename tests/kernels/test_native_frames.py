@@ -44,7 +44,13 @@ def cpu():
     return functools.partial(run, torch.ops.videor1_csrc)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(scope="module")
+def card(cpu):
+    assert native.unavailable(torch.device("cuda"), None) is None
+    return functools.partial(run, torch.ops.videor1_csrc, align=4, device="cuda")
+
+
+@pytest.fixture(params=["cpu", "cuda", *(["card"] if torch.cuda.is_available() else [])])
 def kernel(request):
     return request.getfixturevalue(request.param)
 
