@@ -144,5 +144,5 @@ def _expected(outputs: Mapping[str, Tensor]) -> list[Expected]:
     return [Expected("frames", "frames", outputs["frames"].double(), bound=0.5)]
 
 
-def test_decode(run_pair):
-    run_pair()
+def test_decode(run_case):
+    run_case()
