@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +31,30 @@ def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
     )
 
 
+def coded_frames(count: int, height: int = 48, width: int = 80) -> np.ndarray:
+    """uint8 [count, height, width, 3]: frame i shows i in binary, as 2 x 5 black (0) and white (1) blocks."""
+    assert count <= 1 << 10
+    rows, columns = np.arange(height) * 2 // height, np.arange(width) * 5 // width
+    block = rows[:, None] * 5 + columns  # which bit a pixel shows, the lowest at the top left
+    bits = np.arange(count)[:, None, None] >> block & 1
+    return np.repeat((bits * 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def coded_numbers(frames) -> list[int]:
+    """Which of ``coded_frames`` these are (RGB or luma, upright), however strongly they were compressed."""
+    pixels = np.asarray(frames, np.float64)
+    pixels = pixels.mean(-1) if pixels.ndim == 4 else pixels
+    count, height, width = pixels.shape
+    numbers = np.zeros(count, int)
+    for bit in range(10):
+        top, left = (bit // 5) * height / 2, (bit % 5) * width / 5
+        centre = pixels[
+            :, int(top + height / 6) : int(top + height / 3), int(left + width / 15) : int(left + width / 7)
+        ]
+        numbers |= (centre.mean((1, 2)) > 128).astype(int) << bit
+    return numbers.tolist()
+
+
 def frame_numbers(frames) -> list[int]:
     """Which of ``numbered_frames`` these are."""
     return [round(float(frame.double().mean()) / LEVELS_PER_FRAME) for frame in frames]
@@ -47,20 +73,43 @@ def write_video(
     mux_options: dict[str, str] | None = None,
     container: str | None = None,
 ) -> Path:
-    """Encode frames [F, H, W, 3]; ``pts_ms`` gives each its own time in milliseconds."""
+    """Encode frames [F, H, W, 3]; ``pts_ms`` gives each its own time in milliseconds; ``rotation``
+    (degrees anticlockwise, MP4 only) is written into the header."""
     with av.open(str(path), "w", format=container, options=mux_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         if pts_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             if pts_ms is not None:
                 frame.pts, frame.time_base = pts_ms[i], Fraction(1, 1000)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
+    if rotation is not None:
+        cosine, sine = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
+        set_matrix(path, (cosine, -sine, sine, cosine))
+    return path
+
+
+def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """Write a matrix into an MP4's track header, in the standard's terms: (x', y') = (ax + cy, bx + dy)."""
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def shift_edit_list(path: Path, seconds: float) -> Path:
+    """Let an MP4's edit list cut away its beginning."""
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"elst") + 12
+    duration, media_time = struct.unpack_from(">Ii", data, entry)
+    with av.open(str(path)) as container:
+        ticks = round(container.streams.video[0].time_base.denominator * seconds)
+    struct.pack_into(">Ii", data, entry, duration - round(1000 * seconds), media_time + ticks)
+    path.write_bytes(data)
     return path
 
 

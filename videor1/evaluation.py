@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from videor1.cache import disk_cache
 from videor1.config import EvalOptions
 from videor1.data import Dataset
 from videor1.model import VideoLM
@@ -88,6 +89,7 @@ class Evaluator:
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=media_key,
+            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
         )
 
     def __enter__(self) -> Evaluator:

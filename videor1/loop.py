@@ -35,6 +35,14 @@ from videor1.seeding import derive_seed
 from videor1.source import Source
 from videor1.types import SampleError
 
+# Counts of ``PrefetchStats`` that are metrics (data/...), and what the last line of a run calls them.
+_SURVIVED = {
+    "changed_files": "changed files",
+    "worker_deaths": "workers dead or killed",
+    "cache_errors": "disk cache errors",
+    "cache_damaged": "damaged files of the disk cache",
+}
+
 C = TypeVar("C", bound=EvalOptions)
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -60,6 +68,7 @@ class Loop(ABC, Generic[C]):
     _batch_start: int
     _evaluated_at: int
     _evaluator: Evaluator | None
+    _lap: tuple[float, float]  # when the last row was made, and the seconds waited for data until then
 
     def __init__(self, config: C) -> None:
         if config.eval_steps and not config.data.eval_path:
@@ -107,6 +116,7 @@ class Loop(ABC, Generic[C]):
         """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
         with self._disk_errors(), self._open():
             while self.step < self.total_steps and not self._stop and not self.finished():
+                self._lap = time.perf_counter(), self.source.waited_seconds
                 self.train_batch()
                 if self._due(self.config.eval_steps):
                     self._evaluate()
@@ -149,8 +159,8 @@ class Loop(ABC, Generic[C]):
         row |= metrics() if finite else {}
         self.counters["num_tokens"] += row.pop("num_tokens", 0)
         row["epoch"] = self.source.position / len(self.dataset)
-        row |= {"data/draws": self.source.position, **self._skipped(), **self.counters}
-        row["time/update"] = time.perf_counter() - started
+        row |= {"data/draws": self.source.position, **self._skipped(), **self._survived(), **self.counters}
+        row |= {"time/update": time.perf_counter() - started, **self._data_times()}
         self._count_nonfinite(finite and finite_norm, row)
         self._report(row)
 
@@ -197,6 +207,33 @@ class Loop(ABC, Generic[C]):
     def _skipped(self) -> dict[str, int]:
         bad = self.source.skipped + self._skipped_before
         return {"data/skipped": sum(bad.values())} | {f"data/skipped/{kind}": n for kind, n in sorted(bad.items())}
+
+    def _survived(self) -> dict[str, int]:
+        """What data loading came through, over the whole run."""
+        stats = self.source.stats
+        now = Counter({name: getattr(stats, name) for name in _SURVIVED})
+        return {f"data/{name}": now[name] + self._survived_before[name] for name in _SURVIVED}
+
+    def _data_times(self) -> dict[str, float]:
+        """The share of the time since the last row that was spent waiting for data; decodes and hits since the start.
+
+        Here and not in data/*: a resumed run begins with empty memory.
+        """
+        stats, (then, waited) = self.source.stats, self._lap
+        self._lap = time.perf_counter(), stats.waited_seconds
+        share = (self._lap[1] - waited) / max(self._lap[0] - then, 1e-9)
+        hits = {"time/data_memory_hits": stats.cache_hits, "time/data_disk_hits": stats.disk_hits}
+        decoded = {f"time/data_decoded/{backend}": count for backend, count in sorted(stats.backends.items())}
+        return {"time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
+
+    def _report_losses(self) -> None:
+        """One line at the end, however the run ends, of what was lost or survived; none where nothing was."""
+        skipped = self.source.skipped + self._skipped_before
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
+        parts = [f"skipped {sum(skipped.values())} ({kinds})"] if kinds else []
+        parts += [f"{_SURVIVED[name.removeprefix('data/')]} {n}" for name, n in self._survived().items() if n]
+        if parts:
+            self.progress.write(f"data, over the whole run: {', '.join(parts)}")
 
     def _on_skip(self, draw: int, error: SampleError) -> None:
         self._write_skip(self.step + 1, "train", error, draw)
@@ -248,6 +285,7 @@ class Loop(ABC, Generic[C]):
         return {
             "position": self.source.position,
             "skipped": dict(self.source.skipped + self._skipped_before),
+            "survived": {name.removeprefix("data/"): count for name, count in self._survived().items()},
             "counters": self.counters,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "pending_metrics": self._since_log,
@@ -289,6 +327,7 @@ class Loop(ABC, Generic[C]):
             self.counters |= state["counters"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         self._skipped_before: Counter[str] = Counter(state.get("skipped", self.dataset.error_counts()))
+        self._survived_before: Counter[str] = Counter(state.get("survived", {}))
         self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
         self._saved_at = self._batch_start = self.step
         self._evaluated_at = state.get("evaluated_at", -1)
@@ -326,7 +365,10 @@ class Loop(ABC, Generic[C]):
                 evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip)
                 self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(state.get("position", 0))
+            self.source.on_report = self.progress.write
+            self._lap = time.perf_counter(), 0.0
             stack.callback(self.source.close)
+            stack.callback(self._report_losses)
             stack.enter_context(self._signals())
             yield
 

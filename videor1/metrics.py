@@ -1,7 +1,8 @@
 """What a run writes down and shows: metrics.jsonl, rollouts.jsonl, trackers, the progress bar, a summary table.
 
 Metric names are TRL's (``loss``, ``reward``, ``completions/mean_length``, ...) plus ``temporal/*`` and ``time/*``.
-Everything measured with a clock is named ``time/...``: the rest of a resumed run equals an uninterrupted run's.
+Everything measured with a clock, or decided by what a cache holds, is named ``time/...``: the rest of a resumed run
+equals an uninterrupted run's.
 """
 
 from __future__ import annotations

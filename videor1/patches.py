@@ -20,14 +20,15 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
     """Resize a clip's frames to ``clip.size`` and cut them into 8-bit patches.
 
     Args:
-        clip: decoded frames; an odd number of frames repeats the last (an image becomes one temporal patch).
+        clip: decoded frames, RGB or planes, turned upright on the way; an odd number of frames repeats the last (an
+            image becomes one temporal patch).
         kind: "video" or "image"; a video must have ``clip.fps`` above 0.
         seconds: time the decode took; the resize's is added.
     """
     started = time.perf_counter()
     if kind == "video" and not clip.fps > 0:
         raise ValueError(f"media_from_clip: a video needs the sampled frames per second, got clip.fps={clip.fps}")
-    patches = frames_to_patches(clip.frames, size=clip.size, dtype=torch.uint8)
+    patches = frames_to_patches(clip.frames, size=clip.size, rotation=clip.rotation, dtype=torch.uint8)
     grid = (-(-len(clip.frames) // 2), clip.size[0] // PATCH, clip.size[1] // PATCH)
     return Media(
         kind=kind,
@@ -35,6 +36,7 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
         grid_thw=grid,
         second_per_grid=2 / clip.fps if kind == "video" else 0.0,
         seconds=seconds + time.perf_counter() - started,
+        backend=clip.backend,
     )
 
 

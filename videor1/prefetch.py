@@ -1,28 +1,32 @@
 """Decode ahead of the step: results in input order from worker processes, bounded memory, nothing decoded twice.
 
 A sample that hangs, crashes its worker or cannot be read comes out as a ``SampleError`` in its place; the others go on.
+A file that changes is decoded anew. Its key is taken before and after the decode, by the process that decodes: only
+where both are equal is the result that of one version, and kept under it.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
-
+from videor1.cache import ABSENT, DiskCache, Key, MemoryCache, Trouble, file_key
 from videor1.config import VideoConfig
 from videor1.patches import media_from_clip
 from videor1.types import Media, Sample, SampleError
 from videor1.video import read_frames, read_image
 from videor1.workers import Reply, Task, WorkerPool, call
+from videor1_kernels.dispatch import chosen_backend
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_ABSENT: Any = object()
+_PAUSE_SECONDS = 60.0  # without a write to the disk cache, after one failed
 
 
 def load_media(sample: Sample, video: VideoConfig) -> Media | None:
@@ -45,13 +49,16 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
             max_pixels=video.max_pixels,
             min_pixels=video.min_pixels,
             backend=video.backend,
+            device=video.device,
+            planes=True,
         )
-    return media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started)
+    media = media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started)
+    return replace(media, patches=media.patches.cpu())  # caches and other processes hold it
 
 
-def media_key(sample: Sample) -> Hashable | None:
-    """What ``load_media``'s result depends on within one run; None for text, which needs no decoding."""
-    return None if sample.data_type == "text" else (sample.data_type, str(sample.path))
+def media_key(sample: Sample) -> Key | None:
+    """The kind, the file and its version as it is now; None for text, which needs no decoding."""
+    return None if sample.data_type == "text" else file_key(sample.data_type, sample.path or "")
 
 
 @dataclass
@@ -59,11 +66,64 @@ class PrefetchStats:
     """Counts since the prefetcher was made."""
 
     waited_seconds: float = 0.0  # the consumer's, for results that were not ready
-    load_seconds: float = 0.0  # spent in load(), summed over the workers
-    loaded: int = 0  # calls of load() that gave a result
-    cache_hits: int = 0  # results handed out again
+    load_seconds: float = 0.0  # spent in load() and in the disk cache, summed over the workers
+    loaded: int = 0  # calls of load() that gave a result, cheap items (key None) left out
+    cache_hits: int = 0  # results handed out again from memory
+    disk_hits: int = 0  # results read from the disk cache
+    backends: Counter[str] = field(default_factory=Counter)  # of ``loaded``: the decoders that ran
     errors: Counter[str] = field(default_factory=Counter)  # failed calls by SampleError.kind
     restarts: int = 0  # of all workers, after the pool itself broke
+    changed_files: int = 0  # a cached result was of an older version, or the file changed under the decoder
+    cache_errors: int = 0  # the disk cache could not be read or written
+    cache_damaged: int = 0  # files of the disk cache that were not whole
+
+    @property
+    def worker_deaths(self) -> int:
+        """Workers that died or were killed at work, and restarts of all of them."""
+        return self.errors["worker_died"] + self.errors["timeout"] + self.restarts
+
+
+@dataclass
+class _Loaded:
+    """What a worker hands back for an item that has a key."""
+
+    value: Any
+    key: Key  # of the version that the value was made from
+    from_disk: bool = False
+    changed: bool = False
+    troubles: list[Trouble] = field(default_factory=list)
+
+
+def _load_version(
+    item: Any, load: Callable[[Any], Any], key: Callable[[Any], Key], disk: DiskCache | None, write: bool
+) -> _Loaded:
+    """``load(item)``, or what the disk cache has; runs in a worker.
+
+    A file that changed while it was decoded, well or not, is decoded once more; SampleError (changed) if it changes
+    again.
+    """
+    changed, troubles = False, []
+    for _ in range(2):
+        before = key(item)
+        if disk is not None and before.version is not None:
+            found = disk.read(before)
+            changed |= found.changed
+            troubles += [found.trouble] if found.trouble else []
+            if found.media is not None:
+                return _Loaded(found.media, before, True, changed, troubles)
+        try:
+            value = load(item)
+        except SampleError:
+            if key(item) == before:
+                raise
+        else:
+            if key(item) == before:
+                if disk is not None and write and before.version is not None:
+                    trouble = disk.write(before, value)
+                    troubles += [trouble] if trouble else []
+                return _Loaded(value, before, False, changed, troubles)
+        changed = True
+    raise SampleError("changed", "the file changed twice while it was decoded", getattr(item, "path", None))
 
 
 @dataclass
@@ -72,15 +132,16 @@ class _Shared:
 
     task: Task
     users: int = 0
-    outcome: Any = _ABSENT  # a result or a SampleError
+    outcome: Any = ABSENT  # a result or a SampleError
 
 
 @dataclass
 class _Job(Generic[T]):
     item: T
-    key: Hashable | None
+    key: Key | None
     shared: _Shared | None = None
-    outcome: Any = _ABSENT  # from the cache
+    outcome: Any = ABSENT  # from memory
+    changed: bool = False  # memory held another version
 
 
 class Prefetcher(Generic[T, R]):
@@ -93,8 +154,15 @@ class Prefetcher(Generic[T, R]):
         timeout: seconds one item may take in a worker before that worker is killed.
         cache_bytes: results kept for items that come again, the least recently used dropped first; 0 keeps none. A
             cached result is handed out again as the same object: treat it as read-only.
-        key: what an item's result depends on; items with equal keys are loaded once while cached or on their way.
-            None for an item that is cheap: it is loaded in this process when its turn comes.
+        key: what an item's result depends on, taken when it is drawn and again around its load(); picklable. Items
+            with equal keys are loaded once while cached or on their way. None for an item that is cheap: it is loaded
+            in this process when its turn comes.
+        disk: looked into by the workers before they load, and written by them: the step waits for neither, and the
+            bytes are theirs already. Results must be ``Media``.
+
+    Attributes:
+        on_report: told in words of what was survived: a changed file (once for each change), a damaged file of the
+            disk cache, its first error of each sort. Default: a log warning.
 
     Workers start in the background, so making a ``Prefetcher`` does not wait for them. They are fresh processes that
     import the main module: guard a script's entry with ``if __name__ == "__main__"``, and keep heavy imports out of
@@ -109,7 +177,8 @@ class Prefetcher(Generic[T, R]):
         depth: int,
         timeout: float,
         cache_bytes: int = 0,
-        key: Callable[[T], Hashable | None],
+        key: Callable[[T], Key | None],
+        disk: DiskCache | None = None,
     ) -> None:
         if workers < 0 or depth < 1 or not timeout > 0 or cache_bytes < 0:
             raise ValueError(
@@ -118,9 +187,13 @@ class Prefetcher(Generic[T, R]):
             )
         self._load, self._key, self._depth = load, key, depth
         self._stats = PrefetchStats()
-        self._cache = _Cache(cache_bytes)
+        self._memory, self._disk = MemoryCache(cache_bytes), disk
+        self._reported: set[Hashable] = set()
+        self._write_again = 0.0  # when the disk cache may be written to, by the monotonic clock
+        self.on_report: Callable[[str], None] = logging.getLogger(__name__).warning
         self._on_their_way: dict[Hashable, _Shared] = {}
         self._closed = False
+        chosen_backend("frames_to_patches")  # compiles it at its first use: here, and not in each worker
         self._pool = WorkerPool(workers, timeout) if workers else None
 
     @property
@@ -140,6 +213,8 @@ class Prefetcher(Generic[T, R]):
         """Stop the workers, killing what they do. A second call has no effect."""
         if self._pool is not None and not self._closed:
             self._pool.stop()
+        if self._disk is not None and not self._closed:
+            self._disk.clean()
         self._closed = True
         self._on_their_way.clear()
 
@@ -179,47 +254,93 @@ class Prefetcher(Generic[T, R]):
         job = _Job(item, self._key(item))
         if job.key is None:
             return job
-        job.outcome = self._cache.get(job.key)
-        if job.outcome is _ABSENT and self._pool is not None:
+        job.changed = self._is_outdated(job.key)
+        job.outcome = self._memory.get(job.key)
+        if job.outcome is ABSENT and self._pool is not None:
             job.shared = self._on_their_way.get(job.key)
             if job.shared is None:
-                job.shared = self._on_their_way[job.key] = _Shared(self._pool.submit(self._load, item))
+                job.shared = self._on_their_way[job.key] = _Shared(self._pool.submit(self._call(), item))
             job.shared.users += 1
         return job
 
+    def _is_outdated(self, key: Key) -> bool:
+        """Whether memory holds another version, which goes. A file that vanished is its load()'s error, no change."""
+        if not self._memory.holds_other(key):
+            return False
+        self._memory.drop(key.name)
+        return key.version is not None
+
+    def _call(self) -> Callable[[T], _Loaded]:
+        write = time.monotonic() >= self._write_again
+        return functools.partial(_load_version, load=self._load, key=self._key, disk=self._disk, write=write)  # type: ignore[arg-type]
+
     def _finish(self, job: _Job[T]) -> R | SampleError:
-        if job.outcome is _ABSENT and job.shared is not None:
+        if job.changed and job.key is not None:
+            self._note_change(job.key, job.item)
+        if job.outcome is ABSENT and job.shared is not None:
             job.outcome = job.shared.outcome
-        if job.outcome is _ABSENT and job.key is not None:
-            job.outcome = self._cache.get(job.key)  # loaded in this process since the job began
-        if job.outcome is not _ABSENT:
+        if job.outcome is ABSENT and job.key is not None:
+            job.outcome = self._memory.get(job.key)  # loaded in this process since the job began
+        if job.outcome is not ABSENT:
             self._stats.cache_hits += 1
             return job.outcome
         started = time.perf_counter()
         if job.shared is not None and self._pool is not None:
             reply = self._pool.result(job.shared.task)
         else:
-            reply = call(self._load, job.item)
+            reply = call(self._load if job.key is None else self._call(), job.item)
         self._stats.waited_seconds += time.perf_counter() - started
         return self._settle(job, reply)
 
     def _settle(self, job: _Job[T], reply: Reply) -> R | SampleError:
         """Count a reply, keep it for whoever else wants it, and unwrap it."""
         self._stats.load_seconds += reply.seconds
-        outcome = reply.value if reply.error is None else reply.error
         if reply.error is not None:
+            outcome: Any = reply.error
             self._stats.errors[reply.error.kind] += 1
+        elif job.key is None:
+            outcome = reply.value
         else:
-            self._stats.loaded += 1
-            if job.key is not None:
-                self._cache.put(job.key, outcome)
+            outcome = self._unwrap(reply.value, job.item)
         if job.shared is not None:
             job.shared.outcome = outcome
             self._forget(job)
         return outcome
 
+    def _unwrap(self, loaded: _Loaded, item: T) -> R:
+        if loaded.from_disk:
+            self._stats.disk_hits += 1
+        else:
+            self._stats.loaded += 1
+            self._stats.backends[getattr(loaded.value, "backend", "other")] += 1
+        if self._is_outdated(loaded.key) or loaded.changed:
+            self._note_change(loaded.key, item)
+        for trouble in loaded.troubles:
+            self._note_trouble(trouble)
+        self._memory.put(loaded.key, loaded.value)
+        return loaded.value
+
+    def _note_change(self, key: Key, item: T) -> None:
+        if key not in self._reported:  # memory and disk may both have held the old version
+            self._reported.add(key)
+            self._stats.changed_files += 1
+            self.on_report(f"changed while it was cached or decoded: {getattr(item, 'path', item)}; decoded anew")
+
+    def _note_trouble(self, trouble: Trouble) -> None:
+        if trouble.kind == "damaged":
+            self._stats.cache_damaged += 1
+            self.on_report(f"disk cache: {trouble.message}")
+            return
+        self._stats.cache_errors += 1
+        if trouble.kind == "write":
+            self._write_again = time.monotonic() + _PAUSE_SECONDS
+        sort = (trouble.kind, trouble.code)
+        if sort not in self._reported:
+            self._reported.add(sort)
+            self.on_report(f"disk cache: {trouble.kind} failed: {trouble.message}; training goes on without")
+
     def _abandon(self, job: _Job[T]) -> None:
-        if job.shared is None or job.shared.outcome is not _ABSENT:
+        if job.shared is None or job.shared.outcome is not ABSENT:
             return
         job.shared.users -= 1
         if job.shared.users == 0:
@@ -230,36 +351,3 @@ class Prefetcher(Generic[T, R]):
     def _forget(self, job: _Job[T]) -> None:
         if self._on_their_way.get(job.key) is job.shared:
             del self._on_their_way[job.key]
-
-
-class _Cache:
-    """Least recently used results within a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
-        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-
-    def get(self, key: Hashable) -> Any:
-        if key not in self._entries:
-            return _ABSENT
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
-
-    def put(self, key: Hashable, value: Any) -> None:
-        size = _tensor_bytes(value)
-        if size > self._limit or not self._limit or key in self._entries:
-            return
-        self._entries[key] = value, size
-        self._used += size
-        while self._used > self._limit:
-            self._used -= self._entries.popitem(last=False)[1][1]
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if is_dataclass(value) and not isinstance(value, type):
-        return sum(_tensor_bytes(getattr(value, f.name)) for f in fields(value))
-    if isinstance(value, list | tuple):
-        return sum(map(_tensor_bytes, value))
-    return 0

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from videor1.cache import Key, disk_cache
 from videor1.config import CommonConfig
 from videor1.data import Dataset, SampleStream
 from videor1.errors import DataError
-from videor1.prefetch import Prefetcher, load_media, media_key
+from videor1.prefetch import Prefetcher, PrefetchStats, load_media, media_key
 from videor1.types import Media, Sample, SampleError
 
 R = TypeVar("R")
@@ -51,6 +52,7 @@ class Source(Generic[R]):
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=_key,
+            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
         )
         draws = (_Draw(draw, dataset.samples[index]) for draw, index in stream.iterate(start))
         self._results = self._prefetcher.iterate(draws)
@@ -60,6 +62,20 @@ class Source(Generic[R]):
     def waited_seconds(self) -> float:
         """Seconds that the consumer waited for data, in all."""
         return self._prefetcher.stats.waited_seconds
+
+    @property
+    def stats(self) -> PrefetchStats:
+        """Decodes, cache hits and what was survived, since this source was made."""
+        return self._prefetcher.stats
+
+    @property
+    def on_report(self) -> Callable[[str], None]:
+        """Told in words of what was survived without the loss of a sample; see ``Prefetcher``."""
+        return self._prefetcher.on_report
+
+    @on_report.setter
+    def on_report(self, report: Callable[[str], None]) -> None:
+        self._prefetcher.on_report = report
 
     def __iter__(self) -> Iterator[R]:
         return self
@@ -117,5 +133,5 @@ def _load(draw: _Draw, video: object) -> Media | None:
     return load_media(draw.sample, video)  # type: ignore[arg-type]
 
 
-def _key(draw: _Draw) -> object:
+def _key(draw: _Draw) -> Key | None:
     return media_key(draw.sample)

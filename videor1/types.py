@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from videor1_kernels.frames_to_patches import YuvFrames
+
 DataType = Literal["video", "image", "text"]
 ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
 
@@ -51,9 +53,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames of one video (or one image), rotated upright, at the source's resolution."""
+    """Decoded frames of one video (or one image), at the source's resolution."""
 
-    frames: Tensor  # uint8 RGB [F, height, width, 3]
+    frames: Tensor | YuvFrames  # uint8 RGB [F, height, width, 3], upright; or planes as the decoder left them
     size: tuple[int, int]  # target (height, width) in pixels, multiples of 28, that the vision tower will see
     fps: float  # sampled frames per second, F / duration; 0 for an image
     timestamps: tuple[float, ...]  # seconds, presentation time of each frame
@@ -61,6 +63,7 @@ class Clip:
     source_fps: float
     path: str
     backend: str  # the decoder that ran
+    rotation: int = 0  # degrees anticlockwise that bring the frames upright (``size`` is upright): 0, 90, 180 or 270
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Media:
     grid_thw: tuple[int, int, int]  # (T, h, w) in patches of 14 pixels
     second_per_grid: float  # seconds a temporal patch spans: 2 / sampled fps; 0 for an image
     seconds: float  # time the decode and resize took
+    backend: str = ""  # the decoder that ran; "" from a cache on disk
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import os
 import pickle
@@ -195,6 +196,7 @@ def _context() -> Any:
 
 def _init_worker() -> None:
     torch.set_num_threads(1)
+    logging.getLogger("videor1_kernels").setLevel(logging.ERROR)  # the process that started them has said it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
