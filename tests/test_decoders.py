@@ -20,7 +20,7 @@ from media import (
     write_video,
 )
 
-from videor1.decoders import BACKENDS, check_backend, hardware, open_decoder
+from videor1.decoders import BACKENDS, check_backend, hardware, open_decoder, stack
 from videor1.decoders.hardware import SurfaceStack, decide, frames_to_decode
 from videor1.decoders.index import read_index
 from videor1.decoders.protocol import FramesChangedError, VideoInfo
@@ -644,6 +644,13 @@ def test_nvdec_for_long_runs_of_large_frames(with_a_card):
     assert decide(info_of(), SPREAD, "cuda", "none").where == "cpu"
     with pytest.raises(ValueError, match="none, auto or cuda"):
         decide(info_of(), SPREAD, "cuda", "always")
+
+
+def test_what_this_pyav_can_do():
+    known = {16: False, 18: True}  # by PyAV's major version
+    expected = known.get(int(av.__version__.partition(".")[0]))
+    for found in (hardware._frames_stay_on_card(), bool(stack._ONE_THREAD)):
+        assert expected is None or found == expected
 
 
 def test_forced_nvdec(with_a_card):

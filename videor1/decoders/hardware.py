@@ -6,7 +6,6 @@ worth its while for long runs of large pictures.
 
 from __future__ import annotations
 
-import inspect
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,13 +161,21 @@ def _ordered_with_default_stream(device: torch.device) -> Iterator[None]:
     default.wait_stream(current)
 
 
+def _frames_stay_on_card() -> bool:
+    try:
+        HWAccel("cuda", is_hw_owned=True)  # opens nothing yet
+    except TypeError:
+        return False
+    return True
+
+
 def _obstacle(info: VideoInfo, device: torch.device) -> str:
     """Why NVDEC cannot decode this here; "" if it can."""
     if device.type != "cuda":
         return f"the frames are wanted on {device.type}"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    if "is_hw_owned" not in inspect.signature(HWAccel).parameters or "cuda" not in hwdevices_available():
+    if not _frames_stay_on_card() or "cuda" not in hwdevices_available():
         return f"PyAV {av.__version__} does not give out frames on the card (18 does)"
     if info.codec not in _FORMATS:
         return f"NVDEC has no {info.codec}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from videor1.decoders import hardware as nvdec
-from videor1.decoders.hardware import SurfaceStack
+from videor1.decoders.hardware import SurfaceStack, frames_to_decode
 from videor1.decoders.index import FrameIndex, index_packets, open_video, sample_errors
 from videor1.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.decoders.seeking import OutOfStepError, PacketReader, Planner, Segment
@@ -30,6 +30,7 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 # Codecs of which each picture says by itself whether others refer to it. (HEVC's say so for their own temporal layer.)
 _SKIPPABLE = frozenset(("h264",))
+_MIN_SHARED_PIXELS = 100 * 1280 * 720  # to decode: below, threads take longer to start than they save
 
 
 class _UnreliableError(Exception):
@@ -41,7 +42,7 @@ class PyAvDecoder:
 
     Args:
         path: the file.
-        threads: for decoding; 0: as many as there are cores.
+        threads: for decoding; 0: as many as there are cores, or one where there is little to decode.
         hardware: "none", "auto" (NVDEC for what it is faster at, see ``hardware.decide``) or "cuda" (NVDEC).
         device: where the frames are wanted; those of NVDEC stay there, others are in main memory.
 
@@ -58,7 +59,8 @@ class PyAvDecoder:
         hardware: nvdec.Hardware = "none",
         device: str | torch.device = "cpu",
     ) -> None:
-        self._path, self._threads, self._hardware = Path(path), threads, hardware
+        self._path, self._asked_threads, self._hardware = Path(path), threads, hardware
+        self._threads = 1  # of the file as it is open now
         self._device = torch.device(device)
         self._where: Literal["cpu", "nvdec"] = "cpu"
         self.backend = "pyav"
@@ -77,7 +79,7 @@ class PyAvDecoder:
         where = nvdec.decide(info, indices, self._device, self._hardware, planes=planes).where
         numbers = sorted(set(indices))
         run = self._run_on_card(numbers) if where == "nvdec" else None
-        run = run or self._run_on_cpu(numbers, planes)
+        run = run or self._run_on_cpu(numbers, planes, self._threads_for(info, numbers))
         pixels = run.stack.pixels()
         if isinstance(pixels, YuvFrames) and not planes:
             pixels = _to_rgb(pixels)
@@ -90,6 +92,11 @@ class PyAvDecoder:
 
     def close(self) -> None:
         self._reader.close()
+
+    def _threads_for(self, info: VideoInfo, numbers: Sequence[int]) -> int:
+        if self._asked_threads == 0 and frames_to_decode(info, numbers) * info.width * info.height < _MIN_SHARED_PIXELS:
+            return 1
+        return self._asked_threads
 
     def _open(self) -> AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]:
         accelerator = nvdec.hwaccel(self._device) if self._where == "nvdec" else None
@@ -106,7 +113,7 @@ class PyAvDecoder:
         """None: it failed there, and the CPU may try."""
         known = self._index, self._planner
         try:
-            self._move_to("nvdec")
+            self._move_to("nvdec", threads=1)
             return self._run(numbers, SurfaceStack(self._path, len(numbers), self._device))
         except FramesChangedError:
             if self._hardware == "cuda":
@@ -118,16 +125,16 @@ class PyAvDecoder:
                 raise ConfigError(f"video.backend: NVDEC cannot decode {self._path}: {error}") from error
             return None
 
-    def _run_on_cpu(self, numbers: Sequence[int], planes: bool) -> _Run:
-        self._move_to("cpu")
+    def _run_on_cpu(self, numbers: Sequence[int], planes: bool, threads: int) -> _Run:
+        self._move_to("cpu", threads)
         try:
             return self._run(numbers, FrameStack(self._path, len(numbers), planes=planes))
         except MixedLayoutError:  # as the formats change, each frame to RGB by itself
             return self._run(numbers, FrameStack(self._path, len(numbers), planes=False))
 
-    def _move_to(self, where: Literal["cpu", "nvdec"]) -> None:
-        if self._where != where:
-            self._where = where
+    def _move_to(self, where: Literal["cpu", "nvdec"], threads: int) -> None:
+        if (self._where, self._threads) != (where, threads):
+            self._where, self._threads = where, threads
             self.backend = "pyav" if where == "cpu" else "pyav-nvdec"
             self._reader.restart()
 

@@ -28,6 +28,8 @@ _KINDS: dict[str, Kind] = {
     "p010le": "p010",
 }
 _MATRICES: dict[int, Matrix] = {1: "709", 2: "601", 5: "601", 6: "601", 9: "2020"}  # AVCOL_SPC_*; 2: unspecified
+# Newer PyAV would start a thread for every core; older has no such argument. (Its methods show no signature.)
+_ONE_THREAD = {"threads": 1} if "int threads" in (VideoReformatter.reformat.__doc__ or "") else {}
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
@@ -75,7 +77,7 @@ class FrameStack:
             raise MixedLayoutError
         out = [array[slot] for array in self._arrays]
         if layout.kind == "rgb":
-            rgb = self._reformatter.reformat(frame, format="rgb24")
+            rgb = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD)
             out[0][:] = _rows(rgb.planes[0], layout.width * 3).reshape(out[0].shape)
         elif layout.kind == "i420-10":
             Y, U, V = (_rows(plane, plane.width, np.uint16) for plane in frame.planes)
