@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from mutations import FORMATS, MUTATIONS, Mutation, mutate, read, read_many, summary, write_originals
 
 from videor1.workers import WorkerPool
 
-SEEDS = range(300)
+SEEDS = (*range(300), 2468, 5170, 10032, 21100)  # the last four were found among 40,000: each was a bug
 KINDS = {"frames", "not_video", "truncated", "zero_frames", "too_few_frames", "decode", "aspect_ratio"}
 TIMEOUT = 20.0  # seconds for one file
 OPENS, WARM_UP = 2400, 600  # files read in one process; its memory settles during the first of them
@@ -45,13 +47,14 @@ def test_damaged_files_give_frames_or_a_sample_error(originals, tmp_path):
     assert max(outcome.megabytes for outcome in outcomes) < 1000, "a damaged size must not cost memory"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_and_open_files_stay_level(originals, tmp_path):
     good = [Mutation(-1, path, planes) for path in originals for planes in (False, True)]
     assert {reply.value.kind for reply in run(1, TIMEOUT, read, good)} == {"frames"}
     damaged = [mutate(seed, originals, tmp_path) for seed in range(200)]
     items = [(damaged, good)[number % 3 == 0] for number in range(OPENS)]
     items = [files[number % len(files)] for number, files in enumerate(items)]
-    (reply,) = run(1, 240.0, read_many, [tuple(items)])
+    (reply,) = run(1, 150.0, read_many, [tuple(items)])
     assert reply.error is None, reply.error
     settled = reply.value[WARM_UP // 100 :]
     memory, open_files = zip(*settled, strict=True)

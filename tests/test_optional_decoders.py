@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import platform
 import random
 import sys
 import types
@@ -27,8 +28,12 @@ from videor1.decoders.pynvvideocodec import PyNvVideoCodecDecoder
 from videor1.decoders.torchcodec import TorchcodecDecoder
 from videor1.errors import ConfigError
 from videor1.types import SampleError
+from videor1.video import read_frames
 from videor1_kernels.frames_to_patches import YuvFrames
 
+with_decord = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="decord has no wheel for this machine"
+)
 COUNT, HEIGHT, WIDTH = 50, 32, 64  # decord cannot read narrower frames
 B_FRAMES = {"g": "12", "bf": "3", "b-adapt": "0", "sc_threshold": "0"}
 OPEN_GOP = B_FRAMES | {"x264-params": "open-gop=1"}
@@ -128,6 +133,7 @@ def check_frames(decoder, path, first=0):
 # ---- decord
 
 
+@with_decord
 @pytest.mark.parametrize("name", FILES)
 def test_decord_gives_the_frames_asked_for(tmp_path, name):
     path = made(tmp_path, name)
@@ -136,6 +142,7 @@ def test_decord_gives_the_frames_asked_for(tmp_path, name):
         assert torch.equal(frames.pixels, expected)
 
 
+@with_decord
 def test_decord_decodes_few_frames_of_closed_gops_only(tmp_path):
     decoded = {
         name: DecordDecoder(made(tmp_path, name)).frames([47, 30]).decoded for name in FILES if "vfr" not in name
@@ -146,6 +153,7 @@ def test_decord_decodes_few_frames_of_closed_gops_only(tmp_path):
     assert DecordDecoder(made(tmp_path, "gop12.mp4")).frames([14, 20, 15]).decoded == 9
 
 
+@with_decord
 def test_decord_maps_an_edit_list(tmp_path):
     path = with_edit_list(tmp_path)
     decoder = DecordDecoder(path)
@@ -154,6 +162,7 @@ def test_decord_maps_an_edit_list(tmp_path):
         assert torch.equal(frames.pixels, expected)
 
 
+@with_decord
 @pytest.mark.parametrize(("name", "levels"), [("pancake.mkv", 0), ("hevc.mp4", 0), ("rotated_90.mov", 3)])
 def test_decord_equals_pyav_on_real_videos(name, levels):
     path = real_video(name)
@@ -168,6 +177,18 @@ def test_decord_equals_pyav_on_real_videos(name, levels):
     assert frames.seconds == pytest.approx([seconds[i] for i in indices])
 
 
+@with_decord
+@pytest.mark.parametrize("rotation", [None, 90])
+def test_a_clip_by_decord_is_the_one_by_pyav(tmp_path, rotation):
+    path = write_video(tmp_path / "r.mp4", numbered_frames(COUNT, HEIGHT, WIDTH), rotation=rotation)
+    clips = [read_frames(path, backend=backend) for backend in ("decord", "pyav")]
+    assert [clip.backend for clip in clips] == ["decord", "pyav"]
+    assert torch.equal(clips[0].frames, clips[1].frames)
+    assert clips[0].timestamps == clips[1].timestamps
+    assert (clips[0].size, clips[0].rotation) == (clips[1].size, clips[1].rotation)
+
+
+@with_decord
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
@@ -184,6 +205,7 @@ def test_decord_refuses_what_it_cannot_tell_apart(tmp_path, name, settings, reas
     assert reason in message
 
 
+@with_decord
 def test_decord_does_not_believe_that_every_packet_is_a_key_frame(tmp_path):
     """As it does where an MP4 file has no table of them."""
     settings = {"options": B_FRAMES | {"bf": "0", "g": "48"}}
@@ -193,6 +215,7 @@ def test_decord_does_not_believe_that_every_packet_is_a_key_frame(tmp_path):
         assert torch.equal(frames.pixels, expected)
 
 
+@with_decord
 def test_decord_on_narrow_frames_and_another_stream(tmp_path):
     narrow = write_video(tmp_path / "narrow.mp4", numbered_frames(8, 32, 48))
     assert "size must exactly match" in refused(DecordDecoder(narrow).frames, [1, 2])
@@ -201,6 +224,7 @@ def test_decord_on_narrow_frames_and_another_stream(tmp_path):
     )
 
 
+@with_decord
 @pytest.mark.parametrize(("name", "reason"), [("corrupted.mp4", "Error sending packet"), ("av1.mkv", "video stream")])
 def test_decord_is_quiet_about_bad_files(capfd, name, reason):
     decoder = DecordDecoder(real_video(name))
@@ -210,6 +234,7 @@ def test_decord_is_quiet_about_bad_files(capfd, name, reason):
     assert capfd.readouterr().err == ""
 
 
+@with_decord
 def test_decord_leaves_the_bridge_as_it_was(tmp_path):
     decord = pytest.importorskip("decord")
     path = made(tmp_path, "b.mp4")
@@ -245,6 +270,7 @@ class FakeReader:
         return torch.zeros(self.shape, dtype=torch.uint8)
 
 
+@with_decord
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
@@ -262,6 +288,7 @@ def test_decord_is_checked(tmp_path, monkeypatch, wrong, reason):
     assert reason in refused(decoder.frames, [1, 2])
 
 
+@with_decord
 def test_decord_that_ends_early_or_shows_more(tmp_path, monkeypatch):
     decoder = DecordDecoder(made(tmp_path, "open.mp4"))
     monkeypatch.setattr(decoder.library, "VideoReader", type("Short", (FakeReader,), {"left": 20}))
@@ -350,6 +377,7 @@ def test_the_cause_in_one_line():
     assert root_cause(error) == "inner"
 
 
+@with_decord
 def test_an_index_outside_of_the_file(tmp_path):
     decoder = DecordDecoder(made(tmp_path, "b.mp4"))
     for index in (-1, COUNT):
@@ -358,6 +386,7 @@ def test_an_index_outside_of_the_file(tmp_path):
     assert decoder.frames([]).pixels.shape == (0, HEIGHT, WIDTH, 3)
 
 
+@with_decord
 def test_a_bad_file_keeps_its_kind(tmp_path):
     path = made(tmp_path, "b.mp4")
     path.write_bytes(path.read_bytes()[:-100])
@@ -366,6 +395,7 @@ def test_a_bad_file_keeps_its_kind(tmp_path):
     assert caught.value.kind == "truncated"
 
 
+@with_decord
 def test_running_out_of_memory_is_not_the_files_fault(tmp_path, monkeypatch):
     decoder = DecordDecoder(made(tmp_path, "b.mp4"))
 

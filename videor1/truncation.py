@@ -21,7 +21,7 @@ def missing_bytes(path: Path) -> int:
     with path.open("rb") as file:
         head = file.read(8)
         if head[:4] == _EBML:
-            return max(0, _matroska_end(file) - size)
+            return max(0, _matroska_end(file, size) - size)
         if head[4:8] in _MP4_FIRST:
             return _mp4_missing(file, size)
     if head[:4] == b"RIFF":
@@ -46,11 +46,11 @@ def _mp4_missing(file: BinaryIO, size: int) -> int:
     return 0
 
 
-def _matroska_end(file: BinaryIO) -> int:
+def _matroska_end(file: BinaryIO, size: int) -> int:
     """Offset where the (first) segment ends; 0 where its size is left open."""
     file.seek(4)
     header = _ebml_size(file)
-    if header is None:
+    if header is None or header > size:  # damaged: the demuxer will say so
         return 0
     file.seek(header, 1)
     if file.read(4) != _SEGMENT:

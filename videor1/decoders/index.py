@@ -25,6 +25,7 @@ _CONTAINERS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegtsraw,mpegvideo,mxf,nut,obu,"
     "ogg,rm,swf,vc1,vob,webm,wtv,yuv4mpegpipe"
 )
+_MAX_PIXELS = 2**26  # of a frame, 8192 x 8192: a damaged size must not take the memory
 _OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
 
 
@@ -140,6 +141,7 @@ def open_video(
         context = streams[0].codec_context
         if context is None:
             raise SampleError("decode", "there is no decoder for the video's codec", path)
+        context.options = {"max_pixels": str(_MAX_PIXELS)}
         context.thread_count = threads
         if threads != 1:
             context.thread_type = "AUTO"
@@ -153,7 +155,7 @@ def sample_errors(path: str | Path) -> Iterator[None]:
         yield
     except av.error.FFmpegError as error:
         raise SampleError("decode", f"decoding failed: {_reason(error)}", path) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:  # IndexError: PyAV's, of packets of a stream that turns up late
         raise SampleError("decode", f"decoding failed: {error}", path) from error
 
 

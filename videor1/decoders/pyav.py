@@ -224,7 +224,7 @@ class _Run:
         self.stack, self._index = stack, index
         # By pts or, without usable pts, by number.
         self.slots = {index.stamps[n] if index.by_pts else n: slot for slot, n in enumerate(numbers)}
-        self.seconds = [0.0] * len(numbers)
+        self.seconds = [index.info.seconds[number] for number in numbers]
         self.decoded = 0
 
     def keep(self, frames: Iterable[av.VideoFrame], check: _Promises) -> None:
@@ -239,13 +239,8 @@ class _Run:
         """Keep a frame if it is wanted."""
         self.decoded += 1
         slot = self.slots.get(frame.pts if self._index.by_pts else ordinal)
-        if slot is None:
-            return
-        self.stack.put(slot, frame)
-        if frame.pts is not None:
-            self.seconds[slot] = float(frame.pts * self._index.time_base)
-        elif ordinal is not None:
-            self.seconds[slot] = ordinal / self._index.info.fps
+        if slot is not None:
+            self.stack.put(slot, frame)
 
 
 class _Promises:
