@@ -159,7 +159,11 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _refuse_special(tokenizer: Any, sample: Sample, text: str) -> None:
     """A data file's text must not be able to end a turn or to stand for media."""
-    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Encoding takes longer than the rest of a prompt: only where a token may come out (of normalised text, any may).
+    if not any(token.normalized or str(token) in text for token in tokens.values()):
+        return
+    special = {i: str(token) for i, token in tokens.items()}
     found = sorted({special[i] for i in _encode(tokenizer, text) if i in special})
     if found:
         raise SampleError(
