@@ -169,14 +169,14 @@ def test_a_run_is_the_same_with_and_without(
     """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted."""
 
     def by_lot(completion: str, *_: object, **__: object) -> float:
-        return float(zlib.crc32(completion.encode()) % 3 == 0)
+        return float(zlib.crc32(completion.encode()) % 4 == 0)
 
     monkeypatch.setattr(videor1.rewards, "accuracy_reward", by_lot)
     monkeypatch.setattr(videor1.rollout.skipping, "accuracy_reward", by_lot)
     ends, lines, rows = [], [], []
     for skip in (True, False):
         folder = tmp_path / str(skip)
-        options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__num_generations": 3, "max_steps": 4}
+        options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__num_generations": 3, "max_steps": 6}
         run = trainer(
             assets, folder, temporal__skip_shuffled=skip, num_generations=3, per_device_train_batch_size=4,
             num_iterations=1, **options,
