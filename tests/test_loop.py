@@ -19,6 +19,7 @@ import torch
 from runs import last_metrics, metrics, same_weights, start, train_flags, trainer
 
 import videor1.checkpoint
+import videor1.optim
 import videor1.trainer
 from videor1.checkpoint import checkpoints
 from videor1.cli import run_main
@@ -33,7 +34,7 @@ from videor1.trainer import Trainer
 def snapshot(run: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights and optimizer state."""
     parameters = run.model.trainable()
-    moments = videor1.checkpoint.state_tensors(run.optimizer, parameters)
+    moments = videor1.optim.state_tensors(run.optimizer, parameters)
     return {n: p.detach().clone() for n, p in parameters.items()}, {n: t.clone() for n, t in moments.items()}
 
 
@@ -67,9 +68,9 @@ def record_states(monkeypatch: pytest.MonkeyPatch, run: Trainer) -> list[Any]:
     states = [snapshot(run)]
     original = run.optimizer_step
 
-    def recording(*args: Any) -> None:
+    def recording(*args: Any, **options: Any) -> None:
         try:
-            original(*args)
+            original(*args, **options)
         finally:
             states.append(snapshot(run))
 

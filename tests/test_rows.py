@@ -137,8 +137,8 @@ def test_groups_with_nothing_to_learn_are_left_out_exactly(
         assert out["completions/mean_length"] == every["completions/mean_length"]
 
 
-def _with_every_group(model: Any, groups: Any, scored: Any, config: Any) -> Any:
-    return training_rows(model, groups, scored, dataclasses.replace(config, beta=1.0))
+def _with_every_group(model: Any, groups: Any, scored: Any, config: Any, totals: Any) -> Any:
+    return training_rows(model, groups, scored, dataclasses.replace(config, beta=1.0), totals)
 
 
 def test_with_a_kl_term_no_group_is_left_out(assets: Assets, tmp_path: Path) -> None:

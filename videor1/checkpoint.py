@@ -2,7 +2,8 @@
 
     checkpoints/step-100/            config.json, model.safetensors, tokenizer, chat template, processor files
     checkpoints/step-100/trainer/    state.json, optimizer.safetensors, adapter.safetensors (LoRA) or
-                                     master.safetensors (bf16 runs)
+                                     master.safetensors (bf16 runs); of several processes each writes its own
+                                     optimizer-00001-of-00002.safetensors, with the master weights inside
 
 A checkpoint is written to a temporary folder and renamed: what is named step-N is whole. No pickle is written or read.
 """
@@ -23,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from videor1.distributed import Ranks
 from videor1.errors import ConfigError
 from videor1.model import VideoLM, processor_files
-from videor1.optim import load_state_tensors, state_tensors
 
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = ".partial-"
@@ -51,6 +52,7 @@ def save(
     state: dict[str, Any],
     *,
     keep: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write checkpoint ``step``; then delete the oldest beyond ``keep``, and later ones, which a run that went back to
     an earlier step has left behind.
@@ -58,36 +60,70 @@ def save(
     Args:
         optimizer: None writes the model only (no resume from it).
         state: the trainer's, JSON values.
+        ranks: of a run of several processes, which all call this: the first writes the model, each its own part of the
+            optimizer's state.
 
     Raises:
         CheckpointError: nothing is left of the attempt, and older checkpoints are whole.
     """
-    folder = run_dir / "checkpoints"
-    final, partial = folder / f"step-{step}", folder / f"{_PARTIAL}step-{step}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _restore(folder)
-        for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving or deleting
-            shutil.rmtree(stale)
-        partial.mkdir()
-        save_model(model, partial)
+    if ranks is None:
+        ranks = Ranks()
         if optimizer is not None:
-            _save_trainer(partial / "trainer", model, optimizer, state | {"step": step})
-        _sync(partial)
-        replaced = _set_aside(final, _REPLACED) if final.exists() else None
-        os.replace(partial, final)
-        _sync_folder(folder)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+            ranks.prepare(model.hf, optimizer, 0.0)
+    folder = run_dir / "checkpoints"
+    partial = folder / f"{_PARTIAL}step-{step}"
+    try:
+        own = {} if optimizer is None else ranks.trainer_tensors(model.trainable())
+        saved = None if optimizer is None else state | {"step": step}
+        with ranks.whole_weights():
+            ranks.lead_does(lambda: _begin(folder, partial, model, saved))
+        if optimizer is not None:
+            ranks.all_do(lambda: save_file(_contiguous(own), partial / "trainer" / _part(ranks)))
+        ranks.lead_does(lambda: _finish(folder, partial, step))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+    if ranks.leads:
+        _delete_old(run_dir, step, keep)
+    return folder / f"step-{step}"
+
+
+def _part(ranks: Ranks) -> str:
+    return "optimizer.safetensors" if ranks.world == 1 else (
+        f"optimizer-{ranks.rank + 1:05}-of-{ranks.world:05}.safetensors"
+    )
+
+
+def _begin(folder: Path, partial: Path, model: VideoLM, state: dict[str, Any] | None) -> None:
+    """The model, and the trainer's folder where there is a ``state``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _restore(folder)
+    for stale in folder.glob(f"{_PARTIAL}*"):  # of a run that was killed while saving or deleting
+        shutil.rmtree(stale)
+    partial.mkdir()
+    save_model(model, partial)
+    if state is not None:
+        _save_trainer(partial / "trainer", model, state)
+
+
+def _finish(folder: Path, partial: Path, step: int) -> None:
+    """Give a whole checkpoint its name."""
+    final = folder / f"step-{step}"
+    _sync(partial)
+    replaced = _set_aside(final, _REPLACED) if final.exists() else None
+    os.replace(partial, final)
+    _sync_folder(folder)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _delete_old(run_dir: Path, step: int, keep: int | None) -> None:
     earlier = [path for number, path in checkpoints(run_dir) if number <= step]
     later = [path for number, path in checkpoints(run_dir) if number > step]
     for old in later + earlier[: -keep if keep else 0]:
         shutil.rmtree(_set_aside(old, _DOOMED), ignore_errors=True)
-    return final
 
 
 def _set_aside(checkpoint: Path, prefix: str) -> Path:
@@ -148,13 +184,12 @@ def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
         yield f"{module}.{field}" if base else name, tensor
 
 
-def _save_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _save_trainer(folder: Path, model: VideoLM, state: dict[str, Any]) -> None:
     folder.mkdir()
-    save_file(_contiguous(state_tensors(optimizer, model.trainable())), folder / "optimizer.safetensors")
     if model.peft is not None:
         adapter = {name: p.detach() for name, p in model.trainable().items()}
         save_file(_contiguous(adapter), folder / "adapter.safetensors")
-    elif model.compute_dtype != torch.float32:
+    elif model.compute_dtype != torch.float32 and next(model.hf.parameters()).dtype == torch.float32:
         master = {name: p.detach() for name, p in model.trainable().items()}
         save_file(_contiguous(master), folder / "master.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -163,7 +198,18 @@ def _save_trainer(folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer
 def load_trainer(
     folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer, fixed: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start.
+    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start; the state."""
+    state, tensors = read_trainer(folder, model, fixed)
+    ranks = Ranks()
+    ranks.prepare(model.hf, optimizer, 0.0)
+    ranks.load_trainer_tensors(model.trainable(), tensors)
+    return state
+
+
+def read_trainer(
+    folder: Path, model: VideoLM, fixed: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore weights from a checkpoint; (the state, the tensors for ``Ranks.load_trainer_tensors``).
 
     Args:
         fixed: what must equal the saved state's ``fixed``: options that decide which parameters are trained, and how.
@@ -184,13 +230,12 @@ def load_trainer(
                     f"{folder}: saved by a run with {name} {saved!r}, this one has {value!r}; resume with the same, or "
                     "start a new run in another output_dir"
                 )
+        tensors = _optimizer_tensors(trainer)
+        weights = {key.removesuffix("/master"): value for key, value in tensors.items() if key.endswith("/master")}
         for name in ("adapter.safetensors", "master.safetensors"):
-            if (trainer / name).is_file():
+            if not weights and (trainer / name).is_file():
                 weights = load_file(trainer / name)
-                break
-        else:
-            weights = _plain_weights(folder, trained)
-        moments = load_file(trainer / "optimizer.safetensors")
+        weights = weights or _plain_weights(folder, trained)
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: a damaged checkpoint ({error!r}); resume from another one") from error
     different = [name for name in sorted(weights.keys() | trained.keys()) if not _alike(name, weights, trained)]
@@ -199,8 +244,19 @@ def load_trainer(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    load_state_tensors(optimizer, trained, moments)
-    return state
+    return state, tensors | {f"{name}/master": value for name, value in weights.items() if value.dtype == torch.float32}
+
+
+def _optimizer_tensors(trainer: Path) -> dict[str, Tensor]:
+    """Of all ranks that saved."""
+    parts = sorted(trainer.glob("optimizer-*-of-*.safetensors")) or [trainer / "optimizer.safetensors"]
+    expected = int(parts[0].stem.rpartition("-")[2]) if len(parts[0].stem.split("-")) > 1 else 1
+    if len(parts) != expected:
+        raise OSError(f"{len(parts)} of the {expected} parts of the optimizer's state")
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        tensors |= load_file(part)
+    return tensors
 
 
 def base_digest(model: VideoLM) -> str:

@@ -20,11 +20,19 @@ class DataConfig:
     """Where the samples are."""
 
     root: str | None = None
-    """Folder that media paths are relative to and must stay under; default: the folder of the data file."""
+    """Folder that media paths are relative to and must stay under; default: the folder of the data file (remote data:
+    the current folder)."""
+    stream: bool | None = None
+    """Read the data as a stream, in bounded memory, and not whole; default: whatever is not one .json or .jsonl file,
+    and a .jsonl of 256 MiB or more."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
     eval_path: str | None = None
     """Held-out data file (same format) for the periodic evaluation."""
     shuffle: bool = True
     """Draw the samples in a new seeded order each epoch; false: in file order."""
+    shuffle_mb: int = 32
+    """Stream: rows of pieces from all over the data are shuffled together, so many MiB of them."""
     workers: int = 2
     """Decode processes that work ahead of the step; 0 decodes in the training process (no timeout then)."""
     prefetch: int = 16
@@ -151,18 +159,34 @@ class LoraConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes: GPUs of one machine or of many, started by torchrun or the deepspeed launcher."""
+
+    engine: Literal["none", "deepspeed"] = "none"
+    """none: this process alone; deepspeed: every process of the launcher, on DeepSpeed's ZeRO."""
+    zero_stage: Literal[2, 3] = 2
+    """What the processes share out: 2, gradients and optimizer state; 3, the weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in main memory, and step there."""
+    timeout: float = 45.0
+    """Seconds without a sign of life from another process after which this one ends with a message."""
+
+
+@dataclass
 class CommonConfig:
     """What SFT and T-GRPO share."""
 
     model_name_or_path: str | None = None
     """A Qwen2.5-VL folder or hub id."""
     dataset_name: str | None = None
-    """Data file in the Video-R1 JSON format (.json list or .jsonl)."""
+    """Data in the Video-R1 JSON format: a .json list or a .jsonl; or, as a stream, .jsonl, .jsonl.gz or .parquet shards
+    (a folder, a glob, a URL, several joined by commas), a folder of datasets' save_to_disk, hf://user/name[/subset]."""
     output_dir: str | None = None
     """Run folder; default: runs/<command>-<date>-<time>."""
     data: DataConfig = field(default_factory=DataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     max_prompt_length: int = 16384
     """Prompt tokens at most; a longer prompt is skipped and counted, never cut."""
@@ -281,6 +305,9 @@ class TrainConfig(EvalOptions):
     """Clip the ratio at 1 + clip_high; default: no clip."""
     num_iterations: int = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
+    dynamic_sampling: int = 0
+    """Extra rollouts of up to this many batches a step to replace prompts whose group has no variance in reward; 0:
+    off."""
 
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code; explicit options still win."""
@@ -304,6 +331,7 @@ class TrainConfig(EvalOptions):
         _expect("beta", self.beta, "0 or more", self.beta >= 0)
         _expect("kl_clamp", self.kl_clamp, "above 0", self.kl_clamp > 0)
         _expect("advantage_eps", self.advantage_eps, "0 or more", self.advantage_eps >= 0)
+        _expect("dynamic_sampling", self.dynamic_sampling, "0 (off) or more", self.dynamic_sampling >= 0)
         _expect("num_iterations", self.num_iterations, "at least 1", self.num_iterations >= 1)
         _expect("temporal.num_generations", self.temporal.num_generations, "at least 1 (or temporal.enabled false)",
                 self.temporal.num_generations is None or self.temporal.num_generations >= 1)
@@ -401,6 +429,7 @@ def check_common(config: CommonConfig) -> None:
                 low is None or 1 <= low <= high)
     _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
     _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
+    _expect("data.shuffle_mb", config.data.shuffle_mb, "at least 1", config.data.shuffle_mb >= 1)
     _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
     _expect("data.cache_mb", config.data.cache_mb, "0 (none) or more", config.data.cache_mb >= 0)
     _expect("data.cache_dir_mb", config.data.cache_dir_mb, "at least 1", config.data.cache_dir_mb >= 1)

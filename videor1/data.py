@@ -1,8 +1,12 @@
-"""Data files in the Video-R1 JSON format, checked entry by entry, and the endless order in which they are drawn."""
+"""Data files in the Video-R1 JSON format, checked entry by entry, and the endless order in which they are drawn.
+
+What is too large to be held is read by ``stream.py``, with the same checks.
+"""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 from collections import Counter
@@ -14,9 +18,24 @@ from typing import Any, get_args
 import torch
 
 from videor1.answer import extract_answer
-from videor1.errors import DataError
+from videor1.errors import ConfigError, DataError
 from videor1.seeding import generator
 from videor1.types import DataType, ProblemType, Sample, SampleError
+
+MAX_FOLDERS = 65536  # whose symlinks are kept resolved, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw of the endless order."""
+
+    number: int  # from 0, over all ranks; seeds the permutation and the sampling
+    sample: Sample | SampleError  # the error of a row that a stream could not use
+    after: Any  # the position of the next draw of this rank, as the order counts
+
+    @property
+    def path(self) -> Path | str | None:
+        return self.sample.path
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,10 @@ class Dataset:
     root: Path
 
     def __len__(self) -> int:
+        return len(self.samples)
+
+    def count(self) -> int:
+        """Samples in an epoch."""
         return len(self.samples)
 
     def error_counts(self) -> dict[str, int]:
@@ -67,7 +90,7 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
     base = Path(os.path.realpath(path.parent if root is None else root))
     if not base.is_dir():
         raise DataError(f"data.root: expected a folder, got {str(root or path.parent)!r}")
-    check = _Checker(path, base, require_process)
+    check = EntryChecker(path, base, require_process)
     samples: list[Sample] = []
     errors: list[SampleError] = []
     for index, (where, entry) in enumerate(_entries(path)):
@@ -86,14 +109,14 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
 
 
 @dataclass(frozen=True)
-class _Unparsed:
+class Unparsed:
     """A line that is not JSON, and why."""
 
     reason: str
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """("line 3" or "entry 2", parsed value or _Unparsed) of each entry."""
+    """("line 3" or "entry 2", parsed value or Unparsed) of each entry."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -104,52 +127,55 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     if not data.strip():
         raise DataError(f"{path}: the data file is empty")
 
-    whole: Any = _Unparsed("")
+    whole: Any = Unparsed("")
     lines_expected = path.suffix.lower() in (".jsonl", ".ndjson")
     if not lines_expected or data.lstrip().startswith(b"["):
-        whole = _parse(data)
+        whole = parse_entry(data)
         if isinstance(whole, list):
             for index, value in enumerate(whole):
                 yield f"entry {index}", value
             return
     if not lines_expected:
-        if not isinstance(whole, _Unparsed):
+        if not isinstance(whole, Unparsed):
             raise DataError(
                 f"{path}: expected a JSON list of objects at the top level, got {_json_type(whole)}; "
                 "a file with one object a line is named .jsonl"
             )
-        if not isinstance(_parse(data.lstrip().split(b"\n", 1)[0]), dict):
+        if not isinstance(parse_entry(data.lstrip().split(b"\n", 1)[0]), dict):
             raise DataError(f"{path}: does not parse as JSON: {whole.reason}")
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield f"line {number}", _parse(line)
+            yield f"line {number}", parse_entry(line)
 
 
-def _parse(data: bytes) -> Any:
+def parse_entry(data: bytes) -> Any:
+    """The JSON value, or Unparsed."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _Unparsed(f"not UTF-8 text at byte {error.start}")
+        return Unparsed(f"not UTF-8 text at byte {error.start}")
     except RecursionError:
-        return _Unparsed("nested too deeply")
+        return Unparsed("nested too deeply")
     except ValueError as error:  # JSONDecodeError, or an integer with too many digits
-        return _Unparsed(str(error))
+        return Unparsed(str(error))
 
 
-class _Checker:
+class EntryChecker:
     """Turns a parsed entry into a Sample or raises a SampleError."""
 
-    def __init__(self, data_file: Path, root: Path, require_process: bool) -> None:
-        self.data_file = data_file
+    def __init__(self, data_file: Path | str, root: Path, require_process: bool) -> None:
+        self.data_file = data_file  # named in errors
         self.root = root
         self.require_process = require_process
         self._folders: dict[str, str] = {}  # folder -> folder with symlinks resolved
 
-    def __call__(self, index: int, where: str, entry: Any) -> Sample:
+    def __call__(self, index: int, where: str, entry: Any, *, problem_id: int | str | None = None) -> Sample:
+        """``problem_id`` is that of an entry without one; default: the index."""
+
         def fail(kind: str, message: str) -> SampleError:
             return SampleError(kind, f"{where}: {message}", self.data_file)
 
-        if isinstance(entry, _Unparsed):
+        if isinstance(entry, Unparsed):
             raise fail("bad_json", f"does not parse as JSON: {entry.reason}")
         if not isinstance(entry, dict):
             raise fail("wrong_type", f"expected a JSON object, got {_json_type(entry)}")
@@ -180,7 +206,7 @@ class _Checker:
         data_type = choice("data_type", get_args(DataType))
         problem_type = choice("problem_type", get_args(ProblemType))
 
-        problem_id = entry.get("problem_id", index)
+        problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
             raise fail("wrong_type", f"problem_id: expected an integer or a string, got {_json_type(problem_id)}")
 
@@ -237,6 +263,8 @@ class _Checker:
         if name in ("", ".", ".."):
             folder, name = os.path.join(folder, name), ""
         if folder not in self._folders:
+            if len(self._folders) >= MAX_FOLDERS:
+                self._folders.clear()
             self._folders[folder] = os.path.realpath(folder)
         full = os.path.join(self._folders[folder], name) if name else self._folders[folder]
         return Path(os.path.realpath(full) if os.path.islink(full) else full)
@@ -293,3 +321,51 @@ class SampleStream:
                 del self._orders[min(self._orders)]
             self._orders[epoch] = torch.randperm(self.num_samples, generator=generator(self.seed, "data", epoch))
         return self._orders[epoch]
+
+
+class ListOrder:
+    """The draws of a data set that is held whole. A position is how many draws this rank has made.
+
+    Args:
+        shard: (rank, ranks); rank r makes draws r, r + ranks, ... of the order that all share.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, shuffle: bool, shard: tuple[int, int] = (0, 1)) -> None:
+        check_shard(shard)
+        self.dataset, self.shard = dataset, shard
+        self._stream = SampleStream(len(dataset), seed, shuffle)
+
+    def begin(self, saved: Any) -> int:
+        """The position that ``save`` wrote down; 0 is the beginning."""
+        if not isinstance(saved, int):
+            raise ConfigError("resume: the checkpoint is of a run that read its data as a stream (data.stream)")
+        return saved
+
+    def save(self, position: int) -> Any:
+        return position
+
+    def draws(self, position: int) -> int:
+        return position
+
+    def epochs(self, position: int) -> float:
+        """Passes over the data up to a position."""
+        return position * self.shard[1] / len(self.dataset)
+
+    def iterate(self, position: int) -> Iterator[Draw]:
+        rank, ranks = self.shard
+        for made in itertools.count(position):
+            number = made * ranks + rank
+            yield Draw(number, self.dataset.samples[self._stream.at(number)], made + 1)
+
+    def hopeless(self, failed: dict[Any, str], since: int, position: int) -> str | None:
+        """Why failures without a success in between end the run, or None. Samples are counted, not draws: the end of
+        one epoch and the start of the next may hold the same bad ones."""
+        count = len(self.dataset)
+        return f"none of its {count} samples can be used" if len(failed) >= count else None
+
+
+def check_shard(shard: tuple[int, int]) -> None:
+    """ValueError unless it is (rank, ranks)."""
+    rank, ranks = shard
+    if not 0 <= rank < ranks:
+        raise ValueError(f"shard: expected (rank, ranks) with 0 <= rank < ranks, got {shard}")

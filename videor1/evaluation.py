@@ -66,6 +66,12 @@ class Evaluation:
         return metrics | ({"eval/image": _mean(others)} if others else {})
 
 
+def together(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several parts of the samples, in the samples' order."""
+    answers = sorted((answer for part in parts for answer in part.answers), key=lambda answer: answer.sample.index)
+    return Evaluation(answers, sum((part.skipped for part in parts), Counter()))
+
+
 class Evaluator:
     """Answers the samples of a data file, as often as asked; media are decoded once, within ``data.cache_mb``.
 
@@ -75,12 +81,18 @@ class Evaluator:
 
     Args:
         on_skip: told each skipped sample.
+        shard: (rank, ranks): each rank answers its part; ``together`` joins them.
     """
 
     def __init__(
-        self, dataset: Dataset, config: EvalOptions, *, on_skip: Callable[[SampleError], None] = lambda _: None
+        self,
+        dataset: Dataset,
+        config: EvalOptions,
+        *,
+        on_skip: Callable[[SampleError], None] = lambda _: None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._samples = dataset.samples[: config.eval_samples or None]
+        self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
         self._config, self._on_skip = config, on_skip
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
             functools.partial(load_media, video=config.video),

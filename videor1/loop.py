@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,17 +22,20 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, load_trainer, save
+from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, read_trainer, save
 from videor1.cli import changed_options, load_config, save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
+from videor1.distributed import make_ranks, start_of
 from videor1.errors import ConfigError, TrainingStopped
-from videor1.evaluation import Evaluator
+from videor1.evaluation import Evaluator, together
+from videor1.loss import idle_loss, tower_at_rest
 from videor1.metrics import JsonlWriter, MetricsWriter, Progress
 from videor1.model import VideoLM, load_model
-from videor1.optim import guarded_step, learning_rate, make_optimizer
+from videor1.optim import learning_rate, make_optimizer
 from videor1.seeding import derive_seed
 from videor1.source import Source
+from videor1.stream import RowStream, open_dataset
 from videor1.types import SampleError
 
 # Counts of ``PrefetchStats`` that are metrics (data/...), and what the last line of a run calls them.
@@ -74,11 +77,21 @@ class Loop(ABC, Generic[C]):
         if config.eval_steps and not config.data.eval_path:
             raise ConfigError("eval_steps: needs data.eval_path, the held-out data file")
         self.config = config
-        self.run_dir = Path(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.ranks = make_ranks(config)
+        self.run_dir = Path(self.ranks.lead(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        # The first rank's files are the run's; the others write theirs into a folder of their own.
+        self.folder = self.run_dir if self.ranks.leads else self.run_dir / f"rank-{self.ranks.rank}"
         self.dataset = self._load_dataset(config.dataset_name)
+        self.samples_per_epoch = self.dataset.count() if config.max_steps < 0 else None
+        if config.max_steps < 0 and self.samples_per_epoch is None:
+            raise ConfigError(
+                f"max_steps: needed, since num_train_epochs counts rows, and those of {config.dataset_name} are not "
+                "known without reading all of it"
+            )
         self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
         self.accuracy = math.nan  # of the latest evaluation
-        self.resume_from = self._resume_point()
+        self.resume_from = self.ranks.lead_does(self._resume_point)
+        self.folder.mkdir(exist_ok=True)
         self.model: VideoLM = load_model(config)
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
@@ -88,8 +101,8 @@ class Loop(ABC, Generic[C]):
         self._stop: str | None = None
 
     @abstractmethod
-    def make_source(self, start: int) -> Source[Any]:
-        """The records of this run, from draw ``start`` on."""
+    def make_source(self, start: Any) -> Source[Any]:
+        """The records of this run, from ``start`` on: what ``Source.state`` was, or 0."""
 
     @abstractmethod
     def train_batch(self) -> None:
@@ -107,15 +120,15 @@ class Loop(ABC, Generic[C]):
         """A subclass may end a run before its last step."""
         return False
 
-    def _load_dataset(self, path: str | None) -> Dataset:
+    def _load_dataset(self, path: str | None) -> Dataset | RowStream:
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
-        return load_samples(path, root=self.config.data.root)
+        return open_dataset(path, self.config.data)
 
     def train(self) -> Path:
         """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
         with self._disk_errors(), self._open():
-            while self.step < self.total_steps and not self._stop and not self.finished():
+            while self.step < self.total_steps and not self._stopping() and not self.finished():
                 self._lap = time.perf_counter(), self.source.waited_seconds
                 self.train_batch()
                 if self._due(self.config.eval_steps):
@@ -131,8 +144,15 @@ class Loop(ABC, Generic[C]):
             raise KeyboardInterrupt(f"saved {final}; go on with --resume auto --output_dir {self.run_dir}")
         return final
 
-    def optimizer_step(self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]]) -> None:
-        """One update from the micro-batches' losses, whose sum is the loss of the step.
+    def _stopping(self) -> bool:
+        """Whether a signal has reached any rank: all stop after the same batch."""
+        self._stop = next(filter(None, self.ranks.gather(self._stop)), None)
+        return bool(self._stop)
+
+    def optimizer_step(
+        self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int, idle: Callable[[], Tensor]
+    ) -> None:
+        """One update from the rows' losses, whose sum over all ranks is the loss of the step.
 
         A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
         ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch; its ``num_tokens`` are those
@@ -140,29 +160,26 @@ class Loop(ABC, Generic[C]):
         """
         started = time.perf_counter()
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
-        total, finite = 0.0, True
-        for loss in losses:
-            total += float(loss.detach())
-            finite = math.isfinite(total)
-            if not finite:
-                break
-            if loss.requires_grad:
-                loss.backward()
-        parameters = self.model.trainable()
-        rate, norm = learning_rate(self.step, self.total_steps, self.config), math.nan
-        if finite:
-            norm, finite_norm = guarded_step(self.optimizer, parameters, rate, self.config.max_grad_norm)
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.step, self.total_steps, self.config)
+        update = self.ranks.update(losses, count, idle, self.model.trainable(), rate)
         self.step += 1
-        row: dict[str, Any] = {"loss": total, "grad_norm": norm, "learning_rate": rate}
-        row |= metrics() if finite else {}
+        row: dict[str, Any] = {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": rate}
+        row |= metrics() if math.isfinite(update.loss) else {}
         self.counters["num_tokens"] += row.pop("num_tokens", 0)
-        row["epoch"] = self.source.position / len(self.dataset)
-        row |= {"data/draws": self.source.position, **self._skipped(), **self._survived(), **self.counters}
+        row["epoch"] = self.source.epoch
+        counts = {"data/draws": self.source.position, **self._skipped(), **self._survived()}
+        row |= {**_sums(self.ranks.gather(counts)), **self.counters}
         row |= {"time/update": time.perf_counter() - started, **self._data_times()}
-        self._count_nonfinite(finite and finite_norm, row)
+        self._count_nonfinite(update.finite, row)
         self._report(row)
+
+    def idle(self) -> Tensor:
+        """The loss of a pass without a row, see ``loss.idle_loss``."""
+        return idle_loss(self.model, self.config.kernels)
+
+    def tower_at_rest(self) -> Tensor:
+        """What a row without media adds to its loss: every rank's pass goes through a trained tower, or none's."""
+        return tower_at_rest(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
 
     def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
         if finite:
@@ -199,7 +216,9 @@ class Loop(ABC, Generic[C]):
         if self._evaluator is None or self._evaluated_at == self.step:
             return
         started = time.perf_counter()
-        result = self._evaluator.run(self.model)
+        with self.ranks.whole_weights():
+            own = self._evaluator.run(self.model)
+        result = together(self.ranks.gather(own))
         self.accuracy, self._evaluated_at = result.ordered, self.step
         self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
         self._saved_at = -1
@@ -266,12 +285,14 @@ class Loop(ABC, Generic[C]):
     def _save(self, *, required: bool) -> Path:
         """Write a checkpoint. A failure in the middle of a run is reported and counted; the last one is required."""
         existing = dict(checkpoints(self.run_dir))
-        if self._saved_at == self.step and self.step in existing:
+        if self.ranks.lead(self._saved_at == self.step and self.step in existing):
             return existing[self.step]
         optimizer = None if self.config.save_only_model else self.optimizer
         try:
             keep = self.config.save_total_limit
-            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep)
+            path = save(
+                self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep, ranks=self.ranks
+            )
         except CheckpointError as error:
             if required:
                 raise TrainingStopped(f"{error}; {self.last_whole()}") from error
@@ -282,8 +303,9 @@ class Loop(ABC, Generic[C]):
         return path
 
     def _state(self) -> dict[str, Any]:
+        positions = self.ranks.gather(self.source.state)
         return {
-            "position": self.source.position,
+            "position": positions[0] if len(positions) == 1 else positions,
             "skipped": dict(self.source.skipped + self._skipped_before),
             "survived": {name.removeprefix("data/"): count for name, count in self._survived().items()},
             "counters": self.counters,
@@ -322,49 +344,58 @@ class Loop(ABC, Generic[C]):
         """Everything that is open while the run runs, closed in order however it ends."""
         state: dict[str, Any] = {}
         if self.resume_from is not None:
-            state = load_trainer(self.resume_from, self.model, self.optimizer, self.fixed)
+            state, tensors = read_trainer(self.resume_from, self.model, self.fixed)
             self.step = state["step"]
             self.counters |= state["counters"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.ranks.prepare(self.model.hf, self.optimizer, self.config.max_grad_norm)
+        if self.resume_from is not None:
+            self.ranks.load_trainer_tensors(self.model.trainable(), tensors)
         self._skipped_before: Counter[str] = Counter(state.get("skipped", self.dataset.error_counts()))
         self._survived_before: Counter[str] = Counter(state.get("survived", {}))
         self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
         self._saved_at = self._batch_start = self.step
         self._evaluated_at = state.get("evaluated_at", -1)
         self.accuracy = state.get("accuracy", math.nan)
-        epochs = self.config.num_train_epochs * len(self.dataset) / self.samples_per_step()
-        self.total_steps = self.config.max_steps if self.config.max_steps >= 0 else math.ceil(epochs)
+        self.total_steps = self.config.max_steps
+        if self.samples_per_epoch is not None:
+            epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
+            self.total_steps = math.ceil(epochs)
         # Without a checkpoint to go on from, every line of an earlier attempt goes, those of step 0 too.
         self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
         with ExitStack() as stack:
             self._closing = stack
-            config_file = self.run_dir / "config.yaml"
+            stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
+            config_file = self.folder / "config.yaml"
             resumed = self.resume_from is not None and config_file.exists()
             changed = changed_options(load_config(type(self.config), config_file), self.config) if resumed else []
             save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
             self.metrics = stack.enter_context(
                 MetricsWriter(
-                    self.run_dir, report_to=self.config.report_to, run_name=self.config.run_name, config=self.config,
-                    resume_step=self._resume_step,
+                    self.folder, report_to=self.config.report_to if self.ranks.leads else [],
+                    run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
                 )
             )  # fmt: skip
             self.skips = self.open_lines("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
-                    self.total_steps, initial=self.step, description=self.name, disabled=self.config.disable_tqdm
+                    self.total_steps, initial=self.step, description=self.name,
+                    disabled=self.config.disable_tqdm or not self.ranks.leads, silent=not self.ranks.leads,
                 )
             )
             if self.resume_from is not None:
                 self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
                 for change in changed:  # allowed (a longer run, say), but the run no longer equals an uninterrupted one
                     self.progress.write(f"changed since the run began: {change}")
+            if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
+                self.progress.write(self.dataset.large_blocks)
             if not self.skips.path.stat().st_size:
                 self._report_bad_entries()
             self._evaluator = None
             if self.eval_set is not None:
-                evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip)
+                evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip, shard=self.shard)
                 self._evaluator = stack.enter_context(evaluator)
-            self.source = self.make_source(state.get("position", 0))
+            self.source = self.make_source(start_of(state.get("position", 0), self.shard))
             self.source.on_report = self.progress.write
             self._lap = time.perf_counter(), 0.0
             stack.callback(self.source.close)
@@ -372,13 +403,18 @@ class Loop(ABC, Generic[C]):
             stack.enter_context(self._signals())
             yield
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, ranks): which draws are this process's."""
+        return self.ranks.rank, self.ranks.world
+
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call it when the run ends, however it ends."""
         self._closing.callback(callback)
 
     def open_lines(self, name: str) -> JsonlWriter:
         """A file of the run folder that is written line by line and goes on where the resumed run does."""
-        lines = JsonlWriter(self.run_dir / name, resume_step=self._resume_step)
+        lines = JsonlWriter(self.folder / name, resume_step=self._resume_step)
         self.on_close(lines.close)
         return lines
 
@@ -421,6 +457,10 @@ class Loop(ABC, Generic[C]):
 def _holds_lines(path: Path) -> bool:
     """A run that ended before its first step leaves an empty file: the mended command may use the folder."""
     return path.exists() and path.stat().st_size > 0
+
+
+def _sums(rows: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(row.get(name, 0) for row in rows) for name in sorted({name for row in rows for name in row})}
 
 
 def _mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.types import Prompt
+from videor1.types import Media, Prompt, Sample
 from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
+from videor1_kernels.frames_to_patches import PATCH_COLUMNS
 from videor1_kernels.integrations.transformers import PackedRow
 
 
@@ -107,6 +108,22 @@ def tgrpo_loss(
         num_tokens=num_tokens,
         backend=config.kernels,
     )
+
+
+def tower_at_rest(model: VideoLM) -> Tensor:
+    """0, by way of the vision tower if it is trained: for a pass without media beside ranks whose pass has some."""
+    if not any(p.requires_grad for p in model.visual.parameters()):
+        return torch.zeros((), device=model.device)
+    nothing = Media("image", torch.zeros(4, PATCH_COLUMNS, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
+    return model.vision_features([nothing])[0].float().sum() * 0.0
+
+
+def idle_loss(model: VideoLM, backend: str = "auto") -> Tensor:
+    """0, by way of every trained parameter: the pass of a rank that has fewer rows than another."""
+    eos = torch.tensor([model.special.eos])
+    row = pack(model, [Prompt(Sample(0, "", "", "text", "free-form", ""), eos, None, 0)], [[eos]])
+    features = tower_at_rest(model)
+    return completion_logp(model, row, features=[], backend=backend).sum() * 0.0 + features
 
 
 def sft_loss(model: VideoLM, packed: Packed, num_tokens: int, backend: str = "auto") -> Tensor:

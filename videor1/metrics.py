@@ -230,7 +230,8 @@ class Progress:
         total: steps of the whole run.
         initial: steps done before this start (resume).
         description: the word in front.
-        disabled: show nothing.
+        disabled: show no progress.
+        silent: write no messages either.
         stream: default stderr.
         every: seconds between plain lines at most; a tenth of the run also makes a line.
     """
@@ -242,9 +243,11 @@ class Progress:
         initial: int = 0,
         description: str = "",
         disabled: bool = False,
+        silent: bool = False,
         stream: TextIO | None = None,
         every: float = 30.0,
     ) -> None:
+        self._silent = silent
         self._total, self._initial, self._done = total, initial, initial
         self._description, self._every = description, every
         self._stream = sys.stderr if stream is None else stream
@@ -269,7 +272,8 @@ class Progress:
 
     def write(self, message: str) -> None:
         """A line of text that does not break the bar; shown where the bar is disabled too."""
-        tqdm.write(message, file=self._stream)
+        if not self._silent:
+            tqdm.write(message, file=self._stream)
 
     def close(self) -> None:
         self._bar.close()

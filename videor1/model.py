@@ -205,11 +205,13 @@ def load_model(config: CommonConfig) -> VideoLM:
     device = pick_device(config.device)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     transformers_logging.disable_progress_bar()  # the run's own bar is enough
-    # Trained weights are kept in fp32, bf16 runs compute under autocast; weights that only carry adapters need not be.
-    hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and config.lora.rank else torch.float32)
+    # Trained weights are kept in fp32, bf16 runs compute under autocast; weights that only carry adapters need not be,
+    # and ZeRO keeps fp32 copies itself.
+    zero = config.distributed.engine == "deepspeed"
+    hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
     if config.freeze_vision:
         hf.model.visual.requires_grad_(False)
-    model = VideoLM(hf, tokenizer, device=device, bf16=bf16, source=source)
+    model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source)
     if config.lora.rank:
         model.add_lora(config.lora, config.seed)
     if config.gradient_checkpointing:

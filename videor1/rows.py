@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,25 @@ from videor1_kernels import plan_rows
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Of a batch, over all ranks: what means are taken over."""
+
+    completions: int
+    tokens: int  # of completions
+    micro_batches: int
+
+
+def totals_of(lengths: Tensor, config: TrainConfig) -> Totals:
+    """lengths: int64 [P, G], tokens of the completions."""
+    micro_batches = -(-len(lengths) // config.per_device_train_batch_size)
+    return Totals(lengths.numel(), int(lengths.sum()), micro_batches)
+
+
+def add(totals: Sequence[Totals]) -> Totals:
+    return Totals(*(sum(column) for column in zip(*map(astuple, totals), strict=True)))
+
+
+@dataclass(frozen=True)
 class Row:
     """One forward and backward pass: some groups, or some answers of one."""
 
@@ -27,14 +46,15 @@ class Row:
 
 
 def training_rows(
-    model: VideoLM, groups: Sequence[Group], scored: Scored, config: TrainConfig
+    model: VideoLM, groups: Sequence[Group], scored: Scored, config: TrainConfig, totals: Totals | None = None
 ) -> tuple[list[Row], int]:
     """(rows, number of groups in none of them).
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
     for, with the same loss. Without a KL term a group whose advantages are all 0 has a gradient of exactly 0: it is in
-    no row, and counts in the means all the same.
+    no row, and counts in the means all the same. ``totals`` are those of all ranks, default: these groups alone.
     """
+    totals = totals or totals_of(scored.lengths, config)
     lengths, size = scored.lengths, config.per_device_train_batch_size
     micro_batches = [range(first, min(first + size, len(groups))) for first in range(0, len(groups), size)]
     rows, left_out = [], 0
@@ -56,9 +76,9 @@ def training_rows(
             places = torch.tensor([i * lengths.shape[1] + c for i, completions in chosen for c in completions])
             weight = loss_weight(
                 config.loss_type,
-                completions=len(places) / lengths.numel(),
+                completions=len(places) / totals.completions,
                 tokens=int(lengths.flatten()[places].sum()) / tokens,
-                micro_batches=len(micro_batches),
+                micro_batches=totals.micro_batches,
             )
             rows.append(Row(packed, tuple(i for i, _ in chosen), places, weight))
     return rows, left_out

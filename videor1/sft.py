@@ -13,12 +13,13 @@ from torch import Tensor
 
 from videor1.cli import parse, run_main
 from videor1.config import SFTConfig
-from videor1.data import Dataset, load_samples
+from videor1.data import Dataset
 from videor1.errors import ConfigError
 from videor1.loop import Loop
 from videor1.loss import pack, sft_loss
 from videor1.prompts import build_sft_ids
 from videor1.source import Source
+from videor1.stream import RowStream, open_dataset
 from videor1.types import Media, Prompt, Sample
 
 
@@ -43,10 +44,10 @@ class SFTTrainer(Loop[SFTConfig]):
             raise ConfigError("stop_at_accuracy: needs data.eval_path and eval_steps above 0")
         super().__init__(config)
 
-    def _load_dataset(self, path: str | None) -> Dataset:
+    def _load_dataset(self, path: str | None) -> Dataset | RowStream:
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1-CoT JSON format, got nothing")
-        return load_samples(path, root=self.config.data.root, require_process=True)
+        return open_dataset(path, self.config.data, require_process=True)
 
     def samples_per_step(self) -> float:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
@@ -60,7 +61,7 @@ class SFTTrainer(Loop[SFTConfig]):
             length = len(ids) - int(mask.sum())
             return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
 
-        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
+        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
 
     def train_batch(self) -> None:
         config = self.config
@@ -70,22 +71,24 @@ class SFTTrainer(Loop[SFTConfig]):
         ]
         rows = [row for examples in micro for row in pack_rows(examples, config.max_length)]
         waited = time.perf_counter() - started
-        tokens = sum(len(example.answer) for row in rows for example in row)
+        answers = sum(len(example.answer) for row in rows for example in row)
+        everything = sum(len(example) for row in rows for example in row)
+        tokens, everything = map(sum, zip(*self.ranks.gather((answers, everything)), strict=True))
 
         def losses() -> Iterator[Tensor]:
             for row in rows:
                 packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
-                yield sft_loss(self.model, packed, tokens, self.config.kernels)
+                loss = sft_loss(self.model, packed, tokens, self.config.kernels)
+                yield loss if any(e.prompt.media for e in row) else loss + self.tower_at_rest()
 
         def metrics() -> dict[str, Any]:
-            everything = sum(len(example) for row in rows for example in row)
             return {
                 "num_tokens": everything,
                 "time/data": waited,
                 "time/tokens_per_second": everything / (time.perf_counter() - started),
             }
 
-        self.optimizer_step(losses(), metrics)
+        self.optimizer_step(losses(), metrics, count=len(rows), idle=self.idle)
 
     def finished(self) -> bool:
         """``stop_at_accuracy`` is reached."""

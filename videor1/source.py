@@ -5,47 +5,49 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from videor1.cache import Key, disk_cache
-from videor1.config import CommonConfig
-from videor1.data import Dataset, SampleStream
+from videor1.config import CommonConfig, VideoConfig
+from videor1.data import Dataset, Draw, ListOrder
 from videor1.errors import DataError
 from videor1.prefetch import Prefetcher, PrefetchStats, load_media, media_key
+from videor1.stream import RowStream, StreamOrder
 from videor1.types import Media, Sample, SampleError
 
 R = TypeVar("R")
 
 
 class Source(Generic[R]):
-    """Endless records made from a data set.
+    """Endless records made from a data set or a stream.
 
     Args:
         dataset: the samples.
         build: makes the record of (sample, media, draw); a SampleError skips the sample.
         on_skip: told every skipped draw.
-        start: the draw to begin with (resume).
+        start: where to begin: what ``state`` was (resume).
+        shard: (rank, ranks): together the ranks see every sample once an epoch.
 
     Attributes:
-        position: the next draw; with the seed, all that a resumed run needs to know.
         skipped: skipped draws by SampleError.kind.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | RowStream,
         config: CommonConfig,
         build: Callable[[Sample, Media | None, int], R],
         *,
         on_skip: Callable[[int, SampleError], None],
-        start: int = 0,
+        start: Any = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.dataset = dataset
-        self.position = start
+        self._order = _order(dataset, config, shard)
+        self._next = self._since = self._order.begin(start)  # of the next draw; after the last record
         self.skipped: Counter[str] = Counter()
         self._build, self._on_skip = build, on_skip
-        stream = SampleStream(len(dataset), config.seed, config.data.shuffle)
-        self._prefetcher: Prefetcher[_Draw, Media | None] = Prefetcher(
+        self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
             functools.partial(_load, video=config.video),
             workers=config.data.workers,
             depth=config.data.prefetch,
@@ -54,9 +56,23 @@ class Source(Generic[R]):
             key=_key,
             disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
         )
-        draws = (_Draw(draw, dataset.samples[index]) for draw, index in stream.iterate(start))
-        self._results = self._prefetcher.iterate(draws)
-        self._failed: dict[int, str] = {}  # samples skipped since the last record, and why
+        self._results = self._prefetcher.iterate(self._order.iterate(self._next))
+        self._failed: dict[Any, str] = {}  # samples skipped since the last record, and why
+
+    @property
+    def position(self) -> int:
+        """Draws made, skipped ones included."""
+        return self._order.draws(self._next)
+
+    @property
+    def state(self) -> Any:
+        """Where the next draw is, as JSON: with the seed, all that a resumed run needs to know."""
+        return self._order.save(self._next)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data."""
+        return self._order.epochs(self._next)
 
     @property
     def waited_seconds(self) -> float:
@@ -86,11 +102,12 @@ class Source(Generic[R]):
             try:
                 if isinstance(outcome, SampleError):
                     raise outcome
+                assert isinstance(draw.sample, Sample), "an error's load raises it"
                 record = self._build(draw.sample, outcome, draw.number)
             except SampleError as error:
                 self._skip(draw, error)
                 continue
-            self.position = draw.number + 1
+            self._next = self._since = draw.after
             self._failed.clear()
             return record
 
@@ -101,37 +118,32 @@ class Source(Generic[R]):
     def close(self) -> None:
         self._prefetcher.close()
 
-    def _skip(self, draw: _Draw, error: SampleError) -> None:
-        self.position = draw.number + 1
+    def _skip(self, draw: Draw, error: SampleError) -> None:
+        self._next = draw.after
         self.skipped[error.kind] += 1
-        self._failed[draw.sample.index] = error.kind
-        if error.path is None and draw.sample.path is not None:
-            error = SampleError(error.kind, error.message, draw.sample.path)
+        self._failed[draw.sample.index if isinstance(draw.sample, Sample) else draw.number] = error.kind
+        if error.path is None and draw.path is not None:
+            error = SampleError(error.kind, error.message, draw.path)
         self._on_skip(draw.number, error)
-        # Samples, not draws: the end of one epoch and the start of the next may hold the same bad ones.
-        if len(self._failed) >= len(self.dataset):
+        reason = self._order.hopeless(self._failed, self._since, self._next)
+        if reason is not None:
             kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(self._failed.values()).most_common())
-            raise DataError(
-                f"{self.dataset.path}: none of its {len(self.dataset)} samples can be used ({kinds}). The last: {error}"
-            )
+            raise DataError(f"{self.dataset.path}: {reason} ({kinds}). The last: {error}")
 
 
-class _Draw:
-    """One draw of the stream, as the decode workers get it."""
-
-    __slots__ = ("number", "sample")
-
-    def __init__(self, number: int, sample: Sample) -> None:
-        self.number, self.sample = number, sample
-
-    @property
-    def path(self) -> object:
-        return self.sample.path
+def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int, int]) -> Any:
+    """StreamOrder or ListOrder: positions are their own business."""
+    if isinstance(dataset, RowStream):
+        return StreamOrder(dataset, config.seed, config.data.shuffle, shard)
+    return ListOrder(dataset, config.seed, config.data.shuffle, shard)
 
 
-def _load(draw: _Draw, video: object) -> Media | None:
-    return load_media(draw.sample, video)  # type: ignore[arg-type]
+def _load(draw: Draw, video: VideoConfig) -> Media | None:
+    if isinstance(draw.sample, SampleError):
+        raise draw.sample
+    return load_media(draw.sample, video)
 
 
-def _key(draw: _Draw) -> Key | None:
-    return media_key(draw.sample)
+def _key(draw: Draw) -> Key | None:
+    """None, which is loaded in this process, for the error of a row."""
+    return media_key(draw.sample) if isinstance(draw.sample, Sample) else None

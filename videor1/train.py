@@ -12,6 +12,8 @@ from videor1.errors import ConfigError
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--plan" in argv:
+        return _plan([argument for argument in argv if argument != "--plan"])
     # Asked to print the configuration, the demonstration prints its own: that is read first.
     config = _parse([argument for argument in argv if argument != "--print_config"])
     if bool(config.model_name_or_path) != bool(config.dataset_name):
@@ -34,12 +36,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    """``--plan``: where the memory of a run with the other options would go. Needs neither its data nor its weights."""
+    from videor1.plan import print_plan
+
+    config = _parse(argv)
+    return print_plan(config if config.model_name_or_path else _parse(["--config", "demo", *argv]))
+
+
 def _parse(argv: list[str]) -> TrainConfig:
     return parse(
         TrainConfig,
         argv,
         prog="python -m videor1.train",
-        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine.",
+        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine. "
+        "With --plan: print what the run would take of a GPU's memory, and exit; no GPU and no weights are needed.",
     )
 
 

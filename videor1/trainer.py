@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,11 +17,13 @@ from videor1.errors import TrainingStopped
 from videor1.loop import Loop
 from videor1.loss import Packed, completion_logp, media_features, tgrpo_loss
 from videor1.prompts import build_input_ids
+from videor1.refill import REFILLS, Batch, refill
 from videor1.rewards import load_reward
 from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, TemporalJudge, make_engine
-from videor1.rows import Row, training_rows
+from videor1.rows import Row, add, totals_of, training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
+from videor1.step_metrics import report_of, step_metrics
 from videor1.types import Group, Media, Prompt, Sample, SampleError
 from videor1_kernels import GrpoLoss, chosen_backend
 
@@ -62,37 +64,49 @@ class Trainer(Loop[TrainConfig]):
             self.progress.write(self._kernels())
         self.rollouts = self.open_lines("rollouts.jsonl")
         self.on_close(self.engine.close)
-        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start)
+        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
 
     def train_batch(self) -> None:
         """One rollout and its ``num_iterations`` updates."""
         config, clock = self.config, _Clock()
-        prompts = self.source.take(config.per_device_train_batch_size * config.gradient_accumulation_steps)
-        clock.lap("time/data")
-        rollout, features = self.rollout(prompts)
-        answered = [i for i, group in enumerate(rollout.groups) if group is not None]
-        groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in answered]
-        clock.lap("time/rollout")
-        scored = score_groups(groups, config, self.model.device)
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        with self.ranks.whole_weights():
+            batch = self._answer(size, clock)
+            if config.dynamic_sampling:
+                batch = refill(batch, size, config.dynamic_sampling, functools.partial(self._answer, clock=clock))
+        groups, features, scored = batch.groups, batch.features, batch.scored
         self._write_rollouts(groups, scored)
         clock.lap("time/reward")
 
-        rows, left_out = training_rows(self.model, groups, scored, config)
+        totals = add(self.ranks.gather(totals_of(scored.lengths, config)))
+        rows, left_out = training_rows(self.model, groups, scored, config, totals)
         tower = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
-        reference = [self._reference_logp(row.packed, own) for row, own in zip(rows, tower, strict=True)]
+        with self._reference_weights():
+            reference = [self._reference_logp(row.packed, own) for row, own in zip(rows, tower, strict=True)]
         clock.lap("time/reference")
 
         old: list[Tensor | None] = [None] * len(rows)
         for _ in range(min(config.num_iterations, self.total_steps - self.step)):
             results: list[GrpoLoss] = []
-            losses = self._losses(rows, scored, old, reference, tower, results)
-            self.optimizer_step(
-                losses, functools.partial(self._metrics, rollout, groups, scored, rows, left_out, results, clock)
-            )
+            losses = self._losses(rows, scored, totals.tokens, old, reference, tower, results)
+            metrics = functools.partial(self._metrics, batch, rows, results, left_out, clock)
+            self.optimizer_step(losses, metrics, count=len(rows), idle=self.idle)
             self.weights_are_new = True
             for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
                 if old[i] is None and bool(new.logp.isfinite().all()):
                     old[i] = new.logp
+
+    def _answer(self, count: int, clock: _Clock) -> Batch:
+        """The next prompts, answered and scored; fewer groups where some failed."""
+        prompts = self.source.take(count)
+        clock.lap("time/data")
+        rollout, features = self.rollout(prompts)
+        answered = [i for i, group in enumerate(rollout.groups) if group is not None]
+        groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in answered]
+        clock.lap("time/rollout")
+        scored = score_groups(groups, self.config, self.model.device)
+        clock.lap("time/reward")
+        return Batch(groups, features, scored, rollout)
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
@@ -146,20 +160,23 @@ class Trainer(Loop[TrainConfig]):
         self,
         rows: Sequence[Row],
         scored: Scored,
+        tokens: int,
         old: Sequence[Tensor | None],
         reference: Sequence[Tensor | None],
         tower: Sequence[list[Tensor] | None],
         results: list[GrpoLoss],
     ) -> Iterator[Tensor]:
         """Row by row, so that each one's graph is freed before the next is built."""
-        advantages, tokens = scored.result.advantages.flatten(), int(scored.lengths.sum())
+        advantages = scored.result.advantages.flatten()
         for row, old_logp, ref_logp, features in zip(rows, old, reference, tower, strict=True):
             result = tgrpo_loss(
                 self.model, row.packed, advantages[row.completions], self.config, num_tokens=tokens,
                 old_logp=old_logp, ref_logp=ref_logp, features=features,
             )  # fmt: skip
             results.append(result)
-            yield result.loss * row.weight
+            loss = result.loss * row.weight
+            has_media = any(p.media is not None for p in row.packed.prompts)
+            yield loss if features is not None or has_media else loss + self.tower_at_rest()
 
     def _shuffled_features(
         self, prompts: Sequence[Prompt], ordered: Sequence[Tensor | None], orders: Sequence[tuple[int, ...] | None]
@@ -180,6 +197,17 @@ class Trainer(Loop[TrainConfig]):
             return None
         return [f for f in features if f is not None]
 
+    def _reference_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Without a copy the reference policy is this model's, its adapters off."""
+        return self.ranks.whole_weights() if self.config.beta and self.frozen is None else contextlib.nullcontext()
+
+    def _metrics(
+        self, batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
+    ) -> dict[str, Any]:
+        report = report_of(batch, len(batch.rollout.failed), rows, results, left_out)
+        metrics = step_metrics(self.ranks.gather(report), clock.laps, clock.total())
+        return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
+
     def _reference_logp(self, row: Packed, features: list[Tensor] | None) -> Tensor | None:
         if not self.config.beta:
             return None
@@ -187,73 +215,6 @@ class Trainer(Loop[TrainConfig]):
             return completion_logp(
                 reference, row, temperature=self.config.temperature, features=features, backend=self.config.kernels
             )
-
-    def _metrics(
-        self,
-        rollout: Rollout,
-        groups: Sequence[Group],
-        scored: Scored,
-        rows: Sequence[Row],
-        left_out: int,
-        results: Sequence[GrpoLoss],
-        clock: _Clock,
-    ) -> dict[str, Any]:
-        result, lengths = scored.result, scored.lengths
-        weights = torch.tensor([float(len(row.packed.labels)) for row in rows])
-        weights /= weights.sum()
-
-        def token_mean(values: Sequence[Tensor | None]) -> float:
-            """Over the tokens that a pass has seen."""
-            if not values:
-                return math.nan
-            means = [0.0 if v is None else float(v.float().mean()) for v in values]
-            return sum(mean * float(weight) for mean, weight in zip(means, weights, strict=True))
-
-        answers, none = [c.logp for g in groups for c in g.ordered], torch.empty(0)
-        sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
-        gap = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
-        gap = gap[~gap.isnan()]  # a server may not tell its log-probs
-        video = torch.tensor([g.shuffled_asked > 0 for g in groups])
-        known, stats = ~result.p_shuffled.isnan(), rollout.stats
-        seconds = clock.total()
-        everything = stats.tokens
-        return {
-            "num_tokens": everything + sum(len(g.prompt.input_ids) for g in groups),
-            "reward": float(result.rewards.mean()),
-            "reward_std": float(result.rewards.std(1).mean()),
-            "rewards/accuracy/mean": float(scored.accuracy.mean()),
-            "rewards/accuracy/std": float(scored.accuracy.std()),
-            "rewards/format/mean": float(scored.format.mean()),
-            "rewards/format/std": float(scored.format.std()),
-            "kl": token_mean([r.kl for r in results]),
-            "entropy": token_mean([r.entropy for r in results]),
-            "clip_ratio/region_mean": token_mean([r.clip_fraction for r in results]),
-            "frac_reward_zero_std": float((result.rewards.std(1) < 1e-6).float().mean()),
-            "completions/mean_length": float(lengths.float().mean()),
-            "completions/min_length": int(lengths.min()),
-            "completions/max_length": int(lengths.max()),
-            "completions/clipped_ratio": 1 - _mean([c.finished for g in groups for c in g.ordered]),
-            "temporal/p": _mean(result.p[video].tolist()),
-            "temporal/p_shuffled": _mean(result.p_shuffled[known].tolist()),
-            "temporal/p_shuffled_unknown": int((video & ~known).sum()),
-            "temporal/bonus": _mean(result.temporal[video & ~result.temporal.isnan()].tolist()),
-            "temporal/rewarded": _mean((result.temporal[video & ~result.temporal.isnan()] > 0).tolist()),
-            "rollout/decode_steps": stats.decode_steps,
-            "rollout/row_steps": stats.row_steps,
-            "rollout/shuffled_asked": stats.shuffled_asked,
-            "rollout/shuffled_skipped": stats.shuffled_skipped,
-            "rollout/shuffled_stopped": stats.shuffled_stopped,
-            "rollout/kv_mib": stats.kv_bytes / 2**20,
-            "rollout/retries": stats.retries,
-            "rollout/failed": len(rollout.failed),
-            "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN of none
-            "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
-            "pass/rows": len(rows),
-            "pass/tokens": sum(row.packed.layout.total_tokens for row in rows),
-            "pass/groups_left_out": left_out,
-            **clock.laps,
-            "time/tokens_per_second": everything / seconds,
-        }
 
     def _write_rollouts(self, groups: Sequence[Group], scored: Scored) -> None:
         result = scored.result
@@ -290,7 +251,7 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def total(self) -> float:

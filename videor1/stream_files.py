@@ -1,0 +1,187 @@
+"""The files that a stream is read from: on disk, behind a URL (fsspec), or those of a dataset on Hugging Face's hub."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from videor1.errors import ConfigError, DataError
+
+JSONL = (".jsonl", ".ndjson")
+GZIP = tuple(f"{suffix}.gz" for suffix in JSONL)
+PARQUET = (".parquet",)
+SHARDS = (*JSONL, *GZIP, *PARQUET)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file whose bytes are read from any place."""
+
+    name: str
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop). DataError where the file is gone or is no longer what was opened."""
+        with self.open() as file:
+            file.seek(start)
+            return _whole(self, file.read(stop - start), stop - start)
+
+    def open(self) -> BinaryIO:
+        try:
+            file = open(self.name, "rb")  # noqa: SIM115 (the caller closes it)
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error.strerror}") from error
+        if (now := os.fstat(file.fileno()).st_size) != self.size:
+            file.close()
+            raise DataError(f"{self.name}: changed during the run: {self.size} bytes when it was opened, now {now}")
+        return file
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """The same behind a URL; ranges are read, never the whole file."""
+
+    name: str
+    size: int
+    path: str
+    filesystem: Any = field(repr=False, compare=False)
+
+    def read(self, start: int, stop: int) -> bytes:
+        try:
+            data = self.filesystem.cat_file(self.path, start=start, end=stop)
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error}") from error
+        return _whole(self, data, stop - start)
+
+    def open(self) -> BinaryIO:
+        try:
+            return self.filesystem.open(self.path, "rb")
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error}") from error
+
+
+File = LocalFile | RemoteFile
+
+
+def _whole(file: File, data: bytes, expected: int) -> bytes:
+    if len(data) != expected:
+        raise DataError(f"{file.name}: changed during the run: it ends earlier than when it was opened")
+    return data
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that ``datasets.Dataset.save_to_disk`` wrote."""
+
+    name: str
+
+
+def find(name: str, split: str) -> tuple[list[File | Saved], list[str]]:
+    """(shards in order, the folders that media paths may be relative to) of a ``dataset_name``.
+
+    Raises:
+        DataError: nothing is there.
+        ConfigError: a name that means nothing, one shard named twice, or a part that is not installed.
+    """
+    found: list[File | Saved] = []
+    roots: list[str] = []
+    for item in [name] if Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]:
+        shards, root = _find_one(item, split)
+        found += shards
+        roots += [root] if root not in roots else []
+    names = [os.path.realpath(s.name) if isinstance(s, LocalFile) else s.name for s in found]
+    if twice := next((n for n in names if names.count(n) > 1), None) if len(set(names)) < len(names) else None:
+        raise ConfigError(f"dataset_name: {name!r} names {twice} twice")
+    return found, roots
+
+
+def _find_one(item: str, split: str) -> tuple[list[File | Saved], str]:
+    if item.startswith("hf://") and not item.startswith(("hf://datasets/", "hf://buckets/")):
+        return list(_hub(item, split)), os.curdir
+    if "://" in item:
+        return list(_remote(item)), os.curdir
+    path = Path(item)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
+            raise ConfigError(
+                f"dataset_name: {item} holds the splits {splits}; name one, e.g. {path / (splits or ['train'])[0]}"
+            )
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return [Saved(str(path))], str(path)
+        names = sorted(str(p) for p in path.iterdir() if p.name.endswith(SHARDS) and not p.name.startswith("."))
+        expected = f"expected {', '.join(SHARDS)} files in it (folders below it: {path / '**' / '*.jsonl'})"
+    else:
+        names = sorted(n for n in glob.glob(item, recursive=True) if os.path.isfile(n)) or [item][: path.exists()]
+        expected = "no such data file" if not glob.has_magic(item) else "no file matches"
+    if not names:
+        raise DataError(f"{item}: {expected}")
+    for name in names:
+        if not name.endswith(SHARDS):
+            raise ConfigError(f"dataset_name: a stream reads {', '.join(SHARDS)} shards, got {name!r}")
+    return [LocalFile(name, os.stat(name).st_size) for name in names], _fixed_folder(item)
+
+
+def _fixed_folder(item: str) -> str:
+    """The folder itself, or the one above the first part of a path that holds a wildcard (or names the file)."""
+    path = Path(item)
+    while not path.is_dir():
+        path = path.parent
+    return str(path)
+
+
+def _remote(url: str) -> Iterator[RemoteFile]:
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        paths = sorted(filesystem.glob(path)) if glob.has_magic(path) else filesystem.find(path)
+        sizes = [filesystem.info(p)["size"] for p in paths]
+    except ImportError as error:
+        raise ConfigError(f"dataset_name: {url} needs a package that is not installed: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{url}: cannot be opened: {error}") from error
+    shards = [(p, size) for p, size in zip(paths, sizes, strict=True) if str(p).endswith(SHARDS)]
+    if not shards:
+        raise DataError(f"{url}: no {', '.join(SHARDS)} file is there")
+    for path, size in shards:
+        yield RemoteFile(filesystem.unstrip_protocol(path), size, path, filesystem)
+
+
+def _hub(name: str, split: str) -> Iterator[File]:
+    """The data files of one split, as the ``datasets`` library finds them; ranges of them are read, nothing is kept."""
+    parts = name.removeprefix("hf://").strip("/").split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ConfigError(f"dataset_name: expected hf://user/name or hf://user/name/subset, got {name!r}")
+    datasets = require("datasets")
+    try:
+        builder = datasets.load_dataset_builder("/".join(parts[:2]), *parts[2:])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: cannot be opened: {' '.join(str(error).split())}") from error
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise ConfigError(f"data.split: {name} has the splits {sorted(map(str, files))}, got {split!r}")
+    for path in files[split]:
+        plain = str(path).partition("?")[0]
+        if not plain.endswith(SHARDS):
+            raise ConfigError(
+                f"dataset_name: {name}: a stream reads {', '.join(SHARDS)} shards, got {plain!r}; "
+                "download it, or write it with datasets' save_to_disk"
+            )
+        yield from _remote(plain) if "://" in plain else [LocalFile(plain, os.stat(plain).st_size)]
+
+
+def require(package: str) -> ModuleType:
+    """A package of the extra ``stream``; ConfigError where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"dataset_name: this data needs {package.partition('.')[0]}: pip install 'videor1[stream]' ({error})"
+        ) from error
