@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -152,6 +153,29 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(assets: A
     assert not list((folder / "checkpoints").glob("step-*.*"))
     Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
     assert len(list((path / "trainer").glob("optimizer-*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_stay_together_whatever_one_meets(assets: Assets, tmp_path: Path, stage: int) -> None:
+    """A video that is not there, groups with nothing to learn (left out of the rows), and no memory for a rollout."""
+    samples = json.loads(Path(assets.train).read_text())
+    bad = samples[0] | {"problem_id": "bad", "path": "./nowhere.mp4"}
+    data = Path(assets.train).parent / f"with-bad-{stage}.json"
+    data.write_text(json.dumps([bad, *samples]))
+    flags = train_flags(
+        assets, tmp_path, dataset_name=data, max_steps=4, save_steps=0, beta=0.0, distributed__zero_stage=stage,
+        reward__functions="toy_rewards:sometimes", per_device_train_batch_size=2, **ZERO,
+    )  # fmt: skip
+    finished(launch(flags, module="out_of_memory"))
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["rollout/failed"] for row in rows] == [0, 2, 0, 0]
+    assert rows[-1]["data/skipped/missing_file"] >= 1
+    assert rows[-1]["data/skipped/rollout"] == 2
+    assert sum(row["pass/groups_left_out"] for row in rows) > 0
+    assert all(row["loss"] is not None and row["nonfinite_steps"] == 0 for row in rows)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(tmp_path / "rank-1")]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path, 4).values())
 
 
 def test_sft_on_two(assets: Assets, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ class Scored:
 def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
     """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones, worked out on
     ``device``. All that is returned is on the CPU."""
+    if not groups:
+        return _nothing(config)
     answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
     accuracy, form = (
         torch.tensor(rewards).reshape(len(groups), -1)
@@ -73,3 +75,9 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
     values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
     return Scored(accuracy, form, lengths, shuffled, values)
+
+
+def _nothing(config: TrainConfig) -> Scored:
+    """Of no group."""
+    none, one = torch.empty(0, config.num_generations), torch.empty(0)
+    return Scored(none, none, none.long(), torch.empty(0, config.num_shuffled), Advantages(none, none, one, one, one))

@@ -57,6 +57,9 @@ def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], secon
     """TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``."""
     batch = joined([report.batch for report in reports if report.batch is not None])
     groups, scored = batch.groups, batch.scored
+    if not groups:
+        failed = sum(report.failed for report in reports)
+        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **laps}
     result, lengths = scored.result, scored.lengths
     gap = torch.cat([report.gaps for report in reports])
     video = torch.tensor([g.shuffled_asked > 0 for g in groups])

@@ -110,6 +110,25 @@ class Trainer(Loop[TrainConfig]):
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
+        features: list[Tensor | None] = [None] * len(prompts)
+        try:
+            rollout, features = self._ask(prompts)
+        except RolloutError as error:
+            raise TrainingStopped(f"{error}; {self.last_whole()}") from error
+        except torch.OutOfMemoryError as error:
+            if self.ranks.world == 1:
+                raise
+            # The other ranks go on: so must this one, without these prompts.
+            reason = f"out of memory: {str(error).splitlines()[0]}"
+            rollout = Rollout([None] * len(prompts), failed=dict.fromkeys(range(len(prompts)), reason))
+            torch.cuda.empty_cache()
+        for i, reason in rollout.failed.items():
+            failure = SampleError("rollout", reason, prompts[i].sample.path)
+            self.source.skipped[failure.kind] += 1
+            self._on_skip(prompts[i].draw, failure)
+        return rollout, features
+
+    def _ask(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         config, model = self.config, self.model
         orders = [
             draw_permutation(p, config.temporal.shuffle_unit, config.seed) if config.num_shuffled else None
@@ -122,18 +141,10 @@ class Trainer(Loop[TrainConfig]):
                 ordered = _scatter(prompts, iter(media_features(model, prompts)))
                 shuffled = self._shuffled_features(prompts, ordered, orders)
         requests = [self._request(*parts) for parts in zip(prompts, ordered, shuffled, orders, strict=True)]
-        try:
-            if self.weights_are_new:
-                self.engine.weights_changed()
-                self.weights_are_new = False
-            rollout = self.engine.generate(requests)
-        except RolloutError as error:
-            raise TrainingStopped(f"{error}; {self.last_whole()}") from error
-        for i, reason in rollout.failed.items():
-            failure = SampleError("rollout", reason, prompts[i].sample.path)
-            self.source.skipped[failure.kind] += 1
-            self._on_skip(prompts[i].draw, failure)
-        return rollout, ordered
+        if self.weights_are_new:
+            self.engine.weights_changed()
+            self.weights_are_new = False
+        return self.engine.generate(requests), ordered
 
     def _request(
         self, prompt: Prompt, ordered: Tensor | None, shuffled: Tensor | None, order: tuple[int, ...] | None

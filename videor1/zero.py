@@ -104,7 +104,7 @@ class ZeroRanks(Ranks):
         self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], parameters: dict[str, nn.Parameter],
         rate: float,
     ) -> Update:  # fmt: skip
-        passes, total = max(self.gather(count)), 0.0
+        passes, total = max(1, *self.gather(count)), 0.0
         for i in range(passes):
             self._engine.set_gradient_accumulation_boundary(i == passes - 1)
             loss = self._engine(lambda i=i: next(losses) if i < count else idle())
