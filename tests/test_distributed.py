@@ -197,6 +197,33 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.mark.parametrize("options", [{"lora__rank": 4}, {"freeze_vision": True, "gradient_checkpointing": True}])
+def test_stage_3_with(options: dict[str, Any], assets: Assets, tmp_path: Path) -> None:
+    options = options | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
+    trainer(assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
+    flags = train_flags(assets, tmp_path / "two", distributed__zero_stage=3, **options, **ZERO)
+    finished(launch(flags))
+    assert_same_runs(tmp_path / "one", tmp_path / "two", 2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_goes_on_from_its_fp32_weights(assets: Assets, tmp_path: Path, stage: int) -> None:
+    options = ZERO | {"bf16": True, "save_steps": 2, "distributed__zero_stage": stage, "lr_scheduler_type": "constant"}
+    finished(launch(train_flags(assets, tmp_path / "whole", max_steps=3, **options)))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-3")
+    finished(launch(train_flags(assets, tmp_path / "again", max_steps=3, resume="auto", **options)))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "again")
+    mine, theirs = weights(tmp_path / "whole", 3), weights(tmp_path / "again", 3)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert {tensor.dtype for tensor in mine.values()} == {torch.bfloat16}
+    masters = {}
+    for part in (dict(checkpoints(tmp_path / "whole"))[3] / "trainer").glob("optimizer-*.safetensors"):
+        masters |= {name: value for name, value in load_file(part).items() if name.endswith("/master")}
+    assert {value.dtype for value in masters.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in masters.values())
+
+
 def test_positions_on_another_number_of_ranks() -> None:
     assert start_of(5, (0, 1)) == 5
     assert [start_of([3, 2], (rank, 2)) for rank in (0, 1)] == [3, 2]

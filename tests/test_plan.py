@@ -182,9 +182,9 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes_say_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json can be read.*3b, 7b, Qwen/Qwen2\.5-VL-3B-Instruct"):
         plan(options("--model_name_or_path", str(tmp_path)))
-    with pytest.raises(ConfigError, match="1120 video tokens.*200 of text is longer than the 512"):
+    with pytest.raises(ConfigError, match=r"1120 video tokens.*200 of text is longer than the 512"):
         plan(options("--max_prompt_length", "512"))
-    with pytest.raises(ConfigError, match="distributed.engine none.*got deepspeed"):
+    with pytest.raises(ConfigError, match=r"distributed.engine none.*got deepspeed"):
         plan(options("--distributed.engine", "deepspeed"))
     with pytest.raises(ConfigError, match="expected --check"):
         main([])

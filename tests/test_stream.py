@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,7 @@ def test_an_epoch_holds_every_row_once_and_epochs_differ(tmp_path: Path) -> None
     epochs = [[d.sample.problem_id for d in draws[i : i + 300]] for i in (0, 300, 600)]  # type: ignore[union-attr]
     assert all(sorted(map(int, epoch)) == list(range(300)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({frozenset(epoch[:15]) for epoch in epochs}) == 3  # other blocks come first
     assert ids(order_of(stream, seed=8).iterate(Position()), 300) != epochs[0]
     assert ids(order_of(stream).iterate(Position()), 300) == epochs[0]
     first = [int(i) for i in epochs[0][:12]]
@@ -332,7 +334,7 @@ def test_every_format_gives_the_same_samples(kind: str, tmp_path: Path) -> None:
 
 def test_shards_of_several_formats(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(range(5)))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(range(5, 8))))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines(range(5, 8))))
     parquet(tmp_path / "c.parquet", [row(i) for i in range(8, 30)])
     (tmp_path / "README.md").write_text("no shard")
     (tmp_path / ".hidden.jsonl").write_text("no shard")
@@ -430,6 +432,10 @@ def test_names_of_several_shards(tmp_path: Path) -> None:
         found(f"{two},{one}")
     with pytest.raises(ConfigError, match=r"names .*0\.jsonl twice"):
         found(f"{one},{one}/0.jsonl")
+    many = ",".join([f"{two}/*.jsonl", f"{one}/0.jsonl", *[f"{one}/./{'./' * i}1.jsonl" for i in range(1, 2)]])
+    assert found(many, root=str(tmp_path)) == ["10", "11", "0", "1"]
+    with pytest.raises(DataError, match="no such data file"):
+        found(",".join(f"{one}/{i}" for i in range(9, 5000)))  # too long for a file's name
     with pytest.raises(DataError, match="no file matches"):
         found(f"{one}/*.parquet")
     (tmp_path / "none").mkdir()
@@ -441,6 +447,23 @@ def test_names_of_several_shards(tmp_path: Path) -> None:
         found("ftpx://host/x")
     with pytest.raises(DataError, match=r"data\.root: expected a folder, got .*gone"):
         found(str(one), root=str(tmp_path / "gone"))
+
+
+def test_what_a_url_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/sizes/a.jsonl", lines(range(2)))
+    monkeypatch.setattr(type(memory), "info", lambda *_, **__: {"size": None, "type": "file"})
+    with pytest.raises(DataError, match=r"memory://.*a\.jsonl: its server does not tell its size"):
+        stream_of("memory://sizes/a.jsonl")
+
+    def missing(_: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ConfigError, match="s3://bucket/a.jsonl needs a package that is not installed: Install s3fs"):
+        stream_of("s3://bucket/a.jsonl")
 
 
 def test_media_paths_stay_under_the_root(tmp_path: Path) -> None:
@@ -533,6 +556,33 @@ def test_opening_and_resuming_read_a_window_and_memory_is_bounded(
     assert isinstance(first.sample, Sample)
 
 
+def test_large_columns_that_no_sample_has_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = random.Random(0).randbytes(2**20)
+    parquet(tmp_path / "a.parquet", [row(i, video=noise) for i in range(3)])
+    stream = stream_of(tmp_path)
+    assert stream.shards[0].block_bytes < 1000
+    monkeypatch.setattr(videor1.stream_shards.Records, "entry", lambda records, i: (i, "", records._table.column_names))
+    assert "video" not in stream.read(0)[1].entry(0)[2]  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_one_window_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most, original = 0, JsonlShard.read
+
+    def read(shard: JsonlShard, block: int) -> Any:
+        nonlocal most
+        rows = original(shard, block)
+        alive.add(rows)
+        most = max(most, len(alive))
+        return rows
+
+    monkeypatch.setattr(JsonlShard, "read", read)
+    order = order_of(stream_of(write_shards(tmp_path / "d")))
+    assert len(list(itertools.islice(order.iterate(Position()), 700))) == 700
+    assert most == 4
+
+
 def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(range(10)))
@@ -609,6 +659,7 @@ def test_a_missing_package_is_named_with_its_extra(
         stream_of(name)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_folders_of_datasets(tmp_path: Path) -> None:
     import datasets
 
@@ -617,7 +668,7 @@ def test_folders_of_datasets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds the splits \['test', 'train'\]; name one, e\.g\. .*both/test"):
         stream_of(tmp_path / "both")
     stream = stream_of(tmp_path / "both" / "train")
-    assert (stream.count(), stream.blocks) == (200, 1)
+    assert (stream.count(), stream.blocks) == (200, 4)
     assert sorted(map(int, ids(order_of(stream).iterate(Position()), 200))) == list(range(200))
     (tmp_path / "both" / "test" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"test: cannot be opened by datasets\.load_from_disk"):

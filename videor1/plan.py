@@ -281,7 +281,7 @@ def _settings(config: TrainConfig, target: Target) -> str:
 
 
 def advice(config: TrainConfig, made: Plan) -> list[str]:
-    """Options that would lower the peak of the phase that binds, the most effective first, with what they free there."""
+    """Options that would lower the peak of the phase that binds, the most effective first, with what they free."""
     parts, found = made.binding.parts, []
 
     def gib(*names: str) -> int:
@@ -345,7 +345,8 @@ def print_plan(config: TrainConfig) -> int:
     missing = [card for card in CARDS if not made.fits(card)]
     suggestions = advice(config, made) if made.context and missing else []
     if suggestions:
-        print(f"\nTo lower the peak (of the phase {made.binding.name}; another may then have the most):\n" + "\n".join(f"  {line}" for line in suggestions))
+        print(f"\nTo lower the peak, of the phase {made.binding.name} (another may then have the most):")
+        print("\n".join(f"  {line}" for line in suggestions))
     return 0
 
 

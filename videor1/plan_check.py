@@ -107,9 +107,7 @@ def check_command(argv: Sequence[str]) -> int:
     print("beyond what was there, GiB".ljust(28) + "planned".rjust(10) + "measured".rjust(10) + "ratio".rjust(8))
     rows = compare(made, found)
     for row in rows:
-        print(
-            row.phase.ljust(28) + f"{row.planned / GIB:10.4f}{row.measured / GIB:10.4f}{row.ratio:8.3f}"
-        )
+        print(row.phase.ljust(28) + f"{row.planned / GIB:10.4f}{row.measured / GIB:10.4f}{row.ratio:8.3f}")
     if most:
         print("allocated at the worst".ljust(28) + f"{made.peak / GIB:10.3f}{most / GIB:10.3f}{made.peak / most:8.3f}")
         return int(abs(made.peak - most) > WITHIN * most)
@@ -144,8 +142,8 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
             return
         self._profile.__exit__(*error)
-        assert self._profile.profiler is not None
-        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        profiler: Any = self._profile.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
         live = self.bytes = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             live += event.nbytes()

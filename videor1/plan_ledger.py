@@ -21,8 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from videor1_kernels.checks import IGNORED
-from videor1_kernels.grpo_loss import ops as grpo_ops
-from videor1_kernels.linear_logprob import ops as head_ops
 from videor1_kernels.linear_logprob import reference as head_reference
 from videor1_kernels.linear_logprob import tiles
 from videor1_kernels.linear_logprob.products import chunk_rows
@@ -279,5 +277,3 @@ def _logits_bytes(rows: int, vocabulary: int) -> int:
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
-
-assert grpo_ops.linear_grpo_loss_op and head_ops.linear_logprob_op  # their import registers the operators

@@ -53,8 +53,8 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes a "
-            f"folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
+            f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
+            f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
         ) from error
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
@@ -138,7 +138,7 @@ def make_fake(model: VideoLM, mode: FakeTensorMode) -> None:
         for slots in (module._parameters, module._buffers):
             for name, tensor in slots.items():
                 if tensor is not None:
-                    slots[name] = fake(tensor)  # type: ignore[assignment]
+                    slots[name] = fake(tensor)
     model.device = torch.device("cpu")
     AttentionInterface.register(_WINDOWS, _window_attention)
     model.visual.set_attn_implementation(_WINDOWS)

@@ -48,7 +48,7 @@ def open_dataset(name: str, data: DataConfig, *, require_process: bool = False) 
 
 def _held_whole(name: str, stream: bool | None) -> bool:
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(name):
         return not (stream or glob.has_magic(name) or "," in name or "://" in name)
     if stream or path.is_dir():
         return False

@@ -91,7 +91,7 @@ def find(name: str, split: str) -> tuple[list[File | Saved], list[str]]:
     """
     found: list[File | Saved] = []
     roots: list[str] = []
-    for item in [name] if Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]:
+    for item in [name] if os.path.exists(name) else [part.strip() for part in name.split(",") if part.strip()]:
         shards, root = _find_one(item, split)
         found += shards
         roots += [root] if root not in roots else []
@@ -107,7 +107,7 @@ def _find_one(item: str, split: str) -> tuple[list[File | Saved], str]:
     if "://" in item:
         return list(_remote(item)), os.curdir
     path = Path(item)
-    if path.is_dir():
+    if os.path.isdir(item):
         if (path / "dataset_dict.json").is_file():
             splits = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
             raise ConfigError(
@@ -118,7 +118,9 @@ def _find_one(item: str, split: str) -> tuple[list[File | Saved], str]:
         names = sorted(str(p) for p in path.iterdir() if p.name.endswith(SHARDS) and not p.name.startswith("."))
         expected = f"expected {', '.join(SHARDS)} files in it (folders below it: {path / '**' / '*.jsonl'})"
     else:
-        names = sorted(n for n in glob.glob(item, recursive=True) if os.path.isfile(n)) or [item][: path.exists()]
+        names = (
+            sorted(n for n in glob.glob(item, recursive=True) if os.path.isfile(n)) or [item][: os.path.exists(item)]
+        )
         expected = "no such data file" if not glob.has_magic(item) else "no file matches"
     if not names:
         raise DataError(f"{item}: {expected}")
@@ -141,16 +143,21 @@ def _remote(url: str) -> Iterator[RemoteFile]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-        paths = sorted(filesystem.glob(path)) if glob.has_magic(path) else filesystem.find(path)
+        if glob.has_magic(path):
+            paths = filesystem.glob(path)
+        else:
+            paths = [path] if filesystem.isfile(path) else filesystem.find(path)
         sizes = [filesystem.info(p)["size"] for p in paths]
     except ImportError as error:
         raise ConfigError(f"dataset_name: {url} needs a package that is not installed: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{url}: cannot be opened: {error}") from error
-    shards = [(p, size) for p, size in zip(paths, sizes, strict=True) if str(p).endswith(SHARDS)]
+    shards = sorted((p, size) for p, size in zip(paths, sizes, strict=True) if str(p).endswith(SHARDS))
     if not shards:
         raise DataError(f"{url}: no {', '.join(SHARDS)} file is there")
     for path, size in shards:
+        if size is None:
+            raise DataError(f"{filesystem.unstrip_protocol(path)}: its server does not tell its size; download it")
         yield RemoteFile(filesystem.unstrip_protocol(path), size, path, filesystem)
 
 
