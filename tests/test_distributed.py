@@ -197,11 +197,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.parametrize("options", [{"lora__rank": 4}, {"freeze_vision": True, "gradient_checkpointing": True}])
-def test_stage_3_with(options: dict[str, Any], assets: Assets, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora__rank": 4, "distributed__zero_stage": 3},
+        {"freeze_vision": True, "gradient_checkpointing": True, "distributed__zero_stage": 3},
+        {"distributed__offload_optimizer": True, "distributed__zero_stage": 2},
+    ],
+)
+def test_trained_with(options: dict[str, Any], assets: Assets, tmp_path: Path) -> None:
     options = options | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
     trainer(assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
-    flags = train_flags(assets, tmp_path / "two", distributed__zero_stage=3, **options, **ZERO)
+    flags = train_flags(assets, tmp_path / "two", **options, **ZERO)
     finished(launch(flags))
     assert_same_runs(tmp_path / "one", tmp_path / "two", 2)
 
@@ -249,6 +256,8 @@ def test_a_launcher_without_an_engine(monkeypatch: pytest.MonkeyPatch, assets: A
         trainer(assets, tmp_path)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="server: not with"):
+        trainer(assets, tmp_path, rollout__engine="server", **ZERO)
     with pytest.raises(ConfigError, match="torchrun"):
         trainer(assets, tmp_path, **ZERO)
     assert make_ranks is not None

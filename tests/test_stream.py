@@ -179,7 +179,8 @@ def test_an_epoch_holds_every_row_once_and_epochs_differ(tmp_path: Path) -> None
     assert ids(order_of(stream).iterate(Position()), 300) == epochs[0]
     first = [int(i) for i in epochs[0][:12]]
     assert max(first) - min(first) > 100  # a window is from several places
-    assert max(abs(a - b) for a, b in itertools.pairwise(first)) > 20  # whose rows are mixed
+    follow = sum(int(b) - int(a) == 1 for a, b in itertools.pairwise(epochs[0]))
+    assert follow < 60  # whose rows are mixed
     assert [order.epochs(d.after) for d in (draws[0], draws[-1])] == [0, pytest.approx(3, abs=2 / order.windows)]
 
 
@@ -341,7 +342,9 @@ def test_shards_of_several_formats(tmp_path: Path) -> None:
     stream = stream_of(tmp_path)
     assert [shard.blocks for shard in stream.shards] == [1, 1, 3]
     assert stream.count() == 30
-    assert sorted(map(int, ids(order_of(stream).iterate(Position()), 30))) == list(range(30))
+    draws = list(itertools.islice(order_of(stream).iterate(Position()), 30))
+    assert sorted(map(int, ids(iter(draws), 30))) == list(range(30))
+    assert len({d.sample.index for d in draws}) == 30  # type: ignore[union-attr]
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
@@ -462,7 +465,7 @@ def test_what_a_url_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(ConfigError, match="s3://bucket/a.jsonl needs a package that is not installed: Install s3fs"):
+    with pytest.raises(ConfigError, match=r"s3://bucket/a\.jsonl needs a package that is not installed"):
         stream_of("s3://bucket/a.jsonl")
 
 

@@ -276,4 +276,3 @@ def _logits_bytes(rows: int, vocabulary: int) -> int:
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-

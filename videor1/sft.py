@@ -112,8 +112,10 @@ def pack_rows(examples: Sequence[Example], max_length: int) -> list[list[Example
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     config = parse(SFTConfig, argv, prog="python -m videor1.sft", description="SFT cold start for T-GRPO.")
-    final: Path = SFTTrainer(config).train()
-    print(f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final} --dataset_name DATA.json")
+    run = SFTTrainer(config)
+    final = run.train()
+    if run.ranks.leads:
+        print(f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final} --dataset_name DATA.json")
     return 0
 
 

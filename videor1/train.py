@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     trainer = Trainer(config)
     final = trainer.train()
+    if not trainer.ranks.leads:
+        return 0
     picture = draw_curves(trainer.run_dir)
     print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")
     return 0

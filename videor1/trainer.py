@@ -13,7 +13,7 @@ from torch import Tensor
 
 from videor1.advantages import Scored, score_groups
 from videor1.config import TrainConfig
-from videor1.errors import TrainingStopped
+from videor1.errors import ConfigError, TrainingStopped
 from videor1.loop import Loop
 from videor1.loss import Packed, completion_logp, media_features, tgrpo_loss
 from videor1.prompts import build_input_ids
@@ -41,6 +41,8 @@ class Trainer(Loop[TrainConfig]):
     def __init__(self, config: TrainConfig) -> None:
         for function in config.reward.functions:
             load_reward(function)  # a misspelt one must not wait for the first rollout
+        if config.rollout.engine == "server" and config.distributed.engine != "none":
+            raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed, whose ranks answer themselves")
         super().__init__(config)
         needs_copy = config.beta > 0 and not config.lora.rank
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights

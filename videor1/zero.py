@@ -218,7 +218,7 @@ class _Pulse:
                         said = self._store.get(str(other)) if self._store.check([str(other)]) else b""
                         if said == b"failed":
                             self._end(f"rank {other} has failed")
-                        if heard.get(other, (b"", 0.0))[0] != said or said == b"ended":
+                        if other not in heard or heard[other][0] != said or said == b"ended":
                             heard[other] = said, time.monotonic()
                         elif time.monotonic() - heard[other][1] > self._timeout:
                             self._end(f"rank {other} has not been heard of for {self._timeout:g} s")
