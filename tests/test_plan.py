@@ -78,10 +78,12 @@ def test_every_phase_is_within_a_tenth_of_what_is_measured(shape: str, flags: li
 
 def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:
     several = ["--device", "cpu", *SMALL, "--gradient_accumulation_steps", "2"]  # the gradients are there before it
+    gradients = 4 * sum(count_parameters(build_policy(small_shape(), options(), Target(False, False), CPU)).values())
     peaks = [
         next(p for p in plan(options(*several, *more), small_shape()).phases if p.name == "policy")
         for more in ([], ["--gradient_checkpointing"], ["--gradient_checkpointing", "--max_tokens_per_row", "300"])
     ]
+    assert peaks[1].parts["gradients"] == gradients
     assert peaks[0].beyond > 1.5 * peaks[1].beyond
     assert peaks[1].beyond > 1.05 * peaks[2].beyond
 

@@ -42,7 +42,7 @@ class Trainer(Loop[TrainConfig]):
         for function in config.reward.functions:
             load_reward(function)  # a misspelt one must not wait for the first rollout
         if config.rollout.engine == "server" and config.distributed.engine != "none":
-            raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed, whose ranks answer themselves")
+            raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed (ranks answer themselves)")
         super().__init__(config)
         needs_copy = config.beta > 0 and not config.lora.rank
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from videor1.config import DistributedConfig
 from videor1.distributed import Ranks, T, Update
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, TrainingStopped
 
 _FIELDS = ("exp_avg", "exp_avg_sq")
 _BEAT_SECONDS = 2.0
@@ -54,7 +54,8 @@ class ZeroRanks(Ranks):
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._objects)
+        with _lost_rank():
+            dist.all_gather_object(values, value, group=self._objects)
         return values
 
     def prepare(self, hf: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
@@ -104,6 +105,10 @@ class ZeroRanks(Ranks):
         self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], parameters: dict[str, nn.Parameter],
         rate: float,
     ) -> Update:  # fmt: skip
+        with _lost_rank():
+            return self._update(losses, count, idle, rate)
+
+    def _update(self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], rate: float) -> Update:
         passes, total = max(1, *self.gather(count)), 0.0
         for i in range(passes):
             self._engine.set_gradient_accumulation_boundary(i == passes - 1)
@@ -171,6 +176,21 @@ class ZeroRanks(Ranks):
         self._pulse.stop("failed" if failed else "ended")
         if not failed:  # which waits for the others
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _lost_rank() -> Iterator[None]:
+    """A collective that broke off is another rank's end, told in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "NCCL", "Connection")):
+            raise
+        raise TrainingStopped(
+            f"another process of this run is gone ({said.splitlines()[0][:200]}); the last checkpoint is whole: go on "
+            "with --resume auto"
+        ) from error
 
 
 class _Runner(nn.Module):
