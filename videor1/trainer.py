@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -186,7 +187,7 @@ class Trainer(Loop[TrainConfig]):
                 self.model, row.packed, advantages[row.completions], self.config, num_tokens=tokens,
                 old_logp=old_logp, ref_logp=ref_logp, features=features,
             )  # fmt: skip
-            results.append(result)
+            results.append(dataclasses.replace(result, loss=result.loss.detach()))  # or it would keep the row's graph
             loss = result.loss * row.weight
             has_media = any(p.media is not None for p in row.packed.prompts)
             yield loss if features is not None or has_media else loss + self.tower_at_rest()
