@@ -17,11 +17,11 @@ def test_the_options_table_is_the_programs() -> None:
 
 
 def test_every_option_in_a_command_exists() -> None:
-    known = {"train": TrainConfig, "sft": SFTConfig, "evaluate": EvaluateConfig}
+    known = {"train": TrainConfig, "plan": TrainConfig, "sft": SFTConfig, "evaluate": EvaluateConfig}
     commands = re.findall(r"python -m videor1\.(\w+)((?:[^\n`]|\\\n)*)", README)
     assert commands
     for name, rest in commands:
-        given = set(re.findall(r"--([\w.]+)", rest)) - {"help", "print_config", "config", "table"}
+        given = set(re.findall(r"--([\w.]+)", rest)) - {"help", "print_config", "config", "table", "plan", "check"}
         if given:
             assert given <= set(collect_options(known[name])), name
 
