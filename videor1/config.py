@@ -159,6 +159,17 @@ class LoraConfig:
 
 
 @dataclass
+class ModelConfig:
+    """Other libraries' kernels inside the model; results agree to rounding."""
+
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """Of the vision tower, and of prompts at the start of a rollout; flash_attention_2 needs flash-attn and a GPU
+    (sdpa leaves prompts to videor1_kernels)."""
+    liger: bool = False
+    """liger-kernel's RMSNorm, SwiGLU and (M-)RoPE; needs a GPU."""
+
+
+@dataclass
 class DistributedConfig:
     """Several processes: GPUs of one machine or of many, started by torchrun or the deepspeed launcher."""
 
@@ -187,6 +198,7 @@ class CommonConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
     max_prompt_length: int = 16384
     """Prompt tokens at most; a longer prompt is skipped and counted, never cut."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from videor1.config import CommonConfig, LoraConfig
+from videor1.config import CommonConfig, LoraConfig, ModelConfig
 from videor1.errors import ConfigError
+from videor1.liger import use_liger
 from videor1.patches import normalize_patches
 from videor1.positions import prompt_positions
 from videor1.prompts import SpecialIds, special_ids
@@ -49,6 +50,7 @@ class VideoLM:
     ) -> None:
         self.hf = hf.to(device)
         self.peft: Any = None
+        self.flash = False  # prompts of a rollout by flash-attn
         self.tokenizer = tokenizer
         self.special: SpecialIds = special_ids(tokenizer)
         self.device = torch.device(device)
@@ -209,9 +211,11 @@ def load_model(config: CommonConfig) -> VideoLM:
     # and ZeRO keeps fp32 copies itself.
     zero = config.distributed.engine == "deepspeed"
     hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
+    _use_libraries(hf, config.model, device)
     if config.freeze_vision:
         hf.model.visual.requires_grad_(False)
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source)
+    model.flash = config.model.attention == "flash_attention_2"
     if config.lora.rank:
         model.add_lora(config.lora, config.seed)
     if config.gradient_checkpointing:
@@ -220,6 +224,19 @@ def load_model(config: CommonConfig) -> VideoLM:
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model
+
+
+def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
+    """Attention of the tower by flash-attn, and Liger's kernels, where they are asked for."""
+    if device.type == "cpu" and (options.liger or options.attention != "sdpa"):
+        raise ConfigError("model.liger, model.attention flash_attention_2: they run on a GPU, and this run is on a CPU")
+    if options.attention == "flash_attention_2":
+        try:
+            hf.model.visual.set_attn_implementation("flash_attention_2")
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"model.attention: pip install 'videor1[flash-attn]' ({error})") from error
+    if options.liger:
+        use_liger(hf)
 
 
 def set_checkpointing(hf: Any, on: bool) -> None:

@@ -23,6 +23,7 @@ class Prefill:
     cache: KVCache
     starts: Sequence[int]
     backend: str
+    flash: bool = False  # by flash-attn
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         for pool, new in ((self.cache.prefix_k[layer], k), (self.cache.prefix_v[layer], v)):
@@ -30,7 +31,18 @@ class Prefill:
                 self.starts, self.layout.prompt_starts, self.layout.prompt_lengths, strict=True
             ):
                 pool[start : start + length] = new[begin : begin + length]
+        if self.flash:
+            return _flash_attention(q, k, v, self.layout, scale)
         return prefix_attention(q, k, v, self.layout, scale=scale, backend=self.backend)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float | None) -> Tensor:
+    """Causal attention of prompts end to end."""
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = torch.tensor([0, *layout.prompt_lengths], dtype=torch.int32)
+    ends, longest = lengths.cumsum(0, dtype=torch.int32).to(q.device), int(lengths.max())
+    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
 
 
 @dataclass

@@ -152,7 +152,7 @@ class _Run:
         prompts = [job.request.prompt for job in jobs]
         positions, firsts = zip(*map(model.positions, prompts), strict=True)
         layout = PrefixLayout([job.length for job in jobs], [[] for _ in jobs], device=model.device)
-        context = Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend)
+        context = Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend, self.model.flash)
         hidden = model.hidden_states(
             torch.cat([prompt.input_ids for prompt in prompts]),
             layout.text_positions(positions, firsts),

@@ -1,0 +1,48 @@
+"""liger-kernel's RMSNorm, SwiGLU and rotary embedding in a Qwen2.5-VL: a Triton kernel each."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from videor1.errors import ConfigError
+
+
+def use_liger(hf: Any) -> None:
+    """Swap the forward passes of a model's norms and MLPs, and transformers' rotary embedding of this architecture.
+
+    The rotary embedding is a function of transformers' module: it changes for every Qwen2.5-VL of the process. Results
+    agree to rounding; weights, names and checkpoints stay as they are. (Liger's own
+    ``apply_liger_kernel_to_qwen2_5_vl`` needs torchvision for a loss that is not used here, and replaces a function of
+    M-RoPE that the supported transformers do not have.)
+
+    Raises:
+        ConfigError: liger-kernel is not installed.
+    """
+    try:
+        from liger_kernel.transformers.rms_norm import LigerRMSNorm
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+        from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+    except ImportError as error:
+        raise ConfigError(f"model.liger: pip install 'videor1[liger]' ({error})") from error
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    assert modeling.apply_rotary_pos_emb  # M-RoPE has picked its angles before: what is left is the plain rotation
+    modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
+    text, tower = hf.model.language_model, hf.model.visual
+    norms = [text.norm, *(norm for block in tower.blocks for norm in (block.norm1, block.norm2))]
+    for layer in text.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
+    for norm in norms:
+        _use_norm(norm, LigerRMSNorm)
+
+
+def _use_norm(norm: nn.Module, liger_norm: Any) -> None:
+    """Liger's forward pass reads these settings from the module; not in place: the input is the residual stream's."""
+    settings = {"offset": 0.0, "casting_mode": "llama", "in_place": False, "row_mode": None}
+    for name, value in settings.items():
+        setattr(norm, name, value)
+    norm.forward = MethodType(liger_norm.forward, norm)
