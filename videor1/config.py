@@ -36,7 +36,8 @@ class DataConfig:
     workers: int = 2
     """Decode processes that work ahead of the step; 0 decodes in the training process (no timeout then)."""
     prefetch: int = 16
-    """Samples decoded ahead at most: bounds the memory (about 4.5 MB a video at the default size)."""
+    """Samples decoded ahead at most (a step's, where that is more): bounds the memory (about 4.5 MB a video at the
+    default size)."""
     timeout: float = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
     cache_mb: int = 512

@@ -50,7 +50,7 @@ class Source(Generic[R]):
         self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
             functools.partial(_load, video=config.video),
             workers=config.data.workers,
-            depth=config.data.prefetch,
+            depth=max(config.data.prefetch, config.per_device_train_batch_size * config.gradient_accumulation_steps),
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=_key,
