@@ -15,16 +15,15 @@
 #include "frames_to_patches.h"
 #include "videor1/resample.h"
 
+#ifdef VIDEOR1_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void parallel_for(int64_t tasks, void (*task)(int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i, context);
-  });
-}
 
 videor1::Source source_of(const std::vector<Tensor>& planes, int64_t matrix, bool full_range) {
   videor1::Source source{};
@@ -48,10 +47,30 @@ videor1::Table table_of(const Tensor& first, const Tensor& weights, int64_t taps
   return {first.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(), weights.size(1), taps};
 }
 
-videor1::Job job_of(const std::vector<Tensor>& planes, int64_t matrix, bool full_range, const Tensor& row_first,
-                    const Tensor& row_weights, int64_t row_taps, const Tensor& column_first, const Tensor& column_weights,
-                    int64_t column_taps, int64_t quarter_turns, const Tensor& levels, const std::optional<Tensor>& slots,
-                    std::optional<Tensor>& ordered, std::optional<Tensor>& permuted) {
+#ifdef VIDEOR1_CUDA
+void launch(const videor1::Job& job, int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int error = videor1::frames_to_patches_cuda(job, stream);
+  STD_TORCH_CHECK(error == 0, "frames_to_patches: the launch failed with CUDA error ", error);
+}
+#else
+void parallel_for(int64_t tasks, void (*task)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i, context);
+  });
+}
+
+void launch(const videor1::Job& job, int32_t) {
+  videor1::frames_to_patches_cpu(job, torch::stable::get_num_threads(), parallel_for);
+}
+#endif
+
+void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_range, Tensor row_first, Tensor row_weights,
+                       int64_t row_taps, Tensor column_first, Tensor column_weights, int64_t column_taps,
+                       int64_t quarter_turns, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
+                       std::optional<Tensor> permuted) {
   videor1::Job job{};
   job.source = source_of(planes, matrix, full_range);
   job.upright = {row_first.size(0), column_first.size(0), int(quarter_turns)};
@@ -68,23 +87,18 @@ videor1::Job job_of(const std::vector<Tensor>& planes, int64_t matrix, bool full
   job.slots = slots ? slots->const_data_ptr<int32_t>() : nullptr;
   job.ordered = ordered ? ordered->mutable_data_ptr() : nullptr;
   job.permuted = permuted ? permuted->mutable_data_ptr() : nullptr;
-  return job;
+  launch(job, planes[0].get_device_index());
 }
 
 }  // namespace
 
-#ifndef VIDEOR1_CUDA
+#ifdef VIDEOR1_CUDA
+
+STABLE_TORCH_LIBRARY_IMPL(videor1_csrc, CUDA, m) { m.impl("frames_to_patches", TORCH_BOX(&frames_to_patches)); }
+
+#else
 
 namespace {
-
-void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_range, Tensor row_first, Tensor row_weights,
-                       int64_t row_taps, Tensor column_first, Tensor column_weights, int64_t column_taps,
-                       int64_t quarter_turns, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
-                       std::optional<Tensor> permuted) {
-  const auto job = job_of(planes, matrix, full_range, row_first, row_weights, row_taps, column_first, column_weights,
-                          column_taps, quarter_turns, levels, slots, ordered, permuted);
-  videor1::frames_to_patches_cpu(job, torch::stable::get_num_threads(), parallel_for);
-}
 
 // (first [size_out] int32, weights [size_out, pitch] fp32, taps of the widest window); pitch is a multiple of 16, each
 // first one of ``align``.
@@ -110,30 +124,5 @@ STABLE_TORCH_LIBRARY_IMPL(videor1_csrc, CPU, m) {
   m.impl("frames_to_patches", TORCH_BOX(&frames_to_patches));
   m.impl("resample_table", TORCH_BOX(&resample_table));
 }
-
-#else
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-namespace {
-
-void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_range, Tensor row_first, Tensor row_weights,
-                       int64_t row_taps, Tensor column_first, Tensor column_weights, int64_t column_taps,
-                       int64_t quarter_turns, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
-                       std::optional<Tensor> permuted) {
-  const auto job = job_of(planes, matrix, full_range, row_first, row_weights, row_taps, column_first, column_weights,
-                          column_taps, quarter_turns, levels, slots, ordered, permuted);
-  const int32_t device = planes[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int error = videor1::frames_to_patches_cuda(job, stream);
-  STD_TORCH_CHECK(error == 0, "frames_to_patches: the launch failed with CUDA error ", error);
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(videor1_csrc, CUDA, m) { m.impl("frames_to_patches", TORCH_BOX(&frames_to_patches)); }
 
 #endif

@@ -8,26 +8,12 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_CPU
-#endif
+#include "videor1/simd.h"
 
 namespace videor1 {
 namespace {
 
 constexpr int64_t kLanes = 16, kVectors = 4, kStep = kLanes * kVectors;
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-typedef float Quarter __attribute__((vector_size(16), aligned(4)));
-
-VIDEOR1_HD Quarter folded(Lanes x) {
-  Quarter parts[4];
-  std::memcpy(parts, &x, sizeof x);
-  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
-}
 
 int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -109,10 +95,7 @@ EVERY_CPU void sum_columns(const float* row, int64_t pitch, const Table& table, 
       g += w * *reinterpret_cast<const Lanes*>(from + pitch + j);
       b += w * *reinterpret_cast<const Lanes*>(from + 2 * pitch + j);
     }
-    const Quarter a = folded(r), c = folded(g), d = folded(b);
-    const Quarter first{a[0], c[0], d[0], 0}, second{a[1], c[1], d[1], 0}, third{a[2], c[2], d[2], 0};
-    const Quarter fourth{a[3], c[3], d[3], 0};
-    const Quarter sums = (first + third) + (second + fourth);
+    const Quarter sums = sums_of(r, g, b, Lanes{});
     for (int64_t k = 0; k < 3; ++k) {
       const float rounded = clamp_level(sums[k], 255.0f) + magic;
       uint32_t bits;

@@ -94,21 +94,21 @@ def _library(
 ) -> Path:
     """Compiled if it is not in the cache; with ``torch_links``, against torch's headers and these of its libraries.
 
-    Its file is named after the sources, the compiler's version, the flags and the machine, so a change of any makes
-    another one. It ends with the SHA-256 of what precedes it: a damaged file is compiled anew, never loaded.
+    Its file is named after the sources, the headers, the compiler's version, the flags and the machine, so a change of
+    any makes another one. It ends with the SHA-256 of what precedes it: a damaged file is compiled anew, never loaded.
     """
     folder = cache_folder()
     try:
         csrc = _csrc(sources[0])
         files = [csrc / source for source in sources]
-        headers = sorted(csrc.rglob("*.h")) if torch_links else []
+        headers = sorted(csrc.rglob("*.h"))
         version = _run([*compiler, "--version"])
         texts = (file.read_text(encoding="utf-8") for file in (*files, *headers))
         key = "\0".join([*texts, version, *flags, platform.machine()])
         path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
         if not _is_whole(path):
             paths = _torch_paths() if torch_links else []
-            includes = [f"-I{csrc}", f"-I{csrc / 'include'}"] if torch_links else []
+            includes = f"-I{csrc}", f"-I{csrc / 'include'}"
             _build(path, [*compiler, *flags, *includes, *paths, *map(str, files), *torch_links], files)
         return path
     except OSError as error:
