@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.cases import Case, Contender, Row, Step, Work, blank_row
 from benchmarks.oracle import Expected, GateFailure, check
 from videor1_kernels import last_backend
+from videor1_kernels.testing import PeakMemory
 
 GRAPH_BELOW = 100e-6  # seconds; a launch from Python costs about a tenth of this
 GRAPH_CALLS = 20
@@ -293,40 +294,6 @@ def l2_flush(device: torch.device) -> Callable[[], None]:
     size = max(64 * MIB, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
     buffer = torch.empty(size, dtype=torch.int8, device=device)
     return lambda: _discard(buffer.zero_())
-
-
-class PeakMemory:
-    """``bytes``: the most that was allocated at once inside the block, beyond what was there before it."""
-
-    bytes: int
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-            self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-            return
-        self._profile.__exit__(*error)
-        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        self.bytes = peak
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

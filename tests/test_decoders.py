@@ -21,8 +21,8 @@ from media import (
 )
 
 from videor1.decoders import BACKENDS, check_backend, hardware, open_decoder, stack
-from videor1.decoders.hardware import SurfaceStack, decide, frames_to_decode
-from videor1.decoders.index import read_index
+from videor1.decoders.hardware import SurfaceStack, decide
+from videor1.decoders.index import frames_to_decode, read_index
 from videor1.decoders.protocol import FramesChangedError, VideoInfo
 from videor1.decoders.pyav import PyAvDecoder, _Promises, _UnreliableError
 from videor1.decoders.seeking import PacketReader, Planner

@@ -195,17 +195,6 @@ def _save_trainer(folder: Path, model: VideoLM, state: dict[str, Any]) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def load_trainer(
-    folder: Path, model: VideoLM, optimizer: torch.optim.Optimizer, fixed: dict[str, Any]
-) -> dict[str, Any]:
-    """Restore weights and optimizer from a checkpoint into a model that was loaded as at the run's start; the state."""
-    state, tensors = read_trainer(folder, model, fixed)
-    ranks = Ranks()
-    ranks.prepare(model.hf, optimizer, 0.0)
-    ranks.load_trainer_tensors(model.trainable(), tensors)
-    return state
-
-
 def read_trainer(
     folder: Path, model: VideoLM, fixed: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

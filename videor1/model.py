@@ -212,18 +212,23 @@ def load_model(config: CommonConfig) -> VideoLM:
     zero = config.distributed.engine == "deepspeed"
     hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
     _use_libraries(hf, config.model, device)
-    if config.freeze_vision:
-        hf.model.visual.requires_grad_(False)
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source)
     model.flash = config.model.attention == "flash_attention_2"
-    if config.lora.rank:
-        model.add_lora(config.lora, config.seed)
-    if config.gradient_checkpointing:
-        set_checkpointing(hf, True)
-    hf.train()
+    make_trainable(model, config)
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model
+
+
+def make_trainable(model: VideoLM, config: CommonConfig) -> None:
+    """What the options freeze, adapt and recompute."""
+    if config.freeze_vision:
+        model.visual.requires_grad_(False)
+    if config.lora.rank:
+        model.add_lora(config.lora, config.seed)
+    if config.gradient_checkpointing:
+        set_checkpointing(model.hf, True)
+    model.hf.train()
 
 
 def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:

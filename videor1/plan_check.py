@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from videor1.rollout import Branch, LocalEngine, Request
 from videor1.rollout.cache import MIB
 from videor1.sampling import SamplingOptions
 from videor1.seeding import derive_seed
+from videor1_kernels.testing import PeakMemory
 
 WITHIN = 0.1  # of the measured
 
@@ -113,38 +112,3 @@ def check_command(argv: Sequence[str]) -> int:
         return int(abs(made.peak - most) > WITHIN * most)
     worst = max(rows, key=lambda row: row.measured)
     return int(abs(worst.ratio - 1) > WITHIN)
-
-
-class PeakMemory:
-    """``bytes``: the most that was allocated at once inside the block, beyond what was there before it."""
-
-    bytes: int
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
-            self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-            return
-        self._profile.__exit__(*error)
-        profiler: Any = self._profile.profiler
-        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-        live = self.bytes = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            self.bytes = max(self.bytes, live)

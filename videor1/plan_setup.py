@@ -18,7 +18,7 @@ from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.loss import Packed, pack
-from videor1.model import VideoLM, set_checkpointing
+from videor1.model import VideoLM, make_trainable
 from videor1.patches import num_media_tokens
 from videor1.prompts import special_ids
 from videor1.types import Media, Prompt, Sample
@@ -100,14 +100,8 @@ class Target:
 def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
     """The model as :func:`~videor1.model.load_model` makes it, with random weights, or on ``meta`` without any."""
     model = _wrap(shape, torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32, target.bf16, device)
-    if config.freeze_vision:
-        model.visual.requires_grad_(False)
     with torch.device(device):
-        if config.lora.rank:
-            model.add_lora(config.lora, config.seed)
-    if config.gradient_checkpointing:
-        set_checkpointing(model.hf, True)
-    model.hf.train()
+        make_trainable(model, config)
     return model
 
 

@@ -20,45 +20,38 @@ from videor1_kernels import GrpoLoss
 class StepReport:
     """One rank's part of a step, small enough to be sent around."""
 
-    batch: Batch | None  # without media and features; None: none of its prompts was answered
+    batch: Batch  # without media and features
     tokens: list[float]  # completion tokens of each row
     means: dict[str, list[float]]  # of each row: kl, entropy, clip_fraction
     gaps: Tensor  # [N] distance of the pass's log-probs from those that were sampled with
     packed_tokens: int
     left_out: int
-    failed: int
 
 
-def report_of(
-    batch: Batch | None, failed: int, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int
-) -> StepReport:
+def report_of(batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int) -> StepReport:
     """What a rank has to tell of its answers and its passes."""
-    groups = [] if batch is None else batch.groups
-    answers, none = [c.logp for g in groups for c in g.ordered], torch.empty(0)
+    answers, none = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
     sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
     gaps = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
     names = ("kl", "entropy", "clip_fraction")
-    if batch is not None:
-        light = [replace(g, prompt=replace(g.prompt, media=None)) for g in groups]
-        stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
-        batch = replace(batch, groups=light, features=[None] * len(groups), rollout=stats)
+    light = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
+    stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
     return StepReport(
-        batch,
+        replace(batch, groups=light, features=[None] * len(light), rollout=stats),
         [float(len(row.packed.labels)) for row in rows],
         {name: [_row_mean(getattr(result, name)) for result in results] for name in names},
         gaps[~gaps.isnan()],  # a server may not tell its log-probs
         sum(row.packed.layout.total_tokens for row in rows),
         left_out,
-        failed,
     )
 
 
 def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], seconds: float) -> dict[str, Any]:
     """TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``."""
-    batch = joined([report.batch for report in reports if report.batch is not None])
+    batch = joined([report.batch for report in reports])
     groups, scored = batch.groups, batch.scored
+    failed = sum(len(report.batch.rollout.failed) for report in reports)
     if not groups:
-        failed = sum(report.failed for report in reports)
         return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **laps}
     result, lengths = scored.result, scored.lengths
     gap = torch.cat([report.gaps for report in reports])
@@ -99,7 +92,7 @@ def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], secon
         "rollout/shuffled_stopped": stats.shuffled_stopped,
         "rollout/kv_mib": stats.kv_bytes / 2**20,
         "rollout/retries": stats.retries,
-        "rollout/failed": sum(report.failed for report in reports),
+        "rollout/failed": failed,
         "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN of none
         "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
         "pass/rows": len(tokens),

@@ -218,7 +218,7 @@ class Trainer(Loop[TrainConfig]):
     def _metrics(
         self, batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
     ) -> dict[str, Any]:
-        report = report_of(batch, len(batch.rollout.failed), rows, results, left_out)
+        report = report_of(batch, rows, results, left_out)
         metrics = step_metrics(self.ranks.gather(report), clock.laps, clock.total())
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
 
@@ -283,7 +283,3 @@ def _without_media(model: Any, prompt: Prompt) -> Tensor:
     pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
     repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])
     return ids[~repeated]
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return sum(map(float, values)) / len(values) if values else float("nan")

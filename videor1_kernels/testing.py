@@ -6,6 +6,7 @@ whatever its outputs' memory held before.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,3 +104,38 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(value, Tensor) and value.numel() > self.numel:
                 self.numel, self.operation = value.numel(), str(func)
         return out
+
+
+class PeakMemory:
+    """``bytes``: the most that was allocated at once inside the block, beyond what was there before it."""
+
+    bytes: int
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._profile.__exit__(*error)
+        profiler: Any = self._profile.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = self.bytes = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            self.bytes = max(self.bytes, live)

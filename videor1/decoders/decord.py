@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videor1.decoders.index import open_video
+from videor1.decoders.index import frames_to_decode, open_video
 from videor1.decoders.library import LibraryDecoder
 from videor1_kernels.frames_to_patches import YuvFrames
 
@@ -68,7 +68,7 @@ class DecordDecoder(LibraryDecoder):
                 self._check_end(reader)
                 return pixels, self.index.info.num_frames
             if self._may_seek(reader):
-                return reader.get_batch(numbers).to(self.device), self._decoded(numbers)
+                return reader.get_batch(numbers).to(self.device), frames_to_decode(self.index.info, numbers)
             return self._read_in_order(reader, numbers, numbers[-1] + 1), numbers[-1] + 1
 
     def _check_times(self, reader: Any) -> None:

@@ -6,7 +6,6 @@ worth its while for long runs of large pictures.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from av.codec.hwaccel import HWAccel, hwdevices_available
 from torch import Tensor
 
-from videor1.decoders.index import quarter_turn
+from videor1.decoders.index import frames_to_decode, quarter_turn
 from videor1.decoders.protocol import VideoInfo
 from videor1.decoders.stack import (
     Layout,
@@ -82,17 +81,6 @@ def decide(
     if run < MIN_RUN:
         return Choice("cpu", f"{run} frames to decode are below {MIN_RUN}")
     return Choice("nvdec", f"{run} frames of {info.width}x{info.height} to decode")
-
-
-def frames_to_decode(info: VideoInfo, indices: Sequence[int]) -> int:
-    """About how many: from the last key frame before each wanted frame, none twice."""
-    total, done = 0, 0
-    for number in sorted(set(indices)):
-        before = bisect_right(info.key_frames, number)
-        begin = max(done, info.key_frames[before - 1] if before else 0)
-        total += number + 1 - begin
-        done = number + 1
-    return total
 
 
 def hwaccel(device: torch.device | str) -> HWAccel:

@@ -6,6 +6,7 @@ A file that cannot be read in full is a ``SampleError``. Kinds: ``missing_file``
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -110,6 +111,16 @@ def index_packets(path: Path, container: av.container.InputContainer, stream: av
         header_fps=header_fps,
         info=frames.info,
     )
+
+
+def frames_to_decode(info: VideoInfo, indices: Sequence[int]) -> int:
+    """About how many: from the last key frame before each wanted frame, none twice."""
+    total = done = 0
+    for number in sorted(set(indices)):
+        key = bisect_right(info.key_frames, number) - 1
+        total += number + 1 - max(done, info.key_frames[key] if key >= 0 else 0)
+        done = number + 1
+    return total
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from videor1.decoders.index import FrameIndex, open_video, read_index
 from videor1.decoders.protocol import Frames, VideoInfo
+from videor1.decoders.stack import taken
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 from videor1_kernels.frames_to_patches import YuvFrames
@@ -71,7 +71,7 @@ class LibraryDecoder:
                 pixels, decoded = self._read(numbers, planes)
             self._check_shape(pixels, len(numbers))
         return Frames(
-            pixels=_take(pixels, [numbers.index(number) for number in asked]),
+            pixels=taken(pixels, [numbers.index(number) for number in asked]),
             rotation=0 if self.applies_rotation else info.rotation,
             seconds=tuple(info.seconds[number] for number in asked),
             backend=self.backend,
@@ -100,16 +100,6 @@ class LibraryDecoder:
     def _read(self, numbers: list[int], planes: bool) -> tuple[Tensor | YuvFrames, int]:
         """(The frames of these ascending numbers, frames decoded on the way); never a doubtful frame."""
         raise NotImplementedError
-
-    def _decoded(self, numbers: list[int]) -> int:
-        """Frames decoded where each run starts from the last key frame before it: libraries do not say."""
-        reached, total = -1, 0
-        for number in numbers:
-            at = bisect_right(self.index.info.key_frames, number) - 1
-            start = max(self.index.info.key_frames[at] if at >= 0 else 0, reached + 1)
-            total += number + 1 - start
-            reached = number
-        return total
 
     def _upright_size(self) -> tuple[int, int]:
         info = self.index.info
@@ -161,11 +151,3 @@ def one_line(error: BaseException) -> str:
     while match := _SOURCE_LINE.match(text):
         text = text[match.end() :]
     return text or type(error).__name__
-
-
-def _take(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrames:
-    if isinstance(pixels, YuvFrames):
-        if positions == list(range(len(pixels))):
-            return pixels
-        return YuvFrames(tuple(plane[positions] for plane in pixels.planes), pixels.matrix, pixels.range)
-    return pixels if positions == list(range(len(pixels))) else pixels[positions]

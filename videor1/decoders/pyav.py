@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from videor1.decoders import hardware as nvdec
-from videor1.decoders.hardware import SurfaceStack, frames_to_decode
-from videor1.decoders.index import FrameIndex, index_packets, open_video, sample_errors
+from videor1.decoders.hardware import SurfaceStack
+from videor1.decoders.index import FrameIndex, frames_to_decode, index_packets, open_video, sample_errors
 from videor1.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.decoders.seeking import OutOfStepError, PacketReader, Planner, Segment
-from videor1.decoders.stack import FrameStack, MixedLayoutError
+from videor1.decoders.stack import FrameStack, MixedLayoutError, taken
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 from videor1_kernels.frames_to_patches import YuvFrames
@@ -85,10 +85,8 @@ class PyAvDecoder:
             pixels = _to_rgb(pixels)
         slots = {number: slot for slot, number in enumerate(numbers)}
         order = [slots[number] for number in indices]
-        if order != list(range(len(numbers))):
-            pixels = _taken(pixels, order)
         seconds = tuple(run.seconds[slot] for slot in order)
-        return Frames(pixels, run.stack.rotation, seconds, self.backend, run.decoded)
+        return Frames(taken(pixels, order), run.stack.rotation, seconds, self.backend, run.decoded)
 
     def close(self) -> None:
         self._reader.close()
@@ -277,18 +275,6 @@ class _Promises:
     def kept(self) -> None:
         if not self._promised <= self._came <= self._allowed:
             raise _UnreliableError
-
-
-def _taken(pixels: Tensor | YuvFrames, order: Sequence[int]) -> Tensor | YuvFrames:
-    if isinstance(pixels, Tensor):
-        return pixels[list(order)]
-    planes = tuple(_bits(plane)[list(order)].view(plane.dtype) for plane in pixels.planes)
-    return YuvFrames(planes, pixels.matrix, pixels.range)
-
-
-def _bits(plane: Tensor) -> Tensor:
-    """torch indexes int16, not uint16."""
-    return plane.view(torch.int16) if plane.dtype == torch.uint16 else plane
 
 
 def _to_rgb(frames: YuvFrames) -> Tensor:

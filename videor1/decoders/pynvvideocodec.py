@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videor1.decoders.index import open_video
+from videor1.decoders.index import frames_to_decode, open_video
 from videor1.decoders.library import LibraryDecoder
 from videor1_kernels.frames_to_patches import YuvFrames
 
@@ -57,7 +57,7 @@ class PyNvVideoCodecDecoder(LibraryDecoder):
         frames = self._find(numbers)
         # Copied at once: the surfaces are taken back at the next call.
         pixels = torch.stack([torch.from_dlpack(frame) for frame in frames]).to(self.device)
-        decoded = self._decoded(numbers)
+        decoded = frames_to_decode(self.index.info, numbers)
         if not self._native:
             return pixels, decoded
         surfaces = self._nv12(pixels)

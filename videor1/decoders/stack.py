@@ -140,6 +140,21 @@ def as_pixels(layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor | YuvFrames
     return tensors[0] if layout.kind == "rgb" else YuvFrames(tensors, layout.matrix, layout.range)
 
 
+def taken(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrames:
+    """The frames at these positions, in their order; as they are where that is all of them in order."""
+    if positions == list(range(len(pixels))):
+        return pixels
+    if isinstance(pixels, Tensor):
+        return pixels[positions]
+    planes = tuple(_bits(plane)[positions].view(plane.dtype) for plane in pixels.planes)
+    return YuvFrames(planes, pixels.matrix, pixels.range)
+
+
+def _bits(plane: Tensor) -> Tensor:
+    """torch indexes int16, not uint16."""
+    return plane.view(torch.int16) if plane.dtype == torch.uint16 else plane
+
+
 def _rows(plane: av.video.plane.VideoPlane, samples: int, dtype: type = np.uint8) -> np.ndarray:
     """[height, samples] of a plane whose lines may be padded; a view."""
     lines: np.ndarray = np.frombuffer(plane, dtype)

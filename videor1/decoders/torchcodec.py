@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from videor1.decoders.index import frames_to_decode
 from videor1.decoders.library import LibraryDecoder
 from videor1.errors import ConfigError
 from videor1_kernels.frames_to_patches import YuvFrames
@@ -34,7 +35,7 @@ class TorchcodecDecoder(LibraryDecoder):
             batch = decoder.get_frames_played_at([second + _TOLERANCE / 10 for second in seconds])
         if (wrong := self._wrong(batch, seconds)) is not None:
             raise self.error(f"gives no frame of its own for frame {numbers[wrong]} at {seconds[wrong]:.6f} s")
-        return batch.data.to(self.device), self._decoded(numbers)
+        return batch.data.to(self.device), frames_to_decode(self.index.info, numbers)
 
     def _open(self) -> Any:
         try:
