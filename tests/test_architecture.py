@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("videor1", "videor1_kernels")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-FOLDERS = (*PACKAGES, "tests", "csrc", "benchmarks", ".ci", "docs")
+FOLDERS = (*PACKAGES, "tests", "csrc", "benchmarks", "examples", ".ci", "docs")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".sh", ".h", ".cpp", ".cu", ".cfg", ""}
 MAX_LINES = 500
 

@@ -57,7 +57,21 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     - ``OCR``: words are compared without case and without punctuation at their ends.
     - ``free-form``: no change (ROUGE ignores case and punctuation).
 
-    Never raises for any two strings.
+    Args:
+        completion: the model's answer, tags included.
+        solution: the right answer, in ``<answer>`` tags.
+        problem_type: "multiple choice", "numerical", "OCR", "free-form" or "regression".
+        lenient: forgive what is listed above.
+
+    Returns:
+        A reward in [0, 1], without unit.
+
+    Raises:
+        Nothing: any two strings are scored.
+
+    Source:
+        The reward functions of Video-R1 (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1); ``lenient`` is this
+        library's. ROUGE is the rouge-score package's.
     """
     output, truth = extract_answer(completion), extract_answer(solution)
     compare = _STRICT.get(problem_type)
@@ -70,8 +84,23 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
 
 
 def format_reward(completion: str) -> float:
-    """1 if the whole completion, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
-    else 0 (``re.fullmatch`` of ``<think>.*?</think>\\s*<answer>.*?</answer>`` with DOTALL)."""
+    """Whether a completion has the form that is asked for.
+
+    1 if the whole completion, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
+    else 0 (``re.fullmatch`` of ``<think>.*?</think>\\s*<answer>.*?</answer>`` with DOTALL).
+
+    Args:
+        completion: the model's answer, tags included.
+
+    Returns:
+        1.0 or 0.0.
+
+    Raises:
+        Nothing: any string is scored.
+
+    Source:
+        Video-R1's format reward (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1).
+    """
     return 1.0 if follows_format(completion) else 0.0
 
 

@@ -108,18 +108,61 @@ def running_on(values: Tensor) -> Iterator[None]:
 def chosen_backend(
     op: str, device: torch.device | str = "cpu", backend: str = "auto", dtype: torch.dtype | None = None
 ) -> str:
-    """The name of the backend that a call of ``op`` on ``device``, computing in ``dtype``, takes."""
+    """The name of the backend that a call takes.
+
+    Args:
+        op: the name of an operation of this package, "linear_logprob" for example.
+        device: where its tensors are.
+        backend: as the call has it.
+        dtype: the dtype that the maths runs in, ``torch.bfloat16`` for example; None: that of no particular call.
+
+    Returns:
+        "triton", "native" or "reference".
+
+    Raises:
+        ValueError: no such operation or backend, or a named backend that cannot run there (the message says why).
+
+    Source:
+        This library.
+    """
     return _choose(op, backend, torch.device(device), dtype).backend
 
 
 def last_backend(op: str) -> str | None:
-    """The name of the backend that the last call of ``op`` in this process took; None before the first."""
+    """The name of the backend that the last call in this process took.
+
+    Args:
+        op: the name of an operation of this package.
+
+    Returns:
+        "triton", "native" or "reference"; None before the first call.
+
+    Raises:
+        ValueError: no such operation.
+
+    Source:
+        This library.
+    """
     _implementations(op)
     return _last.get(op)
 
 
 def backends(op: str, device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Every backend of ``op`` in this version: name -> None if it can run on ``device``, else the reason it cannot."""
+    """Every backend of an operation in this version, and whether it can run here.
+
+    Args:
+        op: the name of an operation of this package.
+        device: where its tensors would be.
+
+    Returns:
+        Name -> None if it can run on ``device``, else the reason it cannot; in the order in which "auto" tries them.
+
+    Raises:
+        ValueError: no such operation.
+
+    Source:
+        This library.
+    """
     return {known.backend: known.unavailable(torch.device(device), None) for known in _implementations(op)}
 
 

@@ -79,8 +79,8 @@ def frames_to_patches(
         frames: uint8 RGB [F, height, width, 3], or ``YuvFrames``, of any strides.
         size: (height, width) of the output in pixels, upright, each a positive multiple of 28.
         permutation: a permutation of 0..F-1; output frame i is input frame ``permutation[i]``. None: in order.
-        dtype: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation; float64 computes
-            every stage in fp64 (the oracle of tests).
+        dtype: of the patches: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation;
+            float64 computes every stage in fp64 (the oracle of tests).
         rotation: degrees anticlockwise that bring the frames upright, a multiple of 90; the output is upright.
         both: return the patches in order and those of the permuted frames, made in the same pass.
         backend: "auto"; "native": one pass in fp32, in C++ on a CPU and CUDA on a card (csrc/, compiled at its first
@@ -88,13 +88,14 @@ def frames_to_patches(
             half.
 
     Returns:
-        patches [T * h * w, 1176] on the frames' device; with ``both``, (in order, permuted).
+        patches [T * h * w, 1176] in ``dtype``, on the frames' device; with ``both``, (in order, permuted).
 
     Raises:
         ValueError, TypeError: for frames, a size, a permutation, a dtype or a backend outside of the above.
 
-    Source: Qwen2-VL's image processor (transformers); the resize equals
-    ``F.interpolate(mode="bicubic", antialias=True)`` on float pixels.
+    Source:
+        Qwen2-VL's image processor (https://github.com/huggingface/transformers); the resize equals
+        ``F.interpolate(mode="bicubic", antialias=True)`` on float pixels. The pass that does it all is this library's.
     """
     _check_frames(frames)
     if dtype not in DTYPES:

@@ -30,10 +30,14 @@ _GROUP_ROWS = 4096  # patches in fp32 at once: 18 MiB
 class YuvFrames:
     """Frames as a decoder leaves them: 4:2:0 planes, each chroma sample standing for a 2 x 2 block of pixels.
 
-    planes: (Y, U, V), Y [F, H, W] and U, V [F, ceil(H/2), ceil(W/2)] (YUV420P), or (Y, UV), UV
-        [F, ceil(H/2), ceil(W/2), 2] (NV12); uint8. NV12 planes of uint16 are P010: 10 bits, in the high bits.
-    matrix: BT.601, BT.709 or BT.2020 (non-constant luminance). Unspecified in a file means 601.
-    range: "limited" (Y 16..235, U and V 16..240) or "full".
+    Args:
+        planes: (Y, U, V), Y [F, H, W] and U, V [F, ceil(H/2), ceil(W/2)] (YUV420P), or (Y, UV), UV
+            [F, ceil(H/2), ceil(W/2), 2] (NV12); uint8. NV12 planes of uint16 are P010: 10 bits, in the high bits.
+        matrix: BT.601, BT.709 or BT.2020 (non-constant luminance). Unspecified in a file means 601.
+        range: "limited" (Y 16..235, U and V 16..240) or "full".
+
+    Raises:
+        ValueError: planes of other shapes or dtypes, another matrix or range.
     """
 
     planes: tuple[Tensor, ...]

@@ -69,15 +69,30 @@ def tgrpo_advantages(
 
     Args:
         accuracy, format: [P, G]; fp64, fp32, bf16 or fp16. The results are fp32, or fp64 if any is fp64; sums are fp64.
-        lengths: [P, G], tokens; an integer or float dtype.
-        shuffled_accuracy: [P, Gs], or None. NaN is a missing completion: p~ is the mean over the others, and a row of
-            NaN is a prompt without shuffled branch (no bonus, p~ NaN).
+        lengths: [P, G], tokens; int64, int32 or a float dtype.
+        shuffled_accuracy: [P, Gs] of a float dtype, or None. NaN is a missing completion: p~ is the mean over the
+            others, and a row of NaN is a prompt without shuffled branch (no bonus, p~ NaN).
+        rule: "margin", "threshold" or "reference", as above.
+        alpha: size of the temporal bonus, 0 or more.
+        mu: factor on p~ in the rules ``threshold`` and ``reference``, 0 or more.
+        correct_above: a completion is correct whose accuracy exceeds this.
+        length_bonus: size of the length bonus.
         length_range: (low, high), tokens, both included.
+        normalize: "std" or "none".
+        eps: added to the standard deviation, 0 or more.
+        apply: "reward" or "advantage": what the temporal bonus is added to.
+        backend: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        :class:`Advantages`: advantages and rewards [P, G], temporal bonus and the two means [P]; no gradient.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option; an accuracy or format that is NaN or infinite.
+        TypeError: an argument that is no tensor.
 
-    Source: Video-R1 (arXiv 2503.21776), whose paper has the rule ``threshold`` and whose code ``reference``.
+    Source:
+        Video-R1 (arXiv 2503.21776), whose paper has the rule ``threshold`` and whose code ``reference``; ``margin`` and
+        ``apply="advantage"`` are this library's.
     """
     op = "tgrpo_advantages"
     check_tensor(op, "accuracy", accuracy, ("P", "G"))

@@ -70,22 +70,35 @@ def grpo_loss(
     gradient function. A masked token is as if it were not there: it counts in no mean and gets no gradient.
 
     Args:
-        logp: [N], the completions end to end; fp64, fp32, bf16 or fp16. The maths and the results are fp32, or fp64
-            for fp64 ``logp``.
-        advantages: [S].
+        logp: [N], nats, the completions end to end; fp64, fp32, bf16 or fp16. The maths and the results are fp32, or
+            fp64 for fp64 ``logp``.
+        advantages: [S]; fp64, fp32, bf16 or fp16.
         cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
-        old_logp: [N] under the policy that sampled; None: ``logp`` itself, detached, so that r is exactly 1.
-        ref_logp: [N] under the reference model; needed where ``beta`` is above 0, ignored where it is 0.
+        old_logp: [N], nats, under the policy that sampled; fp64, fp32, bf16 or fp16. None: ``logp`` itself, detached,
+            so that r is exactly 1.
+        ref_logp: [N], nats, under the reference model; fp64, fp32, bf16 or fp16. Needed where ``beta`` is above 0,
+            ignored where it is 0.
         mask: bool [N], False leaves the token out; None: all are in.
+        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo", as above.
+        beta: factor on the KL term, 0 or more.
         clip_low, clip_high: above 0; None leaves that side unclipped.
         kl_clamp: above 0, nats.
+        importance_level: "token" or "sequence".
         max_completion_length: for dr_grpo, tokens.
         num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
+        backend: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        :class:`GrpoLoss`: a scalar ``loss`` that can be differentiated (once) into ``logp``, and [N] and scalar figures
+        in nats, detached; fp32 or fp64.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, or one that the chosen loss needs and that is missing.
+        TypeError: an argument that is no tensor.
 
-    Source: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), T-GRPO (2503.21776).
+    Source:
+        GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476), GSPO (arXiv 2507.18071),
+        T-GRPO (arXiv 2503.21776); kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
     """
     op = "grpo_loss"
     check_tensor(op, "logp", logp, ("N",))
@@ -126,8 +139,8 @@ def linear_grpo_loss(
 ) -> GrpoLoss:
     """GRPO loss of packed completions from the hidden states that predict their tokens.
 
-    :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas,
-    the options, the dtypes and the errors. The logits are never whole in memory, and a token whose coefficient
+    :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas.
+    The logits are never whole in memory, and a token whose coefficient
     d loss / d logp is exactly 0 (masked, clipped, or of zero advantage without a KL term) takes no part in the
     gradient's products.
 
@@ -137,10 +150,30 @@ def linear_grpo_loss(
     The loss is differentiable once.
 
     Args:
-        hidden: [N, H], row t predicts token t of the completions end to end.
-        weight, bias: the head, [V, H] and [V] or None.
+        hidden: [N, H], fp64, fp32, bf16 or fp16; row t predicts token t of the completions end to end.
+        weight, bias: the head, [V, H] and [V] or None; fp64, fp32, bf16 or fp16.
         labels: int64 [N] in [0, V); -100 masks the token.
-        temperature: a number or a tensor [N].
+        advantages: [S]; fp64, fp32, bf16 or fp16.
+        cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
+        old_logp, ref_logp: [N], nats, as in :func:`grpo_loss`; fp64, fp32, bf16 or fp16; or None.
+        loss_type, beta, clip_low, clip_high, importance_level: as in :func:`grpo_loss`.
+        kl_clamp: above 0, nats.
+        temperature: a number, or a tensor [N] of a float dtype; above 0.
+        max_completion_length: for dr_grpo, tokens.
+        num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
+        backend: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        :class:`GrpoLoss`: a scalar ``loss`` that can be differentiated (once) into ``hidden``, ``weight`` and ``bias``,
+        and [N] and scalar figures in nats, detached; fp32, or fp64 where ``hidden``, ``weight`` or ``bias`` is.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, label, temperature or option, or one that the chosen loss needs and
+            that is missing.
+        TypeError: an argument that is no tensor.
+
+    Source:
+        That of :func:`grpo_loss`; that the gradient is formed in the forward pass, Liger Kernel (arXiv 2410.10989).
     """
     op = "linear_grpo_loss"
     check_tensor(op, "hidden", hidden, ("N", "H"))

@@ -25,10 +25,20 @@ UNCLAMPED = float(torch.finfo(torch.float32).max)  # Liger's KL has no clamp
 
 
 def use(*, backend: str = "auto") -> ExitStack:
-    """Put this class into Liger and, if it is loaded, TRL; ``close()`` the result, or leave its block, to undo it.
+    """Put this library's :class:`LigerFusedLinearGRPOLoss` into Liger and, if it is loaded, TRL, for the rest of the
+    process or for a ``with`` block.
+
+    Args:
+        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
 
     Raises:
         ImportError: liger-kernel is not installed, or its version has other constructor arguments.
+
+    Source:
+        This library; the names and arguments replaced are Liger-Kernel's (https://github.com/linkedin/Liger-Kernel).
     """
     ours = with_backend(LigerFusedLinearGRPOLoss, backend)
     return replace(

@@ -22,10 +22,19 @@ __all__ = ["log_probs_from_logits", "use"]
 
 
 def use(*, backend: str = "auto") -> ExitStack:
-    """Put it into OpenRLHF; ``close()`` the result, or leave its block, to undo it.
+    """Put this library's ``log_probs_from_logits`` into OpenRLHF, for the rest of the process or for a ``with`` block.
+
+    Args:
+        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
 
     Raises:
         ImportError: OpenRLHF is not installed, or its version keeps the name elsewhere or with other parameters.
+
+    Source:
+        This library; the names and arguments replaced are OpenRLHF's (https://github.com/OpenRLHF/OpenRLHF).
     """
     ours = functools.partial(log_probs_from_logits, backend=backend)
     parameters = ("logits", "labels", "temperature")

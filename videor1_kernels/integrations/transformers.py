@@ -33,15 +33,27 @@ class AttentionContext(Protocol):
 class PackedRow:
     """Training and prefill: one packed row of shared-prefix groups."""
 
-    layout: PrefixLayout
-    backend: str = "auto"
+    layout: PrefixLayout  # of the row
+    backend: str = "auto"  # of prefix_attention
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return prefix_attention(q, k, v, self.layout, scale=scale, backend=self.backend)
 
 
 def register() -> str:
-    """Make ``NAME`` known to transformers (repeatable) and return it."""
+    """Make :data:`NAME` known to transformers as an attention; again is harmless.
+
+    Returns:
+        ``"videor1_prefix"``, for ``attn_implementation`` or ``set_attn_implementation``. The forward pass then takes
+        one row, [1, T], and the keyword argument ``videor1_context``: a :class:`PackedRow`, or another
+        :class:`AttentionContext`.
+
+    Raises:
+        ImportError: transformers is not installed.
+
+    Source:
+        This library, on transformers' attention registry (https://github.com/huggingface/transformers).
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)

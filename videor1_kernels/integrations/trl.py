@@ -30,10 +30,19 @@ HEAD_OUTPUTS = ("log_probs", "entropy")
 
 
 def use(*, backend: str = "auto") -> ExitStack:
-    """Put this library's log-probabilities into TRL; ``close()`` the result, or leave its block, to undo it.
+    """Put this library's log-probabilities into TRL, for the rest of the process or for a ``with`` block.
+
+    Args:
+        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
 
     Raises:
         ImportError: TRL is not installed, or its version keeps the names elsewhere or with other parameters.
+
+    Source:
+        This library; the names and arguments replaced are TRL's (https://github.com/huggingface/trl).
     """
     ours = functools.partial(selective_log_softmax, backend=backend)
     softmax = ("logits", "index", "temperature", "row_mask")

@@ -26,10 +26,20 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def use(*, backend: str = "auto") -> ExitStack:
-    """Put both into verl; ``close()`` the result, or leave its block, to undo it.
+    """Put this library's ``linear_cross_entropy`` and ``FusedLinearForPPO`` into verl, for the rest of the process or
+    for a ``with`` block.
+
+    Args:
+        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+
+    Returns:
+        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
 
     Raises:
         ImportError: verl is not installed, or its version keeps the names elsewhere or with other parameters.
+
+    Source:
+        This library; the names and arguments replaced are verl's (https://github.com/volcengine/verl).
     """
     function = functools.partial(linear_cross_entropy, backend=backend)
     module = with_backend(FusedLinearForPPO, backend)

@@ -33,20 +33,25 @@ def linear_logprob(
 
     Args:
         hidden: [..., H], fp64, fp32, bf16 or fp16.
-        weight: [V, H], any of these dtypes (it need not be that of ``hidden``).
+        weight: [V, H], fp64, fp32, bf16 or fp16 (it need not be the dtype of ``hidden``).
         labels: int64 [...] in [0, V), or -100: ignored, both outputs exactly 0 and no gradient.
-        bias: [V] or None. An entry of -inf bans that token.
-        temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
+        bias: [V], fp64, fp32, bf16 or fp16; or None. An entry of -inf bans that token.
+        temperature: a number, or one per row as a tensor [...] of a float dtype; above 0; no gradient flows into it.
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
-        (logp, entropy), each [...]: fp32, or fp64 where an input is fp64. The softmax runs on the accumulator of the
-        product, never on logits rounded to 16 bits. Both are differentiable into ``hidden``, ``weight`` and ``bias``.
-        Rows whose incoming gradients are exactly 0 cost nothing in the backward pass; ``weight`` costs nothing there
-        when it needs no gradient.
+        (logp, entropy), each [...], in nats: fp32, or fp64 where an input is fp64. The softmax runs on the accumulator
+        of the product, never on logits rounded to 16 bits. Both are differentiable into ``hidden``, ``weight`` and
+        ``bias``. Rows whose incoming gradients are exactly 0 cost nothing in the backward pass; ``weight`` costs
+        nothing there when it needs no gradient.
 
     Raises:
         ValueError: a wrong shape, dtype, device, label or temperature, or a backend that cannot run here.
+        TypeError: an argument that is no tensor.
+
+    Source:
+        This library; the running softmax is that of arXiv 1805.02867, logits that are never stored those of
+        arXiv 2411.09009.
     """
     op = "linear_logprob"
     check_head(op, hidden, weight, labels, bias)
@@ -64,14 +69,19 @@ def selective_log_softmax(
     Args:
         logits: [..., V], fp64, fp32, bf16 or fp16.
         index: int64 [...] (one entry per row) or [..., K] (K entries per row), in [0, V).
-        temperature: a number, or one per row as a tensor [...]; above 0; no gradient flows into it.
+        temperature: a number, or one per row as a tensor [...] of a float dtype; above 0; no gradient flows into it.
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
-        Log-probabilities, shaped as ``index``; fp32, or fp64 for fp64 logits. Differentiable into ``logits``.
+        Log-probabilities in nats, shaped as ``index``, [...] or [..., K]; fp32, or fp64 for fp64 logits. Differentiable
+        into ``logits``.
 
     Raises:
         ValueError: a wrong shape, dtype, device, index or temperature, or a backend that cannot run here.
+        TypeError: an argument that is no tensor.
+
+    Source:
+        This library, under the name that TRL has for it (https://github.com/huggingface/trl).
     """
     op = "selective_log_softmax"
     check_tensor(op, "logits", logits)

@@ -41,7 +41,8 @@ def prefix_attention(
 
     Args:
         q: [T, Hq, D], rotary positions already applied; fp64, fp32, bf16 or fp16.
-        k, v: [T, Hkv, D]; Hq a multiple of Hkv (grouped-query attention: query head h reads key head h // (Hq / Hkv)).
+        k, v: [T, Hkv, D], fp64, fp32, bf16 or fp16; Hq a multiple of Hkv (grouped-query attention: query head h reads
+            key head h // (Hq / Hkv)).
         layout: the order of the row, T = ``layout.total_tokens``.
         scale: factor on the scores; None: D ** -0.5.
         backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 128 or less), ``reference``.
@@ -52,6 +53,11 @@ def prefix_attention(
 
     Raises:
         ValueError: a wrong shape, dtype or device, or a backend that cannot run here.
+        TypeError: a layout of another type, or an argument that is no tensor.
+
+    Source:
+        This library; a prompt shared in training as in Prefix Grouper (arXiv 2506.05433), the online softmax of
+        FlashAttention (arXiv 2205.14135).
     """
     op = "prefix_attention"
     if not isinstance(layout, PrefixLayout):
@@ -87,11 +93,12 @@ def prefix_decode_attention(
 
     Args:
         q: [R, Hq, D]; fp64, fp32, bf16 or fp16.
-        prefix_k, prefix_v: [Tp, Hkv, D], the prefixes end to end.
-        suffix_k, suffix_v: [R, C, Hkv, D], preallocated; entries from ``suffix_lengths`` on are never read. With a
-            layout that has ``suffix_slots`` [S, C, Hkv, D], of which row r owns ``suffix_slots[r]``.
-        suffix_lengths: int32 or int64 [R], valid entries, the new token's own included: 1 to C.
-        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
+        prefix_k, prefix_v: [Tp, Hkv, D], the prefixes end to end; fp64, fp32, bf16 or fp16.
+        suffix_k, suffix_v: [R, C, Hkv, D], fp64, fp32, bf16 or fp16, preallocated; entries from ``suffix_lengths`` on
+            are never read. With a layout that has ``suffix_slots`` [S, C, Hkv, D], of which row r owns
+            ``suffix_slots[r]``.
+        suffix_lengths: int32 or int64 [R], tokens: valid entries, the new token's own included: 1 to C.
+        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths in tokens, each 1 or more.
         row_group: int64 [R], in [0, B); the rows of a group may be scattered.
         layout: ``DecodeLayout(cu_prefix, row_group)`` in place of these two: their indices, built once for all steps
             and layers; it may also place prefixes and suffixes anywhere in preallocated memory.
@@ -106,6 +113,10 @@ def prefix_decode_attention(
     Raises:
         ValueError: a wrong shape, dtype, device, length or group, or a backend that cannot run here. The Triton kernel
             does not wait for the device, so a length out of range is not found: it is taken as 1 or as C.
+        TypeError: an argument that is no tensor.
+
+    Source:
+        This library; prefixes read once for the rows that share them as in Hydragen (arXiv 2402.05099), in one launch.
     """
     op = "prefix_decode_attention"
     sources = {"cu_prefix": cu_prefix, "row_group": row_group, "layout": layout}

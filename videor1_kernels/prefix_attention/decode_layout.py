@@ -22,7 +22,7 @@ class DecodeLayout:
     B prefixes, R rows of which each reads one prefix; a prefix's rows may be scattered.
 
     Args:
-        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths, each 1 or more.
+        cu_prefix: int32 or int64 [B+1], cumulative prefix lengths in tokens, each 1 or more.
         row_group: int64 [R], the prefix that a row reads.
         prefix_starts: int32 or int64 [B], where each prefix begins in ``prefix_k``; None: end to end, at
             ``cu_prefix[:-1]``.

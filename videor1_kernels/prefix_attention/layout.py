@@ -20,8 +20,8 @@ class PrefixLayout:
     group by group. A group may have no completion (prefill only).
 
     Args:
-        prompt_lengths: P ints, 1 or more.
-        completion_lengths: P lists of ints, 1 or more.
+        prompt_lengths: P ints, tokens, 1 or more.
+        completion_lengths: P lists of ints, tokens, 1 or more.
         device: where the index tensors live.
 
     Raises:
@@ -101,6 +101,9 @@ class PrefixLayout:
             prompt_positions: per group int64 [3, P_i] (time, height, width) of its prompt tokens.
             next_position: per group the position of the first token after the prompt; every completion of the group
                 counts on from it, alike in the three rows.
+
+        Raises:
+            ValueError, TypeError: another number of entries than groups, a tensor of another shape or dtype.
         """
         op, groups = "PrefixLayout.text_positions", len(self.prompt_lengths)
         if len(prompt_positions) != groups or len(next_position) != groups:

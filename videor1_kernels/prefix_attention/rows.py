@@ -12,8 +12,8 @@ from videor1_kernels.checks import fail
 class RowPart:
     """Some completions of one group, with its prompt: ``completions`` are numbered within the group."""
 
-    group: int
-    completions: tuple[int, ...]
+    group: int  # its number among the groups
+    completions: tuple[int, ...]  # their numbers, ascending
 
 
 def plan_rows(
@@ -27,15 +27,18 @@ def plan_rows(
     Nothing is padded, cut or dropped. The order is a function of the lengths alone.
 
     Args:
-        prompt_lengths: P ints, 1 or more.
-        completion_lengths: P lists of ints, 1 or more.
-        max_tokens_per_row: the bound; None: everything in one row.
+        prompt_lengths: P ints, tokens, 1 or more.
+        completion_lengths: P lists of ints, tokens, 1 or more.
+        max_tokens_per_row: the bound, in tokens; None: everything in one row.
 
     Returns:
         Rows of parts, in the order of their groups: make a :class:`PrefixLayout` of each.
 
     Raises:
         ValueError: lists of different lengths, or a prompt that exceeds the bound with one of its completions.
+
+    Source:
+        This library; first-fit decreasing is D. S. Johnson's (Near-Optimal Bin Packing Algorithms, 1973).
     """
     op = "plan_rows"
     if len(prompt_lengths) != len(completion_lengths):

@@ -55,6 +55,9 @@ def sample_tokens(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value. The ids in ``banned`` are read for
             that, which waits for the device; inside a CUDA graph they go unchecked.
+
+    Source:
+        This library; top-p is that of arXiv 1904.09751, top-k that of arXiv 1805.04833.
     """
     op = "sample_tokens"
     check_tensor(op, "logits", logits, ("R", "V"))
