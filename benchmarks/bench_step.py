@@ -1,161 +1,140 @@
-"""A whole step, both ways in one run. Training: forward and backward of one group's loss, on a packed row that holds
-the prompt once, and on repeated rows."""
+"""Whole T-GRPO steps, from video files to updated weights: the trainer, beside the algorithm as the reference code
+computes it and, on images, beside TRL's GRPOTrainer. Every answer has the same number of tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import step_flops
-from benchmarks.cases import OURS, Case, Contender, Step, Work
-from benchmarks.measure import Clock, measure_in_turns
-from benchmarks.oracle import Expected
-from benchmarks.repeated_rows import Head, RepeatedRows, Tower
-from benchmarks.step_inputs import SHAPES, Group, Shape, StepInputs, step_inputs
+from benchmarks.cases import OUR_STEP, REFERENCE_STEP, Contender, Work
+from benchmarks.measure import Clock
+from benchmarks.oracle import GateFailure
+from benchmarks.our_step import OurStep
+from benchmarks.reference_step import ReferenceStep, as_8_bit
+from benchmarks.trl_step import TRLStep, missing
+from benchmarks.whole_inputs import Setting
+from benchmarks.whole_step import StepCase, floor_of, measure_steps
 from videor1.loss import tgrpo_loss
-from videor1_kernels import GrpoLoss
+from videor1_kernels import tgrpo_advantages
 
-SHARED = f"{OURS}: shared prefix"
-BASELINE = "repeated rows, head on completions"
-SAMPLE = 4096  # entries of each parameter's gradient that are compared
-FAMILIES = {"d_tower": "visual.", "d_embedding": "embed_tokens", "d_head": "lm_head", "d_layers": "language_model."}
-
-# Largest difference from the baseline: rms of log-probs and loss; gradients relative to the norm of those compared.
-# In bf16 both ways round, the baseline its log-probs too: about 2e-2 between them at 4 to 36 layers.
-BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 5e-2)}
+TRL = "TRL GRPOTrainer"
+BOUNDS = {False: 1e-4, True: 5e-2}  # by bf16: rms of log-probs, and of the loss, between the two ways
+USES = ("prefix_attention", "prefix_decode_attention", "sample_tokens", "linear_logprob", "linear_grpo_loss",
+        "tgrpo_advantages")  # fmt: skip
 
 
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device) -> list[StepCase]:
     """What ``pytest benchmarks`` and ``benchmarks.run step`` measure and record."""
+    return [step(setting) for setting in settings(device)]
+
+
+def settings(device: torch.device) -> list[Setting]:
     if device.type == "cuda":
-        return [training(SHAPES[name], Group(prompt, 8, 768)) for name in ("3b", "7b") for prompt in (1224, 2248)]
-    return [training(SHAPES["cpu"], Group(1224, 8, 768))]
+        return [setting_of("7b", prompts, device) for prompts in (1, 4)]
+    quick = setting_of("tiny", 4, device)
+    return [quick, dataclasses.replace(quick, media="image"), setting_of("tiny", 8, device)]
 
 
-def small_training(*, checkpointing: bool = False) -> Case:
-    """For the machinery: its times say nothing."""
-    return training(SHAPES["toy"], Group(40, 3, 12, text=24, temporal=2), checkpointing=checkpointing)
+def setting_of(model: str, prompts: int, device: torch.device) -> Setting:
+    """Video-R1's sizes for the real models, of which the 7B is trained by adapters: all of it does not fit one card."""
+    if model == "tiny":
+        return Setting(prompts=prompts, completion=64 if prompts < 8 else 128)
+    lora = 64 if model == "7b" else 0
+    return Setting(model, prompts=prompts, completion=768, lora=lora, checkpointing=True, bf16=device.type == "cuda")
 
 
-def training(shape: Shape, group: Group, *, checkpointing: bool | None = None) -> Case:
-    """Forward and backward of one group; ``checkpointing`` None: as the shape has it."""
-    on = shape.checkpointing if checkpointing is None else checkpointing
-    dtype = str(shape.dtype).removeprefix("torch.")
-    size = {"model": f"{shape.name} ({shape.hidden} x {shape.layers})", "P": group.prompt, "G": group.generations,
-            "C": group.completion, "dtype": dtype}  # fmt: skip
-    return Case(
-        op="training step",
-        uses=("prefix_attention", "linear_grpo_loss"),
-        title=f"forward + backward, gradient checkpointing {'on' if on else 'off'}",
-        size=size,
-        dtype=shape.dtype,
-        inputs=functools.partial(step_inputs, shape, group, on),
-        expected=functools.partial(_expected, shape.dtype),
-        work=_shared_work,
-        contenders=(
-            Contender(SHARED, _shared, does="packed row, no logits stored, tower once"),
-            _repeated(BASELINE, "completions", "row"),
-            _repeated("repeated rows as the reference code", "all", "row"),
-            # On a CPU a row takes minutes, and this one says least.
-            *([] if shape.name == "cpu" else [_repeated("repeated rows, both trimmed", "completions", "prompt")]),
-        ),
-        against=BASELINE,
-        slow=shape.name == "cpu",
-    )
-
-
-def _repeated(name: str, head: Head, tower: Tower) -> Contender:
-    does = f"G padded rows, logits of {'all positions' if head == 'all' else 'completions'}, tower once per {tower}"
-    return Contender(
-        name, functools.partial(_rows, head, tower), does=does, work=functools.partial(_rows_work, head, tower)
-    )
-
-
-def _shared(inputs: StepInputs) -> Step:
-    def loss() -> GrpoLoss:
-        return tgrpo_loss(
-            inputs.model, inputs.packed, inputs.advantages, inputs.config, num_tokens=len(inputs.ref_logp),
-            ref_logp=inputs.ref_logp,
-        )  # fmt: skip
-
-    return lambda: _backward(inputs, loss())
-
-
-def _rows(head: Head, tower: Tower, inputs: StepInputs) -> Step:
-    rows = RepeatedRows(inputs.model, head=head, tower=tower)
-
-    def loss() -> GrpoLoss:
-        return rows.loss(
-            inputs.packed, inputs.advantages, inputs.config, num_tokens=len(inputs.ref_logp), ref_logp=inputs.ref_logp
+def step(setting: Setting, *, steps: int = 1) -> StepCase:
+    on_images = setting.media == "image"
+    title = "GRPO on images" if on_images else "T-GRPO on videos"
+    contenders = [
+        Contender(OUR_STEP, _not_built, does="a prompt once for all its answers; media decoded ahead by 2 processes"),
+        Contender(REFERENCE_STEP, _not_built, does="tower and prompt per row, all logits; media decoded in the step"),
+    ]
+    if on_images:
+        contenders.append(
+            Contender(TRL, _not_built, missing, does="generate, prompt per row; media decoded in the step")
         )
-
-    return lambda: _backward(inputs, loss())
-
-
-def _backward(inputs: StepInputs, result: GrpoLoss) -> Mapping[str, Tensor]:
-    """Gradients are added to those that are there, as they are between optimizer steps; these start from 0."""
-    parameters = dict(inputs.model.hf.named_parameters())
-    torch._foreach_zero_([p.grad for p in parameters.values()])  # type: ignore[arg-type]
-    result.loss.backward()
-    return {"loss": result.loss.detach(), "logp": result.logp.detach(), **_sampled(inputs, parameters)}
-
-
-def _sampled(inputs: StepInputs, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Some entries of every parameter's gradient, by family; of an embedding, the rows of tokens that occur."""
-    parts: dict[str, list[Tensor]] = {}
-    rows = inputs.packed.ids.unique()[:64]
-    for name, parameter in parameters.items():
-        family = next(family for family, word in FAMILIES.items() if word in name)
-        gradient = parameter.grad[rows] if family == "d_embedding" else parameter.grad
-        flat = gradient.flatten()
-        parts.setdefault(family, []).append(flat[:: max(1, len(flat) // SAMPLE)].float())
-    return {family: torch.cat(values) for family, values in parts.items()}
+    return StepCase(
+        op="step",
+        uses=USES,
+        title=title + (", gradient checkpointing on" if setting.checkpointing else ""),
+        size=setting.described(),
+        dtype=torch.bfloat16 if setting.bf16 else torch.float32,
+        inputs=lambda device: None,
+        expected=lambda _: [],
+        work=lambda _: Work(0.0, 0.0, ""),
+        contenders=tuple(contenders),
+        against=REFERENCE_STEP,
+        setting=setting,
+        floor=floor_of,
+        open={OUR_STEP: OurStep, REFERENCE_STEP: ReferenceStep, TRL: TRLStep},
+        check=functools.partial(_check, setting),
+        steps=steps,
+        rounds=3 if setting.model == "tiny" else 1,
+        slow=setting.prompts > 4,
+    )
 
 
-def _expected(dtype: torch.dtype, outputs: Mapping[str, Tensor]) -> Sequence[Expected]:
-    """The baseline's results."""
-    value, gradient = BOUNDS[dtype]
-    return [
-        Expected(name, name, output.double(), gradient=name.startswith("d_"),
-                 bound=gradient if name.startswith("d_") else value)
-        for name, output in outputs.items()
-    ]  # fmt: skip
+def _not_built(_: Any) -> Any:
+    raise AssertionError("a step case opens runners")
 
 
-def _shared_work(inputs: StepInputs) -> Work:
-    layout, config = inputs.packed.layout, inputs.model.hf.config
-    group = inputs.group
-    flops = step_flops.forward(
-        config, tokens=layout.total_tokens, head_positions=len(inputs.packed.labels), grids=[group.grid],
-        pairs=step_flops.shared_pairs(group.prompt, layout.completion_lengths[0]),
-    )  # fmt: skip
-    return _work(flops, inputs, layout.total_tokens)
+def _check(setting: Setting, runner: Any) -> dict[str, float]:
+    """What the first step of a runner computed. GateFailure where it is not the step that was asked for."""
+    if isinstance(runner, ReferenceStep):
+        return _check_reference(setting, runner)
+    lengths = runner.lengths()
+    wanted = [setting.completion] * (setting.prompts * (setting.generations + setting.shuffled))
+    if sorted(lengths) != wanted:
+        raise GateFailure(
+            f"answers: expected {len(wanted)} of {setting.completion} tokens, got {len(lengths)}, of "
+            f"{min(lengths, default=0)} to {max(lengths, default=0)}"
+        )
+    return {}
 
 
-def _rows_work(head: Head, tower: Tower, inputs: StepInputs) -> Work:
-    group, config = inputs.group, inputs.model.hf.config
-    length = group.prompt + group.completion
-    tokens = group.generations * length
-    flops = step_flops.forward(
-        config, tokens=tokens, pairs=group.generations * step_flops.causal_pairs(length),
-        head_positions=tokens if head == "all" else len(inputs.packed.labels),
-        grids=[group.grid] * (group.generations if tower == "row" else 1),
-    )  # fmt: skip
-    return _work(flops, inputs, tokens)
-
-
-def _work(flops: step_flops.Flops, inputs: StepInputs, tokens: int) -> Work:
-    return Work(flops.training(checkpointing=inputs.checkpointing), 0.0, "", tokens)
+def _check_reference(setting: Setting, runner: ReferenceStep) -> dict[str, float]:
+    """Its log-probs, loss and advantages are those that our passes give to its answers, with the first weights."""
+    model, config = runner.inputs.make_model(), runner.config
+    worst = dict.fromkeys(("advantages", "logp", "loss"), 0.0)
+    for update in runner.updates:
+        accuracy, form, shuffled = update.rewards
+        lengths = torch.full((1, setting.generations), setting.completion)
+        scored = tgrpo_advantages(
+            accuracy[None], form[None], lengths, shuffled[None] if len(shuffled) else None, rule=config.temporal.rule,
+            alpha=config.temporal.alpha, mu=config.temporal.mu, apply=config.temporal_apply,
+            length_bonus=config.reward.length_bonus, length_range=config.reward.length_range,
+            eps=config.advantage_eps, backend="reference",
+        )  # fmt: skip
+        (prompt,) = update.packed.prompts
+        assert prompt.media is not None
+        prompts = (dataclasses.replace(prompt, media=as_8_bit(prompt.media)),)
+        ours = tgrpo_loss(
+            model, dataclasses.replace(update.packed, prompts=prompts), update.advantages, config,
+            num_tokens=len(update.logp), ref_logp=update.ref_logp,
+        )  # fmt: skip
+        found = {
+            "advantages": (scored.advantages[0] - update.advantages.cpu()).abs().max().item(),
+            "logp": (ours.logp - update.logp).square().mean().sqrt().item(),
+            "loss": abs(ours.loss.item() - update.loss),
+        }
+        worst = {name: max(worst[name], error) for name, error in found.items()}
+    for name, error in worst.items():
+        bound = 1e-5 if name == "advantages" else BOUNDS[setting.bf16]
+        if not error <= bound:
+            raise GateFailure(f"{REFERENCE_STEP}: {name}: error {error:.2e} against ours, bound {bound:.0e}")
+    return worst
 
 
 def test_small_step_passes_its_gate():
     device = torch.device("cpu")
-    for row in measure_in_turns(small_training(), device, Clock(device), 1):
-        assert row.status == "measured", f"{row.implementation}: {row.reason}"
+    for media in ("video", "image"):
+        case = step(Setting(media=media, frames=4, prompts=2, generations=2, completion=4), steps=1)
+        for row in measure_steps(case, device, Clock(device), 1):
+            assert row.status == "measured", f"{row.implementation}: {row.reason}"
 
 
 def test_step(run_case):

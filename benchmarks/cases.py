@@ -13,6 +13,7 @@ from benchmarks.oracle import Expected
 
 Step = Callable[[], Mapping[str, Tensor]]  # one call of what is timed -> its outputs by name
 OURS = "videor1_kernels"
+OUR_STEP, REFERENCE_STEP = f"{OURS}: videor1", "as the reference code"  # of whole steps
 
 
 def _everywhere(device: torch.device) -> str | None:

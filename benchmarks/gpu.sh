@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
 #   benchmarks/gpu.sh kernels
-#   benchmarks/gpu.sh step      whole steps of the 3B's and the 7B's shapes, ours beside repeated rows
+#   benchmarks/gpu.sh step      whole T-GRPO steps of the 7B's shapes, from video files to updated weights, ours beside the
+#                               algorithm as the reference code computes it (needs PyAV: pip install av)
+#   benchmarks/gpu.sh training  the training pass of the 3B's and the 7B's shapes, ours beside repeated rows
+#   benchmarks/gpu.sh growth    how both grow with frames, tokens of an answer, answers and prompts, by the 3B's shapes
 #   benchmarks/gpu.sh rollout   answers of the 7B's and the 3B's shapes, our engine beside transformers' generate, to 1 and
 #                               to 16 prompts; generate takes minutes for these, and the 3B's are left out if time is up
 #   benchmarks/gpu.sh video     frames to patches beside the chain in torch; decoding by NVDEC and by the CPU, 360p to 1080p
@@ -13,7 +16,7 @@
 # measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels, step, rollout, video or tune"}
+part=${1:?"which part: kernels, step, training, growth, rollout, video or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
@@ -27,6 +30,10 @@ mkdir -p "$out"
 }
 if [ "$part" = tune ]; then
     exec "$python" -m benchmarks.tune --out "$out"
+fi
+if [ "$part" = growth ]; then
+    exec "$python" -m benchmarks.growth --shape 3b --record "$out" --plot "$out/growth.png" \
+        --seconds "${SECONDS_FOR_BENCHMARKS:-360}"
 fi
 tests="not run"
 case "$part" in

@@ -55,14 +55,14 @@ class RepeatedRows:
     its own. Build it again after the model's adapters, checkpointing or parameters were replaced.
 
     Args:
-        model: the weights; no adapters.
+        model: the weights. Adapters of the copy are switched on and off by its own ``peft``.
         head: ``all`` takes the logits of every position, padding and prompt included, as the reference code does;
             ``completions`` those that predict a completion's token.
         tower: ``row`` runs the vision tower on every row's pixels, as the reference code does; ``prompt`` once per
             prompt, its features repeated.
 
     Raises:
-        ValueError: an unknown variant, or a model with adapters.
+        ValueError: an unknown variant.
     """
 
     def __init__(self, model: VideoLM, *, head: Head = "all", tower: Tower = "row") -> None:
@@ -70,10 +70,10 @@ class RepeatedRows:
             raise ValueError(
                 f"RepeatedRows: expected head 'all' or 'completions', tower 'row' or 'prompt', got {head!r}, {tower!r}"
             )
-        if model.peft is not None:
-            raise ValueError("RepeatedRows: expected a model without adapters, got one with LoRA")
         self.model, self.head, self.tower = model, head, tower
-        self.hf: Any = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in model.hf.parameters()})
+        shared = {id(parameter): parameter for parameter in model.hf.parameters()}
+        self.peft: Any = None if model.peft is None else copy.deepcopy(model.peft, shared)
+        self.hf: Any = copy.deepcopy(model.hf, shared) if self.peft is None else self.peft.get_base_model()
         self.hf.model.language_model.set_attn_implementation("sdpa")
 
     def logp(self, packed: Packed, *, temperature: float = 1.0) -> Tensor:
@@ -135,7 +135,9 @@ class RepeatedRows:
             patches = [media.patches for media in batch.media if media is not None and media.kind == kind]
             if patches:
                 pixels = torch.cat(patches).to(self.model.device)
-                inputs |= {name: normalize_patches(pixels, self.model.compute_dtype)}
+                if not pixels.is_floating_point():
+                    pixels = normalize_patches(pixels, self.model.compute_dtype)
+                inputs |= {name: pixels}
                 inputs[f"{kind}_grid_thw"] = self._grids(batch, kind)
         return inputs | {"input_ids": batch.ids}
 

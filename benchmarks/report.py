@@ -9,7 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import OURS
+from benchmarks.cases import OUR_STEP, OURS, REFERENCE_STEP
+from benchmarks.growth_curves import curves, draw, exponent
+from benchmarks.phases import PHASES, draw_phases
 from benchmarks.record import RESULTS, load
 
 README = Path(__file__).parent.parent / "README.md"
@@ -25,6 +27,11 @@ STEP_COLUMNS = (
     "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "CPU s", "CPU s / ours", "peak MiB", "MiB / ours",
     "TF/s", "% of ceiling", "rms error", "gradient error", "computes",
 )  # fmt: skip
+WHOLE_COLUMNS = (
+    "implementation", "s a step", "prompts / hour", "s / ours", "CPU s", "CPU s / ours", "% of the limit", "peak MiB",
+    "MiB / ours",
+    *PHASES, "computes",
+)  # fmt: skip
 ROLLOUT_COLUMNS = (
     "implementation", "tokens", "s (calls)", "CPU s", "tokens/s", "x generate's tokens/s", "decode steps",
     "ms / decode step", "ms to read the weights", "ms / these", "peak MiB", "rms error", "computes",
@@ -33,9 +40,13 @@ ROLLOUT_COLUMNS = (
 
 def table(record: Mapping[str, Any]) -> str:
     """One run as Markdown: its machine, then a table with a heading row per case."""
-    columns, cells = {"step": (STEP_COLUMNS, _step_cells), "rollout": (ROLLOUT_COLUMNS, _rollout_cells)}.get(
-        record["part"], (COLUMNS, _cells)
-    )
+    if record["part"] == "growth":
+        return "\n".join([_machine(record), "", *_growth(record)])
+    columns, cells = {
+        "training": (STEP_COLUMNS, _step_cells),
+        "step": (WHOLE_COLUMNS, _whole_cells),
+        "rollout": (ROLLOUT_COLUMNS, _rollout_cells),
+    }.get(record["part"], (COLUMNS, _cells))
     lines = [_machine(record), "", _row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
     rows = sorted(record["rows"], key=_case_order(record["rows"]))
     for (op, title, _), group in groupby(rows, key=_case):
@@ -65,6 +76,19 @@ def write(text: str, readme: Path) -> None:
     if not begin or not end:
         raise ValueError(f"{readme.name}: expected a line {BEGIN} and after it a line {END}, to put the table between")
     readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def draw_all(folder: Path, pictures: Path) -> list[Path]:
+    """The pictures of the recorded runs: ``<run>.png`` for each that has curves or phases to show."""
+    drawn = []
+    for path in sorted(folder.glob("*.json")):
+        record = load(path)
+        painter = {"growth": draw, "step": draw_phases}.get(record["part"])
+        if painter is not None and record["tests"] != "failed":
+            pictures.mkdir(exist_ok=True)
+            painter(record, pictures / f"{path.stem}.png")
+            drawn.append(pictures / f"{path.stem}.png")
+    return drawn
 
 
 def _trusted(record: Mapping[str, Any]) -> str:
@@ -138,6 +162,61 @@ def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
+def _whole_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A phase: its milliseconds, and behind the bar its peak of memory in MiB; both memories beyond what is held."""
+    if row["seconds"] is None:
+        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(WHOLE_COLUMNS) - 2)]
+    ours = next(entry for entry in case if entry["implementation"].startswith(OURS))
+
+    def ratio(field: str) -> str:
+        return f"{row[field] / ours[field]:.2f}" if row[field] and ours[field] else ""
+
+    def phase(name: str) -> str:
+        found = row["phases"].get(name, {})
+        if "seconds" not in found:
+            return ""
+        floor = f", at least {1e3 * found['floor_seconds']:.3g}" if row is ours and "floor_seconds" in found else ""
+        return f"{1e3 * found['seconds']:.3g} ms{floor}; {found.get('peak_mib', 0):.0f}"
+
+    return [
+        _name(row),
+        f"{row['seconds']:.4g} ({row['rounds']})",
+        f"{row['prompts_per_hour']:.0f}",
+        ratio("seconds"),
+        _number(row["cpu_seconds"]),
+        ratio("cpu_seconds"),
+        f"{row['percent']:.1f}" if row["percent"] else "",
+        f"{row['peak_mib']:.0f} + {row['held_mib']:.0f}",
+        ratio("peak_mib"),
+        *[phase(name) for name in PHASES],
+        row["does"],
+    ]
+
+
+def _growth(record: Mapping[str, Any]) -> list[str]:
+    """Seconds by size, axis by axis, each with the exponents of its curves."""
+    base = record["rows"][0]["size"] if record["rows"] else {}
+    fixed = ", ".join(f"{key} {value}" for key, value in base.items() if key in ("model", "trained", "dtype"))
+    seconds, memory = curves(record["rows"]), curves(record["rows"], "peak_mib")
+    header = ["what grows", "size", "ours, s", "reference code, s", "reference / ours"]
+    header += ["ours, MiB", "reference code, MiB"] if memory else []
+    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    for axis, ways in seconds.items():
+        ours, others = (ways.get(name, {}) for name in (OUR_STEP, REFERENCE_STEP))
+        peaks = [memory.get(axis, {}).get(name, {}) for name in (OUR_STEP, REFERENCE_STEP)] if memory else []
+        for size in sorted({*ours, *others}):
+            ratio = f"{others[size] / ours[size]:.2f}" if size in ours and size in others else ""
+            cells = [axis, str(size), _number(ours.get(size)), _number(others.get(size)), ratio]
+            lines.append(_row([*cells, *[_number(peak.get(size)) for peak in peaks]]))
+        exponents = [f"{exponent(points):.2f}" for points in (ours, others)]
+        lines.append(_row([f"{axis}: exponent", "", *exponents, "", *[f"{exponent(peak):.2f}" for peak in peaks]]))
+    notes = [
+        f"Not measured: {row['title']} {row['size']}: {row['implementation']}: {row['reason']}"
+        for row in record["rows"] if row["seconds"] is None
+    ]  # fmt: skip
+    return [f"Growth of a step ({fixed}):", "", *lines, *([""] if notes else []), *notes]
+
+
 def _rollout_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
     """Time per sampled token and, behind the prefill, per decode step; the floor of the latter is in ``percent``."""
     if row["seconds"] is None:
@@ -202,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(options.results)
     if options.write:
         write(text, options.readme)
+        draw_all(options.results, options.readme.parent / "docs")
     else:
         print(text)
     return 0

@@ -17,6 +17,7 @@ from benchmarks.measure import Clock, ceilings, measure, measure_in_turns, plain
 from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
 from benchmarks.rollout_turns import RolloutCase, measure_rollout
+from benchmarks.whole_step import StepCase, measure_steps
 
 PARTS = {
     "kernels": (
@@ -25,6 +26,7 @@ PARTS = {
     ),
     "video": ("frames_to_patches", "decode"),
     "step": ("step",),
+    "training": ("training",),
     "rollout": ("rollout",),
 }
 ROUNDS = {"cuda": (5, 1), "cpu": (3, 1)}  # of what is measured in turns: timed, and before these
@@ -84,6 +86,8 @@ def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None 
     """Measure a case by turns, ``rounds`` times, or as often as its device and its length suggest."""
     if isinstance(case, RolloutCase):
         return measure_rollout(case, device, clock, rounds or case.rounds)
+    if isinstance(case, StepCase):
+        return measure_steps(case, device, clock, rounds or case.rounds)
     usual, warm_up = SLOW_ROUNDS if case.slow and device.type == "cpu" else ROUNDS[device.type]
     return measure_in_turns(case, device, clock, rounds or usual, warm_up=warm_up)
 

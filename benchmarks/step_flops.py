@@ -27,6 +27,10 @@ class Flops:
     tower_attention: float
     patches: float  # its patch embedding
 
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head + self.tower + self.tower_attention + self.patches
+
     def training(self, *, checkpointing: bool) -> float:
         """Forward and backward."""
         layers = self.linear + self.attention + self.tower + self.tower_attention

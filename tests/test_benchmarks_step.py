@@ -1,280 +1,338 @@
-"""The step benchmark: its FLOPs against torch's counter, its gate, its turns, its command and its table."""
+"""Whole steps side by side: phases, gate, what the reference's way computes, the command, table and pictures."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import bench_step, measure, report, run, step, step_flops
-from benchmarks.cases import OURS, Case, Contender, Work
-from benchmarks.measure import Ceilings, Clock, GateFailure, measure_in_turns
-from benchmarks.oracle import Expected
-from benchmarks.record import load
-from benchmarks.repeated_rows import RepeatedRows
-from benchmarks.step_inputs import SHAPES, Group, StepInputs, model_config, step_inputs
-from videor1.demo.tokenizer import make_tokenizer
-from videor1.loss import predicting_states
+from benchmarks import bench_step, growth, growth_curves, measure, report, run, step, step_floor, whole_step
+from benchmarks.cases import OUR_STEP, REFERENCE_STEP
+from benchmarks.measure import Ceilings, Clock
+from benchmarks.our_step import OurStep
+from benchmarks.phases import OTHER, PHASES, Phases
+from benchmarks.reference_step import ReferenceStep, as_8_bit
+from benchmarks.trl_step import TRLStep
+from benchmarks.whole_inputs import Setting, WholeInputs, whole_inputs
+from videor1.patches import permute_frames
+from videor1.prefetch import load_media
 
 CPU = torch.device("cpu")
-TOY = SHAPES["toy"]
-GROUP = Group(40, 3, 12, text=24, temporal=2)
+SMALL = Setting(frames=4, prompts=2, generations=2, completion=4)
 CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
+MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
 def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (measure, run):
+    for module in (measure, run, whole_step):
         monkeypatch.setattr(module, "ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture(scope="module")
-def inputs() -> StepInputs:
-    return step_inputs(TOY, GROUP, False, CPU)
+def inputs():
+    with whole_inputs(SMALL, CPU) as made:
+        yield made
 
 
-def counted(call: Any) -> dict[str, float]:
-    """FLOPs by torch's counter: of linear layers, of the patch embedding, and of attention, over whole rows."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own is not counted
-        call()
-    kinds = {"mm": "linear", "addmm": "linear", "bmm": "attention", "convolution": "patches"}
-    kinds["convolution_backward"] = "patches"
-    by_kind: dict[str, float] = dict.fromkeys(kinds.values(), 0)
-    for operation, flops in counter.get_flop_counts()["Global"].items():
-        by_kind[kinds[str(operation).removeprefix("aten.")]] += flops
-    return by_kind
+def measured(setting: Setting, **changes: Any) -> dict[str, dict[str, Any]]:
+    case = dataclasses.replace(bench_step.step(setting), **changes)
+    return {row.implementation: row.to_json() for row in whole_step.measure_steps(case, CPU, Clock(CPU), 1)}
 
 
-@pytest.mark.parametrize(("head", "tower"), [("all", "row"), ("completions", "prompt")])
-def test_flops_of_repeated_rows_are_what_torch_counts(inputs: StepInputs, head: Any, tower: Any) -> None:
-    rows = RepeatedRows(inputs.model, head=head, tower=tower)
-    length = GROUP.prompt + GROUP.completion
-    tokens = GROUP.generations * length
-    flops = step_flops.forward(
-        inputs.model.hf.config, tokens=tokens, pairs=GROUP.generations * length**2,  # torch counts masked ones too
-        head_positions=tokens if head == "all" else GROUP.generations * GROUP.completion,
-        grids=[GROUP.grid] * (GROUP.generations if tower == "row" else 1),
-    )  # fmt: skip
-    forward = counted(lambda: rows.logp(inputs.packed))
-    assert forward["linear"] == flops.linear + flops.head + flops.tower
-    assert forward["attention"] == flops.attention + flops.tower_attention
-    assert forward["patches"] == flops.patches
-    both = counted(lambda: rows.logp(inputs.packed).sum().backward())
-    assert both["linear"] == 3 * forward["linear"]
-    assert both["attention"] == 3 * forward["attention"]
-    assert both["patches"] == 2 * forward["patches"]
-    assert flops.training(checkpointing=False) == sum(both.values())
-    again = flops.linear + flops.tower + flops.attention + flops.tower_attention
-    assert flops.training(checkpointing=True) == sum(both.values()) + again
+# --- phases ---
 
 
-def test_flops_of_the_packed_row_are_what_torch_counts(inputs: StepInputs) -> None:
-    work = bench_step.training(TOY, GROUP).work(inputs)
-    assert work.tokens == GROUP.prompt + GROUP.generations * GROUP.completion
-    flops = step_flops.forward(
-        inputs.model.hf.config, tokens=work.tokens, pairs=0, head_positions=0, grids=[GROUP.grid]
+def test_an_inner_phase_is_taken_out_of_the_outer_one() -> None:
+    phases = Phases(CPU)
+    with phases("never"):
+        time.sleep(0.05)
+    with phases.watched(memory=False):
+        with phases("outer"):
+            time.sleep(0.02)
+            with phases("inner"):
+                time.sleep(0.04)
+            time.sleep(0.02)
+        with phases("begun"):
+            phases.become("become")
+            time.sleep(0.03)
+    assert set(phases.seconds) == {OTHER, "outer", "inner", "begun", "become"}
+    assert phases.seconds["outer"] == pytest.approx(0.04, abs=0.015)
+    assert phases.seconds["inner"] == pytest.approx(0.04, abs=0.015)
+    assert phases.seconds["become"] == pytest.approx(0.03, abs=0.015)
+    assert phases.seconds["begun"] < 0.01
+    assert phases.current == OTHER
+
+
+def test_an_error_ends_its_phases() -> None:
+    phases = Phases(CPU)
+    with pytest.raises(KeyError), phases("outer"), phases("inner"):
+        raise KeyError
+    assert phases.current == OTHER
+
+
+def test_memory_is_the_highest_of_each_phase() -> None:
+    phases = Phases(CPU)
+    with phases.watched(memory=True):
+        with phases("large"):
+            kept = torch.empty(2 * MIB, dtype=torch.uint8)
+            torch.empty(8 * MIB, dtype=torch.uint8)
+        with phases("small"):
+            torch.empty(1 * MIB, dtype=torch.uint8)
+    assert phases.peaks["large"] / MIB == pytest.approx(10, abs=0.1)
+    assert phases.peaks["small"] / MIB == pytest.approx(3, abs=0.1)
+    assert len(kept)
+
+
+def test_a_watched_method_is_a_phase_where_it_is_asked_to_be() -> None:
+    class Owner:
+        def work(self, x: int) -> int:
+            time.sleep(0.02)
+            return x + 1
+
+    phases, owner = Phases(CPU), Owner()
+    phases.watch(owner, "work", "work", inside="outer")
+    with phases.watched(memory=False):
+        assert owner.work(1) == 2
+        with phases("outer"):
+            assert owner.work(2) == 3
+    assert phases.seconds["work"] == pytest.approx(0.02, abs=0.01)
+
+
+# --- the reference's way ---
+
+
+def test_its_frames_are_ours(inputs: WholeInputs) -> None:
+    """decord's RGB, resized in 8 bits, against our planes: a level or two apart; shuffled by the same permutation."""
+    runner = ReferenceStep(inputs, Phases(CPU))
+    prompt, shuffled = runner.prompt_of(inputs.samples[0], draw=5)
+    assert prompt.media is not None
+    assert shuffled is not None
+    ours = load_media(inputs.samples[0], inputs.config.video)
+    assert ours is not None
+    assert ours.grid_thw == prompt.media.grid_thw == (2, 2, 4)
+    assert ours.second_per_grid == pytest.approx(prompt.media.second_per_grid)
+    theirs = as_8_bit(prompt.media).patches
+    assert (theirs.float() - ours.patches.float()).abs().mean() < 1.5
+    order = bench_step_order(inputs, prompt)
+    assert order != tuple(range(4))
+    assert torch.equal(as_8_bit(shuffled).patches, permute_frames(theirs, ours.grid_thw, order))
+
+
+def bench_step_order(inputs: WholeInputs, prompt: Any) -> tuple[int, ...]:
+    from videor1.shuffle import draw_permutation
+
+    order = draw_permutation(prompt, "frame", inputs.config.seed)
+    assert order is not None
+    return order
+
+
+def test_frames_without_decord_are_the_same(inputs: WholeInputs) -> None:
+    from benchmarks import reference_step
+
+    path = str(inputs.samples[0].path)
+    frames, fps = reference_step._decoded_by_pyav(path, 4, 2.0)
+    others, other_fps = reference_step._decoded(path, 4, 2.0)
+    assert fps == pytest.approx(other_fps)
+    assert frames.shape == others.shape
+    assert (frames.float() - others.float()).abs().mean() < 2
+
+
+def test_it_runs_the_tower_once_a_row_and_we_once_a_pass(inputs: WholeInputs) -> None:
+    """With 2 + 1 answers to each of 2 prompts: 2 + 1 (generate; 1 + 1 where transformers encodes before it repeats the
+    rows), 2 (policy), 2 (reference), against 2 + 1 + 1."""
+
+    def passes(runner: Any) -> float:
+        patches = []
+        towers = {id(hf.model.visual): hf.model.visual for hf in everything(runner)}
+        hooks = [t.register_forward_hook(lambda _m, args, _o: patches.append(len(args[0]))) for t in towers.values()]
+        try:
+            runner()
+        finally:
+            runner.close()
+            for hook in hooks:
+                hook.remove()
+        return sum(patches) / (SMALL.prompts * 2 * 2 * 4)
+
+    def everything(runner: Any) -> list[Any]:
+        if isinstance(runner, ReferenceStep):
+            return [runner.rows.hf, runner.reference.hf]
+        return [runner.model.hf, runner.frozen.hf]
+
+    assert passes(ReferenceStep(inputs, Phases(CPU))) in (6, 7)
+    config = dataclasses.replace(inputs.config, output_dir=str(inputs.folder / "tower"))
+    assert passes(OurStep(dataclasses.replace(inputs, config=config), Phases(CPU))) == 4
+
+
+@pytest.mark.parametrize("setting", [SMALL, dataclasses.replace(SMALL, lora=2), dataclasses.replace(SMALL, bf16=True),
+                                     dataclasses.replace(SMALL, checkpointing=True)])  # fmt: skip
+def test_both_ways_pass_the_gate(setting: Setting) -> None:
+    rows = measured(setting)
+    assert {name: (row["status"], row["reason"]) for name, row in rows.items()} == dict.fromkeys(
+        (OUR_STEP, REFERENCE_STEP), ("measured", None)
     )
-    # Attention is of another form on every device: without it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("videor1_kernels.integrations.transformers.prefix_attention", lambda q, k, v, *_, **__: q)
-        states = counted(lambda: predicting_states(inputs.model, inputs.packed))
-    assert states["linear"] == flops.linear + flops.tower
+    assert set(rows[REFERENCE_STEP]["errors"]) == {"advantages", "logp", "loss"}
+    assert rows[OUR_STEP]["backend"] is not None
+    for row in rows.values():
+        phases = row["phases"]
+        assert set(phases) == set(PHASES)
+        assert sum(phase.get("seconds", 0) for phase in phases.values()) == pytest.approx(row["seconds"])
+        assert all(phases[name]["seconds"] > 0 for name in PHASES)
+        assert row["peak_mib"] == max(phase["peak_mib"] for phase in phases.values()) > 1
+        assert row["prompts_per_hour"] == pytest.approx(3600 * 2 / row["seconds"])
+        assert row["cpu_seconds"] > 0
+    # Weights, the reference model and two moments of AdamW; with LoRA the weights and the adapters' alone.
+    model = rows[OUR_STEP]["held_mib"]
+    assert model == rows[REFERENCE_STEP]["held_mib"] > 0
+    whole = sum(p.numel() for p in made_model(setting).hf.parameters()) * 4 / MIB
+    assert model == pytest.approx(whole, rel=0.1) if setting.lora and not setting.bf16 else model > 3.4 * whole
 
 
-def test_pairs_are_those_of_the_mask() -> None:
-    prompt, completions = 5, [3, 1, 4]
-    group = [0] * prompt + [i for i, n in enumerate(completions, 1) for _ in range(n)]
-    seen = sum(group[key] in (0, group[query]) for query in range(len(group)) for key in range(query + 1))
-    assert step_flops.shared_pairs(prompt, completions) == seen
-    assert step_flops.shared_pairs(prompt, []) == step_flops.causal_pairs(prompt) == 15
-
-
-@pytest.mark.parametrize(("shape", "parameters"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
-def test_shapes_have_the_public_models_parameters(shape: str, parameters: int) -> None:
-    with torch.device("meta"):
-        hf = Qwen2_5_VLForConditionalGeneration._from_config(model_config(SHAPES[shape], make_tokenizer()))
-    assert sum(p.numel() for p in hf.parameters()) == parameters
-    rope = hf.config.text_config.rope_parameters
-    assert rope["mrope_section"] == [16, 24, 24]
-
-
-def test_the_cpu_shape_divides_its_work_as_the_7b_does() -> None:
-    """The vision tower and the head take about the same part of the forward pass; attention somewhat more."""
-    group = Group(1224, 8, 768)
-    shares = {}
-    for name in ("cpu", "7b"):
-        flops = step_flops.forward(
-            model_config(SHAPES[name], make_tokenizer()), tokens=7368, head_positions=6144, grids=[group.grid],
-            pairs=step_flops.shared_pairs(1224, [768] * 8),
-        )  # fmt: skip
-        total = flops.linear + flops.attention + flops.head + flops.tower + flops.tower_attention + flops.patches
-        vision = flops.tower + flops.tower_attention + flops.patches
-        shares[name] = [part / total for part in (vision, flops.head, flops.attention)]
-    assert shares["7b"] == pytest.approx([0.05, 0.06, 0.04], abs=0.01)
-    assert shares["cpu"] == pytest.approx([0.05, 0.06, 0.12], abs=0.01)
+def made_model(setting: Setting):
+    with whole_inputs(setting, CPU) as made:
+        return made.make_model()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "grid"), [(1224, (8, 16, 32)), (2248, (8, 32, 32)), (208, (8, 2, 2)), (296, (8, 4, 12))]
+    ("method", "wrong", "reason"),
+    [
+        ("_advantages", lambda self, *a, **k: -right_advantages(self, *a, **k), "advantages: error"),
+        ("_loss", lambda self, *a: 0.01 + right_loss(self, *a), "loss: error"),
+    ],
 )
-def test_a_prompt_is_text_and_a_video(prompt: int, grid: tuple[int, int, int]) -> None:
-    assert Group(prompt, 8, 768).grid == grid
+def test_a_wrong_reference_is_not_measured(method: str, wrong: Any, reason: str, monkeypatch) -> None:
+    monkeypatch.setattr(ReferenceStep, method, wrong)
+    row = measured(SMALL)[REFERENCE_STEP]
+    assert row["status"] == "failed"
+    assert reason in row["reason"]
+    assert row["seconds"] is None
 
 
-@pytest.mark.parametrize("prompt", [200, 1225, 100])
-def test_a_prompt_without_a_whole_video_is_refused(prompt: int) -> None:
-    with pytest.raises(ValueError, match=f"200 tokens of text and a multiple of 8 of video, got {prompt}"):
-        Group(prompt, 8, 768).grid  # noqa: B018
-    with pytest.raises(SystemExit, match="--prompt: expected"):
-        step.main(["--shape", "toy", "--prompt", str(prompt)])
+right_advantages, right_loss = ReferenceStep._advantages, ReferenceStep._loss
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_way_passes_the_gate(checkpointing: bool) -> None:
-    rows = measure_in_turns(bench_step.small_training(checkpointing=checkpointing), CPU, Clock(CPU), 2, warm_up=1)
-    assert [row.status for row in rows] == ["measured"] * 4
-    assert [row.tokens for row in rows] == [76, 156, 156, 156]
-    assert [row.rounds for row in rows] == [2] * 4
-    assert rows[0].backend == "reference"
-    assert set(rows[0].errors) == {"loss", "logp", "d_tower", "d_embedding", "d_layers", "d_head"}
-    assert all(0 < error < 1e-5 for name, error in rows[0].errors.items() if name != "loss")
-    assert rows[1].errors == dict.fromkeys(rows[0].errors, 0.0)  # what the others are compared with
-    assert all(row.peak_mib > rows[0].peak_mib for row in rows[1:])
-    assert all(row.flops > 1.5 * rows[0].flops for row in rows[1:])
+def test_too_few_tokens_of_ours_are_not_measured(monkeypatch) -> None:
+    monkeypatch.setattr(OurStep, "lengths", lambda self: [4, 3])
+    row = measured(SMALL)[OUR_STEP]
+    assert (row["status"], row["seconds"]) == ("failed", None)
+    assert "expected 6 of 4 tokens, got 2, of 3 to 4" in row["reason"]
 
 
-def test_bf16_passes_the_gate_with_room() -> None:
-    case = bench_step.training(dataclasses.replace(TOY, dtype=torch.bfloat16), GROUP, checkpointing=True)
-    rows = measure_in_turns(case, CPU, Clock(CPU), 1)
-    assert [row.status for row in rows] == ["measured"] * 4
-    assert 1e-4 < max(rows[0].errors.values()) < 0.6 * bench_step.BOUNDS[torch.bfloat16][1]
+def test_trl_on_images() -> None:
+    rows = measured(dataclasses.replace(SMALL, media="image"))
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
+        (OUR_STEP, REFERENCE_STEP, bench_step.TRL), "measured"
+    )
+    assert rows[bench_step.TRL]["held_mib"] == rows[OUR_STEP]["held_mib"]
 
 
-def test_every_parameter_is_in_the_gate(inputs: StepInputs) -> None:
-    step_ = bench_step._shared(inputs)
-    right = {name: value.clone() for name, value in step_().items()}
-    for name, parameter in inputs.model.hf.named_parameters():
-        handle = parameter.register_hook(lambda gradient: gradient * 1.5)
-        wrong = step_()
-        handle.remove()
-        assert any(not torch.equal(wrong[key], right[key]) for key in right if key.startswith("d_")), name
+def test_trl_trains_the_model_that_it_is_given() -> None:
+    with whole_inputs(dataclasses.replace(SMALL, media="image", lora=2), CPU) as inputs:
+        runner = TRLStep(inputs, Phases(CPU))
+        before = {name: p.detach().clone() for name, p in runner.model.trainable().items()}
+        runner()
+        assert runner.lengths() == [4] * 4
+        assert any(not torch.equal(p, before[name]) for name, p in runner.model.trainable().items())
+        assert not any(p.requires_grad for name, p in runner.model.hf.named_parameters() if "lora" not in name)
 
 
-def made_up_case(*contenders: Contender, log: list[str] | None = None) -> Case:
-    return Case(
-        op="training step", uses=(), title="made up", size={"P": 1}, dtype=torch.float32, inputs=lambda device: log,
-        expected=lambda outputs: [Expected("out", "out", outputs["out"].double(), bound=1e-6)],
-        work=lambda _: Work(1e6, 0.0, "", 7), contenders=contenders, against="naive",
-    )  # fmt: skip
+# --- floors ---
 
 
-def giving(name: str, value: float) -> Contender:
-    def build(log: list[str] | None) -> Any:
-        def call() -> dict[str, torch.Tensor]:
-            if log is not None:
-                log.append(name)
-            return {"out": torch.full((4,), value)}
+def test_the_floor_is_of_operations_and_bytes(inputs: WholeInputs) -> None:
+    runner = ReferenceStep(inputs, Phases(CPU))
+    prompt, _ = runner.prompt_of(inputs.samples[0])
 
-        return call
+    def floors(**changes: float) -> dict[str, float]:
+        return step_floor.floor_seconds(runner.model, prompt, SMALL, dataclasses.replace(CEILINGS, **changes))
 
-    return Contender(name, build)
-
-
-def failing(name: str, error: Exception, after: int = 0) -> Contender:
-    def build(_: Any) -> Any:
-        calls = itertools.count()
-
-        def call() -> dict[str, torch.Tensor]:
-            if next(calls) >= after:
-                raise error
-            return {"out": torch.ones(4)}
-
-        return call
-
-    return Contender(name, build)
+    base, quick = floors(), floors(gemm_tflops=4.0)
+    assert set(base) == {"prefill", "rollout", "policy", "reference", "optimizer"}
+    assert all(quick[name] == pytest.approx(base[name] / 2) for name in base if name != "optimizer")
+    assert quick["optimizer"] == base["optimizer"] == pytest.approx(2 * floors(copy_gbps=200.0)["optimizer"])
+    weights = sum(p.numel() for p in runner.model.hf.parameters()) * 4
+    assert base["optimizer"] == pytest.approx(7 * weights / 100e9)
+    assert 2.5 < base["policy"] / base["reference"] <= 3
+    # 2 prompts of 2 + 1 answers, 3 tokens behind the first: at least their products with the layers' weights.
+    text = runner.model.hf.model.language_model.layers
+    products = 2 * sum(p.numel() for p in text.parameters() if p.ndim == 2) * 2 * 3 * 3
+    assert base["rollout"] > products / 2e12
 
 
-def test_contenders_take_turns_and_warm_up_is_not_counted() -> None:
-    log: list[str] = []
-    case = made_up_case(giving("ours", 1.0), giving("naive", 1.0), giving("other", 1.0), log=log)
-    rows = measure_in_turns(case, CPU, Clock(CPU), 2, warm_up=1)
-    assert log == ["naive", "ours", "other"] * 3
-    assert [row.implementation for row in rows] == ["ours", "naive", "other"]
-    assert [row.rounds for row in rows] == [2, 2, 2]
-    assert [row.tokens for row in rows] == [7, 7, 7]
+# --- the command, the table, the pictures ---
 
 
-def test_a_wrong_result_has_no_time_and_is_not_called_again() -> None:
-    log: list[str] = []
-    case = made_up_case(giving("naive", 1.0), giving(OURS, 1.001), giving("other", float("nan")), log=log)
-    naive, ours, other = measure_in_turns(case, CPU, Clock(CPU), 3)
-    assert naive.status == "measured"
-    assert (ours.status, other.status) == ("failed", "failed")
-    assert ours.seconds is ours.peak_mib is ours.percent is None
-    assert "rms error 1.00e-03" in (ours.reason or "")
-    assert "NaN" in (other.reason or "")
-    assert log == ["naive", OURS, "other", "naive", "naive"]
-
-
-def test_a_late_failure_takes_the_time_back() -> None:
-    case = made_up_case(giving("naive", 1.0), failing("other", torch.OutOfMemoryError("no"), after=1))
-    naive, other = measure_in_turns(case, CPU, Clock(CPU), 2)
-    assert naive.status == "measured"
-    assert (other.status, other.seconds, other.peak_mib) == ("not run", None, None)
-    assert other.reason == "does not fit in the device's memory"
-
-
-def test_nothing_is_measured_without_what_to_compare_with() -> None:
-    case = made_up_case(failing("naive", GateFailure("broken")), giving(OURS, 1.0))
-    naive, ours = measure_in_turns(case, CPU, Clock(CPU), 1)
-    assert (naive.status, ours.status) == ("failed", "failed")
-    assert ours.reason == "naive gave no results to compare with"
-
-
-def test_the_command_measures_records_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--shape", "toy", "--prompt", "208", "--completion", "5", "--generations", "2", "--device", "cpu"]
-    assert step.main([*options, "--checkpointing", "on", "--rounds", "2", "--record", str(tmp_path)]) == 0
-    data = load(tmp_path / "cpu-step.json")
-    assert (data["part"], data["complete"]) == ("step", True)
-    assert [row["tokens"] for row in data["rows"]] == [218, 426, 426, 426]
-    assert {row["rounds"] for row in data["rows"]} == {2}
-    printed = capsys.readouterr().out
-    assert "gradient checkpointing on: model toy (128 x 2), P 208, G 2, C 5, dtype float32" in printed
-    assert report.table(data) in printed
-    assert report.table(data) in report.report(tmp_path)
-
-
-def test_the_table_has_ratios_to_ours(tmp_path: Path) -> None:
-    step.main(["--shape", "toy", "--prompt", "208", "--completion", "2", "--generations", "2", "--device", "cpu",
-               "--record", str(tmp_path)])  # fmt: skip
+def test_the_command_records_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
+    threads = torch.get_num_threads()
+    sizes = ["--frames", "4", "--prompts", "1", "--generations", "2", "--completion", "3", "--rounds", "1"]
+    try:
+        assert step.main([*sizes, "--record", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
     data = json.loads((tmp_path / "cpu-step.json").read_text())
-    for row, seconds, peak in zip(data["rows"], (2.0, 4.6, 5.0, None), (100.0, 250.0, 1000.0, None), strict=True):
-        assert 0 < row["cpu_seconds"] < 60
-        row["seconds"], row["peak_mib"], row["cpu_seconds"] = seconds, peak, seconds and 2 * seconds
-    data["rows"][3] |= {"status": "not run", "reason": "does not fit in the device's memory"}
-    ours, baseline, reference, absent = report.table(data).splitlines()[-4:]
-    assert ours.startswith(f"| {bench_step.SHARED} (reference) | 212 |")
-    assert " | 2 (3) | 1.00 | 4 | 1.00 | 100 | 1.00 | " in ours
-    assert " | 4.6 (3) | 2.30 | 9.2 | 2.30 | 250 | 2.50 | " in baseline
-    assert " | 5 (3) | 2.50 | 10 | 2.50 | 1000 | 10.00 | " in reference
-    assert absent.startswith("| repeated rows, both trimmed | not run: does not fit in the device's memory |")
-    data["rows"][0] |= {"seconds": None, "peak_mib": None, "cpu_seconds": None, "status": "failed", "reason": "wrong"}
-    assert " | 4.6 (3) |  | 9.2 |  | 250 |  | " in report.table(data)
+    assert (data["part"], len(data["rows"])) == ("step", 2)
+    ours, other = data["rows"]
+    assert ours["size"] == {"model": "tiny", "prompts": 1, "frames": 4, "G": "2 + 1", "C": 3, "trained": "everything",
+                            "dtype": "float32"}  # fmt: skip
+    lines = out.strip().splitlines()
+    assert lines[-2].startswith(f"| {OUR_STEP} (")
+    assert f"| {other['seconds'] / ours['seconds']:.2f} |" in lines[-1]
+    assert "at least" in lines[-2]
+    assert "at least" not in lines[-1]
+    (picture,) = report.draw_all(tmp_path, tmp_path / "docs")
+    assert picture == tmp_path / "docs" / "cpu-step.png"
+    assert picture.stat().st_size > 5000
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--write", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert lines[-2] in readme.read_text()
 
 
-def test_cases_of_a_part_are_left_out_when_the_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench_step.small_training()
-    everything = [(case, contender) for contender in case.contenders]
-    record = run.run_part("step", CPU, seconds=0, everything=everything)
-    assert [row.reason for row in record.rows] == ["left out after 0 s of this run"] * 4
-    record = run.run_part("step", CPU, rounds=1, everything=everything)
-    assert [row.status for row in record.rows] == ["measured"] * 4
-    assert record.to_json()["complete"]
+def test_shapes_belong_to_a_part(capsys) -> None:
+    with pytest.raises(SystemExit):
+        step.main(["--shape", "cpu"])
+    assert "--part step takes tiny, 3b, 7b, got cpu" in capsys.readouterr().err
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
+    assert growth_curves.exponent({n: 3.0 * n**1.5 for n in (2, 4, 8, 16)}) == pytest.approx(1.5)
+    assert growth_curves.exponent(dict.fromkeys((1, 5), 7.0)) == pytest.approx(0.0)
+    assert growth_curves.exponent({4: 1.0}) != growth_curves.exponent({4: 1.0})  # NaN
+
+
+def test_growth_has_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
+    threads = torch.get_num_threads()
+    sizes = ["--frames", "4", "--completion", "3", "--generations", "2"]
+    try:
+        arguments = [*sizes, "--axis", "prompts", "--most", "2", "--plot", str(tmp_path / "growth.png")]
+        assert growth.main([*arguments, "--record", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    data = json.loads((tmp_path / "cpu-growth.json").read_text())
+    found = growth_curves.curves(data["rows"])
+    assert {axis: {way: list(points) for way, points in ways.items()} for axis, ways in found.items()} == {
+        "prompts": {OUR_STEP: [1, 2], REFERENCE_STEP: [1, 2]}
+    }
+    lines = capsys.readouterr().out.strip().splitlines()
+    exponents = [f"{growth_curves.exponent(found['prompts'][way]):.2f}" for way in (OUR_STEP, REFERENCE_STEP)]
+    assert lines[-1] == f"| prompts: exponent |  | {exponents[0]} | {exponents[1]} |  |"
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    # Without options all of it is asked for.
+    assert {axis: (sizes[0], sizes[-1]) for axis, sizes in growth.AXES.items()} == {
+        "frames": (8, 64), "completion": (256, 4096), "generations": (4, 32), "prompts": (1, 32),
+    }  # fmt: skip
+
+
+def test_growth_says_what_it_left_out(capsys) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert growth.main(["--axis", "prompts", "--most", "1", "--seconds", "0"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "Not measured: prompts" in capsys.readouterr().out

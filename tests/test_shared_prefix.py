@@ -169,12 +169,25 @@ def test_repeated_rows_leave_the_model_as_it_is() -> None:
 
 
 def test_repeated_rows_refuse_what_they_cannot_do() -> None:
-    model = make_lm()
     with pytest.raises(ValueError, match="got 'some', 'row'"):
-        RepeatedRows(model, head="some")  # type: ignore[arg-type]
+        RepeatedRows(make_lm(), head="some")  # type: ignore[arg-type]
+
+
+def test_repeated_rows_have_the_adapters() -> None:
+    model = make_lm()
     model.add_lora(LoraConfig(rank=2), seed=0)
-    with pytest.raises(ValueError, match="got one with LoRA"):
-        RepeatedRows(model)
+    for name, parameter in model.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    packed, rows = packed_row(model, "two videos"), RepeatedRows(model)
+    with torch.no_grad():
+        adapted = rows.logp(packed)
+        assert torch.allclose(adapted, completion_logp(model, packed), rtol=0, atol=1e-5)
+        with rows.peft.disable_adapter():
+            plain = rows.logp(packed)
+        with model.as_reference(None) as reference:
+            assert torch.allclose(plain, completion_logp(reference, packed), rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, adapted, rtol=0, atol=1e-3)
 
 
 class Unshared:

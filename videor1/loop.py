@@ -92,13 +92,17 @@ class Loop(ABC, Generic[C]):
         self.accuracy = math.nan  # of the latest evaluation
         self.resume_from = self.ranks.lead_does(self._resume_point)
         self.folder.mkdir(exist_ok=True)
-        self.model: VideoLM = load_model(config)
+        self.model: VideoLM = self.make_model()
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self.nonfinite_in_a_row = 0
         self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0, "num_tokens": 0}
         self._stop: str | None = None
+
+    def make_model(self) -> VideoLM:
+        """What is trained, as the options ask for it."""
+        return load_model(self.config)
 
     @abstractmethod
     def make_source(self, start: Any) -> Source[Any]:
