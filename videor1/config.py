@@ -322,6 +322,9 @@ class TrainConfig(EvalOptions):
     """Extra rollouts of up to this many batches a step to replace prompts whose group has no variance in reward; 0:
     off."""
 
+    log_tokens: int = 1
+    """Prompts per step whose answers rollouts.jsonl holds token by token with log-probs, for the report; 0: none."""
+
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code; explicit options still win."""
 
@@ -345,6 +348,7 @@ class TrainConfig(EvalOptions):
         _expect("kl_clamp", self.kl_clamp, "above 0", self.kl_clamp > 0)
         _expect("advantage_eps", self.advantage_eps, "0 or more", self.advantage_eps >= 0)
         _expect("dynamic_sampling", self.dynamic_sampling, "0 (off) or more", self.dynamic_sampling >= 0)
+        _expect("log_tokens", self.log_tokens, "0 (none) or more", self.log_tokens >= 0)
         _expect("num_iterations", self.num_iterations, "at least 1", self.num_iterations >= 1)
         _expect("temporal.num_generations", self.temporal.num_generations, "at least 1 (or temporal.enabled false)",
                 self.temporal.num_generations is None or self.temporal.num_generations >= 1)
@@ -385,13 +389,30 @@ class SFTConfig(EvalOptions):
 
 @dataclass
 class EvaluateConfig(EvalOptions):
-    """Accuracy of a model on a data file, frames in order and shuffled."""
+    """Accuracy of a model on benchmarks or a data file, frames in order and shuffled."""
 
+    benchmark: list[str] = field(default_factory=list)
+    """Benchmarks to answer, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass, videomme,
+    videommmu, vsibench; or give dataset_name."""
+    max_completion_length: int = 1024
+    """New tokens per answer at most."""
     eval_samples: int = 0
-    """Samples of dataset_name to use, from the top; 0: all."""
+    """Questions to ask (of each benchmark), from the top; 0: all."""
+    eval_top_p: float = 1.0
+    """Nucleus sampling, where eval_temperature is above 0; 1: off."""
+    eval_num_samples: int = 1
+    """Answers to each question, where eval_temperature is above 0; their mean accuracy counts."""
+    resume: str | None = None
+    """auto: go on with the evaluation in output_dir; what is answered is not asked again."""
 
     def __post_init__(self) -> None:
         check_eval(self)
+        _expect("eval_top_p", self.eval_top_p, "in (0, 1]", 0 < self.eval_top_p <= 1)
+        _expect("eval_num_samples", self.eval_num_samples, "at least 1", self.eval_num_samples >= 1)
+        if self.eval_temperature == 0:
+            greedy = "1, or eval_temperature above 0 (0 is greedy: every answer is the same)"
+            _expect("eval_top_p", self.eval_top_p, greedy, self.eval_top_p == 1)
+            _expect("eval_num_samples", self.eval_num_samples, greedy, self.eval_num_samples == 1)
 
 
 # The reference code's values wherever they are defaults of its launch script or trainer.

@@ -1,54 +1,207 @@
-"""Held-out accuracy from frames in order and from shuffled frames: ``python -m videor1.evaluate``."""
+"""Accuracy from frames in order and from shuffled frames, on benchmarks or data: ``python -m videor1.evaluate``."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from videor1.cli import parse, run_main
 from videor1.config import EvaluateConfig
 from videor1.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from videor1.answers import AnswerFile
+    from videor1.metrics import Progress
+    from videor1.model import VideoLM
+    from videor1.suites import Loaded
+
+
+_LEGEND = (
+    "In percent, 95% intervals clustered by video. accuracy: of all questions, frames in order; ordered, shuffled: of "
+    "those on videos; gap: ordered less shuffled; cut: at max_completion_length; no answer: without an <answer> tag."
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     config = parse(
-        EvaluateConfig, argv, prog="python -m videor1.evaluate", description="Accuracy of a model on a data file."
+        EvaluateConfig,
+        argv,
+        prog="python -m videor1.evaluate",
+        description="Accuracy of a model, from frames in order and from shuffled frames: on benchmarks (--benchmark, "
+        "read from --data.root) or on a data file (--dataset_name).",
     )
     # Imported here: decode workers import this file again, and must start quickly.
-    from videor1.data import load_samples
-    from videor1.evaluation import Evaluator
-    from videor1.metrics import summary_table
+    from videor1.answers import AnswerFile, begin
+    from videor1.checkpoint import base_digest
+    from videor1.metrics import Progress
     from videor1.model import load_model
+    from videor1.results import benchmark_results, results_table
 
-    if not config.dataset_name:
-        raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
-    dataset = load_samples(config.dataset_name, root=config.data.root)
-    run_dir = Path(config.output_dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with Evaluator(dataset, config, on_skip=lambda error: print(f"skipped: {error}", file=sys.stderr)) as evaluator:
-        result = evaluator.run(load_model(config))
-    if not result.answers:
-        raise DataError(f"{dataset.path}: none of its samples can be used ({dict(result.skipped)})")
-    with open(run_dir / "answers.jsonl", "w", encoding="utf-8") as file:
-        for answer in result.answers:
-            row = {
-                "problem_id": answer.sample.problem_id,
-                "path": None if answer.sample.path is None else str(answer.sample.path),
-                "solution": answer.sample.solution,
-                "accuracy": answer.accuracy,
-                "shuffled_accuracy": answer.shuffled,
-                "text": answer.text,
-                "shuffled_text": answer.shuffled_text,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    rows = [[name.removeprefix("eval/"), value] for name, value in result.metrics().items()]
-    print(summary_table([["metric", "value"], *rows]))
-    unusable = sum(result.skipped.values()) + len(dataset.errors)
-    print(f"{unusable} samples could not be used; answers in {run_dir / 'answers.jsonl'}")
+    run_dir = _run_dir(config)
+    benchmarks = _load(config)
+    for loaded in benchmarks:
+        _say_what_is_not_asked(loaded)
+    model = load_model(config)
+    answers = begin(run_dir, config, benchmarks, base_digest(model))
+    # What could not be read is tried again, so its list begins anew.
+    skipped = AnswerFile(run_dir / "skipped.jsonl", keep=False)
+    total = sum(len(_asked(loaded, config)) for loaded in benchmarks)
+    try:
+        with Progress(total, initial=len(answers.rows), description="evaluate", disabled=config.disable_tqdm) as shown:
+            for loaded in benchmarks:
+                _answer(config, loaded, model, answers, skipped, shown)
+    except (KeyboardInterrupt, OSError) as error:
+        done = (
+            f"{len(answers.rows)} of {total} questions are answered; go on with: --output_dir {run_dir} --resume auto"
+        )
+        if isinstance(error, OSError):
+            raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
+        raise KeyboardInterrupt(done) from None
+    answers.close()
+    skipped.close()
+    results = {
+        loaded.name: benchmark_results(
+            loaded, len(_asked(loaded, config)), _of(answers, loaded.name), _of(skipped, loaded.name)
+        )
+        for loaded in benchmarks
+    }
+    document = {"settings": _settings(config), "benchmarks": results}
+    (run_dir / "results.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not answers.rows:
+        raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
+    print(results_table(results))
+    for name, result in results.items():
+        _say_what_was_not_answered(name, result)
+    print(_LEGEND)
+    print(f"Saved {run_dir / 'results.json'}. Answers: {answers.path}")
     return 0
+
+
+def _run_dir(config: EvaluateConfig) -> Path:
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume: expected auto (go on with the evaluation in output_dir), got {config.resume!r}")
+    if config.resume and not config.output_dir:
+        raise ConfigError("resume: auto needs output_dir, the folder of the evaluation to go on with")
+    run_dir = Path(config.output_dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"output_dir: {run_dir} is the folder of a training run; name another")
+    if (run_dir / "answers.jsonl").exists() and not config.resume:
+        raise ConfigError(
+            f"output_dir: {run_dir} holds an evaluation already; go on with it by --resume auto, or name another folder"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
+    return run_dir
+
+
+def _load(config: EvaluateConfig) -> list[Loaded]:
+    from videor1.data import load_samples
+    from videor1.suites import find_suite, from_dataset
+
+    if bool(config.benchmark) == bool(config.dataset_name):
+        got = "both" if config.benchmark else "neither"
+        raise ConfigError(f"expected benchmark (names) or dataset_name (a data file in the Video-R1 format), got {got}")
+    if config.dataset_name:
+        return [from_dataset(load_samples(config.dataset_name, root=config.data.root), lenient=config.reward.lenient)]
+    suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
+    if not config.data.root:
+        raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")
+    return [suite.load(config.data.root) for suite in suites.values()]
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What a figure must be quoted with."""
+    names = ("model_name_or_path", "max_completion_length", "seed")
+    sampling = ("eval_temperature", "eval_top_p", "eval_num_samples")
+    video = {f"video.{name}": getattr(config.video, name) for name in ("max_frames", "fps", "max_pixels", "min_pixels")}
+    return {name: getattr(config, name) for name in (*names, *sampling)} | video
+
+
+def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
+    return loaded.questions[: config.eval_samples or None]
+
+
+def _answer(
+    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: AnswerFile, skipped: AnswerFile, progress: Progress
+) -> None:
+    """Ask what has no answer yet."""
+    from videor1.answers import answer_row, skipped_row
+    from videor1.data import Dataset
+    from videor1.evaluation import Evaluator
+    from videor1.types import SampleError
+
+    questions = {question.sample.index: question for question in _asked(loaded, config)}
+    before = _of(answers, loaded.name)
+    right, count = sum(row["accuracy"] for row in before), len(before)
+    done = {row["index"] for row in before}
+    if done >= set(questions):
+        return
+    samples = [question.sample for question in questions.values()]
+    with Evaluator(
+        Dataset(samples, [], Path(loaded.name), Path()), config, top_p=config.eval_top_p, count=config.eval_num_samples,
+        score=lambda text, sample: questions[sample.index].score(text),
+        on_skip=lambda error: progress.write(f"not answered: {error}"),
+    ) as evaluator:  # fmt: skip
+        for block in evaluator.answer(model, done):
+            rows = [
+                answer_row(loaded.name, questions[sample.index], outcome)
+                for sample, outcome in block
+                if not isinstance(outcome, SampleError)
+            ]
+            skipped.append(
+                skipped_row(loaded.name, questions[sample.index], outcome)
+                for sample, outcome in block
+                if isinstance(outcome, SampleError)
+            )
+            answers.append(rows)
+            right, count = right + sum(row["accuracy"] for row in rows), count + len(rows)
+            progress.update({loaded.name: right / count if count else None}, len(block))
+
+
+def _of(file: AnswerFile, benchmark: str) -> list[dict[str, Any]]:
+    """A file's lines about one benchmark, in the order of the questions."""
+    return sorted((row for row in file.rows if row["benchmark"] == benchmark), key=lambda row: row["index"])
+
+
+def _say_what_is_not_asked(loaded: Loaded) -> None:
+    for reason, count in loaded.left_out.items():
+        are = "is" if count == 1 else "are"
+        print(f"{loaded.name}: {_count(count, 'question')} {are} left out ({reason})", file=sys.stderr)
+    if loaded.errors:
+        first = loaded.errors[0]
+        print(f"{loaded.name}: {_count(len(loaded.errors), 'row')} cannot be used; the first: {first}", file=sys.stderr)
+    if loaded.missing:
+        print(f"{loaded.name}: the videos of {_count(loaded.missing, 'question')} are not there", file=sys.stderr)
+
+
+def _say_what_was_not_answered(name: str, result: Mapping[str, Any]) -> None:
+    print(f"{name}: accuracy is the {result['overall_is']}")
+    unread, unasked = result["unreadable"], result["unaskable"]
+    parts = []
+    if unread["questions"]:
+        parts.append(
+            f"{_count(unread['videos'], 'video')} ({_count(unread['questions'], 'question')}) could not be read"
+        )
+    if unasked["questions"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in unasked["by_kind"].items())
+        parts.append(f"{_count(unasked['questions'], 'question')} could not be asked ({kinds})")
+    if parts:
+        answered, counted = result["overall"]["questions"], result["accuracy_unanswered_as_wrong"]["value"]
+        print(
+            f"{name}: {', '.join(parts)}; {answered} of {result['asked']} questions are answered; with the others "
+            f"counted as wrong, accuracy is {100 * counted:.1f}"
+        )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 if __name__ == "__main__":

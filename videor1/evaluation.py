@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,20 +20,27 @@ from videor1.rewards import accuracy_reward
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine
 from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation, shuffled_patches
-from videor1.types import Media, Prompt, Sample, SampleError
+from videor1.types import Completion, Media, Prompt, Sample, SampleError
 
 _CHUNK = 32  # prompts answered together
+_PATCHES = 2**18  # in one pass of the vision tower, at most (a single video may have more)
+
+Score = Callable[[str, Sample], float]  # (completion, its sample) -> [0, 1]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One evaluated sample."""
+    """One evaluated sample. Of several answers to it, the means; the first one's text."""
 
     sample: Sample
     accuracy: float  # accuracy reward, from frames in order (or the image)
     shuffled: float | None  # from shuffled frames; None where the sample is not a video
     text: str
     shuffled_text: str | None
+    texts: tuple[str, ...] = ()
+    shuffled_texts: tuple[str, ...] = ()
+    finished: float = 1.0  # the share that was not cut at max_completion_length
+    shuffled_finished: float | None = None
 
 
 @dataclass
@@ -82,6 +89,9 @@ class Evaluator:
     Args:
         on_skip: told each skipped sample.
         shard: (rank, ranks): each rank answers its part; ``together`` joins them.
+        score: default: the accuracy reward, as ``config.reward.lenient`` says.
+        top_p: nucleus sampling; 1: off.
+        count: answers to each sample (and as many from shuffled frames).
     """
 
     def __init__(
@@ -91,9 +101,14 @@ class Evaluator:
         *,
         on_skip: Callable[[SampleError], None] = lambda _: None,
         shard: tuple[int, int] = (0, 1),
+        score: Score | None = None,
+        top_p: float = 1.0,
+        count: int = 1,
     ) -> None:
         self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
         self._config, self._on_skip = config, on_skip
+        self._score = score or functools.partial(_reward, lenient=config.reward.lenient)
+        self._top_p, self._count = top_p, count
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
             functools.partial(load_media, video=config.video),
             workers=config.data.workers,
@@ -112,67 +127,121 @@ class Evaluator:
 
     def run(self, model: VideoLM) -> Evaluation:
         """Evaluate the model's weights as they are."""
-        result, config = Evaluation(), self._config
-        options = SamplingOptions(config.max_completion_length, config.eval_temperature)
-        engine = LocalEngine(model, options, max_rows=2 * _CHUNK, backend=config.kernels)
-        prompts = self._prompts(model, result)
-        while chunk := list(itertools.islice(prompts, _CHUNK)):
-            result.answers += _answer(model, engine, chunk, config)
+        result = Evaluation()
+        for block in self.answer(model):
+            for _, outcome in block:
+                if isinstance(outcome, SampleError):
+                    result.skipped[outcome.kind] += 1
+                else:
+                    result.answers.append(outcome)
         return result
 
-    def _prompts(self, model: VideoLM, result: Evaluation) -> Iterator[Prompt]:
+    def answer(
+        self, model: VideoLM, done: Container[int] = ()
+    ) -> Iterator[list[tuple[Sample, Answered | SampleError]]]:
+        """Blocks of samples with their answers (or why there is none), those whose index is in ``done`` left out.
+
+        What is answered together depends on the samples' positions alone: to go on after a stop gives the same.
+        """
+        config = self._config
+        options = SamplingOptions(config.max_completion_length, config.eval_temperature, self._top_p)
+        engine = LocalEngine(model, options, max_rows=2 * _CHUNK * self._count, backend=config.kernels)
+        todo = [(position, s) for position, s in enumerate(self._samples) if s.index not in done]
+        loaded = zip(todo, self._prefetcher.iterate(sample for _, sample in todo), strict=True)
+        for _, block in itertools.groupby(loaded, key=lambda item: item[0][0] // _CHUNK):
+            yield self._answer_block(model, engine, [outcome for _, outcome in block])
+
+    def _answer_block(
+        self, model: VideoLM, engine: RolloutEngine, block: list[tuple[Sample, Media | SampleError | None]]
+    ) -> list[tuple[Sample, Answered | SampleError]]:
         limit = self._config.max_prompt_length
-        for sample, outcome in self._prefetcher.iterate(self._samples):
+        prompts: list[Prompt] = []
+        outcomes: dict[int, Answered | SampleError] = {}
+        for sample, media in block:
             try:
-                if isinstance(outcome, SampleError):
-                    raise outcome
-                ids = build_input_ids(model.tokenizer, sample, outcome, max_prompt_length=limit)
+                if isinstance(media, SampleError):
+                    raise media
+                ids = build_input_ids(model.tokenizer, sample, media, max_prompt_length=limit)
+                prompts.append(Prompt(sample, ids, media, sample.index))
             except SampleError as error:
-                result.skipped[error.kind] += 1
+                outcomes[sample.index] = error
                 self._on_skip(error)
-                continue
-            yield Prompt(sample, ids, outcome, sample.index)
+        if prompts:
+            answers = _answer(model, engine, prompts, self._config, self._score, self._count)
+            outcomes |= {answer.sample.index: answer for answer in answers}
+        return [(sample, outcomes[sample.index]) for sample, _ in block]
 
 
 def _answer(
-    model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions
+    model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions, score: Score, count: int
 ) -> list[Answered]:
     orders = [draw_permutation(p, config.temporal.shuffle_unit, config.seed) for p in prompts]
     with model.inference():
-        ordered = _features(model, prompts, [None] * len(prompts), config)
+        ordered = prompt_features(model, prompts, [None] * len(prompts), config)
         moved = [(p, order) for p, order in zip(prompts, orders, strict=True) if order is not None]
-        shuffled = iter(_features(model, [p for p, _ in moved], [order for _, order in moved], config))
+        shuffled = iter(prompt_features(model, [p for p, _ in moved], [order for _, order in moved], config))
     requests = [
         Request(
-            p, config.seed, Branch(1, ("eval", p.draw), features),
-            None if order is None else Branch(1, ("eval-shuffled", p.draw), next(shuffled), order),
+            p, config.seed, Branch(count, ("eval", p.draw), features),
+            None if order is None else Branch(count, ("eval-shuffled", p.draw), next(shuffled), order),
         )
         for p, features, order in zip(prompts, ordered, orders, strict=True)
     ]  # fmt: skip
     answers = []
     for group in engine.generate(requests).groups:
         assert group is not None, "this engine answers or raises"
-        sample, text = group.prompt.sample, group.ordered[0].text
-        other = group.shuffled[0].text if group.shuffled else None
-        scores = [
-            None if t is None
-            else accuracy_reward(t, sample.solution, sample.problem_type, lenient=config.reward.lenient)
-            for t in (text, other)
-        ]  # fmt: skip
-        assert scores[0] is not None
-        answers.append(Answered(sample, scores[0], scores[1], text, other))
+        sample, other = group.prompt.sample, group.shuffled
+
+        def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
+            return sum(score(c.text, sample) for c in completions) / len(completions)
+
+        def finished(completions: Sequence[Completion]) -> float:
+            return sum(c.finished for c in completions) / len(completions)
+
+        answers.append(
+            Answered(
+                sample,
+                accuracy(group.ordered),
+                accuracy(other) if other else None,
+                group.ordered[0].text,
+                other[0].text if other else None,
+                tuple(c.text for c in group.ordered),
+                tuple(c.text for c in other),
+                finished(group.ordered),
+                finished(other) if other else None,
+            )
+        )
     return answers
 
 
-def _features(
+def _reward(completion: str, sample: Sample, *, lenient: bool) -> float:
+    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+
+
+def prompt_features(
     model: VideoLM, prompts: Sequence[Prompt], orders: Sequence[tuple[int, ...] | None], config: EvalOptions
 ) -> list[Tensor | None]:
-    """Vision features of each prompt, its frames in the given order; None without media. One pass of the tower."""
+    """Vision features of each prompt, its frames in the given order; None without media."""
     media = [(p.media, order) for p, order in zip(prompts, orders, strict=True) if p.media is not None]
     unit = config.temporal.shuffle_unit
-    patches = [m.patches if order is None else shuffled_patches(m, order, unit) for m, order in media]
-    encoded = iter(model.vision_features([m for m, _ in media], patches))
-    return [None if p.media is None else next(encoded) for p in prompts]
+    encoded: list[Tensor] = []
+    for part in _passes(media):
+        patches = [m.patches if order is None else shuffled_patches(m, order, unit) for m, order in part]
+        encoded += model.vision_features([m for m, _ in part], patches)
+    features = iter(encoded)
+    return [None if p.media is None else next(features) for p in prompts]
+
+
+def _passes(media: list[tuple[Media, tuple[int, ...] | None]]) -> Iterator[list[tuple[Media, tuple[int, ...] | None]]]:
+    """What the vision tower takes at a time: long videos at many frames do not fit together."""
+    part: list[tuple[Media, tuple[int, ...] | None]] = []
+    for item in media:
+        if part and sum(len(m.patches) for m, _ in part) + len(item[0].patches) > _PATCHES:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from videor1.cache import ABSENT, DiskCache, Key, MemoryCache, Trouble, file_key
 from videor1.config import VideoConfig
+from videor1.frame_folder import folder_key, read_frame_folder
 from videor1.patches import media_from_clip
 from videor1.types import Media, Sample, SampleError
 from videor1.video import read_frames, read_image
@@ -41,6 +42,17 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
     started = time.perf_counter()
     if sample.data_type == "image":
         clip = read_image(sample.path, max_pixels=video.image_max_pixels, min_pixels=video.image_min_pixels)
+    elif sample.frames_per_second is not None:
+        clip = read_frame_folder(
+            sample.path,
+            frames_per_second=sample.frames_per_second,
+            max_frames=video.max_frames,
+            fps=video.fps,
+            max_pixels=video.max_pixels,
+            min_pixels=video.min_pixels,
+            start=sample.start,
+            end=sample.end,
+        )
     else:
         clip = read_frames(
             sample.path,
@@ -48,6 +60,8 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
             fps=video.fps,
             max_pixels=video.max_pixels,
             min_pixels=video.min_pixels,
+            start=sample.start,
+            end=sample.end,
             backend=video.backend,
             device=video.device,
             planes=True,
@@ -58,7 +72,14 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
 
 def media_key(sample: Sample) -> Key | None:
     """The kind, the file and its version as it is now; None for text, which needs no decoding."""
-    return None if sample.data_type == "text" else file_key(sample.data_type, sample.path or "")
+    if sample.data_type == "text":
+        return None
+    kind: str = sample.data_type
+    if sample.start is not None or sample.end is not None:
+        kind += f" from {sample.start} to {sample.end}"
+    if sample.frames_per_second is not None:
+        return folder_key(f"{kind} at {sample.frames_per_second}", sample.path or "")
+    return file_key(kind, sample.path or "")
 
 
 @dataclass

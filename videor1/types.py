@@ -49,6 +49,9 @@ class Sample:
     options: tuple[str, ...] = ()  # multiple choice: "A. red", ...
     data_source: str = ""
     process: str = ""  # SFT data: "<think>...</think>"
+    start: float | None = None  # seconds from the video's beginning: only frames from here on are seen ...
+    end: float | None = None  # ... and up to here; None: no bound
+    frames_per_second: float | None = None  # the path is a folder of images, taken at this rate; None: a file
 
 
 @dataclass(frozen=True)

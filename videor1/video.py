@@ -9,8 +9,10 @@ raw stream.) Kinds:
 
 from __future__ import annotations
 
+import bisect
 import math
 import multiprocessing
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -28,10 +30,13 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 __all__ = [
     "check_backend",
+    "frames_between",
     "read_frames",
     "read_image",
+    "read_rgb",
     "sample_indices",
     "smart_resize",
+    "target_size",
     "video_pixel_cap",
 ]
 
@@ -48,6 +53,8 @@ def read_frames(
     fps: float = 2.0,
     max_pixels: int = VIDEO_MAX_PIXELS,
     min_pixels: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
     backend: str = "auto",
     device: str | torch.device = "cpu",
     planes: bool = False,
@@ -67,27 +74,36 @@ def read_frames(
         fps: frames per second to sample.
         max_pixels, min_pixels: bounds on a resized frame's pixels; min_pixels defaults to the smaller of max_pixels
             and ``VIDEO_MAX_PIXELS`` (the reference's minimum equals its maximum).
+        start, end: seconds from the first frame; the frames outside are as if the file did not hold them.
         backend: see ``decoders.open_decoder``; ``Clip.backend`` says what ran.
         device: where the frames go.
         planes: leave 4:2:0 video as ``YuvFrames``, not rotated (``Clip.rotation``), where the decoder gives planes;
             else RGB, upright.
         threads: CPU threads for decoding, 0 for as many as there are cores; default: 1 in a worker process, else 0.
 
+    Returns:
+        :class:`Clip`: uint8 RGB frames [F, height, width, 3], or planes; their times in seconds, the target size in
+        pixels.
+
     Raises:
         SampleError: for a file that cannot be used (the kinds are listed at the top of this module).
         ValueError: for an option out of range or a backend that is not there (``ConfigError``).
+
+    Source:
+        Which frames, and the sizes: Video-R1 (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1). This library
+        decodes.
     """
     if max_frames < 2 or not fps > 0:
         raise ValueError(f"read_frames: expected max_frames of 2 or more and fps above 0, got {max_frames} and {fps}")
-    min_pixels = min(max_pixels, VIDEO_MAX_PIXELS) if min_pixels is None else min_pixels
-    if not 1 <= min_pixels <= max_pixels:
-        raise ValueError(f"read_frames: expected 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
+    if not (start or 0) >= 0 or not (end is None or end > (start or 0)):
+        raise ValueError(f"read_frames: expected 0 <= start < end (seconds, or None), got {start} and {end}")
+    low, high = pixel_bounds(min_pixels, max_pixels)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"video.device: {device}: torch finds no CUDA device here; use cpu")
     path = Path(path)
     threads = _default_threads() if threads is None else threads
     with closing(open_decoder(path, backend=backend, device=device, threads=threads)) as decoder:
-        decoded, info = _decode(decoder, path, max_frames, fps, planes)
+        decoded, info, seen = _decode(decoder, path, max_frames, fps, planes, start, end)
     pixels, rotation = _moved(decoded.pixels, device), decoded.rotation
     if isinstance(pixels, Tensor):
         pixels, rotation = _upright(pixels, rotation), 0
@@ -96,8 +112,8 @@ def read_frames(
         height, width = width, height
     return Clip(
         frames=pixels,
-        size=_resize_or_sample_error(path, height, width, min_pixels, video_pixel_cap(min_pixels, max_pixels)),
-        fps=len(pixels) / info.num_frames * info.fps,
+        size=target_size(path, height, width, low, high),
+        fps=len(pixels) / seen * info.fps,
         timestamps=decoded.seconds,
         total_frames=info.num_frames,
         source_fps=info.fps,
@@ -118,16 +134,11 @@ def read_image(
         SampleError: ``missing_file``; ``image`` if it is no image, is broken or cut; ``aspect_ratio``.
     """
     path = Path(path)
-    check_file(path, "image")
-    try:
-        with Image.open(path) as image:
-            rgb = np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # Pillow's readers raise many types on broken bytes
-        raise SampleError("image", f"cannot read the image: {error}", path) from error
+    rgb = read_rgb(path)
     height, width = rgb.shape[:2]
     return Clip(
         frames=torch.from_numpy(rgb)[None],
-        size=_resize_or_sample_error(path, height, width, min_pixels, max_pixels),
+        size=target_size(path, height, width, min_pixels, max_pixels),
         fps=0.0,
         timestamps=(0.0,),
         total_frames=1,
@@ -135,6 +146,16 @@ def read_image(
         path=str(path),
         backend="pillow",
     )
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """A still image's pixels, uint8 RGB [height, width, 3], as ``read_image`` has them. Raises its errors."""
+    check_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow's readers raise many types on broken bytes
+        raise SampleError("image", f"cannot read the image: {error}", path) from error
 
 
 def smart_resize(
@@ -174,6 +195,32 @@ def video_pixel_cap(min_pixels: int, max_pixels: int) -> int:
     return max(max_pixels, int(min_pixels * 1.05))
 
 
+def pixel_bounds(min_pixels: int | None, max_pixels: int) -> tuple[int, int]:
+    """(lowest, highest) pixels of a resized video frame, as ``read_frames`` takes them. Raises ValueError."""
+    low = min(max_pixels, VIDEO_MAX_PIXELS) if min_pixels is None else min_pixels
+    if not 1 <= low <= max_pixels:
+        raise ValueError(f"read_frames: expected 1 <= min_pixels <= max_pixels, got {low} and {max_pixels}")
+    return low, video_pixel_cap(low, max_pixels)
+
+
+def frames_between(path: Path, seconds: Sequence[float], start: float | None, end: float | None) -> range:
+    """Which frames, of those shown at ``seconds`` (ascending), are shown from ``start`` to ``end``, both counted from
+    the first frame and included. SampleError ``too_few_frames``: less than two of a longer video."""
+    if start is None and end is None:
+        return range(len(seconds))
+    first = seconds[0] if seconds else 0.0
+    begin = bisect.bisect_left(seconds, first + (start or 0))
+    stop = len(seconds) if end is None else bisect.bisect_right(seconds, first + end)
+    if stop - begin < 2 <= len(seconds):
+        until = "the end" if end is None else f"{end:g}"
+        message = (
+            f"a video needs at least 2 frames, from second {start or 0:g} to {until} there are "
+            f"{max(stop - begin, 0)} (its last frame is at {seconds[-1] - first:.2f})"
+        )
+        raise SampleError("too_few_frames", message, path)
+    return range(begin, stop)
+
+
 def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float) -> list[int]:
     """Which of ``total`` frames to use (the reference's rule, see ``read_frames``); empty where fewer than 2 exist."""
     n = min(max(total / source_fps * fps, MIN_FRAMES), min(max_frames, total) // 2 * 2)
@@ -181,11 +228,16 @@ def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float
     return torch.linspace(0, total - 1, n).round().long().tolist() if n else []
 
 
-def _decode(decoder: Decoder, path: Path, max_frames: int, fps: float, planes: bool) -> tuple[Frames, VideoInfo]:
+def _decode(
+    decoder: Decoder, path: Path, max_frames: int, fps: float, planes: bool, start: float | None, end: float | None
+) -> tuple[Frames, VideoInfo, int]:
+    """The sampled frames, the file's, and how many frames they were sampled from."""
     # Packets are not always frames (hidden frames, packed streams): if the count proves wrong, ask once more.
     for last in (False, True):
         info = decoder.probe()
-        indices = sample_indices(info.num_frames, info.fps, max_frames=max_frames, fps=fps) if info.num_frames else []
+        seen = frames_between(path, info.seconds, start, end)
+        chosen = sample_indices(len(seen), info.fps, max_frames=max_frames, fps=fps) if seen else []
+        indices = [seen[i] for i in chosen]
         try:
             frames = decoder.frames(indices or range(info.num_frames), planes=planes)
         except FramesChangedError as error:
@@ -197,7 +249,7 @@ def _decode(decoder: Decoder, path: Path, max_frames: int, fps: float, planes: b
         if not indices:
             message = f"a video needs at least 2 frames, this one has {info.num_frames}"
             raise SampleError("too_few_frames", message, path)
-        return frames, info
+        return frames, info, len(seen)
     raise AssertionError("unreachable")
 
 
@@ -217,9 +269,8 @@ def _default_threads() -> int:
     return 1 if multiprocessing.parent_process() is not None else 0
 
 
-def _resize_or_sample_error(
-    path: Path, height: int, width: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
+def target_size(path: Path, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """``smart_resize``, its error a SampleError ``aspect_ratio``."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         message = f"{width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the other"
         raise SampleError("aspect_ratio", message, path)
