@@ -61,11 +61,13 @@ def test_without_arguments_it_runs_the_whole_path(
         if video:
             assert sorted(row["permutation"]) == list(range(8))
     assert (folder / "curves.png").stat().st_size > 10_000
+    assert "2 of 2 steps" in (folder / "report.html").read_text(encoding="utf-8")
     again = TrainConfig(model_name_or_path=str(folder / "checkpoints" / "step-2"), device="cpu")
     assert load_model(again).trainable()
 
     shown = capsys.readouterr().out
-    for text in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data"):
+    report = f"Report: {folder / 'report.html'}"
+    for text in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data", report):
         assert text in shown
 
 

@@ -314,5 +314,6 @@ def test_the_command_ends_well(assets: Assets, tmp_path: Path) -> None:
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert f"Saved {tmp_path / 'checkpoints' / 'step-2'}" in stdout
-    for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "curves.png"):
+    assert f"Report: {tmp_path / 'report.html'}" in stdout
+    for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "curves.png", "report.html"):
         assert (tmp_path / name).exists(), name

@@ -136,5 +136,8 @@ def test_the_command_says_what_comes_next(
 ) -> None:
     assert run_main(main, sft_flags(assets, tmp_path, max_steps=1)) == 0
     final = tmp_path / "checkpoints" / "step-1"
-    assert f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final}" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final}" in shown
+    assert f"Report: {tmp_path / 'report.html'}" in shown
+    assert (tmp_path / "report.html").exists()
     assert not list(Path(tmp_path).glob("rollouts.jsonl"))

@@ -238,16 +238,17 @@ class Loop(ABC, Generic[C]):
         return {f"data/{name}": now[name] + self._survived_before[name] for name in _SURVIVED}
 
     def _data_times(self) -> dict[str, float]:
-        """The share of the time since the last row that was spent waiting for data; decodes and hits since the start.
+        """Seconds since the last row and the share of them spent waiting for data; decodes and hits since the start.
 
         Here and not in data/*: a resumed run begins with empty memory.
         """
         stats, (then, waited) = self.source.stats, self._lap
         self._lap = time.perf_counter(), stats.waited_seconds
-        share = (self._lap[1] - waited) / max(self._lap[0] - then, 1e-9)
+        seconds = self._lap[0] - then
+        share = (self._lap[1] - waited) / max(seconds, 1e-9)
         hits = {"time/data_memory_hits": stats.cache_hits, "time/data_disk_hits": stats.disk_hits}
         decoded = {f"time/data_decoded/{backend}": count for backend, count in sorted(stats.backends.items())}
-        return {"time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
+        return {"time/step": seconds, "time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
 
     def _report_losses(self) -> None:
         """One line at the end, however the run ends, of what was lost or survived; none where nothing was."""

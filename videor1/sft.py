@@ -17,6 +17,7 @@ from videor1.errors import ConfigError
 from videor1.loop import Loop
 from videor1.loss import pack, sft_loss
 from videor1.prompts import build_sft_ids
+from videor1.report import report_line
 from videor1.source import Source
 from videor1.stream import RowStream, open_dataset
 from videor1.types import Media, Prompt, Sample
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     run = SFTTrainer(config)
     final = run.train()
     if run.ranks.leads:
+        print(report_line(run.run_dir))
         print(f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final} --dataset_name DATA.json")
     return 0
 

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return run_demo(argv)
     from videor1.curves import draw_curves
+    from videor1.report import report_line
     from videor1.trainer import Trainer
 
     trainer = Trainer(config)
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     picture = draw_curves(trainer.run_dir)
     print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")
+    print(report_line(trainer.run_dir))
     return 0
 
 

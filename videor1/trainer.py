@@ -21,11 +21,12 @@ from videor1.prompts import build_input_ids
 from videor1.refill import REFILLS, Batch, refill
 from videor1.rewards import load_reward
 from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, TemporalJudge, make_engine
+from videor1.rollout_log import rollout_rows
 from videor1.rows import Row, add, totals_of, training_rows
 from videor1.shuffle import draw_permutation, permuted_features, shuffled_patches
 from videor1.source import Source
 from videor1.step_metrics import report_of, step_metrics
-from videor1.types import Group, Media, Prompt, Sample, SampleError
+from videor1.types import Media, Prompt, Sample, SampleError
 from videor1_kernels import GrpoLoss, chosen_backend
 
 KERNELS = (
@@ -78,7 +79,8 @@ class Trainer(Loop[TrainConfig]):
             if config.dynamic_sampling:
                 batch = refill(batch, size, config.dynamic_sampling, functools.partial(self._answer, clock=clock))
         groups, features, scored = batch.groups, batch.features, batch.scored
-        self._write_rollouts(groups, scored)
+        for row in rollout_rows(groups, scored, self.model, log_tokens=config.log_tokens):
+            self.rollouts.write(self.step + 1, row)
         clock.lap("time/reward")
 
         totals = add(self.ranks.gather(totals_of(scored.lengths, config)))
@@ -230,31 +232,6 @@ class Trainer(Loop[TrainConfig]):
                 reference, row, temperature=self.config.temperature, features=features, backend=self.config.kernels
             )
 
-    def _write_rollouts(self, groups: Sequence[Group], scored: Scored) -> None:
-        result = scored.result
-        for i, group in enumerate(groups):
-            sample = group.prompt.sample
-            self.rollouts.write(
-                self.step + 1,
-                {
-                    "draw": group.prompt.draw,
-                    "problem_id": sample.problem_id,
-                    "path": sample.path,
-                    "prompt": self.model.tokenizer.decode(_without_media(self.model, group.prompt).tolist()),
-                    "solution": sample.solution,
-                    "permutation": group.permutation,
-                    "completions": [c.text for c in group.ordered],
-                    "shuffled_completions": [c.text for c in group.shuffled],
-                    "lengths": scored.lengths[i],
-                    "accuracy": scored.accuracy[i],
-                    "format": scored.format[i],
-                    "shuffled_accuracy": scored.shuffled_accuracy[i],
-                    "rewards": result.rewards[i],
-                    "advantages": result.advantages[i],
-                    "temporal": result.temporal[i],
-                },
-            )
-
 
 class _Clock:
     """Seconds of each phase of a batch."""
@@ -275,11 +252,3 @@ class _Clock:
 def _scatter(prompts: Sequence[Prompt], features: Iterator[Tensor]) -> list[Tensor | None]:
     """One entry per prompt from the features of those that have media."""
     return [None if p.media is None else next(features) for p in prompts]
-
-
-def _without_media(model: Any, prompt: Prompt) -> Tensor:
-    """The prompt's ids with its run of media tokens shortened to one, for reading."""
-    ids = prompt.input_ids
-    pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
-    repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])
-    return ids[~repeated]

@@ -18,6 +18,7 @@ from videor1.errors import ConfigError
 from videor1.evaluation import Evaluation, Evaluator
 from videor1.metrics import summary_table
 from videor1.model import load_model
+from videor1.report import report_line
 from videor1.sft import SFTTrainer
 from videor1.trainer import Trainer
 
@@ -64,6 +65,7 @@ def run_demo(argv: list[str]) -> int:
     draw_curves(run_dir)
     print(f"\n{_table(before, after, assets.chance)}\n")
     print(f"{trainer.step} T-GRPO steps, {summary['seconds']:.0f} seconds in all. Run folder: {run_dir}")
+    print(report_line(run_dir))
     print("  curves.png (curves)  rollouts.jsonl (every answer)  metrics.jsonl  checkpoints/  demo/ (the made data)")
     print("Next, your own data:")
     print("  python -m videor1.train --config qwen2_5_vl_7b --model_name_or_path MODEL --dataset_name DATA.json")

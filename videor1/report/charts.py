@@ -1,0 +1,256 @@
+"""The charts of the report: which series stand in which, and their plotly figures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from videor1.report.cards import visible
+from videor1.report.derived import PHASES
+from videor1.report.metrics import Series, combine
+from videor1.report.run import Run
+
+# Each at least 3:1 against white and against the dark background.
+COLORS = ("#3b7dd8", "#d9660a", "#0f9d76", "#9457eb", "#d6336c", "#0891b2", "#a16207", "#6b7280")
+DASHES = ("solid", "dash", "dot")
+DASH_NAMES = ("solid", "dashed", "dotted")
+PATTERN = {"fillmode": "overlay", "fgcolor": "rgba(255,255,255,0.55)", "size": 7, "solidity": 0.25}
+POINTS = 2000  # of a series at most
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure. ``lines``: (series, its label)."""
+
+    id: str
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    note: str = ""
+    gap: bool = False  # shade between the first two lines
+    share: bool = False  # values are between 0 and 1
+    log: bool = False
+    smooth: bool = True
+
+
+CHARTS = (
+    Chart(
+        "held-out", "Held-out accuracy", "accuracy",
+        (("eval/ordered", "frames in order"), ("eval/shuffled", "frames shuffled"), ("eval/image", "still images")),
+        "On questions that are not trained on. The shaded gap is what the order of the frames is worth.", gap=True,
+        share=True,
+    ),
+    Chart(
+        "accuracy", "Accuracy while training: p and p~", "accuracy",
+        (("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, frames shuffled")),
+        "Of video questions. p~ only of prompts whose shuffled answers were all run.", gap=True, share=True,
+    ),
+    Chart(
+        "reward", "Reward", "reward",
+        (("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")),
+    ),
+    Chart(
+        "bonus", "Temporal bonus", "",
+        (("temporal/rewarded", "share of prompts that get it"), ("temporal/bonus", "mean bonus")),
+        "Of the prompts whose bonus is known.",
+    ),
+    Chart("kl", "KL to the reference policy", "nats a token", (("kl", "KL"),)),
+    Chart("entropy", "Entropy", "nats a token", (("entropy", "entropy"),)),
+    Chart(
+        "length", "Answer length", "tokens",
+        (("completions/mean_length", "mean"), ("completions/max_length", "longest")),
+    ),
+    Chart(
+        "clipped", "Answers cut at the limit", "share",
+        (("completions/clipped_ratio", "cut at max_completion_length"),), share=True,
+    ),
+    Chart(
+        "skipped", "Shuffled answers not run to their end", "share",
+        (("share/skipped", "skipped: never started"), ("share/stopped", "stopped: begun and left")),
+        "They could no longer change the advantages.", share=True,
+    ),
+    Chart("variance", "Prompts whose answers all earn alike", "share", (("frac_reward_zero_std", "no variance"),),
+          "They teach nothing.", share=True),
+    Chart("loss", "Loss", "loss", (("loss", "loss"),)),
+    Chart("grad", "Gradient norm", "norm, before clipping", (("grad_norm", "gradient norm"),), log=True),
+    Chart("rate", "Learning rate", "learning rate", (("learning_rate", "learning rate"),), smooth=False),
+    Chart("speed", "Speed", "tokens a second", (("time/tokens_per_second", "tokens a second"),)),
+)  # fmt: skip
+
+
+def charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+    """({id, title, note, summary, figure} of each chart that has values in one of the runs, titles of the others)."""
+    made, empty = [], []
+    for chart in CHARTS:
+        present = [run for run in runs if any(len(run.metrics[name]) for name, _ in chart.lines)]
+        if present:
+            note = chart.note
+            if len(runs) > 1 and len(chart.lines) > 1:
+                drawn = [any(len(run.metrics[name]) for run in runs) for name, _ in chart.lines]
+                lines = zip(DASH_NAMES, chart.lines, drawn, strict=False)
+                note += f" {', '.join(f'{dash}: {label}' for dash, (_, label), some in lines if some).capitalize()}."
+            if len(present) < len(runs):
+                note += " Not measured in " + ", ".join(visible(run.name) for run in runs if run not in present) + "."
+            summary = _summary(chart, present, len(runs) > 1)
+            made.append(_entry(chart.id, chart.title, note.strip(), summary, _figure(chart, runs)))
+        else:
+            empty.append(chart.title)
+    times = step_times(runs)
+    if times is None:
+        empty.append("Where the time goes")
+    else:
+        made.append(times)
+    return made, empty
+
+
+def points(runs: int) -> int:
+    """Points of a series at most, with so many runs on the page."""
+    return max(200, min(POINTS, 8000 // runs))
+
+
+def _entry(id: str, title: str, note: str, summary: str, figure: go.Figure) -> dict[str, Any]:
+    return {"id": id, "title": title, "note": note, "summary": summary, "figure": figure.to_dict()}
+
+
+def _summary(chart: Chart, runs: Sequence[Run], several: bool) -> str:
+    """The chart in words, first and last values."""
+    parts = []
+    for run in runs:
+        for name, label in chart.lines:
+            if len(series := run.metrics[name].smoothed()):
+                first, last = series.values[0], series.values[-1]
+                where = f"{visible(run.name)}, " if several else ""
+                parts.append(f"{where}{label}: {first:.4g} at step {series.steps[0]}, {last:.4g} at {series.steps[-1]}")
+    return f"{chart.title}. " + "; ".join(parts)
+
+
+def _figure(chart: Chart, runs: Sequence[Run]) -> go.Figure:
+    """A single run has a colour a line; of several, each has a colour and each line a dash, and a click on a run's
+    name in the legend hides all its lines."""
+    figure, several, most = _empty(chart.unit), len(runs) > 1, points(len(runs))
+    for r, run in enumerate(runs):
+        own = chart.lines if several else ()
+        first = next((name for name, _ in own if len(run.metrics[name])), None)  # stands for the run in the legend
+        if chart.gap:
+            upper, lower = (run.metrics[name] for name, _ in chart.lines[:2])
+            _shade(figure, upper, lower, COLORS[r % len(COLORS)], _plain(run) if several else "", most)
+        for i, (name, label) in enumerate(chart.lines):
+            if len(run.metrics[name]):
+                line = {"color": COLORS[(r if several else i) % len(COLORS)], "dash": DASHES[i % len(DASHES)]}
+                names: dict[str, Any] = {"name": label, "legendgroup": label}
+                if several:
+                    full = f"{_plain(run)}: {label}" if len(own) > 1 else _plain(run)
+                    names = {"name": full, "legendgroup": _plain(run), "showlegend": name == first}
+                _line(figure, run.metrics[name], line, names, most, chart.smooth)
+    if several:  # the legend's names are the runs'
+        figure.for_each_trace(lambda trace: trace.update(name=trace.legendgroup) if trace.showlegend else None)
+    if chart.share:
+        top = max((s.values.max() for run in runs for n, _ in chart.lines if len(s := run.metrics[n])), default=1.0)
+        figure.update_yaxes(range=[-0.02, max(1.02, top)] if chart.gap or top > 0.5 else None, rangemode="tozero")
+    if chart.log:
+        figure.update_yaxes(type="log", nticks=6)
+    return figure
+
+
+def _plain(run: Run) -> str:
+    """The run's name, so that plotly, which reads some tags, reads none in it."""
+    return html.escape(visible(run.name))
+
+
+def _line(
+    figure: go.Figure, series: Series, line: dict[str, Any], names: dict[str, Any], most: int, smooth: bool
+) -> None:
+    """The points faint and their moving average over them; few points as they are."""
+    averaged = smooth and series.smooths
+    if averaged:
+        raw = series.thinned(most)
+        figure.add_scatter(
+            x=_steps(raw), y=_values(raw), mode="lines", line={"color": line["color"], "width": 1}, opacity=0.3,
+            hoverinfo="skip", **names | {"showlegend": False},
+        )  # fmt: skip
+    shown = (series.smoothed() if averaged else series).spread(most)
+    figure.add_scatter(
+        x=_steps(shown), y=_values(shown), mode="lines" if series.smooths else "lines+markers",
+        line={"width": 2.2, **line}, marker={"size": 7}, hovertemplate="%{y:.4g}", **names,
+    )  # fmt: skip
+
+
+def _shade(figure: go.Figure, upper: Series, lower: Series, color: str, run: str, most: int) -> None:
+    """Between two lines, where both are known."""
+    steps, high, low = combine(upper.smoothed(), lower.smoothed())
+    if len(steps) < 2:
+        return
+    style: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    style |= {"name": f"{run}: temporal gap" if run else "temporal gap", "legendgroup": run or "temporal gap"}
+    bottom, top = Series(steps, low).spread(most), Series(steps, high).spread(most)
+    fill = f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},0.16)"
+    figure.add_scatter(x=_steps(bottom), y=_values(bottom), showlegend=False, **style)
+    figure.add_scatter(x=_steps(top), y=_values(top), fill="tonexty", fillcolor=fill, showlegend=not run, **style)
+
+
+def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Seconds of each phase of a step: stacked areas of one run, a bar a run of several (their medians)."""
+    phases = [phase for phase in (*PHASES, "other") if any(len(run.metrics[f"seconds/{phase}"]) for run in runs)]
+    if not phases:
+        return None
+    labels = {"data": "waiting for data", "reward": "rewards", "reference": "reference policy", "other": "other"}
+    medians = {
+        (run.name, phase): float(sorted(values)[len(values) // 2])
+        for run in runs for phase in phases
+        if len(values := run.metrics[f"seconds/{phase}"].values)
+    }  # fmt: skip
+    note = "Smoothed, stacked." if len(runs) == 1 else "Medians over the steps."
+    if "other" not in phases:
+        note += " Only what these phases took was measured, not the whole step."
+    figure = _empty("seconds a step")
+    for i, phase in enumerate(phases):
+        name, color = labels.get(phase, phase), COLORS[i % len(COLORS)]
+        if len(runs) == 1:
+            series = runs[0].metrics[f"seconds/{phase}"].smoothed().spread(points(1))
+            figure.add_scatter(
+                x=_steps(series), y=_values(series), name=name, stackgroup="step", mode="lines",
+                line={"color": color, "width": 1}, hovertemplate="%{y:.3g} s",
+            )  # fmt: skip
+        else:
+            figure.add_bar(
+                y=[_plain(run) for run in runs], x=[medians.get((run.name, phase)) for run in runs], name=name,
+                orientation="h", hovertemplate="%{x:.3g} s",
+                marker={"color": color, "pattern": PATTERN | {"shape": ("", "/", ".", "x", "\\", "-")[i % 6]}},
+            )  # fmt: skip
+    if len(runs) > 1:
+        figure.update_layout(barmode="stack", hovermode="closest")
+        figure.update_xaxes(title_text="seconds a step")
+        figure.update_yaxes(title_text="", automargin=True, autorange="reversed")
+    words = "; ".join(
+        f"{visible(name)}, {labels.get(phase, phase)}: {value:.3g} s" for (name, phase), value in medians.items()
+    )
+    return _entry("times", "Where the time goes", note, f"Median seconds a step. {words}", figure)
+
+
+def _steps(series: Series) -> Any:
+    return series.steps.astype("int32")
+
+
+def _values(series: Series) -> Any:
+    return series.values.astype("float32")
+
+
+def _empty(unit: str) -> go.Figure:
+    """Colours of text and lines are the page's own, set there."""
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": 300,
+            "margin": {"l": 52, "r": 12, "t": 8, "b": 40},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "hovermode": "x unified",
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "xaxis": {"title": {"text": "step"}, "rangemode": "tozero", "zeroline": False},
+            "yaxis": {"title": {"text": unit}, "zeroline": False, "automargin": True, "exponentformat": "e"},
+        }
+    )

@@ -1,0 +1,124 @@
+"""The top of the page in words and tables: how far a run is, its key figures, its options, what it left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from videor1.report.cards import visible
+from videor1.report.metrics import Series
+from videor1.report.run import LISTED_SKIPS, Run
+
+COUNTS = {"nonfinite_steps": "steps skipped, not finite", "failed_checkpoints": "checkpoints that failed"}
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    ordered, shuffled = run.metrics["eval/ordered"], run.metrics["eval/shuffled"]
+    steps, high, low = np.intersect1d(ordered.steps, shuffled.steps), ordered, shuffled
+    gap = Series(steps, high.values[np.isin(high.steps, steps)] - low.values[np.isin(low.steps, steps)])
+    last = run.metrics.last
+    figures = [
+        ("Held-out accuracy, frames in order", *_change(ordered)),
+        ("Held-out accuracy, frames shuffled", *_change(shuffled)),
+        ("Temporal gap, held out", *_change(gap)),
+        ("Training accuracy, p", *_change(run.metrics["temporal/p"].smoothed())),
+        ("Seconds a step", *_median(run.metrics["seconds/step"])),
+        ("Tokens seen", f"{last['num_tokens']:,}" if isinstance(last.get("num_tokens"), int) else "", ""),
+        ("Samples left out", f"{run.skips.total:,}", ""),
+    ]
+    figures += [(label, str(last[name]), "") for name, label in COUNTS.items() if last.get(name)]
+    return {
+        "name": visible(run.name),
+        "kind": run.kind,
+        "path": visible(run.path),
+        "state": state(run),
+        "written": run.written,
+        "figures": [{"label": label, "value": value, "note": note} for label, value, note in figures if value],
+        "summary": _test_table(run),
+        "options": [
+            {"name": visible(name), "value": shown(value), "default": shown(run.defaults.get(name, "(unknown option)"))}
+            for name, value in run.changed_options().items()
+        ],
+        "known_options": bool(run.options),
+        "skips": [
+            {"split": visible(split), "kind": visible(kind), "count": count}
+            for (split, kind), count in run.skips.counts.most_common()
+        ],
+        "skipped": [
+            {name: visible(row.get(name, "")) for name in ("step", "split", "kind", "path", "message")}
+            for row in run.skips.rows
+        ],
+        "unlisted": max(0, run.skips.total - LISTED_SKIPS),
+        "problems": [visible(problem) for problem in run.problems],
+        "ranks": len(run.folders),
+    }
+
+
+def state(run: Run) -> str:
+    """Steps done of how many, as far as the options tell."""
+    step, most = run.metrics.step, run.option("max_steps")
+    if not step:
+        return "no step done yet"
+    if isinstance(most, int) and most >= 0:
+        if step >= most:
+            return f"finished: {step:,} of {most:,} steps"
+        limit = "at most " if run.option("stop_at_accuracy") else ""
+        return f"{step:,} of {limit}{most:,} steps"
+    epoch, epochs = run.metrics.last.get("epoch"), run.option("num_train_epochs")
+    if isinstance(epoch, float) and epoch > 0 and isinstance(epochs, int | float) and run.options:
+        total = math.ceil(step * epochs / epoch)
+        return f"finished: {step:,} steps" if epoch >= epochs else f"{step:,} of about {total:,} steps"
+    return f"{step:,} steps"
+
+
+def compared_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Options whose values differ between runs, with each run's."""
+    names = dict.fromkeys(name for run in runs for name in run.changed_options())
+    rows = []
+    for name in names:
+        values = [shown(run.option(name)) if run.options else "(no config.yaml)" for run in runs]
+        if len(set(values)) > 1:
+            rows.append({"name": visible(name), "values": values})
+    return rows
+
+
+def shown(value: object) -> str:
+    """An option's value."""
+    return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _change(series: Series) -> tuple[str, str]:
+    if not len(series):
+        return "", ""
+    first, last = series.values[0], series.values[-1]
+    if len(series) == 1:
+        return f"{last:.3f}", f"at step {series.steps[0]:,}"
+    return f"{first:.3f} → {last:.3f}", f"step {series.steps[0]:,} → {series.steps[-1]:,}"
+
+
+def _median(series: Series) -> tuple[str, str]:
+    return (f"{np.median(series.values):.3g}", "median") if len(series) else ("", "")
+
+
+def _test_table(run: Run) -> list[dict[str, str]]:
+    """Of a demonstration that has ended: accuracy on its test questions, before and after."""
+    before, after = run.summary.get("before"), run.summary.get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    chance = run.summary.get("chance")
+    return [
+        {"label": f"frames {label}", **{name: _number(value) for name, value in values.items()}}
+        for label, values in (
+            ("in order", {"before": before.get("ordered"), "after": after.get("ordered"), "chance": chance}),
+            ("shuffled", {"before": before.get("shuffled"), "after": after.get("shuffled"), "chance": chance}),
+        )
+    ]
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "—"

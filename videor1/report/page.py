@@ -1,0 +1,91 @@
+"""Puts the page together: what the template is given, within bounds on its size."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import plotly.offline
+
+from videor1.config import VideoConfig
+from videor1.report.cards import cards_of, media_path, visible
+from videor1.report.charts import charts, points
+from videor1.report.overview import compared_options, overview
+from videor1.report.run import Run
+from videor1.report.thumbnails import Thumbnails
+
+TEXT_BYTES = 4 * 2**20  # of the rollouts on the page, without pictures
+PICTURE_BYTES = 4 * 2**20
+DECODE_SECONDS = 60.0
+
+
+def render(runs: Sequence[Run], count: int) -> str:
+    """The page of these runs, with at most ``count`` rollouts."""
+    problems: list[str] = []
+    cards, media = _rollouts(runs, count, problems)
+    figures, empty = charts(runs)
+    longest = max((len(one) for run in runs for one in run.metrics.series.values()), default=0)
+    files = importlib.resources.files("videor1.report")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("videor1.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html.jinja").render(
+        title=visible(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs compared",
+        runs=[overview(run) for run in runs],
+        compared=compared_options(runs) if len(runs) > 1 else [],
+        charts=figures,
+        figures=[{"id": one["id"], "figure": one["figure"]} for one in figures],
+        empty=empty,
+        smooth=sorted({one.span for run in runs for one in run.metrics.series.values() if one.smooths}),
+        thinned=longest if longest > points(len(runs)) else 0,
+        points=points(len(runs)),
+        problems=[visible(problem) for problem in problems],
+        has_rollouts=bool(cards),
+        rollouts={"runs": [visible(run.name) for run in runs], "cards": cards, "media": media},
+        plotly=plotly.offline.get_plotlyjs(),
+        script=files.joinpath("page.js").read_text(encoding="utf-8"),
+        style=files.joinpath("page.css").read_text(encoding="utf-8"),
+    )
+
+
+def _rollouts(
+    runs: Sequence[Run], count: int, problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The cards of all runs, and the frames they refer to."""
+    cards: list[dict[str, Any]] = []
+    answered = [(i, run) for i, run in enumerate(runs) if run.rollout_files]
+    for k, (i, run) in enumerate(answered):
+        share = count * (k + 1) // len(answered) - count * k // len(answered)
+        cards += [card | {"run": i} for card in cards_of(run, share, problems)]
+    found = len(cards)
+    while cards and (size := sum(len(json.dumps(card)) for card in cards)) > TEXT_BYTES:
+        keep = min(len(cards) - 1, int(len(cards) * TEXT_BYTES / size))
+        cards = [cards[i * len(cards) // keep] for i in range(keep)]
+    if len(cards) < found:
+        problems.append(f"{len(cards)} of {found} rollouts are shown: more text would make the page too large.")
+    thumbnails = Thumbnails(PICTURE_BYTES, DECODE_SECONDS)
+    for card in cards:
+        run = runs[card["run"]]
+        card["media"] = None
+        try:
+            if path := media_path(card, run):
+                card["media"] = thumbnails.add(path, card["kind"], _video_options(run))
+        except (ValueError, TypeError) as error:
+            card["media"] = thumbnails.note(str(card["path"]), str(error))
+        card["unit"] = run.option("temporal.shuffle_unit")
+        del card["path"]
+    return cards, [clip | {"name": visible(clip["name"]), "note": visible(clip["note"])} for clip in thumbnails.media]
+
+
+def _video_options(run: Run) -> VideoConfig:
+    known = {field.name for field in dataclasses.fields(VideoConfig)}
+    given = {name.removeprefix("video."): value for name, value in run.options.items() if name.startswith("video.")}
+    return VideoConfig(**{name: value for name, value in given.items() if name in known})

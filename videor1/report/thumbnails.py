@@ -1,0 +1,93 @@
+"""The frames that a prompt was asked about, decoded again and made small."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from videor1.config import VideoConfig
+from videor1.types import Clip, SampleError
+from videor1.video import read_frames, read_image
+
+SIDE = 144  # pixels of the longer side, of up to MANY frames; more are smaller
+MANY = 16
+SMALLEST = 48
+
+
+@dataclass
+class Thumbnails:
+    """Media files as small JPEGs, each file once.
+
+    Attributes:
+        media: one entry a file: ``frames`` (data URIs) and ``times`` (seconds), or a ``note`` why there are none.
+        byte_limit, seconds: once so much is made, or so long was spent, further files get a note.
+    """
+
+    byte_limit: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self.media: list[dict[str, Any]] = []
+        self._made: dict[tuple[Any, ...], int] = {}
+        self._bytes, self._spent = 0, 0.0
+
+    def add(self, path: Path, kind: str, video: VideoConfig) -> int:
+        """The index in ``media`` of a file's frames, sampled as ``video`` says."""
+        key = (str(path), kind, video.max_frames, video.fps)
+        if key not in self._made:
+            self._made[key] = self.note(path, self._full()) if self._full() else self._decode(path, kind, video)
+        return self._made[key]
+
+    def note(self, path: Path | str, reason: str) -> int:
+        """An entry that only says why there are no frames."""
+        self.media.append({"name": Path(path).name, "frames": [], "times": [], "note": reason})
+        return len(self.media) - 1
+
+    def _full(self) -> str:
+        if self._bytes >= self.byte_limit:
+            return "left out: the page's room for pictures is used up; ask for fewer rollouts"
+        if self._spent >= self.seconds:
+            return f"left out: the frames before it took {self._spent:.0f} seconds to decode; ask for fewer rollouts"
+        return ""
+
+    def _decode(self, path: Path, kind: str, video: VideoConfig) -> int:
+        started = time.perf_counter()
+        try:
+            # Every backend gives the same frames: the one that is always there serves, whatever the run used.
+            clip = (
+                read_image(path) if kind == "image"
+                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1)
+            )  # fmt: skip
+            frames = small_jpegs(clip)
+        except SampleError as error:
+            return self.note(path, f"{error.message} [{error.kind}]")
+        except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+            return self.note(path, f"{type(error).__name__}: {error}")
+        finally:
+            self._spent += time.perf_counter() - started
+        self._bytes += sum(map(len, frames))
+        times = [round(seconds, 2) for seconds in clip.timestamps]
+        self.media.append({"name": path.name, "frames": frames, "times": times, "note": ""})
+        return len(self.media) - 1
+
+
+def small_jpegs(clip: Clip) -> list[str]:
+    """Data URIs of a clip's frames (RGB, upright), at most SIDE pixels on the longer side."""
+    side = max(SMALLEST, min(SIDE, int(SIDE * math.sqrt(MANY / len(clip.timestamps)))))
+    uris: list[str] = []
+    assert isinstance(clip.frames, Tensor), "planes were not asked for"
+    for pixels in clip.frames.cpu().numpy():
+        image = Image.fromarray(pixels)
+        image.thumbnail((side, side))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=72)
+        uris.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
+    return uris
