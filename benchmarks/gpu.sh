@@ -2,7 +2,7 @@
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
 #   benchmarks/gpu.sh kernels
 #   benchmarks/gpu.sh step      whole T-GRPO steps of the 7B's shapes, from video files to updated weights, ours beside the
-#                               algorithm as the reference code computes it (needs PyAV: pip install av)
+#                               algorithm as the reference code computes it
 #   benchmarks/gpu.sh training  the training pass of the 3B's and the 7B's shapes, ours beside repeated rows
 #   benchmarks/gpu.sh growth    how both grow with frames, tokens of an answer, answers and prompts, by the 3B's shapes
 #   benchmarks/gpu.sh rollout   answers of the 7B's and the 3B's shapes, our engine beside transformers' generate, to 1 and
@@ -31,6 +31,15 @@ mkdir -p "$out"
 if [ "$part" = tune ]; then
     exec "$python" -m benchmarks.tune --out "$out"
 fi
+case "$part" in
+step | growth)
+    "$python" -c "import av, videor1.trainer" || {
+        echo "gpu.sh: $part runs the trainer, which needs what 'pip install -e .' installs; without a network, carry" \
+            "wheels made elsewhere by: pip download -d wheels . (and pip install --no-index -f wheels NAME here)" >&2
+        exit 2
+    }
+    ;;
+esac
 if [ "$part" = growth ]; then
     exec "$python" -m benchmarks.growth --shape 3b --record "$out" --plot "$out/growth.png" \
         --seconds "${SECONDS_FOR_BENCHMARKS:-360}"

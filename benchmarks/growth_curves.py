@@ -38,6 +38,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     found = curves(record["rows"])
     figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.6), layout="constrained", squeeze=False)
@@ -47,6 +48,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             plot.loglog(list(points), list(points.values()), "o-", color=color, label=label)
         sizes = sorted({size for points in ways.values() for size in points})
         plot.set_xticks(sizes, [str(size) for size in sizes])
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         plot.minorticks_off()
         plot.set_title(f"Seconds a step by {axis}", loc="left", fontsize=10)
         plot.grid(alpha=0.2)
