@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--generations", type=whole_number, default=8, help="likewise")
     parser.add_argument("--prompts", type=whole_number, default=1, help="likewise")
     parser.add_argument("--threads", type=whole_number, default=1, help="of torch, on a CPU")
+    parser.add_argument("--rounds", type=whole_number, help="times that each is measured (default: by its length)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out the rest after this long")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
     parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
@@ -73,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for axis in options.axis for value in AXES[axis] if value <= (options.most or value)
     ]  # fmt: skip
     everything = [(case, contender) for case in cases for contender in case.contenders]
-    record = run_part("growth", options.device, out=options.record, seconds=options.seconds, everything=everything)
+    record = run_part(
+        "growth", options.device, out=options.record, seconds=options.seconds, rounds=options.rounds,
+        everything=everything,
+    )  # fmt: skip
     if options.plot:
         draw(record.to_json(), options.plot)
     print()

@@ -3,7 +3,8 @@
 
 Written from the algorithm, on the same model, data, options and answers' lengths as ours. Where the code could be read
 either way it is taken at its fastest: the frames are decoded once for both orders, answers are generated with a KV
-cache and without checkpointing, the optimizer steps once for all prompts.
+cache and without checkpointing, the optimizer steps once for all prompts. The rows of ``generate`` are repeated before
+it, with their pixels, as ``generate`` repeated them when that code was written; today it encodes them first.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class ReferenceStep:
         assert media is not None
         config, device, hf = self.config, self.model.device, self.rows.hf
         new = config.max_completion_length
-        ids = prompt.input_ids[None].to(device)
+        ids = prompt.input_ids.to(device).expand(number, -1)
         kind = 2 if media.kind == "video" else 1
         pads = self.model.special.video_pad if media.kind == "video" else self.model.special.image_pad
         pixels = {"video": "pixel_values_videos", "image": "pixel_values"}[media.kind]
@@ -129,14 +130,14 @@ class ReferenceStep:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": kind * (ids == pads).long(),
-            pixels: media.patches.to(device, self.model.compute_dtype),
-            f"{media.kind}_grid_thw": torch.tensor([media.grid_thw], device=device),
+            pixels: media.patches.to(device, self.model.compute_dtype).repeat(number, 1),
+            f"{media.kind}_grid_thw": torch.tensor([media.grid_thw] * number, device=device),
         }
         if media.kind == "video":
-            arguments["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
+            arguments["second_per_grid_ts"] = torch.tensor([media.second_per_grid] * number)
         options = GenerationConfig(
             do_sample=True, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-            num_return_sequences=number, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, pad_token_id=0,
+            max_new_tokens=new, min_new_tokens=new, eos_token_id=None, pad_token_id=0,
             suppress_tokens=list(self.model.special.vision),
         )  # fmt: skip
         hf.eval()  # in training mode checkpointing would switch the KV cache off

@@ -68,6 +68,13 @@ ALWAYS_INLINE Lanes product_of(const float* q, const float* k, int64_t dim) {
 ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t repeat, int64_t dim,
                              int64_t total, float* scores) {
   int64_t t = 0;
+  for (; t + kLanes <= count; t += kLanes, k += kLanes * stride) {
+    for (int64_t i = 0; i < repeat; ++i) {
+      Lanes products[kLanes];
+      for (int j = 0; j < kLanes; ++j) products[j] = product_of(q + i * dim, k + j * stride, dim);
+      *reinterpret_cast<Lanes*>(scores + i * total + t) = sums_of(products);
+    }
+  }
   for (; t + 4 <= count; t += 4, k += 4 * stride) {
     for (int64_t i = 0; i < repeat; ++i) {
       const float* own = q + i * dim;
@@ -80,15 +87,36 @@ ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int
     for (int64_t i = 0; i < repeat; ++i) scores[i * total + t] = sum_of(product_of(q + i * dim, k, dim));
 }
 
+// out += sum over t of weights[t] * v[t] for M * kLanes entries, which stay in registers; even and odd tokens are summed
+// apart, so that one addition does not wait for the last.
+template <int M>
+ALWAYS_INLINE void add_weighted(const float* weights, const float* v, int64_t stride, int64_t count, float* out) {
+  Lanes even[M], odd[M];
+  for (int m = 0; m < M; ++m) {
+    even[m] = *reinterpret_cast<const Lanes*>(out + m * kLanes);
+    odd[m] = Lanes{0};
+  }
+  int64_t t = 0;
+  for (; t + 2 <= count; t += 2, v += 2 * stride)
+    for (int m = 0; m < M; ++m) {
+      even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kLanes);
+      odd[m] += weights[t + 1] * *reinterpret_cast<const Lanes*>(v + stride + m * kLanes);
+    }
+  if (t < count)
+    for (int m = 0; m < M; ++m) even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kLanes);
+  for (int m = 0; m < M; ++m) *reinterpret_cast<Lanes*>(out + m * kLanes) = even[m] + odd[m];
+}
+
 // out[i] += sum over t of weights[i * total + t] * v[t]
 ALWAYS_INLINE void add_values(const float* weights, const float* v, int64_t stride, int64_t count, int64_t repeat,
                        int64_t dim, int64_t total, float* out) {
-  for (int64_t t = 0; t < count; ++t, v += stride) {
-    for (int64_t i = 0; i < repeat; ++i) {
-      const float weight = weights[i * total + t];
-      for (int64_t d = 0; d < dim; d += kLanes)
-        for (int l = 0; l < kLanes; ++l) out[i * dim + d + l] += weight * v[d + l];
-    }
+  for (int64_t i = 0; i < repeat; ++i) {
+    const float* own = weights + i * total;
+    float* to = out + i * dim;
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_weighted<4>(own, v + d, stride, count, to + d);
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) add_weighted<2>(own, v + d, stride, count, to + d);
+    if (d < dim) add_weighted<1>(own, v + d, stride, count, to + d);
   }
 }
 

@@ -32,4 +32,34 @@ ALWAYS_INLINE Quarter sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
   return (first + third) + (second + fourth);
 }
 
+// Lanes of two vectors by number, those of the second from 16 on.
+#if defined(__clang__) || __GNUC__ >= 12
+#define VIDEOR1_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Picks __attribute__((vector_size(64)));
+#define VIDEOR1_PICK(a, b, ...) __builtin_shuffle(a, b, Picks{__VA_ARGS__})
+#endif
+
+// The sums of the lanes of sixteen vectors, which are overwritten: neighbours are added, in pairs of vectors each time.
+ALWAYS_INLINE Lanes sums_of(Lanes* x) {
+  for (int i = 0; i < 8; ++i) {
+    const Lanes a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           VIDEOR1_PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Lanes a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           VIDEOR1_PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Lanes a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           VIDEOR1_PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  const Lanes a = x[0], b = x[1];
+  return VIDEOR1_PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         VIDEOR1_PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
 }  // namespace videor1
