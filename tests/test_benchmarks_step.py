@@ -223,6 +223,7 @@ def test_too_few_tokens_of_ours_are_not_measured(monkeypatch) -> None:
 
 
 def test_trl_on_images() -> None:
+    pytest.importorskip("trl", reason="TRL is what is measured")
     rows = measured(dataclasses.replace(SMALL, media="image"))
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
         (OUR_STEP, REFERENCE_STEP, bench_step.TRL), "measured"
@@ -231,6 +232,7 @@ def test_trl_on_images() -> None:
 
 
 def test_trl_trains_the_model_that_it_is_given() -> None:
+    pytest.importorskip("trl", reason="TRL is what is measured")
     with whole_inputs(dataclasses.replace(SMALL, media="image", lora=2), CPU) as inputs:
         runner = TRLStep(inputs, Phases(CPU))
         before = {name: p.detach().clone() for name, p in runner.model.trainable().items()}
