@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from videor1.prefetch import load_media
 
 CPU = torch.device("cpu")
 SMALL = Setting(frames=4, prompts=2, generations=2, completion=4)
+GRID = (2, 6, 10)  # of a video in patches
 CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
 MIB = 2**20
 
@@ -115,7 +117,7 @@ def test_its_frames_are_ours(inputs: WholeInputs) -> None:
     assert shuffled is not None
     ours = load_media(inputs.samples[0], inputs.config.video)
     assert ours is not None
-    assert ours.grid_thw == prompt.media.grid_thw == (2, 2, 4)
+    assert ours.grid_thw == prompt.media.grid_thw == GRID
     assert ours.second_per_grid == pytest.approx(prompt.media.second_per_grid)
     theirs = as_8_bit(prompt.media).patches
     assert (theirs.float() - ours.patches.float()).abs().mean() < 1.5
@@ -156,7 +158,7 @@ def test_it_runs_the_tower_once_a_row_and_we_once_a_pass(inputs: WholeInputs) ->
             runner.close()
             for hook in hooks:
                 hook.remove()
-        return sum(patches) / (SMALL.prompts * 2 * 2 * 4)
+        return sum(patches) / (SMALL.prompts * math.prod(GRID))
 
     def everything(runner: Any) -> list[Any]:
         if isinstance(runner, ReferenceStep):
