@@ -31,8 +31,7 @@ from videor1.evaluation import prompt_features
 from videor1.model import load_model
 from videor1.patches import media_from_clip
 from videor1.prefetch import Prefetcher, load_media, media_key
-from videor1.prompts import _INSTRUCTION as INSTRUCTION
-from videor1.prompts import MERGE
+from videor1.prompts import INSTRUCTION, MERGE
 from videor1.rollout import Branch, LocalEngine, Request
 from videor1.sampling import SamplingOptions
 from videor1.shuffle import draw_permutation

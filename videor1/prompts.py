@@ -14,7 +14,7 @@ from videor1.types import Media, Sample, SampleError
 
 MERGE = 4  # patches (2 x 2) that one media token stands for
 
-_INSTRUCTION = "Reason between <think> and </think>, then answer between <answer> and </answer>."
+INSTRUCTION = "Reason between <think> and </think>, then answer between <answer> and </answer>."
 _BY_TYPE = {
     "multiple choice": "Answer with the letter of one option.",
     "numerical": "Answer with a number alone.",
@@ -70,7 +70,7 @@ def question_text(sample: Sample) -> str:
     lines = [sample.problem]
     if sample.problem_type == "multiple choice":
         lines += ["Options:", *sample.options]
-    return "\n".join([*lines, f"{_INSTRUCTION} {_BY_TYPE[sample.problem_type]}"])
+    return "\n".join([*lines, f"{INSTRUCTION} {_BY_TYPE[sample.problem_type]}"])
 
 
 def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int) -> Tensor:
