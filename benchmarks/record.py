@@ -100,7 +100,8 @@ def card_name(device: torch.device) -> str:
         info = ""
     match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     model = match[1].strip() if match else platform.processor() or platform.machine()
-    return f"CPU: {model}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"CPU: {model}, {count} thread{'s' * (count != 1)}"
 
 
 @functools.cache

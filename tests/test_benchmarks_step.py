@@ -202,7 +202,7 @@ def made_model(setting: Setting):
 @pytest.mark.parametrize(
     ("method", "wrong", "reason"),
     [
-        ("_advantages", lambda self, *a, **k: -right_advantages(self, *a, **k), "advantages: error"),
+        ("_advantages", lambda self, *a, **k: 0.01 + right_advantages(self, *a, **k), "advantages: error"),
         ("_loss", lambda self, *a: 0.01 + right_loss(self, *a), "loss: error"),
     ],
 )

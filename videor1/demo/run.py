@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from videor1.cli import load_config, parse
 from videor1.config import SFTConfig, TrainConfig
 from videor1.curves import draw_curves
@@ -17,7 +19,7 @@ from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
 from videor1.evaluation import Evaluation, Evaluator
 from videor1.metrics import summary_table
-from videor1.model import load_model
+from videor1.model import load_model, pick_device
 from videor1.report import report_line
 from videor1.sft import SFTTrainer
 from videor1.trainer import Trainer
@@ -32,6 +34,9 @@ def run_demo(argv: list[str]) -> int:
     config = parse(TrainConfig, ["--config", "demo", *argv], prog="python -m videor1.train", description="")
     if config.data.root or config.data.eval_path:
         raise ConfigError("data.root, data.eval_path: the demonstration makes its own data; name your model and data")
+    if pick_device(config.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # So small a model's operations gain little from more, and wait for each other where another program runs.
+        torch.set_num_threads(1)
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
 
