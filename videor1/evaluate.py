@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     from videor1.model import load_model
     from videor1.results import benchmark_results, results_table
 
-    benchmarks = _load(config)
     run_dir = _run_dir(config)
+    benchmarks = _load(config)
     for loaded in benchmarks:
         _say_what_is_not_asked(loaded)
     model = load_model(config)
