@@ -29,7 +29,7 @@ from videor1.types import Sample
 
 MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's
 SECONDS = 20  # of a made video
-# Of tiny's frames: 16 of them and the question are 1.5 times the 128 tokens of an answer, about as Video-R1's prompts of
+# Of tiny's frames: 16 of them and the question are 1.5 times the 128 tokens of an answer, about as Video-R1's of
 # 1,224 tokens are to its answers of 768.
 TINY_PIXELS = 112 * 112
 QUESTION = "What does the person put on the table after the cup, and which hand is used for it? "

@@ -206,7 +206,8 @@ def test_the_share_waited_is_of_the_step(assets: Assets, tmp_path: Path, monkeyp
     monkeypatch.setattr("videor1.loop.time.perf_counter", lambda: next(clock))
     run._lap = 90.0, 0.5
     assert run._data_times() == {
-        "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1, "time/data_memory_hits": 2, "time/data_disk_hits": 3,
+        "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1,
+        "time/data_memory_hits": 2, "time/data_disk_hits": 3,
     }  # fmt: skip
     assert run._data_times()["time/data_share"] == 0
 
