@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import Oracle, answers, install_oracle, results, run, write_benchmarks
-from runs import entries, write_data
 
+from runs import entries, write_data
 from videor1 import evaluate, evaluation
 from videor1.cli import run_main
 from videor1.demo.assets import Assets
@@ -267,3 +267,13 @@ def test_a_vision_pass_takes_no_more_than_its_share(
     monkeypatch.setattr(evaluation, "_PATCHES", 1)  # each video by itself
     assert run(assets, tmp_path / "two", **options) == 0
     assert (tmp_path / "one" / "answers.jsonl").read_bytes() == (tmp_path / "two" / "answers.jsonl").read_bytes()
+
+
+def test_every_missing_benchmark_is_named_and_no_folder_is_left(
+    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(assets, tmp_path / "run", benchmark="mvbench,videomme", data__root=tmp_path) != 0
+    told = capsys.readouterr().err
+    assert "hf download OpenGVLab/MVBench" in told
+    assert "hf download lmms-lab/Video-MME" in told
+    assert not (tmp_path / "run").exists()

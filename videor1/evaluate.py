@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
     run_dir = _run_dir(config)
     benchmarks = _load(config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
     for loaded in benchmarks:
         _say_what_is_not_asked(loaded)
     model = load_model(config)
@@ -94,10 +98,6 @@ def _run_dir(config: EvaluateConfig) -> Path:
         raise ConfigError(
             f"output_dir: {run_dir} holds an evaluation already; go on with it by --resume auto, or name another folder"
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
     return run_dir
 
 
@@ -113,7 +113,15 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
     if not config.data.root:
         raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")
-    return [suite.load(config.data.root) for suite in suites.values()]
+    found, missing = [], []
+    for suite in suites.values():
+        try:
+            found.append(suite.load(config.data.root))
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n\n".join(missing))
+    return found
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def run_demo(argv: list[str]) -> int:
     print("1/4  making clips, questions, a tokenizer and a tiny Qwen2.5-VL", flush=True)
     assets = make_assets(run_dir / "demo", seed=config.seed, progress=not config.disable_tqdm)
 
-    print("2/4  SFT cold start", flush=True)
+    print("2/4  SFT cold start, which stops while answers are partly right", flush=True)
     cold_start = SFTTrainer(_sft_config(config, assets, run_dir)).train()
 
-    print("3/4  T-GRPO", flush=True)
+    print("3/4  T-GRPO (p, p~: accuracy from frames in order, shuffled; —: not known)", flush=True)
     config = dataclasses.replace(
         config,
         model_name_or_path=str(cold_start),
