@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import Oracle, answers, install_oracle, results, run, write_benchmarks
-
 from runs import entries, write_data
+
 from videor1 import evaluate, evaluation
 from videor1.cli import run_main
 from videor1.demo.assets import Assets

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from runs import entries, last_metrics, run_lines, trainer, write_data
+
 from videor1.config import DataConfig, TrainConfig, VideoConfig
 from videor1.data import Dataset, SampleStream, load_samples
 from videor1.demo.assets import Assets
