@@ -22,6 +22,7 @@ from benchmarks.trl_step import TRLStep
 from benchmarks.whole_inputs import Setting, WholeInputs, whole_inputs
 from videor1.patches import permute_frames
 from videor1.prefetch import load_media
+from videor1.shuffle import draw_permutation
 
 CPU = torch.device("cpu")
 SMALL = Setting(frames=4, prompts=2, generations=2, completion=4)
@@ -121,17 +122,10 @@ def test_its_frames_are_ours(inputs: WholeInputs) -> None:
     assert ours.second_per_grid == pytest.approx(prompt.media.second_per_grid)
     theirs = as_8_bit(prompt.media).patches
     assert (theirs.float() - ours.patches.float()).abs().mean() < 1.5
-    order = bench_step_order(inputs, prompt)
-    assert order != tuple(range(4))
-    assert torch.equal(as_8_bit(shuffled).patches, permute_frames(theirs, ours.grid_thw, order))
-
-
-def bench_step_order(inputs: WholeInputs, prompt: Any) -> tuple[int, ...]:
-    from videor1.shuffle import draw_permutation
-
     order = draw_permutation(prompt, "frame", inputs.config.seed)
     assert order is not None
-    return order
+    assert order != tuple(range(4))
+    assert torch.equal(as_8_bit(shuffled).patches, permute_frames(theirs, ours.grid_thw, order))
 
 
 def test_frames_without_decord_are_the_same(inputs: WholeInputs) -> None:

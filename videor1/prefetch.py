@@ -40,32 +40,16 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
     if sample.path is None:
         raise SampleError("missing_file", f"a sample of data_type {sample.data_type} has no path")
     started = time.perf_counter()
+    frames: dict[str, Any] = {
+        "max_frames": video.max_frames, "fps": video.fps, "max_pixels": video.max_pixels,
+        "min_pixels": video.min_pixels, "start": sample.start, "end": sample.end,
+    }  # fmt: skip
     if sample.data_type == "image":
         clip = read_image(sample.path, max_pixels=video.image_max_pixels, min_pixels=video.image_min_pixels)
     elif sample.frames_per_second is not None:
-        clip = read_frame_folder(
-            sample.path,
-            frames_per_second=sample.frames_per_second,
-            max_frames=video.max_frames,
-            fps=video.fps,
-            max_pixels=video.max_pixels,
-            min_pixels=video.min_pixels,
-            start=sample.start,
-            end=sample.end,
-        )
+        clip = read_frame_folder(sample.path, frames_per_second=sample.frames_per_second, **frames)
     else:
-        clip = read_frames(
-            sample.path,
-            max_frames=video.max_frames,
-            fps=video.fps,
-            max_pixels=video.max_pixels,
-            min_pixels=video.min_pixels,
-            start=sample.start,
-            end=sample.end,
-            backend=video.backend,
-            device=video.device,
-            planes=True,
-        )
+        clip = read_frames(sample.path, backend=video.backend, device=video.device, planes=True, **frames)
     media = media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started)
     return replace(media, patches=media.patches.cpu())  # caches and other processes hold it
 
