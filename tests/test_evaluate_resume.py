@@ -115,10 +115,10 @@ def test_a_full_disk_is_told_and_gone_on_from(
 
 
 def test_killed_and_resumed(assets: Assets, benchmarks: Path, tmp_path: Path) -> None:
-    """The command itself, ended by SIGKILL after its first benchmark."""
+    """The command itself, ended by SIGKILL after its first benchmark, where it is held."""
     options = {"benchmark": "videomme,mvbench,vsibench", "data__root": benchmarks, "max_completion_length": 16}
     killed = flags(assets, tmp_path / "killed", **options)
-    process = runs.start("videor1.evaluate", killed)
+    process = runs.start("held_evaluate", killed)
     runs.wait_for_lines(process, tmp_path / "killed" / "answers.jsonl", 6)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
