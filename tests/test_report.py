@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_runs import HOSTILE, Page, drawn, eval_row, lines, make_run, report, rollout_row, small_video, step_row
@@ -195,10 +197,52 @@ def test_many_samples_left_out_are_counted_and_the_first_listed(tmp_path: Path) 
 
 
 def test_the_state_of_a_run_without_a_number_of_steps(tmp_path: Path) -> None:
-    assert state(load_run(make_run(tmp_path / "a", steps=20, max_steps=-1))) == "20 of about 100 steps"
-    assert state(load_run(make_run(tmp_path / "b", steps=100, max_steps=-1))) == "finished: 100 steps"
-    config = SFTConfig(max_steps=300, stop_at_accuracy=0.5)
-    assert state(load_run(make_run(tmp_path / "c", steps=20, config=config))) == "20 of at most 300 steps"
+    def told(name: str, **options: Any) -> tuple[str, bool]:
+        return state(load_run(make_run(tmp_path / name, **options)))
+
+    assert told("a", steps=20, max_steps=-1) == ("20 of about 100 steps", False)
+    assert told("b", steps=100, max_steps=-1) == ("finished: 100 steps", True)
+    last = eval_row(20)["eval/ordered"]
+    early = SFTConfig(max_steps=300, stop_at_accuracy=last + 0.01)
+    assert told("c", steps=20, config=early) == ("20 of at most 300 steps", False)
+    late = SFTConfig(max_steps=300, stop_at_accuracy=last)
+    text = f"finished: 20 steps, until accuracy {last:g} was reached"
+    assert told("d", steps=20, config=late) == (text, True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "logging", "age", "said"),
+    [
+        (20, 1.0, 1, 110, ""),
+        (20, 1.0, 1, 3000, "50 minutes"),
+        (20, 40.0, 1, 390, ""),  # ten steps
+        (20, 40.0, 1, 411, "7 minutes"),
+        (20, 40.0, 5, 1990, ""),
+        (20, 40.0, 5, 200_000, "2 days"),
+        (0, 1.0, 1, 590, ""),  # a large model is being read
+        (0, 1.0, 1, 7500, "2 hours"),
+        (30, 1.0, 1, 10**6, ""),  # finished
+    ],
+)
+def test_a_run_that_fell_silent(
+    tmp_path: Path, steps: int, seconds: float, logging: int, age: float, said: str
+) -> None:
+    rows = [step_row(step) | {"time/step": seconds} for step in range(1, steps + 1)]
+    run = make_run(tmp_path / "run", rows=rows, max_steps=30, logging_steps=logging)
+    then = time.time() - age
+    os.utime(run / "metrics.jsonl", (then, then))
+    made = report(run)
+    told = f"Nothing was written for {said} before this page was made" if said else "Nothing was written for"
+    assert (told in made.words) == bool(said)
+    assert (f"--resume auto --output_dir {run}" in made.words) == bool(said)
+
+
+def test_an_evaluation_is_no_silence(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=20, max_steps=30, rows=[step_row(1), eval_row(1) | {"time/eval": 1000.0}])
+    for age, silent in ((2900, False), (3100, True)):
+        then = time.time() - age
+        os.utime(run / "metrics.jsonl", (then, then))
+        assert ("Nothing was written for" in report(run).words) == silent
 
 
 def test_the_demonstrations_summary(tmp_path: Path) -> None:

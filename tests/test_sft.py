@@ -104,6 +104,7 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path) -> 
         stop_at_accuracy=0.9, max_steps=200, per_device_train_batch_size=2, learning_rate=3e-3, logging_steps=7,
         max_completion_length=32, lr_scheduler_type="constant",
     )  # fmt: skip
+    assert run.title() == "sft until accuracy 0.9"
     final = run.train()
     assert run.accuracy >= 0.9
     assert run.step < 200

@@ -235,6 +235,16 @@ def test_learning_raises_the_reward(assets: Assets, tmp_path: Path) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
+@pytest.mark.parametrize(("reward", "told"), [("nothing", 1), ("uneven", 0)])
+def test_steps_that_teach_nothing_are_told_of_once(
+    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str, told: int
+) -> None:
+    trainer(assets, tmp_path / "run", max_steps=7, reward__functions=f"toy_rewards:{reward}").train()
+    said = capsys.readouterr().err
+    assert said.count("step 5: in the last 5 steps all answers to a question earned the same reward") == told
+    assert said.count("the same reward") == told
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(assets: Assets, tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         torch.manual_seed(len(name))  # the global generator has no say

@@ -120,6 +120,10 @@ class Loop(ABC, Generic[C]):
         """What the progress bar shows of a step's metrics."""
         return {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
 
+    def title(self) -> str:
+        """The words in front of the progress bar."""
+        return self.name
+
     def finished(self) -> bool:
         """A subclass may end a run before its last step."""
         return False
@@ -384,7 +388,7 @@ class Loop(ABC, Generic[C]):
             self.skips = self.open_lines("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
-                    self.total_steps, initial=self.step, description=self.name,
+                    self.total_steps, initial=self.step, description=self.title(),
                     disabled=self.config.disable_tqdm or not self.ranks.leads, silent=not self.ranks.leads,
                 )
             )

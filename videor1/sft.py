@@ -90,6 +90,10 @@ class SFTTrainer(Loop[SFTConfig]):
 
         self.optimizer_step(losses(), metrics, count=len(rows), idle=self.idle)
 
+    def title(self) -> str:
+        goal = self.config.stop_at_accuracy
+        return self.name if goal is None else f"{self.name} until accuracy {goal:g}"
+
     def finished(self) -> bool:
         """``stop_at_accuracy`` is reached."""
         return self.config.stop_at_accuracy is not None and self.accuracy >= self.config.stop_at_accuracy

@@ -35,6 +35,9 @@ KERNELS = (
 )  # fmt: skip
 
 
+NO_SIGNAL_STEPS = 5
+
+
 class Trainer(Loop[TrainConfig]):
     """The T-GRPO trainer; ``Trainer(config).train()`` runs it."""
 
@@ -50,6 +53,7 @@ class Trainer(Loop[TrainConfig]):
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
         self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
         self.weights_are_new = True  # to the engine
+        self.steps_without_signal = 0  # in a row
 
     def samples_per_step(self) -> float:
         config = self.config
@@ -222,7 +226,20 @@ class Trainer(Loop[TrainConfig]):
     ) -> dict[str, Any]:
         report = report_of(batch, rows, results, left_out)
         metrics = step_metrics(self.ranks.gather(report), clock.laps, clock.total())
+        self._watch_signal(metrics)
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
+
+    def _watch_signal(self, metrics: dict[str, Any]) -> None:
+        """Say once when nothing is learned: a model that is always wrong looks like one that trains slowly."""
+        same = metrics.get("frac_reward_zero_std") == 1
+        self.steps_without_signal = self.steps_without_signal + 1 if same else 0
+        if self.steps_without_signal == NO_SIGNAL_STEPS:
+            self.progress.write(
+                f"step {self.step}: in the last {NO_SIGNAL_STEPS} steps all answers to a question earned the same "
+                f"reward, so their advantages are 0 and nothing is learned from them; accuracy is now "
+                f"{metrics['rewards/accuracy/mean']:.2f}. A model that is never right needs an SFT cold start "
+                "(python -m videor1.sft) or easier questions, one that always is needs harder ones"
+            )
 
     def _reference_logp(self, row: Packed, features: list[Tensor] | None) -> Tensor | None:
         if not self.config.beta:

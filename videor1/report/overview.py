@@ -22,6 +22,7 @@ def overview(run: Run) -> dict[str, Any]:
     steps, high, low = np.intersect1d(ordered.steps, shuffled.steps), ordered, shuffled
     gap = Series(steps, high.values[np.isin(high.steps, steps)] - low.values[np.isin(low.steps, steps)])
     last = run.metrics.last
+    progress, finished = state(run)
     figures = [
         ("Held-out accuracy, frames in order", *_change(ordered)),
         ("Held-out accuracy, frames shuffled", *_change(shuffled)),
@@ -36,7 +37,7 @@ def overview(run: Run) -> dict[str, Any]:
         "name": visible(run.name),
         "kind": run.kind,
         "path": visible(run.path),
-        "state": state(run),
+        "state": progress,
         "written": run.written,
         "figures": [{"label": label, "value": value, "note": note} for label, value, note in figures if value],
         "summary": _test_table(run),
@@ -54,26 +55,41 @@ def overview(run: Run) -> dict[str, Any]:
             for row in run.skips.rows
         ],
         "unlisted": max(0, run.skips.total - LISTED_SKIPS),
-        "problems": [visible(problem) for problem in run.problems],
+        "problems": [visible(problem) for problem in [*([] if finished else silence(run)), *run.problems]],
         "ranks": len(run.folders),
     }
 
 
-def state(run: Run) -> str:
-    """Steps done of how many, as far as the options tell."""
+def state(run: Run) -> tuple[str, bool]:
+    """Steps done of how many, as far as the options tell, and whether those are all."""
     step, most = run.metrics.step, run.option("max_steps")
     if not step:
-        return "no step done yet"
+        return "no step done yet", False
+    goal, reached = run.option("stop_at_accuracy"), run.metrics["eval/ordered"].values
+    if isinstance(goal, float) and len(reached) and reached[-1] >= goal:
+        return f"finished: {step:,} steps, until accuracy {goal:g} was reached", True
     if isinstance(most, int) and most >= 0:
         if step >= most:
-            return f"finished: {step:,} of {most:,} steps"
-        limit = "at most " if run.option("stop_at_accuracy") else ""
-        return f"{step:,} of {limit}{most:,} steps"
+            return f"finished: {step:,} of {most:,} steps", True
+        return f"{step:,} of {'at most ' if goal else ''}{most:,} steps", False
     epoch, epochs = run.metrics.last.get("epoch"), run.option("num_train_epochs")
     if isinstance(epoch, float) and epoch > 0 and isinstance(epochs, int | float) and run.options:
         total = math.ceil(step * epochs / epoch)
-        return f"finished: {step:,} steps" if epoch >= epochs else f"{step:,} of about {total:,} steps"
-    return f"{step:,} steps"
+        return (f"finished: {step:,} steps", True) if epoch >= epochs else (f"{step:,} of about {total:,} steps", False)
+    return f"{step:,} steps", False
+
+
+def silence(run: Run) -> list[str]:
+    """That an unfinished run has not written for so long that it has ended or hangs; nothing where it may be at work:
+    for the time of ten lines, of three evaluations, or two minutes (ten, before its first step)."""
+    steps, evaluations = run.metrics["seconds/step"].values, run.metrics["time/eval"].values
+    line = float(np.median(steps)) * int(run.option("logging_steps") or 1) if len(steps) else 60.0
+    if run.silent <= max(120.0, 10 * line, 3 * float(evaluations.max(initial=0.0))):
+        return []
+    return [
+        f"Nothing was written for {_duration(run.silent)} before this page was made: the run has ended before its last "
+        f"step, or hangs. Go on from its last checkpoint with its own command and --resume auto --output_dir {run.path}"
+    ]
 
 
 def compared_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -90,6 +106,13 @@ def compared_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def shown(value: object) -> str:
     """An option's value."""
     return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _change(series: Series) -> tuple[str, str]:

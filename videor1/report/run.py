@@ -23,7 +23,7 @@ WANTED = (
     "frac_reward_zero_std", "kl", "entropy", "clip_ratio/region_mean", "completions/mean_length",
     "completions/max_length", "completions/clipped_ratio", "temporal/p", "temporal/p_shuffled", "temporal/bonus",
     "temporal/rewarded", "rollout/shuffled_asked", "rollout/shuffled_skipped", "rollout/shuffled_stopped",
-    "eval/ordered", "eval/shuffled", "eval/image", "time/step", "time/tokens_per_second",
+    "eval/ordered", "eval/shuffled", "eval/image", "time/step", "time/eval", "time/tokens_per_second",
     *(f"time/{phase}" for phase in PHASES),
 )  # fmt: skip
 LISTED_SKIPS = 100
@@ -57,6 +57,7 @@ class Run:
     summary: dict[str, Any]  # of the demonstration
     folders: list[Path]  # the run's, then those of its other ranks
     written: str  # when metrics.jsonl was last written
+    silent: float  # seconds since then
     problems: list[str]  # what could not be read, for the page
 
     def option(self, name: str) -> Any:
@@ -90,6 +91,7 @@ def load_run(path: str | Path) -> Run:
             f"RUN {path}: no metrics.jsonl in it; expected the folder that videor1.train or videor1.sft wrote "
             "(its output_dir)"
         )
+    written = file.stat().st_mtime
     problems: list[str] = []
     options = _options(path / "config.yaml", problems)
     kind = "T-GRPO" if "num_generations" in options else "SFT" if "max_length" in options else "run"
@@ -108,7 +110,8 @@ def load_run(path: str | Path) -> Run:
         skips=_skips([folder / "skipped.jsonl" for folder in folders], problems),
         summary=_summary(path / "summary.json", problems),
         folders=folders,
-        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(file.stat().st_mtime)),
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written)),
+        silent=time.time() - written,
         problems=problems,
     )
 
