@@ -4,19 +4,19 @@ computes it and, on images, beside TRL's GRPOTrainer. Every answer has the same 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
 
-from benchmarks.cases import OUR_STEP, REFERENCE_STEP, Contender, Work
-from benchmarks.measure import Clock
+from benchmarks.cases import OUR_STEP, REFERENCE_STEP, Contender
+from benchmarks.measure import Clock, ceilings
 from benchmarks.oracle import GateFailure
 from benchmarks.our_step import OurStep
 from benchmarks.reference_step import ReferenceStep, as_8_bit
+from benchmarks.step_floor import floor_seconds
 from benchmarks.trl_step import TRLStep, missing
 from benchmarks.whole_inputs import Setting
-from benchmarks.whole_step import StepCase, floor_of, measure_steps
+from benchmarks.whole_step import StepCase, measure_steps
 from videor1.loss import tgrpo_loss
 from videor1_kernels import tgrpo_advantages
 
@@ -50,43 +50,40 @@ def step(setting: Setting, *, steps: int = 1) -> StepCase:
     on_images = setting.media == "image"
     title = "GRPO on images" if on_images else "T-GRPO on videos"
     contenders = [
-        Contender(OUR_STEP, _not_built, does="a prompt once for all its answers; media decoded ahead by 2 processes"),
-        Contender(REFERENCE_STEP, _not_built, does="tower and prompt per row, all logits; media decoded in the step"),
+        Contender(OUR_STEP, OurStep, does="a prompt once for all its answers; media decoded ahead by 2 processes"),
+        Contender(REFERENCE_STEP, ReferenceStep, does="tower, prompt per row, all logits; media decoded in the step"),
     ]
     if on_images:
-        contenders.append(
-            Contender(TRL, _not_built, missing, does="generate, prompt per row; media decoded in the step")
-        )
+        contenders.append(Contender(TRL, TRLStep, missing, does="generate, prompt per row; media decoded in the step"))
     return StepCase(
         op="step",
         uses=USES,
         title=title + (", gradient checkpointing on" if setting.checkpointing else ""),
         size=setting.described(),
         dtype=torch.bfloat16 if setting.bf16 else torch.float32,
-        inputs=lambda device: None,
-        expected=lambda _: [],
-        work=lambda _: Work(0.0, 0.0, ""),
         contenders=tuple(contenders),
         against=REFERENCE_STEP,
         setting=setting,
-        floor=floor_of,
-        open={OUR_STEP: OurStep, REFERENCE_STEP: ReferenceStep, TRL: TRLStep},
-        check=functools.partial(_check, setting),
+        check=_check,
+        floor=_floor,
         steps=steps,
         rounds=3 if setting.model == "tiny" else 1,
         slow=setting.prompts > 4,
     )
 
 
-def _not_built(_: Any) -> Any:
-    raise AssertionError("a step case opens runners")
+def _floor(runner: Any) -> dict[str, float]:
+    """By the first prompt of the step that was made."""
+    if isinstance(runner, TRLStep):
+        return {}
+    return floor_seconds(runner.model, runner.first_prompt(), runner.inputs.setting, ceilings(runner.inputs.device))
 
 
-def _check(setting: Setting, runner: Any) -> dict[str, float]:
+def _check(runner: Any) -> dict[str, float]:
     """What the first step of a runner computed. GateFailure where it is not the step that was asked for."""
     if isinstance(runner, ReferenceStep):
-        return _check_reference(setting, runner)
-    lengths = runner.lengths()
+        return _check_reference(runner)
+    setting, lengths = runner.inputs.setting, runner.lengths()
     wanted = [setting.completion] * (setting.prompts * (setting.generations + setting.shuffled))
     if sorted(lengths) != wanted:
         raise GateFailure(
@@ -96,9 +93,9 @@ def _check(setting: Setting, runner: Any) -> dict[str, float]:
     return {}
 
 
-def _check_reference(setting: Setting, runner: ReferenceStep) -> dict[str, float]:
+def _check_reference(runner: ReferenceStep) -> dict[str, float]:
     """Its log-probs, loss and advantages are those that our passes give to its answers, with the first weights."""
-    model, config = runner.inputs.make_model(), runner.config
+    model, config, setting = runner.inputs.make_model(), runner.config, runner.inputs.setting
     worst = dict.fromkeys(("advantages", "logp", "loss"), 0.0)
     for update in runner.updates:
         accuracy, form, shuffled = update.rewards

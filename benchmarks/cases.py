@@ -20,12 +20,16 @@ def _everywhere(device: torch.device) -> str | None:
     return None
 
 
+def _nothing(_: Any) -> Any:
+    return None
+
+
 @dataclass(frozen=True)
 class Contender:
     """One implementation."""
 
     name: str
-    build: Callable[[Any], Step]  # from the case's inputs; imports what it needs
+    build: Callable[..., Any]  # from the case's inputs to a Step, or to what the case says; imports what it needs
     missing: Callable[[torch.device], str | None] = _everywhere  # why it cannot run on this device; None: it can
     # The matrix products it computes, where that differs from what the table counts; by backend for ours.
     does: str | Mapping[str, str] = ""
@@ -67,10 +71,10 @@ class Case:
     title: str
     size: Mapping[str, Any]
     dtype: torch.dtype
-    inputs: Callable[[torch.device], Any]
-    expected: Callable[[Any], Sequence[Expected]]
-    work: Callable[[Any], Work]
     contenders: Sequence[Contender]
+    inputs: Callable[[torch.device], Any] = _nothing
+    expected: Callable[[Any], Sequence[Expected]] = _nothing
+    work: Callable[[Any], Work] = _nothing
     uses: Sequence[str] = ()  # operations that ours calls besides ``op``, or all of them where ``against`` is given
     slow: bool = False  # minutes on a CPU: left out of ``pytest benchmarks`` unless asked for
     # Name of the contender whose results the others must have: all are measured in turns, and ``expected`` takes its

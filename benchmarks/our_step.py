@@ -12,6 +12,7 @@ from videor1.model import VideoLM
 from videor1.rollout import Rollout
 from videor1.rollout.engine import _Run
 from videor1.trainer import Trainer
+from videor1.types import Prompt
 
 
 class OurStep(Trainer):
@@ -49,6 +50,11 @@ class OurStep(Trainer):
         """Tokens of every answer of the last step."""
         assert self.last is not None
         return [len(a.token_ids) for group in self.last.groups if group for a in (*group.ordered, *group.shuffled)]
+
+    def first_prompt(self) -> Prompt:
+        """Of the last step."""
+        assert self.last is not None
+        return next(group.prompt for group in self.last.groups if group)
 
     def close(self) -> None:
         self._stack.close()

@@ -64,6 +64,10 @@ class ReferenceStep:
         with self.phases("optimizer"):
             guarded_step(self.optimizer, self.model.trainable(), self.config.learning_rate, self.config.max_grad_norm)
 
+    def first_prompt(self) -> Prompt:
+        """Of the last step."""
+        return self.updates[0].packed.prompts[0]
+
     def close(self) -> None:
         """Nothing is open."""
 

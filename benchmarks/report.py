@@ -1,4 +1,4 @@
-"""The table of the README from the recorded runs: ``python -m benchmarks.report [--write]``."""
+"""The tables of the README from the recorded runs: ``python -m benchmarks.report [--write]``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from benchmarks.record import RESULTS, load
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 COMMAND = "pytest benchmarks --record"
+TITLES = {  # in this order
+    "step": "Whole steps",
+    "growth": "How a step grows",
+    "rollout": "Rollouts",
+    "training": "Training passes",
+    "kernels": "Kernels",
+    "video": "Frames to patches, decoding",
+}
 NOTHING = f"No results from a card have been recorded yet; `{COMMAND}` on a machine with one records them."
 COLUMNS = (
     "implementation", "ms", "TF/s", "GB/s", "% of ceiling", "peak MiB", "rms error", "gradient error", "computes",
@@ -61,8 +69,8 @@ def table(record: Mapping[str, Any]) -> str:
 
 def report(folder: Path) -> str:
     """All recorded runs, cards before CPUs; a sentence that says how to record where there are none of a card."""
-    records = sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run["cuda"] is None, run["card"]))
-    blocks = [_trusted(record) for record in records]
+    records = sorted(map(load, folder.glob("*.json")), key=_place)
+    blocks = [_folded(record) for record in records]
     if not any(record["cuda"] for record in records):
         blocks.insert(0, NOTHING)
     return "\n\n".join(blocks)
@@ -89,6 +97,18 @@ def draw_all(folder: Path, pictures: Path) -> list[Path]:
             painter(record, pictures / f"{path.stem}.png")
             drawn.append(pictures / f"{path.stem}.png")
     return drawn
+
+
+def _place(record: Mapping[str, Any]) -> tuple[bool, str, int]:
+    """Cards before CPUs, one after the other, each part by part; a CPU is one, on however many threads it ran."""
+    on_cpu = record["cuda"] is None
+    return on_cpu, "" if on_cpu else record["card"], list(TITLES).index(record["part"])
+
+
+def _folded(record: Mapping[str, Any]) -> str:
+    """Behind a line to click: the tables are wide and long."""
+    line = f"<summary>{TITLES[record['part']]}: {record['card']}, {record['date']}</summary>"
+    return f"<details>\n{line}\n\n{_trusted(record)}\n\n</details>"
 
 
 def _trusted(record: Mapping[str, Any]) -> str:

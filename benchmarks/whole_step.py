@@ -14,13 +14,15 @@ import psutil
 import torch
 
 from benchmarks.cases import Case, Contender, Row, blank_row
-from benchmarks.measure import MIB, Clock, _free, _name_backend, _outcome_in, ceilings
+from benchmarks.measure import MIB, Clock, _free, _name_backend, _outcome_in
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import Setting, WholeInputs, whole_inputs
 
 
 class Runner(Protocol):
     """One way to make steps."""
+
+    inputs: WholeInputs
 
     def __call__(self) -> None:
         """One optimizer step."""
@@ -30,12 +32,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepCase(Case):
-    """Its contenders' ``open`` makes a runner; the case's ``check`` says what is wrong with the steps it has made."""
+    """Its contenders' ``build`` takes files and phases and makes a runner, which is asked after its first step."""
 
     setting: Setting = field(default_factory=Setting)
-    floor: Callable[[WholeInputs], dict[str, float]] = lambda _: {}  # least seconds of each phase
-    open: Mapping[str, Callable[[WholeInputs, Phases], Runner]] = field(default_factory=dict)
     check: Callable[[Runner], dict[str, float]] = lambda _: {}  # errors by name; GateFailure where one is too large
+    floor: Callable[[Runner], dict[str, float]] = lambda _: {}  # least seconds of each phase; empty: it cannot tell
     steps: int = 1  # that are timed together
     rounds: int = 3
     memory: bool = True  # whether it is watched
@@ -56,6 +57,7 @@ def measure_steps(case: StepCase, device: torch.device, clock: Clock, rounds: in
     steps, and in the first round one more (on a GPU: the same) whose memory is watched."""
     rows = {c.name: StepRow(**blank_row(case, c, "measured").to_json()) for c in case.contenders}
     taken: dict[str, list[_Taken]] = {c.name: [] for c in case.contenders}
+    floor: dict[str, float] = {}
     with whole_inputs(case.setting, device) as inputs:
         for number in range(rounds):
             for contender in case.contenders:
@@ -66,14 +68,11 @@ def measure_steps(case: StepCase, device: torch.device, clock: Clock, rounds: in
                     row.status, row.reason = "not run", reason
                     continue
                 with _outcome_in(row, contender, device):
-                    taken[contender.name].append(_round(case, contender, row, inputs, first=number == 0))
+                    taken[contender.name].append(_round(case, contender, row, inputs, floor, first=number == 0))
                 _free(device)
-        floor: dict[str, float] = {}
-        for contender in case.contenders:
-            row = rows[contender.name]
-            if row.status != "measured":
-                continue
-            floor = floor or case.floor(inputs)
+    for contender in case.contenders:
+        row = rows[contender.name]
+        if row.status == "measured":
             _fill(row, taken[contender.name], floor, case.setting)
     return list(rows.values())
 
@@ -89,18 +88,20 @@ class _Taken(NamedTuple):
         return sum(self.phases.values())
 
 
-def _round(case: StepCase, contender: Contender, row: StepRow, inputs: WholeInputs, *, first: bool) -> _Taken:
+def _round(
+    case: StepCase, contender: Contender, row: StepRow, inputs: WholeInputs, floor: dict[str, float], *, first: bool
+) -> _Taken:
     device, phases = inputs.device, Phases(inputs.device)
     # Every round writes a run folder of its own.
     config = dataclasses.replace(inputs.config, output_dir=tempfile.mkdtemp(dir=inputs.folder))
-    runner = case.open[contender.name](dataclasses.replace(inputs, config=config), phases)
+    runner: Runner = contender.build(dataclasses.replace(inputs, config=config), phases)
     on_card = device.type == "cuda"
     try:
         cold = contender.name in case.cold
         if not cold:
             runner()
         if first and not cold:
-            _inspect(case, contender, row, runner, device)
+            _inspect(case, contender, row, runner, floor)
         with phases.watched(memory=first and on_card and case.memory):
             busy = _processor_seconds()
             for _ in range(case.steps):
@@ -109,7 +110,7 @@ def _round(case: StepCase, contender: Contender, row: StepRow, inputs: WholeInpu
         taken = _Taken({name: total / case.steps for name, total in phases.seconds.items()}, busy / case.steps)
         peaks = phases.peaks
         if first and cold:
-            _inspect(case, contender, row, runner, device)
+            _inspect(case, contender, row, runner, floor)
         if first and case.memory:
             row.held_mib = _held(runner) / MIB
             if not on_card:
@@ -123,9 +124,10 @@ def _round(case: StepCase, contender: Contender, row: StepRow, inputs: WholeInpu
         runner.close()
 
 
-def _inspect(case: StepCase, contender: Contender, row: StepRow, runner: Runner, device: torch.device) -> None:
+def _inspect(case: StepCase, contender: Contender, row: StepRow, runner: Runner, floor: dict[str, float]) -> None:
     row.errors = case.check(runner)
-    _name_backend(row, case, contender, device)
+    _name_backend(row, case, contender, runner.inputs.device)
+    floor |= {} if floor else case.floor(runner)
 
 
 def _processor_seconds() -> float:
@@ -161,13 +163,3 @@ def _held(runner: Any) -> int:
     tensors += [v for state in runner.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def floor_of(inputs: WholeInputs) -> dict[str, float]:
-    """``step_floor.floor_seconds`` of the setting's first prompt."""
-    from benchmarks.reference_step import ReferenceStep
-    from benchmarks.step_floor import floor_seconds
-
-    step = ReferenceStep(inputs, Phases(inputs.device))
-    prompt, _ = step.prompt_of(inputs.samples[0])
-    return floor_seconds(step.model, prompt, inputs.setting, ceilings(inputs.device))

@@ -1,8 +1,10 @@
-"""What all tests share: one thread, and the demo's files in a tiny size."""
+"""What all tests share: one thread, the demo's files in a tiny size, and what the tests of several files start from."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ import torch
 if not torch.cuda.is_available():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from coded_videos import MADE
+from evaluations import Oracle, install_oracle, write_benchmarks
+
+import videor1.stream
+import videor1.stream_shards
 from videor1.demo.assets import Assets, Sizes, make_assets
 
 torch.set_num_threads(1)  # two threads on a busy machine of two cores wait for each other
@@ -21,3 +28,35 @@ SIZES = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, 
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """Clips, data files and the tiny model; read only."""
     return make_assets(tmp_path_factory.mktemp("demo") / "assets", sizes=SIZES, progress=False)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Videos by their name in ``coded_videos.MADE``, each made once; read only."""
+    files: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in files:
+            files[name] = MADE[name].write(tmp_path_factory.mktemp("made"))
+        return files[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All six benchmarks, made small; read only."""
+    return write_benchmarks(tmp_path_factory)
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
+    """Answers in place of an evaluation's sampler."""
+    return install_oracle(monkeypatch)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams in blocks of about five rows, and in windows of four blocks."""
+    monkeypatch.setattr(videor1.stream_shards, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(videor1.stream, "MAX_WINDOW_BLOCKS", 4)

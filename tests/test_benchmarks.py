@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -236,7 +237,8 @@ def test_report_writes_the_readme(tmp_path):
     arguments = ["--write", "--results", str(tmp_path / "results"), "--readme", str(readme)]
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks -->\n**Imaginary Card 0**, driver 0.0, CUDA 0.0")
+    assert text.startswith("before\n<!-- benchmarks -->\n<details>\n<summary>Kernels: Imaginary Card 0, 2000-01-01</summary>")
+    assert "\n\n**Imaginary Card 0**, driver 0.0, CUDA 0.0" in text
     assert text.endswith("<!-- /benchmarks -->\nafter\n")
     assert "commit c0ffeec0ffee, 2000-01-01, kernel tests passed. Ceilings of this run: 2 TF/s" in text
     assert "| videor1_kernels (triton) | 250 | 8 | 4 | 80.0 (gemm) | 12.5 | 1.0e-06 | 2.0e-03 |" in text
@@ -252,7 +254,19 @@ def test_report_writes_the_readme(tmp_path):
 def test_report_without_a_card_says_how_to_record_one(tmp_path):
     assert report.report(tmp_path) == report.NOTHING
     (tmp_path / "cpu.json").write_text(json.dumps(made_up(cuda=None, driver=None, card="CPU: imaginary")))
-    assert report.report(tmp_path).startswith(f"{report.NOTHING}\n\n**CPU: imaginary**, Python")
+    text = report.report(tmp_path)
+    assert text.startswith(f"{report.NOTHING}\n\n<details>\n<summary>Kernels: CPU: imaginary, 2000-01-01</summary>\n\n")
+    assert "\n\n**CPU: imaginary**, Python" in text
+    assert text.endswith(" |\n\n</details>")
+
+
+def test_runs_stand_card_by_card_and_part_by_part(tmp_path):
+    for part in ("video", "kernels"):
+        for card, cuda in (("CPU: x, 1 thread", None), ("B", "13"), ("A", "13")):
+            (tmp_path / f"{card[0]}-{part}.json").write_text(json.dumps(made_up(part=part, card=card, cuda=cuda)))
+    found = re.findall("<summary>(.*), 2000", report.report(tmp_path))
+    titles = ("Kernels", "Frames to patches, decoding")
+    assert found == [f"{title}: {card}" for card in ("A", "B", "CPU: x, 1 thread") for title in titles]
 
 
 def test_report_says_what_is_doubtful(tmp_path):

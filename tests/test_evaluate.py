@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import Oracle, answers, install_oracle, results, run, write_benchmarks
+from evaluations import answers, results, run
 from runs import entries, write_data
 
 from videor1 import evaluate, evaluation
@@ -21,17 +21,6 @@ from videor1.metrics import read_jsonl
 from videor1.sampling import SamplingOptions
 
 COUNTS = {"mmvu": 1, "mvbench": 20, "tempcompass": 3, "videomme": 6, "videommmu": 4, "vsibench": 5}
-
-
-@pytest.fixture(scope="module")
-def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All six; read only."""
-    return write_benchmarks(tmp_path_factory)
-
-
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    return install_oracle(monkeypatch)
 
 
 def test_all_six(assets: Assets, benchmarks: Path, tmp_path: Path, oracle, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import runs
-from evaluations import Oracle, answers, flags, install_oracle, results, run, write_benchmarks
+from evaluations import Oracle, answers, flags, results, run
 from runs import Killed
 from safetensors.torch import load_file, save_file
 
@@ -20,17 +20,6 @@ from videor1.answers import AnswerFile
 from videor1.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.rollout import Request, Rollout
-
-
-@pytest.fixture(scope="module")
-def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All six; read only."""
-    return write_benchmarks(tmp_path_factory)
-
-
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    return install_oracle(monkeypatch)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
