@@ -32,7 +32,7 @@ class Expected:
 
     name: str
     output: str
-    value: Tensor
+    value: Tensor | Callable[[Mapping[str, Tensor]], Tensor]  # the latter: of what was drawn, from all outputs
     index: Tensor | None = None  # rows of the output that ``value`` holds; None: all of it
     gradient: bool = False  # compared relative to its norm
     ours_only: bool = False  # others may leave it out, or approximate it on purpose
@@ -55,10 +55,11 @@ def check(
         if not bool(output.isfinite().all()):
             raise GateFailure(f"{entry.output}: {int((~output.isfinite()).sum())} values are NaN or infinite")
         part = output.detach() if entry.index is None else output.detach()[entry.index]
-        if part.shape != entry.value.shape:
-            raise GateFailure(f"{entry.name}: expected shape {list(entry.value.shape)}, got {list(part.shape)}")
-        difference = (part.double() - entry.value).norm().item()
-        scale = entry.value.norm().item() if entry.gradient else max(entry.value.numel(), 1) ** 0.5
+        value = entry.value(outputs) if callable(entry.value) else entry.value
+        if part.shape != value.shape:
+            raise GateFailure(f"{entry.name}: expected shape {list(value.shape)}, got {list(part.shape)}")
+        difference = (part.double() - value).norm().item()
+        scale = value.norm().item() if entry.gradient else max(value.numel(), 1) ** 0.5
         errors[entry.name] = difference / scale
         bound = entry.bound if entry.bound is not None else (OURS if ours else OTHERS)[dtype][int(entry.gradient)]
         if (ours or not entry.ours_only) and not errors[entry.name] <= bound:

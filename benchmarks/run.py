@@ -22,7 +22,7 @@ from benchmarks.whole_step import StepCase, measure_steps
 PARTS = {
     "kernels": (
         "linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage",
-        "prefix_attention", "prefix_decode_attention",
+        "prefix_attention", "prefix_decode_attention", "sample_tokens",
     ),
     "video": ("frames_to_patches", "decode"),
     "step": ("step",),

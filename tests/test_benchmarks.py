@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, oracle, peers, report, run, shapes, tune
+from benchmarks import bench_sample_tokens, measure, oracle, peers, report, run, shapes, tune
 from benchmarks.bench_prefix_attention import Size as AttentionSize
 from benchmarks.bench_prefix_attention import attention_inputs
 from benchmarks.cases import OURS, Case, Contender, Work, pairs
@@ -166,6 +166,33 @@ def test_cases_pass_their_gates(name):
     assert seen
 
 
+def test_every_operation_is_measured():
+    modules = [importlib.import_module(f"benchmarks.bench_{name}") for names in run.PARTS.values() for name in names]
+    assert {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} == {m.__name__[11:] for m in modules}
+    measured = {case.op for module in modules for case in module.cases(CPU)}
+    assert measured > set(dispatch._registry)
+
+
+@pytest.mark.parametrize("name", list(bench_sample_tokens.SAMPLERS))
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda out, banned: out | {"tokens": banned[:1].expand(8)}, "tokens: rms error"),
+        (lambda out, banned: out | {"tokens": (out["tokens"] + 1) % 512}, "tokens.*: rms error"),
+        (lambda out, banned: out | {"logp": out["logp"] - 0.01}, "logp: rms error"),
+        (lambda out, banned: out | {bench_sample_tokens.DRAWN: out["tokens"].roll(1)}, "as drawn by fp64: rms error"),
+    ],
+)
+def test_a_wrong_draw_is_not_measured(name, wrong, reason):
+    inputs = bench_sample_tokens.sample_inputs(
+        bench_sample_tokens.Size("small", 8, 512), bench_sample_tokens.SAMPLERS[name], CPU
+    )
+    outputs, expected = bench_sample_tokens._ours(inputs)(), bench_sample_tokens._expected(inputs)
+    oracle.check(outputs, expected, torch.float32, ours=True)
+    with pytest.raises(GateFailure, match=reason):
+        oracle.check(wrong(outputs, inputs.banned), expected, torch.float32, ours=True)
+
+
 def test_oracle_gradients_are_those_of_autograd():
     inputs = shapes.head_inputs(TINY, CPU, zero_completions=3, beta=0.0)
     hidden, weight = (x.detach().double().requires_grad_() for x in (inputs.hidden, inputs.weight))
@@ -237,7 +264,7 @@ def test_report_writes_the_readme(tmp_path):
     arguments = ["--write", "--results", str(tmp_path / "results"), "--readme", str(readme)]
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks -->\n<details>\n<summary>Kernels: Imaginary Card 0, 2000-01-01</summary>")
+    assert text.startswith("before\n<!-- benchmarks -->\n<details>\n<summary>Kernels: Imaginary Card 0, 2000-01-01</")
     assert "\n\n**Imaginary Card 0**, driver 0.0, CUDA 0.0" in text
     assert text.endswith("<!-- /benchmarks -->\nafter\n")
     assert "commit c0ffeec0ffee, 2000-01-01, kernel tests passed. Ceilings of this run: 2 TF/s" in text
