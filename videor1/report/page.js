@@ -32,10 +32,11 @@
     for (const { id, figure } of read("chart-data")) {
       const div = document.getElementById(`chart-${id}`);
       const layout = { ...figure.layout, dragmode: coarse ? false : "zoom" };
-      await Plotly.newPlot(div, figure.data, layout, {
-        responsive: true, displayModeBar: false,
-      });
-      await Plotly.relayout(div, colours());
+      for (const [name, value] of Object.entries(colours())) {
+        const [last, ...outer] = name.split(".").reverse();
+        outer.reverse().reduce((node, part) => node[part] ??= {}, layout)[last] = value;
+      }
+      await Plotly.newPlot(div, figure.data, layout, { responsive: true, displayModeBar: false });
       plots.push(div);
       await new Promise((done) => setTimeout(done)); // the page stays responsive meanwhile
     }
