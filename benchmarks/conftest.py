@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError(
-            "pytest benchmarks: expected the plugin pytest-benchmark: pip install 'videor1[bench]', "
+            'pytest benchmarks: expected the plugin pytest-benchmark: pip install -e ".[bench]" (in the clone), '
             "or measure without it: python -m benchmarks.run kernels"
         )
     config.option.benchmark_quiet = True  # its tables hold no rates, memory or peers that did not run: -v shows them

@@ -197,7 +197,8 @@ def test_samples_that_fail_later_stop_the_run_too(assets: Assets, tmp_path: Path
     [
         ({"dataset_name": "gone.json"}, "no such data file"),
         ({"data__eval_path": "gone.json"}, "no such data file"),
-        ({"model_name_or_path": "./gone"}, "model_name_or_path: cannot load './gone'"),
+        ({"model_name_or_path": "./gone"}, "model_name_or_path: there is no folder './gone', and a hub id is of the"),
+        ({"model_name_or_path": "gone"}, "model_name_or_path: there is no folder 'gone'"),
         ({"reward__functions": "toy_rewards:unever"}, "did you mean|has no 'unever'"),
         ({"reward__functions": "toy_reward:uneven"}, "toy_reward"),
         ({"device": "cuda:99"}, "device"),
@@ -215,6 +216,15 @@ def test_a_wrong_option_ends_before_training(
     assert error[-1].startswith("error: ")
     assert re.search(message, error[-1])
     assert not (tmp_path / "run" / "rollouts.jsonl").exists() or not run_lines(tmp_path / "run", "rollouts.jsonl")
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(assets: Assets, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "note.txt").write_text("mine")
+    for name in ("run", "used"):
+        with pytest.raises(ConfigError, match="there is no folder"):
+            trainer(assets, tmp_path / name, model_name_or_path="a/b/c")
+    assert [path.name for path in tmp_path.rglob("*")] == ["used", "note.txt"]
 
 
 def test_a_model_without_its_tokenizer_is_one_message(assets: Assets, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from videor1 import cli
-from videor1.config import COMPAT, SFTConfig, TrainConfig
+from videor1.config import COMPAT, EvaluateConfig, SFTConfig, TrainConfig
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
 RECIPES = sorted(cli.RECIPES.glob("*.yaml"))
@@ -275,7 +275,49 @@ def test_compat_goes_with_the_recipe():
 
 
 def test_compat_is_no_option_of_sft(capsys):
-    assert failure(capsys, "--compat", "video-r1", config_class=SFTConfig).startswith("unknown option --compat;")
+    assert failure(capsys, "--compat", "video-r1", config_class=SFTConfig) == (
+        "--compat is an option of videor1.train, not of this command"
+    )
+
+
+def test_an_option_of_another_command_is_told_apart(capsys, tmp_path):
+    path = write(tmp_path, cli.dump_config(TrainConfig()))
+    message = f"{path}:95: num_generations is an option of videor1.train, not of this command"
+    assert failure(capsys, "--config", path, config_class=EvaluateConfig) == message
+    message = "--num_generations is an option of videor1.train, not of this command"
+    assert failure(capsys, "--num_generations", "3", config_class=SFTConfig) == message
+
+
+@pytest.mark.parametrize(
+    ("config_class", "recipes"),
+    [(TrainConfig, "demo, qwen2_5_vl_3b, qwen2_5_vl_7b"), (SFTConfig, "sft, sft_demo"), (EvaluateConfig, None)],
+)
+def test_help_names_the_recipes_that_the_command_reads(capsys, config_class, recipes):
+    with pytest.raises(SystemExit):
+        parse("--help", config_class=config_class)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("Recipes" in shown) == bool(recipes)
+    assert recipes is None or shown.endswith(f"Recipes that --config takes by name: {recipes}.")
+    assert failure(capsys, "--config", "gone", config_class=config_class).endswith(
+        f"give a YAML file or a recipe's name ({recipes})" if recipes else "give a YAML file"
+    )
+
+
+def test_a_resumed_run_keeps_its_options(tmp_path):
+    config = TrainConfig(model_name_or_path="m", beta=0.5, report_to=["wandb"], compat="video-r1", output_dir="moved")
+    cli.save_config(config, tmp_path / "config.yaml")
+    folder = ["--output_dir", str(tmp_path)]
+    expected = dataclasses.replace(config, output_dir=str(tmp_path), resume="auto")
+    assert parse("--resume", "auto", *folder) == expected
+    # What is given again wins, from files too.
+    given = [*folder, "--resume=auto", "--config", write(tmp_path, "beta: 0.7\nseed: 3"), "--seed", "4"]
+    assert parse(*given) == dataclasses.replace(expected, beta=0.7, seed=4)
+    where = write(tmp_path, f"output_dir: {tmp_path}", "where.yaml")
+    assert parse("--resume", "auto", "--config", where) == expected
+    # Another run in the folder has nothing to do with it.
+    assert parse(*folder) == TrainConfig(output_dir=str(tmp_path))
+    assert parse("--resume", "null", *folder) == TrainConfig(output_dir=str(tmp_path))
+    assert parse("--resume", "auto", "--output_dir", str(tmp_path / "new")).beta == TrainConfig().beta
 
 
 @pytest.mark.parametrize(
@@ -337,7 +379,6 @@ def test_help_and_table_show_every_option_with_docstring_and_default(capsys, con
         row = next(line for line in table.splitlines() if line.startswith(f"| `{option.name}` |"))
         assert squeeze(option.help) in squeeze(row.replace("\\", ""))
         assert row.replace("\\|", "").count("|") == 4
-    assert "qwen2_5_vl_7b" in shown
 
 
 def test_the_names_in_the_table_are_usable():

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from runs import train_flags
 
 from videor1 import train
+from videor1.cli import load_config, run_main
 from videor1.config import SFTConfig, TrainConfig
 from videor1.demo import run
-from videor1.demo.assets import Sizes, make_assets
+from videor1.demo.assets import Assets, Sizes, make_assets
 from videor1.metrics import read_jsonl
 from videor1.model import load_model
+from videor1.sft import SFTTrainer
 
 SMALL = Sizes(
     sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6,
@@ -71,13 +76,55 @@ def test_without_arguments_it_runs_the_whole_path(
         assert text in shown
 
 
-def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path) -> None:
+def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path, capsys) -> None:
     options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
     options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
     assert train.main(options) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert train.main([*options, "--resume", "auto"]) == 0
+    os.remove(tmp_path / "run" / "summary.json")
+    assert train.main([*options[:2], "--resume", "auto"]) == 0  # its config.yaml holds the other options
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert run_main(train.main, options[:2]) == 2
+    assert "holds a run already; go on with it by --resume auto" in capsys.readouterr().err
+
+
+def test_a_demo_that_was_stopped_in_its_cold_start_goes_on_as_told(
+    small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
+    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+
+    def stopped(self: SFTTrainer) -> None:
+        raise KeyboardInterrupt("saved runs/x/sft")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTTrainer, "train_batch", stopped)
+        assert run_main(train.main, options) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = f"interrupted: go on with: python -m videor1.train --resume auto --output_dir {tmp_path / 'run'}"
+    assert last == command
+    assert train.main(command.split()[7:]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml").num_generations == 2
+
+
+def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: Path, capsys) -> None:
+    """Not with the demonstration, which would write into it."""
+    folder = tmp_path / "run"
+    assert train.main(train_flags(assets, folder, max_steps=2, save_steps=1)) == 0
+    whole = [path for path in folder.rglob("*") if path.is_file()]
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    command = ["--resume", "auto", "--output_dir", str(folder)]
+    assert train.main(command) == 0
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(whole)
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 2
+    os.remove(folder / "config.yaml")
+    assert run_main(train.main, command) == 2
+    assert "holds a run that is not the demonstration's, and no config.yaml" in capsys.readouterr().err
+    assert run_main(train.main, command[2:]) == 2
+    assert not (folder / "demo").exists()
+    assert not (folder / "config.yaml").exists()
 
 
 def test_half_a_command_names_the_missing_half(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,8 +14,9 @@ import pytest
 from evaluations import answers, results, run
 from runs import entries, write_data
 
-from videor1 import evaluate, evaluation
+from videor1 import cli, evaluate, evaluation
 from videor1.cli import run_main
+from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
 from videor1.intervals import mean_of_differences, mean_of_shares
 from videor1.metrics import read_jsonl
@@ -49,7 +51,11 @@ def test_all_six(assets: Assets, benchmarks: Path, tmp_path: Path, oracle, capsy
     assert "mmvu: 1 question is left out (open-ended" in shown.err
     assert re.search(r"^videomme +6 +100\.0 \[15\.8, 100\.0\] +0\.0 \[0\.0, 84\.2\] +100\.0 ", shown.out, re.MULTILINE)
     assert "  duration: short" in shown.out
-    assert " ordered  " not in shown.out.partition("\n")[0]  # the same as the accuracy, all being videos
+    assert "ordered" not in shown.out  # the same as the accuracy, all being videos
+    assert "gap: accuracy less shuffled; cut: " in shown.out
+    table = shown.out.partition("vsibench: accuracy is")[0].split("\n\n")
+    first = [re.split(r":|  ", part.lstrip())[0] for part in table]
+    assert first[first.index("videomme") :][:4] == ["videomme", "duration", "task_type", "videommmu"]
     assert "vsibench: accuracy is the mean over the 8 tasks" in shown.out
     assert (tmp_path / "run" / "skipped.jsonl").read_text() == ""
 
@@ -158,7 +164,9 @@ def test_images_and_text_count_in_the_accuracy_alone(assets: Assets, tmp_path: P
     assert overall["videos"] == kinds.count("video")
     assert overall["accuracy"]["value"] == pytest.approx(len(given) / (len(given) + 1))
     assert overall["ordered"]["value"] == 1.0
-    assert re.search(r"questions +accuracy +ordered +shuffled +gap", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"questions +accuracy +ordered +shuffled +gap", shown)
+    assert "accuracy: of all questions, frames in order; ordered, shuffled: of those on videos; gap: ordered" in shown
     assert answers(tmp_path / "run")[-1]["shuffled_accuracy"] is None
 
 
@@ -266,3 +274,34 @@ def test_every_missing_benchmark_is_named_and_no_folder_is_left(
     assert "hf download OpenGVLab/MVBench" in told
     assert "hf download lmms-lab/Video-MME" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_was_trained_otherwise_is_told_of(
+    assets: Assets, tmp_path: Path, oracle, capsys: pytest.CaptureFixture
+) -> None:
+    model = tmp_path / "trained" / "checkpoints" / "step-7"
+    shutil.copytree(assets.model, model)
+    file = tmp_path / "trained" / "config.yaml"
+    options = {"model_name_or_path": model, "dataset_name": assets.dev, "eval_samples": 1}
+
+    def told(name: str) -> str:
+        assert run(assets, tmp_path / name, **options) == 0
+        found = [line for line in capsys.readouterr().err.splitlines() if "was trained otherwise" in line]
+        return found[0] if found else ""
+
+    assert told("no run") == ""
+    sides = {"video.max_pixels": 3136, "video.min_pixels": 3136}
+    images = {"video.image_max_pixels": 3136, "video.image_min_pixels": 3136}
+    alike = cli.parse(TrainConfig, [f"--{k}={v}" for k, v in (sides | images | {"max_completion_length": 4}).items()],
+                      prog="", description="")  # fmt: skip
+    cli.save_config(alike, file)
+    assert told("alike") == ""
+    video = dataclasses.replace(alike.video, max_frames=4, min_pixels=None)
+    cli.save_config(dataclasses.replace(alike, max_completion_length=9, video=video), file)
+    assert told("other") == (
+        f"{model} was trained otherwise; to ask it as in its training: --max_completion_length 9 --video.max_frames 4 "
+        "--video.min_pixels null"
+    )
+    for text in ("[", "- 1", "video: 3", ""):
+        file.write_text(text)
+        assert told(f"broken {text}".replace(":", "").replace(" ", "-")) == ""

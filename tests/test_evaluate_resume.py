@@ -80,7 +80,8 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(oracle, "generate", interrupted)
     assert run(assets, tmp_path / "run", benchmark="videomme,vsibench", data__root=benchmarks) == 130
     error = capsys.readouterr().err
-    assert f"6 of 11 questions are answered; go on with: --output_dir {tmp_path / 'run'} --resume auto" in error
+    command = f"python -m videor1.evaluate --resume auto --output_dir {tmp_path / 'run'}"
+    assert f"6 of 11 questions are answered; go on with: {command}" in error
 
 
 def test_a_full_disk_is_told_and_gone_on_from(
@@ -99,7 +100,7 @@ def test_a_full_disk_is_told_and_gone_on_from(
         patched.setattr(AnswerFile, "append", full)
         assert run(assets, tmp_path / "run", **options) == 1
     assert "cannot be written: No space left on device; 6 of 11 questions are answered" in capsys.readouterr().err
-    assert run(assets, tmp_path / "run", resume="auto", **options) == 0
+    assert run_main(evaluate.main, ["--resume", "auto", "--output_dir", str(tmp_path / "run")]) == 0
     assert len(answers(tmp_path / "run")) == 11
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def test_trackio(tmp_path, monkeypatch):
 )
 def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch, tracker, module):
     monkeypatch.setitem(sys.modules, module, None)  # import fails
-    with pytest.raises(ConfigError, match=rf'report_to {tracker}: .*pip install "videor1\[{tracker}\]"'):
+    with pytest.raises(ConfigError, match=rf'report_to {tracker}: .*pip install -e "\.\[{tracker}\]"'):
         MetricsWriter(tmp_path, report_to=[tracker])
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -253,6 +254,7 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
         for step in range(21, 41):
             progress.update({"loss": step / 1000, "p": 0.5, "p~": None, "kl": float("nan"), "tokens/s": 1234.5})
     lines = stream.getvalue().splitlines()
+    assert "step/s" in lines[-1] or "s/step" in lines[-1]
     assert not set("\r\x1b") & set(stream.getvalue())
     assert [line.split(" [")[0] for line in lines] == [f"T-GRPO: {step}/40" for step in (24, 28, 32, 36, 40)]
     assert "loss=0.024, p=0.5, p~=—, kl=—, tokens/s=1234" in lines[0]
@@ -264,6 +266,15 @@ def test_progress_prints_a_line_when_enough_time_has_passed():
         progress.update({})
         progress.update({})
     assert [line.split(" [")[0] for line in stream.getvalue().splitlines()] == ["1/1000", "2/1000"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_counts_in_its_unit(terminal):
+    stream = Terminal() if terminal else io.StringIO()
+    with Progress(2, unit="question", stream=stream) as progress:
+        progress.update({}, steps=2)
+    assert re.search(r"question/s|s/question", stream.getvalue())
+    assert "step" not in stream.getvalue()
 
 
 def test_progress_draws_a_bar_on_a_terminal():

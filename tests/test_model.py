@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from rollouts import answer, ask
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import videor1.rollout.decode
 import videor1_kernels.integrations.transformers
+from videor1.config import LoraConfig
 from videor1.loss import completion_logp, pack, predicting_states
 from videor1.model import VideoLM, set_checkpointing
 from videor1.patches import normalize_patches
@@ -180,3 +183,20 @@ def test_attention_in_bf16_gets_bf16_as_the_kernels_need_it(frozen: bool, monkey
     assert set(seen) == {torch.bfloat16}
     assert len(seen) >= 3 * 2 * model.hf.config.text_config.num_hidden_layers
     assert chosen_backend("prefix_attention", "cuda", dtype=torch.bfloat16) == "triton"
+
+
+def test_adapters_are_made_without_the_warning_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of transformers about a name that peft uses; all others are shown."""
+    wrap = peft.get_peft_model
+
+    def warn_too(*args: Any) -> Any:
+        warnings.warn("another name is deprecated", FutureWarning, stacklevel=2)
+        return wrap(*args)
+
+    monkeypatch.setattr(peft, "get_peft_model", warn_too)
+    model = make_lm()
+    set_checkpointing(model.hf, True)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        model.add_lora(LoraConfig(rank=2), seed=0)
+    assert [str(one.message) for one in shown if one.category is FutureWarning] == ["another name is deprecated"]

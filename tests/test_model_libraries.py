@@ -124,5 +124,5 @@ def test_liger_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_liger_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rms_norm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'videor1\[liger\]'"):
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[liger\]"'):
         use_liger(make_lm().hf)

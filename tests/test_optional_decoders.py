@@ -330,7 +330,8 @@ def test_a_missing_package_names_its_extra(monkeypatch, decoder, module, extra):
     with pytest.raises(ConfigError) as caught:
         decoder("a.mp4")
     message = str(caught.value)
-    assert message == f'video.backend: {extra} is not installed; pip install "videor1[{extra}]", or use "pyav"'
+    command = f'pip install -e ".[{extra}]" (in the clone)'
+    assert message == f'video.backend: {extra} is not installed; {command}, or use "pyav"'
 
 
 class NoSuchPackage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,16 @@ def test_mistakes_say_what_to_give(tmp_path: Path) -> None:
         plan(options("--distributed.engine", "deepspeed"))
     with pytest.raises(ConfigError, match="expected --check"):
         main([])
+
+
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["-h"], ["--check", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        assert "usage: python -m videor1.plan --check [options of videor1.train]" in shown
+        assert re.search(r"^  --check +\w", shown, re.MULTILINE)
 
 
 def test_check_prints_plan_and_measured(capsys: pytest.CaptureFixture[str]) -> None:

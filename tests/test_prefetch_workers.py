@@ -1,5 +1,6 @@
 """Workers of the prefetcher that hang, are killed, die idle, cannot start or lose their parent."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from prefetchers import Work, alive, prefetcher, run_script, wait_until
+from runs import session_members
 
 from videor1.types import SampleError
 from videor1.workers import WorkerPool
@@ -128,6 +130,52 @@ def test_ctrl_c_ends_everything_without_workers_tracebacks_even_unclosed(tmp_pat
     assert script.returncode == 5
     assert err == ""
     wait_until(lambda: not any(map(alive, pids)))
+
+
+STARTS = """
+    import os
+    from videor1.cache import Key
+    from videor1.prefetch import Prefetcher
+
+    def load(item):
+        if item == 2:
+            os._exit(1)
+        return item
+
+    if __name__ == "__main__":
+        with Prefetcher(load, workers=2, depth=1, timeout=500, key=Key) as ahead:
+            for _, result in ahead.iterate(range(40)):
+                print(getattr(result, "kind", result))
+            print(ahead.stats.restarts)
+    """
+
+
+def started_processes(session):
+    """The resource tracker, the process that workers are forked from, and the workers."""
+    for pid in session_members(session):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if b"from multiprocessing" in command:
+            yield pid
+
+
+def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path):
+    script = run_script(tmp_path, STARTS, start_new_session=True)
+    hit = set()
+    deadline = time.monotonic() + 60
+    while script.poll() is None:
+        assert time.monotonic() < deadline, "waited too long"
+        for pid in started_processes(script.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+                hit.add(pid)
+        time.sleep(0.002)
+    out, err = script.communicate(timeout=20)
+    assert err == ""
+    assert out.split() == ["0", "1", "worker_died", *map(str, range(3, 40)), "0"]
+    assert len(hit) >= 4  # the last of them replaced the worker that died
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):

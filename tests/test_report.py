@@ -126,6 +126,12 @@ def test_before_the_first_step(tmp_path: Path) -> None:
     assert made.figures == {}
 
 
+def test_an_evaluation_has_no_page(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"an evaluation's folder: its tables are in .*results\.json, and it has no"):
+        write_report(tmp_path)
+
+
 def test_values_that_are_missing_null_or_nan(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=[])
     text = ['{"step": 1, "loss": NaN, "kl": Infinity}', '{"step": 2, "loss": 0.5, "kl": null, "reward": "high"}']
@@ -234,7 +240,7 @@ def test_a_run_that_fell_silent(
     made = report(run)
     told = f"Nothing was written for {said} before this page was made" if said else "Nothing was written for"
     assert (told in made.words) == bool(said)
-    assert (f"--resume auto --output_dir {run}" in made.words) == bool(said)
+    assert (f"python -m videor1.train --resume auto --output_dir {run}" in made.words) == bool(said)
 
 
 def test_an_evaluation_is_no_silence(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from media import coded_frames, write_video
 from PIL import Image
 from report_runs import HOSTILE, make_run, rollout_row, small_video
 
-from videor1.config import TemporalConfig
+from videor1.config import TemporalConfig, VideoConfig
 from videor1.report import write_report
 
 REQUIRED = os.environ.get("VIDEOR1_BROWSER") == "required"  # then nothing here may be skipped
 if not REQUIRED:
-    pytest.importorskip("selenium", reason="needs selenium: pip install 'videor1[test]'")
+    pytest.importorskip("selenium", reason='needs selenium: pip install -e ".[test]" (in the clone)')
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -179,6 +180,9 @@ def test_a_name_in_a_legend_hides_its_line(one: Window) -> None:
 
 
 def test_the_next_rollout_by_button_key_and_list(one: Window) -> None:
+    assert "Step 10 ·" in one.card  # the first with a bonus
+    assert one.find("#position").text == "2 of 4"
+    one.click(one.find("#previous"))
     assert "Step 1 ·" in one.card
     assert not one.find("#previous").is_enabled()
     one.click(one.find("#next"))
@@ -219,7 +223,6 @@ def test_filters(one: Window) -> None:
 
 
 def test_a_rollout(one: Window) -> None:
-    one.click(one.find("#next"))
     for words in (
         "What comes first in 10?", "✓ B. blue solution", "Frames in order", "Frames shuffled", "✓ correct", "✗ wrong",
         "1 of 2 correct", "reward 2.20", "advantage +0.71", "advantage −0.71", "tokens 7 (cut at the limit)",
@@ -237,6 +240,42 @@ def test_a_rollout(one: Window) -> None:
     assert sources[4:] == [sources[i] for i in (3, 0, 2, 1)]
     assert pictures[4].get_attribute("alt") == "Place 1: frame 4 of 4, at 0.88 seconds"
     one.clean()
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_times_of_long_videos_leave_the_rows_even(phone: bool, browser: Any, tmp_path: Path) -> None:
+    frames, rows = coded_frames(16, 96, 160), []
+    for step, ms in ((1, 740), (2, 99_960)):  # between two frames
+        video = write_video(tmp_path / f"{step}.mp4", frames, pts_ms=[ms * i for i in range(16)])
+        rows.append(rollout_row(step, video, permutation=list(range(15, -1, -1))))
+    run = make_run(tmp_path / "run", rollouts=rows, video=VideoConfig(max_frames=16))
+    width = 375 if phone else 1280
+    expected = {"1": {"1 0.00 s", "14 9.62 s", "16 11.1 s"}, "2": {"1 0.00 s", "11 999.6 s", "16 1499 s"}}
+    window = Window(browser, write_report(run, tmp_path / "page.html"), width=width, phone=phone)
+    for step, some in expected.items():
+        window.choose("#filter-step", step)
+        labels = window.js(
+            "return [...document.querySelectorAll('.frames li > span')].map(e => "
+            "[e.innerText.replace(/\\s+/g, ' '), e.clientHeight, e.scrollWidth - e.clientWidth])"
+        )
+        assert len(labels) == 32
+        assert some <= {text for text, _, _ in labels}
+        assert len({height for _, height, _ in labels}) == 1
+        assert max(beyond for _, _, beyond in labels) == 0, labels
+        window.shot(f"long_video_{step}_{'phone' if phone else 'wide'}")
+    window.clean()
+
+
+def test_shuffled_answers_of_which_none_was_run(browser: Any, tmp_path: Path) -> None:
+    """Nor has any prompt a bonus: the first is shown."""
+    none = {"shuffled_completions": [], "shuffled_accuracy": [None, None], "temporal": 0.0}
+    rows = [rollout_row(step, small_video(tmp_path / "one.mp4"), **none) for step in (1, 2)]
+    window = Window(browser, write_report(make_run(tmp_path / "run", rollouts=rows), tmp_path / "page.html"))
+    assert "Step 1 ·" in window.card
+    assert "Answers from shuffled frames: none was run to its end" in window.card
+    assert "2 of 2 were skipped or stopped" in window.card
+    assert "0 of 0" not in window.card
+    window.clean()
 
 
 def frame_numbers(strip: Any) -> list[str]:
@@ -323,6 +362,7 @@ def test_a_phone(name: str, browser: Any, folder: Path) -> None:
     for button in window.all("button"):
         assert button.size["height"] >= 36
         assert button.size["width"] >= 44
+    Select(window.find("#pick")).select_by_index(0)
     for _ in Select(window.find("#pick")).options:
         assert window.js("return document.documentElement.scrollWidth") <= 375
         window.js("document.getElementById('next').click()")

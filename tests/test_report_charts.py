@@ -44,6 +44,20 @@ def test_the_gap_is_shaded_where_both_are_known(tmp_path: Path) -> None:
     assert decoded(held_out[0]["y"]) == pytest.approx([0.3] * 3)
 
 
+def test_values_of_zero_alone_are_drawn(tmp_path: Path) -> None:
+    """A logarithmic axis has no 0."""
+    still = [step_row(step) | {"grad_norm": 0.0} for step in range(1, 31)]
+    some = make_run(tmp_path / "some")
+    none = make_run(tmp_path / "none", rows=still)
+    assert report(some).figures["grad"]["layout"]["yaxis"]["type"] == "log"
+    alone = report(none).figures["grad"]
+    assert alone["layout"]["yaxis"].get("type", "linear") == "linear"
+    assert drawn(alone, "gradient norm")[1] == [0.0] * 30
+    both = report(some, none)
+    assert both.figures["grad"]["layout"]["yaxis"]["type"] == "log"
+    assert "All 0, and so not on this axis, in none." in both.words
+
+
 def test_where_the_seconds_go(tmp_path: Path) -> None:
     rows = [step_row(step) for step in range(1, 31)]
     made = report(make_run(tmp_path / "run", rows=rows))

@@ -242,7 +242,8 @@ def test_signals_save_and_exit_130(
     ((step, checkpoint),) = checkpoints(tmp_path)
     assert 3 <= step < 8
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith(f"interrupted: saved {checkpoint}; go on with --resume auto")
+    command = f"python -m {module} --resume auto --output_dir {tmp_path}"
+    assert stderr.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {command}"
     assert_session_ends(process.pid)
     if train:
         trainer(assets, tmp_path, resume="auto", **options(mixed, "train")).train()
@@ -265,7 +266,7 @@ def test_ctrl_c_during_the_last_step(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(run, "train_batch", batch)
-    with pytest.raises(KeyboardInterrupt, match="step-8; go on with --resume auto"):
+    with pytest.raises(KeyboardInterrupt, match="step-8; go on with: python -m videor1.train --resume auto"):
         run.train()
     for _ in range(2):
         trainer(assets, tmp_path, resume="auto", **options(mixed, "train")).train()

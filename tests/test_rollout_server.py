@@ -639,7 +639,7 @@ def test_the_key_comes_from_the_caller_or_the_environment(server: FakeServer, mo
 
 def test_a_missing_client_names_the_extra(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match=r'pip install "videor1\[server\]"'):
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[server\]"'):
         make_engine(server)
 
 

@@ -95,7 +95,7 @@ def test_packing_and_accumulation_do_not_change_the_update(assets: Assets, tmp_p
     assert not same_weights(weights(finals["packed"]), weights(assets.model))
 
 
-def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path) -> None:
+def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, capsys) -> None:
     """Few samples that are also the held-out ones: learnt by heart well before the last step."""
     found = entries(assets.sft)[:2]
     data = write_data(tmp_path / "two.json", found)
@@ -106,6 +106,7 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path) -> 
     )  # fmt: skip
     assert run.title() == "sft until accuracy 0.9"
     final = run.train()
+    assert f"sft until accuracy 0.9: reached at step {run.step}, {run.accuracy:.3f}" in capsys.readouterr().err
     assert run.accuracy >= 0.9
     assert run.step < 200
     assert run.step % 10 == 0

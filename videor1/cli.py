@@ -1,7 +1,8 @@
 """Command line: YAML files and ``--any.option value`` in, a checked config dataclass out.
 
 Everything is derived from the dataclasses of ``config.py``: a field is an option, its docstring the help text.
-Precedence, lowest first: the class defaults, ``compat``, the YAML files in order, the command line.
+Precedence, lowest first: the class defaults, ``compat``, the config.yaml of a run that is gone on with, the YAML files
+in order, the command line.
 ``python -m videor1.cli --table train`` prints the options as a Markdown table.
 """
 
@@ -24,10 +25,11 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from videor1.config import COMPAT, SFTConfig, TrainConfig
+from videor1.config import COMPAT, EvaluateConfig, SFTConfig, TrainConfig
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
 RECIPES = Path(__file__).parent / "configs"
+COMMANDS = {"videor1.train": TrainConfig, "videor1.sft": SFTConfig, "videor1.evaluate": EvaluateConfig}
 SHORTHANDS = {"temporal": "temporal.enabled"}  # the reference's flag is our section
 
 ConfigT = TypeVar("ConfigT")
@@ -137,18 +139,19 @@ def save_config(config: Any, path: str | Path) -> None:
 def changed_options(before: Any, after: Any) -> list[str]:
     """``name: old -> new`` of each option that differs, apart from where the run is and how it is resumed."""
     changes = []
-    for name, old in _flat(before).items():
-        new = _flat(after)[name]
+    for name, old in flat_options(before).items():
+        new = flat_options(after)[name]
         if old != new and name not in ("output_dir", "resume", "disable_tqdm"):
             changes.append(f"{name}: {_shown(old)} -> {_shown(new)}")
     return changes
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat_options(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        values |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: _plain(value)}
+        values |= flat_options(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: _plain(value)}
     return values
 
 
@@ -180,12 +183,12 @@ def options_table(config_class: type) -> str:
 
 
 def _build_parser(options: dict[str, Option], prog: str, description: str) -> ArgumentParser:
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    recipes = ", ".join(_recipes(options))
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE.yaml ...] [--any.option value ...]",
         description=description,
-        epilog=f"Recipes that --config takes by name: {recipes}.",
+        epilog=f"Recipes that --config takes by name: {recipes}." if recipes else None,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -224,7 +227,10 @@ def _resolve(
     given = _parse_tokens(parser, options, tokens, defaults=False)
     values: dict[str, Any] = {}
     for name in given.get("config") or []:
-        values |= _read_yaml(_find_config(name), parser, options)
+        values |= _read_yaml(_find_config(name, options), parser, options)
+    folder = given["output_dir"] if "output_dir" in given else values.get("output_dir")
+    if given.get("resume") and folder and (of_the_run := Path(folder) / "config.yaml").is_file():
+        values = _read_yaml(of_the_run, parser, options) | values  # what is not given again is as it was
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
         values = {**COMPAT[compat], **values}
@@ -262,8 +268,7 @@ def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
         option = options.get(name.removesuffix("+"))  # --list+ appends
         known = option is not None and (option.is_list or not name.endswith("+"))
         if not known and name not in ("help", "config"):
-            nearest = _nearest(name, ["config", "print_config", *options])
-            raise ConfigError(f"unknown option --{name}; did you mean {nearest}?")
+            raise ConfigError(_unknown(f"--{name}", ["config", "print_config", *options]))
         values = [value] if equals else []
         while not equals and index < len(argv) and not str(argv[index]).startswith("--"):
             values.append(str(argv[index]))
@@ -277,15 +282,34 @@ def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
     return tokens
 
 
-def _find_config(name: str) -> Path:
+def _find_config(name: str, options: dict[str, Option]) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    recipes = {recipe.stem: recipe for recipe in RECIPES.glob("*.yaml")}
-    if name.removesuffix(".yaml") in recipes:
-        return recipes[name.removesuffix(".yaml")]
+    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).name == name and recipe.is_file():
+        return recipe
     reason = "it is a folder" if path.is_dir() else "no such file"
-    raise ConfigError(f"--config {name}: {reason}; give a YAML file or a recipe's name ({', '.join(sorted(recipes))})")
+    recipes = _recipes(options)
+    names = f" or a recipe's name ({', '.join(recipes)})" if recipes else ""
+    raise ConfigError(f"--config {name}: {reason}; give a YAML file{names}")
+
+
+def _recipes(options: Iterable[str]) -> list[str]:
+    """Names of the shipped files that hold nothing but these options."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if _recipe_options(path) <= set(options))
+
+
+@functools.cache
+def _recipe_options(path: Path) -> set[str]:
+    def names(tree: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from names(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name
+
+    return set(names(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
 
 
 def _read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
@@ -311,7 +335,7 @@ def _read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) -
         if name in sections:
             raise ConfigError(f"{where}: {name}: expected a mapping of its options, got {_source(loader, node)}")
         if name not in options:
-            raise ConfigError(f"{where}: unknown option {name}; did you mean {_nearest(name, options)}?")
+            raise ConfigError(f"{where}: {_unknown(name, options)}")
         if name in values:
             raise ConfigError(f"{where}: {name} is given twice")
         try:
@@ -372,6 +396,15 @@ def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> 
         section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         arguments[field.name] = _build(hint, values, f"{name}.") if section else values[name]
     return config_class(**arguments)
+
+
+def _unknown(shown: str, names: Iterable[str]) -> str:
+    """What to say of an option that is none of this command's."""
+    name = shown.removeprefix("--")
+    owners = [command for command, config_class in COMMANDS.items() if name in collect_options(config_class)]
+    if owners:
+        return f"{shown} is an option of {' and '.join(owners)}, not of this command"
+    return f"unknown option {shown}; did you mean {_nearest(name, names)}?"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from videor1.doctor_rows import Row
+from videor1.errors import install
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -40,7 +41,6 @@ class Declared:
     source: str  # where that is written
     version: str
     python: str
-    target: str  # what pip installs for an extra
     needed: list[Requirement] = field(default_factory=list)
     extras: dict[str, list[Requirement]] = field(default_factory=dict)
 
@@ -57,9 +57,7 @@ def declared() -> Declared:
         about = metadata.metadata("videor1")
     except metadata.PackageNotFoundError:
         return _of_checkout()
-    made = Declared(
-        "the installed package's metadata", about["Version"], about["Requires-Python"] or "", "'videor1[{}]'"
-    )
+    made = Declared("the installed package's metadata", about["Version"], about["Requires-Python"] or "")
     made.extras = {extra: [] for extra in about.get_all("Provides-Extra") or []}
     for requirement in map(Requirement, metadata.requires("videor1") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -84,7 +82,7 @@ def _of_checkout() -> Declared:
         return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
 
     source = "pyproject.toml (videor1 is not installed)"
-    made = Declared(source, project["version"], project["requires-python"], "-e '.[{}]'")
+    made = Declared(source, project["version"], project["requires-python"])
     made.needed = holding(project["dependencies"])
     made.extras = {extra: holding(lines) for extra, lines in project.get("optional-dependencies", {}).items()}
     return made
@@ -153,7 +151,7 @@ def extras() -> list[Row]:
     """Optional packages, and the line that adds each."""
     wanted = declared()
     return [
-        _extra(extra, members, f"pip install {wanted.target.format(extra)}")
+        _extra(extra, members, install(extra))
         for extra, members in wanted.extras.items()
         if extra not in DEVELOPMENT
     ]

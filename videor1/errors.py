@@ -11,3 +11,8 @@ class DataError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: too many non-finite steps in a row, or no usable sample left."""
+
+
+def install(extra: str) -> str:
+    """The command that adds an optional extra. No package index has this project: it is installed from a clone."""
+    return f'pip install -e ".[{extra}]" (in the clone)'

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videor1.cli import parse, run_main
+import yaml
+
+from videor1.cli import flat_options, parse, run_main, save_config
 from videor1.config import EvaluateConfig
 from videor1.errors import ConfigError, DataError
 
@@ -20,10 +24,7 @@ if TYPE_CHECKING:
     from videor1.suites import Loaded
 
 
-_LEGEND = (
-    "In percent, 95% intervals clustered by video. accuracy: of all questions, frames in order; ordered, shuffled: of "
-    "those on videos; gap: ordered less shuffled; cut: at max_completion_length; no answer: without an <answer> tag."
-)
+_TRAINED_VIDEO = ("max_frames", "fps", "max_pixels", "min_pixels", "image_max_pixels", "image_min_pixels")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     from videor1.checkpoint import base_digest
     from videor1.metrics import Progress
     from videor1.model import load_model
-    from videor1.results import benchmark_results, results_table
+    from videor1.results import benchmark_results, results_legend, results_table
 
     run_dir = _run_dir(config)
     benchmarks = _load(config)
@@ -52,16 +53,21 @@ def main(argv: list[str] | None = None) -> int:
         _say_what_is_not_asked(loaded)
     model = load_model(config)
     answers = begin(run_dir, config, benchmarks, base_digest(model))
+    save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
+    _say_how_it_was_trained(config)
     # What could not be read is tried again, so its list begins anew.
     skipped = AnswerFile(run_dir / "skipped.jsonl", keep=False)
     total = sum(len(_asked(loaded, config)) for loaded in benchmarks)
     try:
-        with Progress(total, initial=len(answers.rows), description="evaluate", disabled=config.disable_tqdm) as shown:
+        with Progress(
+            total, initial=len(answers.rows), description="evaluate", unit="question", disabled=config.disable_tqdm
+        ) as shown:
             for loaded in benchmarks:
                 _answer(config, loaded, model, answers, skipped, shown)
     except (KeyboardInterrupt, OSError) as error:
         done = (
-            f"{len(answers.rows)} of {total} questions are answered; go on with: --output_dir {run_dir} --resume auto"
+            f"{len(answers.rows)} of {total} questions are answered; go on with: "
+            f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(run_dir))}"
         )
         if isinstance(error, OSError):
             raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
@@ -81,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     print(results_table(results))
     for name, result in results.items():
         _say_what_was_not_answered(name, result)
-    print(_LEGEND)
+    print(results_legend(results))
     print(f"Saved {run_dir / 'results.json'}. Answers: {answers.path}")
     return 0
 
@@ -122,6 +128,25 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
     if missing:
         raise DataError("\n\n".join(missing))
     return found
+
+
+def _say_how_it_was_trained(config: EvaluateConfig) -> None:
+    """Frames and lengths of the run that a checkpoint is from, where it is asked with others: it may not know these."""
+    model = Path(str(config.model_name_or_path)).resolve()
+    if model.parent.name != "checkpoints":
+        return
+    try:
+        trained = yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))
+        known = {"max_completion_length": trained.get("max_completion_length", config.max_completion_length)}
+        known |= {f"video.{name}": trained["video"].get(name) for name in _TRAINED_VIDEO}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError):  # none of ours
+        return
+    asked = flat_options(config)
+    others = {name: value for name, value in known.items() if value != asked[name]}
+    if others:
+        options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in others.items())
+        print(f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",
+              file=sys.stderr)  # fmt: skip
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

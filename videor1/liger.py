@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, install
 
 
 def use_liger(hf: Any) -> None:
@@ -26,7 +26,7 @@ def use_liger(hf: Any) -> None:
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
         from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
     except ImportError as error:
-        raise ConfigError(f"model.liger: pip install 'videor1[liger]' ({error})") from error
+        raise ConfigError(f"model.liger: {error}; {install('liger')}") from error
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
     assert modeling.apply_rotary_pos_emb  # M-RoPE has picked its angles before: what is left is the plain rotation

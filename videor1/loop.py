@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import shlex
 import signal
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -92,7 +93,12 @@ class Loop(ABC, Generic[C]):
         self.accuracy = math.nan  # of the latest evaluation
         self.resume_from = self.ranks.lead_does(self._resume_point)
         self.folder.mkdir(exist_ok=True)
-        self.model: VideoLM = self.make_model()
+        try:
+            self.model: VideoLM = self.make_model()
+        except ConfigError:
+            with suppress(OSError):  # not empty: it was there before
+                self.folder.rmdir()
+            raise
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
@@ -147,10 +153,17 @@ class Loop(ABC, Generic[C]):
             if not self._stop:
                 self._log_steps()
                 self._evaluate()
+                if self.step < self.total_steps:
+                    self.progress.write(f"{self.title()}: reached at step {self.step}, {self.accuracy:.3f}")
             final = self._save(required=True)
         if self._stop:
-            raise KeyboardInterrupt(f"saved {final}; go on with --resume auto --output_dir {self.run_dir}")
+            raise KeyboardInterrupt(f"saved {final}; go on with: {self.resume_command()}")
         return final
+
+    def resume_command(self) -> str:
+        """The run's config.yaml holds its other options."""
+        launcher = "python" if self.ranks.world == 1 else f"torchrun --nproc_per_node {self.ranks.world} ..."
+        return f"{launcher} -m videor1.{self.name} --resume auto --output_dir {shlex.quote(str(self.run_dir))}"
 
     def _stopping(self) -> bool:
         """Whether a signal has reached any rank: all stop after the same batch."""

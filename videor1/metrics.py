@@ -21,7 +21,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from videor1.errors import ConfigError, DataError
+from videor1.errors import ConfigError, DataError, install
 
 
 class JsonlWriter:
@@ -220,7 +220,7 @@ def _import(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f'report_to {extra}: {error}; install it with: pip install "videor1[{extra}]"') from None
+        raise ConfigError(f"report_to {extra}: {error}; {install(extra)}") from None
 
 
 class Progress:
@@ -230,6 +230,7 @@ class Progress:
         total: steps of the whole run.
         initial: steps done before this start (resume).
         description: the word in front.
+        unit: what a step is called.
         disabled: show no progress.
         silent: write no messages either.
         stream: default stderr.
@@ -242,6 +243,7 @@ class Progress:
         *,
         initial: int = 0,
         description: str = "",
+        unit: str = "step",
         disabled: bool = False,
         silent: bool = False,
         stream: TextIO | None = None,
@@ -249,13 +251,13 @@ class Progress:
     ) -> None:
         self._silent = silent
         self._total, self._initial, self._done = total, initial, initial
-        self._description, self._every = description, every
+        self._description, self._unit, self._every = description, unit, every
         self._stream = sys.stderr if stream is None else stream
         self._start = self._last_line = time.monotonic()
         self._plain = not disabled and not self._stream.isatty()
         self._bar = tqdm(
             total=total, initial=initial, desc=description or None, file=self._stream,
-            disable=disabled or self._plain, dynamic_ncols=True, unit="step",
+            disable=disabled or self._plain, dynamic_ncols=True, unit=unit,
         )  # fmt: skip
 
     def update(self, values: Mapping[str, float | None], steps: int = 1) -> None:
@@ -288,7 +290,7 @@ class Progress:
         self._last_line = time.monotonic()
         line = tqdm.format_meter(
             self._done, self._total, self._last_line - self._start, initial=self._initial,
-            unit="step", prefix=self._description and f"{self._description}: ", postfix=shown,
+            unit=self._unit, prefix=self._description and f"{self._description}: ", postfix=shown,
             bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )  # fmt: skip
         print(line, file=self._stream, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGene
 from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, LoraConfig, ModelConfig
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, install
 from videor1.liger import use_liger
 from videor1.patches import normalize_patches
 from videor1.positions import prompt_positions
@@ -170,8 +171,10 @@ class VideoLM:
             target_modules=rf".*language_model.*\.({names})",
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(derive_seed(seed, "lora"))
+            # peft asks for it by the name that newer transformers call is_activation_checkpointing.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             try:
                 self.peft = get_peft_model(self.hf, options)
             except ValueError as error:
@@ -204,6 +207,8 @@ def load_model(config: CommonConfig) -> VideoLM:
     source = config.model_name_or_path
     if not source:
         raise ConfigError("model_name_or_path: expected a Qwen2.5-VL folder or hub id, got nothing")
+    if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
+        raise ConfigError(f"model_name_or_path: there is no folder {source!r}, and a hub id is of the form owner/name")
     device = pick_device(config.device)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     transformers_logging.disable_progress_bar()  # the run's own bar is enough
@@ -239,7 +244,7 @@ def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
         try:
             hf.model.visual.set_attn_implementation("flash_attention_2")
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"model.attention: pip install 'videor1[flash-attn]' ({error})") from error
+            raise ConfigError(f"model.attention: {error}; {install('flash-attn')}") from error
     if options.liger:
         use_liger(hf)
 

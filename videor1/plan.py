@@ -6,6 +6,7 @@ the passes know of. ``python -m videor1.plan --check`` runs the same passes on r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import warnings
@@ -356,12 +357,21 @@ def _cell(size: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """``python -m videor1.plan --check [options of videor1.train]``: plan beside measured."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--check" not in argv:
+    parser = argparse.ArgumentParser(
+        prog="python -m videor1.plan",
+        usage="%(prog)s --check [options of videor1.train]",
+        description="Compare a memory plan with what the same passes take on this machine, with random weights. The "
+        "plan alone, for any card, is printed by python -m videor1.train --plan.",
+        epilog="python -m videor1.train --help lists the options of videor1.train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="run the passes and print both, phase by phase")
+    given, options = parser.parse_known_args(argv)
+    if not given.check:
         raise ConfigError("expected --check (plan beside measured); python -m videor1.train --plan prints a plan alone")
     from videor1.plan_check import check_command
 
-    return check_command([argument for argument in argv if argument != "--check"])
+    return check_command(options)
 
 
 if __name__ == "__main__":

@@ -104,17 +104,38 @@ def _by_category(answers: Sequence[Row], axis: str, overall: Overall) -> dict[st
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The benchmarks' figures as text, in percent with 95% intervals; ``ordered`` where not all questions are on
-    videos."""
-    overall = [result["overall"] for result in results.values()]
-    mixed = any(found["accuracy"] != found["ordered"] for found in overall)
-    columns = ["accuracy", *["ordered"] * mixed, "shuffled", "gap"]
+    videos. A blank line around the categories of an axis."""
+    columns = ["accuracy", *["ordered"] * _mixed(results), "shuffled", "gap"]
     rows = [["", "questions", *columns, "cut", "no answer"]]
+    blank = [""] * len(rows[0])
+    by_category = False
     for name, result in results.items():
-        rows.append([name, *_cells(result["overall"], columns)])
-        for axis, categories in result["categories"].items():
-            if len(categories) > 1:
-                rows += [[f"  {axis}: {category}", *_cells(found, columns)] for category, found in categories.items()]
+        rows += [blank] * by_category + [[name, *_cells(result["overall"], columns)]]
+        tables = [(axis, categories) for axis, categories in result["categories"].items() if len(categories) > 1]
+        by_category = bool(tables)
+        for axis, categories in tables:
+            rows.append(blank)
+            rows += [[f"  {axis}: {category}", *_cells(found, columns)] for category, found in categories.items()]
     return summary_table(rows)
+
+
+def results_legend(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the columns of ``results_table`` are."""
+    figures = (
+        "accuracy: of all questions, frames in order; ordered, shuffled: of those on videos; gap: ordered less shuffled"
+        if _mixed(results)
+        else "accuracy: frames in order; shuffled: frames shuffled; gap: accuracy less shuffled"
+    )
+    return (
+        f"In percent, 95% intervals clustered by video. {figures}; cut: at max_completion_length; "
+        "no answer: without an <answer> tag."
+    )
+
+
+def _mixed(results: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether not all questions are on videos."""
+    overall = [result["overall"] for result in results.values()]
+    return any(found["accuracy"] != found["ordered"] for found in overall)
 
 
 def _cells(found: Mapping[str, Any], columns: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from videor1.errors import ConfigError, DataError
+from videor1.errors import ConfigError, DataError, install
 
 JSONL = (".jsonl", ".ndjson")
 GZIP = tuple(f"{suffix}.gz" for suffix in JSONL)
@@ -190,5 +190,5 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"dataset_name: this data needs {package.partition('.')[0]}: pip install 'videor1[stream]' ({error})"
+            f"dataset_name: this data needs {package.partition('.')[0]}: {error}; {install('stream')}"
         ) from error

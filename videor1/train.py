@@ -6,6 +6,7 @@ import sys
 
 from videor1.cli import parse, run_main
 from videor1.config import TrainConfig
+from videor1.demo import demonstration_argv, is_demonstration
 from videor1.errors import ConfigError
 
 
@@ -16,16 +17,17 @@ def main(argv: list[str] | None = None) -> int:
         return _plan([argument for argument in argv if argument != "--plan"])
     # Asked to print the configuration, the demonstration prints its own: that is read first.
     config = _parse([argument for argument in argv if argument != "--print_config"])
-    if bool(config.model_name_or_path) != bool(config.dataset_name):
+    demonstration = is_demonstration(config)
+    if not demonstration and not (config.model_name_or_path and config.dataset_name):
         missing = "dataset_name" if config.model_name_or_path else "model_name_or_path"
         raise ConfigError(f"{missing}: give model_name_or_path and dataset_name, or neither for the demonstration")
     if "--print_config" in argv:
-        _parse(argv if config.model_name_or_path else ["--config", "demo", *argv])
+        _parse(demonstration_argv(config, argv) if demonstration else argv)
     # Imported here: decode workers import this file again, and must start quickly.
-    if not config.model_name_or_path:
+    if demonstration:
         from videor1.demo.run import run_demo
 
-        return run_demo(argv)
+        return run_demo(demonstration_argv(config, argv))
     from videor1.curves import draw_curves
     from videor1.report import report_line
     from videor1.trainer import Trainer

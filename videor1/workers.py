@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -209,7 +210,9 @@ def _end_with_parent() -> None:
 
 def _start_pool(pool: ProcessPool) -> None:
     if hasattr(signal, "pthread_sigmask"):
-        # Inherited by the processes started here: Ctrl-C must not hit them while they still import.
+        # Ctrl-C must not hit the processes started here while they still import: they inherit the mask, as do the
+        # pool's threads, which start the later ones. Starting the resource tracker unblocks SIGINT, so that comes first.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pool.active  # noqa: B018  (the property starts the workers)
 

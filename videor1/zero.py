@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from videor1.config import DistributedConfig
 from videor1.distributed import Ranks, T, Update
-from videor1.errors import ConfigError, TrainingStopped
+from videor1.errors import ConfigError, TrainingStopped, install
 
 _FIELDS = ("exp_avg", "exp_avg_sq")
 _BEAT_SECONDS = 2.0
@@ -36,7 +36,7 @@ class ZeroRanks(Ranks):
         try:
             import deepspeed
         except ImportError as error:
-            raise ConfigError(f"distributed.engine: deepspeed: pip install 'videor1[deepspeed]' ({error})") from error
+            raise ConfigError(f"distributed.engine: deepspeed: {error}; {install('deepspeed')}") from error
         self._deepspeed, self._config = deepspeed, config
         if "RANK" not in os.environ:
             raise ConfigError("distributed.engine: deepspeed runs under a launcher: torchrun --nproc_per_node N -m ...")

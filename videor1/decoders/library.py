@@ -21,7 +21,7 @@ from torch import Tensor
 from videor1.decoders.index import FrameIndex, open_video, read_index
 from videor1.decoders.protocol import Frames, VideoInfo
 from videor1.decoders.stack import taken
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, install
 from videor1.types import SampleError
 from videor1_kernels.frames_to_patches import YuvFrames
 
@@ -131,7 +131,7 @@ def import_library(module: str, extra: str) -> Any:
     except Exception as error:  # a missing shared library is an OSError or a RuntimeError, depending on who loads it
         package = module.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            message = f'video.backend: {extra} is not installed; pip install "videor1[{extra}]", or use "pyav"'
+            message = f'video.backend: {extra} is not installed; {install(extra)}, or use "pyav"'
         else:
             message = f'video.backend: {extra} is installed but does not load ({root_cause(error)}); use "pyav"'
         raise ConfigError(message) from error

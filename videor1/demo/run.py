@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from videor1.cli import load_config, parse
+from videor1.cli import load_config, parse, save_config
 from videor1.config import SFTConfig, TrainConfig
 from videor1.curves import draw_curves
 from videor1.data import load_samples
+from videor1.demo import data_file
 from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
 from videor1.evaluation import Evaluation, Evaluator
@@ -26,20 +28,50 @@ from videor1.trainer import Trainer
 
 
 def run_demo(argv: list[str]) -> int:
-    """Run the demonstration; ``argv`` overrides the recipe ``demo`` of the T-GRPO stage.
+    """Run the demonstration, by the options of its T-GRPO stage.
 
     Writes ``summary.json`` into the run folder and prints it as a table. Returns the exit code.
     """
     started = time.perf_counter()
-    config = parse(TrainConfig, ["--config", "demo", *argv], prog="python -m videor1.train", description="")
-    if config.data.root or config.data.eval_path:
+    config = parse(TrainConfig, argv, prog="python -m videor1.train", description="")
+    if config.data.root or (config.data.eval_path and not config.dataset_name):
         raise ConfigError("data.root, data.eval_path: the demonstration makes its own data; name your model and data")
     if pick_device(config.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # So small a model's operations gain little from more, and wait for each other where another program runs.
         torch.set_num_threads(1)
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    _check_folder(run_dir, config)
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
+    if not (run_dir / "config.yaml").exists():  # for a resume of an earlier stage than T-GRPO
+        save_config(
+            dataclasses.replace(config, output_dir=str(run_dir), dataset_name=str(data_file(run_dir))),
+            run_dir / "config.yaml",
+        )
+    try:
+        return _stages(config, run_dir, started)
+    except KeyboardInterrupt:  # not its stage's folder, which is no whole demonstration
+        raise KeyboardInterrupt(
+            f"go on with: python -m videor1.train --resume auto --output_dir {shlex.quote(str(run_dir))}"
+        ) from None
 
+
+def _check_folder(run_dir: Path, config: TrainConfig) -> None:
+    """Another run's folder is left as it is."""
+    others = run_dir / "metrics.jsonl"
+    if not others.exists() or not others.stat().st_size:
+        return
+    if not config.resume:
+        raise ConfigError(
+            f"output_dir: {run_dir} holds a run already; go on with it by --resume auto, or name another folder"
+        )
+    if not data_file(run_dir).exists():
+        raise ConfigError(
+            f"output_dir: {run_dir} holds a run that is not the demonstration's, and no config.yaml that tells its "
+            "options; give model_name_or_path, dataset_name and its other options again"
+        )
+
+
+def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
     print("1/4  making clips, questions, a tokenizer and a tiny Qwen2.5-VL", flush=True)
     assets = make_assets(run_dir / "demo", seed=config.seed, progress=not config.disable_tqdm)
 

@@ -95,6 +95,9 @@ def charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
                 note += f" {', '.join(f'{dash}: {label}' for dash, (_, label), some in lines if some).capitalize()}."
             if len(present) < len(runs):
                 note += " Not measured in " + ", ".join(visible(run.name) for run in runs if run not in present) + "."
+            if chart.log and any(nonzero := [_positive(chart, run) for run in present]) and not all(nonzero):
+                zero = [visible(run.name) for run, some in zip(present, nonzero, strict=True) if not some]
+                note += f" All 0, and so not on this axis, in {', '.join(zero)}."
             summary = _summary(chart, present, len(runs) > 1)
             made.append(_entry(chart.id, chart.title, note.strip(), summary, _figure(chart, runs)))
         else:
@@ -151,9 +154,16 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> go.Figure:
     if chart.share:
         top = max((s.values.max() for run in runs for n, _ in chart.lines if len(s := run.metrics[n])), default=1.0)
         figure.update_yaxes(range=[-0.02, max(1.02, top)] if chart.gap or top > 0.5 else None, rangemode="tozero")
-    if chart.log:
+    if chart.log and any(_positive(chart, run) for run in runs):
         figure.update_yaxes(type="log", nticks=6)
+    elif chart.log:
+        figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _positive(chart: Chart, run: Run) -> bool:
+    """Whether a logarithmic axis shows anything of the run."""
+    return any((run.metrics[name].values > 0).any() for name, _ in chart.lines)
 
 
 def _plain(run: Run) -> str:

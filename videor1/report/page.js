@@ -57,6 +57,7 @@
 
   const number = (value, digits = 2) => value === null ? "—" : value.toFixed(digits).replace("-", "−");
   const signed = (value) => value === null ? "—" : (value > 0 ? "+" : "") + number(value);
+  const seconds = (value) => number(value, value < 10 ? 2 : value < 1000 ? 1 : 0); // as wide as there is room
   const plain = (value) => value === null ? "—" : String(Math.round(value * 1000) / 1000).replace("-", "−");
 
   function fill(select, values, label) {
@@ -121,7 +122,8 @@
     if (card.asked) {
       const left = card.asked - card.shuffled.length;
       const correct = card.shuffled.filter((answer) => answer.right).length;
-      node.append(el("h4", {}, `Answers from shuffled frames: ${correct} of ${card.shuffled.length} correct${above}`));
+      const result = card.shuffled.length ? `${correct} of ${card.shuffled.length} correct${above}` : "none was run to its end";
+      node.append(el("h4", {}, `Answers from shuffled frames: ${result}`));
       if (left) node.append(el("p", { class: "note" }, `${left} of ${card.asked} were skipped or stopped: they could no longer change the advantages.`));
       node.append(el("div", { class: "answers" }, ...card.shuffled.map((answer, i) => answerOf(answer, `shuffled ${i + 1}`))));
     }
@@ -164,8 +166,8 @@
   function strip(name, order, clip) {
     const count = clip.frames.length;
     const frames = order.map((i, place) => el("li", { style: `--hue: ${Math.round(250 * (1 - i / Math.max(1, count - 1)))}` },
-      el("img", { src: clip.frames[i], alt: `Place ${place + 1}: frame ${i + 1} of ${count}, at ${number(clip.times[i])} seconds` }),
-      el("span", {}, el("b", {}, `${i + 1}`), count > 1 ? el("time", {}, `${number(clip.times[i])} s`) : null)));
+      el("img", { src: clip.frames[i], alt: `Place ${place + 1}: frame ${i + 1} of ${count}, at ${seconds(clip.times[i])} seconds` }),
+      el("span", {}, el("b", {}, `${i + 1}`), count > 1 ? el("time", {}, `${seconds(clip.times[i])} s`) : null)));
     return el("section", {}, el("h4", {}, name), el("ol", { class: count > 1 ? "frames" : "frames one" }, ...frames));
   }
 
@@ -252,4 +254,6 @@
     if (event.key === "ArrowRight") move(1);
   });
   filter();
+  const rewarded = cards.findIndex((card) => card.bonus > 0); // what the run is about is shown first
+  if (rewarded > 0) move(rewarded);
 })();

@@ -86,6 +86,8 @@ def load_run(path: str | Path) -> Run:
         reason = "it is a file" if path.exists() else "there is no such folder"
         raise ConfigError(f"RUN {path}: expected the folder of a run, but {reason}")
     file = path / "metrics.jsonl"
+    if not file.is_file() and (results := path / "results.json").is_file():
+        raise ConfigError(f"RUN {path}: an evaluation's folder: its tables are in {results}, and it has no page")
     if not file.is_file():
         raise ConfigError(
             f"RUN {path}: no metrics.jsonl in it; expected the folder that videor1.train or videor1.sft wrote "

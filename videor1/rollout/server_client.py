@@ -8,7 +8,7 @@ import os
 from types import TracebackType
 from typing import Any
 
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, install
 from videor1.rollout.protocol import RolloutError
 
 _QUOTED = 400  # characters of an error's body that a message shows
@@ -108,4 +108,4 @@ def _import_openai() -> Any:
     try:
         return importlib.import_module("openai")
     except ImportError as error:
-        raise ConfigError(f'rollout server: {error}; install it with: pip install "videor1[server]"') from None
+        raise ConfigError(f"rollout server: {error}; {install('server')}") from None

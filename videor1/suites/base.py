@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from videor1.data import EntryChecker, Unparsed, parse_entry
-from videor1.errors import ConfigError, DataError
+from videor1.errors import ConfigError, DataError, install
 from videor1.types import ProblemType, Sample, SampleError
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".gif")
@@ -239,7 +239,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             parquet = importlib.import_module("pyarrow.parquet")
         except ImportError as error:
-            message = f"benchmark: {file.name} needs pyarrow: pip install 'videor1[stream]' ({error})"
+            message = f"benchmark: {file.name} needs pyarrow: {error}; {install('stream')}"
             raise ConfigError(message) from error
         try:
             table = parquet.read_table(file)
