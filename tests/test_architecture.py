@@ -80,6 +80,13 @@ def test_no_file_is_two_ideas_long() -> None:
     assert not long
 
 
+def test_no_file_installs_the_project_from_an_index() -> None:
+    """Its name there is not ours: extras are added in the clone, ``errors.install``."""
+    index = re.compile(r"pip install [^\n]*videor1\[")
+    assert index.search("pip install 'videor1" + "[server]'") is not None
+    assert [str(path.relative_to(ROOT)) for path in texts() if index.search(path.read_text(errors="replace"))] == []
+
+
 def test_no_file_names_a_local_path_or_a_private_host() -> None:
     folders = "|".join(("work", "tmp", "home", "root", "Users", "mnt"))
     private = re.compile(

@@ -124,7 +124,7 @@ LOOP = """
 def test_ctrl_c_ends_everything_without_workers_tracebacks_even_unclosed(tmp_path):
     script = run_script(tmp_path, LOOP, start_new_session=True)
     pids = [int(script.stdout.readline()) for _ in range(2)]
-    time.sleep(0.5)
+    time.sleep(0.75)  # amid a wait of half a second: at its end, Python's own Condition may lose its lock to Ctrl-C
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: the whole group
     _, err = script.communicate(timeout=20)
     assert script.returncode == 5
@@ -133,18 +133,19 @@ def test_ctrl_c_ends_everything_without_workers_tracebacks_even_unclosed(tmp_pat
 
 
 STARTS = """
-    import os
+    import os, time
     from videor1.cache import Key
     from videor1.prefetch import Prefetcher
 
     def load(item):
-        if item == 2:
+        if item == 1:
             os._exit(1)
+        time.sleep(0.5)
         return item
 
     if __name__ == "__main__":
-        with Prefetcher(load, workers=2, depth=1, timeout=500, key=Key) as ahead:
-            for _, result in ahead.iterate(range(40)):
+        with Prefetcher(load, workers=1, depth=1, timeout=500, key=Key) as ahead:
+            for _, result in ahead.iterate(range(3)):
                 print(getattr(result, "kind", result))
             print(ahead.stats.restarts)
     """
@@ -174,8 +175,8 @@ def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path):
         time.sleep(0.002)
     out, err = script.communicate(timeout=20)
     assert err == ""
-    assert out.split() == ["0", "1", "worker_died", *map(str, range(3, 40)), "0"]
-    assert len(hit) >= 4  # the last of them replaced the worker that died
+    assert out.split() == ["0", "worker_died", "2", "0"]
+    assert len(hit) == 4  # the last one in place of the worker that died
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):

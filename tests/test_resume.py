@@ -266,7 +266,7 @@ def test_ctrl_c_during_the_last_step(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(run, "train_batch", batch)
-    with pytest.raises(KeyboardInterrupt, match="step-8; go on with: python -m videor1.train --resume auto"):
+    with pytest.raises(KeyboardInterrupt, match=r"step-8; go on with: python -m videor1\.train --resume auto"):
         run.train()
     for _ in range(2):
         trainer(assets, tmp_path, resume="auto", **options(mixed, "train")).train()

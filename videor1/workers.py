@@ -211,7 +211,7 @@ def _end_with_parent() -> None:
 def _start_pool(pool: ProcessPool) -> None:
     if hasattr(signal, "pthread_sigmask"):
         # Ctrl-C must not hit the processes started here while they still import: they inherit the mask, as do the
-        # pool's threads, which start the later ones. Starting the resource tracker unblocks SIGINT, so that comes first.
+        # pool's threads, which start the later ones. The resource tracker's start unblocks SIGINT: it comes first.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pool.active  # noqa: B018  (the property starts the workers)
