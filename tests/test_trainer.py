@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -243,6 +244,22 @@ def test_steps_that_teach_nothing_are_told_of_once(
     said = capsys.readouterr().err
     assert said.count("step 5: in the last 5 steps all answers to a question earned the same reward") == told
     assert said.count("the same reward") == told
+
+
+def test_a_temporal_bonus_alone_teaches(assets: Assets, tmp_path: Path, capsys, monkeypatch) -> None:
+    """All answers right, and all favoured by temporal.apply advantage."""
+    original = videor1.trainer.score_groups
+
+    def favoured(*arguments: Any) -> Any:
+        scored = original(*arguments)
+        advantages = torch.full_like(scored.result.advantages, 0.3)
+        return dataclasses.replace(scored, result=dataclasses.replace(scored.result, advantages=advantages))
+
+    monkeypatch.setattr(videor1.trainer, "score_groups", favoured)
+    run = trainer(assets, tmp_path / "run", max_steps=6, reward__functions="toy_rewards:nothing")
+    run.train()
+    assert last_metrics(tmp_path / "run")["frac_reward_zero_std"] == 1
+    assert "the same reward" not in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(assets: Assets, tmp_path: Path) -> None:

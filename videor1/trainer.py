@@ -224,21 +224,22 @@ class Trainer(Loop[TrainConfig]):
     def _metrics(
         self, batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
     ) -> dict[str, Any]:
-        report = report_of(batch, rows, results, left_out)
-        metrics = step_metrics(self.ranks.gather(report), clock.laps, clock.total())
-        self._watch_signal(metrics)
+        reports = self.ranks.gather(report_of(batch, rows, results, left_out))
+        metrics = step_metrics(reports, clock.laps, clock.total())
+        self._watch_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
 
-    def _watch_signal(self, metrics: dict[str, Any]) -> None:
+    def _watch_signal(self, signal: bool, metrics: dict[str, Any]) -> None:
         """Say once when nothing is learned: a model that is always wrong looks like one that trains slowly."""
-        same = metrics.get("frac_reward_zero_std") == 1
-        self.steps_without_signal = self.steps_without_signal + 1 if same else 0
+        if "reward" not in metrics:  # no prompt was answered
+            return
+        self.steps_without_signal = 0 if signal else self.steps_without_signal + 1
         if self.steps_without_signal == NO_SIGNAL_STEPS:
             self.progress.write(
                 f"step {self.step}: in the last {NO_SIGNAL_STEPS} steps all answers to a question earned the same "
                 f"reward, so their advantages are 0 and nothing is learned from them; accuracy is now "
-                f"{metrics['rewards/accuracy/mean']:.2f}. A model that is never right needs an SFT cold start "
-                "(python -m videor1.sft) or easier questions, one that always is needs harder ones"
+                f"{metrics['rewards/accuracy/mean']:.2f}. A model that is never right needs an SFT cold "
+                "start (python -m videor1.sft) or easier questions, one that always is needs harder ones"
             )
 
     def _reference_logp(self, row: Packed, features: list[Tensor] | None) -> Tensor | None:
