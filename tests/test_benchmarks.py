@@ -42,8 +42,8 @@ def _quick(monkeypatch):
 
 def logprob_case(*contenders):
     return Case(
-        "linear_logprob", "forward", TINY.described(), TINY.dtype, lambda device: shapes.head_inputs(TINY, device),
-        oracle.logprob, lambda inputs: Work(2e6, 1e3, "2NHV"), contenders,
+        "linear_logprob", "forward", TINY.described(), TINY.dtype, contenders,
+        lambda device: shapes.head_inputs(TINY, device), oracle.logprob, lambda inputs: Work(2e6, 1e3, "2NHV"),
     )  # fmt: skip
 
 

@@ -314,6 +314,11 @@ def test_a_resumed_run_keeps_its_options(tmp_path):
     assert parse(*given) == dataclasses.replace(expected, beta=0.7, seed=4)
     where = write(tmp_path, f"output_dir: {tmp_path}", "where.yaml")
     assert parse("--resume", "auto", "--config", where) == expected
+    # A command that names its model or data is whole: what it does not give has its default.
+    assert parse("--resume", "auto", *folder, "--dataset_name", "d").beta == TrainConfig().beta
+    assert parse("--resume", "auto", "--config", write(tmp_path, f"output_dir: {tmp_path}\nmodel_name_or_path: m")) == (
+        TrainConfig(resume="auto", output_dir=str(tmp_path), model_name_or_path="m")
+    )
     # Another run in the folder has nothing to do with it.
     assert parse(*folder) == TrainConfig(output_dir=str(tmp_path))
     assert parse("--resume", "null", *folder) == TrainConfig(output_dir=str(tmp_path))

@@ -229,7 +229,9 @@ def _resolve(
     for name in given.get("config") or []:
         values |= _read_yaml(_find_config(name, options), parser, options)
     folder = given["output_dir"] if "output_dir" in given else values.get("output_dir")
-    if given.get("resume") and folder and (of_the_run := Path(folder) / "config.yaml").is_file():
+    # A command that names these is whole, as that of a new run.
+    named = any(name in given or name in values for name in ("model_name_or_path", "dataset_name"))
+    if given.get("resume") and folder and not named and (of_the_run := Path(folder) / "config.yaml").is_file():
         values = _read_yaml(of_the_run, parser, options) | values  # what is not given again is as it was
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
