@@ -67,7 +67,7 @@ def step(setting: Setting, *, steps: int = 1) -> StepCase:
         check=_check,
         floor=_floor,
         steps=steps,
-        rounds=3 if setting.model == "tiny" else 1,
+        rounds=(5 if setting.prompts <= 4 else 3) if setting.model == "tiny" else 1,
         # Minutes a step where the model is real; the case of one prompt, which comes first, has warmed the process.
         cold=frozenset({REFERENCE_STEP} if setting.model != "tiny" and setting.prompts > 1 else ()),
         slow=setting.prompts > 4,
