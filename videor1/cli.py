@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,6 +154,20 @@ def flat_options(config: Any, prefix: str = "") -> dict[str, Any]:
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         values |= flat_options(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: _plain(value)}
     return values
+
+
+def flat_tree(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What a YAML file of options holds, by dotted names; unchecked."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat_tree(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def resume_command(command: str, folder: str | Path, launcher: str = "python") -> str:
+    """How a run goes on; its folder's config.yaml holds its other options."""
+    return f"{launcher} -m videor1.{command} --resume auto --output_dir {shlex.quote(str(folder))}"
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
@@ -304,14 +319,7 @@ def _recipes(options: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _recipe_options(path: Path) -> set[str]:
-    def names(tree: dict[str, Any], prefix: str) -> Iterator[str]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from names(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name
-
-    return set(names(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    return {name for name, _ in flat_tree(yaml.safe_load(path.read_text(encoding="utf-8")))}
 
 
 def _read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:

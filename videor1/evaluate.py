@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from videor1.cli import flat_options, parse, run_main, save_config
+from videor1.cli import flat_options, flat_tree, parse, resume_command, run_main, save_config
 from videor1.config import EvaluateConfig
 from videor1.errors import ConfigError, DataError
 
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
     from videor1.suites import Loaded
 
 
-_TRAINED_VIDEO = ("max_frames", "fps", "max_pixels", "min_pixels", "image_max_pixels", "image_min_pixels")
+_TRAINED = (
+    "max_completion_length", "video.max_frames", "video.fps", "video.max_pixels", "video.min_pixels",
+    "video.image_max_pixels", "video.image_min_pixels",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, OSError) as error:
         done = (
             f"{len(answers.rows)} of {total} questions are answered; go on with: "
-            f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(run_dir))}"
+            f"{resume_command('evaluate', run_dir)}"
         )
         if isinstance(error, OSError):
             raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
@@ -136,13 +138,11 @@ def _say_how_it_was_trained(config: EvaluateConfig) -> None:
     if model.parent.name != "checkpoints":
         return
     try:
-        trained = yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))
-        known = {"max_completion_length": trained.get("max_completion_length", config.max_completion_length)}
-        known |= {f"video.{name}": trained["video"].get(name) for name in _TRAINED_VIDEO}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError):  # none of ours
+        trained = dict(flat_tree(yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):  # none of ours
         return
     asked = flat_options(config)
-    others = {name: value for name, value in known.items() if value != asked[name]}
+    others = {name: trained[name] for name in _TRAINED if name in trained and trained[name] != asked[name]}
     if others:
         options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in others.items())
         print(f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
-import shlex
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, read_trainer, save
-from videor1.cli import changed_options, load_config, save_config
+from videor1.cli import changed_options, load_config, resume_command, save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
 from videor1.distributed import make_ranks, start_of
@@ -157,13 +156,9 @@ class Loop(ABC, Generic[C]):
                     self.progress.write(f"{self.title()}: reached at step {self.step}, {self.accuracy:.3f}")
             final = self._save(required=True)
         if self._stop:
-            raise KeyboardInterrupt(f"saved {final}; go on with: {self.resume_command()}")
+            launcher = "python" if self.ranks.world == 1 else f"torchrun --nproc_per_node {self.ranks.world} ..."
+            raise KeyboardInterrupt(f"saved {final}; go on with: {resume_command(self.name, self.run_dir, launcher)}")
         return final
-
-    def resume_command(self) -> str:
-        """The run's config.yaml holds its other options."""
-        launcher = "python" if self.ranks.world == 1 else f"torchrun --nproc_per_node {self.ranks.world} ..."
-        return f"{launcher} -m videor1.{self.name} --resume auto --output_dir {shlex.quote(str(self.run_dir))}"
 
     def _stopping(self) -> bool:
         """Whether a signal has reached any rank: all stop after the same batch."""
@@ -346,15 +341,11 @@ class Loop(ABC, Generic[C]):
         return {"model_name_or_path (digest of its weights)": base_digest(self.model)} | options
 
     def _resume_point(self) -> Path | None:
-        used = _holds_lines(self.run_dir / "metrics.jsonl")
         if self.config.resume == "auto" and not self.config.output_dir:
             raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
         found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
-        if used and not self.config.resume:
-            raise ConfigError(
-                f"output_dir: {self.run_dir} holds a run already; go on with it by --resume auto, "
-                "or name another folder"
-            )
+        if not self.config.resume:
+            check_unused(self.run_dir)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -476,9 +467,18 @@ class Loop(ABC, Generic[C]):
                 signal.signal(number, handler)
 
 
-def _holds_lines(path: Path) -> bool:
+def holds_run(folder: Path) -> bool:
     """A run that ended before its first step leaves an empty file: the mended command may use the folder."""
+    path = folder / "metrics.jsonl"
     return path.exists() and path.stat().st_size > 0
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ConfigError where another run's lines are."""
+    if holds_run(folder):
+        raise ConfigError(
+            f"output_dir: {folder} holds a run already; go on with it by --resume auto, or name another folder"
+        )
 
 
 def _sums(rows: Sequence[dict[str, int]]) -> dict[str, int]:

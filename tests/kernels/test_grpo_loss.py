@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from grpo_options import CLIPS, LOSSES
 
 from videor1_kernels import grpo_loss
 from videor1_kernels.testing import assert_matches, poisoned_memory
@@ -69,15 +70,6 @@ def random_case(seed=0, lengths=(4, 1, 0, 7, 3), masked=False):
     if masked:
         case["mask"] = torch.rand(n) > 0.3
     return logp.requires_grad_(), case
-
-
-LOSSES = [
-    {"loss_type": "grpo"},
-    {"loss_type": "bnpo"},
-    {"loss_type": "dr_grpo", "max_completion_length": 9},
-    {"loss_type": "dapo", "num_tokens": 41},
-]
-CLIPS = [(None, None), (0.2, None), (None, 0.28), (0.2, 0.28)]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x["loss_type"])

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from grpo_options import CLIPS, LOSSES
 from triton_cases import DEVICE, QUIET, error_of, leaf
-from triton_grpo_cases import BAD, BOTH, CLIPS, FIELDS, GOOD, LENGTHS, LOSSES, cumulative, double, given, make_case
+from triton_grpo_cases import BAD, BOTH, FIELDS, GOOD, LENGTHS, cumulative, double, given, make_case
 
 from videor1_kernels import grpo_loss, last_backend
 from videor1_kernels.testing import assert_matches, poisoned_memory

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grpo_options import CLIPS, LOSSES
 from triton_cases import DEVICE, DTYPES, HALF, QUIET, Head, error_of, leaf, make_head
 from triton_grpo_cases import (
     BAD,
     BOTH,
-    CLIPS,
     GOOD,
     LENGTHS,
-    LOSSES,
     check_linear,
     cumulative,
     double,

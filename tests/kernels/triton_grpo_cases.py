@@ -10,13 +10,6 @@ from videor1_kernels import last_backend, linear_grpo_loss, linear_logprob
 from videor1_kernels.testing import assert_matches
 
 LENGTHS = (5, 1, 0, 9, 2)
-LOSSES = [
-    {"loss_type": "grpo"},
-    {"loss_type": "bnpo"},
-    {"loss_type": "dr_grpo", "max_completion_length": 9},
-    {"loss_type": "dapo", "num_tokens": 41},
-]
-CLIPS = [(None, None), (0.2, None), (None, 0.28), (0.2, 0.28)]
 BOTH = {"clip_low": 0.2, "clip_high": 0.28}
 FIELDS = ("loss", "kl", "clip_fraction", "logp")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from videor1.cli import load_config, parse, save_config
+from videor1.cli import load_config, parse, resume_command, save_config
 from videor1.config import SFTConfig, TrainConfig
 from videor1.curves import draw_curves
 from videor1.data import load_samples
@@ -20,6 +19,7 @@ from videor1.demo import data_file
 from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
 from videor1.evaluation import Evaluation, Evaluator
+from videor1.loop import check_unused, holds_run
 from videor1.metrics import summary_table
 from videor1.model import load_model, pick_device
 from videor1.report import report_line
@@ -50,21 +50,14 @@ def run_demo(argv: list[str]) -> int:
     try:
         return _stages(config, run_dir, started)
     except KeyboardInterrupt:  # not its stage's folder, which is no whole demonstration
-        raise KeyboardInterrupt(
-            f"go on with: python -m videor1.train --resume auto --output_dir {shlex.quote(str(run_dir))}"
-        ) from None
+        raise KeyboardInterrupt(f"go on with: {resume_command('train', run_dir)}") from None
 
 
 def _check_folder(run_dir: Path, config: TrainConfig) -> None:
     """Another run's folder is left as it is."""
-    others = run_dir / "metrics.jsonl"
-    if not others.exists() or not others.stat().st_size:
-        return
     if not config.resume:
-        raise ConfigError(
-            f"output_dir: {run_dir} holds a run already; go on with it by --resume auto, or name another folder"
-        )
-    if not data_file(run_dir).exists():
+        check_unused(run_dir)
+    elif holds_run(run_dir) and not data_file(run_dir).exists():
         raise ConfigError(
             f"output_dir: {run_dir} holds a run that is not the demonstration's, and no config.yaml that tells its "
             "options; give model_name_or_path, dataset_name and its other options again"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from videor1.cli import resume_command
 from videor1.report.cards import visible
 from videor1.report.metrics import Series
 from videor1.report.run import LISTED_SKIPS, Run
@@ -86,10 +87,10 @@ def silence(run: Run) -> list[str]:
     line = float(np.median(steps)) * int(run.option("logging_steps") or 1) if len(steps) else 60.0
     if run.silent <= max(120.0, 10 * line, 3 * float(evaluations.max(initial=0.0))):
         return []
-    command = f"python -m videor1.{'sft' if run.kind == 'SFT' else 'train'}"
+    command = resume_command("sft" if run.kind == "SFT" else "train", run.path)
     return [
         f"Nothing was written for {_duration(run.silent)} before this page was made: the run has ended before its last "
-        f"step, or hangs. Go on from its last checkpoint with: {command} --resume auto --output_dir {run.path}"
+        f"step, or hangs. Go on from its last checkpoint with: {command}"
     ]
 
 

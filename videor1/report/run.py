@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from videor1.cli import collect_options
+from videor1.cli import collect_options, flat_tree
 from videor1.config import SFTConfig, TrainConfig
 from videor1.errors import ConfigError
 from videor1.report.derived import PHASES, with_derived
@@ -127,19 +126,11 @@ def _options(path: Path, problems: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"config.yaml cannot be read, so the options are not known: {error}")
         return {}
-    return dict(_flat(tree, ""))
+    return dict(flat_tree(tree))
 
 
 def _as_yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _summary(path: Path, problems: list[str]) -> dict[str, Any]:
