@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.step_inputs import COMPARED_RULE
 from videor1.config import TrainConfig
 from videor1.loss import Packed, media_features
 from videor1.model import VideoLM
@@ -62,7 +63,7 @@ class RepeatedRows:
             prompt, its features repeated.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: an unknown variant, or a model whose positions are not by transformers' rule.
     """
 
     def __init__(self, model: VideoLM, *, head: Head = "all", tower: Tower = "row") -> None:
@@ -70,6 +71,8 @@ class RepeatedRows:
             raise ValueError(
                 f"RepeatedRows: expected head 'all' or 'completions', tower 'row' or 'prompt', got {head!r}, {tower!r}"
             )
+        if model.position_rule != COMPARED_RULE:
+            raise ValueError(f"RepeatedRows: expected position_rule {COMPARED_RULE!r}, got {model.position_rule!r}")
         self.model, self.head, self.tower = model, head, tower
         shared = {id(parameter): parameter for parameter in model.hf.parameters()}
         self.peft: Any = None if model.peft is None else copy.deepcopy(model.peft, shared)

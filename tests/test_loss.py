@@ -71,7 +71,7 @@ def wrap(plain: nn.Module) -> VideoLM:
     """The same weights in the trainer's model."""
     model = make_model().double()
     model.load_state_dict(plain.state_dict())
-    return VideoLM(model, make_tokenizer())
+    return VideoLM(model, make_tokenizer(), position_rule="transformers")
 
 
 HELPER = make_lm()  # knows the special tokens

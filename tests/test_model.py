@@ -52,7 +52,7 @@ def hf_inputs(model: VideoLM, prompt: Prompt, completion: Tensor | None = None) 
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_positions_equal_transformers(kind: str) -> None:
-    model, prompt = make_lm(), PROMPTS[kind]()
+    model, prompt = make_lm(position_rule="transformers"), PROMPTS[kind]()
     positions, after = model.positions(prompt)
     if prompt.media is None:
         assert positions.tolist() == [list(range(len(prompt.input_ids)))] * 3
@@ -80,7 +80,7 @@ def repeated_rows(plain: torch.nn.Module, model: VideoLM, prompts: list[Prompt],
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_row_equals_repeated_rows_with_gradients(checkpointing: bool) -> None:
-    model, plain = make_lm(), make_model()
+    model, plain = make_lm(position_rule="transformers"), make_model()
     prompts = [PROMPTS[kind]() for kind in ("video", "image", "text", "slow video")]
     generator = torch.Generator().manual_seed(0)
     lengths = [[5, 1, 9], [4], [2, 7], [3, 3]]
@@ -123,7 +123,7 @@ def test_the_tower_runs_once_per_prompt() -> None:
 
 
 def test_greedy_answers_equal_generate_token_for_token() -> None:
-    model, plain = make_lm(), make_model()
+    model, plain = make_lm(position_rule="transformers"), make_model()
     prompts = [make() for make in PROMPTS.values()]
     requests = [ask(model, p, 2) for p in prompts]
     answers = answer(model, requests, SamplingOptions(24, temperature=0.0), max_rows=6)

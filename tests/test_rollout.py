@@ -99,7 +99,7 @@ def test_one_new_token() -> None:
 
 @pytest.mark.parametrize("prompt", [VIDEO, IMAGE, TEXT], ids=["video", "image", "text"])
 def test_logp_is_of_the_untruncated_distribution_at_the_temperature(prompt: Prompt) -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     for temperature, top_p, top_k in ((1.0, 0.5, 0), (0.7, 1.0, 3)):
         options = SamplingOptions(9, temperature=temperature, top_p=top_p, top_k=top_k)
         (group,) = answer(model, [ask(model, prompt, 2)], options)
@@ -110,7 +110,7 @@ def test_logp_is_of_the_untruncated_distribution_at_the_temperature(prompt: Prom
 
 
 def test_greedy_logp_is_at_temperature_one() -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     ((c,),) = answer(model, [ask(model, TEXT, 1)], SamplingOptions(6, temperature=0.0))
     assert (c.logp - plain_logp(model, TEXT, c.token_ids, 1.0)).abs().max() <= 1e-5
 

@@ -16,6 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import videor1.trainer
 from benchmarks.repeated_rows import RepeatedRows, make_batch
+from benchmarks.step_inputs import COMPARED_RULE
 from videor1.config import LoraConfig, TrainConfig
 from videor1.demo.assets import Assets
 from videor1.loss import Packed, completion_logp, pack, tgrpo_loss
@@ -74,7 +75,7 @@ def factors(packed: Packed) -> Tensor:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_and_gradients_equal_repeated_rows(layout: str, checkpointing: bool) -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     if checkpointing:
         set_checkpointing(model.hf, True)
         model.hf.train()
@@ -92,7 +93,7 @@ def test_log_probs_and_gradients_equal_repeated_rows(layout: str, checkpointing:
 @pytest.mark.usefixtures("norms_in_fp64")
 def test_in_fp64_nothing_is_left_of_the_differences() -> None:
     hf = make_model().double()
-    model = VideoLM(hf, make_tokenizer())
+    model = VideoLM(hf, make_tokenizer(), position_rule="transformers")
     packed = packed_row(model, "mixed groups")
     want, got = RepeatedRows(model).logp(packed), completion_logp(model, packed)
     assert got.dtype == want.dtype == torch.float64
@@ -114,7 +115,7 @@ def norms_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("head", "tower"), VARIANTS)
 def test_losses_equal_those_of_every_variant_of_repeated_rows(head: Any, tower: Any) -> None:
     """Off policy, clipped and with a KL term: value, gradients, and what is reported beside them."""
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     packed = packed_row(model, "mixed groups")
     config = TrainConfig(beta=0.1, clip_low=0.02, clip_high=0.03, temperature=TEMPERATURE, loss_type="dapo")
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_losses_equal_those_of_every_variant_of_repeated_rows(head: Any, tower: 
 
 @pytest.mark.parametrize(("head", "tower"), VARIANTS)
 def test_repeated_rows_compute_what_their_variant_says(head: Any, tower: Any) -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     packed = packed_row(model, "mixed groups")  # 3 videos' rows, 2 images', 3 of text
     rows = RepeatedRows(model, head=head, tower=tower)
     patches, at_head = [], []
@@ -153,7 +154,7 @@ def test_repeated_rows_compute_what_their_variant_says(head: Any, tower: Any) ->
 
 
 def test_repeated_rows_leave_the_model_as_it_is() -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     packed = packed_row(model, "two videos")
     parameters, before = list(model.hf.parameters()), completion_logp(model, packed)
     rows = RepeatedRows(model)
@@ -171,10 +172,12 @@ def test_repeated_rows_leave_the_model_as_it_is() -> None:
 def test_repeated_rows_refuse_what_they_cannot_do() -> None:
     with pytest.raises(ValueError, match="got 'some', 'row'"):
         RepeatedRows(make_lm(), head="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected position_rule 'transformers', got 'paper'"):
+        RepeatedRows(make_lm())
 
 
 def test_repeated_rows_have_the_adapters() -> None:
-    model = make_lm()
+    model = make_lm(position_rule="transformers")
     model.add_lora(LoraConfig(rank=2), seed=0)
     for name, parameter in model.trainable().items():
         if "lora_B" in name:
@@ -241,7 +244,7 @@ def test_twenty_steps_of_the_demo_do_not_depend_on_sharing(
     options: dict[str, Any] = {
         "max_steps": 20, "num_iterations": 2, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.1, "learning_rate": 3e-4,
         "num_generations": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.0,
-        "max_completion_length": 12, "top_p": 1.0,
+        "max_completion_length": 12, "top_p": 1.0, "model.positions": COMPARED_RULE,
     }  # fmt: skip
     tape = Tape(monkeypatch)
     ends = [weights(trainer(assets, tmp_path / "on", **options).train())]
