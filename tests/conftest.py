@@ -14,12 +14,13 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
 
 from coded_videos import MADE
 from evaluations import Oracle, install_oracle, write_benchmarks
+from patience import THREADS
 
 import videor1.stream
 import videor1.stream_shards
 from videor1.demo.assets import Assets, Sizes, make_assets
 
-torch.set_num_threads(1)  # two threads on a busy machine of two cores wait for each other
+torch.set_num_threads(THREADS)
 
 SIZES = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from patience import PATIENCE
 
 from videor1.cache import Key
 from videor1.errors import ConfigError
@@ -58,7 +59,7 @@ def work(item):
     return item.number * item.number
 
 
-def prefetcher(workers=1, depth=4, timeout=30.0, cache_bytes=0, key=Key):
+def prefetcher(workers=1, depth=4, timeout=PATIENCE, cache_bytes=0, key=Key):
     return Prefetcher(work, workers=workers, depth=depth, timeout=timeout, cache_bytes=cache_bytes, key=key)
 
 
@@ -77,7 +78,7 @@ def alive(pid):
         return False
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
 
 from videor1.checkpoint import checkpoints
@@ -64,11 +65,11 @@ def sft_trainer(assets: Assets, output_dir: Path, **options: Any) -> SFTTrainer:
 
 
 def start(module: str, flags: list[str], *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """``python -m module flags`` in a session of its own, with one thread."""
+    """``python -m module flags`` in a session of its own, with the tests' number of threads."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", module, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,7 +77,7 @@ def start(module: str, flags: list[str], *, prefix: tuple[str, ...] = ()) -> sub
     )
 
 
-def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeout: float = 90) -> None:
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeout: float = PATIENCE) -> None:
     """Until a run in progress has written ``count`` lines."""
     deadline = time.monotonic() + timeout
     while not path.exists() or path.read_bytes().count(b"\n") < count:

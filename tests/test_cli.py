@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import yaml
+from patience import PATIENCE
 
 from videor1 import cli
 from videor1.config import COMPAT, EvaluateConfig, SFTConfig, TrainConfig
@@ -415,7 +416,7 @@ def test_run_main_passes_results_and_bugs_through():
 
 def test_the_table_command():
     command = [sys.executable, "-m", "videor1.cli", "--table", "sft"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == cli.options_table(SFTConfig)
 

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from patience import PATIENCE
 
 import videor1_kernels
 from videor1 import doctor, doctor_machine, doctor_packages, doctor_selfcheck, doctor_tools
@@ -33,7 +34,8 @@ def by_name(rows: list[Row]) -> dict[str, Row]:
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
 def examined(monkeypatch: pytest.MonkeyPatch, *rows: Row) -> None:

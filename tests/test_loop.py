@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from runs import last_metrics, metrics, same_weights, start, train_flags, trainer
 
 import videor1.checkpoint
@@ -311,7 +312,7 @@ def test_averaged_lines_equal_the_means_of_single_ones(assets: Assets, tmp_path:
 def test_the_command_ends_well(assets: Assets, tmp_path: Path) -> None:
     """The one run as a real command that is left alone."""
     process = start("videor1.train", train_flags(assets, tmp_path, max_steps=2))
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert f"Saved {tmp_path / 'checkpoints' / 'step-2'}" in stdout
     assert f"Report: {tmp_path / 'report.html'}" in stdout

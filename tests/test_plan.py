@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2_5_VLConfig
 
@@ -22,6 +24,7 @@ from videor1.plan_ledger import Ledger
 from videor1.plan_setup import Target, build_policy, largest_grid, shape_of
 from videor1.train import main as train
 from videor1_kernels import PrefixLayout, linear_grpo_loss, prefix_attention
+from videor1_kernels.linear_logprob import tiles
 
 CPU = torch.device("cpu")
 TINY = ["--max_completion_length", "24", "--video.max_frames", "4", "--video.max_pixels", "12544"]
@@ -75,6 +78,27 @@ def test_every_phase_is_within_a_tenth_of_what_is_measured(shape: str, flags: li
         assert row.ratio == pytest.approx(1, abs=WITHIN), row
     policy = next(row for row in rows if row.phase == "policy")
     assert policy.ratio == pytest.approx(1, abs=0.03), policy  # what most runs are bound by
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """What csrc/bf16_product.cpp computes, on any CPU; what numpy takes is not among torch's bytes, as its is not."""
+    wide = [(x.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+    return torch.from_numpy(wide[0] @ wide[1].T).clone()
+
+
+@pytest.mark.parametrize("serves", [True, False], ids=["the CPU's own product", "converted operands"])
+def test_bf16_logits_are_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 BF16 a tile of the head and the hidden states are converted to fp32, which takes memory."""
+    monkeypatch.setattr(tiles, "bf16_product", lambda: exact_product if serves else None)
+    config = options("--device", "cpu", *SMALL, "--bf16", "--gradient_checkpointing")
+    made = plan(config, small_shape())
+    found, _ = measured(config, small_shape(), CPU)
+    reference = next(row for row in compare(made, found) if row.phase == "reference")
+    assert reference.ratio == pytest.approx(1, abs=0.03), reference
+    entries, rows = 3276, 320  # of a tile: 4 MiB of fp32 logits of all the row's completion tokens
+    assert made.phases[1].name == "reference"
+    conversions = 4 * 256 * (6144 - entries + rows)
+    assert (reference.planned > 12_100_000 + conversions) == (not serves)
 
 
 def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:

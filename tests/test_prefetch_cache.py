@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from media import numbered_frames, write_video
+from patience import PATIENCE
 from prefetchers import alive, run_script, sample, wait_until
 
 import videor1.cache
@@ -69,7 +70,7 @@ def decodes(path):
     return len(log.read_text().split()) if log.exists() else 0
 
 
-def decoder(tmp_path=None, *, workers=1, cache_bytes=0, depth=4, timeout=60, limit=2**20):
+def decoder(tmp_path=None, *, workers=1, cache_bytes=0, depth=4, timeout=PATIENCE, limit=2**20):
     """A prefetcher of ``decode`` with a disk cache in ``tmp_path``, and the list of what it reports."""
     disk = DiskCache(tmp_path / "cache", limit, "") if tmp_path else None
     ahead = Prefetcher(
@@ -264,7 +265,7 @@ def test_a_disk_that_takes_no_more_bytes_in_the_workers(tmp_path):
             assert "File too large" in report, report
         """
     script = run_script(tmp_path, body)
-    _, err = script.communicate(timeout=60)
+    _, err = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, err
     assert [decodes(path) for path in paths] == [1] * 4
     assert left_in(tmp_path / "cache") == []
@@ -273,7 +274,7 @@ def test_a_disk_that_takes_no_more_bytes_in_the_workers(tmp_path):
 @pytest.mark.parametrize("end", ["killed", "timeout", "closed"])
 def test_a_worker_that_ends_in_a_write_leaves_nothing_behind(tmp_path, end):
     paths = files(tmp_path)
-    ahead, _ = decoder(tmp_path, workers=1, timeout=2.0 if end == "timeout" else 60)
+    ahead, _ = decoder(tmp_path, workers=1, timeout=2.0 if end == "timeout" else PATIENCE)
     stuck = threading.Thread(target=kill_when_logged, args=(paths[1], tmp_path / "cache"))
     with ahead:
         list(ahead.iterate([Decode(paths[0])]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from prefetchers import Work, alive, prefetcher, run_script, wait_until
 from runs import session_members
 
@@ -24,7 +25,7 @@ def test_a_hang_in_native_code_is_killed():
         assert isinstance(first, SampleError)
         assert first.kind == "timeout"
         assert second == 25
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < PATIENCE
 
 
 def test_tensors_cross_as_plain_bytes():
@@ -48,11 +49,16 @@ def test_workers_ignore_ctrl_c_and_use_one_thread():
         assert threads == 1
 
 
-def test_making_it_does_not_wait_for_workers():
+def never_up():
+    time.sleep(1000)
+
+
+def test_making_it_does_not_wait_for_workers(monkeypatch):
+    monkeypatch.setattr("videor1.workers._init_worker", never_up)
     started = time.monotonic()
     ahead = prefetcher(workers=2)
-    assert time.monotonic() - started < 0.5
     ahead.close()
+    assert time.monotonic() - started < PATIENCE
     ahead.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(ahead.iterate([Work("square")]))
@@ -65,7 +71,7 @@ def test_close_kills_what_runs():
     next(stream)
     started = time.monotonic()
     ahead.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < PATIENCE
     wait_until(lambda: not any(map(alive, pids)))
     stream.close()
 
@@ -126,7 +132,7 @@ def test_ctrl_c_ends_everything_without_workers_tracebacks_even_unclosed(tmp_pat
     pids = [int(script.stdout.readline()) for _ in range(2)]
     time.sleep(0.75)  # amid a wait of half a second: at its end, Python's own Condition may lose its lock to Ctrl-C
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, err = script.communicate(timeout=20)
+    _, err = script.communicate(timeout=PATIENCE)
     assert script.returncode == 5
     assert err == ""
     wait_until(lambda: not any(map(alive, pids)))
@@ -165,7 +171,7 @@ def started_processes(session):
 def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path):
     script = run_script(tmp_path, STARTS, start_new_session=True)
     hit = set()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while script.poll() is None:
         assert time.monotonic() < deadline, "waited too long"
         for pid in started_processes(script.pid):
@@ -173,7 +179,7 @@ def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path):
                 os.kill(pid, signal.SIGINT)
                 hit.add(pid)
         time.sleep(0.002)
-    out, err = script.communicate(timeout=20)
+    out, err = script.communicate(timeout=PATIENCE)
     assert err == ""
     assert out.split() == ["0", "worker_died", "2", "0"]
     assert len(hit) == 4  # the last one in place of the worker that died
@@ -183,7 +189,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     script = run_script(tmp_path, LOOP)
     pids = [int(script.stdout.readline()) for _ in range(2)]
     script.kill()
-    script.communicate(timeout=20)
+    script.communicate(timeout=PATIENCE)
     wait_until(lambda: not any(map(alive, pids)))
 
 

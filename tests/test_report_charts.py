@@ -111,9 +111,9 @@ def test_a_long_run_is_thinned_and_the_page_says_so(tmp_path: Path) -> None:
         for step in range(1, 100_001):
             spike = '"entropy": 99.0, ' if step == 54_321 else ""
             file.write(f'{{"step": {step}, {row[:-1]}, {spike}"kl": {math.sin(step)}}}\n')
-    started = time.perf_counter()
+    started = time.process_time()  # CPU seconds: what else the machine does is no matter
     made = report(run)
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     assert "The longest series has 100,000 points; at most 2,000 of each are drawn" in made.words
     for figure in made.figures.values():
         assert all(len(decoded(trace["x"])) <= 2000 for trace in figure["data"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from runs import (
     Killed,
     assert_same_run,
@@ -237,7 +238,7 @@ def test_signals_save_and_exit_130(
         os.killpg(process.pid, number)  # a terminal sends it to the decode workers too
     else:
         process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, stderr
     ((step, checkpoint),) = checkpoints(tmp_path)
     assert 3 <= step < 8
@@ -274,7 +275,7 @@ def test_ctrl_c_during_the_last_step(
 
 
 def assert_session_ends(session: int) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE
     while session_members(session):
         assert time.monotonic() < deadline, f"still alive: {session_members(session)}"
         time.sleep(0.05)

@@ -339,14 +339,14 @@ def test_any_text_earns_a_reward_between_0_and_1(output, truth, problem_type, ta
 )
 def test_long_answers_are_scored_in_time(unit):
     text = unit * (100_000 // len(unit))
-    begin = time.perf_counter()
+    begin = time.process_time()  # CPU seconds; what grows with the square of the length takes minutes
     for problem_type in TYPES:
         for completion in (f"<answer>{text}</answer>", f"<answer>{text}", f"<answer>1{text}x</answer>"):
             reward = accuracy_reward(completion, "<answer>the red car stops</answer>", problem_type, lenient=True)
             assert 0.0 <= reward <= 1.0
     assert format_reward(f"<think>{text}") == 0.0
     assert format_reward(f"<think>{text}</answer>") == 0.0
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def make_sample(solution="B", problem_type="multiple choice"):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from fake_server import SPECIAL, TOKENIZER, Body, FakeServer, Reply, answer_text, completion, prompt_ids, received_media
+from patience import PATIENCE
 from tiny import make_media, make_prompt
 
 from videor1.errors import ConfigError
@@ -62,7 +63,7 @@ def make_engine(server: FakeServer, tmp_path: Path | None = None, **changes: Any
 
     settings: dict[str, Any] = {
         "url": server.url, "tokenizer": TOKENIZER, "special": SPECIAL, "options": SamplingOptions(64),
-        "timeout": 20.0, "retries": 2, "save_weights": save, "sync_dir": tmp_path or Path("unused"),
+        "timeout": PATIENCE, "retries": 2, "save_weights": save, "sync_dir": tmp_path or Path("unused"),
         "sync": "vllm" if tmp_path else "none",
     }  # fmt: skip
     return ServerEngine(**{**settings, **changes})
@@ -302,7 +303,7 @@ def test_a_refused_server_is_left_at_once(server: FakeServer, caplog: pytest.Log
     under_way = threading.Barrier(3)
 
     def respond(body: Body, _: int) -> Reply:
-        under_way.wait(10)
+        under_way.wait(PATIENCE)
         if doomed(body):
             return Reply(body={**completion(body), "prompt_token_ids": [1]})
         return Reply(body=completion(body), delay=60.0)
@@ -357,14 +358,14 @@ def test_shuffled_answers_in_flight_are_stopped_once_they_cannot_matter(server: 
     under_way = threading.Barrier(3)  # both shuffled rows and the ordered one
 
     def respond(body: Body, _: int) -> Reply:
-        under_way.wait(10)
-        return Reply(body=completion(body), delay=60.0 if is_shuffled(body) else 0.0)
+        under_way.wait(PATIENCE)
+        return Reply(body=completion(body), delay=2 * PATIENCE if is_shuffled(body) else 0.0)
 
     server.respond = respond
     judge = Judge(None, False)
     started = time.monotonic()
     rollout = make_engine(server, concurrency=3).generate([request(VIDEO, 1, 4, judge)])
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < PATIENCE
     stats = rollout.stats
     assert (stats.shuffled_asked, stats.shuffled_skipped, stats.shuffled_stopped) == (4, 2, 2)
     assert (len(rollout.groups[0].ordered), rollout.groups[0].shuffled, rollout.failed) == (1, (), {})
@@ -380,7 +381,7 @@ def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None
         if is_shuffled(body):
             ended.set()
         else:
-            ended.wait(10)
+            ended.wait(PATIENCE)
             time.sleep(0.2)
         return completion(body)
 
@@ -392,7 +393,7 @@ def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     assert condition()
@@ -412,7 +413,7 @@ FAILURES: dict[str, tuple[Callable[[Body], Reply | Body], int, str]] = {
     "429": (lambda b: Reply(429, "slow down"), 3, "HTTP 429: slow down"),
     "500": (lambda b: Reply(500, "engine dead"), 3, "HTTP 500: engine dead"),
     "reset": (lambda b: Reply(body=None), 3, "the connection failed"),
-    "timeout": (lambda b: Reply(body=completion(b), delay=30.0), 3, "no answer within 0.3 s"),
+    "timeout": (lambda b: Reply(body=completion(b), delay=30.0), 3, "no answer within 1 s"),
     "not JSON": (lambda b: Reply(body='{"choices": [{"mess'), 1, "not JSON"),
     "not an object": (lambda b: Reply(body=[1, 2]), 1, r"one choice, got \[1, 2\]"),
     "no choices": (lambda b: {"choices": []}, 1, "one choice"),
@@ -435,7 +436,7 @@ FAILURES: dict[str, tuple[Callable[[Body], Reply | Body], int, str]] = {
 def test_a_row_that_fails_fails_its_group_alone(server: FakeServer, kind: str) -> None:
     fail, attempts, reason = FAILURES[kind]
     server.respond = lambda body, _: fail(body) if doomed(body) else completion(body)
-    timeout = 0.3 if kind == "timeout" else 20.0
+    timeout = 1.0 if kind == "timeout" else PATIENCE
     rollout = make_engine(server, concurrency=2, timeout=timeout).generate([request(VIDEO, 1), request(TEXT, 3)])
     assert rollout.groups[0] is None
     assert len(rollout.groups[1].ordered) == 3
@@ -449,7 +450,7 @@ def test_a_row_that_fails_fails_its_group_alone(server: FakeServer, kind: str) -
 def test_what_passes_is_tried_again(server: FakeServer, kind: str) -> None:
     fail, _, _ = FAILURES[kind]
     server.respond = lambda body, attempt: fail(body) if doomed(body) and not attempt else completion(body)
-    timeout = 0.3 if kind == "timeout" else 20.0
+    timeout = 1.0 if kind == "timeout" else PATIENCE
     rollout = make_engine(server, timeout=timeout).generate([request(VIDEO, 2), request(TEXT, 1)])
     assert rollout.failed == {}
     assert rollout.stats.retries == 2
@@ -622,7 +623,7 @@ def test_an_interrupt_stops_the_requests(server: FakeServer) -> None:
                 raise KeyboardInterrupt
             return None
 
-    server.respond = lambda body, _: Reply(body=completion(body), delay=60.0 if is_shuffled(body) else 0.2)
+    server.respond = lambda body, _: Reply(body=completion(body), delay=2 * PATIENCE if is_shuffled(body) else 0.2)
     with pytest.raises(KeyboardInterrupt):
         make_engine(server).generate([request(VIDEO, 1, 2, Interrupting())])
     wait_until(lambda: server.cut_off == 2)

@@ -14,6 +14,16 @@ from videor1.model import VideoLM
 from videor1.positions import PositionRule
 from videor1.prompts import build_input_ids
 from videor1.types import Media, Prompt, Sample
+from videor1_kernels.testing import rounding
+
+# Additions in a row behind a log-prob of make_model or of the demo's model. A layer of the demo's has two norms, five
+# products of 128 terms, one of 384 and a softmax over some hundred keys: 1,300 terms; four of them, the tower's and the
+# head's make 7,000. torch and every BLAS add in 4 parts side by side or more, the lanes of the narrowest vector
+# instructions: a quarter in a row, and some.
+LOG_PROB_TERMS = 2000
+# Of a gradient relative to its norm: what it is made of has been through the model once and comes back through two
+# products in place of each.
+GRADIENT_ROUNDING = rounding(3 * LOG_PROB_TERMS)
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -88,6 +98,11 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
 def make_lm(seed: int = 0, position_rule: PositionRule = "paper") -> VideoLM:
     """A fresh tiny :class:`VideoLM` in fp32 on the CPU. Comparisons with transformers' own positions need its rule."""
     return VideoLM(make_model(seed), make_tokenizer(), source="tiny", position_rule=position_rule)
+
+
+def log_prob_rounding(logp: torch.Tensor) -> float:
+    """What rounding may change in fp32 log-probs such as these, between two right ways to compute them."""
+    return rounding(LOG_PROB_TERMS, max(1.0, float(logp.detach().abs().max())))
 
 
 def make_media(kind: str = "video", grid: tuple[int, int, int] = (2, 4, 4), *, seconds: float = 1.0, seed: int = 0):

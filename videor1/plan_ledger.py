@@ -32,6 +32,7 @@ from videor1_kernels.prefix_attention.work import key_items
 
 CUDA_ROUNDING = 512  # bytes: torch's allocator hands out multiples
 KEY_BLOCK = 128  # keys of a program of prefix_attention's backward kernel: the most of any architecture
+_CASTS = {torch.ops.aten._to_copy, torch.ops.aten.to}
 HEAD_BLOCK = 128  # vocabulary entries of a program of linear_logprob's kernel: the fewest, so the most partial results
 
 
@@ -122,9 +123,10 @@ class Ledger(TorchDispatchMode):
         if func in self._instead:
             return self._instead[func](*args)
         out = func(*args, **(kwargs or {}))
-        if func.is_view:  # often of thousands of windows
-            return out
-        cast = func is torch.ops.aten._to_copy.default and _key(args[0]) in self._weights
+        if func.is_view and (not isinstance(out, Tensor) or _key(out) == _key(args[0])):
+            return out  # a list is often of thousands of windows
+        # In inference mode nothing takes `to` apart before it comes here; its schema says view, and it may copy.
+        cast = func.overloadpacket in _CASTS and _key(args[0]) in self._weights
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._add(value, "weights cast" if cast else self._part)

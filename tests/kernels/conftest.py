@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from patience import THREADS
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _threads():
     """These tensors are tiny: on a shared machine a second thread costs several times what it saves."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)

@@ -26,7 +26,7 @@ FORWARD = "videor1_kernels.linear_logprob.triton_forward"
 DECODE = "videor1_kernels.prefix_attention.triton_decode.prefix_decode"
 DESCRIPTORS, POINTERS = f"{FORWARD}.product_descriptors", f"{FORWARD}.product_pointers"
 
-pytestmark = pytest.mark.timeout(600)  # half of it on two processors with nothing else to do
+pytestmark = pytest.mark.timeout(3600)  # 300 s on two processors with nothing else to do
 
 
 @pytest.fixture(scope="module")

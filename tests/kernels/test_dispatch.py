@@ -17,6 +17,7 @@ from videor1_kernels.testing import (
     oracle_inputs,
     poison_padding,
     poisoned_memory,
+    rounding,
 )
 
 OPERATIONS = (
@@ -152,11 +153,39 @@ def test_assert_matches_can_fail():
 def test_assert_no_worse_can_fail():
     oracle = torch.linspace(1, 2, 9, dtype=torch.float64)
     baseline = (oracle + 1e-3).float()
-    assert_no_worse((oracle - 1e-3).float(), baseline, oracle)
+    assert_no_worse((oracle - 1e-3).float(), baseline, oracle, terms=1)
     with pytest.raises(AssertionError, match="plain torch"):
-        assert_no_worse((oracle + 2e-3).float(), baseline, oracle)
+        assert_no_worse((oracle + 2e-3).float(), baseline, oracle, terms=1)
     with pytest.raises(AssertionError, match="shape"):
-        assert_no_worse(baseline[:1], baseline, oracle)
+        assert_no_worse(baseline[:1], baseline, oracle, terms=1)
+
+
+def test_assert_no_worse_allows_the_rounding_of_its_terms_and_no_more():
+    oracle = torch.linspace(1, 2, 9, dtype=torch.float64)
+    lucky = oracle  # a baseline without any error
+    eps = torch.finfo(torch.float32).eps
+    for terms, scale, allowed in ((1, None, 6), (100, None, 42), (100, 10.0, 210)):  # eps (scale + 2 sqrt(terms) scale)
+        assert_no_worse(oracle.float() + 0.9 * allowed * eps, lucky, oracle, terms=terms, scale=scale)
+        with pytest.raises(AssertionError, match="limit"):
+            assert_no_worse(oracle.float() + 1.1 * allowed * eps, lucky, oracle, terms=terms, scale=scale)
+    half, half_eps = torch.bfloat16, torch.finfo(torch.bfloat16).eps  # a sum in fp32, rounded once when it is stored
+    assert_no_worse((oracle + half_eps).to(half), lucky, oracle, terms=100)
+    with pytest.raises(AssertionError, match="limit"):
+        assert_no_worse((oracle + 4 * half_eps).to(half), lucky, oracle, terms=100)
+
+
+def test_rounding_bounds_what_the_order_of_a_sum_changes():
+    """Sums of the same numbers, forwards and backwards, one by one: within the bound, and not by far."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1000, 200, generator=generator) - 0.5
+    one, other = (torch.zeros(200) for _ in range(2))
+    largest = 0.0
+    for forwards, backwards in zip(x, x.flip(0), strict=True):
+        one += forwards
+        other += backwards
+        largest = max(largest, one.abs().max().item(), other.abs().max().item())
+    apart = (one - other).abs().max().item()
+    assert 0.02 * rounding(1000, largest) < apart < rounding(1000, largest)
 
 
 def test_oracle_inputs():

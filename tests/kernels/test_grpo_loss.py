@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bounds import BY_HAND
 from grpo_options import CLIPS, LOSSES
 
 from videor1_kernels import grpo_loss
@@ -85,8 +86,8 @@ def test_equals_naive(loss, level, clip_low, clip_high, beta, masked):
     ours = grpo_loss(logp, **case, **options)
     loss_value, kl, clip_fraction = naive(logp, **case, **options)
     assert_matches(ours.loss, loss_value, name="loss")
-    assert float(ours.kl) == pytest.approx(float(kl), abs=1e-12)
-    assert float(ours.clip_fraction) == pytest.approx(clip_fraction, abs=1e-12)
+    assert float(ours.kl) == pytest.approx(float(kl), abs=BY_HAND)
+    assert float(ours.clip_fraction) == pytest.approx(clip_fraction, abs=BY_HAND)
     ours_grad, theirs_grad = (torch.autograd.grad(3 * x, logp)[0] for x in (ours.loss, loss_value))
     assert_matches(ours_grad, theirs_grad, name="gradient")
     assert ours.skipped_rows == int((theirs_grad == 0).sum())
@@ -114,7 +115,7 @@ def test_gradcheck(level, loss):
 )
 def test_loss_types_by_hand(options, expected):
     out = grpo_loss(leaf(-1, -2, -3), ADVANTAGES, CU, beta=0, **options)
-    assert out.loss.item() == pytest.approx(expected, abs=1e-15)
+    assert out.loss.item() == pytest.approx(expected, abs=BY_HAND)
 
 
 @pytest.mark.parametrize(
@@ -129,19 +130,19 @@ def test_loss_types_by_hand(options, expected):
 def test_on_policy_gradient_by_hand(options, expected):
     logp = leaf(-1, -2, -3)
     grpo_loss(logp, ADVANTAGES, CU, beta=0, **options).loss.backward()
-    assert logp.grad.tolist() == pytest.approx(expected, abs=1e-15)
+    assert logp.grad.tolist() == pytest.approx(expected, abs=BY_HAND)
 
 
 def test_kl_by_hand():
     # x = -0.5, 0, 1 -> kl = e^-0.5 - 0.5, 0, e - 2
     logp, first, third = leaf(-1, -2, -3), 0.10653065971263342, 0.7182818284590452
     out = grpo_loss(logp, ADVANTAGES, CU, ref_logp=tokens(-1.5, -2, -2), beta=0.1)
-    assert out.loss.item() == pytest.approx(((-2 + 0.1 * first / 2) + (1 + 0.1 * third)) / 2, abs=1e-15)
-    assert out.kl.item() == pytest.approx((first + third) / 3, abs=1e-15)
+    assert out.loss.item() == pytest.approx(((-2 + 0.1 * first / 2) + (1 + 0.1 * third)) / 2, abs=BY_HAND)
+    assert out.kl.item() == pytest.approx((first + third) / 3, abs=BY_HAND)
     out.loss.backward()
     # weight * (-A + beta (1 - e^x))
     expected = [(-2 + 0.1 * (1 - math.exp(-0.5))) / 4, -2 / 4, (1 + 0.1 * (1 - math.e)) / 2]
-    assert logp.grad.tolist() == pytest.approx(expected, abs=1e-15)
+    assert logp.grad.tolist() == pytest.approx(expected, abs=BY_HAND)
 
 
 def test_kl_clamp_by_hand():
@@ -149,10 +150,10 @@ def test_kl_clamp_by_hand():
     logp, ref = leaf(-21, -1, -12), tokens(-1, -21, -2)
     out = grpo_loss(logp, torch.zeros(3).double(), torch.tensor([0, 1, 2, 3]), ref_logp=ref, beta=1.0)
     kls = [math.exp(10) - 11, math.exp(-10) + 9, math.exp(10) - 11]
-    assert out.kl.item() == pytest.approx(sum(kls) / 3, rel=1e-14)
-    assert out.loss.item() == pytest.approx(sum(kls) / 3, rel=1e-14)
+    assert out.kl.item() == pytest.approx(sum(kls) / 3, rel=BY_HAND)
+    assert out.loss.item() == pytest.approx(sum(kls) / 3, rel=BY_HAND)
     out.loss.backward()
-    assert logp.grad.tolist() == pytest.approx([0, 0, (1 - math.exp(10)) / 3], rel=1e-14)
+    assert logp.grad.tolist() == pytest.approx([0, 0, (1 - math.exp(10)) / 3], rel=BY_HAND)
     assert out.skipped_rows == 2
 
 
@@ -176,10 +177,10 @@ def test_clip_by_hand(ratio, advantage, clip_low, clip_high, loss, clipped, leve
         logp, tokens(advantage), torch.tensor([0, 1]), old_logp=tokens(-1 - math.log(ratio)), beta=0,
         clip_low=clip_low, clip_high=clip_high, importance_level=level,
     )  # fmt: skip
-    assert out.loss.item() == pytest.approx(loss, abs=1e-14)
+    assert out.loss.item() == pytest.approx(loss, abs=BY_HAND)
     assert out.clip_fraction.item() == float(clipped)
     out.loss.backward()
-    assert logp.grad.item() == pytest.approx(0.0 if clipped else -ratio * advantage, abs=1e-14)
+    assert logp.grad.item() == pytest.approx(0.0 if clipped else -ratio * advantage, abs=BY_HAND)
     assert out.skipped_rows == int(clipped or advantage == 0)
 
 
@@ -188,17 +189,17 @@ def test_sequence_ratio_by_hand():
     logp = leaf(-1, -2)
     options = {"old_logp": tokens(-2, -2), "beta": 0, "importance_level": "sequence"}
     out = grpo_loss(logp, tokens(2), torch.tensor([0, 2]), **options)
-    assert out.loss.item() == pytest.approx(-2 * math.exp(0.5), abs=1e-14)
+    assert out.loss.item() == pytest.approx(-2 * math.exp(0.5), abs=BY_HAND)
     out.loss.backward()
-    assert logp.grad.tolist() == pytest.approx([-math.exp(0.5)] * 2, abs=1e-14)  # -r A / length
+    assert logp.grad.tolist() == pytest.approx([-math.exp(0.5)] * 2, abs=BY_HAND)  # -r A / length
     clipped = grpo_loss(leaf(-1, -2), tokens(2), torch.tensor([0, 2]), clip_high=0.2, **options)
-    assert clipped.loss.item() == pytest.approx(-2.4, abs=1e-14)
+    assert clipped.loss.item() == pytest.approx(-2.4, abs=BY_HAND)
     assert clipped.clip_fraction.item() == 1.0
     assert clipped.skipped_rows == 2
     # At token level only the first token is clipped.
     options["importance_level"] = "token"
     token = grpo_loss(leaf(-1, -2), tokens(2), torch.tensor([0, 2]), clip_high=0.2, **options)
-    assert token.loss.item() == pytest.approx(-(2.4 + 2) / 2, abs=1e-14)
+    assert token.loss.item() == pytest.approx(-(2.4 + 2) / 2, abs=BY_HAND)
     assert token.clip_fraction.item() == 0.5
 
 

@@ -11,6 +11,7 @@ import torch
 
 from videor1_kernels.integrations import openrlhf
 from videor1_kernels.integrations.openrlhf import log_probs_from_logits
+from videor1_kernels.testing import rounding
 
 V = 31
 
@@ -40,9 +41,10 @@ def test_same_numbers(dtype, rows, temperature):
     assert ours.shape == rows
     assert ours.dtype == torch.float32
     assert our_grad.dtype == dtype
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-    bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps  # one rounding of the stored gradient
-    torch.testing.assert_close(our_grad, their_grad, rtol=bound, atol=1e-6)
+    largest = logits.abs().max().item() / temperature
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding(V, largest))
+    stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps  # one rounding of the stored gradient
+    torch.testing.assert_close(our_grad, their_grad, rtol=stored, atol=2 / temperature * rounding(V, largest))
 
 
 def test_logits_are_left_as_they_are():

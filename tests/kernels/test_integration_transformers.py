@@ -12,6 +12,7 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 from videor1_kernels import PrefixLayout
 from videor1_kernels.integrations.transformers import NAME, PackedRow, register
+from videor1_kernels.testing import rounding
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 3
 
@@ -54,13 +55,17 @@ def test_a_packed_row_equals_one_row_per_completion(model: Qwen2ForCausalLM) -> 
         for completion in group:
             alone = plain(torch.cat([prompt, completion])[None]).logits[0]
             want.append(alone[len(prompt) - 1 : -1])
-    torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
+    # In each layer four products of 32 or 48 terms, a softmax and two norms; then the head.
+    terms = LAYERS * (4 * 48 + 14 + 2 * 32) + 32
+    want = torch.cat(want)
+    torch.testing.assert_close(got, want, rtol=0, atol=rounding(terms, want.abs().max().item()))
 
     weights = torch.randn(got.shape, generator=generator)
     (got * weights).sum().backward()
-    (torch.cat(want) * weights).sum().backward()
+    (want * weights).sum().backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() <= 2e-5 * theirs.grad.norm() + 1e-7, name
+        # Forwards and backwards, by norms: an entry whose terms cancel errs by as much as the others.
+        assert (ours.grad - theirs.grad).norm() <= rounding(3 * terms, theirs.grad.norm().item()), name
 
 
 @dataclass

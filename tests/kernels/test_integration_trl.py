@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from videor1_kernels import dispatch
 from videor1_kernels.integrations.trl import FusedHead, selective_log_softmax, use
+from videor1_kernels.testing import rounding
 
 V = 23
 THEIR_SOFTMAX, THEIR_HEAD = host.selective_log_softmax, host._ChunkedLogProbFunction
@@ -51,8 +52,10 @@ def test_same_numbers(rows, picked, temperature, dtype):
         ours, our_grad = softmax_and_gradient(selective_log_softmax, logits, index, **options)
         theirs, their_grad = softmax_and_gradient(THEIR_SOFTMAX, logits, index, **options)
         assert ours.dtype == theirs.dtype == dtype
-        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(our_grad, their_grad, rtol=2e-5, atol=2e-6)
+        bound = rounding(V, logits.abs().max().item() / temperature, dtype)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+        # A probability errs by as much relative to itself; up to 4 picks of a row add up, weighed by 2 or 3 each.
+        torch.testing.assert_close(our_grad, their_grad, rtol=0, atol=4 * 3 / temperature * bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,9 +64,10 @@ def test_low_precision_logits_give_fp32(dtype):
     ours, grad = softmax_and_gradient(selective_log_softmax, logits, index)
     assert (ours.dtype, grad.dtype) == (torch.float32, dtype)
     exact = THEIR_SOFTMAX(logits.float(), index)
-    torch.testing.assert_close(ours, exact, rtol=2e-6, atol=2e-6)
-    # TRL's own, off a GPU, comes back rounded to the dtype of the logits.
-    torch.testing.assert_close(THEIR_SOFTMAX(logits, index), exact.to(dtype), rtol=0, atol=2 * 0.03)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=rounding(V, logits.abs().max().item()))
+    # TRL's own, off a GPU, works in the dtype of the logits: some of its roundings of numbers of up to the largest.
+    error = 2 * torch.finfo(dtype).eps * max(logits.abs().max().item(), exact.abs().max().item())
+    torch.testing.assert_close(THEIR_SOFTMAX(logits, index), exact.to(dtype), rtol=0, atol=error)
 
 
 def test_masked_rows_may_hold_any_index_and_get_no_gradient():
@@ -120,12 +124,18 @@ def test_head_gives_the_same_numbers(temperature, scale, with_bias, outputs):
     inputs = (*make_head(with_bias), temperature, 8, None, scale, outputs)
     (ours, our_grads), (theirs, their_grads) = (head_and_gradients(h, *inputs) for h in (FusedHead(), THEIR_HEAD))
     assert len(ours) == len(theirs) == 5
+    hidden, weight, bias = inputs[:3]
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    largest = logits.abs().max().item() / temperature
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine is None) == (other is None)
         if mine is not None:
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=5e-6)
+            bound = rounding(16 + V, largest)
+            torch.testing.assert_close(mine, other, rtol=0, atol=bound)
     for mine, other in zip(our_grads, their_grads, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+        # The probabilities in it err by the logits' own error relative to themselves.
+        bound = rounding(16 + V + 9, max(1.0, largest) * other.abs().max().item())
+        torch.testing.assert_close(mine, other, rtol=0, atol=bound)
 
 
 def test_head_under_autocast_takes_its_dtype():

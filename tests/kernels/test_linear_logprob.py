@@ -4,10 +4,18 @@ import math
 
 import pytest
 import torch
+from bounds import BY_HAND
 
 from videor1_kernels import linear_logprob
 from videor1_kernels.linear_logprob import reference, tiles
-from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, oracle_inputs, poisoned_memory
+from videor1_kernels.testing import (
+    LargestTensor,
+    assert_matches,
+    assert_no_worse,
+    oracle_inputs,
+    poisoned_memory,
+    rounding,
+)
 
 
 def dense(hidden, weight, labels, bias=None, temperature=1.0):
@@ -100,14 +108,14 @@ def test_low_precision_against_the_oracle(dtype):
     for name, a, b, o in zip(("logp", "entropy"), ours, plain, oracle, strict=True):
         assert a.dtype == torch.float32
         assert_matches(a, o, name=name)  # fp32's bounds, whatever the inputs: logits are never rounded to 16 bits
-        assert_no_worse(a, b, o, name=name)
+        assert_no_worse(a, b, o, terms=24 + 201, name=name)
     ours_grad = gradients(ours, (hidden, weight))
     oracle_grad = gradients(oracle, (exact_hidden, exact_weight))
     plain_grad = gradients(plain, (hidden, weight))
     for name, a, b, o in zip(("hidden", "weight"), ours_grad, plain_grad, oracle_grad, strict=True):
         assert a.dtype == dtype
         assert_matches(a, o, name=f"gradient of {name}")
-        assert_no_worse(a, b, o, name=f"gradient of {name}")
+        assert_no_worse(a, b, o, terms=24 + 201 + 201, name=f"gradient of {name}")
 
 
 def test_weight_may_have_another_dtype():
@@ -126,9 +134,9 @@ def test_known_values():
     hidden = torch.ones(4, 1, dtype=torch.float64)
     logp, entropy = linear_logprob(hidden, weight, torch.tensor([0, 1, 2, -100]))
     expected = [math.log(1 / 8), math.log(2 / 8), math.log(5 / 8), 0.0]
-    assert logp.tolist() == pytest.approx(expected, abs=1e-14)
+    assert logp.tolist() == pytest.approx(expected, abs=BY_HAND)
     spread = math.log(8) - (2 * math.log(2) + 5 * math.log(5)) / 8  # -sum p ln p
-    assert entropy.tolist() == pytest.approx([spread] * 3 + [0.0], abs=1e-14)
+    assert entropy.tolist() == pytest.approx([spread] * 3 + [0.0], abs=BY_HAND)
 
 
 def test_temperature_forms_agree():
@@ -149,7 +157,8 @@ def test_large_logits_keep_their_precision():
     big = (hidden.detach() * 3000).requires_grad_()
     logp, entropy = linear_logprob(big, weight, labels)
     oracle = dense(big.double(), weight.double(), labels)
-    torch.testing.assert_close(logp.double(), oracle[0], rtol=1e-6, atol=1e-2)
+    largest = (big.double() @ weight.double().T).abs().max().item()  # 20,000: what fp32 rounds
+    torch.testing.assert_close(logp.double(), oracle[0], rtol=0, atol=rounding(4 + 50, largest))
     assert entropy.isfinite().all()
     top = (big.double() @ weight.double().T).argmax(1)
     certain, _ = linear_logprob(big, weight, top)
@@ -191,7 +200,8 @@ def test_the_reference_keeps_the_normaliser():
     *_, lse = reference.forward(hidden, weight, labels, bias, 0.5)
     exact = ((hidden.double() @ weight.double().T + bias.double()) / 0.5).logsumexp(1)
     assert lse.dtype == torch.float64
-    torch.testing.assert_close(lse, exact.masked_fill(labels == -100, 0.0), rtol=1e-6, atol=1e-6)
+    bound = rounding(4 + 50, exact.max().item())
+    torch.testing.assert_close(lse, exact.masked_fill(labels == -100, 0.0), rtol=0, atol=bound)
 
 
 def test_ignored_rows_are_never_read():

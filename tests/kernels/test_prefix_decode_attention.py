@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention, prefix_decode_attention
-from videor1_kernels.testing import assert_matches, assert_no_worse, poison_padding, poisoned_memory
+from videor1_kernels.testing import assert_matches, assert_no_worse, poison_padding, poisoned_memory, rounding
 
 
 def naive(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, cu_prefix, row_group, scale=None):
@@ -78,7 +78,7 @@ def test_low_precision_against_the_oracle(dtype):
     oracle = naive(*(x.double() for x in tensors), **index)
     assert ours.dtype == dtype
     assert_matches(ours, oracle)
-    assert_no_worse(ours, plain, oracle)
+    assert_no_worse(ours, plain, oracle, terms=32 + 9 + 7)  # of a score; keys of the longest row
 
 
 def test_large_scores_do_not_overflow():
@@ -87,7 +87,10 @@ def test_large_scores_do_not_overflow():
         keys = [x * 1000 if x is far else x for x in (pk, sk)]
         ours = prefix_decode_attention(q, keys[0], pv, keys[1], sv, **index)
         oracle = naive(*(x.double() for x in (q, keys[0], pv, keys[1], sv)), **index)
-        torch.testing.assert_close(ours.double(), oracle, rtol=1e-3, atol=1e-3)
+        # A score errs by its own size, and its probability by as much relative to itself.
+        scores = max(x.abs().max().item() for x in keys) * q.abs().sum(-1).max().item() * q.shape[2] ** -0.5
+        bound = rounding(q.shape[2], scores)
+        torch.testing.assert_close(ours.double(), oracle, rtol=bound, atol=bound * oracle.abs().max().item())
 
 
 def test_equals_the_last_position_of_prefix_attention():

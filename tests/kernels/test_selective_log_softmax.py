@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bounds import BY_HAND
 
 from videor1_kernels import selective_log_softmax
 from videor1_kernels.linear_logprob import reference_selective, tiles
@@ -42,7 +43,7 @@ def test_single_index_and_leading_dimensions():
 def test_known_values():
     logits = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)
     ours = selective_log_softmax(logits, torch.tensor([[2, 0]]))
-    assert ours[0].tolist() == pytest.approx([math.log(5 / 8), math.log(1 / 8)], abs=1e-15)
+    assert ours[0].tolist() == pytest.approx([math.log(5 / 8), math.log(1 / 8)], abs=BY_HAND)
 
 
 def test_gradcheck():
@@ -93,7 +94,7 @@ def test_gradients_against_the_oracle(dtype, rows_of_a_block, monkeypatch):
     a, b, o = gradient(logits, ours), gradient(logits, plain), gradient(exact, oracle)
     assert a.dtype == dtype
     assert_matches(a, o)
-    assert_no_worse(a, b, o)
+    assert_no_worse(a, b, o, terms=300 + 3)  # of the softmax, and the columns
 
 
 def test_rows_without_gradient_are_exactly_zero():

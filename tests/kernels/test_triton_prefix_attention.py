@@ -145,7 +145,7 @@ def test_no_worse_than_the_reference_at_its_dtype(dtype):
     dense = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
     plain = [dense, *torch.autograd.grad(dense, inputs, grad)]
     for ours, theirs, true in zip(run(inputs, layout, grad), plain, exact, strict=True):
-        assert_no_worse(ours, theirs, true)
+        assert_no_worse(ours, theirs, true, terms=2 * (32 + layout.total_tokens))
 
 
 def test_inference_needs_no_gradient():
