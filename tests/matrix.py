@@ -38,7 +38,7 @@ NUMERIC_KERNELS = tuple(
         "sample_tokens", "selective_log_softmax",
     )
 )  # fmt: skip
-NUMERIC = NUMERIC_KERNELS + tuple(
+NUMERIC = NUMERIC_KERNELS + tuple(  # noqa: RUF005
     f"tests/test_{name}.py"
     for name in (
         "advantages", "benchmarks", "benchmarks_rollout", "benchmarks_training", "checkpoint", "evaluation", "loop",
