@@ -15,8 +15,9 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
 from coded_videos import MADE
 from evaluations import Oracle, install_oracle, write_benchmarks
 
-import videor1.stream
-import videor1.stream_shards
+import videor1.data
+import videor1.data.shards
+import videor1.data.stream
 from videor1.demo.assets import Assets, Sizes, make_assets
 
 torch.set_num_threads(1)  # two threads on a busy machine of two cores wait for each other
@@ -58,5 +59,5 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams in blocks of about five rows, and in windows of four blocks."""
-    monkeypatch.setattr(videor1.stream_shards, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(videor1.stream, "MAX_WINDOW_BLOCKS", 4)
+    monkeypatch.setattr(videor1.data.shards, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(videor1.data.stream, "MAX_WINDOW_BLOCKS", 4)
