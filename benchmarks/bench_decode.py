@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.oracle import Expected
 from benchmarks.video_files import made_video
-from videor1.decoders import open_decoder
 from videor1.video import read_frames, sample_indices
+from videor1.video.decoders import open_decoder
 from videor1_kernels.frames_to_patches import YuvFrames
 
 VIDEOS = "VIDEOR1_BENCH_VIDEOS"  # in the environment: a folder of videos to measure too

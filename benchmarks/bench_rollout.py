@@ -28,9 +28,8 @@ from benchmarks.rollout_inputs import (
     weight_bytes,
 )
 from benchmarks.rollout_turns import DECODE_SECONDS, DECODE_STEPS, RolloutCase, measure_rollout
-from videor1.loss import completion_logp, pack
-from videor1.rollout import LocalEngine, Rollout
-from videor1.sampling import SamplingOptions
+from videor1.rollout import LocalEngine, Rollout, SamplingOptions
+from videor1.training.passes import completion_logp, pack
 from videor1.types import Prompt
 
 ENGINE = f"{OURS}: rollout engine"

@@ -17,7 +17,7 @@ from benchmarks.step_floor import floor_seconds
 from benchmarks.trl_step import TRLStep, missing
 from benchmarks.whole_inputs import Setting
 from benchmarks.whole_step import StepCase, measure_steps
-from videor1.loss import tgrpo_loss
+from videor1.training.passes import tgrpo_loss
 from videor1_kernels import tgrpo_advantages
 
 TRL = "TRL GRPOTrainer"

@@ -16,7 +16,7 @@ from benchmarks.measure import Clock, measure_in_turns
 from benchmarks.oracle import Expected
 from benchmarks.repeated_rows import Head, RepeatedRows, Tower
 from benchmarks.step_inputs import SHAPES, Group, Shape, StepInputs, step_inputs
-from videor1.loss import tgrpo_loss
+from videor1.training.passes import tgrpo_loss
 from videor1_kernels import GrpoLoss
 
 SHARED = f"{OURS}: shared prefix"

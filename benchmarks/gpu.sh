@@ -33,7 +33,7 @@ if [ "$part" = tune ]; then
 fi
 case "$part" in
 step | growth)
-    "$python" -c "import av, videor1.trainer" || {
+    "$python" -c "import av, videor1.training.tgrpo" || {
         echo "gpu.sh: $part runs the trainer, which needs what 'pip install -e .' installs; without a network, carry" \
             "wheels made elsewhere by: pip download -d wheels . (and pip install --no-index -f wheels NAME here)" >&2
         exit 2

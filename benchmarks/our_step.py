@@ -7,11 +7,11 @@ from unittest import mock
 
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import WholeInputs
-from videor1 import trainer
 from videor1.model import VideoLM
 from videor1.rollout import Rollout
-from videor1.rollout.engine import _Run
-from videor1.trainer import Trainer
+from videor1.rollout.local.engine import Run
+from videor1.training import tgrpo
+from videor1.training.tgrpo import Trainer
 from videor1.types import Prompt
 
 
@@ -32,7 +32,7 @@ class OurStep(Trainer):
         watch(self, "_reference_logp", "reference")
         watch(self, "optimizer_step", "policy")
         watch(self.optimizer, "step", "optimizer")
-        for owner, name, phase in ((_Run, "_prefill", "prefill"), (trainer, "score_groups", "rewards")):
+        for owner, name, phase in ((Run, "_prefill", "prefill"), (tgrpo, "score_groups", "rewards")):
             self._stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))  # put back at the end
             watch(owner, name, phase)
 

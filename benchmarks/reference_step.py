@@ -23,13 +23,13 @@ from transformers import GenerationConfig
 from benchmarks.phases import Phases
 from benchmarks.repeated_rows import RepeatedRows
 from benchmarks.whole_inputs import WholeInputs
-from videor1.loss import Packed, pack
-from videor1.optim import guarded_step, make_optimizer
-from videor1.prompts import build_input_ids
+from videor1.model.prompts import build_input_ids
 from videor1.rewards import accuracy_reward, score
-from videor1.shuffle import draw_permutation
+from videor1.training.optim import guarded_step, make_optimizer
+from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 from videor1.video import read_image, sample_indices, smart_resize, video_pixel_cap
+from videor1.video.shuffle import draw_permutation
 from videor1_kernels.frames_to_patches.reference import MEAN, STD
 
 

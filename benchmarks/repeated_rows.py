@@ -1,8 +1,8 @@
 """The naive training pass: every completion in a row of its own behind a copy of its prompt, padded to one batch.
 
 What the reference code of T-GRPO does, by transformers' own model and attention, on the weights of a
-:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.loss` and answers in their order, so that the
-two ways can be compared, timed, and put in each other's place.
+:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.training.passes` and answers in their order,
+so that the two ways can be compared, timed, and put in each other's place.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.step_inputs import COMPARED_RULE
 from videor1.config import TrainConfig
-from videor1.loss import Packed, media_features
 from videor1.model import VideoLM
-from videor1.patches import normalize_patches
+from videor1.model.features import media_features
+from videor1.training.passes import Packed
 from videor1.types import Media
+from videor1.video.patches import normalize_patches
 from videor1_kernels import GrpoLoss, grpo_loss
 
 Head = Literal["all", "completions"]
@@ -105,7 +106,7 @@ class RepeatedRows:
         old_logp: Tensor | None = None,
         ref_logp: Tensor | None = None,
     ) -> GrpoLoss:
-        """What :func:`videor1.loss.tgrpo_loss` gives of the same row, but for the entropy."""
+        """What :func:`videor1.training.passes.tgrpo_loss` gives of the same row, but for the entropy."""
         return grpo_loss(
             self.logp(packed, temperature=config.temperature),
             advantages.to(self.model.device),

@@ -17,7 +17,7 @@ from benchmarks.report import table
 from benchmarks.rollout_inputs import MODELS, Rollouts
 from benchmarks.rollout_skipping import whole_number
 from benchmarks.run import default_device, run_part
-from videor1.cli import run_main
+from videor1.config.cli import run_main
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

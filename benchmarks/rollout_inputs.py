@@ -16,10 +16,10 @@ from benchmarks.step_inputs import COMPARED_RULE, SHAPES, Group, random_model, v
 from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.model import VideoLM
-from videor1.patches import normalize_patches
 from videor1.rollout import Branch, Request
-from videor1.shuffle import draw_permutation, shuffled_patches
 from videor1.types import Media, Prompt
+from videor1.video.patches import normalize_patches
+from videor1.video.shuffle import draw_permutation, shuffled_patches
 
 MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's
 ORDERED, SHUFFLED = 8, 4  # answers to a prompt

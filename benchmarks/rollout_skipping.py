@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from videor1.advantages import score_groups
-from videor1.checkpoint import checkpoints
-from videor1.cli import parse
 from videor1.config import TrainConfig
-from videor1.metrics import summary_table
-from videor1.trainer import Trainer
+from videor1.config.cli import parse
+from videor1.logs.progress import summary_table
+from videor1.rewards.advantages import score_groups
+from videor1.training.checkpoint import checkpoints
+from videor1.training.tgrpo import Trainer
 from videor1.types import Group, Prompt
 
 RULES = (("margin", "advantage"), ("margin", "reward"), ("threshold", "reward"), ("reference", "reward"))

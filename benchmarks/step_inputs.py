@@ -12,10 +12,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from videor1.config import TrainConfig
 from videor1.demo.tokenizer import make_tokenizer
-from videor1.loss import Packed, pack
-from videor1.model import VideoLM, set_checkpointing
-from videor1.positions import PositionRule
-from videor1.prompts import special_ids
+from videor1.model import VideoLM
+from videor1.model.lm import set_checkpointing
+from videor1.model.positions import PositionRule
+from videor1.model.prompts import special_ids
+from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 
 # Of positions: what the library is compared with are the installed transformers' classes, which follow this one.

@@ -47,7 +47,7 @@ def measure(name: str, draw: int, saved: str) -> None:
     import torch
 
     from videor1.config import DataConfig
-    from videor1.stream import Position, StreamOrder, open_dataset
+    from videor1.data.stream import Position, StreamOrder, open_dataset
 
     if not name.endswith("l"):
         import pyarrow.parquet  # noqa: F401 (an import, not a part of opening)

@@ -15,9 +15,9 @@ from transformers.processing_utils import ProcessorMixin
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import WholeInputs
 from videor1.demo.model import PROCESSOR_FILES
-from videor1.optim import guarded_step, make_optimizer
-from videor1.prompts import question_text
+from videor1.model.prompts import question_text
 from videor1.rewards import score
+from videor1.training.optim import guarded_step, make_optimizer
 
 
 def missing(device: torch.device) -> str | None:

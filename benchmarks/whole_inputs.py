@@ -21,10 +21,11 @@ from PIL import Image
 from benchmarks.rollout_inputs import demo_model
 from benchmarks.step_inputs import COMPARED_RULE, SHAPES, random_model
 from benchmarks.video_files import made_video
-from videor1.cli import parse
 from videor1.config import TrainConfig
+from videor1.config.cli import parse
 from videor1.data import load_samples
-from videor1.model import VideoLM, make_trainable
+from videor1.model import VideoLM
+from videor1.model.load import make_trainable
 from videor1.types import Sample
 
 MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's

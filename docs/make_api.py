@@ -133,7 +133,9 @@ def _entry(entry: Entry, anchors: dict[str, str]) -> Iterator[str]:
 
 def _import(entry: Entry) -> str:
     module, name = entry.thing.__module__, entry.name.rpartition(".")[2]
-    module = "videor1_kernels" if name in vars(sys.modules["videor1_kernels"]) else module
+    package = module.partition(".")[0] if name in vars(sys.modules["videor1_kernels"]) else module.rpartition(".")[0]
+    if vars(sys.modules[package]).get(name) is entry.thing:  # it is there that users find it
+        module = package
     return f"from {module} import {name}\n"
 
 

@@ -8,7 +8,7 @@ rounding. No class is patched: the attention is registered with transformers, an
 keyword argument of the forward pass. A few seconds on a CPU.
 
 With Qwen2.5-VL it is the language model that gets this attention (``model.model.language_model``), and positions are
-``PrefixLayout.text_positions``; ``videor1/model.py`` does it.
+``PrefixLayout.text_positions``; ``videor1/model/lm.py`` does it.
 """
 
 import torch

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import videor1.distributed
+import videor1.training
+import videor1.training.distributed
+import videor1.training.distributed.ranks
 from videor1.rollout import Rollout
-from videor1.trainer import Trainer
+from videor1.training.tgrpo import Trainer
 from videor1.types import Completion, Group, Prompt
 
 
@@ -59,7 +61,7 @@ def gradients(
         return 1.0, True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(videor1.distributed, "guarded_step", capture)
+        patch.setattr(videor1.training.distributed.ranks, "guarded_step", capture)
         patch.setattr(run.source, "take", lambda count: prompts[:count])
         patch.setattr(run, "rollout", lambda _: (Rollout(list(groups)), [None] * len(groups)))
         run.train_batch()

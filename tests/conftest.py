@@ -16,8 +16,9 @@ from coded_videos import MADE
 from evaluations import Oracle, install_oracle, write_benchmarks
 from patience import THREADS
 
-import videor1.stream
-import videor1.stream_shards
+import videor1.data
+import videor1.data.shards
+import videor1.data.stream
 from videor1.demo.assets import Assets, Sizes, make_assets
 
 torch.set_num_threads(THREADS)
@@ -59,5 +60,5 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams in blocks of about five rows, and in windows of four blocks."""
-    monkeypatch.setattr(videor1.stream_shards, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(videor1.stream, "MAX_WINDOW_BLOCKS", 4)
+    monkeypatch.setattr(videor1.data.shards, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(videor1.data.stream, "MAX_WINDOW_BLOCKS", 4)

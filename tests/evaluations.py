@@ -10,12 +10,12 @@ import pytest
 import torch
 from suite_files import WRITERS, Clips
 
-from videor1 import evaluate, evaluation
-from videor1.cli import run_main
+from videor1 import evaluate
+from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
-from videor1.metrics import read_jsonl
-from videor1.rollout import Request, Rollout
-from videor1.sampling import SamplingOptions
+from videor1.evaluation import evaluator
+from videor1.logs.jsonl import read_jsonl
+from videor1.rollout import Request, Rollout, SamplingOptions
 from videor1.types import Completion, Group
 
 TINY: dict[str, Any] = {
@@ -84,5 +84,5 @@ def install_oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
         made: list[tuple[SamplingOptions, int]] = []  # noqa: RUF012
         requests: list[Request] = []  # noqa: RUF012
 
-    monkeypatch.setattr(evaluation, "LocalEngine", Fresh)
+    monkeypatch.setattr(evaluator, "LocalEngine", Fresh)
     return Fresh

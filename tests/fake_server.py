@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tiny import make_tokenizer
 
-from videor1.prompts import special_ids
+from videor1.model.prompts import special_ids
 
 TOKENIZER = make_tokenizer()
 SPECIAL = special_ids(TOKENIZER)

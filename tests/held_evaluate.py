@@ -4,9 +4,9 @@ import sys
 import time
 from typing import Any
 
-from videor1.answers import AnswerFile
-from videor1.cli import run_main
+from videor1.config.cli import run_main
 from videor1.evaluate import main
+from videor1.evaluation.files import AnswerFile
 
 
 def _append_and_wait(self: AnswerFile, rows: Any) -> None:

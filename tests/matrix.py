@@ -38,36 +38,39 @@ NUMERIC_KERNELS = tuple(
         "sample_tokens", "selective_log_softmax",
     )
 )  # fmt: skip
-NUMERIC = NUMERIC_KERNELS + tuple(  # noqa: RUF005
-    f"tests/test_{name}.py"
-    for name in (
-        "advantages", "benchmarks", "benchmarks_rollout", "benchmarks_training", "checkpoint", "evaluation", "loop",
-        "loss", "model", "model_libraries", "optim", "patches", "plan", "positions", "rollout", "rollout_engine",
-        "rollout_scheduler", "rows", "sft", "shared_prefix", "skipping", "trainer",
-    )
-)  # fmt: skip
-MODEL = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        "checkpoint", "lmms_eval", "loss", "model", "model_libraries", "positions", "prompts", "rollout",
-        "rollout_engine", "shared_prefix", "sft", "trainer",
-    )
-) + ("tests/kernels/test_integration_transformers.py",)  # fmt: skip
-VIDEO = (
+NUMERIC = (
+    *NUMERIC_KERNELS,
     *(
-        f"tests/test_{name}.py"
+        f"tests/{name}.py"
         for name in (
-            "bad_input", "decoders", "decoders_planes", "decoders_seeking", "demo_assets", "mutated_files",
-            "optional_decoders", "patches", "prefetch", "prefetch_cache", "real_videos", "shuffle", "video", "windows",
+            "benchmarks/test_benchmarks", "benchmarks/test_benchmarks_rollout", "benchmarks/test_benchmarks_training",
+            "evaluation/test_evaluator", "model/test_libraries", "model/test_lm", "model/test_positions",
+            "plan/test_plan", "rewards/test_advantages", "rewards/test_judge", "rollout/local/test_answers",
+            "rollout/local/test_engine", "rollout/local/test_scheduler", "training/test_checkpoint",
+            "training/test_loop", "training/test_optim", "training/test_passes", "training/test_rows",
+            "training/test_sft", "training/test_shared_prefix", "training/test_tgrpo", "video/test_patches",
         )
     ),
-    "tests/kernels/test_frames_to_patches.py", "tests/kernels/test_native_frames.py",
+)  # fmt: skip
+MODEL = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "evaluation/test_lmms_eval", "kernels/test_integration_transformers", "model/test_libraries", "model/test_lm",
+        "model/test_position_rule", "model/test_positions", "model/test_prompts", "rollout/local/test_answers",
+        "rollout/local/test_engine", "training/test_checkpoint", "training/test_passes", "training/test_sft",
+        "training/test_shared_prefix", "training/test_tgrpo",
+    )
+)
+VIDEO = (
+    "tests/video", "tests/data/test_prefetch.py", "tests/data/test_prefetch_cache.py", "tests/demo/test_assets.py",
+    "tests/test_bad_input.py", "tests/test_real_videos.py", "tests/kernels/test_frames_to_patches.py",
+    "tests/kernels/test_native_frames.py",
 )  # fmt: skip
 ARRAYS = (
-    *VIDEO, "tests/test_curves.py", "tests/test_intervals.py", "tests/test_report.py", "tests/test_report_charts.py",
-    "tests/test_rewards.py", "tests/test_trainer.py", "tests/kernels/test_triton_grpo_loss.py",
-    "tests/kernels/test_triton_group_advantage.py", "tests/kernels/test_triton_prefix_decode.py",
-    "tests/kernels/test_triton_sample_tokens.py",
+    *VIDEO, "tests/evaluation/test_intervals.py", "tests/report/test_charts.py", "tests/report/test_curves.py",
+    "tests/report/test_report.py", "tests/rewards/test_scoring.py", "tests/training/test_tgrpo.py",
+    "tests/kernels/test_triton_grpo_loss.py", "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_triton_prefix_decode.py", "tests/kernels/test_triton_sample_tokens.py",
 )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from patience import PATIENCE
 
-from videor1.cache import Key
+from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
-from videor1.prefetch import Prefetcher
 from videor1.types import Sample, SampleError
+from videor1.video.version import Key
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prefetcher(workers=1, depth=4, timeout=PATIENCE, cache_bytes=0, key=Key):
 def run_script(tmp_path, body, **kwargs):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(body))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, str(script)], text=True, env=environment, **pipes, **kwargs)
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from media import coded_frames, write_video
 
-from videor1.cli import save_config
 from videor1.config import CommonConfig, TrainConfig, VideoConfig
-from videor1.metrics import JsonlWriter
+from videor1.config.cli import save_config
+from videor1.logs.jsonl import JsonlWriter
 from videor1.report import write_report
 
 HOSTILE = (

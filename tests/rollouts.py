@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from videor1.model import VideoLM
-from videor1.rollout import Branch, LocalEngine, Request
-from videor1.sampling import SamplingOptions
+from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
 from videor1.types import Completion, Prompt
 
 

@@ -14,13 +14,13 @@ import torch
 from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
 
-from videor1.checkpoint import checkpoints
-from videor1.cli import parse
 from videor1.config import SFTConfig, TrainConfig
+from videor1.config.cli import parse
 from videor1.demo.assets import Assets
-from videor1.metrics import read_jsonl
-from videor1.sft import SFTTrainer
-from videor1.trainer import Trainer
+from videor1.logs.jsonl import read_jsonl
+from videor1.training.checkpoint import checkpoints
+from videor1.training.sft import SFTTrainer
+from videor1.training.tgrpo import Trainer
 
 TESTS = Path(__file__).parent
 TINY = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from videor1.config import DataConfig
-from videor1.data import Draw
-from videor1.stream import RowStream, StreamOrder, open_dataset
+from videor1.data.order import Draw
+from videor1.data.stream import RowStream, StreamOrder, open_dataset
 from videor1.types import Sample
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from media import numbered_frames, write_video
 from PIL import Image
 
-from videor1.suites.mvbench import CLIPPED, FOLDERS, TASKS
+from videor1.evaluation.suites.mvbench import CLIPPED, FOLDERS, TASKS
 
 Rows = list[dict[str, Any]]
 

@@ -16,11 +16,11 @@ from media import cut, write_sound, write_video
 from runs import entries, last_metrics, run_lines, sft_trainer, train_flags, trainer, write_data
 from safetensors.torch import load_file
 
-from videor1.checkpoint import checkpoints
-from videor1.cli import run_main
+from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.train import main
+from videor1.training.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")

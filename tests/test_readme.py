@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from videor1.cli import collect_options, options_table
 from videor1.config import EvaluateConfig, SFTConfig, TrainConfig
+from videor1.config.fields import collect_options, options_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from videor1.model import VideoLM
-from videor1.positions import PositionRule
-from videor1.prompts import build_input_ids
+from videor1.model.positions import PositionRule
+from videor1.model.prompts import build_input_ids
 from videor1.types import Media, Prompt, Sample
+from videor1.video.patches import normalize_patches
 from videor1_kernels.testing import rounding
 
 # Additions in a row behind a log-prob of make_model or of the demo's model. A layer of the demo's has two norms, five
@@ -129,3 +131,20 @@ def installed_seconds(seconds: float) -> float:
     """``seconds`` per temporal patch as the installed transformers takes them: 5.17 cuts the fraction off, later
     versions do not. Only for comparisons with transformers; videor1 never cuts."""
     return float(int(seconds)) if _transformers_truncates_seconds() else seconds
+
+
+def hf_inputs(model: VideoLM, prompt: Prompt, completion: Tensor | None = None) -> dict[str, Tensor]:
+    """What transformers' own forward takes for a prompt, with a completion appended."""
+    ids = prompt.input_ids if completion is None else torch.cat([prompt.input_ids, completion])
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    media, special = prompt.media, model.special
+    if media is not None:
+        kinds = torch.zeros_like(ids)
+        kinds[ids == special.image_pad] = 1
+        kinds[ids == special.video_pad] = 2
+        pixels, grid = normalize_patches(media.patches, torch.float32), torch.tensor([media.grid_thw])
+        name = "pixel_values" if media.kind == "image" else "pixel_values_videos"
+        inputs |= {name: pixels, f"{media.kind}_grid_thw": grid, "mm_token_type_ids": kinds[None]}
+        if media.kind == "video":
+            inputs["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
+    return inputs

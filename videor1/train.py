@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from videor1.cli import parse, run_main
 from videor1.config import TrainConfig
+from videor1.config.cli import parse, run_main
 from videor1.demo import demonstration_argv, is_demonstration
 from videor1.errors import ConfigError
 
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         from videor1.demo.run import run_demo
 
         return run_demo(demonstration_argv(config, argv))
-    from videor1.curves import draw_curves
     from videor1.report import report_line
-    from videor1.trainer import Trainer
+    from videor1.report.curves import draw_curves
+    from videor1.training.tgrpo import Trainer
 
     trainer = Trainer(config)
     final = trainer.train()
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(argv: list[str]) -> int:
     """``--plan``: where the memory of a run with the other options would go. Needs neither its data nor its weights."""
-    from videor1.plan import print_plan
+    from videor1.plan.table import print_plan
 
     config = _parse(argv)
     return print_plan(config if config.model_name_or_path else _parse(["--config", "demo", *argv]))

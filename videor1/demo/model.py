@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from videor1.prompts import special_ids
+from videor1.model.prompts import special_ids
 
 HIDDEN = 128
 

@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from videor1.cli import load_config, parse, resume_command, save_config
 from videor1.config import SFTConfig, TrainConfig
-from videor1.curves import draw_curves
+from videor1.config.cli import load_config, parse, resume_command, save_config
 from videor1.data import load_samples
 from videor1.demo import data_file
 from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
-from videor1.evaluation import Evaluation, Evaluator
-from videor1.loop import check_unused, holds_run
-from videor1.metrics import summary_table
-from videor1.model import load_model, pick_device
+from videor1.evaluation.evaluator import Evaluation, Evaluator
+from videor1.logs.progress import summary_table
+from videor1.model import load_model
+from videor1.model.load import pick_device
 from videor1.report import report_line
-from videor1.sft import SFTTrainer
-from videor1.trainer import Trainer
+from videor1.report.curves import draw_curves
+from videor1.training.loop import check_unused, holds_run
+from videor1.training.sft import SFTTrainer
+from videor1.training.tgrpo import Trainer
 
 
 def run_demo(argv: list[str]) -> int:

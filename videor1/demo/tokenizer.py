@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from videor1.demo.questions import all_entries
-from videor1.prompts import question_text
+from videor1.model.prompts import question_text
 from videor1.types import Sample
 
 SPECIAL_TOKENS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from videor1.cli import run_main
+from videor1.config.cli import run_main
 from videor1.report import write_report
 
 

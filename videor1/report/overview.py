@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from videor1.cli import resume_command
+from videor1.config.cli import resume_command
 from videor1.report.cards import visible
 from videor1.report.metrics import Series
 from videor1.report.run import LISTED_SKIPS, Run

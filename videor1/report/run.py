@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from videor1.cli import collect_options, flat_tree
 from videor1.config import SFTConfig, TrainConfig
+from videor1.config.fields import collect_options
+from videor1.config.files import flat_tree
 from videor1.errors import ConfigError
 from videor1.report.derived import PHASES, with_derived
 from videor1.report.metrics import Metrics, read_metrics

@@ -5,14 +5,21 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from videor1.checkpoint import save_model
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.rollout.cache import MIB
-from videor1.rollout.engine import LocalEngine
-from videor1.rollout.protocol import Branch, Judge, Request, Rollout, RolloutEngine, RolloutError, RolloutStats
-from videor1.rollout.skipping import TemporalJudge
-from videor1.sampling import SamplingOptions
+from videor1.model.save import save_model
+from videor1.rollout.local.engine import LocalEngine
+from videor1.rollout.local.kv_cache import MIB
+from videor1.rollout.protocol import (
+    Branch,
+    Judge,
+    Request,
+    Rollout,
+    RolloutEngine,
+    RolloutError,
+    RolloutStats,
+    SamplingOptions,
+)
 
 __all__ = [
     "Branch",
@@ -23,7 +30,7 @@ __all__ = [
     "RolloutEngine",
     "RolloutError",
     "RolloutStats",
-    "TemporalJudge",
+    "SamplingOptions",
     "make_engine",
 ]
 
@@ -33,7 +40,7 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
     options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
     chosen = config.rollout
     if chosen.engine == "server":
-        from videor1.rollout.server import ServerEngine
+        from videor1.rollout.server.engine import ServerEngine
 
         if model.position_rule != "paper":
             warnings.warn(

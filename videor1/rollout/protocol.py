@@ -11,6 +11,16 @@ from torch import Tensor
 from videor1.types import Completion, Group, Prompt
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a completion is drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+
+
 class RolloutError(Exception):
     """An engine that cannot go on: a dead server, say. Says what was asked of whom, and what came back."""
 

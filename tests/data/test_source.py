@@ -1,0 +1,271 @@
+"""The stream of records: its order, its position, its skips, with and without decoding ahead."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import entries, last_metrics, run_lines, trainer, write_data
+
+from videor1.config import DataConfig, TrainConfig, VideoConfig
+from videor1.data import Dataset, load_samples
+from videor1.data.order import SampleStream
+from videor1.data.source import Source
+from videor1.demo.assets import Assets
+from videor1.errors import ConfigError, DataError
+from videor1.training.tgrpo import Trainer
+from videor1.types import Media, Sample, SampleError
+
+Record = tuple[int, str]  # draw, problem_id
+
+
+@pytest.fixture(scope="module")
+def dataset(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Three videos, an image, a text, and a video whose file is missing (problem_id bad)."""
+    found = entries(assets.train)
+    text = {key: value for key, value in found[0].items() if key != "path"} | {"data_type": "text", "problem_id": "t"}
+    bad = found[0] | {"path": str(assets.folder / "gone.mp4"), "problem_id": "bad"}
+    path = write_data(tmp_path_factory.mktemp("source") / "data.json", [*found[:2], bad, *found[2:], text])
+    return load_samples(path, root="/")
+
+
+class Reader:
+    """A source that records its skips."""
+
+    def __init__(self, dataset: Dataset, *, start: int = 0, refuse: frozenset[str] = frozenset(), **data: Any) -> None:
+        self.skips: list[tuple[int, str, str | None]] = []
+        self.media: dict[int, Media | None] = {}
+
+        def build(sample: Sample, media: Media | None, draw: int) -> Record:
+            if sample.problem_id in refuse:
+                raise SampleError("too_long", "refused")
+            self.media[draw] = media
+            return draw, sample.problem_id
+
+        config = TrainConfig(
+            seed=5, data=DataConfig(**{"workers": 0, **data}), video=VideoConfig(max_pixels=3136, min_pixels=3136)
+        )
+        self.source: Source[Record] = Source(dataset, config, build, on_skip=self.on_skip, start=start)
+
+    def on_skip(self, draw: int, error: SampleError) -> None:
+        self.skips.append((draw, error.kind, error.path))
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+
+def expected_records(dataset: Dataset, shuffle: bool, count: int) -> list[Record]:
+    stream = SampleStream(len(dataset), 5, shuffle)
+    draws = ((draw, dataset.samples[stream.at(draw)].problem_id) for draw in range(10 * count))
+    return [record for record in draws if record[1] != "bad"][:count]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ahead", [{"workers": 0}, {"workers": 1, "prefetch": 4}], ids=["here", "ahead"])
+def test_order_position_and_skips(ahead: dict[str, int], shuffle: bool, dataset: Dataset) -> None:
+    expected = expected_records(dataset, shuffle, 12)
+    with Reader(dataset, shuffle=shuffle, **ahead) as reader:
+        positions = []
+        for record in expected:
+            assert next(reader.source) == record
+            positions.append(reader.source.position)
+        # What was decoded ahead is not counted: a resumed run begins after the last record that was taken.
+        assert positions == [draw + 1 for draw, _ in expected]
+        bad = [draw for draw in range(expected[-1][0]) if draw not in dict(expected)]
+        assert [draw for draw, _, _ in reader.skips] == bad
+        assert {skip[1:] for skip in reader.skips} == {("missing_file", str(dataset.samples[2].path))}
+        assert reader.source.skipped == {"missing_file": len(bad)}
+
+
+@pytest.mark.parametrize("taken", range(8))
+def test_going_on_from_a_position(taken: int, dataset: Dataset) -> None:
+    with Reader(dataset, prefetch=7) as first:
+        first.source.take(taken)
+        position, skips = first.source.position, first.skips
+    with Reader(dataset, prefetch=2, start=position) as second:
+        records = second.source.take(12 - taken)
+    expected = expected_records(dataset, True, 12)
+    assert records == expected[taken:]
+    draws = [draw for draw, _, _ in skips + second.skips]
+    assert draws == sorted(set(range(expected[-1][0])) - dict(expected).keys())  # none lost, none twice
+
+
+def test_records_carry_their_own_media(dataset: Dataset) -> None:
+    with Reader(dataset, shuffle=False) as reader:
+        records = reader.source.take(5)
+    kinds = [None if (media := reader.media[draw]) is None else media.kind for draw, _ in records]
+    assert kinds == ["video", "video", "video", "image", None]
+
+
+def test_an_error_of_the_build_is_a_skip_with_the_samples_path(dataset: Dataset) -> None:
+    refused = dataset.samples[0].problem_id
+    with Reader(dataset, shuffle=False, refuse=frozenset({refused})) as reader:
+        assert [name for _, name in reader.source.take(3)] == [dataset.samples[i].problem_id for i in (1, 3, 4)]
+    assert reader.skips[0] == (0, "too_long", str(dataset.samples[0].path))
+    assert reader.source.skipped == {"too_long": 1, "missing_file": 1}
+
+
+def test_a_whole_pass_without_a_record_stops(dataset: Dataset) -> None:
+    everything = frozenset(sample.problem_id for sample in dataset.samples)
+    with Reader(dataset, refuse=everything) as reader, pytest.raises(DataError) as caught:
+        reader.source.take(1)
+    assert len(reader.skips) == len(dataset) == 6
+    assert "none of its 6 samples can be used (too_long 5, missing_file 1). The last: " in str(caught.value)
+
+
+def test_failures_with_a_success_in_between_do_not_stop(dataset: Dataset) -> None:
+    allowed = dataset.samples[4].problem_id
+    others = frozenset(sample.problem_id for sample in dataset.samples) - {allowed}
+    with Reader(dataset, refuse=others) as reader:
+        assert [name for _, name in reader.source.take(40)] == [allowed] * 40
+        draws = [draw for draw, _, _ in reader.skips]
+    # Two epochs' orders put more failures in a row than there are samples.
+    taken = [-1, *sorted(set(range(draws[-1] + 2)) - set(draws))]
+    assert max(b - a - 1 for a, b in itertools.pairwise(taken)) > len(dataset)
+
+
+def test_a_data_set_of_one(assets: Assets, tmp_path: Path) -> None:
+    one = load_samples(write_data(tmp_path / "one.json", entries(assets.train)[:1]), root="/")
+    with Reader(one) as reader:
+        assert [draw for draw, _ in reader.source.take(3)] == [0, 1, 2]
+    missing = write_data(tmp_path / "gone.json", [entries(assets.train)[0] | {"path": "/gone.mp4"}])
+    message = r"none of its 1 samples can be used \(missing_file 1\)"
+    with Reader(load_samples(missing, root="/")) as reader, pytest.raises(DataError, match=message):
+        reader.source.take(1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_cache_serves_the_next_source(workers: int, dataset: Dataset, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shuffle": False, "workers": workers, "cache_mb": 0, "cache_dir": str(tmp_path / "kept")}
+    seen = []
+    for decoded, from_disk in ((4, 0), (0, 4)):
+        with Reader(dataset, **options) as reader:
+            records = reader.source.take(5)
+            stats = reader.source.stats
+            assert (stats.loaded, stats.disk_hits, stats.cache_hits) == (decoded, from_disk, 0)
+            seen.append((records, [None if m is None else m.patches.tolist() for m in reader.media.values()]))
+    assert seen[0] == seen[1]
+    with Reader(dataset, **options) as reader:
+        told: list[str] = []
+        reader.source.on_report = told.append
+        for file in (tmp_path / "kept").glob("*.safetensors"):
+            file.write_bytes(b"")
+        assert reader.source.take(5) == seen[0][0]
+        assert len(told) == reader.source.stats.cache_damaged == 4
+
+
+def screen(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    return capfd.readouterr().err.splitlines()
+
+
+def last_times(run_dir: Path) -> dict[str, Any]:
+    return {key: value for key, value in run_lines(run_dir, "metrics.jsonl")[-1].items() if "time/data" in key}
+
+
+SUMMARY = "data, over the whole run: "
+
+
+def test_metrics_of_a_run_that_lost_nothing(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept"
+    trainer(assets, tmp_path / "one", data__cache_dir=kept, max_steps=6).train()  # of 4 samples
+    row, times = last_metrics(tmp_path / "one"), last_times(tmp_path / "one")
+    quiet = {"data/changed_files": 0, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0}
+    assert {name: row[name] for name in quiet} == quiet
+    assert times.keys() == {
+        "time/data", "time/data_share", "time/data_decoded", "time/data_decoded/pillow", "time/data_decoded/pyav",
+        "time/data_memory_hits", "time/data_disk_hits",
+    }  # fmt: skip
+    assert times["time/data_decoded/pyav"] + times["time/data_decoded/pillow"] == 4
+    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (4, 2, 0)
+    shares = [line["time/data_share"] for line in run_lines(tmp_path / "one", "metrics.jsonl")]
+    assert all(0 <= share < 1 for share in shares)
+    assert shares[0] > 0
+    assert shares[5] == 0  # from memory: it waited for nothing
+    trainer(assets, tmp_path / "two", data__cache_dir=kept, max_steps=6).train()
+    times = last_times(tmp_path / "two")
+    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (0, 2, 4)
+    assert last_metrics(tmp_path / "two") == row
+    assert not [line for line in screen(capfd) if SUMMARY in line]
+
+
+def test_the_share_waited_is_of_the_step(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a rollout with two updates: the first has the wait for its data, the second has none."""
+    clock = iter([100.0, 110.0])
+    run = trainer(assets, tmp_path, max_steps=1)
+
+    class Fake:
+        waited_seconds = 0.0
+        stats = type("Stats", (), {"waited_seconds": 2.5, "loaded": 1, "cache_hits": 2, "disk_hits": 3, "backends": {}})
+
+    run.source = Fake()  # type: ignore[assignment]
+    monkeypatch.setattr("videor1.training.loop.time.perf_counter", lambda: next(clock))
+    run._lap = 90.0, 0.5
+    assert run._data_times() == {
+        "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1,
+        "time/data_memory_hits": 2, "time/data_disk_hits": 3,
+    }  # fmt: skip
+    assert run._data_times()["time/data_share"] == 0
+
+
+def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    first = entries(assets.train)[0]
+    clip.write_bytes(Path(first["path"]).read_bytes())
+    data = write_data(tmp_path / "data.json", [first | {"path": "clip.mp4"}])
+    batch = Trainer.train_batch
+
+    def touched(run: Trainer) -> None:
+        batch(run)
+        if run.step == 1:
+            os.utime(clip, (5, 5))
+
+    monkeypatch.setattr(Trainer, "train_batch", touched)
+    options: dict[str, Any] = {"dataset_name": data, "data__prefetch": 1, "num_train_epochs": 9}
+    trainer(assets, tmp_path / "run", max_steps=4, **options).train()
+    lines = run_lines(tmp_path / "run", "metrics.jsonl")
+    # Drawn one ahead: what comes second was looked up before the file changed.
+    assert [line["data/changed_files"] for line in lines] == [0, 0, 1, 1]
+    assert [line["time/data_decoded"] for line in lines] == [1, 1, 2, 2]
+    shown = screen(capfd)
+    assert [line for line in shown if "changed while" in line] == [
+        f"changed while it was cached or decoded: {clip}; decoded anew"
+    ]
+    assert [line for line in shown if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
+    trainer(assets, tmp_path / "run", max_steps=5, resume="auto", **options).train()
+    assert last_metrics(tmp_path / "run")["data/changed_files"] == 1
+    assert [line for line in screen(capfd) if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
+
+
+def test_a_run_goes_on_without_a_disk_cache_that_cannot_be_used(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    bad = entries(assets.train)[0] | {"path": "gone.mp4"}
+    data = write_data(tmp_path / "data.json", [bad, *entries(assets.train)])
+    options: dict[str, Any] = {"dataset_name": data, "data__root": "/", "data__shuffle": False, "max_steps": 8}
+    trainer(assets, tmp_path / "run", data__cache_dir=tmp_path / "file" / "cache", **options).train()
+    row, times = last_metrics(tmp_path / "run"), last_times(tmp_path / "run")
+    assert row["data/cache_errors"] == 5  # four reads, and a write before they pause
+    assert (times["time/data_decoded"], times["time/data_memory_hits"]) == (4, 4)
+    shown = screen(capfd)
+    assert len([line for line in shown if line.startswith("disk cache: read failed: ")]) == 1
+    assert len([line for line in shown if line.startswith("disk cache: write failed: ")]) == 1
+    (summary,) = [line for line in shown if SUMMARY in line]
+    assert summary == f"{SUMMARY}skipped 2 (missing_file 2), disk cache errors 5"
+    plain = trainer(assets, tmp_path / "plain", **options)
+    plain.train()
+    assert last_metrics(tmp_path / "plain") == row | {"data/cache_errors": 0}
+
+
+def test_a_cache_dir_that_is_a_file(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: expected a folder"):
+        Reader(dataset, cache_dir=str(tmp_path / "file"))

@@ -1,0 +1,151 @@
+"""The embedded default, shortened: the whole path from made clips to summary.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import train_flags
+
+from videor1 import train
+from videor1.config import SFTConfig, TrainConfig
+from videor1.config.cli import load_config, run_main
+from videor1.demo import run
+from videor1.demo.assets import Assets, Sizes, make_assets
+from videor1.logs.jsonl import read_jsonl
+from videor1.model import load_model
+from videor1.training.sft import SFTTrainer
+
+SMALL = Sizes(
+    sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6,
+    test_images=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with few samples and a cold start of two steps."""
+    recipe = run.load_config(SFTConfig, "sft_demo")
+    short = dataclasses.replace(recipe, max_steps=2, per_device_train_batch_size=4, eval_steps=1)
+    monkeypatch.setattr(run, "load_config", lambda *_: short)
+    monkeypatch.setattr(run, "make_assets", functools.partial(make_assets, sizes=SMALL))
+
+
+def test_without_arguments_it_runs_the_whole_path(
+    small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--output_dir", str(folder), "--max_steps", "2", "--per_device_train_batch_size", "3"]
+    options += ["--data.workers", "0"]
+    assert train.main(options) == 0
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {"before", "after", "chance", "steps", "seconds"}
+    assert summary["steps"] == 2
+    assert 0.25 <= summary["chance"] <= 0.35
+    for when in ("before", "after"):
+        assert set(summary[when]) == {"ordered", "shuffled"}
+        assert all(0 <= value <= 1 for value in summary[when].values())
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert {"temporal/p", "temporal/p_shuffled", "reward", "kl", "time/rollout"} <= set(rows[0])
+    rollouts = read_jsonl(folder / "rollouts.jsonl")
+    assert len(rollouts) == 6
+    for row in rollouts:
+        video = row["permutation"] is not None
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 8
+        assert len(row["shuffled_accuracy"]) == 4
+        known = [accuracy for accuracy in row["shuffled_accuracy"] if accuracy is not None]
+        assert len(row["shuffled_completions"]) == len(known) <= (4 if video else 0)  # some did not matter
+        if video:
+            assert sorted(row["permutation"]) == list(range(8))
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "2 of 2 steps" in (folder / "report.html").read_text(encoding="utf-8")
+    again = TrainConfig(model_name_or_path=str(folder / "checkpoints" / "step-2"), device="cpu")
+    assert load_model(again).trainable()
+
+    shown = capsys.readouterr().out
+    report = f"Report: {folder / 'report.html'}"
+    for text in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data", report):
+        assert text in shown
+
+
+def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path, capsys) -> None:
+    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
+    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    assert train.main(options) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    os.remove(tmp_path / "run" / "summary.json")
+    assert train.main([*options[:2], "--resume", "auto"]) == 0  # its config.yaml holds the other options
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert run_main(train.main, options[:2]) == 2
+    assert "holds a run already; go on with it by --resume auto" in capsys.readouterr().err
+
+
+def test_a_demo_that_was_stopped_in_its_cold_start_goes_on_as_told(
+    small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
+    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+
+    def stopped(self: SFTTrainer) -> None:
+        raise KeyboardInterrupt("saved runs/x/sft")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTTrainer, "train_batch", stopped)
+        assert run_main(train.main, options) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = f"interrupted: go on with: python -m videor1.train --resume auto --output_dir {tmp_path / 'run'}"
+    assert last == command
+    assert train.main(command.split()[7:]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml").num_generations == 2
+
+
+def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: Path, capsys) -> None:
+    """Not with the demonstration, which would write into it."""
+    folder = tmp_path / "run"
+    assert train.main(train_flags(assets, folder, max_steps=2, save_steps=1)) == 0
+    whole = [path for path in folder.rglob("*") if path.is_file()]
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    command = ["--resume", "auto", "--output_dir", str(folder)]
+    assert train.main(command) == 0
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(whole)
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 2
+    os.remove(folder / "config.yaml")
+    assert run_main(train.main, command) == 2
+    assert "holds a run that is not the demonstration's, and no config.yaml" in capsys.readouterr().err
+    assert run_main(train.main, command[2:]) == 2
+    assert not (folder / "demo").exists()
+    assert not (folder / "config.yaml").exists()
+
+
+def test_half_a_command_names_the_missing_half(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match=r"dataset_name: give .* or neither"):
+        train.main(["--model_name_or_path", str(tmp_path)])
+
+
+def test_print_config_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--print_config", "--max_steps", "7"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "max_steps: 7\n" in shown
+    assert "max_completion_length: 20\n" in shown
+
+
+def test_the_demo_does_not_take_the_users_data(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match="makes its own data"):
+        train.main(["--data.eval_path", "held_out.json", "--output_dir", str(tmp_path / "run")])
+
+
+def test_evaluating_without_held_out_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(train.ConfigError, match=r"eval_steps: needs data\.eval_path"):
+        train.main(["--model_name_or_path", "m", "--dataset_name", "d.json", "--eval_steps", "5"])

@@ -1,0 +1,280 @@
+"""The memory plan: against what the same passes take on a CPU, against arithmetic, and its command."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Qwen2_5_VLConfig
+
+import videor1.rollout
+import videor1.rollout.local
+import videor1.rollout.local.engine
+from videor1.config import TrainConfig
+from videor1.config.cli import parse
+from videor1.errors import ConfigError
+from videor1.plan.__main__ import main
+from videor1.plan.check import WITHIN, compare, measured
+from videor1.plan.ledger import Ledger
+from videor1.plan.plan import CARDS, GIB, Plan, count_parameters, plan
+from videor1.plan.setup import Target, build_policy, largest_grid, shape_of
+from videor1.plan.table import table
+from videor1.train import main as train
+from videor1_kernels import PrefixLayout, linear_grpo_loss, prefix_attention
+from videor1_kernels.linear_logprob import tiles
+
+CPU = torch.device("cpu")
+TINY = ["--max_completion_length", "24", "--video.max_frames", "4", "--video.max_pixels", "12544"]
+SMALL = ["--max_completion_length", "40", "--video.max_frames", "4", "--video.max_pixels", "25088"]
+
+SHORT = ["--video.max_frames", "2", "--gradient_accumulation_steps", "1"]
+
+
+def options(*flags: str) -> TrainConfig:
+    return parse(TrainConfig, flags, prog="plan", description="")
+
+
+def small_shape(**text: Any) -> Qwen2_5_VLConfig:
+    """8.9 M parameters; a head of its own."""
+    sizes = {
+        "vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+        "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False, **text,
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 160, "num_heads": 4, "intermediate_size": 320, "fullatt_block_indexes": [3],
+        "out_hidden_size": sizes["hidden_size"], "window_size": 112, "tokens_per_second": 2,
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags"),
+    [
+        ("tiny", TINY),
+        ("tiny", [*TINY, "--gradient_checkpointing", "--per_device_train_batch_size", "3"]),
+        ("small", SMALL),
+        ("small", [*SMALL, "--gradient_checkpointing"]),
+        ("small", [*SMALL, "--gradient_checkpointing", "--freeze_vision", "--gradient_accumulation_steps", "2"]),
+        ("small", [*SMALL, "--lora.rank", "8"]),
+        ("small", [*SMALL, "--lora.rank", "8", "--gradient_checkpointing", "--freeze_vision"]),
+        ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
+        ("small", [*SMALL, "--bf16", "--gradient_checkpointing"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[6:]).replace("--", ""),
+)
+def test_every_phase_is_within_a_tenth_of_what_is_measured(shape: str, flags: list[str]) -> None:
+    config = options("--device", "cpu", *flags)
+    sizes = shape_of(None) if shape == "tiny" else small_shape()
+    made = plan(config, sizes)
+    found, _ = measured(config, sizes, CPU)
+    rows = compare(made, found)
+    assert [row.phase for row in rows] == ["rollout", *["reference"] * bool(config.beta), "policy", "optimizer"]
+    for row in rows:
+        assert row.ratio == pytest.approx(1, abs=WITHIN), row
+    policy = next(row for row in rows if row.phase == "policy")
+    assert policy.ratio == pytest.approx(1, abs=0.03), policy  # what most runs are bound by
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """What csrc/bf16_product.cpp computes, on any CPU; what numpy takes is not among torch's bytes, as its is not."""
+    wide = [(x.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+    return torch.from_numpy(wide[0] @ wide[1].T).clone()
+
+
+@pytest.mark.parametrize("serves", [True, False], ids=["the CPU's own product", "converted operands"])
+def test_bf16_logits_are_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 BF16 a tile of the head and the hidden states are converted to fp32, which takes memory."""
+    monkeypatch.setattr(tiles, "bf16_product", lambda: exact_product if serves else None)
+    config = options("--device", "cpu", *SMALL, "--bf16", "--gradient_checkpointing")
+    made = plan(config, small_shape())
+    found, _ = measured(config, small_shape(), CPU)
+    reference = next(row for row in compare(made, found) if row.phase == "reference")
+    assert reference.ratio == pytest.approx(1, abs=0.03), reference
+    entries, rows = 3276, 320  # of a tile: 4 MiB of fp32 logits of all the row's completion tokens
+    assert made.phases[1].name == "reference"
+    conversions = 4 * 256 * (6144 - entries + rows)
+    assert (reference.planned > 12_100_000 + conversions) == (not serves)
+
+
+def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:
+    several = ["--device", "cpu", *SMALL, "--gradient_accumulation_steps", "2"]  # the gradients are there before it
+    gradients = 4 * sum(count_parameters(build_policy(small_shape(), options(), Target(False, False), CPU)).values())
+    peaks = [
+        next(p for p in plan(options(*several, *more), small_shape()).phases if p.name == "policy")
+        for more in ([], ["--gradient_checkpointing"], ["--gradient_checkpointing", "--max_tokens_per_row", "300"])
+    ]
+    assert peaks[1].parts["gradients"] == gradients
+    assert peaks[0].beyond > 1.5 * peaks[1].beyond
+    assert peaks[1].beyond > 1.05 * peaks[2].beyond
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--rollout_batch_size", "8"], ["--rollout.kv_mib", "2"], ["--per_device_train_batch_size", "3"]]
+)
+def test_the_kv_cache_is_exactly_as_large_as_planned(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made_sizes = []
+
+    class Recorded(videor1.rollout.local.engine.KVCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pools = [*self.prefix_k, *self.prefix_v, *self.suffix_k, *self.suffix_v]
+            made_sizes.append(sum(pool.nbytes for pool in pools))
+
+    monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", Recorded)
+    config = options("--device", "cpu", *TINY, *flags)
+    measured(config, shape_of(None), CPU)
+    made = plan(config, shape_of(None))
+    assert set(made_sizes) == {made.kv}
+    assert made.phases[0].parts["KV cache"] == made.kv
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "embedding", "head"),
+    [("3b", 3_754_622_976, 151936 * 2048, 0), ("7b", 8_292_166_656, 152064 * 3584, 152064 * 3584)],
+)
+def test_parameters_of_the_published_models(name: str, total: int, embedding: int, head: int) -> None:
+    config = options("--lora.rank", "0")
+    counts = count_parameters(build_policy(shape_of(name), config, Target.of(config), "meta"))
+    assert sum(counts.values()) == total
+    assert (counts["embedding"], counts["head"], counts["adapters"]) == (embedding, head, 0)
+    assert 660e6 < counts["vision tower"] < 680e6
+
+
+def few(*flags: str) -> Plan:
+    """Of the 3B on a card, with a short video: a long one takes as long to plan as it has windows."""
+    return plan(options("--config", "qwen2_5_vl_3b", *SHORT, *flags))
+
+
+def test_resident_bytes_of_a_run_on_a_card() -> None:
+    adapters = few("--lora.rank", "64", "--freeze_vision")
+    base = sum(adapters.parameters.values()) - adapters.parameters["adapters"]
+    parts = adapters.phases[-1].parts
+    assert adapters.trainable == adapters.parameters["adapters"] == 119_734_272
+    assert parts["weights"] == pytest.approx(2 * base + 4 * adapters.trainable, rel=1e-3)
+    assert parts["optimizer states"] == pytest.approx(8 * adapters.trainable, rel=1e-2)
+    assert parts["gradients"] == pytest.approx(4 * adapters.trainable, rel=1e-3)
+    assert "reference model" not in parts
+    assert adapters.fits(24)
+
+    whole = few()
+    parts = whole.phases[-1].parts
+    assert parts["weights"] == pytest.approx(4 * base, rel=1e-3)
+    assert parts["reference model"] == pytest.approx(2 * base, rel=1e-3)
+    assert parts["optimizer states"] == pytest.approx(8 * base, rel=1e-2)
+    # 16 bytes a parameter of states, 2 of the reference, 4 of the temporary of AdamW's update.
+    assert whole.peak == pytest.approx(22 * base, rel=1e-2)
+    assert (whole.binding.name, whole.fits(48), whole.fits(141)) == ("optimizer", False, True)
+    assert whole.total > whole.peak + GIB
+
+
+@pytest.mark.parametrize("tokens", [1000, 12288])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_on_a_card_takes_what_its_kernels_do(tokens: int, frozen: bool) -> None:
+    """fp32 logits of a chunk of at most 4096 rows, d_weight in fp32, a gradient of each input in bf16."""
+    hidden, vocabulary = 64, 151936
+    fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(cuda=True)
+    with fake:
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, requires_grad=not frozen)
+    labels, advantages = torch.zeros(tokens, dtype=torch.int64), torch.ones(1)
+    ends = torch.tensor([0, tokens], dtype=torch.int32)
+    with ledger:
+        before = ledger.total
+        loss = linear_grpo_loss(x, weight, labels, advantages, ends, beta=0.0).loss
+        forward = sum(ledger.peak.values()) - before
+        held = ledger.total - before
+        loss.backward()
+    rows = min(tokens, 4096)
+    d_hidden, d_weight = 2 * tokens * hidden, 4 * vocabulary * hidden * (not frozen)
+    logits = 4 * rows * vocabulary
+    assert held == pytest.approx(d_hidden + d_weight, rel=0.1)
+    assert forward == pytest.approx(held + logits + rows * hidden * 6, rel=0.001)
+    assert x.grad is not None
+    assert (weight.grad is None) == frozen
+
+
+def test_attention_on_a_card_keeps_its_output_and_one_number_a_head() -> None:
+    fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(cuda=True)
+    layout = PrefixLayout([600], [[300, 300]])
+    with fake:
+        q, k, v = (torch.empty(1200, heads, 128, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2))
+    with ledger:
+        out = prefix_attention(q, k, v, layout)
+        assert ledger.total == out.nbytes + 1200 * 8 * 4
+        ledger.restart()
+        before = ledger.total
+        out.backward(out.detach())
+        # dq, dk, dv; one number a head and token; partial sums of the keys that both completions see, fp32.
+        gradients = q.nbytes + k.nbytes + v.nbytes
+        assert gradients + 1200 * 8 * 4 < sum(ledger.peak.values()) - before < 4 * gradients
+
+
+def test_the_largest_usual_video_is_planned_for() -> None:
+    assert largest_grid(options()) == (8, 20, 28)  # 320 x 240 becomes 392 x 280
+    assert largest_grid(options("--video.max_frames", "4", "--video.max_pixels", "3136")) == (2, 4, 4)
+
+
+def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
+    small_shape(vocab_size=2048).save_pretrained(tmp_path)
+    made = plan(options("--model_name_or_path", str(tmp_path), *SMALL))
+    assert made.parameters["head"] == 2048 * 256
+    assert made.context > 0  # of a card, which this machine need not have
+    loaded = json.loads(json.dumps(made.to_json()))
+    assert loaded["total"] == made.total == int(made.peak * (1 + made.slack)) + made.context
+    assert loaded["fits"] == {str(card): made.fits(card) for card in CARDS}
+
+
+def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["--plan", "--per_device_train_batch_size", "2"]) == 0  # the demonstration
+    shown = capsys.readouterr().out
+    assert "1,101,632" in shown
+    for word in ("weights", "optimizer states", "KV cache", "vision tower", "Peak", "Fits on one card of: 24 GB yes"):
+        assert word in shown
+    assert "To lower" not in shown
+    assert train(["--plan", "--config", "qwen2_5_vl_3b", *SHORT]) == 0
+    shown = capsys.readouterr().out
+    assert "24 GB no, 48 GB no, 80 GB no, 141 GB yes" in shown
+    assert "--lora.rank 64" in shown.split("To lower")[1]
+
+
+def test_mistakes_say_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json can be read.*3b, 7b, Qwen/Qwen2\.5-VL-3B-Instruct"):
+        plan(options("--model_name_or_path", str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"1120 video tokens.*200 of text is longer than the 512"):
+        plan(options("--max_prompt_length", "512"))
+    with pytest.raises(ConfigError, match=r"distributed.engine none.*got deepspeed"):
+        plan(options("--distributed.engine", "deepspeed"))
+    with pytest.raises(ConfigError, match="expected --check"):
+        main([])
+
+
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["-h"], ["--check", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        assert "usage: python -m videor1.plan --check [options of videor1.train]" in shown
+        assert re.search(r"^  --check +\w", shown, re.MULTILINE)
+
+
+def test_check_prints_plan_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", "--device", "cpu", *TINY]) == 0
+    shown = capsys.readouterr().out
+    for word in ("planned", "measured", "rollout", "reference", "policy", "optimizer"):
+        assert word in shown
+
+
+def test_a_plan_for_a_cpu_names_no_card() -> None:
+    made = plan(options("--device", "cpu", *TINY))
+    assert made.context == 0
+    assert "Fits" not in table(made)

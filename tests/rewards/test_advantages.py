@@ -1,0 +1,172 @@
+"""Scores of batches of groups: numbers worked out by hand, and a formula written again in plain Python."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from tiny import make_media, make_prompt
+
+from videor1.config import RewardConfig, TemporalConfig, TrainConfig
+from videor1.rewards.advantages import score_groups
+from videor1.types import Completion, Group
+
+RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
+RIGHT_BARE, WRONG_BARE = "<answer>A</answer>", "<answer>B</answer>"  # the format reward is 0
+VIDEO, IMAGE = make_media("video", (2, 4, 4)), make_media("image", (1, 4, 4))
+
+
+def answers(*texts: str, length: int = 5) -> tuple[Completion, ...]:
+    return tuple(Completion(torch.arange(length), torch.zeros(length), True, text) for text in texts)
+
+
+def lengthened(group: tuple[Completion, ...], lengths: list[int]) -> tuple[Completion, ...]:
+    return tuple(answers(c.text, length=n)[0] for c, n in zip(group, lengths, strict=True))
+
+
+def make_group(ordered: tuple[Completion, ...], shuffled: tuple[Completion, ...] = (), media: object = VIDEO) -> Group:
+    prompt = make_prompt(media)  # type: ignore[arg-type]
+    sample = prompt.sample.__class__(
+        0, "0", "Which?", prompt.sample.data_type, "multiple choice", "<answer>A</answer>", prompt.sample.path,
+        options=("A. red", "B. blue"),
+    )  # fmt: skip
+    return Group(prompt.__class__(sample, prompt.input_ids, prompt.media, 0), ordered, shuffled)
+
+
+def config(**options: object) -> TrainConfig:
+    temporal = TemporalConfig(**{k: options.pop(k) for k in ("rule", "apply", "alpha", "mu") if k in options})  # type: ignore[arg-type]
+    return TrainConfig(temporal=temporal, **options)  # type: ignore[arg-type]
+
+
+def test_margin_on_the_advantage_by_hand() -> None:
+    group = make_group(answers(RIGHT, RIGHT, WRONG, WRONG), answers(RIGHT, WRONG, WRONG, WRONG))
+    scored = score_groups([group], config())
+    assert scored.accuracy.tolist() == [[1, 1, 0, 0]]
+    assert scored.format.tolist() == [[1, 1, 1, 1]]
+    assert scored.lengths.tolist() == [[5, 5, 5, 5]]
+    assert scored.shuffled_accuracy.tolist() == [[1, 0, 0, 0]]
+    assert scored.result.p.tolist() == [0.5]
+    assert scored.result.p_shuffled.tolist() == [0.25]
+    assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
+    assert scored.result.rewards.tolist() == [[2, 2, 1, 1]]
+    z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert scored.result.advantages[0].tolist() == pytest.approx([z + 0.075, z + 0.075, -z, -z], rel=1e-6)
+
+
+def test_reference_on_the_reward_by_hand() -> None:
+    group = make_group(answers(RIGHT, WRONG_BARE), answers(RIGHT))
+    scored = score_groups([group], config(rule="reference", mu=0.5))  # p = 0.5 passes 0.5 * 1, and only with >=
+    assert scored.result.rewards[0].tolist() == pytest.approx([2.3, 0.0])
+    z = 1.15 / (2.3 / math.sqrt(2) + 1e-4)
+    assert scored.result.advantages[0].tolist() == pytest.approx([z, -z], rel=1e-6)
+    threshold = score_groups([group], config(rule="threshold", mu=0.5))
+    assert threshold.result.temporal.tolist() == [0.0]
+    assert threshold.result.rewards.tolist() == [[2, 0]]
+
+
+def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[float]]:
+    """(rewards, advantages) of a group of multiple-choice answers."""
+    accuracy = [float("<answer>A</answer>" in c.text) for c in group.ordered]
+    form = [float(c.text.startswith("<think>")) for c in group.ordered]
+    p, bonus = statistics.fmean(accuracy), 0.0
+    if group.shuffled:
+        q = statistics.fmean(float("<answer>A</answer>" in c.text) for c in group.shuffled)
+        alpha, mu = options.temporal.alpha, options.temporal.mu
+        bonus = {
+            "margin": alpha * max(p - q, 0.0),
+            "threshold": alpha * (p > mu * q),
+            "reference": alpha * (p >= mu * q),
+        }[options.temporal.rule]
+    low, high = options.reward.length_range
+    rewards = []
+    for c, a, f in zip(group.ordered, accuracy, form, strict=True):
+        brief = a > 0 and sum(accuracy) > 1 and low <= len(c.token_ids) <= high
+        length = options.reward.length_bonus if brief and options.len_control else 0.0
+        rewards.append(a + f + length + (bonus if a and options.temporal_apply == "reward" else 0.0))
+    mean = statistics.fmean(rewards)
+    scale = statistics.stdev(rewards) + options.advantage_eps if options.normalize == "std" else 1.0
+    advantages = [(r - mean) / scale for r in rewards]
+    if options.temporal_apply == "advantage":
+        advantages = [x + (bonus if a else 0.0) for x, a in zip(advantages, accuracy, strict=True)]
+    return rewards, advantages
+
+
+MIXED = [
+    make_group(
+        lengthened(answers(RIGHT, RIGHT_BARE, WRONG, RIGHT), [320, 512, 400, 513]), answers(RIGHT, RIGHT, WRONG)
+    ),
+    make_group(lengthened(answers(RIGHT, WRONG, WRONG_BARE, WRONG), [400, 320, 1, 2]), media=IMAGE),
+    make_group(lengthened(answers(WRONG, WRONG_BARE, WRONG, WRONG), [1, 2, 3, 4]), answers(WRONG, WRONG)),
+    make_group(lengthened(answers(RIGHT, RIGHT, WRONG, RIGHT_BARE), [319, 600, 9, 9]), answers(RIGHT), None),
+    make_group(lengthened(answers(RIGHT, RIGHT, RIGHT_BARE, WRONG), [333, 444, 511, 9]), media=IMAGE),
+]
+
+
+@pytest.mark.parametrize("rule", ["margin", "threshold", "reference"])
+@pytest.mark.parametrize("apply", ["reward", "advantage", None])
+@pytest.mark.parametrize("len_control", [True, False])
+@pytest.mark.parametrize("normalize", ["std", "none"])
+def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_control: bool, normalize: str) -> None:
+    """Uneven numbers of shuffled answers, and groups that have none."""
+    options = config(rule=rule, apply=apply, len_control=len_control, normalize=normalize)
+    scored = score_groups(MIXED, options)
+    assert scored.shuffled_accuracy.shape == (5, 3)
+    assert scored.shuffled_accuracy.isnan().sum(1).tolist() == [0, 3, 1, 2, 3]
+    assert scored.result.p_shuffled.isnan().tolist() == [False, True, False, False, True]
+    for row, group in enumerate(MIXED):
+        rewards, advantages = expected(group, options)
+        assert scored.result.rewards[row].tolist() == pytest.approx(rewards, abs=1e-6)
+        assert scored.result.advantages[row].tolist() == pytest.approx(advantages, abs=1e-5)
+
+
+def test_a_group_does_not_depend_on_its_batch() -> None:
+    together = score_groups(MIXED, config())
+    for row, group in enumerate(MIXED):
+        alone = score_groups([group], config())
+        assert torch.equal(alone.result.advantages[0], together.result.advantages[row])
+
+
+def test_a_batch_without_shuffled_answers() -> None:
+    scored = score_groups([MIXED[1], MIXED[4]], config())
+    assert scored.shuffled_accuracy.shape == (2, 0)
+    assert scored.result.p_shuffled.isnan().all()
+    assert scored.result.temporal.tolist() == [0, 0]
+
+
+def test_the_length_bonus_is_the_configured_one() -> None:
+    group = make_group(lengthened(answers(RIGHT, RIGHT, WRONG), [10, 21, 15]))
+    reward = RewardConfig(length_bonus=0.7, length_range=(10, 20))
+    assert score_groups([group], config(reward=reward)).result.rewards[0].tolist() == pytest.approx([2.7, 2.0, 1.0])
+    off = config(reward=reward, len_control=False)
+    assert score_groups([group], off).result.rewards[0].tolist() == pytest.approx([2.0, 2.0, 1.0])
+
+
+def test_correct_above_gates_the_bonuses() -> None:
+    group = make_group(answers(RIGHT, RIGHT, WRONG), answers(WRONG))
+    reward = RewardConfig(correct_above=1.0, length_range=(1, 9))
+    assert score_groups([group], config(rule="reference", reward=reward)).result.rewards.tolist() == [[2, 2, 1]]
+
+
+def test_one_call_of_a_custom_function_sees_every_ordered_answer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_this_test.py").write_text(
+        "calls = []\n"
+        "def words(completions, samples):\n"
+        "    calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])\n"
+        "    return [0.5 * len(c.split()) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    groups = [
+        make_group(answers("<answer>A</answer> two words", RIGHT), answers(WRONG)),
+        make_group(answers(WRONG, "one"), media=IMAGE),
+    ]
+    reward = RewardConfig(functions=["rewards_of_this_test:words"], format_weight=0.25)
+    scored = score_groups(groups, config(reward=reward))
+    assert scored.format.tolist() == [[1.5, 0.75], [0.75, 0.5]]
+    assert scored.accuracy.tolist() == [[1, 1], [0, 0]]
+    assert torch.equal(scored.result.rewards, scored.accuracy + scored.format)
+    import rewards_of_this_test  # type: ignore[import-not-found]
+
+    texts = [(c.text, g.prompt.sample.data_type) for g in groups for c in g.ordered]
+    assert rewards_of_this_test.calls == [texts]  # a judge need not be paid for shuffled answers

@@ -1,0 +1,235 @@
+"""Checkpoints are plain Hugging Face folders: transformers loads them unmodified and gives the same logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import trainer
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+from videor1.config import LoraConfig, TrainConfig
+from videor1.data import load_samples
+from videor1.demo.assets import Assets
+from videor1.model import VideoLM, load_model
+from videor1.model.prompts import build_input_ids
+from videor1.model.save import base_digest, save_model
+from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, save
+from videor1.training.optim import make_optimizer
+from videor1.training.passes import completion_logp, pack
+from videor1.types import Prompt
+from videor1.video.media import load_media
+from videor1.video.patches import normalize_patches
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora__rank": 4, "lora__dropout": 0.2, "learning_rate": 1e-2},
+    "bf16": {"bf16": True},
+    "frozen": {"freeze_vision": True},
+}
+
+
+def keys(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def load_plain(folder: Path, dtype: torch.dtype | str = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model.eval()
+
+
+def video_prompt(assets: Assets, model: VideoLM) -> Prompt:
+    sample = load_samples(assets.train).samples[0]
+    assert sample.data_type == "video"
+    media = load_media(sample, TrainConfig().video)
+    return Prompt(sample, build_input_ids(model.tokenizer, sample, media, max_prompt_length=4096), media, 0)
+
+
+def plain_logp(plain: Any, prompt: Prompt, answer: Tensor) -> Tensor:
+    """Log-probs of an answer by transformers' own forward from pixels and ids."""
+    assert prompt.media is not None
+    ids = torch.cat([prompt.input_ids, answer])[None]
+    kinds = torch.zeros_like(ids)
+    kinds[ids == plain.config.video_token_id] = 2
+    with torch.no_grad():
+        logits = plain(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=kinds,
+            pixel_values_videos=normalize_patches(prompt.media.patches, plain.dtype),
+            video_grid_thw=torch.tensor([prompt.media.grid_thw]),
+            second_per_grid_ts=torch.tensor([prompt.media.second_per_grid]),
+        ).logits[0]
+    return logits[-len(answer) - 1 : -1].float().log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+
+
+def live_logp(model: VideoLM, prompt: Prompt, answer: Tensor) -> Tensor:
+    with model.inference():
+        return completion_logp(model, pack(model, [prompt], [[answer]]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_loads_it_with_the_same_logits(variant: str, assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, max_steps=3, **VARIANTS[variant])
+    final = run.train()
+    assert keys(final) == keys(assets.model)
+    plain = load_plain(final)
+    prompt = video_prompt(assets, run.model)
+    answer = torch.arange(20, 44)
+    live = live_logp(run.model, prompt, answer)
+    # bf16: the live model computes in bf16 from fp32 weights, the checkpoint holds their bf16 rounding.
+    tolerance = 0.15 if variant == "bf16" else 2e-5
+    torch.testing.assert_close(plain_logp(plain, prompt, answer), live, rtol=0, atol=tolerance)
+    untrained = plain_logp(load_plain(assets.model), prompt, answer)
+    assert (untrained - live).abs().max() > 0.2  # so that the comparison means something
+
+
+def test_names_on_disk_are_those_of_the_hub(assets: Assets, tmp_path: Path) -> None:
+    """Qwen2.5-VL's own files, and vLLM, know visual.* and model.layers.*; a tied head is not stored."""
+    final = trainer(assets, tmp_path, max_steps=1).train()
+    names = keys(final)
+    assert {name.split(".")[0] for name in names} == {"visual", "model"}
+    assert {name.split(".")[1] for name in names if name.startswith("model.")} == {"embed_tokens", "layers", "norm"}
+    config = json.loads((final / "config.json").read_text())
+    assert config["model_type"] == "qwen2_5_vl"
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    original = json.loads((assets.model / "config.json").read_text())
+    for part in (config, original, *(c[name] for c in (config, original) for name in ("text_config", "vision_config"))):
+        part.pop("dtype", None)
+        part.pop("transformers_version", None)
+    assert config == original
+
+
+def test_tokenizer_template_processor_and_generation_settings(assets: Assets, tmp_path: Path) -> None:
+    final = trainer(assets, tmp_path, max_steps=1, lora__rank=2).train()
+    ours, original = AutoTokenizer.from_pretrained(final), AutoTokenizer.from_pretrained(assets.model)
+    assert ours.get_vocab() == original.get_vocab()
+    assert ours.chat_template == original.chat_template
+    assert ours.chat_template
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (final / name).read_bytes() == (assets.model / name).read_bytes()
+    generation = GenerationConfig.from_pretrained(final)
+    assert generation.eos_token_id == GenerationConfig.from_pretrained(assets.model).eos_token_id
+    assert not list(final.glob("adapter*"))
+
+
+def test_bf16_weights_are_the_rounded_masters(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, max_steps=2, bf16=True)
+    final = run.train()
+    assert all(p.dtype == torch.float32 for p in run.model.trainable().values())
+    plain = load_plain(final, torch.bfloat16)
+    config = json.loads((final / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    assert load_plain(final, "auto").dtype == torch.bfloat16
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, run.model.hf.get_parameter(name).to(torch.bfloat16)), name
+
+
+def test_saving_leaves_the_live_model_alone(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, max_steps=1, lora__rank=4, bf16=True)
+    run.train()
+    before = {name: tensor.clone() for name, tensor in run.model.hf.state_dict().items()}
+    dtype = run.model.hf.config.dtype
+    save_model(run.model, tmp_path / "again")
+    after = run.model.hf.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run.model.hf.config.dtype == dtype
+    assert run.model.hf.training
+
+
+@pytest.fixture
+def model(assets: Assets) -> VideoLM:
+    return load_model(TrainConfig(model_name_or_path=str(assets.model), device="cpu"))
+
+
+def test_oldest_are_deleted_and_leftovers_cleaned(model: VideoLM, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in (".partial-step-7", ".partial-old-step-3"):  # of runs killed while saving and while deleting
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    (folder / "notes").mkdir()
+    for step in (2, 9, 10, 100):
+        final = save(tmp_path, step, model, None, {}, keep=2)
+        assert final.is_dir()
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 100]
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-10", "step-100"]
+    assert find_resume("auto", tmp_path) == folder / "step-100"
+    save(tmp_path, 101, model, None, {}, keep=None)
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 100, 101]
+
+
+def test_the_same_step_again_replaces_it(model: VideoLM, tmp_path: Path) -> None:
+    first = save(tmp_path, 4, model, None, {})
+    (first / "stray").write_text("")
+    second = save(tmp_path, 4, model, make_optimizer(model.trainable(), TrainConfig()), {"position": 1})
+    assert second == first
+    assert not (first / "stray").exists()
+    assert json.loads((first / "trainer" / "state.json").read_text()) == {"position": 1, "step": 4}
+
+
+def test_without_permission_it_is_a_checkpoint_error(model: VideoLM, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(CheckpointError, match="step-1 could not be written"):
+        save(tmp_path, 1, model, None, {})
+
+
+def test_the_digest_tells_models_apart_but_not_folders_or_adapters(
+    assets: Assets, model: VideoLM, tmp_path: Path
+) -> None:
+    digest = base_digest(model)
+    save_model(model, tmp_path / "moved")
+    moved = load_model(TrainConfig(model_name_or_path=str(tmp_path / "moved"), device="cpu"))
+    assert base_digest(moved) == digest
+    moved.add_lora(LoraConfig(rank=2), seed=0)
+    assert base_digest(moved) == digest
+    with torch.no_grad():
+        model.hf.model.language_model.norm.weight[0] += 1e-3
+    assert base_digest(model) != digest
+
+
+def test_nothing_is_pickled(assets: Assets, tmp_path: Path) -> None:
+    final = trainer(assets, tmp_path, max_steps=1, bf16=True).train()
+    suffixes = {path.suffix for path in final.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors", ".jinja"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plain(final)
+
+
+def test_files_are_as_readable_as_others(model: VideoLM, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.touch()
+    folder = save(tmp_path, 1, model, make_optimizer(model.trainable(), TrainConfig()), {})
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.stat().st_mode == beside.stat().st_mode, path
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(
+    model: VideoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, model, None, {})
+    whole = keys(tmp_path / "checkpoints" / "step-1")
+    rename = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "step-1":
+            raise KeyboardInterrupt  # stands for the kill: the new checkpoint does not get its name
+        rename(source, target)
+
+    monkeypatch.setattr("videor1.training.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 1, model, None, {})
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == []
+    assert find_resume("auto", tmp_path) == tmp_path / "checkpoints" / "step-1"
+    assert keys(tmp_path / "checkpoints" / "step-1") == whole

@@ -1,0 +1,146 @@
+"""SFT: loss on the answers alone, packing that changes nothing, and a cold start that knows when to stop."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from runs import entries, last_metrics, metrics, same_weights, sft_flags, sft_trainer, weights, write_data
+from test_checkpoint import load_plain
+from test_tgrpo import Opened
+
+from videor1.config.cli import run_main
+from videor1.demo.assets import Assets
+from videor1.errors import ConfigError, DataError
+from videor1.sft import main
+from videor1.training.checkpoint import checkpoints
+from videor1.training.passes import pack, sft_loss
+from videor1.training.sft import Example, SFTTrainer, pack_rows
+from videor1.video.patches import normalize_patches
+
+
+@pytest.fixture(scope="module")
+def examples(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> tuple[SFTTrainer, list[Example]]:
+    run = sft_trainer(assets, tmp_path_factory.mktemp("sft"), data__shuffle=False, max_steps=1)
+    with Opened(run):  # type: ignore[arg-type]
+        return run, run.source.take(6)
+
+
+def test_examples_end_with_the_answer(assets: Assets, examples: tuple[SFTTrainer, list[Example]]) -> None:
+    run, found = examples
+    for example, entry in zip(found, entries(assets.sft), strict=True):
+        tokenizer = run.model.tokenizer
+        assert tokenizer.decode(example.answer) == f"{entry['process']}\n{entry['solution']}<|im_end|>"
+        assert example.answer[-1] == run.model.special.eos
+        assert tokenizer.decode(example.prompt.input_ids).endswith("<|im_start|>assistant\n")
+        assert len(example) == len(example.prompt.input_ids) + len(example.answer)
+
+
+def test_loss_equals_transformers_own(assets: Assets, examples: tuple[SFTTrainer, list[Example]]) -> None:
+    """Labels of -100 but for the answer, one sample at a time, tokens weighed alike."""
+    run, found = examples
+    plain = load_plain(assets.model)
+    total, count = 0.0, 0
+    for example in found:
+        media, ids = example.prompt.media, torch.cat([example.prompt.input_ids, example.answer])[None]
+        assert media is not None
+        labels = ids.clone()
+        labels[:, : len(example.prompt.input_ids)] = -100
+        kinds = torch.zeros_like(ids)
+        kinds[ids == run.model.special.image_pad] = 1
+        kinds[ids == run.model.special.video_pad] = 2
+        name = "pixel_values" if media.kind == "image" else "pixel_values_videos"
+        inputs = {name: normalize_patches(media.patches, torch.float32)}
+        inputs[f"{media.kind}_grid_thw"] = torch.tensor([media.grid_thw])
+        if media.kind == "video":
+            inputs["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            loss = plain(input_ids=ids, labels=labels, attention_mask=mask, mm_token_type_ids=kinds, **inputs).loss
+        total += float(loss) * len(example.answer)
+        count += len(example.answer)
+    packed = pack(run.model, [e.prompt for e in found], [[e.answer] for e in found])
+    assert sft_loss(run.model, packed, count).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_rows_hold_what_fits_in_order(examples: tuple[SFTTrainer, list[Example]]) -> None:
+    _, found = examples
+    lengths = [len(example) for example in found]
+    assert [[found.index(e) for e in row] for row in pack_rows(found, sum(lengths))] == [list(range(6))]
+    assert [len(row) for row in pack_rows(found, max(lengths))] != [6]
+    for limit in (max(lengths), max(lengths) + 40, lengths[0] + lengths[1]):
+        rows = pack_rows(found, limit)
+        assert [e for row in rows for e in row] == found
+        assert all(sum(map(len, row)) <= limit for row in rows)
+        for row, following in itertools.pairwise(rows):
+            assert sum(map(len, row)) + len(following[0]) > limit
+    assert pack_rows([], 10) == []
+
+
+def test_packing_and_accumulation_do_not_change_the_update(assets: Assets, tmp_path: Path) -> None:
+    """One row of four samples, rows of one sample, and four accumulated batches: the same step up to rounding."""
+    options = {"max_steps": 2, "data__shuffle": False, "learning_rate": 1e-4}
+    variants = {
+        "packed": {"per_device_train_batch_size": 4},
+        "alone": {"per_device_train_batch_size": 4, "max_length": 330},
+        "accumulated": {"gradient_accumulation_steps": 4},
+    }
+    finals = {name: sft_trainer(assets, tmp_path / name, **options, **more).train() for name, more in variants.items()}
+    losses = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in variants}
+    norms = {name: [row["grad_norm"] for row in metrics(tmp_path / name)] for name in variants}
+    for name in ("alone", "accumulated"):
+        assert losses[name] == pytest.approx(losses["packed"], rel=1e-5)
+        assert norms[name] == pytest.approx(norms["packed"], rel=1e-4)
+    assert not same_weights(weights(finals["packed"]), weights(assets.model))
+
+
+def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, capsys) -> None:
+    """Few samples that are also the held-out ones: learnt by heart well before the last step."""
+    found = entries(assets.sft)[:2]
+    data = write_data(tmp_path / "two.json", found)
+    run = sft_trainer(
+        assets, tmp_path / "run", dataset_name=data, data__eval_path=data, data__root="/", eval_steps=10,
+        stop_at_accuracy=0.9, max_steps=200, per_device_train_batch_size=2, learning_rate=3e-3, logging_steps=7,
+        max_completion_length=32, lr_scheduler_type="constant",
+    )  # fmt: skip
+    assert run.title() == "sft until accuracy 0.9"
+    final = run.train()
+    assert f"sft until accuracy 0.9: reached at step {run.step}, {run.accuracy:.3f}" in capsys.readouterr().err
+    assert run.accuracy >= 0.9
+    assert run.step < 200
+    assert run.step % 10 == 0
+    assert checkpoints(tmp_path / "run") == [(run.step, final)]
+    rows = metrics(tmp_path / "run")
+    assert [row for row in rows if "eval/ordered" in row][-1]["eval/ordered"] == run.accuracy
+    assert last_metrics(tmp_path / "run")["step"] == run.step  # the steps since the last full line too
+    assert last_metrics(tmp_path / "run")["loss"] < rows[0]["loss"] - 1
+    # A finished run that is asked to go on sees that it is finished.
+    again = sft_trainer(
+        assets, tmp_path / "run", dataset_name=data, data__eval_path=data, data__root="/", eval_steps=10,
+        stop_at_accuracy=0.9, max_steps=200, resume="auto",
+    )  # fmt: skip
+    assert again.train() == final
+    assert metrics(tmp_path / "run") == rows
+
+
+def test_entries_without_a_thought_are_no_sft_data(assets: Assets, tmp_path: Path) -> None:
+    found = [{k: v for k, v in entry.items() if k != "process"} for entry in entries(assets.sft)]
+    data = write_data(tmp_path / "data.json", found)
+    with pytest.raises(DataError, match="missing field 'process'"):
+        sft_trainer(assets, tmp_path / "run", dataset_name=data, data__root="/")
+    with pytest.raises(ConfigError, match=r"stop_at_accuracy: needs data.eval_path"):
+        sft_trainer(assets, tmp_path / "run", stop_at_accuracy=0.5)
+
+
+def test_the_command_says_what_comes_next(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(main, sft_flags(assets, tmp_path, max_steps=1)) == 0
+    final = tmp_path / "checkpoints" / "step-1"
+    shown = capfd.readouterr().out
+    assert f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final}" in shown
+    assert f"Report: {tmp_path / 'report.html'}" in shown
+    assert (tmp_path / "report.html").exists()
+    assert not list(Path(tmp_path).glob("rollouts.jsonl"))

@@ -1,0 +1,402 @@
+"""What a T-GRPO batch does: branches, frozen parts, and gradients that do not depend on how a batch is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fake_server
+import pytest
+import torch
+from batches import Opened
+from patience import PATIENCE
+from runs import last_metrics, metrics, run_lines, same_weights, trainer, weights
+from tiny import log_prob_rounding
+from torch import Tensor
+
+import videor1.training
+import videor1.training.tgrpo
+from videor1.demo.assets import Assets
+from videor1.errors import TrainingStopped
+from videor1.model import VideoLM
+from videor1.rewards.advantages import score_groups
+from videor1.rollout import Request, Rollout, RolloutError
+from videor1.training.rows import training_rows
+from videor1.training.tgrpo import KERNELS, Trainer
+from videor1.types import Completion, Group, Prompt
+from videor1.video.shuffle import draw_permutation, permuted_features, shuffled_patches
+from videor1_kernels import last_backend
+
+
+def test_frozen_vision_stays_and_its_features_are_used_again(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    original = VideoLM.vision_features
+
+    def counting(self: VideoLM, media: Any, patches: Any = None) -> list[Tensor]:
+        encoded.append(len(media))
+        return original(self, media, patches)
+
+    monkeypatch.setattr(VideoLM, "vision_features", counting)
+    options: dict[str, Any] = {"max_steps": 3, "data__shuffle": False, "num_iterations": 1}
+    final = trainer(assets, tmp_path / "frozen", freeze_vision=True, beta=0, **options).train()
+    # Each of the three steps on a video encodes the ordered and the shuffled frames once, for the rollout.
+    assert encoded == [1, 1] * 3
+    before, after = weights(assets.model), weights(final)
+    encoded.clear()
+    trainer(assets, tmp_path / "frozen, KL", freeze_vision=True, beta=0.1, **options).train()
+    trainer(assets, tmp_path / "adapters", lora__rank=2, beta=0.1, **options).train()
+    assert encoded == [1, 1] * 6  # the reference policy takes them too
+    vision = {name for name in before if name.startswith("visual.")}
+    assert vision
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    assert not all(torch.equal(before[name], after[name]) for name in before.keys() - vision)
+
+    encoded.clear()
+    final = trainer(assets, tmp_path / "trained", beta=0, **options).train()
+    assert encoded == [1, 1, 1] * 3  # once more with gradients
+    assert not all(torch.equal(before[name], weights(final)[name]) for name in vision)
+
+
+def test_frozen_features_give_the_gradients_of_encoding_again(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "freeze_vision": True}
+    reused = trainer(assets, tmp_path / "reused", **options).train()
+    monkeypatch.setattr(Trainer, "_frozen_features", lambda *_: None)
+    again = trainer(assets, tmp_path / "again", **options).train()
+    assert same_weights(weights(reused), weights(again))
+
+
+def test_temporal_patches_permuted_after_the_tower_equal_before(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, temporal__shuffle_unit="temporal_patch")
+    with Opened(run):
+        prompts = [p for p in run.source.take(4) if p.media and p.media.kind == "video"]
+    for prompt in prompts:
+        media, order = prompt.media, draw_permutation(prompt, "temporal_patch", 7)
+        assert media is not None
+        assert order is not None
+        assert sorted(order) == list(range(media.grid_thw[0]))
+        with run.model.inference():
+            (ordered,) = run.model.vision_features([media])
+            (shuffled,) = run.model.vision_features([media], [shuffled_patches(media, order, "temporal_patch")])
+        assert torch.equal(permuted_features(ordered, media, order), shuffled)
+        assert list(order) == sorted(order) or not torch.equal(ordered, shuffled)
+
+
+@pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
+def test_identity_permutation_makes_both_branches_equal(
+    unit: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers, shuffled answers are the ordered ones, token by token and log-prob by log-prob."""
+
+    def identity(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
+        real = draw_permutation(prompt, unit, seed)
+        return None if real is None else tuple(sorted(real))
+
+    branch = videor1.training.tgrpo.Branch
+    same_names = lambda count, names, *rest: branch(count, ("both", names[1]), *rest)  # noqa: E731
+    run = trainer(
+        assets, tmp_path, num_generations=3, temporal__num_generations=3, temporal__shuffle_unit=unit,
+        max_completion_length=12, temporal__skip_shuffled=False,
+    )  # fmt: skip
+    with Opened(run):
+        prompts = run.source.take(4)
+    real = groups_of(run, prompts)
+    monkeypatch.setattr(videor1.training.tgrpo, "Branch", same_names)
+    different = groups_of(run, prompts)
+    monkeypatch.setattr(videor1.training.tgrpo, "draw_permutation", identity)
+    groups = groups_of(run, prompts)
+    videos = [g for g in groups if g.permutation is not None]
+    assert len(videos) == 3
+    for group in videos:
+        for ordered, shuffled in zip(group.ordered, group.shuffled, strict=True):
+            assert torch.equal(ordered.token_ids, shuffled.token_ids)
+            torch.testing.assert_close(ordered.logp, shuffled.logp, rtol=0, atol=log_prob_rounding(ordered.logp))
+    # And only then: a real permutation, or other random numbers, give others.
+    assert any(answers(g.ordered) != answers(g.shuffled) for g in different if g.permutation)
+    assert any(answers(g.ordered) != answers(g.shuffled) for g in real if g.permutation)
+    (image,) = [g for g in groups if g.permutation is None]
+    assert image.shuffled == ()
+
+
+def groups_of(run: Trainer, prompts: Sequence[Prompt]) -> list[Group]:
+    rollout, _ = run.rollout(prompts)
+    return [group for group in rollout.groups if group is not None]
+
+
+def answers(completions: Any) -> list[list[int]]:
+    return [c.token_ids.tolist() for c in completions]
+
+
+def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(
+        assets, tmp_path, num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False
+    )
+    with Opened(run):
+        groups = groups_of(run, run.source.take(4))
+        assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
+        rows, left_out = training_rows(run.model, groups, score_groups(groups, run.config), run.config)
+    assert left_out == 0
+    labels = [token for row in rows for token in row.packed.labels.tolist()]
+    assert labels == [token for g in groups for ids in answers(g.ordered) for token in ids]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, assets: Assets, tmp_path: Path) -> None:
+    options = {"temporal__enabled": enabled, "temporal__skip_shuffled": False, "data__shuffle": False}
+    trainer(assets, tmp_path, max_steps=4, **options).train()
+    lines = run_lines(tmp_path, "rollouts.jsonl")
+    assert [bool(line["shuffled_completions"]) for line in lines] == [enabled] * 3 + [False]
+    assert [line["permutation"] is not None for line in lines] == [enabled] * 3 + [False]
+    assert (metrics(tmp_path)[0]["temporal/p_shuffled"] is not None) == enabled
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [({"beta": 0}, 0), ({"beta": 0.1}, 1), ({"beta": 0.1, "lora__rank": 2}, 0), ({"beta": 0, "lora__rank": 2}, 0)],
+)
+def test_reference_model_is_copied_only_where_needed(
+    options: dict[str, Any], copies: int, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    original = VideoLM.frozen_copy
+
+    def copying(self: VideoLM) -> VideoLM:
+        made.append(original(self))
+        return made[-1]
+
+    monkeypatch.setattr(VideoLM, "frozen_copy", copying)
+    run = trainer(assets, tmp_path, max_steps=3, **options)
+    run.train()
+    assert len(made) == copies
+    kl = [row["kl"] for row in metrics(tmp_path)]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert (kl[-1] > 1e-6) == (options["beta"] > 0)
+
+
+def test_second_update_of_a_rollout_uses_its_own_log_probs(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update has no old log-probs; the second's are those of the first, which were the rollout's."""
+    seen: list[tuple[Tensor | None, Tensor]] = []
+    original: Callable[..., Any] = videor1.training.tgrpo.tgrpo_loss
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        seen.append((kwargs["old_logp"], result.logp))
+        return result
+
+    monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", spy)
+    trainer(assets, tmp_path, num_iterations=3, max_steps=3, clip_low=0.2, clip_high=0.2).train()
+    assert [old is None for old, _ in seen] == [True, False, False]
+    first = seen[0][1]
+    assert torch.equal(seen[1][0], first)  # type: ignore[arg-type]
+    assert torch.equal(seen[2][0], first)  # type: ignore[arg-type]
+    assert not torch.equal(seen[1][1], first)
+    assert metrics(tmp_path)[0]["clip_ratio/region_mean"] == 0
+
+
+def test_a_skipped_first_update_does_not_disturb_the_second(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = videor1.training.tgrpo.tgrpo_loss
+    calls: list[None] = []
+
+    def nan_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:  # the second micro-batch of the first update
+            args = (*args[:2], args[2] * torch.nan, *args[3:])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", nan_once)
+    trainer(assets, tmp_path, num_iterations=2, gradient_accumulation_steps=3, max_steps=2).train()
+    assert [row["nonfinite_steps"] for row in metrics(tmp_path)] == [1, 1]
+    assert metrics(tmp_path)[1]["grad_norm"] > 0
+
+
+def test_rollout_and_training_log_probs_agree(assets: Assets, tmp_path: Path) -> None:
+    """The sampler's cache and the packed row are two programs for one number."""
+    trainer(assets, tmp_path, max_steps=4, per_device_train_batch_size=2, max_completion_length=16, beta=0).train()
+    for row in metrics(tmp_path):
+        assert row["sampling/sampling_logp_difference/max"] < 2e-5
+
+
+def test_learning_raises_the_reward(assets: Assets, tmp_path: Path) -> None:
+    """The whole loop points uphill: answers become shorter where that is what pays."""
+    run = trainer(
+        assets, tmp_path, reward__functions="toy_rewards:brief", num_generations=8, max_steps=25, learning_rate=2e-3,
+        max_completion_length=12, beta=0, temporal__enabled=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    rewards = [row["reward"] for row in metrics(tmp_path)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+@pytest.mark.parametrize(("reward", "told"), [("nothing", 1), ("uneven", 0)])
+def test_steps_that_teach_nothing_are_told_of_once(
+    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str, told: int
+) -> None:
+    trainer(assets, tmp_path / "run", max_steps=7, reward__functions=f"toy_rewards:{reward}").train()
+    said = capsys.readouterr().err
+    assert said.count("step 5: in the last 5 steps all answers to a question earned the same reward") == told
+    assert said.count("the same reward") == told
+
+
+def test_a_temporal_bonus_alone_teaches(assets: Assets, tmp_path: Path, capsys, monkeypatch) -> None:
+    """All answers right, and all favoured by temporal.apply advantage."""
+    original = videor1.training.tgrpo.score_groups
+
+    def favoured(*arguments: Any) -> Any:
+        scored = original(*arguments)
+        advantages = torch.full_like(scored.result.advantages, 0.3)
+        return dataclasses.replace(scored, result=dataclasses.replace(scored.result, advantages=advantages))
+
+    monkeypatch.setattr(videor1.training.tgrpo, "score_groups", favoured)
+    run = trainer(assets, tmp_path / "run", max_steps=6, reward__functions="toy_rewards:nothing")
+    run.train()
+    assert last_metrics(tmp_path / "run")["frac_reward_zero_std"] == 1
+    assert "the same reward" not in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(assets: Assets, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        torch.manual_seed(len(name))  # the global generator has no say
+        trainer(assets, tmp_path / name, seed=seed, max_steps=3).train()
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "same")
+    assert metrics(tmp_path / "one") != metrics(tmp_path / "other")
+
+
+def test_decode_workers_and_batch_rows_do_not_change_the_run(assets: Assets, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2}
+    trainer(assets, tmp_path / "here", **options).train()
+    trainer(assets, tmp_path / "ahead", data__workers=1, data__prefetch=3, data__cache_mb=0, **options).train()
+    assert metrics(tmp_path / "here") == metrics(tmp_path / "ahead")
+    assert (tmp_path / "here" / "rollouts.jsonl").read_bytes() == (tmp_path / "ahead" / "rollouts.jsonl").read_bytes()
+
+
+def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_path: Path) -> None:
+    trainer(assets, tmp_path, max_steps=1).train()
+    row = last_metrics(tmp_path)
+    names = {
+        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean",
+        "rewards/accuracy/std", "rewards/format/mean", "rewards/format/std", "kl", "entropy", "clip_ratio/region_mean",
+        "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "sampling/sampling_logp_difference/max", "temporal/p", "temporal/p_shuffled",
+        "temporal/bonus", "sampling/sampling_logp_difference/mean", "data/draws", "data/skipped", "nonfinite_steps",
+    }  # fmt: skip
+    assert names <= row.keys()
+
+
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+def test_same_trajectory_on_the_kernels_as_on_the_references(
+    importance_level: str, assets: Assets, tmp_path: Path
+) -> None:
+    """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
+    operations = KERNELS
+    options: dict[str, Any] = {
+        "max_steps": 3, "num_iterations": 3, "clip_low": 0.2, "clip_high": 0.2, "importance_level": importance_level,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 if importance_level == "token" else 1,
+    }  # fmt: skip
+    ends = {}
+    for kernels in ("reference", "triton"):
+        final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()
+        assert [last_backend(op) for op in operations] == [kernels] * len(operations)
+        ends[kernels] = weights(final)
+    start = weights(assets.model)
+    # Adam divides by the gradient's own size, so where that is next to 0 rounding decides the step: all entries
+    # together are compared.
+    apart, moved = (
+        math.sqrt(sum(float((ends["reference"][name] - other[name]).square().sum()) for name in start))
+        for other in (ends["triton"], start)
+    )
+    assert moved > 0.01
+    assert apart < 5e-3 * moved
+    rows = [metrics(tmp_path / kernels) for kernels in ("reference", "triton")]
+    assert len(rows[0]) == 3
+    for a, b in zip(*rows, strict=True):
+        for key in ("loss", "grad_norm", "kl", "entropy", "reward", "temporal/p", "clip_ratio/region_mean"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path)
+    run.model.device = torch.device("cuda", 0)
+    run.model.compute_dtype = torch.bfloat16
+    assert run._kernels() == "kernels: " + ", ".join(f"{op} triton" for op in KERNELS)
+    run.model.compute_dtype = torch.float32
+    slow = "kernels: prefix_attention reference, prefix_decode_attention reference, sample_tokens triton"
+    assert run._kernels().startswith(slow)
+
+
+class Answering:
+    """An engine that gives canned answers, and fails where told."""
+
+    needs_features = False
+
+    def __init__(self, run: Trainer, fails: set[int], dead: bool = False) -> None:
+        self.run, self.fails, self.dead, self.calls = run, fails, dead, []
+
+    def generate(self, requests: Sequence[Request]) -> Rollout:
+        self.calls.append("generate")
+        if self.dead:
+            raise RolloutError("http://nowhere: refused")
+        groups: list[Group | None] = []
+        for i, request in enumerate(requests):
+            assert request.ordered.features is None
+            ids = torch.tensor([5, 6, 7 + len(self.calls), self.run.model.special.eos])
+            texts = [request.prompt.sample.solution, "<answer>no</answer>"]
+            answers = [Completion(ids, torch.zeros(4), True, text) for text in texts]
+            groups.append(None if i in self.fails else Group(request.prompt, tuple(answers)))
+        return Rollout(groups, failed=dict.fromkeys(self.fails, "too slow"))
+
+    def weights_changed(self) -> None:
+        self.calls.append("weights")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_another_engine_and_requests_that_fail(freeze_vision: bool, assets: Assets, tmp_path: Path) -> None:
+    options = {"num_generations": 2, "per_device_train_batch_size": 3, "max_steps": 2, "num_iterations": 1}
+    run = trainer(assets, tmp_path, freeze_vision=freeze_vision, **options)
+    run.engine = engine = Answering(run, {1})
+    final = run.train()
+    # New weights are handed over before they are asked for, and not after the last step.
+    assert engine.calls == ["weights", "generate", "weights", "generate", "close"]
+    assert [len(run_lines(tmp_path, name)) for name in ("rollouts.jsonl", "skipped.jsonl")] == [4, 2]
+    assert {(line["kind"], line["split"]) for line in run_lines(tmp_path, "skipped.jsonl")} == {("rollout", "train")}
+    assert last_metrics(tmp_path)["data/skipped/rollout"] == 2
+    assert last_metrics(tmp_path)["rollout/failed"] == 1
+    assert not same_weights(weights(assets.model), weights(final))
+
+
+def test_an_engine_that_cannot_go_on_stops_the_run(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, num_generations=2)
+    run.engine = engine = Answering(run, set(), dead=True)
+    with pytest.raises(TrainingStopped, match="nowhere: refused; there is no checkpoint yet"):
+        run.train()
+    assert engine.calls == ["weights", "generate", "close"]
+
+
+def test_a_run_on_a_server(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"num_generations": 2, "max_steps": 2, "num_iterations": 1, "data__shuffle": False, "top_k": 0}
+    with fake_server.FakeServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options |= {"rollout__engine": "server", "rollout__url": server.url, "rollout__timeout": PATIENCE}
+        run = trainer(assets, tmp_path, **options)
+        monkeypatch.setattr(fake_server, "TOKENIZER", run.model.tokenizer)
+        monkeypatch.setattr(fake_server, "SPECIAL", run.model.special)
+        final = run.train()
+        assert len(run_lines(tmp_path, "rollouts.jsonl")) == 2
+        loaded = [body for path, body in server.controlled if path.endswith("collective_rpc")]
+        server.shutdown()
+    assert len(loaded) == 2  # before each rollout
+    assert last_metrics(tmp_path)["rollout/failed"] == 0
+    assert not same_weights(weights(assets.model), weights(final))

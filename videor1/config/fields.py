@@ -1,0 +1,143 @@
+"""The options as a user sees them: the fields of a config class by dotted name, and words about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+
+from videor1.config.options import EvaluateConfig, SFTConfig, TrainConfig
+
+COMMANDS = {"videor1.train": TrainConfig, "videor1.sft": SFTConfig, "videor1.evaluate": EvaluateConfig}
+SHORTHANDS = {"temporal": "temporal.enabled"}  # the reference's flag is our section
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A field of a config class, as a user sees it."""
+
+    name: str  # dotted: "temporal.rule"
+    type: Any
+    default: Any
+    help: str
+    section: str  # "temporal", or "" at the top
+    title: str  # the section's docstring
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) in (list, tuple)
+
+    @property
+    def nullable(self) -> bool:
+        return type(None) in get_args(self.type)
+
+    @property
+    def choices(self) -> list[str]:
+        """Names to choose from; empty where any value goes."""
+        kinds = get_args(self.type) if _is_union(self.type) or self.is_list else (self.type,)
+        return [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+
+    @property
+    def takes_text(self) -> bool:
+        return not self.is_list and (bool(self.choices) or str in (self.type, *get_args(self.type)))
+
+
+def collect_options(config_class: type) -> dict[str, Option]:
+    """Every option of a config class by its dotted name, in the order of the fields."""
+    return {option.name: option for option in _walk(config_class, config_class(), "")}
+
+
+def _walk(config_class: type, defaults: Any, prefix: str) -> Iterator[Option]:
+    hints = get_type_hints(config_class)
+    title, docs = _docstrings(config_class)
+    for field in dataclasses.fields(config_class):
+        default = getattr(defaults, field.name)
+        name = prefix + field.name
+        if dataclasses.is_dataclass(default):
+            yield from _walk(hints[field.name], default, f"{name}.")
+        else:
+            yield Option(name, hints[field.name], default, docs.get(field.name, ""), prefix[:-1], title)
+
+
+@functools.cache
+def _docstrings(config_class: type) -> tuple[str, dict[str, str]]:
+    """The first line of the class's docstring, and the docstring of each field, inherited ones too."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(base):
+            parsed = docstring_parser.parse_from_object(base)
+            docs |= {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    return parsed.short_description or config_class.__name__, docs
+
+
+def options_table(config_class: type) -> str:
+    """The options as a Markdown table: option, default, meaning."""
+    rows = ["| Option | Default | Meaning |", "|---|---|---|"]
+    for option in collect_options(config_class).values():
+        missing = [choice for choice in option.choices if choice not in option.help]
+        meaning = option.help + (f" One of: {', '.join(option.choices)}." if missing else "")
+        meaning = re.sub(r"([|<*~])", r"\\\1", meaning)  # Markdown's own characters
+        rows.append(f"| `{option.name}` | `{value_text(option.default)}` | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def unknown_option(shown: str, names: Iterable[str]) -> str:
+    """What to say of an option that is none of this command's."""
+    name = shown.removeprefix("--")
+    owners = [command for command, config_class in COMMANDS.items() if name in collect_options(config_class)]
+    if owners:
+        return f"{shown} is an option of {' and '.join(owners)}, not of this command"
+    return f"unknown option {shown}; did you mean {_nearest(name, names)}?"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The known name most like ``name``; by its last part too, so that ``rule`` finds ``temporal.rule``."""
+
+    def alike(known: str) -> float:
+        def ratio(a: str, b: str) -> float:
+            return difflib.SequenceMatcher(None, a, b).ratio()
+
+        return max(ratio(name, known), 0.99 * ratio(name.split(".")[-1], known.split(".")[-1]))
+
+    scores = {known: alike(known) for known in names}
+    return " or ".join([known for known, score in scores.items() if score == max(scores.values())][:3])
+
+
+def type_error(option: Option, got: str) -> str:
+    return f"{option.name}: expected {_kind(option.type)}, got {got!r}"
+
+
+def _kind(kind: Any) -> str:
+    """A type in plain words."""
+    if _is_union(kind):
+        named = [_kind(member) for member in get_args(kind) if member is not type(None)]
+        return " or ".join([*named, "null"])
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list of " + _kind(get_args(kind)[0]).removeprefix("one of ")
+    if get_origin(kind) is tuple:
+        return "[" + ", ".join(map(_kind, get_args(kind))) + "]"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def value_text(value: Any) -> str:
+    return yaml.safe_dump(plain(value), default_flow_style=True, width=sys.maxsize).removesuffix("...\n").strip()

@@ -1,0 +1,269 @@
+"""Data files in the Video-R1 JSON format, checked entry by entry.
+
+What is too large to be held is read by ``stream.py``, with the same checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from videor1.answer import extract_answer
+from videor1.errors import DataError
+from videor1.types import DataType, ProblemType, Sample, SampleError
+
+MAX_FOLDERS = 65536  # whose symlinks are kept resolved, at most
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable samples of a data file, and an error for each entry that is not."""
+
+    samples: list[Sample]
+    errors: list[SampleError]
+    path: Path
+    root: Path
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def count(self) -> int:
+        """Samples in an epoch."""
+        return len(self.samples)
+
+    def error_counts(self) -> dict[str, int]:
+        """Bad entries by ``SampleError.kind``, the most frequent first."""
+        return dict(Counter(error.kind for error in self.errors).most_common())
+
+
+def load_samples(path: str | Path, *, root: str | Path | None = None, require_process: bool = False) -> Dataset:
+    """Read a data file in the Video-R1 JSON format: a JSON list, or JSONL (one object a line; blank lines are ignored).
+
+    The extension tells which (``.jsonl`` and ``.ndjson`` are JSONL); a file whose content plainly is the other is read
+    as that. UTF-8, with or without a byte order mark.
+
+    Fields of an entry::
+
+        problem        str, the question
+        data_type      "video", "image", or "text" (an extension of the format: no path)
+        problem_type   "multiple choice", "numerical", "OCR", "free-form" or "regression"
+        options        list of str, for multiple choice
+        solution       str that holds <answer>...</answer>
+        path           str, relative to root (default: the data file's folder); must stay under it, symlinks resolved
+        process        str, "<think>...</think>"; needed with require_process
+        problem_id     int or str, optional (default: the entry's position, from 0)
+        data_source    str, optional
+
+    Other fields are ignored. Whether the media file exists is not checked here: that is found out when it is decoded.
+
+    An entry that cannot be used becomes a ``SampleError`` in ``Dataset.errors``; its kind is one of ``bad_json``,
+    ``wrong_type``, ``missing_field``, ``empty_field``, ``data_type``, ``problem_type``, ``options``, ``solution``,
+    ``process``, ``bad_path``, ``outside_root``.
+
+    Raises DataError where nothing can be used: no such file, unreadable, empty, not JSON, not a list, or every
+    entry bad.
+    """
+    path = Path(path)
+    base = Path(os.path.realpath(path.parent if root is None else root))
+    if not base.is_dir():
+        raise DataError(f"data.root: expected a folder, got {str(root or path.parent)!r}")
+    check = EntryChecker(path, base, require_process)
+    samples: list[Sample] = []
+    errors: list[SampleError] = []
+    for index, (where, entry) in enumerate(_entries(path)):
+        try:
+            samples.append(check(index, where, entry))
+        except SampleError as error:
+            errors.append(error)
+    dataset = Dataset(samples, errors, path, base)
+    if not samples and not errors:
+        raise DataError(f"{path}: holds no samples; expected a JSON list of objects, or one JSON object a line")
+    if not samples:
+        counts = ", ".join(f"{kind} {count}" for kind, count in dataset.error_counts().items())
+        first = "\n".join(f"  {error.message} [{error.kind}]" for error in errors[:3])
+        raise DataError(f"{path}: none of its {len(errors)} samples can be used ({counts}). The first:\n{first}")
+    return dataset
+
+
+@dataclass(frozen=True)
+class Unparsed:
+    """A line that is not JSON, and why."""
+
+    reason: str
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line 3" or "entry 2", parsed value or Unparsed) of each entry."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such data file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the data file: {error.strerror}") from error
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise DataError(f"{path}: the data file is empty")
+
+    whole: Any = Unparsed("")
+    lines_expected = path.suffix.lower() in (".jsonl", ".ndjson")
+    if not lines_expected or data.lstrip().startswith(b"["):
+        whole = parse_entry(data)
+        if isinstance(whole, list):
+            for index, value in enumerate(whole):
+                yield f"entry {index}", value
+            return
+    if not lines_expected:
+        if not isinstance(whole, Unparsed):
+            raise DataError(
+                f"{path}: expected a JSON list of objects at the top level, got {_json_type(whole)}; "
+                "a file with one object a line is named .jsonl"
+            )
+        if not isinstance(parse_entry(data.lstrip().split(b"\n", 1)[0]), dict):
+            raise DataError(f"{path}: does not parse as JSON: {whole.reason}")
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield f"line {number}", parse_entry(line)
+
+
+def parse_entry(data: bytes) -> Any:
+    """The JSON value, or Unparsed."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Unparsed(f"not UTF-8 text at byte {error.start}")
+    except RecursionError:
+        return Unparsed("nested too deeply")
+    except ValueError as error:  # JSONDecodeError, or an integer with too many digits
+        return Unparsed(str(error))
+
+
+class EntryChecker:
+    """Turns a parsed entry into a Sample or raises a SampleError."""
+
+    def __init__(self, data_file: Path | str, root: Path, require_process: bool) -> None:
+        self.data_file = data_file  # named in errors
+        self.root = root
+        self.require_process = require_process
+        self._folders: dict[str, str] = {}  # folder -> folder with symlinks resolved
+
+    def __call__(self, index: int, where: str, entry: Any, *, problem_id: int | str | None = None) -> Sample:
+        """``problem_id`` is that of an entry without one; default: the index."""
+
+        def fail(kind: str, message: str) -> SampleError:
+            return SampleError(kind, f"{where}: {message}", self.data_file)
+
+        if isinstance(entry, Unparsed):
+            raise fail("bad_json", f"does not parse as JSON: {entry.reason}")
+        if not isinstance(entry, dict):
+            raise fail("wrong_type", f"expected a JSON object, got {_json_type(entry)}")
+
+        def text(field: str) -> str:
+            if field not in entry:
+                raise fail("missing_field", f"missing field {field!r}; found {sorted(entry)}")
+            value = entry[field]
+            if not isinstance(value, str):
+                raise fail("wrong_type", f"{field}: expected a string, got {_json_type(value)}")
+            if not value.strip():
+                raise fail("empty_field", f"{field}: expected text, got {value!r}")
+            return value
+
+        def optional_text(field: str) -> str:
+            value = entry.get(field)
+            if not isinstance(value, str | None):
+                raise fail("wrong_type", f"{field}: expected a string, got {_json_type(value)}")
+            return value or ""
+
+        def choice(field: str, valid: tuple[str, ...]) -> Any:
+            value = text(field)
+            if value not in valid:
+                raise fail(field, f"{field}: expected one of {list(valid)}, got {value!r}{_nearest(value, valid)}")
+            return value
+
+        problem = text("problem")
+        data_type = choice("data_type", get_args(DataType))
+        problem_type = choice("problem_type", get_args(ProblemType))
+
+        problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
+        if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
+            raise fail("wrong_type", f"problem_id: expected an integer or a string, got {_json_type(problem_id)}")
+
+        options: Any = ()
+        if problem_type == "multiple choice":
+            if "options" not in entry:
+                raise fail("missing_field", f"missing field 'options' of a multiple choice; found {sorted(entry)}")
+            options = entry["options"]
+            if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+                raise fail("wrong_type", f"options: expected a list of strings, got {_json_type(options)}")
+            if not options or not all(option.strip() for option in options):
+                raise fail("options", f"options: expected at least one, none of them empty, got {options!r}")
+
+        solution = text("solution")
+        if not extract_answer(solution):
+            # Such a solution can never be earned, or (multiple choice) is earned by answering nothing.
+            raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {_short(solution)}")
+
+        process = optional_text("process")
+        if self.require_process:
+            process = text("process")
+            stripped = process.strip()
+            if not (stripped.startswith("<think>") and stripped.endswith("</think>")):
+                raise fail("process", f"process: expected <think>...</think>, got {_short(process)}")
+
+        media = None
+        if data_type != "text":
+            relative = text("path")
+            try:
+                media = self._resolve(relative)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise fail("bad_path", f"path: {_short(relative)} cannot be a file's path: {error}") from error
+            if not media.is_relative_to(self.root):
+                raise fail("outside_root", f"path: {relative!r} leads to {media}, outside data.root ({self.root})")
+
+        return Sample(
+            index=index,
+            problem_id=str(problem_id),
+            problem=problem,
+            data_type=data_type,
+            problem_type=problem_type,
+            solution=solution,
+            path=media,
+            options=tuple(options),
+            data_source=optional_text("data_source"),
+            process=process,
+        )
+
+    def _resolve(self, relative: str) -> Path:
+        """The absolute path with symlinks resolved; folders are resolved once, so this costs one lstat a sample."""
+        if b"\0" in os.fsencode(relative):  # raises ValueError itself for what no file system can name
+            raise ValueError("it holds a null byte")
+        folder, name = os.path.split(os.path.join(self.root, relative))
+        if name in ("", ".", ".."):
+            folder, name = os.path.join(folder, name), ""
+        if folder not in self._folders:
+            if len(self._folders) >= MAX_FOLDERS:
+                self._folders.clear()
+            self._folders[folder] = os.path.realpath(folder)
+        full = os.path.join(self._folders[folder], name) if name else self._folders[folder]
+        return Path(os.path.realpath(full) if os.path.islink(full) else full)
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return f"{names.get(type(value), 'a number')} ({_short(value)})"
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _nearest(value: str, valid: tuple[str, ...]) -> str:
+    folded = {name.casefold(): name for name in valid}
+    match = difflib.get_close_matches(value.strip().casefold()[:50], folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[match[0]]!r}?" if match else ""

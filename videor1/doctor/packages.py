@@ -1,0 +1,196 @@
+"""Installed packages beside the ranges that videor1 declares, its extras, and the environment variables it reads.
+
+The ranges are those of the installed distribution, or of the checkout's ``pyproject.toml`` where videor1 is not
+installed: there is no second list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import tomllib
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from videor1.doctor.rows import Row
+from videor1.errors import install
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+FIRST = ("torch", "triton", "transformers")
+DEVELOPMENT = ("test", "bench", "lint")  # extras for work on videor1 itself
+# Compiled against one version of torch: installed does not yet mean that it loads.
+IMPORTED = {"flash-attn": "flash_attn"}
+REPORTED = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "VIDEOR1_NATIVE", "XDG_CACHE_HOME", "CXX", "CC", "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME",
+    "HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_PROJECT", "TRACKIO_PROJECT",
+)  # fmt: skip
+SECRET = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")  # whether they are set, never what to
+
+
+@dataclass
+class Declared:
+    """What videor1 says it needs."""
+
+    source: str  # where that is written
+    version: str
+    python: str
+    needed: list[Requirement] = field(default_factory=list)
+    extras: dict[str, list[Requirement]] = field(default_factory=dict)
+
+
+def declared() -> Declared:
+    """The installed distribution's requirements that hold on this machine, or the checkout's.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        about = metadata.metadata("videor1")
+    except metadata.PackageNotFoundError:
+        return _of_checkout()
+    made = Declared("the installed package's metadata", about["Version"], about["Requires-Python"] or "")
+    made.extras = {extra: [] for extra in about.get_all("Provides-Extra") or []}
+    for requirement in map(Requirement, metadata.requires("videor1") or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            made.needed.append(requirement)
+            continue
+        for extra, members in made.extras.items():
+            if requirement.marker.evaluate({"extra": extra}):
+                members.append(requirement)
+    return made
+
+
+def _of_checkout() -> Declared:
+    from packaging.requirements import Requirement
+
+    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"videor1 is not installed, and there is no {path}: its requirements are not known")
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+
+    def holding(lines: list[str]) -> list[Requirement]:
+        found = [Requirement(line) for line in lines]
+        return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+
+    source = "pyproject.toml (videor1 is not installed)"
+    made = Declared(source, project["version"], project["requires-python"])
+    made.needed = holding(project["dependencies"])
+    made.extras = {extra: holding(lines) for extra, lines in project.get("optional-dependencies", {}).items()}
+    return made
+
+
+def versions() -> list[Row]:
+    """videor1, Python, and every package that training needs."""
+    wanted = declared()
+    rows = [
+        Row("videor1", f"{wanted.version}; ranges from {wanted.source}"),
+        _python(wanted.python),
+    ]
+    order = {name: place for place, name in enumerate(FIRST)}
+    for requirement in sorted(wanted.needed, key=lambda r: (order.get(r.name.lower(), len(order)), r.name.lower())):
+        rows.append(_needed(requirement))
+    return rows
+
+
+def _python(wanted: str) -> Row:
+    from packaging.specifiers import SpecifierSet
+
+    allowed = SpecifierSet(wanted)
+    wanted = _range(allowed)
+    running = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if allowed.contains(platform.python_version(), prereleases=True):
+        return Row("python", f"{running} (supported: {wanted})", "ok")
+    return Row("python", f"{running}, outside of {wanted}", "broken", f"make an environment with a Python {wanted}")
+
+
+def _needed(requirement: Requirement) -> Row:
+    name = requirement.name
+    wanted = _range(requirement.specifier)
+    found = installed(name)
+    fix = f"pip install '{name}{wanted}'"
+    if found is None:
+        return Row(name, f"not installed (supported: {wanted})", "broken", fix)
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Row(name, f"{found}, outside of {wanted}", "broken", fix)
+    build = f", {_torch_build()}" if name == "torch" else ""
+    return Row(name, f"{found}{build} (supported: {wanted})", "ok")
+
+
+def _range(specifiers: SpecifierSet) -> str:
+    return ",".join(sorted(map(str, specifiers), reverse=True))  # ">=" before "<"
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution; None: it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_build() -> str:
+    try:
+        import torch
+    except Exception as error:  # a torch that is there and does not load: the self-check says so as well
+        return f"which does not load ({error})"
+    if torch.version.cuda:
+        return f"built for CUDA {torch.version.cuda}"
+    return f"built for ROCm {torch.version.hip}" if torch.version.hip else "built for the CPU"
+
+
+def extras() -> list[Row]:
+    """Optional packages, and the line that adds each."""
+    wanted = declared()
+    return [
+        _extra(extra, members, install(extra))
+        for extra, members in wanted.extras.items()
+        if extra not in DEVELOPMENT
+    ]
+
+
+def _extra(extra: str, members: list[Requirement], fix: str) -> Row:
+    if not members:
+        return Row(extra, "not for this system", "absent")
+    found = {member.name: installed(member.name) for member in members}
+    there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        return Row(extra, f"{', '.join(missing)} not installed{f' ({there} is)' if there else ''}", "absent", fix)
+    outside = [m for m in members if not m.specifier.contains(found[m.name] or "", prereleases=True)]
+    if outside:
+        return Row(extra, f"{there}, outside of {', '.join(map(str, outside))}", "warning", fix)
+    if extra in IMPORTED:
+        try:
+            importlib.import_module(IMPORTED[extra])
+        except Exception as error:  # an ImportError, or what a missing shared library raises
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Row(extra, f"{there} does not load: {reason}", "warning", f"build it for this torch: {fix}")
+    return Row(extra, there, "ok")
+
+
+def environment() -> list[Row]:
+    """Variables that change what runs; of keys and tokens only that they are there."""
+    rows = [_variable(name, os.environ[name]) for name in REPORTED if os.environ.get(name)]
+    rows += [Row(name, "set (not shown)") for name in SECRET if os.environ.get(name)]
+    return rows or [Row("none", "none of those that change what runs is set")]
+
+
+def _variable(name: str, value: str) -> Row:
+    if name == "TRITON_INTERPRET" and _on_gpu():
+        return Row(name, f"{value}: kernels are interpreted, not compiled", "warning", "unset TRITON_INTERPRET")
+    return Row(name, value)
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

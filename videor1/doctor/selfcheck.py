@@ -1,0 +1,285 @@
+"""Each operation once, forward and backward, against its reference in fp64, and clips made, decoded and compared."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from videor1.doctor.rows import Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Cast = Callable[[Tensor], Tensor]
+    Case = Callable[[Cast, str], dict[str, Tensor]]
+
+TRAINER = "videor1.training.tgrpo"  # imports all that a run needs
+LEVEL = 1 / (255 * 0.26130258)  # a level of a pixel after the normalisation: what fp32's rounding may move
+CODECS = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1", "vp9": "libvpx-vp9"}  # -> encoder of the clip
+NEEDED_CODEC = "h264"  # of the demonstration's clips
+FRAMES, SIDE, STEP = 8, 64, 30  # frames of a clip, pixels, grey levels from frame to frame
+FAR = 6.0  # grey levels: further off than compression takes a frame
+
+
+def self_check() -> list[Row]:
+    """The trainer's imports, every operation, every codec."""
+    return [_imports(), *operation_rows(), *decode_rows()]
+
+
+def _imports() -> Row:
+    try:
+        importlib.import_module(TRAINER)
+    except Exception as error:
+        fix = "pip install what is missing, or make a fresh environment"
+        return Row("imports", f"broken: import {TRAINER}: {_said(error)}", "broken", fix)
+    return Row("imports", f"works: import {TRAINER}", "ok")
+
+
+def operation_rows() -> list[Row]:
+    """A row per operation, on the device and in the dtype that training takes."""
+    import torch
+
+    import videor1_kernels
+    from videor1.doctor.tools import operations
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    rows = []
+    for op in operations():
+        backend = videor1_kernels.chosen_backend(op, device, dtype=dtype)
+        try:
+            wrong = _compare(CASES[op], torch.device(device), dtype, backend)
+        except Exception as error:
+            wrong = _said(error)
+        if wrong:
+            rows.append(Row(op, f"broken ({backend} on {device}): {wrong}", "broken", _fix(backend)))
+        else:
+            rows.append(Row(op, f"works ({backend} on {device})", "ok"))
+    return rows
+
+
+def _fix(backend: str) -> str:
+    return {
+        "triton": "--kernels reference trains without Triton; report this with the whole output",
+        "native": "VIDEOR1_NATIVE=0 does without the C++; report this with the whole output",
+    }.get(backend, "reinstall torch; if that does not help, report this with the whole output")
+
+
+def _compare(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> str:
+    """What differs from the reference in fp64 on the same (rounded) inputs; "" if nothing does."""
+    import torch
+
+    from videor1_kernels.testing import TOLERANCES
+
+    ours = case(lambda x: x.to(device, dtype), backend)
+    oracle = case(lambda x: x.to(dtype).double(), "reference")
+    for name, want in oracle.items():
+        got = ours[name].detach().cpu()
+        if not want.is_floating_point():
+            if not torch.equal(got, want.cpu()):
+                return f"{name} are other ones than the reference's"
+            continue
+        bound = TOLERANCES[dtype]
+        atol = 1.01 * LEVEL if name == "patches" else bound.atol
+        error = (got.double() - want).abs()
+        if got.shape != want.shape or not bool((error <= atol + bound.rtol * want.abs()).all()):
+            return f"{name} is off by up to {error.max():.1e}, at most about {atol:.0e} was expected"
+    return ""
+
+
+def _randn(seed: int, *shape: int) -> Tensor:
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _with_gradients(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs, and the gradient of the sum of their squares into each input."""
+    import torch
+
+    total = sum((value.square().sum() for value in outputs.values()), torch.zeros(()))
+    gradients = torch.autograd.grad(total, list(inputs.values()))
+    return outputs | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
+
+
+def _head(cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the head's weight, labels."""
+    import torch
+
+    hidden, weight = cast(_randn(0, 6, 32)).requires_grad_(), cast(0.3 * _randn(1, 50, 32)).requires_grad_()
+    return hidden, weight, torch.tensor([3, 49, 0, 7, 7, 20], device=hidden.device)
+
+
+def _linear_logprob(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    hidden, weight, labels = _head(cast)
+    logp, entropy = kernels.linear_logprob(hidden, weight, labels, backend=backend)
+    return _with_gradients({"logp": logp, "entropy": entropy}, {"hidden": hidden, "weight": weight})
+
+
+def _selective_log_softmax(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    logits, labels = cast(_randn(2, 6, 50)).requires_grad_(), _head(cast)[2]
+    logp = kernels.selective_log_softmax(logits, labels, backend=backend)
+    return _with_gradients({"logp": logp}, {"logits": logits})
+
+
+def _of_two_completions(cast: Cast) -> dict[str, Any]:
+    import torch
+
+    old, reference = cast(-3 + 0.1 * _randn(3, 6)), cast(-3 + 0.1 * _randn(4, 6))
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=old.device)
+    return {
+        "advantages": cast(torch.tensor([1.0, -0.5])), "cu_seqlens": cu_seqlens, "old_logp": old,
+        "ref_logp": reference, "clip_low": 5.0, "clip_high": 5.0,
+    }  # fmt: skip
+
+
+def _linear_grpo_loss(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    hidden, weight, labels = _head(cast)
+    result = kernels.linear_grpo_loss(hidden, weight, labels, **_of_two_completions(cast), backend=backend)
+    return {"logp": result.logp} | _with_gradients({"loss": result.loss}, {"hidden": hidden, "weight": weight})
+
+
+def _grpo_loss(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    logp = cast(-3 + 0.1 * _randn(5, 6)).requires_grad_()
+    result = kernels.grpo_loss(logp, **_of_two_completions(cast), backend=backend)
+    return _with_gradients({"loss": result.loss}, {"logp": logp})
+
+
+def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    accuracy = cast(torch.tensor([[1.0, 0, 1, 0], [1, 1, 0.5, 0], [0, 0, 0, 0]]))
+    shuffled = cast(torch.tensor([[0.0, 1], [0.5, 0], [1, 1]]))
+    lengths = torch.tensor([[400, 10, 20, 30], [400, 400, 400, 1], [1, 2, 3, 4]], device=accuracy.device)
+    result = kernels.tgrpo_advantages(accuracy, torch.ones_like(accuracy), lengths, shuffled, backend=backend)
+    return {"advantages": result.advantages, "rewards": result.rewards, "p": result.p}
+
+
+def _prefix_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    q, k, v = (cast(_randn(6 + i, 17, heads, 32)).requires_grad_() for i, heads in enumerate((4, 2, 2)))
+    layout = kernels.PrefixLayout([5, 3], [[2, 3], [4]], device=q.device)
+    out = kernels.prefix_attention(q, k, v, layout, backend=backend)
+    return _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
+
+
+def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    q, prefix_k, prefix_v = (cast(_randn(9 + i, n, h, 32)) for i, (n, h) in enumerate(((3, 4), (8, 2), (8, 2))))
+    suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, 32)) for i in range(2))
+    index = partial(torch.tensor, device=q.device)
+    out = kernels.prefix_decode_attention(
+        q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths=index([1, 4, 2]), cu_prefix=index([0, 5, 8]),
+        row_group=index([0, 0, 1]), backend=backend,
+    )  # fmt: skip
+    return {"output": out}
+
+
+def _frames_to_patches(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    like = cast(torch.zeros(1))
+    frames = torch.randint(256, (4, 40, 60, 3), generator=torch.Generator().manual_seed(14)).to(torch.uint8)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    patches = kernels.frames_to_patches(
+        frames.to(like.device), size=(28, 56), permutation=[2, 0, 3, 1], dtype=dtype, backend=backend
+    )
+    return {"patches": patches}
+
+
+def _sample_tokens(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    logits = cast(3 * _randn(15, 4, 50))
+    uniform = torch.tensor([0.05, 0.4, 0.7, 0.95], device=logits.device)
+    banned = torch.tensor([7], device=logits.device)
+    tokens, logp = kernels.sample_tokens(logits, uniform, top_p=0.9, top_k=20, banned=banned, backend=backend)
+    return {"tokens": tokens, "logp": logp}
+
+
+CASES: dict[str, Case] = {
+    "frames_to_patches": _frames_to_patches,
+    "grpo_loss": _grpo_loss,
+    "linear_grpo_loss": _linear_grpo_loss,
+    "linear_logprob": _linear_logprob,
+    "prefix_attention": _prefix_attention,
+    "prefix_decode_attention": _prefix_decode_attention,
+    "sample_tokens": _sample_tokens,
+    "selective_log_softmax": _selective_log_softmax,
+    "tgrpo_advantages": _tgrpo_advantages,
+}
+
+
+def decode_rows() -> list[Row]:
+    """A row per codec: a small clip encoded, then decoded by ``read_frames``."""
+    os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes its settings to stderr else
+    with tempfile.TemporaryDirectory() as folder:
+        return [_decode(codec, encoder, Path(folder)) for codec, encoder in CODECS.items()]
+
+
+def _decode(codec: str, encoder: str, folder: Path) -> Row:
+    name = f"decode {codec}"
+    status: Any = "broken" if codec == NEEDED_CODEC else "warning"
+    fix = "pip install --force-reinstall av"
+    try:
+        from av.codec.codec import UnknownCodecError
+
+        from videor1.video import read_frames
+
+        try:
+            path = _write_clip(folder / f"{codec}.mp4", encoder)
+        except UnknownCodecError:
+            return Row(name, f"not tried: this PyAV has no {encoder} to make a clip with", "info")
+        clip = read_frames(path, fps=float(FRAMES))
+        levels = [round(float(frame.float().mean()), 1) for frame in clip.frames]  # type: ignore[union-attr]
+    except Exception as error:
+        return Row(name, f"broken: {_said(error)}", status, fix)
+    made = [i * STEP for i in range(FRAMES)]
+    if len(levels) != FRAMES or any(abs(a - b) > FAR for a, b in zip(levels, made, strict=True)):
+        return Row(name, f"broken: frames of grey levels {made} came back as {levels}", status, fix)
+    return Row(name, f"works: {FRAMES} frames by {clip.backend}", "ok")
+
+
+def _write_clip(path: Path, encoder: str) -> Path:
+    import av
+    import numpy as np
+
+    options = {"x265-params": "log-level=none"} if encoder == "libx265" else {}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=FRAMES, options=options)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv420p"
+        for number in range(FRAMES):
+            frame = av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), number * STEP, np.uint8), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def _said(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,0 +1,221 @@
+"""Held-out accuracy from frames in order and from shuffled frames; their difference is the temporal gap."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from videor1.config import EvalOptions
+from videor1.data import Dataset
+from videor1.data.cache import disk_cache
+from videor1.data.prefetch import Prefetcher
+from videor1.model import VideoLM
+from videor1.model.features import prompt_features
+from videor1.model.prompts import build_input_ids
+from videor1.rewards import accuracy_reward
+from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
+from videor1.types import Completion, Media, Prompt, Sample, SampleError
+from videor1.video.media import load_media, media_key
+from videor1.video.shuffle import draw_permutation
+
+_CHUNK = 32  # prompts answered together
+
+Score = Callable[[str, Sample], float]  # (completion, its sample) -> [0, 1]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One evaluated sample. Of several answers to it, the means; the first one's text."""
+
+    sample: Sample
+    accuracy: float  # accuracy reward, from frames in order (or the image)
+    shuffled: float | None  # from shuffled frames; None where the sample is not a video
+    text: str
+    shuffled_text: str | None
+    texts: tuple[str, ...] = ()
+    shuffled_texts: tuple[str, ...] = ()
+    finished: float = 1.0  # the share that was not cut at max_completion_length
+    shuffled_finished: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """Every sample's result, and the samples that could not be used, by kind of error."""
+
+    answers: list[Answered] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ordered(self) -> float:
+        """Mean accuracy on videos, frames in order; NaN without videos."""
+        return _mean([a.accuracy for a in self.answers if a.shuffled is not None])
+
+    @property
+    def shuffled(self) -> float:
+        """Mean accuracy on the same videos, frames shuffled."""
+        return _mean([a.shuffled for a in self.answers if a.shuffled is not None])
+
+    def metrics(self) -> dict[str, float]:
+        """``eval/*`` for metrics.jsonl."""
+        others = [a.accuracy for a in self.answers if a.shuffled is None]
+        metrics = {
+            "eval/ordered": self.ordered,
+            "eval/shuffled": self.shuffled,
+            "eval/gap": self.ordered - self.shuffled,
+            "eval/samples": len(self.answers),
+            "eval/skipped": sum(self.skipped.values()),
+        }
+        return metrics | ({"eval/image": _mean(others)} if others else {})
+
+
+def together(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several parts of the samples, in the samples' order."""
+    answers = sorted((answer for part in parts for answer in part.answers), key=lambda answer: answer.sample.index)
+    return Evaluation(answers, sum((part.skipped for part in parts), Counter()))
+
+
+class Evaluator:
+    """Answers the samples of a data file, as often as asked; media are decoded once, within ``data.cache_mb``.
+
+    Greedy unless ``config.eval_temperature`` is above 0. The permutation of a sample depends on the seed and its
+    position in the file alone, so two models are asked the same. A sample that cannot be read is skipped and counted,
+    neither right nor wrong.
+
+    Args:
+        on_skip: told each skipped sample.
+        shard: (rank, ranks): each rank answers its part; ``together`` joins them.
+        score: default: the accuracy reward, as ``config.reward.lenient`` says.
+        top_p: nucleus sampling; 1: off.
+        count: answers to each sample (and as many from shuffled frames).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: EvalOptions,
+        *,
+        on_skip: Callable[[SampleError], None] = lambda _: None,
+        shard: tuple[int, int] = (0, 1),
+        score: Score | None = None,
+        top_p: float = 1.0,
+        count: int = 1,
+    ) -> None:
+        self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
+        self._config, self._on_skip = config, on_skip
+        self._score = score or functools.partial(_reward, lenient=config.reward.lenient)
+        self._top_p, self._count = top_p, count
+        self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
+            functools.partial(load_media, video=config.video),
+            workers=config.data.workers,
+            depth=config.data.prefetch,
+            timeout=config.data.timeout,
+            cache_bytes=config.data.cache_mb * 2**20,
+            key=media_key,
+            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
+        )
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._prefetcher.close()
+
+    def run(self, model: VideoLM) -> Evaluation:
+        """Evaluate the model's weights as they are."""
+        result = Evaluation()
+        for block in self.answer(model):
+            for _, outcome in block:
+                if isinstance(outcome, SampleError):
+                    result.skipped[outcome.kind] += 1
+                else:
+                    result.answers.append(outcome)
+        return result
+
+    def answer(
+        self, model: VideoLM, done: Container[int] = ()
+    ) -> Iterator[list[tuple[Sample, Answered | SampleError]]]:
+        """Blocks of samples with their answers (or why there is none), those whose index is in ``done`` left out.
+
+        What is answered together depends on the samples' positions alone: to go on after a stop gives the same.
+        """
+        config = self._config
+        options = SamplingOptions(config.max_completion_length, config.eval_temperature, self._top_p)
+        engine = LocalEngine(model, options, max_rows=2 * _CHUNK * self._count, backend=config.kernels)
+        todo = [(position, s) for position, s in enumerate(self._samples) if s.index not in done]
+        loaded = zip(todo, self._prefetcher.iterate(sample for _, sample in todo), strict=True)
+        for _, block in itertools.groupby(loaded, key=lambda item: item[0][0] // _CHUNK):
+            yield self._answer_block(model, engine, [outcome for _, outcome in block])
+
+    def _answer_block(
+        self, model: VideoLM, engine: RolloutEngine, block: list[tuple[Sample, Media | SampleError | None]]
+    ) -> list[tuple[Sample, Answered | SampleError]]:
+        limit = self._config.max_prompt_length
+        prompts: list[Prompt] = []
+        outcomes: dict[int, Answered | SampleError] = {}
+        for sample, media in block:
+            try:
+                if isinstance(media, SampleError):
+                    raise media
+                ids = build_input_ids(model.tokenizer, sample, media, max_prompt_length=limit)
+                prompts.append(Prompt(sample, ids, media, sample.index))
+            except SampleError as error:
+                outcomes[sample.index] = error
+                self._on_skip(error)
+        if prompts:
+            answers = _answer(model, engine, prompts, self._config, self._score, self._count)
+            outcomes |= {answer.sample.index: answer for answer in answers}
+        return [(sample, outcomes[sample.index]) for sample, _ in block]
+
+
+def _answer(
+    model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions, score: Score, count: int
+) -> list[Answered]:
+    orders = [draw_permutation(p, config.temporal.shuffle_unit, config.seed) for p in prompts]
+    with model.inference():
+        ordered = prompt_features(model, prompts, [None] * len(prompts), config)
+        moved = [(p, order) for p, order in zip(prompts, orders, strict=True) if order is not None]
+        shuffled = iter(prompt_features(model, [p for p, _ in moved], [order for _, order in moved], config))
+    requests = [
+        Request(
+            p, config.seed, Branch(count, ("eval", p.draw), features),
+            None if order is None else Branch(count, ("eval-shuffled", p.draw), next(shuffled), order),
+        )
+        for p, features, order in zip(prompts, ordered, orders, strict=True)
+    ]  # fmt: skip
+    answers = []
+    for group in engine.generate(requests).groups:
+        assert group is not None, "this engine answers or raises"
+        sample, other = group.prompt.sample, group.shuffled
+
+        def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
+            return sum(score(c.text, sample) for c in completions) / len(completions)
+
+        def finished(completions: Sequence[Completion]) -> float:
+            return sum(c.finished for c in completions) / len(completions)
+
+        answers.append(
+            Answered(
+                sample,
+                accuracy(group.ordered),
+                accuracy(other) if other else None,
+                group.ordered[0].text,
+                other[0].text if other else None,
+                tuple(c.text for c in group.ordered),
+                tuple(c.text for c in other),
+                finished(group.ordered),
+                finished(other) if other else None,
+            )
+        )
+    return answers
+
+
+def _reward(completion: str, sample: Sample, *, lenient: bool) -> float:
+    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,127 @@
+"""The files of an evaluation: answers as they come, what could not be answered, and what a resumed run must share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from videor1.answer import extract_answer
+from videor1.config import EvaluateConfig
+from videor1.config.cli import changed_options, load_run_config, save_config
+from videor1.errors import ConfigError, DataError
+from videor1.evaluation.evaluator import Answered
+from videor1.evaluation.suites.base import Loaded, Question
+from videor1.logs.jsonl import read_jsonl
+from videor1.types import Sample, SampleError
+
+# Where and how fast an evaluation runs; any other option may change its answers.
+FREE = ("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb")
+
+
+class AnswerFile:
+    """A JSON-lines file that is appended to. The lines of one call are one write, so that a kill leaves at most one
+    partial line, which is dropped when the file is opened again."""
+
+    def __init__(self, path: Path, *, keep: bool) -> None:
+        """``keep``: go on after the whole lines that are there; else begin anew."""
+        rows = read_jsonl(path) if keep and path.exists() else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(_lines(rows))
+        os.replace(temporary, path)
+        self.path, self.rows = path, rows
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the writer)
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        rows = list(rows)
+        data = _lines(rows)
+        while data:  # a write to a nearly full disk may take only a part
+            data = data[self._file.write(data) :]
+        self.rows += rows
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[str, Any]:
+    """A line of answers.jsonl."""
+    row = _about(benchmark, question) | {
+        "solution": question.sample.solution,
+        "accuracy": answered.accuracy,
+        "shuffled_accuracy": answered.shuffled,
+        "finished": answered.finished,
+        "shuffled_finished": answered.shuffled_finished,
+        "answered": _share_answered(answered.texts),
+        "shuffled_answered": _share_answered(answered.shuffled_texts),
+        "text": answered.text,
+        "shuffled_text": answered.shuffled_text,
+    }
+    if len(answered.texts) > 1:
+        row |= {"texts": list(answered.texts), "shuffled_texts": list(answered.shuffled_texts)}
+    return row
+
+
+def skipped_row(benchmark: str, question: Question, error: SampleError) -> dict[str, Any]:
+    """A line of skipped.jsonl."""
+    return _about(benchmark, question) | {"kind": error.kind, "message": error.message}
+
+
+def _about(benchmark: str, question: Question) -> dict[str, Any]:
+    sample = question.sample
+    return {
+        "benchmark": benchmark,
+        "index": sample.index,
+        "problem_id": sample.problem_id,
+        "path": None if sample.path is None else str(sample.path),
+        "categories": dict(question.categories),
+    }
+
+
+def _share_answered(texts: tuple[str, ...]) -> float | None:
+    return sum(bool(extract_answer(text)) for text in texts) / len(texts) if texts else None
+
+
+def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], model_digest: str) -> AnswerFile:
+    """Open answers.jsonl of a run folder, anew or, with ``resume``, after what is there.
+
+    Raises ConfigError where the folder holds another evaluation than this: of other options, weights or questions.
+    """
+    state, path = run_dir / "state.json", run_dir / "answers.jsonl"
+    now = {"model (digest of its weights)": model_digest}
+    now |= {f"questions of {loaded.name}": _digest(q.sample for q in loaded.questions) for loaded in benchmarks}
+    used = path.exists()
+    if used:
+        _compare(run_dir, config, now)
+    else:
+        save_config(config, run_dir / "config.yaml")
+        state.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    return AnswerFile(path, keep=used)
+
+
+def _compare(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:
+    before = load_run_config(EvaluateConfig, run_dir / "config.yaml")
+    changes = [line for line in changed_options(before, config) if line.partition(":")[0] not in FREE]
+    try:
+        then = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{run_dir / 'state.json'}: cannot be read: {error}; name another folder") from error
+    changes += [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+    if changes:
+        listed = "".join(f"\n  {change}" for change in changes)
+        raise ConfigError(f"resume: {run_dir} holds another evaluation; what differs (then -> now):{listed}")
+
+
+def _digest(samples: Iterable[Sample]) -> str:
+    """Of all that may be asked."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr(sample).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:16]

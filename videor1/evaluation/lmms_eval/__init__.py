@@ -1,0 +1,1 @@
+"""The model class and the entry point for lmms-eval."""

@@ -1,0 +1,171 @@
+"""Figures of an evaluation, from its answers alone: overall as the benchmark's authors define it, and by category."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from videor1.evaluation.intervals import Estimate, mean_of_differences, mean_of_shares
+from videor1.evaluation.suites.base import Loaded, Overall
+from videor1.logs.progress import summary_table
+
+Row = Mapping[str, Any]  # a line of answers.jsonl
+
+_OF_THE_TEXT = ("too_long", "special_token")  # kinds of SampleError that are no fault of the video
+
+
+def figures(answers: Sequence[Row], overall: Overall | None = None) -> dict[str, Any]:
+    """Of some answers::
+
+        questions, videos           how many
+        accuracy                    of all, frames in order
+        ordered, shuffled, gap      of the questions on videos; gap = ordered - shuffled, paired
+        finished, shuffled_finished share of answers not cut at max_completion_length
+        answered, shuffled_answered share of answers with an <answer> tag that is not empty
+
+    The first four are {"value", "low", "high"}, 95% intervals clustered by video (null: the data gives none).
+    """
+    paired = [row for row in answers if row["shuffled_accuracy"] is not None]
+
+    def estimate(make: Any, rows: Sequence[Row], value: Any) -> dict[str, float | None]:
+        strata = None if overall is None else _strata(rows, overall)
+        return _plain(make([value(row) for row in rows], [_video(row) for row in rows], strata))
+
+    def share(rows: Sequence[Row], name: str) -> float | None:
+        return sum(row[name] for row in rows) / len(rows) if rows else None
+
+    return {
+        "questions": len(answers),
+        "videos": len({_video(row) for row in paired}),
+        "accuracy": estimate(mean_of_shares, answers, lambda row: row["accuracy"]),
+        "ordered": estimate(mean_of_shares, paired, lambda row: row["accuracy"]),
+        "shuffled": estimate(mean_of_shares, paired, lambda row: row["shuffled_accuracy"]),
+        "gap": estimate(mean_of_differences, paired, lambda row: row["accuracy"] - row["shuffled_accuracy"]),
+        "finished": share(answers, "finished"),
+        "shuffled_finished": share(paired, "shuffled_finished"),
+        "answered": share(answers, "answered"),
+        "shuffled_answered": share(paired, "shuffled_answered"),
+    }
+
+
+def benchmark_results(loaded: Loaded, asked: int, answers: Sequence[Row], unanswered: Sequence[Row]) -> dict[str, Any]:
+    """Everything about one benchmark, for results.json.
+
+    Args:
+        asked: questions that were to be asked.
+        answers: the lines of answers.jsonl about it.
+        unanswered: the lines of skipped.jsonl about it.
+    """
+    assert asked == len(answers) + len(unanswered), (asked, len(answers), len(unanswered))
+    axes = list(answers[0]["categories"]) if answers else []
+    wrong = [{**row, "accuracy": 0.0, "shuffled_accuracy": None} for row in unanswered]
+    counted = mean_of_shares(
+        [row["accuracy"] for row in (*answers, *wrong)],
+        [_video(row) for row in (*answers, *wrong)],
+        _strata([*answers, *wrong], loaded.overall),
+    )
+    return {
+        "asked": asked,
+        "unreadable": _unanswered([row for row in unanswered if row["kind"] not in _OF_THE_TEXT]),
+        "unaskable": _unanswered([row for row in unanswered if row["kind"] in _OF_THE_TEXT]),
+        "bad_rows": dict(Counter(error.kind for error in loaded.errors)),
+        "left_out": dict(loaded.left_out),
+        "overall_is": loaded.overall.text,
+        "overall": figures(answers, loaded.overall),
+        "accuracy_unanswered_as_wrong": _plain(counted),
+        "categories": {axis: _by_category(answers, axis, loaded.overall) for axis in axes},
+    }
+
+
+def _unanswered(rows: Sequence[Row]) -> dict[str, Any]:
+    kinds = Counter(row["kind"] for row in rows)
+    return {
+        "questions": len(rows),
+        "videos": len({_video(row) for row in rows}),
+        "by_kind": dict(sorted(kinds.items())),
+    }
+
+
+def _by_category(answers: Sequence[Row], axis: str, overall: Overall) -> dict[str, Any]:
+    rows: dict[str, list[Row]] = {}
+    for row in answers:
+        rows.setdefault(row["categories"][axis], []).append(row)
+    found = {name: figures(rows[name]) for name in sorted(rows)}
+    if axis == overall.axis:
+        for group in sorted(set(overall.groups.values())):
+            members = [row for name in rows if overall.groups.get(name) == group for row in rows[name]]
+            if members:
+                found[group] = figures(members, overall)
+    return found
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The benchmarks' figures as text, in percent with 95% intervals; ``ordered`` where not all questions are on
+    videos. A blank line around the categories of an axis."""
+    columns = ["accuracy", *["ordered"] * _mixed(results), "shuffled", "gap"]
+    rows = [["", "questions", *columns, "cut", "no answer"]]
+    blank = [""] * len(rows[0])
+    by_category = False
+    for name, result in results.items():
+        rows += [blank] * by_category + [[name, *_cells(result["overall"], columns)]]
+        tables = [(axis, categories) for axis, categories in result["categories"].items() if len(categories) > 1]
+        by_category = bool(tables)
+        for axis, categories in tables:
+            rows.append(blank)
+            rows += [[f"  {axis}: {category}", *_cells(found, columns)] for category, found in categories.items()]
+    return summary_table(rows)
+
+
+def results_legend(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the columns of ``results_table`` are."""
+    figures = (
+        "accuracy: of all questions, frames in order; ordered, shuffled: of those on videos; gap: ordered less shuffled"
+        if _mixed(results)
+        else "accuracy: frames in order; shuffled: frames shuffled; gap: accuracy less shuffled"
+    )
+    return (
+        f"In percent, 95% intervals clustered by video. {figures}; cut: at max_completion_length; "
+        "no answer: without an <answer> tag."
+    )
+
+
+def _mixed(results: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether not all questions are on videos."""
+    overall = [result["overall"] for result in results.values()]
+    return any(found["accuracy"] != found["ordered"] for found in overall)
+
+
+def _cells(found: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    cut, silent = (None if found[name] is None else 1 - found[name] for name in ("finished", "answered"))
+    return [str(found["questions"]), *(_shown(found[name]) for name in columns), _percent(cut), _percent(silent)]
+
+
+def _shown(estimate: Mapping[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "—"
+    if estimate["low"] is None:
+        return f"{_percent(estimate['value'])} [—]"
+    return f"{_percent(estimate['value'])} [{_percent(estimate['low'])}, {_percent(estimate['high'])}]"
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{100 * value:.1f}"
+
+
+def _strata(rows: Sequence[Row], overall: Overall) -> list[tuple[str, ...]] | None:
+    if overall.axis is None:
+        return None
+    categories = [row["categories"][overall.axis] for row in rows]
+    return [(overall.groups.get(category, category), category) for category in categories]
+
+
+def _video(row: Row) -> str:
+    """What a question is about; one without media stands alone."""
+    return row["path"] or f"#{row['index']}"
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in asdict(estimate).items()}

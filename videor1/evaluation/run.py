@@ -1,0 +1,238 @@
+"""One evaluation from its options to results.json: what is asked, what has an answer, what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from videor1.config import EvaluateConfig
+from videor1.config.cli import EARLIER, flat_options, load_run_config, resume_command, save_config
+from videor1.config.files import flat_tree
+from videor1.data import Dataset, load_samples
+from videor1.errors import ConfigError, DataError
+from videor1.evaluation.evaluator import Evaluator
+from videor1.evaluation.files import AnswerFile, answer_row, begin, skipped_row
+from videor1.evaluation.results import benchmark_results, results_legend, results_table
+from videor1.evaluation.suites import Loaded, find_suite, from_dataset
+from videor1.logs.progress import Progress
+from videor1.model import VideoLM, load_model
+from videor1.model.positions import PositionRule
+from videor1.model.save import base_digest
+from videor1.types import SampleError
+
+_TRAINED = (
+    "max_completion_length", "video.max_frames", "video.fps", "video.max_pixels", "video.min_pixels",
+    "video.image_max_pixels", "video.image_min_pixels", "model.positions",
+)  # fmt: skip
+
+
+def run(config: EvaluateConfig) -> int:
+    """Ask what has no answer yet, and write the results down; returns the exit code."""
+    run_dir = _run_dir(config)
+    benchmarks = _load(config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
+    for loaded in benchmarks:
+        _say_what_is_not_asked(loaded)
+    config = _keep_positions(config, run_dir)
+    model = load_model(config)
+    config = _with_positions(config, model.position_rule)
+    answers = begin(run_dir, config, benchmarks, base_digest(model))
+    save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
+    _say_how_it_was_trained(config)
+    # What could not be read is tried again, so its list begins anew.
+    skipped = AnswerFile(run_dir / "skipped.jsonl", keep=False)
+    total = sum(len(_asked(loaded, config)) for loaded in benchmarks)
+    try:
+        with Progress(
+            total, initial=len(answers.rows), description="evaluate", unit="question", disabled=config.disable_tqdm
+        ) as shown:
+            for loaded in benchmarks:
+                _answer(config, loaded, model, answers, skipped, shown)
+    except (KeyboardInterrupt, OSError) as error:
+        done = (
+            f"{len(answers.rows)} of {total} questions are answered; go on with: "
+            f"{resume_command('evaluate', run_dir)}"
+        )
+        if isinstance(error, OSError):
+            raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
+        raise KeyboardInterrupt(done) from None
+    answers.close()
+    skipped.close()
+    results = {
+        loaded.name: benchmark_results(
+            loaded, len(_asked(loaded, config)), _of(answers, loaded.name), _of(skipped, loaded.name)
+        )
+        for loaded in benchmarks
+    }
+    document = {"settings": _settings(config), "benchmarks": results}
+    (run_dir / "results.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not answers.rows:
+        raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
+    print(results_table(results))
+    for name, result in results.items():
+        _say_what_was_not_answered(name, result)
+    print(results_legend(results))
+    print(f"Saved {run_dir / 'results.json'}. Answers: {answers.path}")
+    return 0
+
+
+def _run_dir(config: EvaluateConfig) -> Path:
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume: expected auto (go on with the evaluation in output_dir), got {config.resume!r}")
+    if config.resume and not config.output_dir:
+        raise ConfigError("resume: auto needs output_dir, the folder of the evaluation to go on with")
+    run_dir = Path(config.output_dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"output_dir: {run_dir} is the folder of a training run; name another")
+    if (run_dir / "answers.jsonl").exists() and not config.resume:
+        raise ConfigError(
+            f"output_dir: {run_dir} holds an evaluation already; go on with it by --resume auto, or name another folder"
+        )
+    return run_dir
+
+
+def _keep_positions(config: EvaluateConfig, run_dir: Path) -> EvaluateConfig:
+    """An evaluation that is gone on with keeps its position rule, which it need not be told again."""
+    file = run_dir / "config.yaml"
+    if not config.resume or config.model.positions is not None or not file.is_file():
+        return config
+    return _with_positions(config, load_run_config(EvaluateConfig, file).model.positions)
+
+
+def _with_positions(config: EvaluateConfig, rule: PositionRule | None) -> EvaluateConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, positions=rule))
+
+
+def _load(config: EvaluateConfig) -> list[Loaded]:
+    if bool(config.benchmark) == bool(config.dataset_name):
+        got = "both" if config.benchmark else "neither"
+        raise ConfigError(f"expected benchmark (names) or dataset_name (a data file in the Video-R1 format), got {got}")
+    if config.dataset_name:
+        return [from_dataset(load_samples(config.dataset_name, root=config.data.root), lenient=config.reward.lenient)]
+    suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
+    if not config.data.root:
+        raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")
+    found, missing = [], []
+    for suite in suites.values():
+        try:
+            found.append(suite.load(config.data.root))
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n\n".join(missing))
+    return found
+
+
+def _say_how_it_was_trained(config: EvaluateConfig) -> None:
+    """Frames and lengths of the run that a checkpoint is from, where it is asked with others: it may not know these."""
+    model = Path(str(config.model_name_or_path)).resolve()
+    if model.parent.name != "checkpoints":
+        return
+    try:
+        tree = yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))
+        trained = EARLIER | dict(flat_tree(tree))
+        if trained["model.positions"] is None:  # its run ended before it had loaded a model
+            del trained["model.positions"]
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):  # none of ours
+        return
+    asked = flat_options(config)
+    others = {name: trained[name] for name in _TRAINED if name in trained and trained[name] != asked[name]}
+    if others:
+        options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in others.items())
+        print(f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",
+              file=sys.stderr)  # fmt: skip
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What a figure must be quoted with."""
+    names = ("model_name_or_path", "max_completion_length", "seed")
+    sampling = ("eval_temperature", "eval_top_p", "eval_num_samples")
+    video = {f"video.{name}": getattr(config.video, name) for name in ("max_frames", "fps", "max_pixels", "min_pixels")}
+    positions = {"model.positions": config.model.positions}
+    return {name: getattr(config, name) for name in (*names, *sampling)} | video | positions
+
+
+def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
+    return loaded.questions[: config.eval_samples or None]
+
+
+def _answer(
+    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: AnswerFile, skipped: AnswerFile, progress: Progress
+) -> None:
+    """Ask what has no answer yet."""
+
+    questions = {question.sample.index: question for question in _asked(loaded, config)}
+    before = _of(answers, loaded.name)
+    right, count = sum(row["accuracy"] for row in before), len(before)
+    done = {row["index"] for row in before}
+    if done >= set(questions):
+        return
+    samples = [question.sample for question in questions.values()]
+    with Evaluator(
+        Dataset(samples, [], Path(loaded.name), Path()), config, top_p=config.eval_top_p, count=config.eval_num_samples,
+        score=lambda text, sample: questions[sample.index].score(text),
+        on_skip=lambda error: progress.write(f"not answered: {error}"),
+    ) as evaluator:  # fmt: skip
+        for block in evaluator.answer(model, done):
+            rows = [
+                answer_row(loaded.name, questions[sample.index], outcome)
+                for sample, outcome in block
+                if not isinstance(outcome, SampleError)
+            ]
+            skipped.append(
+                skipped_row(loaded.name, questions[sample.index], outcome)
+                for sample, outcome in block
+                if isinstance(outcome, SampleError)
+            )
+            answers.append(rows)
+            right, count = right + sum(row["accuracy"] for row in rows), count + len(rows)
+            progress.update({loaded.name: right / count if count else None}, len(block))
+
+
+def _of(file: AnswerFile, benchmark: str) -> list[dict[str, Any]]:
+    """A file's lines about one benchmark, in the order of the questions."""
+    return sorted((row for row in file.rows if row["benchmark"] == benchmark), key=lambda row: row["index"])
+
+
+def _say_what_is_not_asked(loaded: Loaded) -> None:
+    for reason, count in loaded.left_out.items():
+        are = "is" if count == 1 else "are"
+        print(f"{loaded.name}: {_count(count, 'question')} {are} left out ({reason})", file=sys.stderr)
+    if loaded.errors:
+        first = loaded.errors[0]
+        print(f"{loaded.name}: {_count(len(loaded.errors), 'row')} cannot be used; the first: {first}", file=sys.stderr)
+    if loaded.missing:
+        print(f"{loaded.name}: the videos of {_count(loaded.missing, 'question')} are not there", file=sys.stderr)
+
+
+def _say_what_was_not_answered(name: str, result: Mapping[str, Any]) -> None:
+    print(f"{name}: accuracy is the {result['overall_is']}")
+    unread, unasked = result["unreadable"], result["unaskable"]
+    parts = []
+    if unread["questions"]:
+        parts.append(
+            f"{_count(unread['videos'], 'video')} ({_count(unread['questions'], 'question')}) could not be read"
+        )
+    if unasked["questions"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in unasked["by_kind"].items())
+        parts.append(f"{_count(unasked['questions'], 'question')} could not be asked ({kinds})")
+    if parts:
+        answered, counted = result["overall"]["questions"], result["accuracy_unanswered_as_wrong"]["value"]
+        print(
+            f"{name}: {', '.join(parts)}; {answered} of {result['asked']} questions are answered; with the others "
+            f"counted as wrong, accuracy is {100 * counted:.1f}"
+        )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"

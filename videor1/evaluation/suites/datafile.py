@@ -1,0 +1,42 @@
+"""A data file in the Video-R1 JSON format (the reference's own evaluation files are such) as a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from videor1.answer import extract_answer
+from videor1.data import Dataset
+from videor1.evaluation.suites.base import Loaded, Overall, Question
+from videor1.evaluation.suites.scoring import score_mra
+from videor1.rewards import accuracy_reward
+from videor1.types import Sample
+
+
+def from_dataset(dataset: Dataset, *, lenient: bool = False) -> Loaded:
+    """Its samples as questions; the benchmark's name is the file's.
+
+    Scored by ``rewards.accuracy_reward``, but ``regression`` by mean relative accuracy: the reference too trains with
+    the one and evaluates with the other.
+    """
+    questions = [Question(sample, _categories(sample), _score(sample, lenient)) for sample in dataset.samples]
+    regression = any(sample.problem_type == "regression" for sample in dataset.samples)
+    overall = Overall("mean over all questions" + " (regression: mean relative accuracy)" * regression)
+    return Loaded(dataset.path.stem, questions, overall, dataset.errors)
+
+
+def _categories(sample: Sample) -> dict[str, str]:
+    return {"data_source": sample.data_source or "unnamed", "problem_type": sample.problem_type}
+
+
+def _score(sample: Sample, lenient: bool) -> Callable[[str], float]:
+    if sample.problem_type == "regression":
+        try:
+            return partial(score_mra, truth=float(extract_answer(sample.solution).replace(",", "")))
+        except ValueError:  # no number: nothing is right, by either rule
+            pass
+    return partial(_reward, sample, lenient)
+
+
+def _reward(sample: Sample, lenient: bool, completion: str) -> float:
+    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)

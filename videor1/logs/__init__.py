@@ -1,0 +1,1 @@
+"""What a run writes down and shows: lines of JSON, trackers, a progress bar, tables."""

@@ -1,0 +1,111 @@
+"""What a run shows while it runs, and tables of its results."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere (a log file) a plain line now and then.
+
+    Args:
+        total: steps of the whole run.
+        initial: steps done before this start (resume).
+        description: the word in front.
+        unit: what a step is called.
+        disabled: show no progress.
+        silent: write no messages either.
+        stream: default stderr.
+        every: seconds between plain lines at most; a tenth of the run also makes a line.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        description: str = "",
+        unit: str = "step",
+        disabled: bool = False,
+        silent: bool = False,
+        stream: TextIO | None = None,
+        every: float = 30.0,
+    ) -> None:
+        self._silent = silent
+        self._total, self._initial, self._done = total, initial, initial
+        self._description, self._unit, self._every = description, unit, every
+        self._stream = sys.stderr if stream is None else stream
+        self._start = self._last_line = time.monotonic()
+        self._plain = not disabled and not self._stream.isatty()
+        self._bar = tqdm(
+            total=total, initial=initial, desc=description or None, file=self._stream,
+            disable=disabled or self._plain, dynamic_ncols=True, unit=unit,
+        )  # fmt: skip
+
+    def update(self, values: Mapping[str, float | None], steps: int = 1) -> None:
+        """``steps`` more are done; ``values`` by label, e.g. ``{"loss": 0.1, "p~": None}``; None and NaN show as —."""
+        before, self._done = self._done, self._done + steps
+        shown = ", ".join(f"{label}={_short(value)}" for label, value in values.items())
+        if self._plain:
+            tenth = 10 * self._done // max(1, self._total) > 10 * before // max(1, self._total)
+            if tenth or self._done >= self._total or time.monotonic() - self._last_line >= self._every:
+                self._line(shown)
+        else:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(steps)
+
+    def write(self, message: str) -> None:
+        """A line of text that does not break the bar; shown where the bar is disabled too."""
+        if not self._silent:
+            tqdm.write(message, file=self._stream)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _line(self, shown: str) -> None:
+        self._last_line = time.monotonic()
+        line = tqdm.format_meter(
+            self._done, self._total, self._last_line - self._start, initial=self._initial,
+            unit=self._unit, prefix=self._description and f"{self._description}: ", postfix=shown,
+            bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )  # fmt: skip
+        print(line, file=self._stream, flush=True)
+
+
+def _short(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def summary_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as plain text in columns; the first row is the header, the first column is left-aligned.
+
+    Floats show three decimals, None and NaN a dash.
+    """
+
+    def text(value: object) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "—"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    cells = [[text(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for first, *rest in cells:
+        columns = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(columns).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,11 @@
+"""The language model: prompts, positions, vision features, hidden states; loading and saving."""
+
+from __future__ import annotations
+
+from videor1.model.lm import VideoLM
+from videor1.model.load import load_model
+
+__all__ = [
+    "VideoLM",
+    "load_model",
+]

@@ -1,0 +1,214 @@
+"""Qwen2.5-VL as the trainer sees it: vision features of a prompt, hidden states of a packed row, and the head's weight.
+
+The classes are transformers' own, unpatched. The language model runs with the attention ``videor1_prefix``; what a
+pass attends to is told by its context (``videor1_kernels.integrations.transformers``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from videor1.config import LoraConfig
+from videor1.errors import ConfigError
+from videor1.model.positions import PositionRule, prompt_positions
+from videor1.model.prompts import SpecialIds, special_ids
+from videor1.seeding import derive_seed
+from videor1.types import Media, Prompt
+from videor1.video.patches import normalize_patches
+from videor1_kernels.checks import check_choice
+from videor1_kernels.integrations import transformers as attention
+
+
+class VideoLM:
+    """A Qwen2.5-VL with its tokenizer, on one device.
+
+    Attributes:
+        hf: ``Qwen2_5_VLForConditionalGeneration``, adapters inside where LoRA is on.
+        peft: the peft wrapper, or None.
+        tokenizer, special: the tokenizer and its special ids.
+        compute_dtype: bf16 under autocast, or the parameters' own dtype.
+        position_rule: where text after media goes on, see :mod:`videor1.model.positions`.
+    """
+
+    def __init__(
+        self,
+        hf: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Any,
+        *,
+        device: torch.device | str = "cpu",
+        bf16: bool = False,
+        source: str = "",
+        position_rule: PositionRule = "paper",
+    ) -> None:
+        self.hf = hf.to(device)
+        self.peft: Any = None
+        self.flash = False  # prompts of a rollout by flash-attn
+        self.tokenizer = tokenizer
+        self.special: SpecialIds = special_ids(tokenizer)
+        self.device = torch.device(device)
+        self.bf16 = bf16
+        self.source = source
+        check_choice("VideoLM", "position_rule", position_rule, get_args(PositionRule))
+        self.position_rule: PositionRule = position_rule
+        self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
+        hf.model.language_model.set_attn_implementation(attention.register())
+        self._vocabulary_check()
+
+    @property
+    def visual(self) -> Any:
+        return self.hf.model.visual
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H] in the compute dtype."""
+        return self.hf.lm_head.weight.to(self.compute_dtype)
+
+    def vision_features(self, media: Sequence[Media], patches: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Features [tokens, H] of each media in one pass of the vision tower.
+
+        ``patches`` (8-bit, one per media) replace the media's own, e.g. with frames shuffled.
+        """
+        if not media:
+            return []
+        pixels = torch.cat([m.patches for m in media] if patches is None else list(patches)).to(self.device)
+        grid = torch.tensor([m.grid_thw for m in media], device=self.device)
+        with self.autocast():
+            tower = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid)
+        merge = self.visual.spatial_merge_size**2
+        return list(tower.pooler_output.split([m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2] // merge for m in media]))
+
+    def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
+        """M-RoPE positions [3, P] of a prompt and the position of the first answer token."""
+        vision = self.hf.config.vision_config
+        return prompt_positions(
+            prompt,
+            self._media_token(prompt.media),
+            tokens_per_second=vision.tokens_per_second,
+            merge=vision.spatial_merge_size,
+            rule=self.position_rule,
+        )
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        context: attention.AttentionContext,
+        features: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Last hidden states [T, H] of one packed row, in the compute dtype.
+
+        Args:
+            ids: int64 [T].
+            positions: int64 [3, 1, T], of time, height and width.
+            context: what the row attends to.
+            features: of the row's media, in the row's order; they take the places of its media tokens.
+        """
+        embeds = self.hf.get_input_embeddings()(ids.to(self.device))
+        if features:
+            pads = torch.tensor([self.special.video_pad, self.special.image_pad], device=self.device)
+            at = torch.isin(ids.to(self.device), pads)[:, None]
+            values = torch.cat(list(features)).to(embeds.dtype)
+            assert int(at.sum()) == len(values), (int(at.sum()), len(values))
+            embeds = embeds.masked_scatter(at, values)
+        with self.autocast():
+            output = self.hf.model.language_model(
+                inputs_embeds=embeds[None],
+                position_ids=positions.to(self.device),
+                use_cache=False,
+                videor1_context=context,
+            )
+        return output.last_hidden_state[0].to(self.compute_dtype)  # the last norm gives fp32 under autocast
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def exactly(self) -> contextlib.AbstractContextManager[Any]:
+        """In the dtypes of the operands, inside :meth:`autocast` too."""
+        return torch.autocast(self.device.type, enabled=False) if self.bf16 else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, and dropout and checkpointing off."""
+        was_training = self.hf.training
+        self.hf.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.hf.train(was_training)
+
+    @contextlib.contextmanager
+    def as_reference(self, frozen: VideoLM | None) -> Iterator[VideoLM]:
+        """The reference policy: the frozen copy, or this model with its adapters off."""
+        if frozen is None and self.peft is None:
+            raise ValueError("a reference policy needs a frozen copy, or LoRA adapters to switch off")
+        model = frozen or self
+        with model.inference(), contextlib.nullcontext() if frozen else self.peft.disable_adapter():
+            yield model
+
+    def frozen_copy(self) -> VideoLM:
+        """A copy for the KL term, in the compute dtype, without gradients."""
+        hf = copy.deepcopy(self.hf).to(self.compute_dtype).requires_grad_(False)
+        set_checkpointing(hf, False)
+        return VideoLM(hf, self.tokenizer, device=self.device, source=self.source, position_rule=self.position_rule)
+
+    def add_lora(self, config: LoraConfig, seed: int) -> None:
+        """Wrap the language model's linear layers in adapters; nothing else stays trainable."""
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
+
+        names = "|".join(config.target_modules)
+        options = PeftLoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=rf".*language_model.*\.({names})",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(derive_seed(seed, "lora"))
+            # peft asks for it by the name that newer transformers call is_activation_checkpointing.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            try:
+                self.peft = get_peft_model(self.hf, options)
+            except ValueError as error:
+                raise ConfigError(f"lora.target_modules: {config.target_modules}: {error}") from error
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the model's order."""
+        return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+    def _media_token(self, media: Media | None) -> int | None:
+        if media is None:
+            return None
+        return self.special.video_pad if media.kind == "video" else self.special.image_pad
+
+    def _vocabulary_check(self) -> None:
+        config, special = self.hf.config, self.special
+        for name, model_id, token_id in (
+            ("video_token_id", config.video_token_id, special.video_pad),
+            ("image_token_id", config.image_token_id, special.image_pad),
+        ):
+            if model_id != token_id:
+                raise ConfigError(f"{self.source}: the model's {name} is {model_id}, its tokenizer's {token_id}")
+        if len(self.tokenizer) > config.text_config.vocab_size:
+            tokens, vocabulary = len(self.tokenizer), config.text_config.vocab_size
+            raise ConfigError(f"{self.source}: the tokenizer has {tokens} tokens, the model {vocabulary}")
+
+
+def set_checkpointing(hf: Any, on: bool) -> None:
+    """Switch gradient checkpointing; the method's name differs between the supported transformers."""
+    if hasattr(hf, "activation_checkpointing_enable"):
+        hf.activation_checkpointing_enable({"use_reentrant": False}) if on else hf.activation_checkpointing_disable()
+    elif on:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        hf.gradient_checkpointing_disable()

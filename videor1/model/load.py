@@ -1,0 +1,103 @@
+"""The model that the options name, ready to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from videor1.config import CommonConfig, ModelConfig
+from videor1.errors import ConfigError, install
+from videor1.model.liger import use_liger
+from videor1.model.lm import VideoLM, set_checkpointing
+from videor1.model.positions import RECORD, trained_rule
+
+
+def load_model(config: CommonConfig) -> VideoLM:
+    """The model that the options name, ready to train: dtype, device, freezing, adapters, gradient checkpointing."""
+    source = config.model_name_or_path
+    if not source:
+        raise ConfigError("model_name_or_path: expected a Qwen2.5-VL folder or hub id, got nothing")
+    if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
+        raise ConfigError(f"model_name_or_path: there is no folder {source!r}, and a hub id is of the form owner/name")
+    device = pick_device(config.device)
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    transformers_logging.disable_progress_bar()  # the run's own bar is enough
+    # Trained weights are kept in fp32, bf16 runs compute under autocast; weights that only carry adapters need not be,
+    # and ZeRO keeps fp32 copies itself.
+    zero = config.distributed.engine == "deepspeed"
+    hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
+    _use_libraries(hf, config.model, device)
+    rule = config.model.positions or trained_rule(source, getattr(hf.config, RECORD, None)) or "paper"
+    model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
+    model.flash = config.model.attention == "flash_attention_2"
+    make_trainable(model, config)
+    if not model.trainable():
+        raise ConfigError("no parameter is left to train")
+    return model
+
+
+def make_trainable(model: VideoLM, config: CommonConfig) -> None:
+    """What the options freeze, adapt and recompute."""
+    if config.freeze_vision:
+        model.visual.requires_grad_(False)
+    if config.lora.rank:
+        model.add_lora(config.lora, config.seed)
+    if config.gradient_checkpointing:
+        set_checkpointing(model.hf, True)
+    model.hf.train()
+
+
+def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
+    """Attention of the tower by flash-attn, and Liger's kernels, where they are asked for."""
+    if device.type == "cpu" and (options.liger or options.attention != "sdpa"):
+        raise ConfigError("model.liger, model.attention flash_attention_2: they run on a GPU, and this run is on a CPU")
+    if options.attention == "flash_attention_2":
+        try:
+            hf.model.visual.set_attn_implementation("flash_attention_2")
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"model.attention: {error}; {install('flash-attn')}") from error
+    if options.liger:
+        use_liger(hf)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # no device that is asked for
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise ConfigError(f"device: {name!r} asked for; number of GPUs that torch {torch.__version__} sees: {seen}")
+    return device
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
+    if config.model_type != "qwen2_5_vl":
+        raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    try:
+        hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # damaged files raise what they like
+        raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(problem):
+            names = sorted(map(str, report[problem]))
+            kind = problem.replace("_", " ")
+            raise ConfigError(f"{source}: {kind} in its weights: {names[:5]} ({len(names)} in all)")
+    return hf, tokenizer

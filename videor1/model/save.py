@@ -1,0 +1,84 @@
+"""A model as a Hugging Face folder, and what tells models apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from videor1.model.lm import VideoLM
+from videor1.model.positions import RECORD
+
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+def processor_files(source: str) -> dict[str, str]:
+    """Contents of the processor's JSON files beside a model, to be written with every checkpoint."""
+    from transformers.utils import cached_file
+
+    files = {}
+    for name in PROCESSOR_FILES:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            files[name] = Path(path).read_text(encoding="utf-8")
+    return files
+
+
+def save_model(model: VideoLM, folder: Path) -> None:
+    """The model (adapters merged), its tokenizer and its processor files, as ``from_pretrained`` reads them."""
+    dtype = model.compute_dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in _merged(model)}
+    if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
+        del tensors["lm_head.weight"]
+    config_dtype = model.hf.config.dtype
+    try:
+        model.hf.save_pretrained(folder, state_dict=tensors)
+    finally:
+        model.hf.config.dtype = config_dtype
+    _complete_config(folder / "config.json", str(dtype).removeprefix("torch."), model.position_rule)
+    model.tokenizer.save_pretrained(folder)
+    for name, text in processor_files(model.source).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _complete_config(path: Path, dtype: str, position_rule: str) -> None:
+    """transformers writes the live model's dtype, not that of the tensors it is given, and knows no position rule."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {RECORD: position_rule}
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "dtype" in part:
+            part["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
+    """The plain model's state dict: each adapted weight with its adapter added, without touching the live one."""
+    if model.peft is None:
+        yield from model.hf.state_dict().items()
+        return
+    adapted = {name: m for name, m in model.hf.named_modules() if hasattr(m, "base_layer")}
+    for name, tensor in model.hf.state_dict().items():
+        if ".lora_" in name:
+            continue
+        module, base, field = name.partition(".base_layer.")
+        if base and field == "weight":
+            layer: Any = adapted[module]
+            for adapter in layer.active_adapters:
+                tensor = tensor + layer.get_delta_weight(adapter)
+        yield f"{module}.{field}" if base else name, tensor
+
+
+def base_digest(model: VideoLM) -> str:
+    """Tells models apart by their parameters' shapes and a few values of each, wherever their folder lies.
+
+    Adapters are left out: they belong to the run, not to the model it began with.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.hf.named_parameters():
+        if ".lora_" not in name:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
+            digest.update(repr((name.replace(".base_layer.", "."), tuple(parameter.shape), values)).encode())
+    return digest.hexdigest()[:16]

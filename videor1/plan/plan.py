@@ -1,0 +1,271 @@
+"""A memory plan of a T-GRPO run: ``python -m videor1.train --plan [options]``. No GPU, no weights, no data.
+
+The trainer's own passes run on fake tensors of the real sizes (``ledger.py``), so a plan knows of every option that
+the passes know of. ``python -m videor1.plan --check`` runs the same passes on real tensors and prints both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Qwen2_5_VLConfig
+
+from videor1.config import TrainConfig
+from videor1.errors import ConfigError
+from videor1.model import VideoLM
+from videor1.plan.ledger import Ledger
+from videor1.plan.phases import Step, first_update, run_step
+from videor1.plan.setup import TEXT_TOKENS, Target, Work, build_policy, build_reference, make_fake, make_work, shape_of
+from videor1.rollout.local.decode import Decoder
+from videor1.rollout.local.engine import PREFILL_TOKENS
+from videor1.rollout.local.kv_cache import MIB, Capacity, bytes_per_token, plan_capacity
+from videor1.training.optim import make_optimizer
+from videor1_kernels import PrefixLayout
+from videor1_kernels.integrations.transformers import PackedRow
+from videor1_kernels.linear_logprob.products import product
+from videor1_kernels.sampling import reference as sampling
+
+GIB = 2**30
+CARDS = (24, 48, 80, 141)  # GB, as they are sold: so many GiB less what the driver keeps
+USABLE = 0.98  # of a card's GiB
+SLACK = 0.05  # of the peak: what torch's allocator holds in pieces that fit nothing
+CONTEXT = GIB  # of a process: the CUDA context, loaded kernels, cuBLAS's workspaces, CUDA graphs
+WORKER_CONTEXT = GIB // 2  # of a decode worker on the card
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The moment of a phase's most memory: bytes by part, and those that were live before it."""
+
+    name: str
+    parts: dict[str, int]
+    before: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def beyond(self) -> int:
+        """What the phase adds to what was there."""
+        return self.bytes - self.before
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the memory of a run goes, in bytes: one process, in the steady state, every video and every answer of the
+    full length. Held-out evaluations and the writing of checkpoints are not in it."""
+
+    model: str
+    settings: str
+    parameters: dict[str, int]  # by part of the model
+    trainable: int  # parameters
+    prompts: int  # of a step
+    prompt_tokens: int
+    media_tokens: int  # of a prompt's
+    answers: tuple[int, int]  # from ordered frames, from shuffled ones
+    answer_tokens: int
+    rows: int  # packed rows of a step
+    row_tokens: int  # of the longest
+    kv: int  # of the rollout's cache
+    phases: tuple[Phase, ...]
+    slack: float
+    context: int
+
+    @property
+    def binding(self) -> Phase:
+        """The phase with the most memory."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def peak(self) -> int:
+        """Allocated bytes."""
+        return self.binding.bytes
+
+    @property
+    def total(self) -> int:
+        """What the process takes of a card."""
+        return int(self.peak * (1 + self.slack)) + self.context
+
+    def fits(self, card: int) -> bool:
+        """Whether a card of so many GB is enough."""
+        return self.total <= card * GIB * USABLE
+
+    def to_json(self) -> dict[str, Any]:
+        derived = {"binding": self.binding.name, "peak": self.peak, "total": self.total}
+        return asdict(self) | derived | {"fits": {str(card): self.fits(card) for card in CARDS}}
+
+
+def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tokens: int = TEXT_TOKENS) -> Plan:
+    """The memory plan of ``config``.
+
+    Args:
+        config: the options of the run; ``device: cpu`` plans for a CPU, all else for a card.
+        shape: the model's configuration; None: that of ``config.model_name_or_path``.
+        text_tokens: of a prompt, beside its video.
+
+    Raises:
+        ConfigError: the model is unknown, the options let no such prompt through, or share the work among processes.
+    """
+    if config.distributed.engine != "none":
+        raise ConfigError(f"--plan: expected distributed.engine none (one process), got {config.distributed.engine}")
+    shape = shape_of(config.model_name_or_path) if shape is None else shape
+    target = Target.of(config)
+    ledger = Ledger(cuda=target.cuda)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = build_policy(shape, config, target, "meta")
+    frozen = build_reference(shape, config, target, "meta")
+    for lm in (model, frozen):
+        if lm is not None:
+            make_fake(lm, fake)
+    ledger.hold("weights", _tensors(model))
+    if frozen is not None:
+        ledger.hold("reference model", _tensors(frozen))
+    for lm in (model, frozen):
+        if lm is not None:
+            ledger.watch(lm.hf, {"vision tower": lm.visual, "language model": lm.hf.model.language_model})
+
+    def patches(count: int, columns: int) -> Tensor:
+        with fake:
+            return torch.empty(count, columns, dtype=torch.uint8)
+
+    work = make_work(config, model, patches, text_tokens)
+    optimizer = make_optimizer(model.trainable(), config)
+    for group in optimizer.param_groups:
+        group["foreach"] = target.cuda  # torch's own choice there, which costs a temporary of the parameters' size
+    capacity = _capacity(config, model, work)
+    engine = _FakeEngine(config, model, work, capacity, ledger, fake)
+    step = Step(config, model, frozen, optimizer, work, engine)
+    phases: list[Phase] = []
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        ledger.restart()
+        before = ledger.total
+        with ledger.part({"policy": "backward pass", "optimizer": "update"}.get(name, "other")):
+            yield
+        phases.append(Phase(name, dict(sorted(ledger.peak.items(), key=lambda part: -part[1])), before))
+
+    with warnings.catch_warnings(), ledger:
+        warnings.simplefilter("ignore")  # of autocast and of checkpointing, which the run itself will give
+        with ledger.part("optimizer states"):
+            first_update(step)
+        run_step(step, phase)
+    workers = config.data.workers if target.cuda and config.video.device == "cuda" else 0
+    return Plan(
+        model=config.model_name_or_path or "demonstration",
+        settings=_settings(config, target),
+        parameters=count_parameters(model),
+        trainable=sum(p.numel() for p in model.trainable().values()),
+        prompts=len(work.prompts),
+        prompt_tokens=work.prompt_tokens,
+        media_tokens=work.media_tokens,
+        answers=(config.num_generations, config.num_shuffled),
+        answer_tokens=config.max_completion_length,
+        rows=work.rows,
+        row_tokens=work.row.layout.total_tokens,
+        kv=capacity.bytes if config.rollout.engine == "local" else 0,
+        phases=tuple(phases),
+        slack=SLACK if target.cuda else 0.0,
+        context=CONTEXT + workers * WORKER_CONTEXT if target.cuda else 0,
+    )
+
+
+def count_parameters(model: VideoLM) -> dict[str, int]:
+    """Parameters by part; a head that is the embedding counts once."""
+    hf = model.hf
+    adapters = {name for name, _ in hf.named_parameters() if ".lora_" in name}
+    head, embedding = hf.lm_head.weight, hf.get_input_embeddings().weight
+    counts = {"language model": 0, "embedding": 0, "head": 0, "vision tower": 0, "adapters": 0}
+    for name, parameter in hf.named_parameters():  # a shared one comes once
+        if name in adapters:
+            part = "adapters"
+        elif parameter is embedding:
+            part = "embedding"
+        elif parameter is head:
+            part = "head"
+        else:
+            part = "vision tower" if ".visual." in f".{name}" else "language model"
+        counts[part] += parameter.numel()
+    return counts
+
+
+def _tensors(model: VideoLM) -> Iterator[Tensor]:
+    yield from model.hf.parameters()
+    yield from model.hf.buffers()
+
+
+def _capacity(config: TrainConfig, model: VideoLM, work: Work) -> Capacity:
+    counts = [count for count in (config.num_generations, config.num_shuffled) if count]
+    branches = [(len(prompt.input_ids), count) for prompt in work.prompts for count in counts]
+    kv_mib = config.rollout.kv_mib
+    return plan_capacity(
+        branches, config.max_completion_length, bytes_per_token(model.hf.config.text_config, model.compute_dtype),
+        max_rows=config.rollout_batch_size, budget=None if kv_mib is None else kv_mib * MIB,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FakeEngine:
+    """The rollout's memory: the cache, the largest prefill, and a decode step's logits."""
+
+    config: TrainConfig
+    model: VideoLM
+    work: Work
+    capacity: Capacity
+    ledger: Ledger
+    fake: FakeTensorMode
+
+    def __call__(self, ordered: Sequence[Tensor], shuffled: Sequence[Tensor]) -> None:
+        model, ledger, capacity = self.model, self.ledger, self.capacity
+        prompt = self.work.prompts[0]
+        with self.fake, ledger, ledger.part("KV cache"):  # the ledger innermost: it sees what the mode makes
+            cache = torch.empty(capacity.bytes, dtype=torch.uint8)
+        length = len(prompt.input_ids)
+        # Branches whose prompts go through the model together.
+        count = max(1, min(capacity.prefix_tokens, PREFILL_TOKENS) // length)
+        features = [f for pair in zip(ordered, shuffled or ordered, strict=True) for f in pair][:count]
+        count = min(count, len(features))
+        layout = PrefixLayout([length] * count, [[] for _ in range(count)], device=model.device)
+        positions, first = model.positions(prompt)
+        with model.inference(), model.autocast():
+            head = model.head_weight
+            decoder = Decoder(model, range(first, first + self.config.max_completion_length))  # its rotary tables
+            hidden = model.hidden_states(
+                prompt.input_ids.repeat(count),
+                layout.text_positions([positions] * count, [first] * count),
+                PackedRow(layout, self.config.kernels),
+                features,
+            )
+            del hidden
+            with ledger.part("decoding"), model.exactly():
+                self._decode(head)
+        del cache, head, decoder
+
+    def _decode(self, head: Tensor) -> None:
+        rows, vocabulary = self.capacity.slots, len(head)
+        if self.ledger.cuda:
+            # fp32 logits; with CUDA graphs once more, in the graphs' own pool.
+            self.ledger.workspace(rows * vocabulary * 4 * (2 if self.config.rollout.cuda_graphs else 1))
+            return
+        logits = product(head.new_empty(rows, head.shape[1]), head.T)
+        options = sampling.Options(self.config.temperature, self.config.top_p, 0)
+        sampling.sample_tokens(logits, logits.new_empty(rows), None, options)
+
+
+def _settings(config: TrainConfig, target: Target) -> str:
+    parts = [
+        "bf16" if target.bf16 else "fp32",
+        f"LoRA rank {config.lora.rank}" if config.lora.rank else "full fine-tuning",
+        "gradient checkpointing" if config.gradient_checkpointing else "no gradient checkpointing",
+        "vision tower frozen" if config.freeze_vision or config.lora.rank else "vision tower trained",
+        f"beta {config.beta:g}",
+    ]
+    return ", ".join(parts)

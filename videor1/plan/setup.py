@@ -1,0 +1,245 @@
+"""What a memory plan is made of: a model of the real sizes without weights, and the prompts of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from videor1.config import VIDEO_MAX_PIXELS, TrainConfig
+from videor1.demo.model import make_config
+from videor1.demo.tokenizer import make_tokenizer
+from videor1.errors import ConfigError
+from videor1.model import VideoLM
+from videor1.model.load import make_trainable
+from videor1.model.positions import RECORD, PositionRule, trained_rule
+from videor1.model.prompts import MERGE, special_ids
+from videor1.training.passes import Packed, pack
+from videor1.types import Media, Prompt, Sample
+from videor1.video import smart_resize, video_pixel_cap
+from videor1.video.patches import num_media_tokens
+from videor1_kernels import plan_rows
+from videor1_kernels.frames_to_patches import PATCH, PATCH_COLUMNS
+
+TEXT_TOKENS = 200  # of a prompt: the chat's frame, the question with its options, the instruction
+LONGEST_SECONDS = 7200.0  # of a video: positions follow its time, and rotary tables the largest position
+FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # (height, width): the usual
+
+# hidden, layers, heads, key heads, intermediate, vocabulary, whether the head is the embedding
+SIZES = {
+    "3b": (2048, 36, 16, 2, 11008, 151936, True),
+    "7b": (3584, 28, 28, 4, 18944, 152064, False),
+}
+KNOWN = {"Qwen/Qwen2.5-VL-3B-Instruct": "3b", "Qwen/Qwen2.5-VL-7B-Instruct": "7b"}
+
+
+def shape_of(source: str | None) -> Qwen2_5_VLConfig:
+    """The sizes of the model that ``source`` names: a folder or hub id, of which config.json alone is read; 3b or 7b,
+    or the published names of these, for which nothing is; None: the demonstration's.
+
+    Raises:
+        ConfigError: no such model, or another kind of model.
+    """
+    if source is None:
+        return make_config(make_tokenizer())
+    name = KNOWN.get(source, source.lower())
+    if name in SIZES and not Path(source).is_dir():
+        return _qwen(*SIZES[name])
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
+            f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
+        ) from error
+    if config.model_type != "qwen2_5_vl":
+        raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    return config
+
+
+def _qwen(
+    hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, vocabulary: int, tied: bool
+) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads,
+            "max_position_embeddings": 128000, "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+        },
+        vision_config={
+            "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": hidden,
+            "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112, "tokens_per_second": 2,
+        },
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is planned for, and how the trainer would run there."""
+
+    cuda: bool
+    bf16: bool
+
+    @staticmethod
+    def of(config: TrainConfig) -> Target:
+        """A card, unless ``device`` says cpu: whether this machine has one does not matter."""
+        cuda = config.device != "cpu"
+        return Target(cuda, cuda if config.bf16 is None else config.bf16)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
+    """The model as :func:`~videor1.model.load_model` makes it, with random weights, or on ``meta`` without any."""
+    dtype = torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32
+    model = _wrap(shape, dtype, target.bf16, device, config.model.positions)
+    with torch.device(device):
+        make_trainable(model, config)
+    return model
+
+
+def build_reference(
+    shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str
+) -> VideoLM | None:
+    """The frozen copy for the KL term, where there is one."""
+    if not config.beta or config.lora.rank:
+        return None
+    model = _wrap(shape, target.compute_dtype, False, device, config.model.positions)
+    model.hf.requires_grad_(False)
+    return model
+
+
+def make_fake(model: VideoLM, mode: FakeTensorMode) -> None:
+    """Put fake tensors of a CPU in the places of a model's meta tensors, on which autocast does not work."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_like(tensor, device="cpu")
+            kind = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if kind else empty
+        return made[id(tensor)]
+
+    for module in model.hf.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is not None:
+                    slots[name] = fake(tensor)
+    model.device = torch.device("cpu")
+    AttentionInterface.register(_WINDOWS, _window_attention)
+    model.visual.set_attn_implementation(_WINDOWS)
+
+
+_WINDOWS = "videor1_plan"
+
+
+def _window_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """transformers' sdpa. The tower calls it once a window, thousands of times a pass: without gradients nothing of it
+    stays but the result."""
+    if torch.is_grad_enabled():
+        return sdpa_attention_forward(module, query, key, value, *args, **options)
+    _, heads, tokens, width = query.shape
+    return query.new_empty(1, tokens, heads, width), None
+
+
+def _wrap(
+    shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str, asked: PositionRule | None
+) -> VideoLM:
+    tokenizer = make_tokenizer()
+    config, ids = type(shape).from_dict(shape.to_dict()), special_ids(tokenizer)
+    config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad  # this tokenizer stands for its own
+    with torch.device(device):
+        hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    rule = asked or trained_rule("plan", getattr(shape, RECORD, None)) or "paper"
+    return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step: its prompts, and the longest of its packed rows with the number of rows."""
+
+    prompts: tuple[Prompt, ...]
+    row: Packed
+    row_groups: tuple[int, ...]  # the prompts of that row
+    rows: int
+    batch_tokens: int  # of all answers
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompts[0].input_ids)
+
+    @property
+    def media_tokens(self) -> int:
+        media = self.prompts[0].media
+        return 0 if media is None else num_media_tokens(media.grid_thw)
+
+
+def make_work(
+    config: TrainConfig, model: VideoLM, patches: Callable[[int, int], Tensor], text_tokens: int = TEXT_TOKENS
+) -> Work:
+    """Every video of ``video.max_frames`` frames from two hours at their largest usual size, every answer of
+    ``max_completion_length`` tokens.
+
+    Args:
+        patches: makes uint8 [n, 1176] of them.
+        text_tokens: of a prompt.
+
+    Raises:
+        ConfigError: no prompt of that size is let through by the options.
+    """
+    grid = largest_grid(config)
+    media_tokens = num_media_tokens(grid)
+    length, longest = text_tokens + media_tokens, config.max_prompt_length
+    if config.max_tokens_per_row is not None:
+        longest = min(longest, config.max_tokens_per_row - config.max_completion_length)
+    if length > longest:
+        raise ConfigError(
+            f"--plan: a prompt of {media_tokens} video tokens (video.max_frames, video.max_pixels) and {text_tokens} "
+            f"of text is longer than the {longest} that max_prompt_length and max_tokens_per_row let through"
+        )
+    ids = torch.full((length,), 5)
+    before = text_tokens // 2
+    ids[before : before + media_tokens] = model.special.video_pad
+    sample = Sample(0, "0", "", "video", "free-form", "<answer></answer>", Path("video.mp4"))
+    seconds = LONGEST_SECONDS / grid[0]
+    count = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    prompts = tuple(
+        Prompt(sample, ids, Media("video", patches(media_tokens * MERGE, PATCH_COLUMNS), grid, seconds, 0.0), draw)
+        for draw in range(count)
+    )
+    answers = [config.max_completion_length] * config.num_generations
+    groups = config.per_device_train_batch_size
+    rows = plan_rows([length] * groups, [answers] * groups, config.max_tokens_per_row)
+
+    def tokens(row: list[Any]) -> int:
+        return sum(length + len(part.completions) * config.max_completion_length for part in row)
+
+    longest_row = max(rows, key=tokens)
+    completion = torch.full((config.max_completion_length,), 5)
+    row = pack(model, [prompts[p.group] for p in longest_row], [[completion] * len(p.completions) for p in longest_row])
+    return Work(
+        prompts, row, tuple(p.group for p in longest_row), len(rows) * config.gradient_accumulation_steps,
+        count * sum(answers),
+    )  # fmt: skip
+
+
+def largest_grid(config: TrainConfig) -> tuple[int, int, int]:
+    """(T, h, w) in patches of the longest video, at that of the usual frame sizes which gets the most."""
+    video = config.video
+    low = min(video.max_pixels, VIDEO_MAX_PIXELS) if video.min_pixels is None else video.min_pixels
+    cap = video_pixel_cap(low, video.max_pixels)
+    sizes = [smart_resize(height, width, min_pixels=low, max_pixels=cap) for height, width in FRAMES]
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return video.max_frames // 2, height // PATCH, width // PATCH

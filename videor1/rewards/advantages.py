@@ -1,0 +1,83 @@
+"""From the answers of a batch of groups to rewards and advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1.config import TrainConfig
+from videor1.rewards.judge import TemporalJudge
+from videor1.rewards.scoring import score
+from videor1.types import Group
+from videor1_kernels import Advantages, tgrpo_advantages
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of P groups of G ordered completions. Values as in ``videor1_kernels.Advantages``."""
+
+    accuracy: Tensor  # [P, G]
+    format: Tensor  # [P, G], custom rewards included
+    lengths: Tensor  # int64 [P, G], tokens
+    shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such answer, or it was skipped; Gs is 0 without any
+    # p_shuffled is NaN where answers were skipped, and temporal where it would have changed nothing: the rewards of
+    # such a group may lack one constant, its advantages lack nothing.
+    result: Advantages
+
+
+def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
+    """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones, worked out on
+    ``device``. All that is returned is on the CPU."""
+    if not groups:
+        return _nothing(config)
+    answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
+    accuracy, form = (
+        torch.tensor(rewards).reshape(len(groups), -1)
+        for rewards in score([text for text, _ in answered], [sample for _, sample in answered], config.reward)
+    )
+    shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
+    decisive = shuffled.clone()
+    skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
+    reward, temporal = config.reward, config.temporal
+    for i, group in enumerate(groups):
+        judge = TemporalJudge(group.prompt.sample, config, ordered=len(group.ordered), shuffled=group.shuffled_asked)
+        judge.ordered = accuracy[i].tolist()
+        for completion in group.shuffled:  # only their accuracy counts: no other reward is asked for
+            judge.shuffled_done(completion)
+        finished = len(judge.shuffled)
+        shuffled[i, :finished] = decisive[i, :finished] = torch.tensor(judge.shuffled)
+        skipped[i] = finished < group.shuffled_asked
+        if skipped[i] and judge.decided:
+            decisive[i, finished : group.shuffled_asked] = 0.0  # as would any other: the bonus is decided
+        elif skipped[i] and judge.needed is False:
+            decisive[i], unknown[i] = torch.nan, True
+    lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
+    result = tgrpo_advantages(
+        accuracy.to(device),
+        form.to(device),
+        lengths.to(device),
+        decisive.to(device) if decisive.shape[1] else None,
+        rule=temporal.rule,
+        alpha=temporal.alpha,
+        mu=temporal.mu,
+        apply=config.temporal_apply,
+        correct_above=reward.correct_above,
+        length_bonus=reward.length_bonus if config.len_control else 0.0,
+        length_range=reward.length_range,
+        normalize=config.normalize,
+        eps=config.advantage_eps,
+        backend=config.kernels,
+    )
+    p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
+    bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
+    values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
+    return Scored(accuracy, form, lengths, shuffled, values)
+
+
+def _nothing(config: TrainConfig) -> Scored:
+    """Of no group."""
+    none, one = torch.empty(0, config.num_generations), torch.empty(0)
+    return Scored(none, none, none.long(), torch.empty(0, config.num_shuffled), Advantages(none, none, one, one, one))

@@ -1,0 +1,139 @@
+"""The two passes of a rollout over the language model: prompts (prefill), and one new token per row (decode)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videor1.model import VideoLM
+from videor1.rollout.local.kv_cache import KVCache
+from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Attention context of prompts end to end, whose keys and values go into the cache at ``starts``."""
+
+    layout: PrefixLayout
+    cache: KVCache
+    starts: Sequence[int]
+    backend: str
+    flash: bool = False  # by flash-attn
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        for pool, new in ((self.cache.prefix_k[layer], k), (self.cache.prefix_v[layer], v)):
+            for start, begin, length in zip(
+                self.starts, self.layout.prompt_starts, self.layout.prompt_lengths, strict=True
+            ):
+                pool[start : start + length] = new[begin : begin + length]
+        if self.flash:
+            return _flash_attention(q, k, v, self.layout, scale)
+        return prefix_attention(q, k, v, self.layout, scale=scale, backend=self.backend)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float | None) -> Tensor:
+    """Causal attention of prompts end to end."""
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = torch.tensor([0, *layout.prompt_lengths], dtype=torch.int32)
+    ends, longest = lengths.cumsum(0, dtype=torch.int32).to(q.device), int(lengths.max())
+    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
+
+
+@dataclass
+class Decode:
+    """Attention context of one new token per row.
+
+    Attributes:
+        layout: its ``suffix_slots`` are where the rows write.
+        lengths: int64 [R], of the rows' own tokens, the new one included.
+        attention: an implementation of ``prefix_decode_attention``: the shapes, checked at each call of the public
+            function, are the same in every layer and step.
+    """
+
+    layout: DecodeLayout
+    cache: KVCache
+    lengths: Tensor
+    attention: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        assert self.layout.suffix_slots is not None
+        self.last = self.lengths - 1
+        self.column: int | None = None  # where all rows write, if it is one and the first slots are theirs
+        if self.layout.slots_in_order and not self.lengths.is_cuda:
+            first, *others = set(self.last.tolist())
+            self.column = None if others else first
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        cache = self.cache
+        suffix_k, suffix_v = cache.suffix_k[layer], cache.suffix_v[layer]
+        if self.column is not None:
+            suffix_k[: len(k), self.column], suffix_v[: len(v), self.column] = k, v
+        else:
+            slots = self.layout.suffix_slots
+            suffix_k[slots, self.last], suffix_v[slots, self.last] = k, v
+        return self.attention(
+            q, cache.prefix_k[layer], cache.prefix_v[layer], suffix_k, suffix_v, self.lengths, self.layout, scale
+        )
+
+
+class Decoder:
+    """The language model for one new token per row.
+
+    transformers' modules with their weights, called directly: for a single token the glue between them costs more than
+    they compute. Their linear layers run as modules, so adapters act; text positions are alike in time, height and
+    width, so rotary embedding is the plain one. fp32 results equal the model's own to rounding.
+    """
+
+    def __init__(self, model: VideoLM, positions: range) -> None:
+        """``positions``: all that will come. After a long clip they begin far above the number of tokens."""
+        self.model, self.text = model, model.hf.model.language_model
+        attention = self.text.layers[0].self_attn
+        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.first = positions.start
+        every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
+        cos, sin = (x.reshape(len(positions), 1, -1) for x in self.text.rotary_emb(self._some_state(), every))
+        half = self.head_dim // 2
+        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign is in sin
+
+    def _some_state(self) -> Tensor:
+        """Of the dtype and device of the states; rotary tables are made like it."""
+        return self.text.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
+
+    def states(self, tokens: Tensor, positions: Tensor, context: Decode) -> Tensor:
+        """Last hidden states [R, H] in the compute dtype, from int64 ``tokens`` and ``positions`` [R]."""
+        text, half = self.text, self.head_dim // 2
+        hidden = text.embed_tokens(tokens)
+        at = positions - self.first
+        cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)  # [R, 1, D]
+        for index, layer in enumerate(text.layers):
+            x, attention = _norm(layer.input_layernorm, hidden), layer.self_attn
+            q, k, v = (
+                _linear(module, x).view(len(x), -1, self.head_dim)
+                for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            # The products of bf16 with fp32 tables are fp32, as in the model; the kernels take 16 bits.
+            q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin).to(v.dtype) for x in (q, k))
+            out = context.attend(index, q, k, v, self.scale)
+            hidden = hidden + _linear(attention.o_proj, out.flatten(1))
+            x, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
+            hidden = hidden + _linear(mlp.down_proj, F.silu(_linear(mlp.gate_proj, x)) * _linear(mlp.up_proj, x))
+        return text.norm(hidden).to(self.model.compute_dtype)
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda:  # one kernel there; on a CPU it is slower than its parts
+        return torch.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(module.variance_epsilon).rsqrt_()
+    return (wide * scale).to(x.dtype) * module.weight

@@ -1,0 +1,103 @@
+"""A chat completion as JSON, checked and made a Completion."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from videor1.model.prompts import SpecialIds
+from videor1.rollout.protocol import RolloutError, SamplingOptions
+from videor1.rollout.server.client import RequestFailed, quoted
+from videor1.types import Completion, Prompt
+
+
+class AnswerReader:
+    """Reads the answers of one server."""
+
+    def __init__(self, tokenizer: Any, special: SpecialIds, options: SamplingOptions) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self._stops = (special.eos, special.pad)
+        # Servers give log-probs at temperature 1, ours are at the temperature (1 where that is 0).
+        self.wants_logp = options.temperature in (0.0, 1.0)
+        self._warned = False
+
+    def read(self, reply: Any, prompt: Prompt) -> Completion:
+        """The one answer of a reply; token_ids end with EOS (appended where the server leaves it out) if it finished.
+
+        Raises RequestFailed for a reply that is no whole answer, and RolloutError where the server has read another
+        prompt than ours.
+        """
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise RequestFailed(f"expected a chat completion of one choice, got {quoted(reply)}")
+        choice = choices[0]
+        seen = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")  # vLLM, SGLang
+        if isinstance(seen, list):
+            self._check_prompt(seen, prompt)
+        reason = choice.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise RequestFailed(f"the answer ended with finish_reason {reason!r}, expected stop or length")
+
+        ids = self._token_ids(choice)
+        logp = self._logp(choice, len(ids))
+        if reason == "stop" and (not ids or ids[-1] not in self._stops):
+            ids, logp = [*ids, self._special.eos], [*logp, math.nan]
+        self._check_tokens(ids)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(torch.tensor(ids), torch.tensor(logp, dtype=torch.float32), reason == "stop", text)
+
+    def _token_ids(self, choice: dict[str, Any]) -> list[int]:
+        ids = next((choice[k] for k in ("token_ids", "response_token_ids") if choice.get(k) is not None), None)
+        if ids is not None:  # vLLM's name, SGLang's
+            if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+                raise RequestFailed(f"expected token ids, got {quoted(ids)}")
+            return ids
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str):
+            raise RequestFailed(f"expected an answer's text or token_ids, got {quoted(choice)}")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the server does not return token ids: answers are encoded again from their text, which need not give "
+                "the tokens that were sampled (use vLLM 0.19 or newer)",
+                stacklevel=2,
+            )
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _logp(self, choice: dict[str, Any], count: int) -> list[float]:
+        """One number a token; NaN where the server gave none."""
+        logprobs = choice.get("logprobs")
+        if not self.wants_logp or logprobs is None:
+            return [math.nan] * count
+        try:
+            logp = [float(entry["logprob"]) for entry in logprobs["content"]]
+        except (KeyError, TypeError, ValueError):
+            raise RequestFailed(f"expected log-probs, got {quoted(logprobs)}") from None
+        return logp if len(logp) == count else [math.nan] * count
+
+    def _check_tokens(self, ids: list[int]) -> None:
+        if not ids:
+            raise RequestFailed("the answer has no tokens")
+        if banned := sorted(set(ids) & set(self._special.vision)):
+            names = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(banned)))
+            raise RequestFailed(f"the answer holds {names}, which logit_bias bans")
+        if any(i in self._stops for i in ids[:-1]):
+            raise RequestFailed("the answer goes on after a token that ends it")
+
+    def _check_prompt(self, seen: list[int], prompt: Prompt) -> None:
+        """Media tokens are compared in number alone: SGLang puts hashes in their place."""
+        ours, pads = prompt.input_ids.tolist(), (self._special.video_pad, self._special.image_pad)
+        media = sum(i in pads for i in ours)
+        differs = [at for at, (a, b) in enumerate(zip(seen, ours, strict=False)) if a != b and b not in pads]
+        if len(seen) == len(ours) and not differs:
+            return
+        where = f"; they differ from token {differs[0]} on" if differs else ""
+        raise RolloutError(
+            f"problem {prompt.sample.problem_id}: the server's prompt has {len(seen)} tokens, ours {len(ours)} "
+            f"({media} of them media){where}. It must serve this model's tokenizer and chat template, and neither "
+            "resize nor resample: see videor1.rollout.server.engine"
+        )

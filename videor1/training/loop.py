@@ -1,0 +1,511 @@
+"""The loop that SFT and T-GRPO share: optimizer steps, metrics, checkpoints, exact resume, signals.
+
+Everything random is derived from (seed, name, position), never from a running global generator, so the state of a run
+is its weights, its optimizer, its step and its position in the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from videor1.config import EvalOptions
+from videor1.config.cli import changed_options, load_run_config, resume_command, save_config
+from videor1.data import Dataset, load_samples
+from videor1.data.source import Source
+from videor1.data.stream import RowStream, open_dataset
+from videor1.errors import ConfigError, TrainingStopped
+from videor1.evaluation.evaluator import Evaluator, together
+from videor1.logs.jsonl import JsonlWriter
+from videor1.logs.progress import Progress
+from videor1.logs.trackers import MetricsWriter
+from videor1.model import VideoLM, load_model
+from videor1.model.positions import PositionRule
+from videor1.model.save import base_digest
+from videor1.seeding import derive_seed
+from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, read_trainer, resumed_rule, save
+from videor1.training.distributed import make_ranks
+from videor1.training.distributed.ranks import start_of
+from videor1.training.optim import learning_rate, make_optimizer
+from videor1.training.passes import idle_loss, tower_at_rest
+from videor1.types import SampleError
+
+# Counts of ``PrefetchStats`` that are metrics (data/...), and what the last line of a run calls them.
+_SURVIVED = {
+    "changed_files": "changed files",
+    "worker_deaths": "workers dead or killed",
+    "cache_errors": "disk cache errors",
+    "cache_damaged": "damaged files of the disk cache",
+}
+
+C = TypeVar("C", bound=EvalOptions)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class Loop(ABC, Generic[C]):
+    """One run. A subclass says what a batch is and how it updates the model.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        model, optimizer, source, progress: made by :meth:`train`.
+    """
+
+    name: str  # of the command
+    total_steps: int
+    source: Source[Any]
+    metrics: MetricsWriter
+    progress: Progress
+    skips: JsonlWriter
+    _closing: ExitStack
+    _resume_step: int | None
+    _saved_at: int
+    _batch_start: int
+    _evaluated_at: int
+    _evaluator: Evaluator | None
+    _lap: tuple[float, float]  # when the last row was made, and the seconds waited for data until then
+
+    def __init__(self, config: C) -> None:
+        if config.eval_steps and not config.data.eval_path:
+            raise ConfigError("eval_steps: needs data.eval_path, the held-out data file")
+        self.config = config
+        self.ranks = make_ranks(config)
+        self.run_dir = Path(self.ranks.lead(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        # The first rank's files are the run's; the others write theirs into a folder of their own.
+        self.folder = self.run_dir if self.ranks.leads else self.run_dir / f"rank-{self.ranks.rank}"
+        self.dataset = self._load_dataset(config.dataset_name)
+        self.samples_per_epoch = self.dataset.count() if config.max_steps < 0 else None
+        if config.max_steps < 0 and self.samples_per_epoch is None:
+            raise ConfigError(
+                f"max_steps: needed, since num_train_epochs counts rows, and those of {config.dataset_name} are not "
+                "known without reading all of it"
+            )
+        self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
+        self.accuracy = math.nan  # of the latest evaluation
+        self.resume_from = self.ranks.lead_does(self._resume_point)
+        self.folder.mkdir(exist_ok=True)
+        try:
+            if self.resume_from is not None:
+                self._use_positions(resumed_rule(self.resume_from, config.model.positions))
+            self.model: VideoLM = self.make_model()
+        except ConfigError:
+            with suppress(OSError):  # not empty: it was there before
+                self.folder.rmdir()
+            raise
+        self._use_positions(self.model.position_rule)  # for config.yaml
+        self.fixed = self._fixed()
+        self.optimizer = make_optimizer(self.model.trainable(), config)
+        self.step = 0
+        self.nonfinite_in_a_row = 0
+        self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0, "num_tokens": 0}
+        self._stop: str | None = None
+
+    def _use_positions(self, rule: PositionRule) -> None:
+        self.config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, positions=rule))
+
+    def make_model(self) -> VideoLM:
+        """What is trained, as the options ask for it."""
+        return load_model(self.config)
+
+    @abstractmethod
+    def make_source(self, start: Any) -> Source[Any]:
+        """The records of this run, from ``start`` on: what ``Source.state`` was, or 0."""
+
+    @abstractmethod
+    def train_batch(self) -> None:
+        """Take a batch from the source and make one or more :meth:`optimizer_step` calls."""
+
+    @abstractmethod
+    def samples_per_step(self) -> float:
+        """Samples of the data set that one optimizer step consumes."""
+
+    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """What the progress bar shows of a step's metrics."""
+        return {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
+
+    def title(self) -> str:
+        """The words in front of the progress bar."""
+        return self.name
+
+    def finished(self) -> bool:
+        """A subclass may end a run before its last step."""
+        return False
+
+    def _load_dataset(self, path: str | None) -> Dataset | RowStream:
+        if not path:
+            raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
+        return open_dataset(path, self.config.data)
+
+    def train(self) -> Path:
+        """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
+        with self._disk_errors(), self._open():
+            while self.step < self.total_steps and not self._stopping() and not self.finished():
+                self._lap = time.perf_counter(), self.source.waited_seconds
+                self.train_batch()
+                if self._due(self.config.eval_steps):
+                    self._evaluate()
+                if self._due(self.config.save_steps):
+                    self._save(required=False)
+                self._batch_start = self.step
+            if not self._stop:
+                self._log_steps()
+                self._evaluate()
+                if self.step < self.total_steps:
+                    self.progress.write(f"{self.title()}: reached at step {self.step}, {self.accuracy:.3f}")
+            final = self._save(required=True)
+        if self._stop:
+            launcher = "python" if self.ranks.world == 1 else f"torchrun --nproc_per_node {self.ranks.world} ..."
+            raise KeyboardInterrupt(f"saved {final}; go on with: {resume_command(self.name, self.run_dir, launcher)}")
+        return final
+
+    def _stopping(self) -> bool:
+        """Whether a signal has reached any rank: all stop after the same batch."""
+        self._stop = next(filter(None, self.ranks.gather(self._stop)), None)
+        return bool(self._stop)
+
+    def optimizer_step(
+        self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int, idle: Callable[[], Tensor]
+    ) -> None:
+        """One update from the rows' losses, whose sum over all ranks is the loss of the step.
+
+        A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
+        ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch; its ``num_tokens`` are those
+        of the step and are summed over the run.
+        """
+        started = time.perf_counter()
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
+        rate = learning_rate(self.step, self.total_steps, self.config)
+        update = self.ranks.update(losses, count, idle, self.model.trainable(), rate)
+        self.step += 1
+        row: dict[str, Any] = {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": rate}
+        row |= metrics() if math.isfinite(update.loss) else {}
+        self.counters["num_tokens"] += row.pop("num_tokens", 0)
+        row["epoch"] = self.source.epoch
+        counts = {"data/draws": self.source.position, **self._skipped(), **self._survived()}
+        row |= {**_sums(self.ranks.gather(counts)), **self.counters}
+        row |= {"time/update": time.perf_counter() - started, **self._data_times()}
+        self._count_nonfinite(update.finite, row)
+        self._report(row)
+
+    def idle(self) -> Tensor:
+        """The loss of a pass without a row, see ``passes.idle_loss``."""
+        return idle_loss(self.model, self.config.kernels)
+
+    def tower_at_rest(self) -> Tensor:
+        """What a row without media adds to its loss: every rank's pass goes through a trained tower, or none's."""
+        return tower_at_rest(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
+
+    def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
+        if finite:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        self.counters["nonfinite_steps"] += 1
+        row["nonfinite_steps"] = self.counters["nonfinite_steps"]
+        self.progress.write(
+            f"step {self.step}: skipped, its loss ({row['loss']}) or gradient norm ({row['grad_norm']}) is not finite"
+        )
+        if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            self._report(row, last=True)
+            raise TrainingStopped(
+                f"{self.nonfinite_in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
+                f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
+            )
+
+    def _report(self, row: dict[str, Any], *, last: bool = False) -> None:
+        self._since_log.append(row)
+        if last or self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
+            self._log_steps()
+        self.progress.update(self.shown(row))
+
+    def _log_steps(self) -> None:
+        """One line of metrics for the steps since the last."""
+        if self._since_log:
+            self.metrics.log(self.step, _mean_rows(self._since_log))
+            self._since_log.clear()
+            self._saved_at = -1  # a checkpoint of this step, saved on Ctrl-C, does not know of the line
+
+    def _evaluate(self) -> None:
+        """Held-out accuracy of the weights at hand, once per step."""
+        if self._evaluator is None or self._evaluated_at == self.step:
+            return
+        started = time.perf_counter()
+        with self.ranks.whole_weights():
+            own = self._evaluator.run(self.model)
+        result = together(self.ranks.gather(own))
+        self.accuracy, self._evaluated_at = result.ordered, self.step
+        self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
+        self._saved_at = -1
+
+    def _skipped(self) -> dict[str, int]:
+        bad = self.source.skipped + self._skipped_before
+        return {"data/skipped": sum(bad.values())} | {f"data/skipped/{kind}": n for kind, n in sorted(bad.items())}
+
+    def _survived(self) -> dict[str, int]:
+        """What data loading came through, over the whole run."""
+        stats = self.source.stats
+        now = Counter({name: getattr(stats, name) for name in _SURVIVED})
+        return {f"data/{name}": now[name] + self._survived_before[name] for name in _SURVIVED}
+
+    def _data_times(self) -> dict[str, float]:
+        """Seconds since the last row and the share of them spent waiting for data; decodes and hits since the start.
+
+        Here and not in data/*: a resumed run begins with empty memory.
+        """
+        stats, (then, waited) = self.source.stats, self._lap
+        self._lap = time.perf_counter(), stats.waited_seconds
+        seconds = self._lap[0] - then
+        share = (self._lap[1] - waited) / max(seconds, 1e-9)
+        hits = {"time/data_memory_hits": stats.cache_hits, "time/data_disk_hits": stats.disk_hits}
+        decoded = {f"time/data_decoded/{backend}": count for backend, count in sorted(stats.backends.items())}
+        return {"time/step": seconds, "time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
+
+    def _report_losses(self) -> None:
+        """One line at the end, however the run ends, of what was lost or survived; none where nothing was."""
+        skipped = self.source.skipped + self._skipped_before
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
+        parts = [f"skipped {sum(skipped.values())} ({kinds})"] if kinds else []
+        parts += [f"{_SURVIVED[name.removeprefix('data/')]} {n}" for name, n in self._survived().items() if n]
+        if parts:
+            self.progress.write(f"data, over the whole run: {', '.join(parts)}")
+
+    def _on_skip(self, draw: int, error: SampleError) -> None:
+        self._write_skip(self.step + 1, "train", error, draw)
+        self.progress.write(f"skipped: {error}")
+
+    def _on_eval_skip(self, error: SampleError) -> None:
+        self._write_skip(self.step, "eval", error)
+        if self._evaluated_at < 0:  # each evaluation meets the same ones
+            self.progress.write(f"skipped in the evaluation: {error}")
+
+    def _report_bad_entries(self) -> None:
+        """Entries that the data files' check left out: all of them in skipped.jsonl, the first few on the screen."""
+        for split, dataset in (("train", self.dataset), ("eval", self.eval_set)):
+            errors = dataset.errors if dataset else []
+            for error in errors:
+                self._write_skip(0, split, error)
+            for error in errors[:5]:
+                self.progress.write(f"left out: {error}")
+            if dataset and len(errors) > 5:
+                self.progress.write(f"left out: {len(errors)} entries in all {dataset.error_counts()}")
+
+    def _write_skip(self, step: int, split: str, error: SampleError, draw: int | None = None) -> None:
+        row = {"split": split, "draw": draw, "kind": error.kind, "path": error.path, "message": str(error)}
+        self.skips.write(step, row)
+
+    def _due(self, every: int) -> bool:
+        """Whether this batch, which may hold several steps, reached a multiple of ``every`` before the last step."""
+        return bool(every) and self.step // every > self._batch_start // every and self.step < self.total_steps
+
+    def _save(self, *, required: bool) -> Path:
+        """Write a checkpoint. A failure in the middle of a run is reported and counted; the last one is required."""
+        existing = dict(checkpoints(self.run_dir))
+        if self.ranks.lead(self._saved_at == self.step and self.step in existing):
+            return existing[self.step]
+        optimizer = None if self.config.save_only_model else self.optimizer
+        try:
+            keep = self.config.save_total_limit
+            path = save(
+                self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep, ranks=self.ranks
+            )
+        except CheckpointError as error:
+            if required:
+                raise TrainingStopped(f"{error}; {self.last_whole()}") from error
+            self.counters["failed_checkpoints"] += 1
+            self.progress.write(f"{error}; training goes on")
+            return self.run_dir
+        self._saved_at = self.step
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        positions = self.ranks.gather(self.source.state)
+        return {
+            "position": positions[0] if len(positions) == 1 else positions,
+            "skipped": dict(self.source.skipped + self._skipped_before),
+            "survived": {name.removeprefix("data/"): count for name, count in self._survived().items()},
+            "counters": self.counters,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "pending_metrics": self._since_log,
+            "evaluated_at": self._evaluated_at,
+            "accuracy": self.accuracy,
+            "fixed": self.fixed,
+        }
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        config = self.config
+        lora = dataclasses.asdict(config.lora) if config.lora.rank else None
+        options = {"lora": lora, "freeze_vision": config.freeze_vision, "bf16": self.model.bf16}
+        return {"model_name_or_path (digest of its weights)": base_digest(self.model)} | options
+
+    def _resume_point(self) -> Path | None:
+        if self.config.resume == "auto" and not self.config.output_dir:
+            raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
+        found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
+        if not self.config.resume:
+            check_unused(self.run_dir)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.run_dir} cannot be made: {error}") from error
+        return found
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Everything that is open while the run runs, closed in order however it ends."""
+        state: dict[str, Any] = {}
+        if self.resume_from is not None:
+            state, tensors = read_trainer(self.resume_from, self.model, self.fixed)
+            self.step = state["step"]
+            self.counters |= state["counters"]
+            self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.ranks.prepare(self.model.hf, self.optimizer, self.config.max_grad_norm)
+        if self.resume_from is not None:
+            self.ranks.load_trainer_tensors(self.model.trainable(), tensors)
+        self._skipped_before: Counter[str] = Counter(state.get("skipped", self.dataset.error_counts()))
+        self._survived_before: Counter[str] = Counter(state.get("survived", {}))
+        self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
+        self._saved_at = self._batch_start = self.step
+        self._evaluated_at = state.get("evaluated_at", -1)
+        self.accuracy = state.get("accuracy", math.nan)
+        self.total_steps = self.config.max_steps
+        if self.samples_per_epoch is not None:
+            epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
+            self.total_steps = math.ceil(epochs)
+        # Without a checkpoint to go on from, every line of an earlier attempt goes, those of step 0 too.
+        self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
+        with ExitStack() as stack:
+            self._closing = stack
+            stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
+            config_file = self.folder / "config.yaml"
+            resumed = self.resume_from is not None and config_file.exists()
+            changed = changed_options(load_run_config(type(self.config), config_file), self.config) if resumed else []
+            save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
+            self.metrics = stack.enter_context(
+                MetricsWriter(
+                    self.folder, report_to=self.config.report_to if self.ranks.leads else [],
+                    run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
+                )
+            )  # fmt: skip
+            self.skips = self.open_lines("skipped.jsonl")
+            self.progress = stack.enter_context(
+                Progress(
+                    self.total_steps, initial=self.step, description=self.title(),
+                    disabled=self.config.disable_tqdm or not self.ranks.leads, silent=not self.ranks.leads,
+                )
+            )
+            if self.resume_from is not None:
+                self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
+                for change in changed:  # allowed (a longer run, say), but the run no longer equals an uninterrupted one
+                    self.progress.write(f"changed since the run began: {change}")
+            if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
+                self.progress.write(self.dataset.large_blocks)
+            if not self.skips.path.stat().st_size:
+                self._report_bad_entries()
+            self._evaluator = None
+            if self.eval_set is not None:
+                evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip, shard=self.shard)
+                self._evaluator = stack.enter_context(evaluator)
+            self.source = self.make_source(start_of(state.get("position", 0), self.shard))
+            self.source.on_report = self.progress.write
+            self._lap = time.perf_counter(), 0.0
+            stack.callback(self.source.close)
+            stack.callback(self._report_losses)
+            stack.enter_context(self._signals())
+            yield
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, ranks): which draws are this process's."""
+        return self.ranks.rank, self.ranks.world
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call it when the run ends, however it ends."""
+        self._closing.callback(callback)
+
+    def open_lines(self, name: str) -> JsonlWriter:
+        """A file of the run folder that is written line by line and goes on where the resumed run does."""
+        lines = JsonlWriter(self.folder / name, resume_step=self._resume_step)
+        self.on_close(lines.close)
+        return lines
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full disk met outside of a checkpoint, by a line of metrics.jsonl say, ends the run with one message."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self.last_whole()}") from error
+
+    def last_whole(self) -> str:
+        """What a run that cannot go on leaves behind, in words."""
+        existing = checkpoints(self.run_dir)
+        return f"the last whole checkpoint is {existing[-1][1]}" if existing else "there is no checkpoint yet"
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the batch at hand, with a checkpoint; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+            self.progress.write(f"{self._stop}: saving after this batch; again to stop at once")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def holds_run(folder: Path) -> bool:
+    """A run that ended before its first step leaves an empty file: the mended command may use the folder."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ConfigError where another run's lines are."""
+    if holds_run(folder):
+        raise ConfigError(
+            f"output_dir: {folder} holds a run already; go on with it by --resume auto, or name another folder"
+        )
+
+
+def _sums(rows: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(row.get(name, 0) for row in rows) for name in sorted({name for row in rows for name in row})}
+
+
+def _mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of each metric over the steps since the last line; counts and data positions are the last step's."""
+    if len(rows) == 1:
+        return rows[0]
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if all(isinstance(v, float) for v in values) and values:
+            known = [v for v in values if not math.isnan(v)]
+            merged[key] = sum(known) / len(known) if known else math.nan
+        else:
+            merged[key] = values[-1] if values else None
+    return merged

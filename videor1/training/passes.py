@@ -1,0 +1,127 @@
+"""Packed rows of prompts and answers, and the passes over them: log-probs, T-GRPO loss, SFT loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1.config import TrainConfig
+from videor1.model import VideoLM
+from videor1.model.features import media_features
+from videor1.types import Media, Prompt, Sample
+from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
+from videor1_kernels.frames_to_patches import PATCH_COLUMNS
+from videor1_kernels.integrations.transformers import PackedRow
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts with their completions in one row, each prompt once. T tokens, N of them in completions."""
+
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [3, 1, T]
+    layout: PrefixLayout
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def labels(self) -> Tensor:
+        """Completion tokens end to end, int64 [N]."""
+        return self.ids[self.layout.completion_index]
+
+
+def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Packed:
+    """One packed row; ``completions[i]`` are the token ids of the answers to ``prompts[i]``."""
+    layout = PrefixLayout(
+        [len(p.input_ids) for p in prompts], [[len(ids) for ids in group] for group in completions], model.device
+    )
+    ids = [part for p, group in zip(prompts, completions, strict=True) for part in (p.input_ids, *group)]
+    positions, firsts = zip(*map(model.positions, prompts), strict=True)
+    return Packed(torch.cat(ids).to(model.device), layout.text_positions(positions, firsts), layout, tuple(prompts))
+
+
+def predicting_states(
+    model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None, backend: str = "auto"
+) -> Tensor:
+    """The hidden states [N, H] that predict the completions' tokens: all that ever reaches the head."""
+    if features is None:
+        features = media_features(model, packed.prompts)
+    hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout, backend), features)
+    return hidden[packed.layout.predict_index]
+
+
+def completion_logp(
+    model: VideoLM,
+    packed: Packed,
+    *,
+    temperature: float = 1.0,
+    features: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probs [N] of the completions' tokens, fp32, nats."""
+    hidden = predicting_states(model, packed, features, backend)
+    return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature, backend=backend)[0]
+
+
+def tgrpo_loss(
+    model: VideoLM,
+    packed: Packed,
+    advantages: Tensor,
+    config: TrainConfig,
+    *,
+    num_tokens: int,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    features: Sequence[Tensor] | None = None,
+) -> GrpoLoss:
+    """The policy loss of one packed row.
+
+    Args:
+        advantages: [S], one per completion.
+        num_tokens: completion tokens of the whole accumulated batch (loss_type dapo).
+        old_logp: [N] under the policy that sampled; None for the first update after a rollout.
+        ref_logp: [N] under the reference policy; None where beta is 0.
+        features: of a frozen vision tower, computed before; None runs the tower, with gradients if it is trained.
+    """
+    return linear_grpo_loss(
+        predicting_states(model, packed, features, config.kernels),
+        model.head_weight,
+        packed.labels,
+        advantages.to(model.device),
+        packed.layout.cu_completions,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_clamp=config.kl_clamp,
+        importance_level=config.importance_level,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        num_tokens=num_tokens,
+        backend=config.kernels,
+    )
+
+
+def tower_at_rest(model: VideoLM) -> Tensor:
+    """0, by way of the vision tower if it is trained: for a pass without media beside ranks whose pass has some."""
+    if not any(p.requires_grad for p in model.visual.parameters()):
+        return torch.zeros((), device=model.device)
+    nothing = Media("image", torch.zeros(4, PATCH_COLUMNS, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
+    return model.vision_features([nothing])[0].float().sum() * 0.0
+
+
+def idle_loss(model: VideoLM, backend: str = "auto") -> Tensor:
+    """0, by way of every trained parameter: the pass of a rank that has fewer rows than another."""
+    eos = torch.tensor([model.special.eos])
+    row = pack(model, [Prompt(Sample(0, "", "", "text", "free-form", ""), eos, None, 0)], [[eos]])
+    features = tower_at_rest(model)
+    return completion_logp(model, row, features=[], backend=backend).sum() * 0.0 + features
+
+
+def sft_loss(model: VideoLM, packed: Packed, num_tokens: int, backend: str = "auto") -> Tensor:
+    """Sum of the cross-entropy over the answers' tokens, divided by ``num_tokens`` of the accumulated batch."""
+    return -completion_logp(model, packed, backend=backend).sum() / num_tokens

@@ -1,0 +1,91 @@
+"""What rollouts.jsonl says of each prompt of a step: the question, every answer, what it earned, and, for the first few
+prompts, every token with its log-prob."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1.model import VideoLM
+from videor1.rewards.advantages import Scored
+from videor1.types import Group, Prompt
+
+
+def rollout_rows(
+    groups: Sequence[Group], scored: Scored, model: VideoLM, *, log_tokens: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One row per group.
+
+    ``log_tokens``: so many groups, from the first, also get ``tokens`` and ``logps``, one list per ordered answer: the
+    tokens as text (see :func:`token_strings`) and their log-probs at sampling, in nats, rounded to 4 decimals (NaN
+    where a server does not tell them).
+    """
+    result = scored.result
+    for i, group in enumerate(groups):
+        sample = group.prompt.sample
+        row = {
+            "draw": group.prompt.draw,
+            "problem_id": sample.problem_id,
+            "path": sample.path,
+            "data_type": sample.data_type,
+            "problem": sample.problem,
+            "options": list(sample.options),
+            "prompt": model.tokenizer.decode(_without_media(model, group.prompt).tolist()),
+            "solution": sample.solution,
+            "permutation": group.permutation,
+            "completions": [c.text for c in group.ordered],
+            "finished": [c.finished for c in group.ordered],
+            "shuffled_asked": group.shuffled_asked,
+            "shuffled_completions": [c.text for c in group.shuffled],
+            "lengths": scored.lengths[i],
+            "accuracy": scored.accuracy[i],
+            "format": scored.format[i],
+            "shuffled_accuracy": scored.shuffled_accuracy[i],
+            "rewards": result.rewards[i],
+            "advantages": result.advantages[i],
+            "temporal": result.temporal[i],
+            "p": result.p[i],
+            "p_shuffled": result.p_shuffled[i],
+        }
+        if i < log_tokens:
+            row["tokens"] = [token_strings(model.tokenizer, c.token_ids.tolist()) for c in group.ordered]
+            row["logps"] = [[round(logp, 4) for logp in c.logp.tolist()] for c in group.ordered]
+        yield row
+
+
+def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds: as many strings as ids; end to end they are ``tokenizer.decode(ids)``, special
+    tokens written out.
+
+    A character whose bytes are spread over several tokens belongs to the last of them; the others are empty.
+    """
+    strings: list[str] = []
+    texts: list[str] = []  # of the tokens at hand, from the last whole character on: the first, the first two, ...
+    for end in range(1, len(ids) + 1):
+        start = end - 1 - len(texts)
+        texts.append(tokenizer.decode(list(ids[start:end])))
+        if end < len(ids) and texts[-1].endswith("\ufffd"):
+            continue  # perhaps the rest of a character's bytes is still to come
+        shown = 0
+        for text in texts:
+            settled = max(shown, _common(text, texts[-1]))
+            strings.append(texts[-1][shown:settled])
+            shown = settled
+        texts.clear()
+    return strings
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _without_media(model: VideoLM, prompt: Prompt) -> Tensor:
+    """The prompt's ids with its run of media tokens shortened to one, for reading."""
+    ids = prompt.input_ids
+    pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
+    repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])
+    return ids[~repeated]

@@ -1,0 +1,110 @@
+"""SFT: cross-entropy on the assistant's tokens only, samples packed into rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from videor1.config import SFTConfig
+from videor1.data import Dataset
+from videor1.data.source import Source
+from videor1.data.stream import RowStream, open_dataset
+from videor1.errors import ConfigError
+from videor1.model.prompts import build_sft_ids
+from videor1.training.loop import Loop
+from videor1.training.passes import pack, sft_loss
+from videor1.types import Media, Prompt, Sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to learn."""
+
+    prompt: Prompt
+    answer: Tensor  # int64 [C], EOS included
+
+    def __len__(self) -> int:
+        return len(self.prompt.input_ids) + len(self.answer)
+
+
+class SFTTrainer(Loop[SFTConfig]):
+    """Cross-entropy on the assistant's tokens, several samples packed into a row without seeing each other."""
+
+    name = "sft"
+
+    def __init__(self, config: SFTConfig) -> None:
+        if config.stop_at_accuracy is not None and not (config.data.eval_path and config.eval_steps):
+            raise ConfigError("stop_at_accuracy: needs data.eval_path and eval_steps above 0")
+        super().__init__(config)
+
+    def _load_dataset(self, path: str | None) -> Dataset | RowStream:
+        if not path:
+            raise ConfigError("dataset_name: expected a data file in the Video-R1-CoT JSON format, got nothing")
+        return open_dataset(path, self.config.data, require_process=True)
+
+    def samples_per_step(self) -> float:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def make_source(self, start: int) -> Source[Example]:
+        def build(sample: Sample, media: Media | None, draw: int) -> Example:
+            ids, mask = build_sft_ids(
+                self.model.tokenizer, sample, media, self.config.max_length,
+                max_prompt_length=self.config.max_prompt_length,
+            )  # fmt: skip
+            length = len(ids) - int(mask.sum())
+            return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
+
+        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
+
+    def train_batch(self) -> None:
+        config = self.config
+        started = time.perf_counter()
+        micro = [
+            self.source.take(config.per_device_train_batch_size) for _ in range(config.gradient_accumulation_steps)
+        ]
+        rows = [row for examples in micro for row in pack_rows(examples, config.max_length)]
+        waited = time.perf_counter() - started
+        answers = sum(len(example.answer) for row in rows for example in row)
+        everything = sum(len(example) for row in rows for example in row)
+        tokens, everything = map(sum, zip(*self.ranks.gather((answers, everything)), strict=True))
+
+        def losses() -> Iterator[Tensor]:
+            for row in rows:
+                packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
+                loss = sft_loss(self.model, packed, tokens, self.config.kernels)
+                yield loss if any(e.prompt.media for e in row) else loss + self.tower_at_rest()
+
+        def metrics() -> dict[str, Any]:
+            return {
+                "num_tokens": everything,
+                "time/data": waited,
+                "time/tokens_per_second": everything / (time.perf_counter() - started),
+            }
+
+        self.optimizer_step(losses(), metrics, count=len(rows), idle=self.idle)
+
+    def title(self) -> str:
+        goal = self.config.stop_at_accuracy
+        return self.name if goal is None else f"{self.name} until accuracy {goal:g}"
+
+    def finished(self) -> bool:
+        """``stop_at_accuracy`` is reached."""
+        return self.config.stop_at_accuracy is not None and self.accuracy >= self.config.stop_at_accuracy
+
+    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+        labels = {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
+        return labels if self.eval_set is None else labels | {"accuracy": self.accuracy}
+
+
+def pack_rows(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Rows of at most ``max_length`` tokens, in order: a new row begins where the next example would not fit."""
+    rows: list[list[Example]] = []
+    for example in examples:
+        if not rows or sum(map(len, rows[-1])) + len(example) > max_length:
+            rows.append([])
+        rows[-1].append(example)
+    return rows

@@ -1,0 +1,112 @@
+"""The metrics of a step, over what all ranks did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1.rollout import Rollout
+from videor1.training.batch import Batch, joined
+from videor1.training.rows import Row
+from videor1_kernels import GrpoLoss
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One rank's part of a step, small enough to be sent around."""
+
+    batch: Batch  # without media and features
+    tokens: list[float]  # completion tokens of each row
+    means: dict[str, list[float]]  # of each row: kl, entropy, clip_fraction
+    gaps: Tensor  # [N] distance of the pass's log-probs from those that were sampled with
+    packed_tokens: int
+    left_out: int
+
+
+def report_of(batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int) -> StepReport:
+    """What a rank has to tell of its answers and its passes."""
+    answers, none = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
+    sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
+    gaps = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
+    names = ("kl", "entropy", "clip_fraction")
+    light = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
+    stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
+    return StepReport(
+        replace(batch, groups=light, features=[None] * len(light), rollout=stats),
+        [float(len(row.packed.labels)) for row in rows],
+        {name: [_row_mean(getattr(result, name)) for result in results] for name in names},
+        gaps[~gaps.isnan()],  # a server may not tell its log-probs
+        sum(row.packed.layout.total_tokens for row in rows),
+        left_out,
+    )
+
+
+def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``."""
+    batch = joined([report.batch for report in reports])
+    groups, scored = batch.groups, batch.scored
+    failed = sum(len(report.batch.rollout.failed) for report in reports)
+    if not groups:
+        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **laps}
+    result, lengths = scored.result, scored.lengths
+    gap = torch.cat([report.gaps for report in reports])
+    video = torch.tensor([g.shuffled_asked > 0 for g in groups])
+    known, stats = ~result.p_shuffled.isnan(), batch.rollout.stats
+    tokens = [count for report in reports for count in report.tokens]
+
+    def token_mean(name: str) -> float:
+        """Over the tokens that a pass has seen."""
+        means = [mean for report in reports for mean in report.means[name]]
+        return sum(m * n for m, n in zip(means, tokens, strict=True)) / sum(tokens) if tokens else math.nan
+
+    return {
+        "num_tokens": stats.tokens + sum(len(g.prompt.input_ids) for g in groups),
+        "reward": float(result.rewards.mean()),
+        "reward_std": float(result.rewards.std(1).mean()),
+        "rewards/accuracy/mean": float(scored.accuracy.mean()),
+        "rewards/accuracy/std": float(scored.accuracy.std()),
+        "rewards/format/mean": float(scored.format.mean()),
+        "rewards/format/std": float(scored.format.std()),
+        "kl": token_mean("kl"),
+        "entropy": token_mean("entropy"),
+        "clip_ratio/region_mean": token_mean("clip_fraction"),
+        "frac_reward_zero_std": float((result.rewards.std(1) < 1e-6).float().mean()),
+        "completions/mean_length": float(lengths.float().mean()),
+        "completions/min_length": int(lengths.min()),
+        "completions/max_length": int(lengths.max()),
+        "completions/clipped_ratio": 1 - _mean([c.finished for g in groups for c in g.ordered]),
+        "temporal/p": _mean(result.p[video].tolist()),
+        "temporal/p_shuffled": _mean(result.p_shuffled[known].tolist()),
+        "temporal/p_shuffled_unknown": int((video & ~known).sum()),
+        "temporal/bonus": _mean(result.temporal[video & ~result.temporal.isnan()].tolist()),
+        "temporal/rewarded": _mean((result.temporal[video & ~result.temporal.isnan()] > 0).tolist()),
+        "rollout/decode_steps": stats.decode_steps,
+        "rollout/row_steps": stats.row_steps,
+        "rollout/shuffled_asked": stats.shuffled_asked,
+        "rollout/shuffled_skipped": stats.shuffled_skipped,
+        "rollout/shuffled_stopped": stats.shuffled_stopped,
+        "rollout/kv_mib": stats.kv_bytes / 2**20,
+        "rollout/retries": stats.retries,
+        "rollout/failed": failed,
+        "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN of none
+        "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
+        "pass/rows": len(tokens),
+        "pass/tokens": sum(report.packed_tokens for report in reports),
+        "pass/groups_left_out": sum(report.left_out for report in reports),
+        **batch.counts(),
+        **laps,
+        "time/tokens_per_second": stats.tokens / seconds,
+    }
+
+
+def _row_mean(values: Tensor | None) -> float:
+    return 0.0 if values is None else float(values.float().mean())
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return sum(map(float, values)) / len(values) if values else float("nan")

@@ -1,0 +1,27 @@
+"""A video or image file to frames and to patches."""
+
+from __future__ import annotations
+
+from videor1.video.reading import (
+    check_backend,
+    frames_between,
+    read_frames,
+    read_image,
+    read_rgb,
+    sample_indices,
+    smart_resize,
+    target_size,
+    video_pixel_cap,
+)
+
+__all__ = [
+    "check_backend",
+    "frames_between",
+    "read_frames",
+    "read_image",
+    "read_rgb",
+    "sample_indices",
+    "smart_resize",
+    "target_size",
+    "video_pixel_cap",
+]

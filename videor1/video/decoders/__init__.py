@@ -1,0 +1,68 @@
+"""Video decoders behind one protocol: PyAV, and optional ones that must be installed by themselves."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videor1.errors import ConfigError
+from videor1.video.decoders.protocol import Decoder, Frames, FramesChangedError, VideoInfo
+
+__all__ = ["BACKENDS", "Decoder", "Frames", "FramesChangedError", "VideoInfo", "check_backend", "open_decoder"]
+
+# Each a class in the module of the backend's name, and an extra of that name.
+_OPTIONAL = {
+    "decord": "DecordDecoder",
+    "torchcodec": "TorchcodecDecoder",
+    "pynvvideocodec": "PyNvVideoCodecDecoder",
+}
+BACKENDS = ("auto", "pyav", "pyav-nvdec", *_OPTIONAL)
+
+
+def open_decoder(
+    path: str | Path, *, backend: str = "auto", device: str | torch.device = "cpu", threads: int = 1
+) -> Decoder:
+    """A decoder for one file; close it.
+
+    Args:
+        path: the file.
+        backend: "auto": PyAV, on the card's video engine (NVDEC) where ``device`` is a CUDA device and the engine is
+            faster, else on the CPU; "pyav": on the CPU; "pyav-nvdec": on the engine; or one of the optional ones.
+        device: where the frames are wanted. A decoder may leave them in main memory.
+        threads: CPU threads for decoding; 0: as many as there are cores.
+
+    Raises:
+        SampleError: the file is missing, cut or no video.
+        ConfigError: no such backend, or it is not installed.
+    """
+    _check_name(backend)
+    if backend in _OPTIONAL:
+        return _optional(backend)(path, device=device, threads=threads)
+    from videor1.video.decoders.pyav import PyAvDecoder
+
+    hardware = {"auto": "auto", "pyav": "none", "pyav-nvdec": "cuda"}[backend]
+    return PyAvDecoder(path, threads=threads, hardware=hardware, device=device)  # type: ignore[arg-type]
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ``ConfigError`` for a backend that there is not, or whose package is not installed or does not load."""
+    _check_name(backend)
+    if backend in _OPTIONAL:
+        from videor1.video.decoders.library import import_library
+
+        import_library(_optional(backend).module, backend)
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"video.backend: {backend!r} is none of {', '.join(BACKENDS)}{hint}")
+
+
+def _optional(backend: str) -> Any:
+    return getattr(import_module(f"videor1.video.decoders.{backend}"), _OPTIONAL[backend])

@@ -1,0 +1,107 @@
+"""Frames by NVIDIA's PyNvVideoCodec, decoded and left on the card; not rotated.
+
+8-bit 4:2:0 video is taken as the NV12 surfaces that NVDEC makes, so that its colours are converted here and not by the
+library; what else NVDEC decodes comes as the library's RGB. The library leaves out frames that it does not find without
+raising, and repeats others near the end of a file: the number of frames and the pts of each are checked. Where
+it counts those that are not shown too (edit lists), they are asked for by that number. Raw streams (H.264, HEVC without
+a container) are not supported by it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1.video.decoders.index import frames_to_decode, open_video
+from videor1.video.decoders.library import LibraryDecoder
+from videor1_kernels.frames_to_patches import YuvFrames
+
+_MATRICES = {1: "709", 2: "601", 5: "601", 6: "601", 9: "2020"}  # AVColorSpace; 2: unspecified
+_FULL_RANGE = 2  # AVColorRange
+_RGB_PIXELS = 1 << 22  # converted to RGB at once
+
+
+class PyNvVideoCodecDecoder(LibraryDecoder):
+    """``Decoder`` by PyNvVideoCodec's ``SimpleDecoder`` on the card of ``device`` (card 0 for "cpu")."""
+
+    backend = "pynvvideocodec"
+    module = "PyNvVideoCodec"
+    applies_rotation = False
+
+    def __init__(self, path: str | Path, *, threads: int = 1, device: str | torch.device = "cpu") -> None:
+        super().__init__(path, threads=threads, device=device)
+        self._decoder: Any = None
+        self._matrix, self._range = self._colours()
+        info = self.index.info
+        even = info.width % 2 == 0 == info.height % 2
+        # The library pads NV12 of odd sides, and its DLPack view of 10-bit surfaces has other strides than they have.
+        self._native = info.pix_fmt in ("yuv420p", "yuvj420p", "nv12") and even and self._matrix is not None
+
+    def close(self) -> None:
+        self._decoder = None
+
+    def _read(self, numbers: list[int], planes: bool) -> tuple[Tensor | YuvFrames, int]:
+        self.check_stream()
+        if self._decoder is None:
+            colour = self.library.OutputColorType
+            self._decoder = self.library.SimpleDecoder(
+                str(self.path.absolute()),
+                gpu_id=self.device.index or 0,
+                use_device_memory=True,
+                need_scanned_stream_metadata=True,  # Matroska's header does not say how many frames there are
+                output_color_type=colour.NATIVE if self._native else colour.RGB,
+            )
+        frames = self._find(numbers)
+        # Copied at once: the surfaces are taken back at the next call.
+        pixels = torch.stack([torch.from_dlpack(frame) for frame in frames]).to(self.device)
+        decoded = frames_to_decode(self.index.info, numbers)
+        if not self._native:
+            return pixels, decoded
+        surfaces = self._nv12(pixels)
+        return (surfaces if planes else _to_rgb(surfaces)), decoded
+
+    def _find(self, numbers: list[int]) -> list[Any]:
+        stamps = [self.index.stamps[number] for number in numbers]
+        frames = self._ask(numbers)
+        if not all(self.index.shown) and [frame.getPTS() for frame in frames] != stamps:
+            rank = {pts: rank for rank, pts in enumerate(sorted(pts for pts in self.index.pts if pts is not None))}
+            frames = self._ask([rank[stamp] for stamp in stamps if stamp is not None])
+        for number, frame, stamp in zip(numbers, frames, stamps, strict=True):
+            if frame.getPTS() != stamp:
+                raise self.error(f"gives a frame of pts {frame.getPTS()} for frame {number} of pts {stamp}")
+        return frames
+
+    def _ask(self, numbers: list[int]) -> list[Any]:
+        frames = self._decoder.get_batch_frames_by_index(numbers)
+        if len(frames) != len(numbers):
+            raise self.error(f"it gave {len(frames)} frames of the {len(numbers)} asked for")
+        return frames
+
+    def _nv12(self, surfaces: Tensor) -> YuvFrames:
+        """surfaces: uint8 [F, 3/2 height, width], the chroma rows below the luma rows."""
+        height, width = self.index.info.height, self.index.info.width
+        if tuple(surfaces.shape[1:]) != (height * 3 // 2, width):
+            raise self.error(f"surfaces of {list(surfaces.shape[1:])} for a video of {width}x{height}")
+        chroma = surfaces[:, height:].reshape(len(surfaces), height // 2, width // 2, 2)
+        assert self._matrix is not None
+        return YuvFrames((surfaces[:, :height], chroma), self._matrix, self._range)
+
+    def _colours(self) -> tuple[Any, Any]:
+        with open_video(self.path) as (_, stream):
+            context = stream.codec_context
+            full = context.color_range == _FULL_RANGE or self.index.info.pix_fmt == "yuvj420p"
+            return _MATRICES.get(int(context.colorspace)), "full" if full else "limited"
+
+
+def _to_rgb(frames: YuvFrames) -> Tensor:
+    """uint8 RGB [F, height, width, 3], a few frames at a time: in fp32 all of them would take gigabytes."""
+    count, height, width = frames.planes[0].shape
+    rgb = torch.empty((count, height, width, 3), dtype=torch.uint8, device=frames.planes[0].device)
+    step = max(1, _RGB_PIXELS // (height * width))
+    for start in range(0, count, step):
+        levels = frames.to_rgb(start, start + step, torch.float32)  # [n, 3, height, width]
+        rgb[start : start + step] = levels.round_().to(torch.uint8).permute(0, 2, 3, 1)
+    return rgb

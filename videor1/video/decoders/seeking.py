@@ -1,0 +1,171 @@
+"""Which packets to decode for the frames wanted, and reading them wherever a file's seeking lands.
+
+Letters: packets are numbered from 0 in decode order; a frame is found by its pts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+import av
+
+from videor1.video.decoders.index import FrameIndex
+
+# Codecs whose key frames need nothing that came before. Of others (GIF, APNG, screen recorders) pictures may build on
+# what is already drawn, whatever their flags say.
+_SEEKABLE = frozenset(("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4")) | frozenset(
+    ("mjpeg", "prores", "dnxhd", "ffv1", "ffvhuff", "huffyuv", "rawvideo")
+)
+_MIN_GAP = 4  # packets that decode sooner than a decoder is drained and started anew
+_MAX_DROP = 64  # packets that are read past rather than sought past
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Packets start..stop-1, to be decoded in one go from a key frame."""
+
+    start: int
+    stop: int
+    since: int | None  # pts from which on every frame must come out; None: all of them
+    wanted: frozenset[int]  # pts
+
+
+class Planner:
+    """Segments for wanted frames, as few packets as the key frames allow."""
+
+    def __init__(self, index: FrameIndex) -> None:
+        self.index = index
+
+    @cached_property
+    def can_seek(self) -> bool:
+        """The codec's key frames stand alone, and every packet has a pts of its own."""
+        pts = self.index.pts
+        return (
+            self.index.by_pts
+            and self.index.info.codec in _SEEKABLE
+            and None not in pts
+            and len(self.positions) == len(pts)
+        )
+
+    @cached_property
+    def positions(self) -> dict[int | None, int]:
+        """Which packet has this pts."""
+        return {stamp: position for position, stamp in enumerate(self.index.pts)}
+
+    @cached_property
+    def _keys(self) -> list[int]:
+        index = self.index
+        return [position for position, key in enumerate(index.key) if key and index.shown[position]]
+
+    def plan(self, wanted: Collection[int | None]) -> list[Segment] | None:
+        """Segments for the frames of these pts, in presentation order; None where the whole file must be decoded.
+
+        A frame that is shown before the last key frame but coded after it (a leading picture) may refer to pictures
+        from before that key frame: its decoding begins at the key frame before.
+        """
+        stamps = sorted(stamp for stamp in wanted if stamp is not None)
+        if not self.can_seek or len(stamps) != len(wanted) or not all(stamp in self.positions for stamp in stamps):
+            return None
+        segments: list[Segment] = []
+        for stamp in stamps:
+            position = self.positions[stamp]
+            start = self.key_before(position + 1, stamp)
+            last = segments[-1] if segments else None
+            if last is not None and start < last.stop + _MIN_GAP:
+                stop = max(last.stop, position + 1)
+                segments[-1] = replace(last, stop=stop, wanted=last.wanted | {stamp})
+            else:
+                since = None if start == 0 else self.index.pts[start]
+                segments.append(Segment(start, position + 1, since, frozenset((stamp,))))
+        return segments
+
+    def key_before(self, position: int, stamp: int) -> int:
+        """The last key packet before ``position`` that is shown no later than ``stamp``; 0 where there is none."""
+        for key in reversed(self._keys[: bisect_right(self._keys, position - 1)]):
+            shown = self.index.pts[key]
+            if shown is not None and shown <= stamp:
+                return key
+        return 0
+
+    def earlier(self, segment: Segment) -> Segment | None:
+        """The same from one key frame further back; what comes before the first start stays optional."""
+        if segment.start == 0 or segment.since is None:
+            return None
+        return replace(segment, start=self.key_before(segment.start, segment.since))
+
+
+class OutOfStepError(Exception):
+    """The packets that were read are not those of the index."""
+
+
+class PacketReader:
+    """Reads a file's video packets from any position on.
+
+    Args:
+        opened: opens the file at its start; called again where seeking fails.
+    """
+
+    def __init__(
+        self, opened: Callable[[], AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]]
+    ) -> None:
+        self._opened = opened
+        self._stack = ExitStack()
+        self.container, self.stream = self._stack.enter_context(opened())
+        self._packets: Iterator[av.Packet] = iter(())
+        self._next: int | None = None  # position of the packet that comes next; None: unknown
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def restart(self) -> None:
+        """Open the file anew, at its start."""
+        self._stack.close()
+        self.container, self.stream = self._stack.enter_context(self._opened())
+        self._packets, self._next = self._demux(), 0
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """All frames, from the start."""
+        self.restart()
+        self._next = None
+        yield from self.container.decode(self.stream)
+
+    def read(self, planner: Planner, start: int, stop: int) -> Iterator[av.Packet]:
+        """Packets start..stop-1. The codec context to decode them with is known once the first has come.
+
+        Raises:
+            OutOfStepError: other packets come than the index lists.
+        """
+        pts = planner.index.pts
+        if self._next is None or not self._next <= start <= self._next + _MAX_DROP:
+            self._seek(planner, start)
+        while self._next is not None and self._next < stop:
+            position, packet = self._next, next(self._packets, None)
+            if packet is None or packet.pts != pts[position]:
+                self._next = None
+                raise OutOfStepError
+            self._next += 1
+            if position >= start:
+                yield packet
+
+    def _seek(self, planner: Planner, start: int) -> None:
+        """Land at packet ``start`` or before it; at the file's start where seeking leads astray."""
+        stamp = planner.index.pts[start]
+        landed, packets, first = None, iter(()), None
+        if stamp is not None:
+            with suppress(av.error.FFmpegError):
+                self.container.seek(stamp, stream=self.stream)
+                packets = self._demux()
+                first = next(packets, None)
+                landed = planner.positions.get(first.pts) if first is not None else None
+        if landed is None or landed > start:
+            self.restart()
+        else:
+            self._packets, self._next = chain((first,), packets), landed
+
+    def _demux(self) -> Iterator[av.Packet]:
+        return (packet for packet in self.container.demux(self.stream) if packet.size)

@@ -1,0 +1,161 @@
+"""Decoded frames to one preallocated tensor, or one a plane: each frame is copied once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from videor1.types import SampleError
+from videor1.video.decoders.index import quarter_turn
+from videor1_kernels.frames_to_patches import YuvFrames
+
+Kind = Literal["rgb", "i420", "nv12", "i420-10", "p010"]
+Matrix = Literal["601", "709", "2020"]
+Range = Literal["limited", "full"]
+
+_KINDS: dict[str, Kind] = {
+    "yuv420p": "i420",
+    "yuvj420p": "i420",
+    "nv12": "nv12",
+    "yuv420p10le": "i420-10",
+    "p010le": "p010",
+}
+_MATRICES: dict[int, Matrix] = {1: "709", 2: "601", 5: "601", 6: "601", 9: "2020"}  # AVCOL_SPC_*; 2: unspecified
+# Newer PyAV would start a thread for every core; older has no such argument. (Its methods show no signature.)
+_ONE_THREAD = {"threads": 1} if "int threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+
+
+class MixedLayoutError(Exception):
+    """The pixel format or the colours change within the video, so that planes cannot be stacked."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    kind: Kind
+    height: int
+    width: int
+    rotation: int
+    matrix: Matrix = "601"
+    range: Range = "limited"
+
+
+class FrameStack:
+    """``count`` frames, filled in any order, all of the layout that the first has.
+
+    Raises:
+        SampleError: from ``put``, where the size or the rotation changes.
+        MixedLayoutError: from ``put``, where planes are asked for and the pixel format or the colours change.
+    """
+
+    def __init__(self, path: Path, count: int, *, planes: bool) -> None:
+        self._path, self._count, self._planes = path, count, planes
+        self._layout: Layout | None = None
+        self._tensors: tuple[Tensor, ...] = ()
+        self._arrays: tuple[np.ndarray, ...] = ()
+        self._reformatter = VideoReformatter()
+
+    @property
+    def rotation(self) -> int:
+        return self._layout.rotation if self._layout else 0
+
+    def put(self, slot: int, frame: av.VideoFrame) -> None:
+        layout = layout_of(self._path, frame, planes=self._planes)
+        if self._layout is None:
+            self._layout = layout
+            self._tensors = empty_planes(layout, self._count)
+            self._arrays = tuple(tensor.numpy() for tensor in self._tensors)
+        elif layout != self._layout:
+            check_same_size(self._path, self._layout, layout)
+            raise MixedLayoutError
+        out = [array[slot] for array in self._arrays]
+        if layout.kind == "rgb":
+            rgb = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD)
+            out[0][:] = _rows(rgb.planes[0], layout.width * 3).reshape(out[0].shape)
+        elif layout.kind == "i420-10":
+            Y, U, V = (_rows(plane, plane.width, np.uint16) for plane in frame.planes)
+            np.left_shift(Y, 6, out=out[0])
+            np.left_shift(U, 6, out=out[1][..., 0])
+            np.left_shift(V, 6, out=out[1][..., 1])
+        else:
+            for target, plane in zip(out, frame.planes, strict=True):
+                rows = _rows(plane, target[0].size, target.dtype.type)
+                target[:] = rows.reshape(target.shape)
+
+    def pixels(self) -> Tensor | YuvFrames:
+        if self._layout is None:  # no frame was asked for
+            return torch.empty((0, 0, 0, 3), dtype=torch.uint8)
+        return as_pixels(self._layout, self._tensors)
+
+
+def layout_of(path: Path, frame: av.VideoFrame, *, planes: bool) -> Layout:
+    """How a frame in main memory is to be kept."""
+    rotation = quarter_turn(path, frame.rotation)
+    kind = _KINDS.get(frame.format.name, "rgb") if planes else "rgb"
+    matrix = _MATRICES.get(int(frame.colorspace))
+    if kind == "rgb" or matrix is None or any(plane.line_size < 0 for plane in frame.planes):
+        return Layout("rgb", frame.height, frame.width, rotation)
+    return Layout(kind, frame.height, frame.width, rotation, matrix, colour_range(frame))
+
+
+def colour_matrix(frame: av.VideoFrame) -> Matrix | None:
+    """None: one that ``YuvFrames`` does not have."""
+    return _MATRICES.get(int(frame.colorspace))
+
+
+def colour_range(frame: av.VideoFrame) -> Range:
+    full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    return "full" if full else "limited"
+
+
+def check_same_size(path: Path, first: Layout, other: Layout) -> None:
+    if (first.height, first.width) != (other.height, other.width):
+        raise SampleError("decode", "the frame size changes within the video", path)
+    if first.rotation != other.rotation:
+        raise SampleError("decode", "the rotation changes within the video", path)
+
+
+def empty_planes(layout: Layout, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """Room for ``count`` frames: RGB, (Y, U, V) or (Y, UV)."""
+    H, W = layout.height, layout.width
+    half = (count, -(-H // 2), -(-W // 2))
+    dtype = torch.uint16 if layout.kind in ("i420-10", "p010") else torch.uint8
+    shapes: dict[Kind, tuple[tuple[int, ...], ...]] = {
+        "rgb": ((count, H, W, 3),),
+        "i420": ((count, H, W), half, half),
+    }
+    return tuple(
+        torch.empty(shape, dtype=dtype, device=device) for shape in shapes.get(layout.kind, ((count, H, W), (*half, 2)))
+    )
+
+
+def as_pixels(layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor | YuvFrames:
+    return tensors[0] if layout.kind == "rgb" else YuvFrames(tensors, layout.matrix, layout.range)
+
+
+def taken(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrames:
+    """The frames at these positions, in their order; as they are where that is all of them in order."""
+    if positions == list(range(len(pixels))):
+        return pixels
+    if isinstance(pixels, Tensor):
+        return pixels[positions]
+    planes = tuple(_bits(plane)[positions].view(plane.dtype) for plane in pixels.planes)
+    return YuvFrames(planes, pixels.matrix, pixels.range)
+
+
+def _bits(plane: Tensor) -> Tensor:
+    """torch indexes int16, not uint16."""
+    return plane.view(torch.int16) if plane.dtype == torch.uint16 else plane
+
+
+def _rows(plane: av.video.plane.VideoPlane, samples: int, dtype: type = np.uint8) -> np.ndarray:
+    """[height, samples] of a plane whose lines may be padded; a view."""
+    lines: np.ndarray = np.frombuffer(plane, dtype)
+    return lines.reshape(plane.height, -1)[:, :samples]

@@ -1,0 +1,100 @@
+"""A video that was published as a folder of images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from videor1.config import VIDEO_MAX_PIXELS
+from videor1.types import Clip, SampleError
+from videor1.video.reading import frames_between, pixel_bounds, read_rgb, sample_indices, target_size
+from videor1.video.version import Key
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def read_frame_folder(
+    path: str | Path,
+    *,
+    frames_per_second: float,
+    max_frames: int = 16,
+    fps: float = 2.0,
+    max_pixels: int = VIDEO_MAX_PIXELS,
+    min_pixels: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> Clip:
+    """The images of a folder as a video: image i (from 0, by the numbers in their names) is shown at second
+    i / ``frames_per_second``.
+
+    Frames are sampled and sized as ``video.read_frames`` does; only those are read.
+
+    Raises:
+        SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``; ``decode``
+            where the images differ in size.
+        ValueError: an option out of range.
+    """
+    if not frames_per_second > 0 or max_frames < 2 or not fps > 0:
+        raise ValueError(
+            "read_frame_folder: expected frames_per_second and fps above 0 and max_frames of 2 or more, got "
+            f"{frames_per_second}, {fps} and {max_frames}"
+        )
+    path, (low, high) = Path(path), pixel_bounds(min_pixels, max_pixels)
+    names = _images(path)
+    if not names:
+        raise SampleError("zero_frames", f"the folder holds no image ({', '.join(IMAGES)})", path)
+    seconds = [i / frames_per_second for i in range(len(names))]
+    seen = frames_between(path, seconds, start, end)
+    indices = [seen[i] for i in sample_indices(len(seen), frames_per_second, max_frames=max_frames, fps=fps)]
+    if not indices:
+        raise SampleError("too_few_frames", f"a video needs at least 2 frames, this one has {len(names)}", path)
+    images = [read_rgb(path / names[i]) for i in indices]
+    if len(sizes := {image.shape for image in images}) > 1:
+        shown = " and ".join(f"{width}x{height}" for height, width, _ in sorted(sizes))
+        raise SampleError("decode", f"its images differ in size: {shown}", path)
+    height, width = images[0].shape[:2]
+    return Clip(
+        frames=torch.from_numpy(np.stack(images)),
+        size=target_size(path, height, width, low, high),
+        fps=len(images) / len(seen) * frames_per_second,
+        timestamps=tuple(seconds[i] for i in indices),
+        total_frames=len(names),
+        source_fps=frames_per_second,
+        path=str(path),
+        backend="pillow",
+    )
+
+
+def folder_key(kind: str, path: str | Path) -> Key:
+    """As ``version.file_key``; the version is a digest of the images' names, sizes and times of modification."""
+    resolved = os.path.realpath(path)
+    try:
+        with os.scandir(resolved) as entries:
+            found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if _is_image(e.name))
+    except OSError:  # whoever reads it will say what is wrong
+        return Key((kind, resolved))
+    return Key((kind, resolved), hashlib.sha256(repr(found).encode()).hexdigest())
+
+
+def _images(path: Path) -> list[str]:
+    try:
+        return sorted(filter(_is_image, os.listdir(path)), key=_by_number)
+    except (FileNotFoundError, NotADirectoryError):
+        message = "expected a folder of images, got a file" if path.exists() else "no such folder of images"
+        raise SampleError("missing_file", message, path) from None
+    except OSError as error:
+        raise SampleError("missing_file", f"cannot read the folder of images: {error.strerror}", path) from error
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGES) and not name.startswith(".")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """2.jpg comes before 10.jpg."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,26 @@
+"""Which version of a file something was made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    """What a result was made from. Results under one name replace each other when the version changes."""
+
+    name: Hashable
+    version: Hashable = None  # of a file: (size in bytes, mtime in ns, inode); None where there is no file
+
+
+def file_key(kind: str, path: str | Path) -> Key:
+    """The key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode))."""
+    resolved = str(path)
+    try:
+        resolved = os.path.realpath(path)
+        found = os.stat(resolved)
+    except (OSError, ValueError):  # whoever reads it will say what is wrong
+        return Key((kind, resolved))
+    return Key((kind, resolved), (found.st_size, found.st_mtime_ns, found.st_ino))
