@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: who imports whom, how long a file may be, and what no file may name."""
+"""What holds for the repository as a whole: who imports whom, and what no file may name."""
 
 from __future__ import annotations
 
@@ -6,16 +6,115 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("videor1", "videor1_kernels")
-SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FOLDERS = (*PACKAGES, "tests", "csrc", "benchmarks", "examples", ".ci", "docs")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".sh", ".h", ".cpp", ".cu", ".cfg", ""}
-MAX_LINES = 500
+
+# The folders and single modules of videor1, and the other folders with Python, bottom to top: a file may import from
+# its own folder and from what stands on the lines above, and from nothing else.
+LAYERS = (
+    ("videor1_kernels",),
+    ("types", "errors", "seeding", "answer"),
+    ("config", "logs"),
+    ("video", "rewards"),
+    ("data", "model", "doctor", "report"),
+    ("rollout",),
+    ("evaluation",),
+    ("training",),
+    ("demo", "sft"),
+    ("plan",),
+    ("evaluate", "train"),
+    ("benchmarks", "docs", "examples"),
+    ("tests",),
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """A name or a module that a file imports, at its top or inside a function."""
+
+    file: str
+    line: int
+    target: str  # the file it comes from
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.name} of {self.target}"
+
+
+def modules(root: Path) -> dict[str, str]:
+    """The files with Python of the folders in LAYERS, by the name that they are imported by."""
+    found = {}
+    for folder in ("videor1", *{room for layer in LAYERS for room in layer}):
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            dotted = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[parts[-1] if folder in ("docs", "examples", "tests") else dotted] = str(path.relative_to(root))
+    return found
+
+
+def own_imports(known: Mapping[str, str], root: Path) -> Iterator[Import]:
+    """Every import of one file of the repository by another."""
+    for file in known.values():
+        for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name in known:
+                        yield Import(file, node.lineno, known[alias.name], alias.name.rpartition(".")[2])
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    target = known.get(f"{node.module}.{alias.name}", known.get(node.module or ""))
+                    if target is not None:
+                        yield Import(file, node.lineno, target, alias.name)
+
+
+def room(file: str) -> str:
+    """The folder or single module of LAYERS that a file is of."""
+    top, *rest = Path(file).with_suffix("").parts
+    return rest[0] if top == "videor1" and rest else top
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """What breaks the order of LAYERS: imports of a higher folder or of one beside, of a private name of another
+    folder, and circles of files."""
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    found = list(own_imports(modules(root), root))
+    wrong = []
+    for one in found:
+        above, below = room(one.file), room(one.target)
+        if above != below and not level.get(below, len(LAYERS)) < level.get(above, -1):
+            wrong.append(f"{one}: in LAYERS, {below} does not stand below {above}")
+        private = one.name.startswith("_") and not one.name.startswith("__")
+        if private and above != "tests" and Path(one.file).parent != Path(one.target).parent:
+            wrong.append(f"{one}: a private name of another folder")
+    return wrong + list(circles(found))
+
+
+def circles(imports: list[Import]) -> Iterator[str]:
+    """Each circle of files that import each other, once."""
+    following: dict[str, list[Import]] = {}
+    for one in imports:
+        following.setdefault(one.file, []).append(one)
+    done: set[str] = set()
+
+    def visit(file: str, way: list[Import]) -> Iterator[str]:
+        start = next((i for i, step in enumerate(way) if step.file == file), None)
+        if start is not None:
+            yield "a circle: " + ", ".join(map(str, way[start:]))
+        elif file not in done:
+            for step in following.get(file, []):
+                yield from visit(step.target, [*way, step])
+            done.add(file)
+
+    for file in following:
+        yield from visit(file, [])
 
 
 def imports(path: Path) -> set[str]:
@@ -39,9 +138,67 @@ def texts() -> list[Path]:
     return sorted(p for p in found if p.suffix in TEXT and not made & set(p.parts) and p.name != ".git")
 
 
-def test_kernels_never_import_the_trainer() -> None:
-    for path in (ROOT / "videor1_kernels").rglob("*.py"):
-        assert "videor1" not in imports(path), path
+def test_imports_run_down() -> None:
+    assert modules(ROOT)["videor1.train"] == "videor1/train.py"
+    assert wrong_imports(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "text", "target", "why"),
+    [
+        ("videor1/video/a.py", "from videor1.training.b import x\n", "videor1/training/b.py", "does not stand below"),
+        ("videor1/data/a.py", "\ndef f():\n    import videor1.model.b\n", "videor1/model/b.py", "does not stand below"),
+        ("videor1/types.py", "if x:\n    from videor1 import errors\n", "videor1/errors.py", "does not stand below"),
+        ("videor1/unheard_of/a.py", "from videor1.types import x\n", "videor1/types.py", "does not stand below"),
+        ("videor1_kernels/a.py", "from videor1.seeding import x\n", "videor1/seeding.py", "does not stand below"),
+        ("videor1/train.py", "def f():\n    import tiny\n", "tests/tiny.py", "does not stand below"),
+        ("videor1/plan/a.py", "from videor1.training.b import _x\n", "videor1/training/b.py", "private"),
+        ("videor1/plan/a.py", "from videor1.training import _b\n", "videor1/training/_b.py", "private"),
+    ],
+    ids=["higher", "beside, in a function", "beside", "no layer", "by the kernels", "of the tests", "name", "module"],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, importer: str, text: str, target: str, why: str) -> None:
+    write(tmp_path, {target: "x = _x = 1\n", importer: text})
+    (found,) = wrong_imports(tmp_path)
+    assert found.startswith(f"{importer}:{text.rstrip().count(chr(10)) + 1} imports ")
+    assert f" of {target}: " in found
+    assert why in found
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    texts = {
+        "videor1/video/a.py": "from videor1.video.b import f\n",
+        "videor1/video/b.py": "\n\ndef f():\n    from videor1.video.c import g\n",
+        "videor1/video/c.py": "import typing\n\nif typing.TYPE_CHECKING:\n    from videor1.video import a\n",
+        "videor1/video/d.py": "from videor1.video import a, b, c\n",
+    }
+    write(tmp_path, texts)
+    assert wrong_imports(tmp_path) == [
+        "a circle: videor1/video/a.py:1 imports f of videor1/video/b.py, videor1/video/b.py:4 imports g of "
+        "videor1/video/c.py, videor1/video/c.py:4 imports a of videor1/video/a.py"
+    ]
+    write(tmp_path, {"videor1/video/c.py": ""})
+    assert wrong_imports(tmp_path) == []
+
+
+def test_what_runs_down_is_right(tmp_path: Path) -> None:
+    texts = {
+        "videor1_kernels/__init__.py": "",
+        "videor1/types.py": "import videor1_kernels\n",
+        "videor1/video/reading.py": "from videor1.types import x\nfrom videor1.video.decoders import open_decoder\n",
+        "videor1/video/decoders/__init__.py": "from videor1.types import x\n",
+        "videor1/train.py": "from videor1.video import reading\n",
+        "tests/test_reading.py": "from tiny import x\nfrom videor1.video.reading import _x\n",
+        "tests/tiny.py": "import videor1.train\n",
+    }
+    write(tmp_path, texts)
+    assert wrong_imports(tmp_path) == []
+
+
+def write(root: Path, texts: Mapping[str, str]) -> None:
+    for file, text in texts.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
@@ -73,12 +230,6 @@ def test_records_and_options_import_no_stage() -> None:
         tree = ast.parse((ROOT / "videor1" / f"{name}.py").read_text())
         stages = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and "videor1" in (n.module or "")}
         assert stages <= {"videor1.errors", "videor1_kernels.frames_to_patches"}, (name, stages)  # planes
-
-
-def test_no_file_is_two_ideas_long() -> None:
-    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > MAX_LINES}
-    assert SOURCES
-    assert not long
 
 
 def test_no_file_installs_the_project_from_an_index() -> None:

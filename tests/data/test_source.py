@@ -194,25 +194,6 @@ def test_metrics_of_a_run_that_lost_nothing(assets: Assets, tmp_path: Path, capf
     assert not [line for line in screen(capfd) if SUMMARY in line]
 
 
-def test_the_share_waited_is_of_the_step(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows of a rollout with two updates: the first has the wait for its data, the second has none."""
-    clock = iter([100.0, 110.0])
-    run = trainer(assets, tmp_path, max_steps=1)
-
-    class Fake:
-        waited_seconds = 0.0
-        stats = type("Stats", (), {"waited_seconds": 2.5, "loaded": 1, "cache_hits": 2, "disk_hits": 3, "backends": {}})
-
-    run.source = Fake()  # type: ignore[assignment]
-    monkeypatch.setattr("videor1.training.loop.time.perf_counter", lambda: next(clock))
-    run._lap = 90.0, 0.5
-    assert run._data_times() == {
-        "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1,
-        "time/data_memory_hits": 2, "time/data_disk_hits": 3,
-    }  # fmt: skip
-    assert run._data_times()["time/data_share"] == 0
-
-
 def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

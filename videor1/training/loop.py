@@ -13,8 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,17 +38,10 @@ from videor1.seeding import derive_seed
 from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, read_trainer, resumed_rule, save
 from videor1.training.distributed import make_ranks
 from videor1.training.distributed.ranks import start_of
+from videor1.training.journal import Journal, mean_rows, sums
 from videor1.training.optim import learning_rate, make_optimizer
 from videor1.training.passes import idle_loss, tower_at_rest
 from videor1.types import SampleError
-
-# Counts of ``PrefetchStats`` that are metrics (data/...), and what the last line of a run calls them.
-_SURVIVED = {
-    "changed_files": "changed files",
-    "worker_deaths": "workers dead or killed",
-    "cache_errors": "disk cache errors",
-    "cache_damaged": "damaged files of the disk cache",
-}
 
 C = TypeVar("C", bound=EvalOptions)
 
@@ -61,7 +53,7 @@ class Loop(ABC, Generic[C]):
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        model, optimizer, source, progress: made by :meth:`train`.
+        model, optimizer, source, progress, journal: made by :meth:`train`.
     """
 
     name: str  # of the command
@@ -69,14 +61,12 @@ class Loop(ABC, Generic[C]):
     source: Source[Any]
     metrics: MetricsWriter
     progress: Progress
-    skips: JsonlWriter
+    journal: Journal
     _closing: ExitStack
     _resume_step: int | None
     _saved_at: int
     _batch_start: int
-    _evaluated_at: int
     _evaluator: Evaluator | None
-    _lap: tuple[float, float]  # when the last row was made, and the seconds waited for data until then
 
     def __init__(self, config: C) -> None:
         if config.eval_steps and not config.data.eval_path:
@@ -94,7 +84,6 @@ class Loop(ABC, Generic[C]):
                 "known without reading all of it"
             )
         self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
-        self.accuracy = math.nan  # of the latest evaluation
         self.resume_from = self.ranks.lead_does(self._resume_point)
         self.folder.mkdir(exist_ok=True)
         try:
@@ -109,8 +98,6 @@ class Loop(ABC, Generic[C]):
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
-        self.nonfinite_in_a_row = 0
-        self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0, "num_tokens": 0}
         self._stop: str | None = None
 
     def _use_positions(self, rule: PositionRule) -> None:
@@ -136,6 +123,11 @@ class Loop(ABC, Generic[C]):
         """What the progress bar shows of a step's metrics."""
         return {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
 
+    @property
+    def accuracy(self) -> float:
+        """Of the latest evaluation; NaN before the first."""
+        return self.journal.accuracy
+
     def title(self) -> str:
         """The words in front of the progress bar."""
         return self.name
@@ -153,7 +145,7 @@ class Loop(ABC, Generic[C]):
         """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
         with self._disk_errors(), self._open():
             while self.step < self.total_steps and not self._stopping() and not self.finished():
-                self._lap = time.perf_counter(), self.source.waited_seconds
+                self.journal.start_lap()
                 self.train_batch()
                 if self._due(self.config.eval_steps):
                     self._evaluate()
@@ -192,11 +184,10 @@ class Loop(ABC, Generic[C]):
         self.step += 1
         row: dict[str, Any] = {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": rate}
         row |= metrics() if math.isfinite(update.loss) else {}
-        self.counters["num_tokens"] += row.pop("num_tokens", 0)
+        self.journal.counters["num_tokens"] += row.pop("num_tokens", 0)
         row["epoch"] = self.source.epoch
-        counts = {"data/draws": self.source.position, **self._skipped(), **self._survived()}
-        row |= {**_sums(self.ranks.gather(counts)), **self.counters}
-        row |= {"time/update": time.perf_counter() - started, **self._data_times()}
+        row |= {**sums(self.ranks.gather(self.journal.data_counts())), **self.journal.counters}
+        row |= {"time/update": time.perf_counter() - started, **self.journal.data_times()}
         self._count_nonfinite(update.finite, row)
         self._report(row)
 
@@ -209,102 +200,44 @@ class Loop(ABC, Generic[C]):
         return tower_at_rest(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
 
     def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
-        if finite:
-            self.nonfinite_in_a_row = 0
-            return
-        self.nonfinite_in_a_row += 1
-        self.counters["nonfinite_steps"] += 1
-        row["nonfinite_steps"] = self.counters["nonfinite_steps"]
-        self.progress.write(
-            f"step {self.step}: skipped, its loss ({row['loss']}) or gradient norm ({row['grad_norm']}) is not finite"
-        )
-        if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+        in_a_row = self.journal.count_nonfinite(self.step, finite, row)
+        if in_a_row >= self.config.max_nonfinite_steps:
             self._report(row, last=True)
             raise TrainingStopped(
-                f"{self.nonfinite_in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
+                f"{in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
                 f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
             )
 
     def _report(self, row: dict[str, Any], *, last: bool = False) -> None:
-        self._since_log.append(row)
+        self.journal.rows.append(row)
         if last or self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
             self._log_steps()
         self.progress.update(self.shown(row))
 
     def _log_steps(self) -> None:
         """One line of metrics for the steps since the last."""
-        if self._since_log:
-            self.metrics.log(self.step, _mean_rows(self._since_log))
-            self._since_log.clear()
+        if self.journal.rows:
+            self.metrics.log(self.step, mean_rows(self.journal.rows))
+            self.journal.rows.clear()
             self._saved_at = -1  # a checkpoint of this step, saved on Ctrl-C, does not know of the line
 
     def _evaluate(self) -> None:
         """Held-out accuracy of the weights at hand, once per step."""
-        if self._evaluator is None or self._evaluated_at == self.step:
+        if self._evaluator is None or self.journal.evaluated_at == self.step:
             return
         started = time.perf_counter()
         with self.ranks.whole_weights():
             own = self._evaluator.run(self.model)
         result = together(self.ranks.gather(own))
-        self.accuracy, self._evaluated_at = result.ordered, self.step
+        self.journal.accuracy, self.journal.evaluated_at = result.ordered, self.step
         self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
         self._saved_at = -1
 
-    def _skipped(self) -> dict[str, int]:
-        bad = self.source.skipped + self._skipped_before
-        return {"data/skipped": sum(bad.values())} | {f"data/skipped/{kind}": n for kind, n in sorted(bad.items())}
-
-    def _survived(self) -> dict[str, int]:
-        """What data loading came through, over the whole run."""
-        stats = self.source.stats
-        now = Counter({name: getattr(stats, name) for name in _SURVIVED})
-        return {f"data/{name}": now[name] + self._survived_before[name] for name in _SURVIVED}
-
-    def _data_times(self) -> dict[str, float]:
-        """Seconds since the last row and the share of them spent waiting for data; decodes and hits since the start.
-
-        Here and not in data/*: a resumed run begins with empty memory.
-        """
-        stats, (then, waited) = self.source.stats, self._lap
-        self._lap = time.perf_counter(), stats.waited_seconds
-        seconds = self._lap[0] - then
-        share = (self._lap[1] - waited) / max(seconds, 1e-9)
-        hits = {"time/data_memory_hits": stats.cache_hits, "time/data_disk_hits": stats.disk_hits}
-        decoded = {f"time/data_decoded/{backend}": count for backend, count in sorted(stats.backends.items())}
-        return {"time/step": seconds, "time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
-
-    def _report_losses(self) -> None:
-        """One line at the end, however the run ends, of what was lost or survived; none where nothing was."""
-        skipped = self.source.skipped + self._skipped_before
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
-        parts = [f"skipped {sum(skipped.values())} ({kinds})"] if kinds else []
-        parts += [f"{_SURVIVED[name.removeprefix('data/')]} {n}" for name, n in self._survived().items() if n]
-        if parts:
-            self.progress.write(f"data, over the whole run: {', '.join(parts)}")
-
     def _on_skip(self, draw: int, error: SampleError) -> None:
-        self._write_skip(self.step + 1, "train", error, draw)
-        self.progress.write(f"skipped: {error}")
+        self.journal.skip(self.step + 1, error, draw)
 
     def _on_eval_skip(self, error: SampleError) -> None:
-        self._write_skip(self.step, "eval", error)
-        if self._evaluated_at < 0:  # each evaluation meets the same ones
-            self.progress.write(f"skipped in the evaluation: {error}")
-
-    def _report_bad_entries(self) -> None:
-        """Entries that the data files' check left out: all of them in skipped.jsonl, the first few on the screen."""
-        for split, dataset in (("train", self.dataset), ("eval", self.eval_set)):
-            errors = dataset.errors if dataset else []
-            for error in errors:
-                self._write_skip(0, split, error)
-            for error in errors[:5]:
-                self.progress.write(f"left out: {error}")
-            if dataset and len(errors) > 5:
-                self.progress.write(f"left out: {len(errors)} entries in all {dataset.error_counts()}")
-
-    def _write_skip(self, step: int, split: str, error: SampleError, draw: int | None = None) -> None:
-        row = {"split": split, "draw": draw, "kind": error.kind, "path": error.path, "message": str(error)}
-        self.skips.write(step, row)
+        self.journal.skip_in_evaluation(self.step, error)
 
     def _due(self, every: int) -> bool:
         """Whether this batch, which may hold several steps, reached a multiple of ``every`` before the last step."""
@@ -324,7 +257,7 @@ class Loop(ABC, Generic[C]):
         except CheckpointError as error:
             if required:
                 raise TrainingStopped(f"{error}; {self.last_whole()}") from error
-            self.counters["failed_checkpoints"] += 1
+            self.journal.counters["failed_checkpoints"] += 1
             self.progress.write(f"{error}; training goes on")
             return self.run_dir
         self._saved_at = self.step
@@ -334,13 +267,7 @@ class Loop(ABC, Generic[C]):
         positions = self.ranks.gather(self.source.state)
         return {
             "position": positions[0] if len(positions) == 1 else positions,
-            "skipped": dict(self.source.skipped + self._skipped_before),
-            "survived": {name.removeprefix("data/"): count for name, count in self._survived().items()},
-            "counters": self.counters,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            "pending_metrics": self._since_log,
-            "evaluated_at": self._evaluated_at,
-            "accuracy": self.accuracy,
+            **self.journal.state(),
             "fixed": self.fixed,
         }
 
@@ -370,17 +297,10 @@ class Loop(ABC, Generic[C]):
         if self.resume_from is not None:
             state, tensors = read_trainer(self.resume_from, self.model, self.fixed)
             self.step = state["step"]
-            self.counters |= state["counters"]
-            self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         self.ranks.prepare(self.model.hf, self.optimizer, self.config.max_grad_norm)
         if self.resume_from is not None:
             self.ranks.load_trainer_tensors(self.model.trainable(), tensors)
-        self._skipped_before: Counter[str] = Counter(state.get("skipped", self.dataset.error_counts()))
-        self._survived_before: Counter[str] = Counter(state.get("survived", {}))
-        self._since_log: list[dict[str, Any]] = state.get("pending_metrics", [])
         self._saved_at = self._batch_start = self.step
-        self._evaluated_at = state.get("evaluated_at", -1)
-        self.accuracy = state.get("accuracy", math.nan)
         self.total_steps = self.config.max_steps
         if self.samples_per_epoch is not None:
             epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
@@ -400,30 +320,31 @@ class Loop(ABC, Generic[C]):
                     run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
                 )
             )  # fmt: skip
-            self.skips = self.open_lines("skipped.jsonl")
+            skips = self.open_lines("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
                     self.total_steps, initial=self.step, description=self.title(),
                     disabled=self.config.disable_tqdm or not self.ranks.leads, silent=not self.ranks.leads,
                 )
             )
+            self.journal = Journal(state, skips, self.progress, left_out=self.dataset.error_counts())
             if self.resume_from is not None:
                 self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
                 for change in changed:  # allowed (a longer run, say), but the run no longer equals an uninterrupted one
                     self.progress.write(f"changed since the run began: {change}")
             if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
                 self.progress.write(self.dataset.large_blocks)
-            if not self.skips.path.stat().st_size:
-                self._report_bad_entries()
+            if not skips.path.stat().st_size:
+                self.journal.report_bad_entries(self.dataset, self.eval_set)
             self._evaluator = None
             if self.eval_set is not None:
                 evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip, shard=self.shard)
                 self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(start_of(state.get("position", 0), self.shard))
             self.source.on_report = self.progress.write
-            self._lap = time.perf_counter(), 0.0
+            self.journal.follow(self.source)
             stack.callback(self.source.close)
-            stack.callback(self._report_losses)
+            stack.callback(self.journal.report_losses)
             stack.enter_context(self._signals())
             yield
 
@@ -490,22 +411,3 @@ def check_unused(folder: Path) -> None:
         raise ConfigError(
             f"output_dir: {folder} holds a run already; go on with it by --resume auto, or name another folder"
         )
-
-
-def _sums(rows: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {name: sum(row.get(name, 0) for row in rows) for name in sorted({name for row in rows for name in row})}
-
-
-def _mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric over the steps since the last line; counts and data positions are the last step's."""
-    if len(rows) == 1:
-        return rows[0]
-    merged: dict[str, Any] = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if all(isinstance(v, float) for v in values) and values:
-            known = [v for v in values if not math.isnan(v)]
-            merged[key] = sum(known) / len(known) if known else math.nan
-        else:
-            merged[key] = values[-1] if values else None
-    return merged
