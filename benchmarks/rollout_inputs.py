@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.step_inputs import SHAPES, Group, random_model, video_prompt
+from benchmarks.step_inputs import COMPARED_RULE, SHAPES, Group, random_model, video_prompt
 from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.model import VideoLM
@@ -76,7 +76,7 @@ def demo_model(dtype: torch.dtype, device: torch.device) -> VideoLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         hf = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer)).to(dtype)
-    return VideoLM(hf, tokenizer, device=device, source="tiny")
+    return VideoLM(hf, tokenizer, device=device, source="tiny", position_rule=COMPARED_RULE)
 
 
 def plain_copy(model: VideoLM) -> Any:

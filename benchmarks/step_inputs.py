@@ -14,8 +14,12 @@ from videor1.config import TrainConfig
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.loss import Packed, pack
 from videor1.model import VideoLM, set_checkpointing
+from videor1.positions import PositionRule
 from videor1.prompts import special_ids
 from videor1.types import Media, Prompt, Sample
+
+# Of positions: what the library is compared with are the installed transformers' classes, which follow this one.
+COMPARED_RULE: PositionRule = "transformers"
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def random_model(shape: Shape, device: torch.device) -> VideoLM:
         hf = Qwen2_5_VLForConditionalGeneration._from_config(
             model_config(shape, tokenizer), dtype=shape.dtype, attn_implementation="sdpa"
         )
-    return VideoLM(hf, tokenizer, device=device, source=shape.name)
+    return VideoLM(hf, tokenizer, device=device, source=shape.name, position_rule=COMPARED_RULE)
 
 
 def model_config(shape: Shape, tokenizer: Any) -> Qwen2_5_VLConfig:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks.rollout_inputs import demo_model
-from benchmarks.step_inputs import SHAPES, random_model
+from benchmarks.step_inputs import COMPARED_RULE, SHAPES, random_model
 from benchmarks.video_files import made_video
 from videor1.cli import parse
 from videor1.config import TrainConfig
@@ -80,7 +80,10 @@ class WholeInputs:
             made = demo_model(dtype, self.device)
         else:
             made = random_model(dataclasses.replace(SHAPES[setting.model], dtype=dtype), self.device)
-        model = VideoLM(made.hf, made.tokenizer, device=self.device, bf16=setting.bf16, source=setting.model)
+        model = VideoLM(
+            made.hf, made.tokenizer, device=self.device, bf16=setting.bf16, source=setting.model,
+            position_rule=COMPARED_RULE,
+        )  # fmt: skip
         model.special = dataclasses.replace(model.special, eos=-1, pad=-1)
         make_trainable(model, self.config)
         return model

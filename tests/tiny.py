@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from videor1.model import VideoLM
+from videor1.positions import PositionRule
 from videor1.prompts import build_input_ids
 from videor1.types import Media, Prompt, Sample
 
@@ -84,9 +85,9 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def make_lm(seed: int = 0) -> VideoLM:
-    """A fresh tiny :class:`VideoLM` in fp32 on the CPU."""
-    return VideoLM(make_model(seed), make_tokenizer(), source="tiny")
+def make_lm(seed: int = 0, position_rule: PositionRule = "paper") -> VideoLM:
+    """A fresh tiny :class:`VideoLM` in fp32 on the CPU. Comparisons with transformers' own positions need its rule."""
+    return VideoLM(make_model(seed), make_tokenizer(), source="tiny", position_rule=position_rule)
 
 
 def make_media(kind: str = "video", grid: tuple[int, int, int] = (2, 4, 4), *, seconds: float = 1.0, seed: int = 0):

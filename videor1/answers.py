@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from videor1.answer import extract_answer
-from videor1.cli import changed_options, load_config, save_config
+from videor1.cli import changed_options, load_run_config, save_config
 from videor1.config import EvaluateConfig
 from videor1.errors import ConfigError, DataError
 from videor1.evaluation import Answered
@@ -107,7 +107,7 @@ def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], m
 
 
 def _compare(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:
-    before = load_config(EvaluateConfig, run_dir / "config.yaml")
+    before = load_run_config(EvaluateConfig, run_dir / "config.yaml")
     changes = [line for line in changed_options(before, config) if line.partition(":")[0] not in FREE]
     try:
         then = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))

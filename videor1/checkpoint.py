@@ -27,6 +27,7 @@ from torch import Tensor
 from videor1.distributed import Ranks
 from videor1.errors import ConfigError
 from videor1.model import VideoLM, processor_files
+from videor1.positions import RECORD, PositionRule, trained_rule
 
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = ".partial-"
@@ -152,15 +153,15 @@ def save_model(model: VideoLM, folder: Path) -> None:
         model.hf.save_pretrained(folder, state_dict=tensors)
     finally:
         model.hf.config.dtype = config_dtype
-    _note_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+    _complete_config(folder / "config.json", str(dtype).removeprefix("torch."), model.position_rule)
     model.tokenizer.save_pretrained(folder)
     for name, text in processor_files(model.source).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _note_dtype(path: Path, dtype: str) -> None:
-    """transformers writes the live model's dtype, not that of the tensors it is given."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _complete_config(path: Path, dtype: str, position_rule: str) -> None:
+    """transformers writes the live model's dtype, not that of the tensors it is given, and knows no position rule."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {RECORD: position_rule}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part is config or "dtype" in part:
             part["dtype"] = dtype
@@ -271,6 +272,25 @@ def _plain_weights(folder: Path, trained: dict[str, Any]) -> dict[str, Tensor]:
 
     saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return {name: p.detach() for name, p in saved.named_parameters() if name in trained}
+
+
+def resumed_rule(checkpoint: Path, asked: PositionRule | None) -> PositionRule:
+    """The position rule of the run that wrote ``checkpoint``, which a resumed run keeps.
+
+    Raises:
+        ConfigError: ``asked`` for another.
+    """
+    try:
+        recorded = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get(RECORD)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{checkpoint}: a damaged checkpoint ({error!r}); resume from another one") from error
+    rule = trained_rule(checkpoint, recorded) or "paper"
+    if asked not in (None, rule):
+        raise ConfigError(
+            f"model.positions: {checkpoint} was trained under {rule!r}, this run asks for {asked!r}; resume with the "
+            "same, or start a new run in another output_dir with the checkpoint as its model_name_or_path"
+        )
+    return rule
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:

@@ -32,6 +32,8 @@ from videor1.errors import ConfigError, DataError, TrainingStopped
 RECIPES = Path(__file__).parent / "configs"
 COMMANDS = {"videor1.train": TrainConfig, "videor1.sft": SFTConfig, "videor1.evaluate": EvaluateConfig}
 SHORTHANDS = {"temporal": "temporal.enabled"}  # the reference's flag is our section
+# What a run did whose config.yaml is older than the option, where that is not the default.
+EARLIER: dict[str, Any] = {"model.positions": "transformers"}
 
 ConfigT = TypeVar("ConfigT")
 
@@ -121,6 +123,13 @@ def load_config(config_class: type[ConfigT], path: str | Path) -> ConfigT:
     """Read one YAML file (or shipped recipe) as ``--config`` does. Raises ConfigError."""
     options = collect_options(config_class)
     return _resolve(config_class, _build_parser(options, "videor1", ""), options, [f"--config={path}"])[0]
+
+
+def load_run_config(config_class: type[ConfigT], path: str | Path) -> ConfigT:
+    """Read the config.yaml of a run folder. Raises ConfigError."""
+    options = collect_options(config_class)
+    values = _read_run(Path(path), _build_parser(options, "videor1", ""), options)
+    return _build(config_class, {name: values.get(name, option.default) for name, option in options.items()}, "")
 
 
 def dump_config(config: Any) -> str:
@@ -247,7 +256,7 @@ def _resolve(
     # A command that names these is whole, as that of a new run.
     named = any(name in given or name in values for name in ("model_name_or_path", "dataset_name"))
     if given.get("resume") and folder and not named and (of_the_run := Path(folder) / "config.yaml").is_file():
-        values = _read_yaml(of_the_run, parser, options) | values  # what is not given again is as it was
+        values = _read_run(of_the_run, parser, options) | values  # what is not given again is as it was
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
         values = {**COMPAT[compat], **values}
@@ -353,6 +362,11 @@ def _read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) -
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     return values
+
+
+def _read_run(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
+    """A run's own config.yaml, which holds every option that its version had."""
+    return {name: value for name, value in EARLIER.items() if name in options} | _read_yaml(path, parser, options)
 
 
 def _leaves(

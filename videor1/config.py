@@ -161,8 +161,12 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """Other libraries' kernels inside the model; results agree to rounding."""
+    """The model: its positions, and other libraries' kernels inside it (their results agree to rounding)."""
 
+    positions: Literal["paper", "transformers"] | None = None
+    """Where text after a video goes on. paper: one past the video's largest position, as Qwen2-VL and Qwen2.5-VL were
+    trained and vLLM serves them; transformers: past its height and width alone, as transformers since 5.3. Default: as
+    the checkpoint was trained, and paper for a model that no run of this library has trained."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Of the vision tower, and of prompts at the start of a rollout; flash_attention_2 needs flash-attn and a GPU
     (sdpa leaves prompts to videor1_kernels)."""

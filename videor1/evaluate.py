@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from videor1.cli import flat_options, flat_tree, parse, resume_command, run_main, save_config
+from videor1.cli import (
+    EARLIER,
+    flat_options,
+    flat_tree,
+    load_run_config,
+    parse,
+    resume_command,
+    run_main,
+    save_config,
+)
 from videor1.config import EvaluateConfig
 from videor1.errors import ConfigError, DataError
 
@@ -20,12 +29,13 @@ if TYPE_CHECKING:
     from videor1.answers import AnswerFile
     from videor1.metrics import Progress
     from videor1.model import VideoLM
+    from videor1.positions import PositionRule
     from videor1.suites import Loaded
 
 
 _TRAINED = (
     "max_completion_length", "video.max_frames", "video.fps", "video.max_pixels", "video.min_pixels",
-    "video.image_max_pixels", "video.image_min_pixels",
+    "video.image_max_pixels", "video.image_min_pixels", "model.positions",
 )  # fmt: skip
 
 
@@ -53,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
     for loaded in benchmarks:
         _say_what_is_not_asked(loaded)
+    config = _keep_positions(config, run_dir)
     model = load_model(config)
+    config = _with_positions(config, model.position_rule)
     answers = begin(run_dir, config, benchmarks, base_digest(model))
     save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
     _say_how_it_was_trained(config)
@@ -109,6 +121,18 @@ def _run_dir(config: EvaluateConfig) -> Path:
     return run_dir
 
 
+def _keep_positions(config: EvaluateConfig, run_dir: Path) -> EvaluateConfig:
+    """An evaluation that is gone on with keeps its position rule, which it need not be told again."""
+    file = run_dir / "config.yaml"
+    if not config.resume or config.model.positions is not None or not file.is_file():
+        return config
+    return _with_positions(config, load_run_config(EvaluateConfig, file).model.positions)
+
+
+def _with_positions(config: EvaluateConfig, rule: PositionRule | None) -> EvaluateConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, positions=rule))
+
+
 def _load(config: EvaluateConfig) -> list[Loaded]:
     from videor1.data import load_samples
     from videor1.suites import find_suite, from_dataset
@@ -138,7 +162,10 @@ def _say_how_it_was_trained(config: EvaluateConfig) -> None:
     if model.parent.name != "checkpoints":
         return
     try:
-        trained = dict(flat_tree(yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))))
+        tree = yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))
+        trained = EARLIER | dict(flat_tree(tree))
+        if trained["model.positions"] is None:  # its run ended before it had loaded a model
+            del trained["model.positions"]
     except (OSError, ValueError, yaml.YAMLError, AttributeError):  # none of ours
         return
     asked = flat_options(config)
@@ -154,7 +181,8 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
     names = ("model_name_or_path", "max_completion_length", "seed")
     sampling = ("eval_temperature", "eval_top_p", "eval_num_samples")
     video = {f"video.{name}": getattr(config.video, name) for name in ("max_frames", "fps", "max_pixels", "min_pixels")}
-    return {name: getattr(config, name) for name in (*names, *sampling)} | video
+    positions = {"model.positions": config.model.positions}
+    return {name: getattr(config, name) for name in (*names, *sampling)} | video | positions
 
 
 def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from videor1.answer import extract_answer
-from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS, DataConfig, EvaluateConfig, VideoConfig
+from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS, DataConfig, EvaluateConfig, ModelConfig, VideoConfig
 from videor1.errors import ConfigError
 from videor1.evaluation import prompt_features
 from videor1.model import load_model
@@ -77,6 +77,7 @@ class VideoR1(_lmms):
         workers, timeout: as the trainer's ``data.*`` options.
         seed: of the sampling and the permutations.
         kernels: as the trainer's option.
+        positions: as the trainer's ``model.positions``: paper, transformers, or by default as the model was trained.
         batch_size, max_batch_size, device: lmms-eval's own. ``batch_size`` prompts are answered together; 1, its
             default, means 32. max_batch_size is not used.
 
@@ -103,6 +104,7 @@ class VideoR1(_lmms):
         timeout: float = 60.0,
         seed: int = 42,
         kernels: Any = "auto",
+        positions: Any = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | str | None = None,
         device: str | None = None,
@@ -124,6 +126,7 @@ class VideoR1(_lmms):
         self.config = EvaluateConfig(
             model_name_or_path=pretrained, video=video, data=DataConfig(workers=workers, timeout=timeout), seed=seed,
             kernels=kernels, device=device or "auto", max_prompt_length=max_prompt_length,
+            model=ModelConfig(positions=positions),
         )  # fmt: skip
         self.model = load_model(self.config)
         self.device = self.model.device

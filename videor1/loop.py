@@ -22,8 +22,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, read_trainer, save
-from videor1.cli import changed_options, load_config, resume_command, save_config
+from videor1.checkpoint import CheckpointError, base_digest, checkpoints, find_resume, read_trainer, resumed_rule, save
+from videor1.cli import changed_options, load_run_config, resume_command, save_config
 from videor1.config import EvalOptions
 from videor1.data import Dataset, load_samples
 from videor1.distributed import make_ranks, start_of
@@ -33,6 +33,7 @@ from videor1.loss import idle_loss, tower_at_rest
 from videor1.metrics import JsonlWriter, MetricsWriter, Progress
 from videor1.model import VideoLM, load_model
 from videor1.optim import learning_rate, make_optimizer
+from videor1.positions import PositionRule
 from videor1.seeding import derive_seed
 from videor1.source import Source
 from videor1.stream import RowStream, open_dataset
@@ -93,17 +94,23 @@ class Loop(ABC, Generic[C]):
         self.resume_from = self.ranks.lead_does(self._resume_point)
         self.folder.mkdir(exist_ok=True)
         try:
+            if self.resume_from is not None:
+                self._use_positions(resumed_rule(self.resume_from, config.model.positions))
             self.model: VideoLM = self.make_model()
         except ConfigError:
             with suppress(OSError):  # not empty: it was there before
                 self.folder.rmdir()
             raise
+        self._use_positions(self.model.position_rule)  # for config.yaml
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self.nonfinite_in_a_row = 0
         self.counters = {"nonfinite_steps": 0, "failed_checkpoints": 0, "num_tokens": 0}
         self._stop: str | None = None
+
+    def _use_positions(self, rule: PositionRule) -> None:
+        self.config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, positions=rule))
 
     def make_model(self) -> VideoLM:
         """What is trained, as the options ask for it."""
@@ -381,7 +388,7 @@ class Loop(ABC, Generic[C]):
             stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
             config_file = self.folder / "config.yaml"
             resumed = self.resume_from is not None and config_file.exists()
-            changed = changed_options(load_config(type(self.config), config_file), self.config) if resumed else []
+            changed = changed_options(load_run_config(type(self.config), config_file), self.config) if resumed else []
             save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
             self.metrics = stack.enter_context(
                 MetricsWriter(

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,11 @@ from videor1.config import CommonConfig, LoraConfig, ModelConfig
 from videor1.errors import ConfigError, install
 from videor1.liger import use_liger
 from videor1.patches import normalize_patches
-from videor1.positions import prompt_positions
+from videor1.positions import RECORD, PositionRule, prompt_positions, trained_rule
 from videor1.prompts import SpecialIds, special_ids
 from videor1.seeding import derive_seed
 from videor1.types import Media, Prompt
+from videor1_kernels.checks import check_choice
 from videor1_kernels.integrations import transformers as attention
 
 
@@ -38,6 +39,7 @@ class VideoLM:
         peft: the peft wrapper, or None.
         tokenizer, special: the tokenizer and its special ids.
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
+        position_rule: where text after media goes on, see :mod:`videor1.positions`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class VideoLM:
         device: torch.device | str = "cpu",
         bf16: bool = False,
         source: str = "",
+        position_rule: PositionRule = "paper",
     ) -> None:
         self.hf = hf.to(device)
         self.peft: Any = None
@@ -57,6 +60,8 @@ class VideoLM:
         self.device = torch.device(device)
         self.bf16 = bf16
         self.source = source
+        check_choice("VideoLM", "position_rule", position_rule, get_args(PositionRule))
+        self.position_rule: PositionRule = position_rule
         self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
         hf.model.language_model.set_attn_implementation(attention.register())
         self._vocabulary_check()
@@ -92,6 +97,7 @@ class VideoLM:
             self._media_token(prompt.media),
             tokens_per_second=vision.tokens_per_second,
             merge=vision.spatial_merge_size,
+            rule=self.position_rule,
         )
 
     def hidden_states(
@@ -156,7 +162,7 @@ class VideoLM:
         """A copy for the KL term, in the compute dtype, without gradients."""
         hf = copy.deepcopy(self.hf).to(self.compute_dtype).requires_grad_(False)
         set_checkpointing(hf, False)
-        return VideoLM(hf, self.tokenizer, device=self.device, bf16=False, source=self.source)
+        return VideoLM(hf, self.tokenizer, device=self.device, source=self.source, position_rule=self.position_rule)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         """Wrap the language model's linear layers in adapters; nothing else stays trainable."""
@@ -217,7 +223,8 @@ def load_model(config: CommonConfig) -> VideoLM:
     zero = config.distributed.engine == "deepspeed"
     hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
     _use_libraries(hf, config.model, device)
-    model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source)
+    rule = config.model.positions or trained_rule(source, getattr(hf.config, RECORD, None)) or "paper"
+    model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)
     if not model.trainable():

@@ -37,6 +37,7 @@ from videor1.plan_setup import (
     shape_of,
 )
 from videor1.rollout.cache import MIB, Capacity, bytes_per_token, plan_capacity
+from videor1.rollout.decode import Decoder
 from videor1.rollout.engine import PREFILL_TOKENS
 from videor1_kernels import PrefixLayout
 from videor1_kernels.integrations.transformers import PackedRow
@@ -248,6 +249,7 @@ class _FakeEngine:
         positions, first = model.positions(prompt)
         with model.inference(), model.autocast():
             head = model.head_weight
+            decoder = Decoder(model, range(first, first + self.config.max_completion_length))  # its rotary tables
             hidden = model.hidden_states(
                 prompt.input_ids.repeat(count),
                 layout.text_positions([positions] * count, [first] * count),
@@ -257,7 +259,7 @@ class _FakeEngine:
             del hidden
             with ledger.part("decoding"), model.exactly():
                 self._decode(head)
-        del cache, head
+        del cache, head, decoder
 
     def _decode(self, head: Tensor) -> None:
         rows, vocabulary = self.capacity.slots, len(head)

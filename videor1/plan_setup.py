@@ -20,13 +20,15 @@ from videor1.errors import ConfigError
 from videor1.loss import Packed, pack
 from videor1.model import VideoLM, make_trainable
 from videor1.patches import num_media_tokens
-from videor1.prompts import special_ids
+from videor1.positions import RECORD, PositionRule, trained_rule
+from videor1.prompts import MERGE, special_ids
 from videor1.types import Media, Prompt, Sample
 from videor1.video import smart_resize, video_pixel_cap
 from videor1_kernels import plan_rows
 from videor1_kernels.frames_to_patches import PATCH, PATCH_COLUMNS
 
 TEXT_TOKENS = 200  # of a prompt: the chat's frame, the question with its options, the instruction
+LONGEST_SECONDS = 7200.0  # of a video: positions follow its time, and rotary tables the largest position
 FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # (height, width): the usual
 
 # hidden, layers, heads, key heads, intermediate, vocabulary, whether the head is the embedding
@@ -99,7 +101,8 @@ class Target:
 
 def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
     """The model as :func:`~videor1.model.load_model` makes it, with random weights, or on ``meta`` without any."""
-    model = _wrap(shape, torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32, target.bf16, device)
+    dtype = torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32
+    model = _wrap(shape, dtype, target.bf16, device, config.model.positions)
     with torch.device(device):
         make_trainable(model, config)
     return model
@@ -111,7 +114,7 @@ def build_reference(
     """The frozen copy for the KL term, where there is one."""
     if not config.beta or config.lora.rank:
         return None
-    model = _wrap(shape, target.compute_dtype, False, device)
+    model = _wrap(shape, target.compute_dtype, False, device, config.model.positions)
     model.hf.requires_grad_(False)
     return model
 
@@ -150,13 +153,16 @@ def _window_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *a
     return query.new_empty(1, tokens, heads, width), None
 
 
-def _wrap(shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str) -> VideoLM:
+def _wrap(
+    shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str, asked: PositionRule | None
+) -> VideoLM:
     tokenizer = make_tokenizer()
     config, ids = type(shape).from_dict(shape.to_dict()), special_ids(tokenizer)
     config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad  # this tokenizer stands for its own
     with torch.device(device):
         hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan")
+    rule = asked or trained_rule("plan", getattr(shape, RECORD, None)) or "paper"
+    return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ class Work:
 def make_work(
     config: TrainConfig, model: VideoLM, patches: Callable[[int, int], Tensor], text_tokens: int = TEXT_TOKENS
 ) -> Work:
-    """Every video of ``video.max_frames`` frames at their largest usual size, every answer of
+    """Every video of ``video.max_frames`` frames from two hours at their largest usual size, every answer of
     ``max_completion_length`` tokens.
 
     Args:
@@ -206,9 +212,10 @@ def make_work(
     before = text_tokens // 2
     ids[before : before + media_tokens] = model.special.video_pad
     sample = Sample(0, "0", "", "video", "free-form", "<answer></answer>", Path("video.mp4"))
+    seconds = LONGEST_SECONDS / grid[0]
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = tuple(
-        Prompt(sample, ids, Media("video", patches(grid[0] * grid[1] * grid[2], PATCH_COLUMNS), grid, 1.0, 0.0), draw)
+        Prompt(sample, ids, Media("video", patches(media_tokens * MERGE, PATCH_COLUMNS), grid, seconds, 0.0), draw)
         for draw in range(count)
     )
     answers = [config.max_completion_length] * config.num_generations

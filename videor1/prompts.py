@@ -34,11 +34,13 @@ class SpecialIds:
     image_pad: int
     vision_start: int
     vision_end: int
+    vision_pad: int | None = None  # <|vision_pad|>, which Qwen's tokenizers have and no prompt uses
 
     @property
     def vision(self) -> tuple[int, ...]:
         """The tokens that stand for or enclose media: never to be sampled."""
-        return self.vision_start, self.vision_end, self.video_pad, self.image_pad
+        pads = () if self.vision_pad is None else (self.vision_pad,)
+        return self.vision_start, self.vision_end, self.video_pad, self.image_pad, *pads
 
 
 _TOKENS = {
@@ -49,6 +51,7 @@ _TOKENS = {
     "vision_start": "<|vision_start|>",
     "vision_end": "<|vision_end|>",
 }
+_VISION_PAD = "<|vision_pad|>"
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
@@ -61,7 +64,9 @@ def special_ids(tokenizer: Any) -> SpecialIds:
             f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no path'}) has no token "
             f"{', '.join(missing)}; expected the tokenizer of a Qwen2-VL or Qwen2.5-VL model"
         )
-    return SpecialIds(**ids)
+    unused = tokenizer.convert_tokens_to_ids(_VISION_PAD)
+    known = unused is not None and tokenizer.convert_ids_to_tokens(unused) == _VISION_PAD
+    return SpecialIds(**ids, vision_pad=unused if known else None)
 
 
 def question_text(sample: Sample) -> str:

@@ -120,6 +120,7 @@ def _sft_config(config: TrainConfig, assets: Assets, run_dir: Path) -> SFTConfig
         output_dir=str(run_dir / "sft"),
         data=dataclasses.replace(recipe.data, eval_path=str(assets.dev)),
         video=config.video,
+        model=config.model,
         seed=config.seed,
         device=config.device,
         resume=config.resume and "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from videor1.checkpoint import save_model
@@ -34,6 +35,12 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
     if chosen.engine == "server":
         from videor1.rollout.server import ServerEngine
 
+        if model.position_rule != "paper":
+            warnings.warn(
+                f"model.positions {model.position_rule}: vLLM and SGLang number text after a video by the rule paper; "
+                "their answers to clips of more than a few seconds come from another policy than this one",
+                stacklevel=2,
+            )
         return ServerEngine(
             url=chosen.url, model=chosen.model, tokenizer=model.tokenizer, special=model.special, options=options,
             shuffle_unit=config.temporal.shuffle_unit, timeout=chosen.timeout, retries=chosen.retries,

@@ -90,13 +90,14 @@ class Decoder:
     width, so rotary embedding is the plain one. fp32 results equal the model's own to rounding.
     """
 
-    def __init__(self, model: VideoLM, positions: int) -> None:
-        """``positions``: all that will come are below."""
+    def __init__(self, model: VideoLM, positions: range) -> None:
+        """``positions``: all that will come. After a long clip they begin far above the number of tokens."""
         self.model, self.text = model, model.hf.model.language_model
         attention = self.text.layers[0].self_attn
         self.head_dim, self.scale = attention.head_dim, attention.scaling
-        every = torch.arange(positions, device=model.device).expand(3, 1, -1)
-        cos, sin = (x.reshape(positions, 1, -1) for x in self.text.rotary_emb(self._some_state(), every))
+        self.first = positions.start
+        every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
+        cos, sin = (x.reshape(len(positions), 1, -1) for x in self.text.rotary_emb(self._some_state(), every))
         half = self.head_dim // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign is in sin
 
@@ -108,7 +109,8 @@ class Decoder:
         """Last hidden states [R, H] in the compute dtype, from int64 ``tokens`` and ``positions`` [R]."""
         text, half = self.text, self.head_dim // 2
         hidden = text.embed_tokens(tokens)
-        cos, sin = self.cos.index_select(0, positions), self.sin.index_select(0, positions)  # [R, 1, D]
+        at = positions - self.first
+        cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)  # [R, 1, D]
         for index, layer in enumerate(text.layers):
             x, attention = _norm(layer.input_layernorm, hidden), layer.self_attn
             q, k, v = (

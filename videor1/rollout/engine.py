@@ -112,9 +112,11 @@ class _Run:
             kv_bytes=capacity.bytes, shuffled_asked=sum(r.shuffled.count for r in requests if r.shuffled)
         )
         special = model.special
-        # A prompt's next position is at most its length.
-        longest = max(prompt for prompt, _ in branches) + options.max_new_tokens
-        self.step = Step(model, self.cache, options, positions=longest, backend=engine.backend)
+        # Per request: the prompt's positions and the one of its answers' first token, which may exceed its length.
+        self.positions = [model.positions(request.prompt) for request in requests]
+        firsts = [first for _, first in self.positions]
+        answers = range(min(firsts), max(firsts) + options.max_new_tokens)
+        self.step = Step(model, self.cache, options, positions=answers, backend=engine.backend)
         self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.never_waits else None
         self.stops = torch.tensor([special.eos, special.pad], device=device)
         self.rows = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
@@ -150,7 +152,7 @@ class _Run:
         """The prompts of new branches, once each, and the first token of their answers."""
         model = self.model
         prompts = [job.request.prompt for job in jobs]
-        positions, firsts = zip(*map(model.positions, prompts), strict=True)
+        positions, firsts = zip(*(self.positions[job.number] for job in jobs), strict=True)
         layout = PrefixLayout([job.length for job in jobs], [[] for _ in jobs], device=model.device)
         context = Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend, self.model.flash)
         hidden = model.hidden_states(

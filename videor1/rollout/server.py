@@ -8,9 +8,9 @@ flag) lets a request say that frames are neither resampled nor resized, and how 
 VLLM_BATCH_INVARIANT=1 makes a row's tokens independent of its batch mates where the GPU supports it. Take neither
 --reasoning-parser nor --video-pruning-rate.
 
-What the server samples from is not bit for bit the policy that is trained: its kernels round otherwise, and after a
-video whose time positions exceed its grid's sides vLLM counts text positions on from the largest (transformers before
-5.3 did), :mod:`videor1.positions` from the longer side. The trainer computes log-probs anew.
+What the server samples from is not bit for bit the policy that is trained: its kernels round otherwise. The trainer
+computes log-probs anew. vLLM and SGLang number text after a video by the rule ``paper`` of :mod:`videor1.positions`;
+under ``transformers`` their answers to longer clips come from another policy, up to several nats a token away.
 
 SGLang serves prompts of images and text alike; it takes no list of frames, and its weights only with ``sync="none"``.
 """

@@ -37,7 +37,7 @@ class Step:
     """Callable: inputs -> (tokens int64 [R], logp fp32 [R]). Writes the tokens' keys and values into the cache."""
 
     def __init__(
-        self, model: VideoLM, cache: KVCache, options: SamplingOptions, *, positions: int, backend: str
+        self, model: VideoLM, cache: KVCache, options: SamplingOptions, *, positions: range, backend: str
     ) -> None:
         device, dtype = model.device, model.compute_dtype
         self.decoder, self.head, self.cache, self.options = Decoder(model, positions), model.head_weight, cache, options
