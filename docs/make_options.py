@@ -7,8 +7,11 @@ An option of a run is a field of a config dataclass, and its meaning the field's
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +20,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of this checkout, whatever is installed
 
-from videor1 import doctor, plan  # noqa: E402
 from videor1.cli import SHORTHANDS, collect_options, options_table  # noqa: E402
 from videor1.config import EvaluateConfig, SFTConfig, TrainConfig  # noqa: E402
-from videor1.report import __main__ as report  # noqa: E402
 
 FOLDER = ROOT / "docs" / "options"
 CONFIGS = {
@@ -30,7 +31,7 @@ CONFIGS = {
     "evaluate": (EvaluateConfig, "asks a model the questions of benchmarks or of a data file, from frames in order and "
                  "from shuffled frames."),
 }  # fmt: skip
-PARSERS = {"report": report.main, "doctor": doctor.main, "plan": plan.main}
+PARSERS = ("report", "doctor", "plan")
 NOTE = "<!-- Made by python docs/make_options.py --write: mend the docstrings of the options, not this page. -->"
 HOW = """\
 `--config FILE.yaml` reads options from a YAML file, or from a recipe by its name; it may be given several times, and
@@ -41,7 +42,7 @@ options that a command results in. An unknown option is an error that names the 
 def pages() -> dict[str, str]:
     """Every page by its file name."""
     made = {f"{name}.md": _config_page(name, *told) for name, told in CONFIGS.items()}
-    return made | {f"{name}.md": _parser_page(name, parser_of(main)) for name, main in PARSERS.items()}
+    return made | {f"{name}.md": _parser_page(name, parser_of(main_of(f"videor1.{name}"))) for name in PARSERS}
 
 
 def _config_page(name: str, config: type, does: str) -> str:
@@ -81,11 +82,19 @@ def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"| `{shown}{value}` | {action.help} |"
 
 
+def main_of(module: str) -> Callable[..., object]:
+    """The ``main`` that ``python -m module`` runs."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ValueError(f"no module {module}")
+    return importlib.import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main
+
+
 class _Caught(BaseException):
     """Carries a parser out of a command."""
 
 
-def parser_of(main: Callable[[Sequence[str]], object]) -> argparse.ArgumentParser:
+def parser_of(main: Callable[..., object]) -> argparse.ArgumentParser:
     """The argparse parser that a command's ``main`` makes, taken at the moment when it would parse."""
 
     def catch(parser: argparse.ArgumentParser, *arguments: object, **named: object) -> NoReturn:
@@ -93,7 +102,7 @@ def parser_of(main: Callable[[Sequence[str]], object]) -> argparse.ArgumentParse
 
     try:
         with mock.patch.multiple(argparse.ArgumentParser, parse_args=catch, parse_known_args=catch):
-            main([])
+            main([]) if inspect.signature(main).parameters else main()
     except _Caught as caught:
         return caught.args[0]
     raise ValueError(f"{main.__module__}.main: expected a command that parses its arguments with argparse")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from docstring_parser import Docstring, google
 from docstring_parser.google import Section, SectionType
+from pages import load
 
 import videor1.types
 import videor1_kernels
@@ -40,16 +41,6 @@ SECTIONS = [
     Section("Returns", "returns", SectionType.SINGULAR),
     Section("Source", "source", SectionType.SINGULAR),
 ]
-
-
-def load(path: Path) -> ModuleType:
-    """A module of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 fields = load(DOCS / "field_comments.py").fields
