@@ -1,4 +1,4 @@
-"""The tables of the README from the recorded runs: ``python -m benchmarks.report [--write]``."""
+"""The page of results and the README's table from the recorded runs: ``python -m benchmarks.report [--write]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from benchmarks.growth_curves import curves, draw, exponent
 from benchmarks.phases import PHASES, draw_phases
 from benchmarks.record import RESULTS, load
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks" / "results.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 COMMAND = "pytest benchmarks --record"
 TITLES = {  # in this order
@@ -25,12 +27,23 @@ TITLES = {  # in this order
     "kernels": "Kernels",
     "video": "Frames to patches, decoding",
 }
+PAINTERS = {"growth": draw, "step": draw_phases}
 NOTHING = f"No results from a card have been recorded yet; `{COMMAND}` on a machine with one records them."
+NOT_ON_A_GPU = "Nothing has been measured on a GPU yet."
+HEAD = """\
+# Results
+
+<!-- Made by python -m benchmarks.report --write from benchmarks/results/*.json. -->
+
+[Method](method.md) says how these were measured and what the columns mean.
+
+"""
 COLUMNS = (
     "implementation", "ms", "TF/s", "GB/s", "% of ceiling", "peak MiB", "rms error", "gradient error", "computes",
 )  # fmt: skip
-
-
+SUMMARY_COLUMNS = (
+    "Prompts per hour, whole steps", "Machine", "videor1", REFERENCE_STEP, "TRL", "times faster", "times less memory",
+)  # fmt: skip
 STEP_COLUMNS = (
     "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "CPU s", "CPU s / ours", "peak MiB", "MiB / ours",
     "TF/s", "% of ceiling", "rms error", "gradient error", "computes",
@@ -47,7 +60,7 @@ ROLLOUT_COLUMNS = (
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """One run as Markdown: its machine, then a table with a heading row per case."""
+    """One run as Markdown: its machine, then a table per case."""
     if record["part"] == "growth":
         return "\n".join([_machine(record), "", *_growth(record)])
     columns, cells = {
@@ -55,25 +68,65 @@ def table(record: Mapping[str, Any]) -> str:
         "step": (WHOLE_COLUMNS, _whole_cells),
         "rollout": (ROLLOUT_COLUMNS, _rollout_cells),
     }.get(record["part"], (COLUMNS, _cells))
-    lines = [_machine(record), "", _row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
+    lines = [_machine(record)]
     rows = sorted(record["rows"], key=_case_order(record["rows"]))
     for (op, title, _), group in groupby(rows, key=_case):
         entries = list(group)
         size = ", ".join(f"{key} {value}" for key, value in entries[0]["size"].items())
         count = next((entry["count"] for entry in entries if entry["count"]), "")
         counted = f"; {count} counted" if count else ""
-        lines.append(_row([f"**{op}**, {title}: {size}{counted}", *[""] * (len(columns) - 1)]))
+        lines += ["", f"**{op}**, {title}: {size}{counted}", ""]
+        lines += [_row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
         lines += [_row(cells(entry, entries)) for entry in entries]
     return "\n".join(lines)
 
 
 def report(folder: Path) -> str:
     """All recorded runs, cards before CPUs; a sentence that says how to record where there are none of a card."""
-    records = sorted(map(load, folder.glob("*.json")), key=_place)
-    blocks = [_folded(record) for record in records]
-    if not any(record["cuda"] for record in records):
-        blocks.insert(0, NOTHING)
-    return "\n\n".join(blocks)
+    return "\n\n".join(_sections(folder, with_pictures=False))
+
+
+def page(folder: Path) -> str:
+    """The page of results, with its pictures."""
+    return HEAD + "\n\n".join(_sections(folder, with_pictures=True)) + "\n"
+
+
+def summary(folder: Path) -> str:
+    """The README's table: prompts per hour of whole steps, and the sentence that none is of a GPU where that is so."""
+    records = [record for _, record in _records(folder) if record["part"] == "step" and record["tests"] != "failed"]
+    lines = [_row(SUMMARY_COLUMNS), _row(["---", "---", *["--:"] * 5])]
+    for record in records:
+        for _, group in groupby(sorted(record["rows"], key=_case_order(record["rows"])), key=_case):
+            lines.append(_row(_summary_cells(record, {row["implementation"]: row for row in group})))
+    versions = [
+        f"{record['card']}: torch {record['torch']}, commit {_commit(record)}, {record['date']}." for record in records
+    ]
+    gpu = [] if any(record["cuda"] for record in records) else [NOT_ON_A_GPU]
+    return "\n".join([*lines, "", " ".join([*versions, *gpu])])
+
+
+def _summary_cells(record: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    ours, theirs = (rows.get(name, {}) for name in (OUR_STEP, REFERENCE_STEP))
+    size = next(iter(rows.values()))["size"]
+    media = "images" if size.get("media") == "image" else f"videos of {size['frames']} frames"
+    model = "the demonstration's model" if size["model"] == "tiny" else f"{size['model']} shapes"
+    prompts, answers = "prompt" if size["prompts"] == 1 else "prompts", size["G"].removesuffix(" + 0")
+
+    def rate(row: Mapping[str, Any]) -> str:
+        return f"{row['prompts_per_hour']:,.0f}" if row.get("prompts_per_hour") else ""
+
+    def times(above: Any, below: Any) -> str:
+        return f"{above / below:.1f}" if above and below else ""
+
+    return [
+        f"{model}, {size['prompts']} {prompts} with {media}, {answers} answers of {size['C']} tokens",
+        record["card"],
+        rate(ours),
+        rate(theirs),
+        next((rate(row) for name, row in rows.items() if name.startswith("TRL")), ""),
+        times(theirs.get("seconds"), ours.get("seconds")),
+        times(theirs.get("peak_mib"), ours.get("peak_mib")),
+    ]
 
 
 def write(text: str, readme: Path) -> None:
@@ -89,13 +142,11 @@ def write(text: str, readme: Path) -> None:
 def draw_all(folder: Path, pictures: Path) -> list[Path]:
     """The pictures of the recorded runs: ``<run>.png`` for each that has curves or phases to show."""
     drawn = []
-    for path in sorted(folder.glob("*.json")):
-        record = load(path)
-        painter = {"growth": draw, "step": draw_phases}.get(record["part"])
-        if painter is not None and record["tests"] != "failed":
+    for stem, record in _records(folder):
+        if _has_picture(record):
             pictures.mkdir(exist_ok=True)
-            painter(record, pictures / f"{path.stem}.png")
-            drawn.append(pictures / f"{path.stem}.png")
+            PAINTERS[record["part"]](record, pictures / f"{stem}.png")
+            drawn.append(pictures / f"{stem}.png")
     return drawn
 
 
@@ -105,10 +156,25 @@ def _place(record: Mapping[str, Any]) -> tuple[bool, str, int]:
     return on_cpu, "" if on_cpu else record["card"], list(TITLES).index(record["part"])
 
 
-def _folded(record: Mapping[str, Any]) -> str:
-    """Behind a line to click: the tables are wide and long."""
-    line = f"<summary>{TITLES[record['part']]}: {record['card']}, {record['date']}</summary>"
-    return f"<details>\n{line}\n\n{_trusted(record)}\n\n</details>"
+def _records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(name of the file, record) of each run, in the order of the page."""
+    found = [(path.stem, load(path)) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda named: _place(named[1]))
+
+
+def _sections(folder: Path, *, with_pictures: bool) -> list[str]:
+    records, blocks = _records(folder), []
+    if not any(record["cuda"] for _, record in records):
+        blocks.append(NOTHING)
+    for stem, record in records:
+        title = f"{TITLES[record['part']]}: {record['card']}, {record['date']}"
+        picture = f"![{title}]({stem}.png)\n\n" if with_pictures and _has_picture(record) else ""
+        blocks.append(f"## {title}\n\n{picture}{_trusted(record)}")
+    return blocks
+
+
+def _has_picture(record: Mapping[str, Any]) -> bool:
+    return record["part"] in PAINTERS and record["tests"] != "failed"
 
 
 def _trusted(record: Mapping[str, Any]) -> str:
@@ -118,8 +184,6 @@ def _trusted(record: Mapping[str, Any]) -> str:
 
 
 def _machine(record: Mapping[str, Any]) -> str:
-    commit = record["commit"][:12] if record["commit"] else "unknown"
-    state = " with local changes" if record["dirty"] else ""
     parts = [
         f"**{record['card']}**",
         f"driver {record['driver']}" if record["driver"] else "",
@@ -127,7 +191,7 @@ def _machine(record: Mapping[str, Any]) -> str:
         f"Python {record['python']}",
         f"torch {record['torch']}",
         *(f"{name} {version}" for name, version in record["packages"].items() if version),
-        f"commit {commit}{state}",
+        f"commit {_commit(record)}",
         record["date"],
         f"kernel tests {record['tests']}",
         "" if record["complete"] else "part of the cases only",
@@ -138,6 +202,11 @@ def _machine(record: Mapping[str, Any]) -> str:
         f"{ceiling['gemm_shape']}), {ceiling['copy_gbps']:.4g} GB/s (copy of {ceiling['copy_mib']} MiB, read + write)."
     )
     return f"{', '.join(part for part in parts if part)}. {measured}"
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    commit = record["commit"][:12] if record["commit"] else "unknown"
+    return f"{commit} with local changes" if record["dirty"] else commit
 
 
 def _cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -294,16 +363,20 @@ def _case_order(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"put it between {BEGIN} and {END} of README.md")
+    parser.add_argument(
+        "--write", action="store_true",
+        help=f"write the page and its pictures, and the table between {BEGIN} and {END} of the README",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded runs")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page of results; the pictures stand beside it")
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
-    text = report(options.results)
     if options.write:
-        write(text, options.readme)
-        draw_all(options.results, options.readme.parent / "docs")
+        write(summary(options.results), options.readme)
+        options.page.write_text(page(options.results))
+        draw_all(options.results, options.page.parent)
     else:
-        print(text)
+        print(report(options.results))
     return 0
 
 

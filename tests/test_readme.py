@@ -1,31 +1,86 @@
-"""The README stays true: its options table, its commands' options, its links."""
+"""The README fits five minutes, its commands and its code run, and its numbers are those of their sources."""
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+import tomllib
 
-from videor1.config import EvaluateConfig, SFTConfig, TrainConfig
-from videor1.config.fields import collect_options, options_table
+import pages
+import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from benchmarks import report
+from benchmarks.record import RESULTS
+from videor1.plan.plan import CARDS, CONTEXT, SLACK, USABLE
 
-
-def test_the_options_table_is_the_programs() -> None:
-    assert options_table(TrainConfig) in README
-
-
-def test_every_option_in_a_command_exists() -> None:
-    known = {"train": TrainConfig, "plan": TrainConfig, "sft": SFTConfig, "evaluate": EvaluateConfig}
-    commands = re.findall(r"python -m videor1\.(\w+)((?:[^\n`]|\\\n)*)", README)
-    assert commands
-    for name, rest in commands:
-        given = set(re.findall(r"--([\w.]+)", rest)) - {"help", "print_config", "config", "table", "plan", "check"}
-        if given:
-            assert given <= set(collect_options(known[name])), name
+README = pages.README.read_text(encoding="utf-8")
+MEMORY = (pages.ROOT / "docs" / "training" / "memory.md").read_text(encoding="utf-8")
+GIB = 2**30
 
 
-def test_links_to_files_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def rows(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose heading begins with ``first``."""
+    table = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (table[0], *table[2:])]
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_benchmark_table_is_that_of_the_recorded_runs() -> None:
+    text = README.partition(f"{report.BEGIN}\n")[2].partition(f"\n{report.END}")[0]
+    assert text == report.summary(RESULTS), "not current: run python -m benchmarks.report --write"
+    on_a_gpu = any(json.loads(path.read_text())["cuda"] for path in RESULTS.glob("*.json"))
+    assert (report.NOT_ON_A_GPU in README) == (not on_a_gpu)
+
+
+def test_what_fits_where_is_that_of_the_page() -> None:
+    head, *long = rows(MEMORY, "Model")
+    columns = [head.index(cell) for cell in ("Model", "Trained", "Needs", *(f"{card} GB" for card in CARDS))]
+    short = rows(README, "Model")
+    assert len(short) == 5
+    for row in short:
+        assert row in [[cells[i] for i in columns] for cells in (head, *long)]
+
+
+def test_what_fits_where_follows_from_its_phases() -> None:
+    """The phases themselves take minutes to plan; what is derived from them is checked here."""
+    head, *table = rows(MEMORY, "Model")
+    first, needs = head.index("Rollout"), head.index("Needs")
+    for row in table:
+        phases = [float(cell.strip("*")) for cell in row[first:needs]]
+        bold = [float(cell.strip("*")) for cell in row[first:needs] if cell.startswith("**")]
+        assert bold == [max(phases)]
+        total = float(row[needs])
+        assert total == pytest.approx(max(phases) * (1 + SLACK) + CONTEXT / GIB, abs=0.11)
+        assert row[needs + 1 :] == ["yes" if total <= card * USABLE else "no" for card in CARDS]
+
+
+def test_the_demonstration_is_told_alike() -> None:
+    started = (pages.ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    (table,) = (block for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) if "held-out" in block)
+    assert table in started
+
+
+def test_the_layers_are_told_alike() -> None:
+    told = re.compile(r"^words \(types.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
+    page = (pages.ROOT / "docs" / "develop" / "architecture.md").read_text(encoding="utf-8")
+    (here,), (there,) = told.findall(README), told.findall(page)
+    assert here.split() == there.split()
+
+
+@pytest.mark.parametrize("page", [pages.README, pages.ROOT / "docs" / "index.md"], ids=pages.name)
+def test_supported_versions_are_those_of_the_package(page) -> None:
+    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+    said = " ".join(page.read_text(encoding="utf-8").split())
+    minor = r"(\d+\.\d+)"
+    python = re.search(rf"Python {minor} to 3\.(\d+)", said)
+    torch = re.search(rf"torch {minor} to 2\.(\d+)", said)
+    transformers = re.search(rf"transformers {minor} or newer, below (\d+)", said)
+    assert python
+    assert torch
+    assert transformers
+    assert project["requires-python"] == f">={python[1]},<3.{int(python[2]) + 1}"
+    assert f"torch>={torch[1]},<2.{int(torch[2]) + 1}" in project["dependencies"]
+    assert f"transformers>={transformers[1]},<{transformers[2]}" in project["dependencies"]

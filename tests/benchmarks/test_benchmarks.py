@@ -261,18 +261,22 @@ def test_report_writes_the_readme(tmp_path):
     (tmp_path / "results" / "imaginary.json").write_text(json.dumps(made_up()))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
-    arguments = ["--write", "--results", str(tmp_path / "results"), "--readme", str(readme)]
+    page = tmp_path / "results.md"
+    arguments = ["--write", "--results", str(tmp_path / "results"), "--readme", str(readme), "--page", str(page)]
     assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks -->\n<details>\n<summary>Kernels: Imaginary Card 0, 2000-01-01</")
-    assert "\n\n**Imaginary Card 0**, driver 0.0, CUDA 0.0" in text
-    assert text.endswith("<!-- /benchmarks -->\nafter\n")
+    short = readme.read_text()
+    assert short.startswith(f"before\n<!-- benchmarks -->\n{report.summary(tmp_path / 'results')}\n")
+    assert short.endswith("<!-- /benchmarks -->\nafter\n")
+    assert "old" not in short
+    text = page.read_text()
+    assert text == report.page(tmp_path / "results")
+    assert text.startswith("# Results\n")
+    assert "\n\n## Kernels: Imaginary Card 0, 2000-01-01\n\n**Imaginary Card 0**, driver 0.0, CUDA 0.0" in text
     assert "commit c0ffeec0ffee, 2000-01-01, kernel tests passed. Ceilings of this run: 2 TF/s" in text
     assert "| videor1_kernels (triton) | 250 | 8 | 4 | 80.0 (gemm) | 12.5 | 1.0e-06 | 2.0e-03 |" in text
     assert "| Other | not run: it is not there |" in text
-    assert "old" not in text
     report.main(arguments)
-    assert readme.read_text() == text
+    assert (readme.read_text(), page.read_text()) == (short, text)
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="expected a line <!-- benchmarks -->"):
         report.main(arguments)
@@ -282,16 +286,15 @@ def test_report_without_a_card_says_how_to_record_one(tmp_path):
     assert report.report(tmp_path) == report.NOTHING
     (tmp_path / "cpu.json").write_text(json.dumps(made_up(cuda=None, driver=None, card="CPU: imaginary")))
     text = report.report(tmp_path)
-    assert text.startswith(f"{report.NOTHING}\n\n<details>\n<summary>Kernels: CPU: imaginary, 2000-01-01</summary>\n\n")
-    assert "\n\n**CPU: imaginary**, Python" in text
-    assert text.endswith(" |\n\n</details>")
+    assert text.startswith(f"{report.NOTHING}\n\n## Kernels: CPU: imaginary, 2000-01-01\n\n**CPU: imaginary**, Python")
+    assert text.endswith(" |")
 
 
 def test_runs_stand_card_by_card_and_part_by_part(tmp_path):
     for part in ("video", "kernels"):
         for card, cuda in (("CPU: x, 1 thread", None), ("B", "13"), ("A", "13")):
             (tmp_path / f"{card[0]}-{part}.json").write_text(json.dumps(made_up(part=part, card=card, cuda=cuda)))
-    found = re.findall("<summary>(.*), 2000", report.report(tmp_path))
+    found = re.findall("^## (.*), 2000", report.report(tmp_path), re.MULTILINE)
     titles = ("Kernels", "Frames to patches, decoding")
     assert found == [f"{title}: {card}" for card in ("A", "B", "CPU: x, 1 thread") for title in titles]
 

@@ -297,13 +297,20 @@ def test_the_command_records_a_table_and_a_picture(tmp_path: Path, capsys) -> No
     assert f"| {other['seconds'] / ours['seconds']:.2f} |" in lines[-1]
     assert "at least" in lines[-2]
     assert "at least" not in lines[-1]
-    (picture,) = report.draw_all(tmp_path, tmp_path / "docs")
-    assert picture == tmp_path / "docs" / "cpu-step.png"
-    assert picture.stat().st_size > 5000
-    readme = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(["--write", "--results", str(tmp_path), "--readme", str(readme)]) == 0
-    assert lines[-2] in readme.read_text()
+    page.parent.mkdir()
+    arguments = ["--write", "--results", str(tmp_path), "--readme", str(readme), "--page", str(page)]
+    assert report.main(arguments) == 0
+    assert (page.parent / "cpu-step.png").stat().st_size > 5000
+    assert "(cpu-step.png)" in page.read_text()
+    assert lines[-2] in page.read_text()
+    (row,) = [line for line in readme.read_text().splitlines() if line.startswith("| the demonstration's model")]
+    assert f"1 prompt with videos of 4 frames, 2 + 1 answers of 3 tokens | {data['card']} | " in row
+    ratios = [f"{other[field] / ours[field]:.1f}" for field in ("seconds", "peak_mib")]
+    rates = [f"{entry['prompts_per_hour']:,.0f}" for entry in (ours, other)]
+    assert row.endswith(f" | {' | '.join([*rates, '', *ratios])} |")
+    assert readme.read_text().endswith(f"{report.NOT_ON_A_GPU}\n{report.END}\n")
 
 
 def test_shapes_belong_to_a_part(capsys) -> None:
