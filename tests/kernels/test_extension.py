@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import tomllib
 import types
 from pathlib import Path
@@ -405,7 +407,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 
 
 def test_the_wheel_has_every_package():
-    """setuptools does not find packages by itself here: csrc/ is installed inside videor1_kernels."""
+    """csrc/, which setuptools does not find by itself, inside videor1_kernels."""
     root = Path(__file__).parents[2]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
@@ -413,6 +415,10 @@ def test_the_wheel_has_every_package():
         for package in ("videor1", "videor1_kernels")
         for path in (root / package).rglob("__init__.py")
     }
-    assert set(settings["packages"]) == found | {"videor1_kernels.csrc"}
+    assert "packages" not in settings, "they would be taken in place of setup.py's"
+    code = "import setuptools, distutils.core as core; print(*core.run_setup('setup.py', stop_after='init').packages)"
+    listed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert sorted(listed.split()) == sorted(found | {"videor1_kernels.csrc"})
+    assert settings["package-dir"] == {"videor1_kernels.csrc": "csrc"}
     kinds = {pattern.removeprefix("**/*") for pattern in settings["package-data"]["videor1_kernels.csrc"]}
     assert {path.suffix for path in (root / "csrc").rglob("*") if path.is_file()} <= kinds | {".md"}
