@@ -1,3 +1,8 @@
 """videor1: a lean T-GRPO trainer for Qwen2.5-VL on the kernels of ``videor1_kernels``."""
 
-__version__ = "0.1.0"
+from importlib import metadata
+
+try:
+    __version__ = metadata.version("videor1")  # pyproject.toml has the number
+except metadata.PackageNotFoundError:
+    __version__ = "unknown"  # a checkout that is not installed
