@@ -46,13 +46,16 @@ NUMERIC = NUMERIC_KERNELS + tuple(
         "rollout_scheduler", "rows", "sft", "shared_prefix", "skipping", "trainer",
     )
 )  # fmt: skip
-MODEL = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        "checkpoint", "lmms_eval", "loss", "model", "model_libraries", "positions", "prompts", "rollout",
-        "rollout_engine", "shared_prefix", "sft", "trainer",
-    )
-) + ("tests/kernels/test_integration_transformers.py",)  # fmt: skip
+MODEL = (
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            "checkpoint", "lmms_eval", "loss", "model", "model_libraries", "positions", "prompts", "rollout",
+            "rollout_engine", "shared_prefix", "sft", "trainer",
+        )
+    ),
+    "tests/kernels/test_integration_transformers.py",
+)  # fmt: skip
 VIDEO = (
     *(
         f"tests/test_{name}.py"

@@ -249,8 +249,8 @@ class Beside:
 def test_twenty_steps_of_the_demo_do_not_depend_on_sharing(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten rollouts of two updates each, videos and images, clipping and a KL term; beside each pass repeated rows, whole
-    logits and a tower pass per row, for the policy and for the reference."""
+    """Ten rollouts of two updates each, videos and images, clipping and a KL term; beside each pass repeated rows,
+    whole logits and a tower pass per row, for the policy and for the reference."""
     options: dict[str, Any] = {
         "max_steps": 20, "num_iterations": 2, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.1, "learning_rate": 3e-4,
         "num_generations": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.0,
