@@ -67,7 +67,6 @@ def small_shape(**text: Any) -> Qwen2_5_VLConfig:
         ("small", [*SMALL, "--lora.rank", "8"]),
         ("small", [*SMALL, "--lora.rank", "8", "--gradient_checkpointing", "--freeze_vision"]),
         ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
-        ("small", [*SMALL, "--bf16", "--gradient_checkpointing"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[6:]).replace("--", ""),
 )
@@ -91,18 +90,22 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("serves", [True, False], ids=["the CPU's own product", "converted operands"])
-def test_bf16_logits_are_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without AVX-512 BF16 a tile of the head and the hidden states are converted to fp32, which takes memory."""
-    monkeypatch.setattr(tiles, "bf16_product", lambda: exact_product if serves else None)
+    if serves != (tiles.bf16_product() is not None):  # the answer that this machine's CPU does not give
+        monkeypatch.setattr(tiles, "bf16_product", lambda: exact_product if serves else None)
     config = options("--device", "cpu", *SMALL, "--bf16", "--gradient_checkpointing")
     made = plan(config, small_shape())
     found, _ = measured(config, small_shape(), CPU)
-    reference = next(row for row in compare(made, found) if row.phase == "reference")
-    assert reference.ratio == pytest.approx(1, abs=0.03), reference
-    entries, rows = 3276, 320  # of a tile: 4 MiB of fp32 logits of all the row's completion tokens
-    assert made.phases[1].name == "reference"
-    conversions = 4 * 256 * (6144 - entries + rows)
-    assert (reference.planned > 12_100_000 + conversions) == (not serves)
+    rows = {row.phase: row for row in compare(made, found)}
+    assert list(rows) == ["rollout", "reference", "policy", "optimizer"]
+    for row in rows.values():
+        assert row.ratio == pytest.approx(1, abs=WITHIN), row
+    assert rows["policy"].ratio == pytest.approx(1, abs=0.03), rows["policy"]
+    # At the peak: the second tile's entries of the head, and the hidden states of all the row's completion tokens.
+    entries, tokens = 6144 - 3276, 320
+    without = rows["reference"].planned - 4 * 256 * (entries + tokens) * (not serves)
+    assert without == pytest.approx(12_234_560, rel=0.01)
 
 
 def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:
