@@ -11,12 +11,12 @@ from torch import Tensor
 from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.oracle import Expected
 from videor1_kernels import Advantages, tgrpo_advantages
-from videor1_kernels.group_advantage.reference import Options
+from videor1_kernels.group_advantage.reference import AdvantageOptions
 from videor1_kernels.group_advantage.reference import tgrpo_advantages as reference
 
 G, SHUFFLED = 8, 4
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-OPTIONS = Options("margin", 0.3, 0.8, 0.1, 0.2, (320, 512), "std", 1e-4, "reward")
+OPTIONS = AdvantageOptions("margin", 0.3, 0.8, 0.1, 0.2, (320, 512), "std", 1e-4, "reward")
 OUTPUTS = [field.name for field in dataclasses.fields(Advantages)]
 
 

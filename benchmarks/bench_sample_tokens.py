@@ -14,16 +14,16 @@ from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.oracle import Expected
 from benchmarks.shapes import LOGIT_STD
 from videor1_kernels import sample_tokens
-from videor1_kernels.sampling.reference import Options
+from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.reference import sample_tokens as reference
 
 DRAWN = "tokens as drawn by fp64"  # only ours takes ``uniform``
 BANNED = (1, 2, 5, 7)  # ids, as the rollout bans those that stand for vision features
 SAMPLERS = {  # as Video-R1 samples, as most of GRPO does, and for an evaluation
-    "top_p 0.95, top_k 50": Options(1.0, 0.95, 50),
-    "top_p 0.95": Options(1.0, 0.95, 0),
-    "no truncation": Options(1.0, 1.0, 0),
-    "greedy": Options(0.0, 1.0, 0),
+    "top_p 0.95, top_k 50": SampleTokensOptions(1.0, 0.95, 50),
+    "top_p 0.95": SampleTokensOptions(1.0, 0.95, 0),
+    "no truncation": SampleTokensOptions(1.0, 1.0, 0),
+    "greedy": SampleTokensOptions(0.0, 1.0, 0),
 }
 
 
@@ -38,7 +38,7 @@ class Size:
 class SampleInputs:
     """logits fp32 [R, V], as the rollout computes them; uniform [R]; banned [K]."""
 
-    options: Options
+    options: SampleTokensOptions
     logits: Tensor
     uniform: Tensor
     banned: Tensor
@@ -69,7 +69,7 @@ def _case(size: Size, name: str) -> Case:
     )
 
 
-def sample_inputs(size: Size, options: Options, device: torch.device) -> SampleInputs:
+def sample_inputs(size: Size, options: SampleTokensOptions, device: torch.device) -> SampleInputs:
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(size.rows, size.vocab, generator=generator, device=device).mul_(LOGIT_STD)
     uniform = torch.rand(size.rows, generator=generator, device=device, dtype=torch.float64)

@@ -96,7 +96,7 @@ class Case:
 
 
 @dataclass
-class Row:
+class Measurement:
     """One measurement, as the JSON file holds it."""
 
     op: str
@@ -130,10 +130,10 @@ class Row:
         return asdict(self)
 
 
-def blank_row(case: Case, contender: Contender, status: str) -> Row:
+def blank_row(case: Case, contender: Contender, status: str) -> Measurement:
     """A row without figures."""
     dtype = str(case.dtype).removeprefix("torch.")
-    return Row(case.op, case.title, dict(case.size), dtype, contender.name, status)
+    return Measurement(case.op, case.title, dict(case.size), dtype, contender.name, status)
 
 
 def pairs(cases: Sequence[Case]) -> list[tuple[Case, Contender]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import Case, Contender, Row, pairs
+from benchmarks.cases import Case, Contender, Measurement, pairs
 from benchmarks.measure import Clock, ceilings, measure
 from benchmarks.record import RESULTS, Record
 from benchmarks.report import table
@@ -99,7 +99,7 @@ def run_case(case: Case, request: pytest.FixtureRequest) -> Callable[[], None]:
     return run
 
 
-def _record(request: pytest.FixtureRequest, rows: Sequence[Row]) -> None:
+def _record(request: pytest.FixtureRequest, rows: Sequence[Measurement]) -> None:
     part = part_of(request.module.__name__)
     records = request.config.stash[RECORDS]
     if part not in records:
@@ -107,7 +107,7 @@ def _record(request: pytest.FixtureRequest, rows: Sequence[Row]) -> None:
     records[part].rows += rows
 
 
-def _judge(row: Row) -> None:
+def _judge(row: Measurement) -> None:
     if row.status == "failed":
         pytest.fail(row.reason or "", pytrace=False)
     if row.status == "not run":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Contender, Row, Step, Work, blank_row
+from benchmarks.cases import Case, Contender, Measurement, Step, Work, blank_row
 from benchmarks.oracle import Expected, GateFailure, check
 from videor1_kernels import last_backend
 from videor1_kernels.testing import PeakMemory
@@ -111,7 +111,7 @@ def prepare(case: Case, device: torch.device) -> tuple[Any, Sequence[Expected], 
     return inputs, case.expected(inputs), case.work(inputs)
 
 
-def measure(case: Case, contender: Contender, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> Row:
+def measure(case: Case, contender: Contender, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> Measurement:
     """Gate first, then time and memory. Never raises for what another implementation cannot do, nor for a wrong result:
     the row's status and reason say it."""
     row = blank_row(case, contender, "measured")
@@ -135,7 +135,9 @@ def measure(case: Case, contender: Contender, device: torch.device, stopwatch: S
     return row
 
 
-def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int, *, warm_up: int = 0) -> list[Row]:
+def measure_in_turns(
+    case: Case, device: torch.device, clock: Clock, rounds: int, *, warm_up: int = 0
+) -> list[Measurement]:
     """Every contender of a case that names one to compare with: by turns, so that what else the machine does falls on
     all alike; each call is checked, timed, and its memory watched. ``warm_up`` rounds come first, untimed."""
     inputs = case.inputs(device)
@@ -184,7 +186,7 @@ def measure_in_turns(case: Case, device: torch.device, clock: Clock, rounds: int
 
 
 @contextlib.contextmanager
-def _outcome_in(row: Row, contender: Contender, device: torch.device) -> Iterator[None]:
+def _outcome_in(row: Measurement, contender: Contender, device: torch.device) -> Iterator[None]:
     """What goes wrong inside ends up in the row: never an exception for what another implementation cannot do."""
     try:
         yield
@@ -197,12 +199,12 @@ def _outcome_in(row: Row, contender: Contender, device: torch.device) -> Iterato
         row.status, row.reason = "failed" if contender.ours else "not run", f"{type(error).__name__}: {first}"
 
 
-def _describe(row: Row, work: Work) -> None:
+def _describe(row: Measurement, work: Work) -> None:
     row.count, row.flops, row.bytes, row.ceiling = work.count, work.flops, work.bytes, work.ceiling
     row.tokens = work.tokens
 
 
-def _name_backend(row: Row, case: Case, contender: Contender, device: torch.device) -> None:
+def _name_backend(row: Measurement, case: Case, contender: Contender, device: torch.device) -> None:
     if contender.ours:
         row.backend = " + ".join(dict.fromkeys(check_backend(op, device) for op in case.ops))
     row.does = contender.does if isinstance(contender.does, str) else contender.does.get(row.backend or "", "")
@@ -224,7 +226,7 @@ def check_backend(op: str, device: torch.device) -> str:
     return backend
 
 
-def _time(row: Row, step: Step, graph: bool, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> None:
+def _time(row: Measurement, step: Step, graph: bool, device: torch.device, stopwatch: Stopwatch, clock: Clock) -> None:
     def target() -> None:
         step()
 
@@ -240,14 +242,14 @@ def _time(row: Row, step: Step, graph: bool, device: torch.device, stopwatch: St
     _summarise(row, stopwatch(target, flush, rounds))
 
 
-def _summarise(row: Row, samples: Sequence[float]) -> None:
+def _summarise(row: Measurement, samples: Sequence[float]) -> None:
     seconds = sorted(samples)
     row.rounds = len(seconds)
     row.seconds = statistics.median(seconds)
     row.spread = (seconds[round(0.9 * (len(seconds) - 1))] - seconds[round(0.1 * (len(seconds) - 1))]) / row.seconds
 
 
-def _rate(row: Row, ceiling: Ceilings) -> None:
+def _rate(row: Measurement, ceiling: Ceilings) -> None:
     assert row.seconds is not None
     row.tflops = row.flops / row.seconds / 1e12 if row.flops else None
     row.gbps = row.bytes / row.seconds / 1e9

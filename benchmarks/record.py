@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Row
+from benchmarks.cases import Measurement
 from benchmarks.measure import Ceilings
 
 SCHEMA = 1
@@ -36,7 +36,7 @@ class Record:
     ceilings: Ceilings
     expected_rows: int  # of the whole part: a run of fewer says that it is not complete
     tests: str = "not run"  # of tests/kernels, just before on the same machine: passed, failed or not run
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -135,7 +135,7 @@ def revision() -> tuple[str | None, bool | None]:
     return (given.removesuffix("-dirty"), given.endswith("-dirty")) if given else (None, None)
 
 
-def failures(rows: Sequence[Row]) -> list[Row]:
+def failures(rows: Sequence[Measurement]) -> list[Measurement]:
     return [row for row in rows if row.status == "failed"]
 
 

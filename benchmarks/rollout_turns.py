@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Contender, Row, Step
+from benchmarks.cases import Case, Contender, Measurement, Step
 from benchmarks.measure import Clock, _outcome_in, _summarise, ceilings, measure_in_turns
 
 DECODE_SECONDS, DECODE_STEPS = "decode_seconds", "decode_steps"  # outputs that every call gives besides its results
@@ -27,14 +27,14 @@ class RolloutCase(Case):
 
 
 @dataclass
-class RolloutRow(Row):
+class RolloutMeasurement(Measurement):
     """``tokens`` are the sampled ones; ``gbps`` and ``percent`` (of the copy's) are of ``bytes`` over a decode step."""
 
     decode_steps: int = 0
     decode_seconds: float | None = None  # median; from the end of the last prefill on, without the steps before it
 
 
-def measure_rollout(case: RolloutCase, device: torch.device, clock: Clock, rounds: int) -> list[Row]:
+def measure_rollout(case: RolloutCase, device: torch.device, clock: Clock, rounds: int) -> list[Measurement]:
     """One call of each contender by turns, gated and with its memory watched, then ``rounds`` by turns for the time.
 
     Watching costs nothing on a GPU, where the first calls are the timed ones; on a CPU it slows calls of many small
@@ -44,7 +44,8 @@ def measure_rollout(case: RolloutCase, device: torch.device, clock: Clock, round
     contenders = [dataclasses.replace(c, build=_remembering(c, clock, calls)) for c in case.contenders]
     watched = dataclasses.replace(case, inputs=lambda _: inputs, contenders=contenders)
     on_cpu = device.type == "cpu"
-    rows = [RolloutRow(**row.to_json()) for row in measure_in_turns(watched, device, clock, 1 if on_cpu else rounds)]
+    measured = measure_in_turns(watched, device, clock, 1 if on_cpu else rounds)
+    rows = [RolloutMeasurement(**row.to_json()) for row in measured]
     if on_cpu:
         for call in calls.values():
             call.forget()
@@ -94,7 +95,7 @@ def _remembering(contender: Contender, clock: Clock, calls: dict[str, _Calls]) -
     return build
 
 
-def _fill(row: RolloutRow, calls: _Calls, device: torch.device) -> None:
+def _fill(row: RolloutMeasurement, calls: _Calls, device: torch.device) -> None:
     _summarise(row, calls.seconds)
     row.cpu_seconds = statistics.median(calls.processor) if device.type == "cpu" else None
     row.decode_steps, row.decode_seconds = calls.steps, statistics.median(calls.decode)

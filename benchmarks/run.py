@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Case, Contender, Row, blank_row, pairs
+from benchmarks.cases import Case, Contender, Measurement, blank_row, pairs
 from benchmarks.measure import Clock, ceilings, measure, measure_in_turns, plain_stopwatch
 from benchmarks.record import RESULTS, Record, failures
 from benchmarks.report import table
@@ -82,7 +82,7 @@ def run_part(
     return record
 
 
-def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None = None) -> list[Row]:
+def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None = None) -> list[Measurement]:
     """Measure a case by turns, ``rounds`` times, or as often as its device and its length suggest."""
     if isinstance(case, RolloutCase):
         return measure_rollout(case, device, clock, rounds or case.rounds)
@@ -92,14 +92,14 @@ def in_turns(case: Case, device: torch.device, clock: Clock, rounds: int | None 
     return measure_in_turns(case, device, clock, rounds or usual, warm_up=warm_up)
 
 
-def left_out(case: Case, contenders: Sequence[Contender], seconds: float) -> list[Row]:
+def left_out(case: Case, contenders: Sequence[Contender], seconds: float) -> list[Measurement]:
     rows = [blank_row(case, contender, "not run") for contender in contenders]
     for row in rows:
         row.reason = f"left out after {seconds:.0f} s of this run"
     return rows
 
 
-def outcome(row: Row) -> str:
+def outcome(row: Measurement) -> str:
     return f"{row.status}: {row.reason}" if row.seconds is None else f"{row.seconds * 1e3:.3f} ms"
 
 

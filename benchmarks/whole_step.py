@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import psutil
 import torch
 
-from benchmarks.cases import Case, Contender, Row, blank_row
+from benchmarks.cases import Case, Contender, Measurement, blank_row
 from benchmarks.measure import MIB, Clock, _free, _name_backend, _outcome_in
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import Setting, WholeInputs, whole_inputs
@@ -44,7 +44,7 @@ class StepCase(Case):
 
 
 @dataclass
-class StepRow(Row):
+class StepMeasurement(Measurement):
     """``seconds`` are of one optimizer step. Memory: ``peak_mib`` is beyond ``held_mib``."""
 
     prompts_per_hour: float | None = None
@@ -52,10 +52,10 @@ class StepRow(Row):
     phases: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, peak_mib, floor_seconds by phase
 
 
-def measure_steps(case: StepCase, device: torch.device, clock: Clock, rounds: int) -> list[Row]:
+def measure_steps(case: StepCase, device: torch.device, clock: Clock, rounds: int) -> list[Measurement]:
     """``rounds`` times by turns: a runner is opened, makes a step that is not timed and is checked, makes the timed
     steps, and in the first round one more (on a GPU: the same) whose memory is watched."""
-    rows = {c.name: StepRow(**blank_row(case, c, "measured").to_json()) for c in case.contenders}
+    rows = {c.name: StepMeasurement(**blank_row(case, c, "measured").to_json()) for c in case.contenders}
     taken: dict[str, list[_Taken]] = {c.name: [] for c in case.contenders}
     floor: dict[str, float] = {}
     with whole_inputs(case.setting, device) as inputs:
@@ -89,7 +89,8 @@ class _Taken(NamedTuple):
 
 
 def _round(
-    case: StepCase, contender: Contender, row: StepRow, inputs: WholeInputs, floor: dict[str, float], *, first: bool
+    case: StepCase, contender: Contender, row: StepMeasurement, inputs: WholeInputs, floor: dict[str, float],
+    *, first: bool,
 ) -> _Taken:
     device, phases = inputs.device, Phases(inputs.device)
     # Every round writes a run folder of its own.
@@ -124,7 +125,9 @@ def _round(
         runner.close()
 
 
-def _inspect(case: StepCase, contender: Contender, row: StepRow, runner: Runner, floor: dict[str, float]) -> None:
+def _inspect(
+    case: StepCase, contender: Contender, row: StepMeasurement, runner: Runner, floor: dict[str, float]
+) -> None:
     row.errors = case.check(runner)
     _name_backend(row, case, contender, runner.inputs.device)
     floor |= {} if floor else case.floor(runner)
@@ -141,7 +144,7 @@ def _processor_seconds() -> float:
     return total
 
 
-def _fill(row: StepRow, taken: list[_Taken], floor: Mapping[str, float], setting: Setting) -> None:
+def _fill(row: StepMeasurement, taken: list[_Taken], floor: Mapping[str, float], setting: Setting) -> None:
     """The round of the median time is shown."""
     totals = [one.seconds for one in taken]
     row.seconds, row.rounds, row.timing = statistics.median_low(totals), len(taken), "wall"

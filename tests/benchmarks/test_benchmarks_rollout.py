@@ -20,7 +20,7 @@ import videor1.rewards.judge
 import videor1.rewards.scoring
 from benchmarks import bench_rollout, measure, report, rollout, rollout_skipping, rollout_turns, run
 from benchmarks.bench_rollout import ENGINE, GENERATE
-from benchmarks.cases import Contender, Row, Work
+from benchmarks.cases import Contender, Measurement, Work
 from benchmarks.measure import Ceilings, Clock
 from benchmarks.oracle import Expected
 from benchmarks.record import load
@@ -34,14 +34,14 @@ from benchmarks.rollout_inputs import (
     rollout_inputs,
     weight_bytes,
 )
-from benchmarks.rollout_turns import DECODE_SECONDS, DECODE_STEPS, RolloutCase, RolloutRow, measure_rollout
+from benchmarks.rollout_turns import DECODE_SECONDS, DECODE_STEPS, RolloutCase, RolloutMeasurement, measure_rollout
 from benchmarks.step_inputs import SHAPES, model_config
 from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.model import VideoLM
 from videor1.rewards.judge import TemporalJudge
-from videor1.rollout.local.step import Step
+from videor1.rollout.local.step import DecodeStep
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
@@ -59,14 +59,14 @@ def inputs() -> RolloutInputs:
     return rollout_inputs(SMALL, CPU)
 
 
-def measured(case: RolloutCase, rounds: int = 1) -> list[Row]:
+def measured(case: RolloutCase, rounds: int = 1) -> list[Measurement]:
     return measure_rollout(case, CPU, Clock(CPU), rounds)
 
 
 def test_both_ways_pass_the_gate() -> None:
     ours, generate = measured(bench_rollout.rollout(SMALL), 2)
     for row in (ours, generate):
-        assert isinstance(row, RolloutRow)
+        assert isinstance(row, RolloutMeasurement)
         assert (row.status, row.tokens, row.rounds, row.timing) == ("measured", 2 * 12 * 6, 2, "wall")
         assert 0 < row.decode_seconds < row.seconds
         assert row.cpu_seconds > 0
@@ -97,9 +97,9 @@ def test_bf16_passes_the_gate_with_room() -> None:
 )
 def test_wrong_answers_have_no_time(monkeypatch: pytest.MonkeyPatch, temperature: float, words: str) -> None:
     """A token that is not the likeliest; a log-prob that is not the token's."""
-    draw, calls = Step.draw, itertools.count()
+    draw, calls = DecodeStep.draw, itertools.count()
 
-    def wrong(self: Step, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def wrong(self: DecodeStep, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         tokens, logp = draw(self, logits, uniform)
         if self.options.temperature != temperature:
             return tokens, logp
@@ -108,7 +108,7 @@ def test_wrong_answers_have_no_time(monkeypatch: pytest.MonkeyPatch, temperature
         second = logits.index_fill(1, self.banned, -torch.inf).topk(2).indices[:, 1]
         return (second if next(calls) == 2 else tokens), logp
 
-    monkeypatch.setattr(Step, "draw", wrong)
+    monkeypatch.setattr(DecodeStep, "draw", wrong)
     ours, generate = measured(bench_rollout.rollout(SMALL))
     assert (ours.status, generate.status) == ("failed", "measured")
     assert ours.seconds is ours.decode_seconds is ours.peak_mib is ours.cpu_seconds is None

@@ -12,10 +12,26 @@ import pytest
 import yaml
 from patience import PATIENCE
 
-from videor1.config import COMPAT, EvaluateConfig, SFTConfig, TrainConfig, cli, fields, files
+from videor1.config import EvaluateConfig, SFTConfig, TrainConfig, cli, fields, files
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
 RECIPES = sorted(files.RECIPES.glob("*.yaml"))
+# Video-R1's values, read off its launch script and its trainer, for every option that they have.
+VIDEO_R1 = {
+    "num_generations": 8, "max_completion_length": 768, "max_prompt_length": 16384,
+    "temperature": 1.0, "top_p": 0.95, "top_k": 50,
+    "temporal.enabled": True, "temporal.rule": "reference", "temporal.alpha": 0.3, "temporal.mu": 0.8,
+    "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": None,
+    "len_control": True, "reward.length_bonus": 0.2, "reward.length_range": (320, 512),
+    "reward.correct_above": 0.1, "reward.lenient": False, "reward.format_weight": 1.0,
+    "normalize": "std", "advantage_eps": 1e-4,
+    "loss_type": "grpo", "importance_level": "token", "beta": 0.04, "kl_clamp": 10.0,
+    "clip_low": None, "clip_high": None, "num_iterations": 1,
+    "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 5.0,
+    "freeze_vision": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    "video.max_frames": 16, "video.fps": 2.0, "video.max_pixels": 128 * 28 * 28,
+    "video.min_pixels": None, "video.image_max_pixels": 256 * 28 * 28,
+}  # fmt: skip
 
 
 def parse(*argv: str, config_class: type = TrainConfig):
@@ -248,15 +264,28 @@ def test_the_7b_recipe_holds_the_launch_values():
     for name in ("lr_scheduler_type", "weight_decay", "max_grad_norm", "beta", "num_generations",
                  "max_completion_length", "max_prompt_length", "temperature", "top_p", "len_control",
                  "temporal.enabled", "video.max_frames", "video.fps", "video.max_pixels"):  # fmt: skip
-        assert get(config, name) == COMPAT["video-r1"][name], name
+        assert get(config, name) == VIDEO_R1[name], name
     assert (config.bf16, config.gradient_checkpointing, config.save_steps) == (True, True, 100)
     assert (config.lora.rank, config.learning_rate) == (64, 1e-5)  # adapters, so that it fits one GPU
 
 
+def test_compat_is_a_recipe_of_the_reference_codes_values():
+    recipe, flag = cli.load_config(TrainConfig, "video_r1"), parse("--compat", "video-r1")
+    assert dataclasses.replace(recipe, compat="video-r1") == flag
+    written = dict(files.flat_tree(yaml.safe_load((files.RECIPES / "video_r1.yaml").read_text())))
+    assert set(written) == set(VIDEO_R1)  # those alone, so that every other default holds
+    assert {name: get(recipe, name) for name in VIDEO_R1} == VIDEO_R1
+
+
+def test_the_recipe_of_compat_is_a_file_among_others(tmp_path):
+    path = write(tmp_path, "beta: 0.1\ntop_k: 3\n")
+    first, last = parse("--config", "video_r1", "--config", path), parse("--config", path, "--config", "video_r1")
+    assert (first.beta, first.top_k, first.temporal.rule) == (0.1, 3, "reference")
+    assert (last.beta, last.top_k) == (0.04, 50)
+
+
 def test_compat_fills_in_below_yaml_and_command_line(tmp_path):
     config = parse("--compat", "video-r1")
-    for name, value in COMPAT["video-r1"].items():
-        assert get(config, name) == value, name
     assert (config.temporal.rule, config.top_k) == ("reference", 50)  # both differ from the class defaults
 
     path = write(tmp_path, "temporal: {rule: threshold}\nnum_generations: 4\n")
@@ -290,7 +319,11 @@ def test_an_option_of_another_command_is_told_apart(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("config_class", "recipes"),
-    [(TrainConfig, "demo, qwen2_5_vl_3b, qwen2_5_vl_7b"), (SFTConfig, "sft, sft_demo"), (EvaluateConfig, None)],
+    [
+        (TrainConfig, "demo, qwen2_5_vl_3b, qwen2_5_vl_7b, video_r1"),
+        (SFTConfig, "sft, sft_demo"),
+        (EvaluateConfig, None),
+    ],
 )
 def test_help_names_the_recipes_that_the_command_reads(capsys, config_class, recipes):
     with pytest.raises(SystemExit):
@@ -366,7 +399,7 @@ def squeeze(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, SFTConfig])
+@pytest.mark.parametrize("config_class", fields.COMMANDS.values())
 def test_help_and_table_show_every_option_with_docstring_and_default(capsys, config_class):
     with pytest.raises(SystemExit) as stop:
         parse("--help", config_class=config_class)
@@ -376,14 +409,20 @@ def test_help_and_table_show_every_option_with_docstring_and_default(capsys, con
     options = fields.collect_options(config_class)
     assert len(table.splitlines()) == 2 + len(options)
     for option in options.values():
-        assert len(option.help) > 5, f"{option.name} has no docstring in config.py"
+        assert len(option.help) > 5, f"{option.name} has no docstring in options.py"
         assert squeeze(f"--{option.name}") in shown
         assert squeeze(option.help) in shown
         default = "null" if option.default is None else str(option.default)
-        assert squeeze(f"default:{default})") in shown.split(squeeze(f"{option.help}"), 1)[1][:400]
+        after = shown.split(squeeze(f"--{option.name}"), 1)[1].split(squeeze(option.help), 1)[1][:400]
+        assert squeeze(f"default:{default})") in after
         row = next(line for line in table.splitlines() if line.startswith(f"| `{option.name}` |"))
+        if option.range is not None:
+            assert after.startswith(squeeze(f"Range: {option.range.words}. (type:"))
+            assert f"` | {option.range.words} | " in row
+        elif option.choices:
+            assert f"` | {', '.join(option.choices)} | " in row
         assert squeeze(option.help) in squeeze(row.replace("\\", ""))
-        assert row.replace("\\|", "").count("|") == 4
+        assert row.replace("\\|", "").count("|") == 5
 
 
 def test_the_names_in_the_table_are_usable():
@@ -413,8 +452,14 @@ def test_run_main_passes_results_and_bugs_through():
         cli.run_main(bug, [])
 
 
-def test_the_table_command():
-    command = [sys.executable, "-m", "videor1.config.cli", "--table", "sft"]
+@pytest.mark.parametrize(("command", "config_class"), fields.COMMANDS.items())
+def test_the_table_command(capsys, command, config_class):
+    assert cli.main(["--table", command.removeprefix("videor1.")]) == 0
+    assert capsys.readouterr().out == fields.options_table(config_class)
+
+
+def test_the_table_command_has_its_former_name_too():
+    command = [sys.executable, "-m", "videor1.cli", "--table", "sft"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == fields.options_table(SFTConfig)

@@ -20,7 +20,7 @@ from patience import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from videor1.config import CommonConfig, DataConfig, VideoConfig, check_common
+from videor1.config import CommonConfig, DataConfig, VideoConfig
 from videor1.data import cache
 from videor1.data.cache import ABSENT, DiskCache, Found, MemoryCache, disk_cache
 from videor1.errors import ConfigError
@@ -484,7 +484,6 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_options() -> None:
-    check_common(CommonConfig())
     assert DataConfig().cache_dir is None
     with pytest.raises(ConfigError, match=r"data\.cache_dir_mb: expected at least 1, got 0"):
-        check_common(CommonConfig(data=DataConfig(cache_dir_mb=0)))
+        CommonConfig(data=DataConfig(cache_dir_mb=0))

@@ -19,7 +19,7 @@ from patience import PATIENCE
 import videor1_kernels
 from videor1.doctor import __main__ as doctor
 from videor1.doctor import machine, packages, selfcheck, tools
-from videor1.doctor.rows import Row, Section, problems, text, without_home
+from videor1.doctor.rows import Finding, Section, problems, text, without_home
 from videor1.types import SampleError
 from videor1_kernels import dispatch, extension
 
@@ -29,7 +29,7 @@ EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra not in pa
 STATUSES = {"ok", "info", "absent", "warning", "broken"}
 
 
-def by_name(rows: list[Row]) -> dict[str, Row]:
+def by_name(rows: list[Finding]) -> dict[str, Finding]:
     return {row.name: row for row in rows}
 
 
@@ -39,7 +39,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
-def examined(monkeypatch: pytest.MonkeyPatch, *rows: Row) -> None:
+def examined(monkeypatch: pytest.MonkeyPatch, *rows: Finding) -> None:
     """Let the doctor see these rows alone."""
     monkeypatch.setattr(doctor, "SECTIONS", {"Things": lambda: list(rows)})
 
@@ -175,7 +175,7 @@ def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     rows = by_name(tools.compilers())
-    assert rows["C++"] == Row("C++", "no C++ compiler (c++, g++, clang++, CXX)", "warning", tools.GET_CXX)
+    assert rows["C++"] == Finding("C++", "no C++ compiler (c++, g++, clang++, CXX)", "warning", tools.GET_CXX)
     assert rows["nvcc"].status == "absent"  # no GPU here: nothing to fix
     for name in ("decode_attention", "operators"):
         assert rows[name].status == "warning"
@@ -394,7 +394,7 @@ def test_secrets_and_the_home_folder_are_not_shown(monkeypatch: pytest.MonkeyPat
 def test_exit_codes(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examined(monkeypatch, Row("thing", "of some kind", status, "get another"))  # type: ignore[arg-type]
+    examined(monkeypatch, Finding("thing", "of some kind", status, "get another"))  # type: ignore[arg-type]
     assert doctor.main([]) == code
     shown = capsys.readouterr().out
     assert ("-> get another" in shown) == (status in ("warning", "broken"))
@@ -409,17 +409,17 @@ def test_exit_codes(
 
 
 def test_what_training_needs_stands_first_among_the_problems() -> None:
-    rows = (Row("slow", "a bit", "warning", "wait"), Row("gone", "lost", "broken", "find it"))
+    rows = (Finding("slow", "a bit", "warning", "wait"), Finding("gone", "lost", "broken", "find it"))
     found = problems([Section("Things", rows)])
     assert [(problem.name, problem.needed) for problem in found] == [("gone", True), ("slow", False)]
     assert "1 of what it needs is broken" in text([Section("Things", rows)])
 
 
 def test_a_section_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fails() -> list[Row]:
+    def fails() -> list[Finding]:
         raise RuntimeError("the card fell off the bus")
 
-    monkeypatch.setattr(doctor, "SECTIONS", {"GPU": fails, "Machine": lambda: [Row("memory", "plenty")]})
+    monkeypatch.setattr(doctor, "SECTIONS", {"GPU": fails, "Machine": lambda: [Finding("memory", "plenty")]})
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
     assert "cannot be looked at: RuntimeError: the card fell off the bus" in shown
@@ -430,9 +430,9 @@ def test_a_section_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_the_text_is_aligned_and_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (
-        Row("a", "x", "ok"),
-        Row("long name", "word " * 60, "warning", "mend"),
-        Row("c", "gone", "absent", "get it"),
+        Finding("a", "x", "ok"),
+        Finding("long name", "word " * 60, "warning", "mend"),
+        Finding("c", "gone", "absent", "get it"),
     )
     lines = text([Section("Things", rows)]).splitlines()
     assert lines[:2] == ["Things", "  ok  a          x"]

@@ -25,7 +25,7 @@ from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statist
 from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_decode
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
-from videor1_kernels.sampling.reference import Options
+from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
 
 MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
@@ -177,7 +177,7 @@ def _terms() -> Iterator[str]:
         completions: int, memory: Memory, loss_type: str, level: str, *, dtype: torch.dtype = FP32, old: bool = True,
         low: float | None = 0.2, high: float | None = 0.2, beta: float = 0.0, masked: bool = False,
     ) -> None:  # fmt: skip
-        options = grpo_loss.Options(loss_type, beta, low, high, 10.0, level, 768, 6144.0)
+        options = grpo_loss.GrpoLossOptions(loss_type, beta, low, high, 10.0, level, 768, 6144.0)
         terms(
             memory(6144, dtype=dtype), memory(6144, dtype=dtype) if old else None,
             memory(6144, dtype=dtype) if beta else None, memory(6144, dtype=torch.bool) if masked else None,
@@ -202,7 +202,7 @@ def _advantages() -> Iterator[str]:
         prompts: int, size: int, others: int | None, rule: str, *, dtype: torch.dtype = FP32,
         lengths: torch.dtype = torch.int64, normalize: str = "std", apply: str = "reward",
     ) -> None:  # fmt: skip
-        options = group_advantage.Options(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), normalize, 1e-4, apply)
+        options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), normalize, 1e-4, apply)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
         tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options)
@@ -224,7 +224,7 @@ def _samples() -> Iterator[str]:
     ) -> None:  # fmt: skip
         sample_tokens(
             memory(rows, vocabulary, dtype=dtype), memory(rows, dtype=uniform),
-            memory(banned, dtype=torch.int64) if banned else None, Options(*options),
+            memory(banned, dtype=torch.int64) if banned else None, SampleTokensOptions(*options),
         )  # fmt: skip
 
     for dtype in (BF16, FP32):

@@ -151,7 +151,7 @@ def test_rows_without_a_coefficient_do_no_gradient_work():
 
 def below_the_operator(hidden, weight, labels, advantages, cu_seqlens):
     """The reference itself, with gradients: what runs inside an operator is hidden from a dispatch mode."""
-    options = reference.Options("grpo", 0.0, None, None, 10.0, "token", None, None)
+    options = reference.GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None)
     return reference.linear_grpo_loss(
         hidden.detach(), weight.detach(), labels, advantages, cu_seqlens, None, None, None, 1.0, options,
         [True, True, False],

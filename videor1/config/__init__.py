@@ -1,9 +1,8 @@
-"""Every option with its default and its meaning; ``cli.py`` makes the command line of them."""
+"""Every option with its default, its range and its meaning; ``cli.py`` makes the command line of them."""
 
 from __future__ import annotations
 
 from videor1.config.options import (
-    COMPAT,
     IMAGE_MAX_PIXELS,
     VIDEO_MAX_PIXELS,
     CommonConfig,
@@ -19,12 +18,9 @@ from videor1.config.options import (
     TemporalConfig,
     TrainConfig,
     VideoConfig,
-    check_common,
-    check_eval,
 )
 
 __all__ = [
-    "COMPAT",
     "IMAGE_MAX_PIXELS",
     "VIDEO_MAX_PIXELS",
     "CommonConfig",
@@ -40,6 +36,4 @@ __all__ = [
     "TemporalConfig",
     "TrainConfig",
     "VideoConfig",
-    "check_common",
-    "check_eval",
 ]

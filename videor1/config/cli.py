@@ -1,8 +1,8 @@
 """Command line: YAML files and ``--any.option value`` in, a checked config dataclass out.
 
 Everything is derived from the dataclasses of ``options.py``: a field is an option, its docstring the help text.
-Precedence, lowest first: the class defaults, ``compat``, the config.yaml of a run that is gone on with, the YAML files
-in order, the command line.
+Precedence, lowest first: the class defaults, the recipe of ``compat``, the config.yaml of a run that is gone on with,
+the YAML files in order, the command line.
 ``python -m videor1.config.cli --table train`` prints the options as a Markdown table.
 """
 
@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from videor1.config.fields import (
+    COMMANDS,
     SHORTHANDS,
     Option,
     collect_options,
@@ -32,8 +33,7 @@ from videor1.config.fields import (
     unknown_option,
     value_text,
 )
-from videor1.config.files import find_config, read_yaml, recipe_names
-from videor1.config.options import COMPAT, SFTConfig, TrainConfig
+from videor1.config.files import find_config, read_yaml, recipe_names, recipe_of
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
 # What a run did whose config.yaml is older than the option, where that is not the default.
@@ -163,8 +163,9 @@ def _build_parser(options: dict[str, Option], prog: str, description: str) -> Ar
         elif not option.is_list:
             kinds = (option.type, *get_args(option.type))
             extra["metavar"] = "INT" if int in kinds else "FLOAT" if float in kinds else "TEXT"
+        stated = f" Range: {option.range.words}." if option.range else ""
         groups[option.section].add_argument(
-            f"--{option.name}", type=option.type, default=option.default, help=option.help, **extra
+            f"--{option.name}", type=option.type, default=option.default, help=f"{option.help}{stated}", **extra
         )
     return parser
 
@@ -185,7 +186,7 @@ def _resolve(
         values = _read_run(of_the_run, parser, options) | values  # what is not given again is as it was
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
-        values = {**COMPAT[compat], **values}
+        values = read_yaml(recipe_of(compat), parser, options) | values
     parser.set_defaults({name: value for name, value in values.items() if options[name].is_list})  # --list+ adds to it
     explicit = _parse_tokens(parser, options, tokens, defaults=True)
     for name, option in options.items():
@@ -250,13 +251,13 @@ def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m videor1.config.cli --table train|sft``: the options as a Markdown table."""
+    """``python -m videor1.config.cli --table train|sft|evaluate``: the options as a Markdown table."""
     parser = argparse.ArgumentParser(
         prog="python -m videor1.config.cli", description="Print the options as a Markdown table."
     )
-    parser.add_argument("--table", choices=("train", "sft"), required=True, help="whose options")
-    table = parser.parse_args(argv).table
-    sys.stdout.write(options_table(TrainConfig if table == "train" else SFTConfig))
+    commands = {name.removeprefix("videor1."): config_class for name, config_class in COMMANDS.items()}
+    parser.add_argument("--table", choices=tuple(commands), required=True, help="whose options")
+    sys.stdout.write(options_table(commands[parser.parse_args(argv).table]))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import sys
@@ -15,6 +14,8 @@ import docstring_parser
 import yaml
 
 from videor1.config.options import EvaluateConfig, SFTConfig, TrainConfig
+from videor1.config.ranges import Range, field_ranges
+from videor1.errors import did_you_mean
 
 COMMANDS = {"videor1.train": TrainConfig, "videor1.sft": SFTConfig, "videor1.evaluate": EvaluateConfig}
 SHORTHANDS = {"temporal": "temporal.enabled"}  # the reference's flag is our section
@@ -30,6 +31,7 @@ class Option:
     help: str
     section: str  # "temporal", or "" at the top
     title: str  # the section's docstring
+    range: Range | None  # of a number; None: any value goes
 
     @property
     def is_list(self) -> bool:
@@ -58,13 +60,15 @@ def collect_options(config_class: type) -> dict[str, Option]:
 def _walk(config_class: type, defaults: Any, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(config_class)
     title, docs = _docstrings(config_class)
+    ranges = field_ranges(config_class)
     for field in dataclasses.fields(config_class):
         default = getattr(defaults, field.name)
         name = prefix + field.name
         if dataclasses.is_dataclass(default):
             yield from _walk(hints[field.name], default, f"{name}.")
         else:
-            yield Option(name, hints[field.name], default, docs.get(field.name, ""), prefix[:-1], title)
+            doc, stated = docs.get(field.name, ""), ranges.get(field.name)
+            yield Option(name, hints[field.name], default, doc, prefix[:-1], title, stated)
 
 
 @functools.cache
@@ -79,13 +83,12 @@ def _docstrings(config_class: type) -> tuple[str, dict[str, str]]:
 
 
 def options_table(config_class: type) -> str:
-    """The options as a Markdown table: option, default, meaning."""
-    rows = ["| Option | Default | Meaning |", "|---|---|---|"]
+    """The options as a Markdown table: option, default, values (the range or the choices), meaning."""
+    rows = ["| Option | Default | Values | Meaning |", "|---|---|---|---|"]
     for option in collect_options(config_class).values():
-        missing = [choice for choice in option.choices if choice not in option.help]
-        meaning = option.help + (f" One of: {', '.join(option.choices)}." if missing else "")
-        meaning = re.sub(r"([|<*~])", r"\\\1", meaning)  # Markdown's own characters
-        rows.append(f"| `{option.name}` | `{value_text(option.default)}` | {meaning} |")
+        values = option.range.words if option.range else ", ".join(option.choices)
+        meaning = re.sub(r"([|<*~])", r"\\\1", option.help)  # Markdown's own characters
+        rows.append(f"| `{option.name}` | `{value_text(option.default)}` | {values} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -95,20 +98,7 @@ def unknown_option(shown: str, names: Iterable[str]) -> str:
     owners = [command for command, config_class in COMMANDS.items() if name in collect_options(config_class)]
     if owners:
         return f"{shown} is an option of {' and '.join(owners)}, not of this command"
-    return f"unknown option {shown}; did you mean {_nearest(name, names)}?"
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """The known name most like ``name``; by its last part too, so that ``rule`` finds ``temporal.rule``."""
-
-    def alike(known: str) -> float:
-        def ratio(a: str, b: str) -> float:
-            return difflib.SequenceMatcher(None, a, b).ratio()
-
-        return max(ratio(name, known), 0.99 * ratio(name.split(".")[-1], known.split(".")[-1]))
-
-    scores = {known: alike(known) for known in names}
-    return " or ".join([known for known, score in scores.items() if score == max(scores.values())][:3])
+    return f"unknown option {shown}{did_you_mean(name, names, least=0, show=str)}"
 
 
 def type_error(option: Option, got: str) -> str:

@@ -39,6 +39,11 @@ def find_config(name: str, options: dict[str, Option]) -> Path:
     raise ConfigError(f"--config {name}: {reason}; give a YAML file{names}")
 
 
+def recipe_of(compat: str) -> Path:
+    """The shipped file that a value of ``compat`` stands for."""
+    return RECIPES / f"{compat.replace('-', '_')}.yaml"
+
+
 def recipe_names(options: Iterable[str]) -> list[str]:
     """Names of the shipped files that hold nothing but these options."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml") if _recipe_options(path) <= set(options))

@@ -1,18 +1,21 @@
-"""Every option of the trainer, with its default and its meaning. The command line (``cli.py``) is made from this file.
+"""Every option of the trainer, with its default, its range and its meaning. The command line (``cli.py``) is made from
+this file.
 
-Names are the reference's (Video-R1) where it has one. A field's docstring is its ``--help`` text.
+Names are the reference's (Video-R1) where it has one. A field's docstring is its ``--help`` text, and what its type is
+annotated with is checked. What two options ask of each other stands in ``__post_init__``.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from videor1.errors import ConfigError
+from videor1.config.ranges import Range, above, at_least, check_values, expect
 
 IMAGE_MAX_PIXELS = 256 * 28 * 28
 VIDEO_MAX_PIXELS = 128 * 28 * 28
+UP_TO_ONE = Range("in (0, 1]", gt=0, le=1)
+BELOW_ONE = Range("in [0, 1)", ge=0, lt=1)
 
 
 @dataclass
@@ -31,20 +34,20 @@ class DataConfig:
     """Held-out data file (same format) for the periodic evaluation."""
     shuffle: bool = True
     """Draw the samples in a new seeded order each epoch; false: in file order."""
-    shuffle_mb: int = 32
+    shuffle_mb: Annotated[int, at_least(1)] = 32
     """Stream: rows of pieces from all over the data are shuffled together, so many MiB of them."""
-    workers: int = 2
+    workers: Annotated[int, at_least(0)] = 2
     """Decode processes that work ahead of the step; 0 decodes in the training process (no timeout then)."""
-    prefetch: int = 16
+    prefetch: Annotated[int, at_least(1)] = 16
     """Samples decoded ahead at most (a step's, where that is more): bounds the memory (about 4.5 MB a video at the
     default size)."""
-    timeout: float = 60.0
+    timeout: Annotated[float, above(0)] = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
-    cache_mb: int = 512
+    cache_mb: Annotated[int, at_least(0, "0 (none) or more")] = 512
     """Memory for decoded 8-bit patches kept across epochs, in MiB; 0 keeps none."""
     cache_dir: str | None = None
     """Folder for decoded 8-bit patches kept across runs; runs and ranks may share one; default: none."""
-    cache_dir_mb: int = 20480
+    cache_dir_mb: Annotated[int, at_least(1)] = 20480
     """Size of data.cache_dir at most, in MiB: the least recently used files go."""
 
 
@@ -52,17 +55,17 @@ class DataConfig:
 class VideoConfig:
     """How videos and images become patches."""
 
-    max_frames: int = 16
+    max_frames: Annotated[int, Range("an even number, at least 2", ge=2, multiple_of=2)] = 16
     """Frames sampled from a video at most (even)."""
-    fps: float = 2.0
+    fps: Annotated[float, above(0)] = 2.0
     """Frames per second to sample."""
-    max_pixels: int = VIDEO_MAX_PIXELS
+    max_pixels: Annotated[int, at_least(1)] = VIDEO_MAX_PIXELS
     """Pixels of a video frame at most, after the resize (height and width are multiples of 28)."""
-    min_pixels: int | None = None
+    min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels")] = None
     """Pixels of a video frame at least; default: as many as max_pixels, up to 128 * 28 * 28 (as in the reference)."""
-    image_max_pixels: int = IMAGE_MAX_PIXELS
+    image_max_pixels: Annotated[int, at_least(1)] = IMAGE_MAX_PIXELS
     """Pixels of an image at most."""
-    image_min_pixels: int = 4 * 28 * 28
+    image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels")] = 4 * 28 * 28
     """Pixels of an image at least."""
     backend: str = "auto"
     """Decoder: auto, pyav, pyav-nvdec, decord, torchcodec or pynvvideocodec; auto is pyav, with video.device cuda on
@@ -79,16 +82,16 @@ class TemporalConfig:
     """T-GRPO; false trains plain GRPO (no shuffled answers)."""
     rule: Literal["margin", "threshold", "reference"] = "margin"
     """margin: alpha * (p - p~) if p > p~; threshold: alpha if p > mu * p~; reference: alpha if p >= mu * p~."""
-    alpha: float = 0.3
+    alpha: Annotated[float, at_least(0)] = 0.3
     """Size of the bonus."""
-    mu: float = 0.8
+    mu: Annotated[float, at_least(0)] = 0.8
     """Factor on p~ in the rules threshold and reference."""
     apply: Literal["reward", "advantage"] | None = None
     """Add the bonus to the reward (parity; the group's normalisation nearly cancels it) or to the normalised
     advantage; default: reward for threshold and reference, advantage for margin."""
     shuffle_unit: Literal["frame", "temporal_patch"] = "frame"
     """What is permuted: frames, or pairs of frames (which leaves the motion inside each pair visible)."""
-    num_generations: int | None = None
+    num_generations: Annotated[int | None, at_least(1, "at least 1 (or temporal.enabled false)")] = None
     """Answers from shuffled frames per prompt; default: half of num_generations."""
     skip_shuffled: bool = True
     """Leave out, or stop, shuffled answers that can no longer change the advantages; these stay the same, rewards may
@@ -123,7 +126,7 @@ class RolloutConfig:
     engine: Literal["local", "server"] = "local"
     """local: this process, from the training weights themselves; server: one that speaks OpenAI's API (vLLM,
     SGLang)."""
-    kv_mib: int | None = None
+    kv_mib: Annotated[int | None, at_least(1, "at least 1, or null")] = None
     """Local: memory of the KV cache, in MiB, which bounds the answers in flight together with rollout_batch_size;
     default: 60% of what is free on a GPU, no bound on CPU."""
     cuda_graphs: bool = True
@@ -132,11 +135,11 @@ class RolloutConfig:
     """Server: its base address. The key is taken from OPENAI_API_KEY."""
     model: str | None = None
     """Server: the name of the model there; default: the only one it has."""
-    timeout: float = 600.0
+    timeout: Annotated[float, above(0)] = 600.0
     """Server: seconds for one answer."""
-    retries: int = 3
+    retries: Annotated[int, at_least(0)] = 3
     """Server: further tries of a request that failed, with growing pauses."""
-    concurrency: int = 64
+    concurrency: Annotated[int, at_least(1)] = 64
     """Server: requests at a time."""
     sync: Literal["vllm", "none"] = "vllm"
     """Server: how it gets new weights; vllm: from a checkpoint folder that both can read, by vLLM's development
@@ -147,11 +150,11 @@ class RolloutConfig:
 class LoraConfig:
     """LoRA through peft; rank 0 trains the whole model."""
 
-    rank: int = 0
+    rank: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Rank of the adapters; 0: no LoRA."""
     alpha: float = 32.0
     """Scale of the adapters (alpha / rank)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout inside the adapters."""
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -184,7 +187,7 @@ class DistributedConfig:
     """What the processes share out: 2, gradients and optimizer state; 3, the weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in main memory, and step there."""
-    timeout: float = 45.0
+    timeout: Annotated[float, above(0)] = 45.0
     """Seconds without a sign of life from another process after which this one ends with a message."""
 
 
@@ -205,31 +208,31 @@ class CommonConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
-    max_prompt_length: int = 16384
+    max_prompt_length: Annotated[int, at_least(1)] = 16384
     """Prompt tokens at most; a longer prompt is skipped and counted, never cut."""
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: Annotated[int, at_least(1)] = 1
     """Prompts (SFT: samples) in one forward and backward."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1
     """Forward and backward passes per optimizer step."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: Annotated[float, above(0)] = 1.0
     """Passes over the data; max_steps wins where it is set."""
-    max_steps: int = -1
+    max_steps: Annotated[int, at_least(-1, "0 or more, or -1 (from num_train_epochs)")] = -1
     """Optimizer steps; -1: from num_train_epochs."""
-    learning_rate: float = 1e-6
+    learning_rate: Annotated[float, above(0)] = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule after the warm-up; cosine and linear end at zero."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps of linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, at_least(0)] = 0.01
     """AdamW's, on matrices only (not on biases and norms)."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, BELOW_ONE] = 0.9
     """AdamW's first beta."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, BELOW_ONE] = 0.999
     """AdamW's second beta."""
-    max_grad_norm: float = 5.0
+    max_grad_norm: Annotated[float, above(0)] = 5.0
     """Clip the gradient to this norm."""
-    max_nonfinite_steps: int = 3
+    max_nonfinite_steps: Annotated[int, at_least(1)] = 3
     """Stop after this many steps in a row whose loss or gradient is NaN or Inf (each is skipped and counted)."""
 
     freeze_vision: bool = False
@@ -246,15 +249,15 @@ class CommonConfig:
 
     seed: int = 42
     """Seeds the data order, the sampling, the permutations and the initialisation, each with its own generator."""
-    save_steps: int = 100
+    save_steps: Annotated[int, at_least(0)] = 100
     """Write a checkpoint every so many steps, and at the end; 0: only at the end."""
-    save_total_limit: int | None = 2
+    save_total_limit: Annotated[int | None, at_least(1, "at least 1, or null to keep all")] = 2
     """Checkpoints to keep; the oldest are deleted."""
     save_only_model: bool = False
     """Leave out the optimizer and the trainer state (no resume)."""
     resume: str | None = None
     """auto: go on from the newest checkpoint of output_dir; or a checkpoint's path."""
-    logging_steps: int = 1
+    logging_steps: Annotated[int, at_least(1)] = 1
     """Steps between lines of metrics.jsonl."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Trackers beside metrics.jsonl, which is always written."""
@@ -263,20 +266,30 @@ class CommonConfig:
     disable_tqdm: bool = False
     """No progress bar."""
 
+    def __post_init__(self) -> None:
+        check_values(self)
+        pixels = {
+            "video.": (self.video.min_pixels, self.video.max_pixels),
+            "video.image_": (self.video.image_min_pixels, self.video.image_max_pixels),
+        }
+        for kind, (low, high) in pixels.items():
+            expected = f"at least 1 and at most {kind}max_pixels ({high})"
+            expect(f"{kind}min_pixels", low, expected, low is None or low <= high)
+
 
 @dataclass
 class EvalOptions(CommonConfig):
     """What every command that answers questions shares."""
 
-    max_completion_length: int = 768
+    max_completion_length: Annotated[int, at_least(1)] = 768
     """New tokens per answer at most."""
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    eval_steps: int = 0
+    eval_steps: Annotated[int, at_least(0)] = 0
     """Evaluate on data.eval_path every so many steps, and at the end; 0: only at the end."""
-    eval_samples: int = 256
+    eval_samples: Annotated[int, at_least(0)] = 256
     """Samples of data.eval_path to use, from the top; 0: all."""
-    eval_temperature: float = 0.0
+    eval_temperature: Annotated[float, at_least(0)] = 0.0
     """Sampling temperature of the evaluation; 0: greedy."""
 
 
@@ -284,19 +297,19 @@ class EvalOptions(CommonConfig):
 class TrainConfig(EvalOptions):
     """T-GRPO."""
 
-    num_generations: int = 8
+    num_generations: Annotated[int, at_least(2, "at least 2 (the group is its own baseline)")] = 8
     """Answers from ordered frames per prompt."""
-    temperature: float = 1.0
+    temperature: Annotated[float, above(0)] = 1.0
     """Sampling temperature; log-probs use it too."""
-    top_p: float = 0.95
+    top_p: Annotated[float, UP_TO_ONE] = 0.95
     """Nucleus sampling; 1: off. Log-probs ignore it."""
-    top_k: int = 0
+    top_k: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Sample among the k likeliest tokens; 0: off. Log-probs ignore it."""
-    rollout_batch_size: int = 64
+    rollout_batch_size: Annotated[int, at_least(1)] = 64
     """Rows (ordered and shuffled answers) decoded together at most."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
-    max_tokens_per_row: int | None = None
+    max_tokens_per_row: Annotated[int | None, above(0, "more than max_completion_length, or null for no bound")] = None
     """Tokens of a packed row (prompts and answers) at most: a micro-batch over it takes several passes, with the same
     loss; default: no bound. A prompt that leaves no room for max_completion_length is skipped and counted."""
 
@@ -304,7 +317,7 @@ class TrainConfig(EvalOptions):
     """The length reward (reward.length_bonus for correct answers within reward.length_range)."""
     normalize: Literal["std", "none"] = "std"
     """Divide the centred rewards by the group's standard deviation (ddof 1), or only centre them."""
-    advantage_eps: float = 1e-4
+    advantage_eps: Annotated[float, at_least(0)] = 1e-4
     """Added to the standard deviation."""
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
@@ -312,55 +325,33 @@ class TrainConfig(EvalOptions):
     (bnpo), by a constant (dr_grpo), over the whole batch's tokens (dapo)."""
     importance_level: Literal["token", "sequence"] = "token"
     """Level of the importance ratio; sequence is GSPO."""
-    beta: float = 0.04
+    beta: Annotated[float, at_least(0)] = 0.04
     """Weight of the KL term; 0 needs no reference model."""
-    kl_clamp: float = 10.0
+    kl_clamp: Annotated[float, above(0)] = 10.0
     """Clamp on ref_logp - logp inside the KL term."""
-    clip_low: float | None = None
+    clip_low: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 - clip_low; default: no clip."""
-    clip_high: float | None = None
+    clip_high: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 + clip_high; default: no clip."""
-    num_iterations: int = 1
+    num_iterations: Annotated[int, at_least(1)] = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
-    dynamic_sampling: int = 0
+    dynamic_sampling: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Extra rollouts of up to this many batches a step to replace prompts whose group has no variance in reward; 0:
     off."""
 
-    log_tokens: int = 1
+    log_tokens: Annotated[int, at_least(0, "0 (none) or more")] = 1
     """Prompts per step whose answers rollouts.jsonl holds token by token with log-probs, for the report; 0: none."""
 
     compat: Literal["video-r1"] | None = None
-    """video-r1: every default as in the reference code; explicit options still win."""
+    """video-r1: every default as in the reference code (the recipe video_r1); explicit options still win."""
 
     def __post_init__(self) -> None:
-        check_eval(self)
-        group = self.num_generations
-        _expect("num_generations", group, "at least 2 (the group is its own baseline)", group >= 2)
-        _expect("temperature", self.temperature, "above 0", self.temperature > 0)
-        _expect("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
-        _expect("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
-        _expect("rollout_batch_size", self.rollout_batch_size, "at least 1", self.rollout_batch_size >= 1)
-        kv = self.rollout.kv_mib
-        _expect("rollout.kv_mib", kv, "at least 1, or null", kv is None or kv >= 1)
-        _expect("rollout.timeout", self.rollout.timeout, "above 0", self.rollout.timeout > 0)
-        _expect("rollout.retries", self.rollout.retries, "0 or more", self.rollout.retries >= 0)
-        _expect("rollout.concurrency", self.rollout.concurrency, "at least 1", self.rollout.concurrency >= 1)
-        _expect("max_tokens_per_row", self.max_tokens_per_row, f"more than max_completion_length "
-                f"({self.max_completion_length}), or null for no bound",
-                self.max_tokens_per_row is None or self.max_tokens_per_row > self.max_completion_length)
-        _expect("beta", self.beta, "0 or more", self.beta >= 0)
-        _expect("kl_clamp", self.kl_clamp, "above 0", self.kl_clamp > 0)
-        _expect("advantage_eps", self.advantage_eps, "0 or more", self.advantage_eps >= 0)
-        _expect("dynamic_sampling", self.dynamic_sampling, "0 (off) or more", self.dynamic_sampling >= 0)
-        _expect("log_tokens", self.log_tokens, "0 (none) or more", self.log_tokens >= 0)
-        _expect("num_iterations", self.num_iterations, "at least 1", self.num_iterations >= 1)
-        _expect("temporal.num_generations", self.temporal.num_generations, "at least 1 (or temporal.enabled false)",
-                self.temporal.num_generations is None or self.temporal.num_generations >= 1)
-        _expect("reward.length_range", self.reward.length_range, "(low, high) with low <= high",
-                self.reward.length_range[0] <= self.reward.length_range[1])
-        for name in ("clip_low", "clip_high"):
-            value = getattr(self, name)
-            _expect(name, value, "above 0", value is None or value > 0)
+        super().__post_init__()
+        row, completion = self.max_tokens_per_row, self.max_completion_length
+        expected = f"more than max_completion_length ({completion}), or null for no bound"
+        expect("max_tokens_per_row", row, expected, row is None or row > completion)
+        low, high = self.reward.length_range
+        expect("reward.length_range", self.reward.length_range, "(low, high) with low <= high", low <= high)
 
     @property
     def num_shuffled(self) -> int:
@@ -379,16 +370,10 @@ class TrainConfig(EvalOptions):
 class SFTConfig(EvalOptions):
     """SFT cold start on Video-R1-CoT data: loss on the assistant's tokens only, samples packed into rows."""
 
-    max_length: int = 16384
+    max_length: Annotated[int, at_least(1)] = 16384
     """Tokens of a packed row at most; a longer sample is skipped and counted."""
-    stop_at_accuracy: float | None = None
+    stop_at_accuracy: Annotated[float | None, UP_TO_ONE] = None
     """Stop once the accuracy on data.eval_path reaches this: a cold start should leave RL room to improve."""
-
-    def __post_init__(self) -> None:
-        check_eval(self)
-        _expect("max_length", self.max_length, "at least 1", self.max_length >= 1)
-        _expect("stop_at_accuracy", self.stop_at_accuracy, "in (0, 1]",
-                self.stop_at_accuracy is None or 0 < self.stop_at_accuracy <= 1)
 
 
 @dataclass
@@ -398,102 +383,20 @@ class EvaluateConfig(EvalOptions):
     benchmark: list[str] = field(default_factory=list)
     """Benchmarks to answer, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass, videomme,
     videommmu, vsibench; or give dataset_name."""
-    max_completion_length: int = 1024
+    max_completion_length: Annotated[int, at_least(1)] = 1024
     """New tokens per answer at most."""
-    eval_samples: int = 0
+    eval_samples: Annotated[int, at_least(0)] = 0
     """Questions to ask (of each benchmark), from the top; 0: all."""
-    eval_top_p: float = 1.0
+    eval_top_p: Annotated[float, UP_TO_ONE] = 1.0
     """Nucleus sampling, where eval_temperature is above 0; 1: off."""
-    eval_num_samples: int = 1
+    eval_num_samples: Annotated[int, at_least(1)] = 1
     """Answers to each question, where eval_temperature is above 0; their mean accuracy counts."""
     resume: str | None = None
     """auto: go on with the evaluation in output_dir; what is answered is not asked again."""
 
     def __post_init__(self) -> None:
-        check_eval(self)
-        _expect("eval_top_p", self.eval_top_p, "in (0, 1]", 0 < self.eval_top_p <= 1)
-        _expect("eval_num_samples", self.eval_num_samples, "at least 1", self.eval_num_samples >= 1)
+        super().__post_init__()
         if self.eval_temperature == 0:
             greedy = "1, or eval_temperature above 0 (0 is greedy: every answer is the same)"
-            _expect("eval_top_p", self.eval_top_p, greedy, self.eval_top_p == 1)
-            _expect("eval_num_samples", self.eval_num_samples, greedy, self.eval_num_samples == 1)
-
-
-# The reference code's values wherever they are defaults of its launch script or trainer.
-COMPAT: dict[str, dict[str, object]] = {
-    "video-r1": {
-        "num_generations": 8, "max_completion_length": 768, "max_prompt_length": 16384,
-        "temperature": 1.0, "top_p": 0.95, "top_k": 50,
-        "temporal.enabled": True, "temporal.rule": "reference", "temporal.alpha": 0.3, "temporal.mu": 0.8,
-        "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": None,
-        "len_control": True, "reward.length_bonus": 0.2, "reward.length_range": (320, 512),
-        "reward.correct_above": 0.1, "reward.lenient": False, "reward.format_weight": 1.0,
-        "normalize": "std", "advantage_eps": 1e-4,
-        "loss_type": "grpo", "importance_level": "token", "beta": 0.04, "kl_clamp": 10.0,
-        "clip_low": None, "clip_high": None, "num_iterations": 1,
-        "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 5.0,
-        "freeze_vision": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-        "video.max_frames": 16, "video.fps": 2.0, "video.max_pixels": VIDEO_MAX_PIXELS,
-        "video.min_pixels": None, "video.image_max_pixels": IMAGE_MAX_PIXELS,
-    },
-}  # fmt: skip
-
-
-def check_common(config: CommonConfig) -> None:
-    """Range checks of the shared options."""
-    _check_finite(config, "")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "logging_steps",
-                 "max_nonfinite_steps"):
-        _expect(name, getattr(config, name), "at least 1", getattr(config, name) >= 1)
-    for name in ("warmup_steps", "save_steps", "weight_decay"):
-        _expect(name, getattr(config, name), "0 or more", getattr(config, name) >= 0)
-    _expect("learning_rate", config.learning_rate, "above 0", config.learning_rate > 0)
-    _expect("max_grad_norm", config.max_grad_norm, "above 0", config.max_grad_norm > 0)
-    _expect("num_train_epochs", config.num_train_epochs, "above 0", config.num_train_epochs > 0)
-    _expect("save_total_limit", config.save_total_limit, "at least 1, or null to keep all",
-            config.save_total_limit is None or config.save_total_limit >= 1)
-    _expect("max_steps", config.max_steps, "0 or more, or -1 (from num_train_epochs)", config.max_steps >= -1)
-    for name in ("adam_beta1", "adam_beta2"):
-        _expect(name, getattr(config, name), "in [0, 1)", 0 <= getattr(config, name) < 1)
-    _expect("lora.rank", config.lora.rank, "0 (off) or more", config.lora.rank >= 0)
-    _expect("lora.dropout", config.lora.dropout, "in [0, 1)", 0 <= config.lora.dropout < 1)
-    _expect("video.max_frames", config.video.max_frames, "an even number, at least 2",
-            config.video.max_frames >= 2 and config.video.max_frames % 2 == 0)
-    _expect("video.fps", config.video.fps, "above 0", config.video.fps > 0)
-    for kind, low, high in (("video.", config.video.min_pixels, config.video.max_pixels),
-                            ("video.image_", config.video.image_min_pixels, config.video.image_max_pixels)):
-        _expect(f"{kind}max_pixels", high, "at least 1", high >= 1)
-        _expect(f"{kind}min_pixels", low, f"at least 1 and at most {kind}max_pixels ({high})",
-                low is None or 1 <= low <= high)
-    _expect("data.workers", config.data.workers, "0 or more", config.data.workers >= 0)
-    _expect("data.prefetch", config.data.prefetch, "at least 1", config.data.prefetch >= 1)
-    _expect("data.shuffle_mb", config.data.shuffle_mb, "at least 1", config.data.shuffle_mb >= 1)
-    _expect("data.timeout", config.data.timeout, "above 0", config.data.timeout > 0)
-    _expect("data.cache_mb", config.data.cache_mb, "0 (none) or more", config.data.cache_mb >= 0)
-    _expect("data.cache_dir_mb", config.data.cache_dir_mb, "at least 1", config.data.cache_dir_mb >= 1)
-
-
-def check_eval(config: EvalOptions) -> None:
-    """Range checks of the options of whatever answers questions."""
-    check_common(config)
-    _expect("max_completion_length", config.max_completion_length, "at least 1", config.max_completion_length >= 1)
-    for name in ("eval_steps", "eval_samples", "eval_temperature"):
-        _expect(name, getattr(config, name), "0 or more", getattr(config, name) >= 0)
-    for name in ("alpha", "mu"):
-        value = getattr(config.temporal, name)
-        _expect(f"temporal.{name}", value, "0 or more", value >= 0)
-
-
-def _check_finite(section: object, prefix: str) -> None:
-    """YAML can write .inf and .nan, which no option means anything by."""
-    for option in fields(section):  # type: ignore[arg-type]
-        value = getattr(section, option.name)
-        if is_dataclass(value):
-            _check_finite(value, f"{prefix}{option.name}.")
-        elif isinstance(value, float):
-            _expect(f"{prefix}{option.name}", value, "a finite number", math.isfinite(value))
-
-
-def _expect(name: str, value: object, expected: str, ok: bool) -> None:
-    if not ok:
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+            expect("eval_top_p", self.eval_top_p, greedy, self.eval_top_p == 1)
+            expect("eval_num_samples", self.eval_num_samples, greedy, self.eval_num_samples == 1)

@@ -5,7 +5,6 @@ What is too large to be held is read by ``stream.py``, with the same checks.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from videor1.answer import extract_answer
-from videor1.errors import DataError
+from videor1.errors import DataError, did_you_mean
 from videor1.types import DataType, ProblemType, Sample, SampleError
 
 MAX_FOLDERS = 65536  # whose symlinks are kept resolved, at most
@@ -182,7 +181,8 @@ class EntryChecker:
         def choice(field: str, valid: tuple[str, ...]) -> Any:
             value = text(field)
             if value not in valid:
-                raise fail(field, f"{field}: expected one of {list(valid)}, got {value!r}{_nearest(value, valid)}")
+                hint = did_you_mean(value, valid)
+                raise fail(field, f"{field}: expected one of {list(valid)}, got {value!r}{hint}")
             return value
 
         problem = text("problem")
@@ -261,9 +261,3 @@ def _json_type(value: Any) -> str:
 def _short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _nearest(value: str, valid: tuple[str, ...]) -> str:
-    folded = {name.casefold(): name for name in valid}
-    match = difflib.get_close_matches(value.strip().casefold()[:50], folded, n=1, cutoff=0.5)
-    return f"; did you mean {folded[match[0]]!r}?" if match else ""

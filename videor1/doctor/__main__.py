@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from videor1.doctor import machine, packages, selfcheck, tools
-from videor1.doctor.rows import Row, Section, problems, text, without_home
+from videor1.doctor.rows import Finding, Section, problems, text, without_home
 
 SELF_CHECK = "Self-check"
-SECTIONS: dict[str, Callable[[], list[Row]]] = {
+SECTIONS: dict[str, Callable[[], list[Finding]]] = {
     "Versions": packages.versions,
     "GPU": machine.gpus,
     "Compilers": tools.compilers,
@@ -43,14 +43,14 @@ def examine() -> list[Section]:
     return without_home(sections)
 
 
-def _rows(title: str, look: Callable[[], list[Row]]) -> list[Row]:
+def _rows(title: str, look: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return look()
     except Exception as error:  # a missing torch or PyAV, say: the other sections are worth reading then
         status = "broken" if title == SELF_CHECK else "warning"
         what = f"cannot be looked at: {type(error).__name__}: {error}"
         fix = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else "report this"
-        return [Row(title.lower(), what, status, fix)]  # type: ignore[arg-type]
+        return [Finding(title.lower(), what, status, fix)]  # type: ignore[arg-type]
 
 
 def _show_progress(line: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from videor1.doctor.rows import Row
+from videor1.doctor.rows import Finding
 
 GIB = 1 << 30
 LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled for in their tests begins here
@@ -19,7 +19,7 @@ LEAST_SHARED_NCCL = 1 * GIB
 GET_TORCH = "install a torch built for CUDA: https://pytorch.org/get-started/locally"
 
 
-def gpus() -> list[Row]:
+def gpus() -> list[Finding]:
     """Every GPU that torch can use; where there is none, why."""
     import torch
 
@@ -28,13 +28,13 @@ def gpus() -> list[Row]:
         return _no_gpu(cards)
     rows = []
     if cards:
-        rows.append(Row("driver", f"{cards[0][1]}; torch is built for CUDA {torch.version.cuda}"))
+        rows.append(Finding("driver", f"{cards[0][1]}; torch is built for CUDA {torch.version.cuda}"))
     else:
-        rows.append(Row("driver", f"nvidia-smi does not tell; torch is built for CUDA {torch.version.cuda}"))
+        rows.append(Finding("driver", f"nvidia-smi does not tell; torch is built for CUDA {torch.version.cuda}"))
     return rows + [_gpu(number) for number in range(torch.cuda.device_count())]
 
 
-def _gpu(number: int) -> Row:
+def _gpu(number: int) -> Finding:
     import torch
 
     card = torch.cuda.get_device_properties(number)
@@ -48,25 +48,28 @@ def _gpu(number: int) -> Row:
     name = f"cuda:{number}"
     if capability < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        return Row(name, value, "warning", f"below {least} the kernels are not tested: --device cpu, or another card")
+        fix = f"below {least} the kernels are not tested: --device cpu, or another card"
+        return Finding(name, value, "warning", fix)
     if free < LEAST_FREE_GPU:
-        return Row(name, value, "warning", "end what else holds its memory (nvidia-smi lists it), or --device cuda:N")
-    return Row(name, value, "ok")
+        fix = "end what else holds its memory (nvidia-smi lists it), or --device cuda:N"
+        return Finding(name, value, "warning", fix)
+    return Finding(name, value, "ok")
 
 
-def _no_gpu(cards: list[tuple[str, str]]) -> list[Row]:
+def _no_gpu(cards: list[tuple[str, str]]) -> list[Finding]:
     import torch
 
     if not cards:
-        return [Row("none", "everything runs on the CPU: the demonstration and small models")]
+        return [Finding("none", "everything runs on the CPU: the demonstration and small models")]
     there = f"{', '.join(name for name, _ in cards)} (driver {cards[0][1]})"
     if torch.version.cuda is None:
-        return [Row("unused", f"{there}, but torch {torch.__version__} is built without CUDA", "warning", GET_TORCH)]
+        value = f"{there}, but torch {torch.__version__} is built without CUDA"
+        return [Finding("unused", value, "warning", GET_TORCH)]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         value = f"{there}, hidden by CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
-        return [Row("unused", value, "warning", "unset CUDA_VISIBLE_DEVICES")]
+        return [Finding("unused", value, "warning", "unset CUDA_VISIBLE_DEVICES")]
     fix = f"update the driver, or {GET_TORCH} (an older CUDA)"
-    return [Row("unused", f"{there}, but torch built for CUDA {torch.version.cuda} cannot use it", "warning", fix)]
+    return [Finding("unused", f"{there}, but torch built for CUDA {torch.version.cuda} cannot use it", "warning", fix)]
 
 
 def nvidia_smi() -> list[tuple[str, str]]:
@@ -82,22 +85,22 @@ def nvidia_smi() -> list[tuple[str, str]]:
     return [(name.strip(), driver.strip()) for name, comma, driver in pairs if comma]
 
 
-def machine() -> list[Row]:
+def machine() -> list[Finding]:
     """Cores, main memory, shared memory, and the disks that a run writes to."""
     import psutil  # type: ignore[import-untyped]
 
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        Row("processor", f"{cores} cores for this process, of {os.cpu_count()}"),
-        Row("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB free"),
+        Finding("processor", f"{cores} cores for this process, of {os.cpu_count()}"),
+        Finding("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB free"),
     ]
     shared = Path("/dev/shm")
     if shared.is_dir():
         rows.append(_shared(shared))
     elif os.name == "posix" and os.uname().sysname == "Linux":
         fix = "mount it (docker run --shm-size=1g), or --data.workers 0"
-        rows.append(Row("/dev/shm", "missing: decode workers cannot start", "broken", fix))
+        rows.append(Finding("/dev/shm", "missing: decode workers cannot start", "broken", fix))
     from videor1_kernels.extension import cache_folder
 
     for name, folder in (("run folder", Path.cwd()), ("cache", cache_folder()), ("temporary", _temporary())):
@@ -105,16 +108,16 @@ def machine() -> list[Row]:
     return rows
 
 
-def _shared(folder: Path) -> Row:
+def _shared(folder: Path) -> Finding:
     usage = shutil.disk_usage(folder)
     value = f"{_size(usage.total)} of shared memory, {_size(usage.free)} free"
     if not os.access(folder, os.W_OK) or usage.free < LEAST_SHARED:
         fix = "make it larger and writable (docker run --shm-size=1g), or --data.workers 0"
-        return Row("/dev/shm", f"{value}: decode workers cannot start", "broken", fix)
+        return Finding("/dev/shm", f"{value}: decode workers cannot start", "broken", fix)
     if usage.free < LEAST_SHARED_NCCL and _gpu_count() > 1:
         fix = "docker run --shm-size=1g or --ipc=host"
-        return Row("/dev/shm", f"{value}: little for NCCL between several GPUs", "warning", fix)
-    return Row("/dev/shm", value, "ok")
+        return Finding("/dev/shm", f"{value}: little for NCCL between several GPUs", "warning", fix)
+    return Finding("/dev/shm", value, "ok")
 
 
 def _gpu_count() -> int:
@@ -127,15 +130,15 @@ def _temporary() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _disk(name: str, folder: Path) -> Row:
+def _disk(name: str, folder: Path) -> Finding:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     value = f"{folder}, {_size(free)} free"
     if not os.access(there, os.W_OK):
-        return Row(name, f"{folder}, not writable", "warning", _where(name))
+        return Finding(name, f"{folder}, not writable", "warning", _where(name))
     if free < LEAST_FREE_DISK:
-        return Row(name, value, "warning", f"free some of its disk, or {_where(name)}")
-    return Row(name, value, "ok")
+        return Finding(name, value, "warning", f"free some of its disk, or {_where(name)}")
+    return Finding(name, value, "ok")
 
 
 def _where(name: str) -> str:

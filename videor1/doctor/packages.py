@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from videor1.doctor.rows import Row
+from videor1.doctor.rows import Finding
 from videor1.errors import install
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def _of_checkout() -> Declared:
     return made
 
 
-def versions() -> list[Row]:
+def versions() -> list[Finding]:
     """videor1, Python, and every package that training needs."""
     wanted = declared()
     rows = [
-        Row("videor1", f"{wanted.version}; ranges from {wanted.source}"),
+        Finding("videor1", f"{wanted.version}; ranges from {wanted.source}"),
         _python(wanted.python),
     ]
     order = {name: place for place, name in enumerate(FIRST)}
@@ -101,28 +101,28 @@ def versions() -> list[Row]:
     return rows
 
 
-def _python(wanted: str) -> Row:
+def _python(wanted: str) -> Finding:
     from packaging.specifiers import SpecifierSet
 
     allowed = SpecifierSet(wanted)
     wanted = _range(allowed)
     running = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if allowed.contains(platform.python_version(), prereleases=True):
-        return Row("python", f"{running} (supported: {wanted})", "ok")
-    return Row("python", f"{running}, outside of {wanted}", "broken", f"make an environment with a Python {wanted}")
+        return Finding("python", f"{running} (supported: {wanted})", "ok")
+    return Finding("python", f"{running}, outside of {wanted}", "broken", f"make an environment with a Python {wanted}")
 
 
-def _needed(requirement: Requirement) -> Row:
+def _needed(requirement: Requirement) -> Finding:
     name = requirement.name
     wanted = _range(requirement.specifier)
     found = installed(name)
     fix = f"pip install '{name}{wanted}'"
     if found is None:
-        return Row(name, f"not installed (supported: {wanted})", "broken", fix)
+        return Finding(name, f"not installed (supported: {wanted})", "broken", fix)
     if not requirement.specifier.contains(found, prereleases=True):
-        return Row(name, f"{found}, outside of {wanted}", "broken", fix)
+        return Finding(name, f"{found}, outside of {wanted}", "broken", fix)
     build = f", {_torch_build()}" if name == "torch" else ""
-    return Row(name, f"{found}{build} (supported: {wanted})", "ok")
+    return Finding(name, f"{found}{build} (supported: {wanted})", "ok")
 
 
 def _range(specifiers: SpecifierSet) -> str:
@@ -147,7 +147,7 @@ def _torch_build() -> str:
     return f"built for ROCm {torch.version.hip}" if torch.version.hip else "built for the CPU"
 
 
-def extras() -> list[Row]:
+def extras() -> list[Finding]:
     """Optional packages, and the line that adds each."""
     wanted = declared()
     return [
@@ -157,37 +157,37 @@ def extras() -> list[Row]:
     ]
 
 
-def _extra(extra: str, members: list[Requirement], fix: str) -> Row:
+def _extra(extra: str, members: list[Requirement], fix: str) -> Finding:
     if not members:
-        return Row(extra, "not for this system", "absent")
+        return Finding(extra, "not for this system", "absent")
     found = {member.name: installed(member.name) for member in members}
     there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     missing = [name for name, version in found.items() if version is None]
     if missing:
-        return Row(extra, f"{', '.join(missing)} not installed{f' ({there} is)' if there else ''}", "absent", fix)
+        return Finding(extra, f"{', '.join(missing)} not installed{f' ({there} is)' if there else ''}", "absent", fix)
     outside = [m for m in members if not m.specifier.contains(found[m.name] or "", prereleases=True)]
     if outside:
-        return Row(extra, f"{there}, outside of {', '.join(map(str, outside))}", "warning", fix)
+        return Finding(extra, f"{there}, outside of {', '.join(map(str, outside))}", "warning", fix)
     if extra in IMPORTED:
         try:
             importlib.import_module(IMPORTED[extra])
         except Exception as error:  # an ImportError, or what a missing shared library raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return Row(extra, f"{there} does not load: {reason}", "warning", f"build it for this torch: {fix}")
-    return Row(extra, there, "ok")
+            return Finding(extra, f"{there} does not load: {reason}", "warning", f"build it for this torch: {fix}")
+    return Finding(extra, there, "ok")
 
 
-def environment() -> list[Row]:
+def environment() -> list[Finding]:
     """Variables that change what runs; of keys and tokens only that they are there."""
     rows = [_variable(name, os.environ[name]) for name in REPORTED if os.environ.get(name)]
-    rows += [Row(name, "set (not shown)") for name in SECRET if os.environ.get(name)]
-    return rows or [Row("none", "none of those that change what runs is set")]
+    rows += [Finding(name, "set (not shown)") for name in SECRET if os.environ.get(name)]
+    return rows or [Finding("none", "none of those that change what runs is set")]
 
 
-def _variable(name: str, value: str) -> Row:
+def _variable(name: str, value: str) -> Finding:
     if name == "TRITON_INTERPRET" and _on_gpu():
-        return Row(name, f"{value}: kernels are interpreted, not compiled", "warning", "unset TRITON_INTERPRET")
-    return Row(name, value)
+        return Finding(name, f"{value}: kernels are interpreted, not compiled", "warning", "unset TRITON_INTERPRET")
+    return Finding(name, value)
 
 
 def _on_gpu() -> bool:

@@ -15,8 +15,8 @@ WIDTH = 110  # columns of the text
 
 
 @dataclass(frozen=True)
-class Row:
-    """One thing that was looked at."""
+class Finding:
+    """One thing that was looked at, as a row shows it."""
 
     name: str
     value: str
@@ -29,7 +29,7 @@ class Section:
     """Rows under one heading."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def text(sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def _row(row: Row, width: int) -> str:
+def _row(row: Finding, width: int) -> str:
     value = f"{row.value}: {row.fix}" if row.status == "absent" and row.fix else row.value
     return _wrapped(f"{MARKS[row.status]:>4}  {row.name:<{width}}  ", value)
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videor1.doctor.rows import Row
+from videor1.doctor.rows import Finding
 
 if TYPE_CHECKING:
     import torch
@@ -27,21 +27,21 @@ FRAMES, SIDE, STEP = 8, 64, 30  # frames of a clip, pixels, grey levels from fra
 FAR = 6.0  # grey levels: further off than compression takes a frame
 
 
-def self_check() -> list[Row]:
+def self_check() -> list[Finding]:
     """The trainer's imports, every operation, every codec."""
     return [_imports(), *operation_rows(), *decode_rows()]
 
 
-def _imports() -> Row:
+def _imports() -> Finding:
     try:
         importlib.import_module(TRAINER)
     except Exception as error:
         fix = "pip install what is missing, or make a fresh environment"
-        return Row("imports", f"broken: import {TRAINER}: {_said(error)}", "broken", fix)
-    return Row("imports", f"works: import {TRAINER}", "ok")
+        return Finding("imports", f"broken: import {TRAINER}: {_said(error)}", "broken", fix)
+    return Finding("imports", f"works: import {TRAINER}", "ok")
 
 
-def operation_rows() -> list[Row]:
+def operation_rows() -> list[Finding]:
     """A row per operation, on the device and in the dtype that training takes."""
     import torch
 
@@ -57,9 +57,9 @@ def operation_rows() -> list[Row]:
         except Exception as error:
             wrong = _said(error)
         if wrong:
-            rows.append(Row(op, f"broken ({backend} on {device}): {wrong}", "broken", _fix(backend)))
+            rows.append(Finding(op, f"broken ({backend} on {device}): {wrong}", "broken", _fix(backend)))
         else:
-            rows.append(Row(op, f"works ({backend} on {device})", "ok"))
+            rows.append(Finding(op, f"works ({backend} on {device})", "ok"))
     return rows
 
 
@@ -233,14 +233,14 @@ CASES: dict[str, Case] = {
 }
 
 
-def decode_rows() -> list[Row]:
+def decode_rows() -> list[Finding]:
     """A row per codec: a small clip encoded, then decoded by ``read_frames``."""
     os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes its settings to stderr else
     with tempfile.TemporaryDirectory() as folder:
         return [_decode(codec, encoder, Path(folder)) for codec, encoder in CODECS.items()]
 
 
-def _decode(codec: str, encoder: str, folder: Path) -> Row:
+def _decode(codec: str, encoder: str, folder: Path) -> Finding:
     name = f"decode {codec}"
     status: Any = "broken" if codec == NEEDED_CODEC else "warning"
     fix = "pip install --force-reinstall av"
@@ -252,15 +252,15 @@ def _decode(codec: str, encoder: str, folder: Path) -> Row:
         try:
             path = _write_clip(folder / f"{codec}.mp4", encoder)
         except UnknownCodecError:
-            return Row(name, f"not tried: this PyAV has no {encoder} to make a clip with", "info")
+            return Finding(name, f"not tried: this PyAV has no {encoder} to make a clip with", "info")
         clip = read_frames(path, fps=float(FRAMES))
         levels = [round(float(frame.float().mean()), 1) for frame in clip.frames]  # type: ignore[union-attr]
     except Exception as error:
-        return Row(name, f"broken: {_said(error)}", status, fix)
+        return Finding(name, f"broken: {_said(error)}", status, fix)
     made = [i * STEP for i in range(FRAMES)]
     if len(levels) != FRAMES or any(abs(a - b) > FAR for a, b in zip(levels, made, strict=True)):
-        return Row(name, f"broken: frames of grey levels {made} came back as {levels}", status, fix)
-    return Row(name, f"works: {FRAMES} frames by {clip.backend}", "ok")
+        return Finding(name, f"broken: frames of grey levels {made} came back as {levels}", status, fix)
+    return Finding(name, f"works: {FRAMES} frames by {clip.backend}", "ok")
 
 
 def _write_clip(path: Path, encoder: str) -> Path:

@@ -8,14 +8,14 @@ import shutil
 import subprocess
 from typing import Any
 
-from videor1.doctor.rows import Row
+from videor1.doctor.rows import Finding
 
 GET_CXX = "install a C++ compiler (Debian, Ubuntu: apt install g++), or name one in CXX"
 GET_NVCC = "install the CUDA toolkit of torch's CUDA version, or name its folder in CUDA_HOME"
 LONG_CLIP, SHORT_CLIP = (1920, 1080, 1800), (640, 360, 300)  # width, height, frames: examples for the choice of `auto`
 
 
-def compilers() -> list[Row]:
+def compilers() -> list[Finding]:
     """The compilers that ``videor1_kernels.extension`` finds, and whether the libraries of csrc/ are made and load."""
     import torch
 
@@ -28,50 +28,50 @@ def compilers() -> list[Row]:
     ]
     if gpu:
         rows.append(_triton_compiler())
-    rows.append(Row("cache", str(extension.cache_folder())))
+    rows.append(Finding("cache", str(extension.cache_folder())))
     rows += [_library("bf16_product", "bf16 log-probs"), _library("decode_attention", "decode attention in fp32")]
     rows.append(_operators("cpu"))
     return rows + ([_operators("cuda")] if gpu else [])
 
 
-def _compiler(name: str, find: Any, fix: str, missing: Any) -> Row:
+def _compiler(name: str, find: Any, fix: str, missing: Any) -> Finding:
     from videor1_kernels.extension import Unavailable
 
     try:
         command = find()
     except Unavailable as reason:
-        return Row(name, str(reason), missing, fix)
+        return Finding(name, str(reason), missing, fix)
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        return Row(name, f"{shutil.which(command[0])}, which does not run ({error})", "warning", fix or GET_NVCC)
+        return Finding(name, f"{shutil.which(command[0])}, which does not run ({error})", "warning", fix or GET_NVCC)
     lines = said.strip().splitlines() or ["it tells no version"]
     version = next((line for line in lines if "release" in line), lines[0])
-    return Row(name, f"{shutil.which(command[0])}: {version.strip()}", "ok")
+    return Finding(name, f"{shutil.which(command[0])}: {version.strip()}", "ok")
 
 
-def _triton_compiler() -> Row:
+def _triton_compiler() -> Finding:
     """Triton's rule: CC, else gcc, else clang."""
     named = os.environ.get("CC")
     found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     if found:
-        return Row("C for Triton", found, "ok")
+        return Finding("C for Triton", found, "ok")
     what = f"CC={named} is not found" if named else "no gcc, clang or CC: Triton cannot start its kernels"
-    return Row("C for Triton", what, "broken", "install gcc (Debian, Ubuntu: apt install gcc), or name one in CC")
+    return Finding("C for Triton", what, "broken", "install gcc (Debian, Ubuntu: apt install gcc), or name one in CC")
 
 
-def _library(name: str, what_for: str) -> Row:
+def _library(name: str, what_for: str) -> Finding:
     from videor1_kernels import extension
 
     if name == "bf16_product" and not _may_have_bf16():
-        return Row(name, f"not for this processor (no AVX-512): {what_for} are computed in fp32")
+        return Finding(name, f"not for this processor (no AVX-512): {what_for} are computed in fp32")
     try:
         library = extension.load(name)
     except extension.Unavailable as reason:
         return _not_made(name, what_for, str(reason))
     if name == "bf16_product" and not library.bf16_product_supported():
-        return Row(name, f"compiled; this processor lacks AVX-512 BF16, so {what_for} are computed in fp32")
-    return Row(name, f"compiled, loads: {what_for} on the CPU", "ok")
+        return Finding(name, f"compiled; this processor lacks AVX-512 BF16, so {what_for} are computed in fp32")
+    return Finding(name, f"compiled, loads: {what_for} on the CPU", "ok")
 
 
 def _may_have_bf16() -> bool:
@@ -80,7 +80,7 @@ def _may_have_bf16() -> bool:
     return platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _operators(device_type: str) -> Row:
+def _operators(device_type: str) -> Finding:
     from videor1_kernels import extension
 
     name = "operators" if device_type == "cpu" else f"operators, {device_type}"
@@ -89,18 +89,18 @@ def _operators(device_type: str) -> Row:
         extension.load_operators(device_type)
     except extension.Unavailable as reason:
         return _not_made(name, what_for, str(reason), GET_CXX if device_type == "cpu" else GET_NVCC)
-    return Row(name, f"compiled, loads: {what_for}", "ok")
+    return Finding(name, f"compiled, loads: {what_for}", "ok")
 
 
-def _not_made(name: str, what_for: str, reason: str, fix: str = GET_CXX) -> Row:
+def _not_made(name: str, what_for: str, reason: str, fix: str = GET_CXX) -> Finding:
     """Nothing needs the libraries: plain torch does the same, slower."""
     value = f"not used, plain torch does it ({what_for}, slower): {reason}"
     if "VIDEOR1_NATIVE" in reason:
-        return Row(name, value, "info")
-    return Row(name, value, "warning", fix)
+        return Finding(name, value, "info")
+    return Finding(name, value, "warning", fix)
 
 
-def decoders() -> list[Row]:
+def decoders() -> list[Finding]:
     """PyAV and its codecs, NVDEC, the optional decoders, and what ``video.backend: auto`` takes."""
     import av
     import torch
@@ -110,32 +110,32 @@ def decoders() -> list[Row]:
     from videor1.video.decoders import BACKENDS, check_backend
 
     ffmpeg = getattr(av, "ffmpeg_version_info", "of unknown version")
-    rows = [Row("pyav", f"{av.__version__}, FFmpeg {ffmpeg}", "ok")]
+    rows = [Finding("pyav", f"{av.__version__}, FFmpeg {ffmpeg}", "ok")]
     devices = hwdevices_available()
     gpu = torch.cuda.is_available()
     if "cuda" in devices and gpu:
-        rows.append(Row("pyav-nvdec", "built in; video.device cuda uses it where it is faster", "ok"))
+        rows.append(Finding("pyav-nvdec", "built in; video.device cuda uses it where it is faster", "ok"))
     else:
         why = "no GPU" if not gpu else f"this PyAV knows only {', '.join(devices) or 'none'}"
-        rows.append(Row("pyav-nvdec", f"cannot be used: {why}", "absent"))
+        rows.append(Finding("pyav-nvdec", f"cannot be used: {why}", "absent"))
     for backend in BACKENDS:
         if backend in ("auto", "pyav", "pyav-nvdec"):
             continue
         try:
             check_backend(backend)
-            rows.append(Row(backend, "installed, loads", "ok"))
+            rows.append(Finding(backend, "installed, loads", "ok"))
         except ConfigError as error:
             said = str(error).removeprefix("video.backend: ")
             missing = isinstance(error.__cause__, ModuleNotFoundError) and "not installed" in said
             fix = "" if missing else "install what it misses, or leave it: video.backend auto takes pyav"
-            rows.append(Row(backend, said, "absent" if missing else "warning", fix))
+            rows.append(Finding(backend, said, "absent" if missing else "warning", fix))
     rows.append(_choice("auto, video.device cpu", LONG_CLIP, "cpu"))
     if gpu:
         rows += [_choice("auto, video.device cuda", clip, "cuda") for clip in (LONG_CLIP, SHORT_CLIP)]
     return rows
 
 
-def _choice(name: str, clip: tuple[int, int, int], device: str) -> Row:
+def _choice(name: str, clip: tuple[int, int, int], device: str) -> Finding:
     from videor1.video.decoders import VideoInfo
     from videor1.video.decoders.hardware import decide
 
@@ -146,10 +146,10 @@ def _choice(name: str, clip: tuple[int, int, int], device: str) -> Row:
     )  # fmt: skip
     chosen = decide(info, range(0, frames, frames // 16), device, "auto")
     taken = {"cpu": "pyav on the CPU", "nvdec": "pyav on NVDEC"}[chosen.where]
-    return Row(name, f"{taken} ({chosen.reason}), for {frames // 30} s of {width}x{height} H.264")
+    return Finding(name, f"{taken} ({chosen.reason}), for {frames // 30} s of {width}x{height} H.264")
 
 
-def kernels() -> list[Row]:
+def kernels() -> list[Finding]:
     """For every operation, the backend that ``auto`` takes here, and for every other backend why not."""
     import torch
 
@@ -161,12 +161,12 @@ def kernels() -> list[Row]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for op in ops:
         taken = videor1_kernels.chosen_backend(op, device, dtype=dtype)
-        rows.append(Row(op, f"{taken} ({shown} on {device})", "ok"))
+        rows.append(Finding(op, f"{taken} ({shown} on {device})", "ok"))
         for backend, reason in videor1_kernels.backends(op, device).items():
             if reason is not None:
                 reasons.setdefault((backend, reason), []).append(op)
     return rows + [
-        Row(f"not {backend}", f"for {'all of them' if without == ops else ', '.join(without)}: {reason}")
+        Finding(f"not {backend}", f"for {'all of them' if without == ops else ', '.join(without)}: {reason}")
         for (backend, reason), without in reasons.items()
     ]
 

@@ -12,12 +12,12 @@ from videor1.evaluation.intervals import Estimate, mean_of_differences, mean_of_
 from videor1.evaluation.suites.base import Loaded, Overall
 from videor1.logs.progress import summary_table
 
-Row = Mapping[str, Any]  # a line of answers.jsonl
+AnswerRecord = Mapping[str, Any]  # a line of answers.jsonl
 
 _OF_THE_TEXT = ("too_long", "special_token")  # kinds of SampleError that are no fault of the video
 
 
-def figures(answers: Sequence[Row], overall: Overall | None = None) -> dict[str, Any]:
+def figures(answers: Sequence[AnswerRecord], overall: Overall | None = None) -> dict[str, Any]:
     """Of some answers::
 
         questions, videos           how many
@@ -30,11 +30,11 @@ def figures(answers: Sequence[Row], overall: Overall | None = None) -> dict[str,
     """
     paired = [row for row in answers if row["shuffled_accuracy"] is not None]
 
-    def estimate(make: Any, rows: Sequence[Row], value: Any) -> dict[str, float | None]:
+    def estimate(make: Any, rows: Sequence[AnswerRecord], value: Any) -> dict[str, float | None]:
         strata = None if overall is None else _strata(rows, overall)
         return _plain(make([value(row) for row in rows], [_video(row) for row in rows], strata))
 
-    def share(rows: Sequence[Row], name: str) -> float | None:
+    def share(rows: Sequence[AnswerRecord], name: str) -> float | None:
         return sum(row[name] for row in rows) / len(rows) if rows else None
 
     return {
@@ -51,7 +51,9 @@ def figures(answers: Sequence[Row], overall: Overall | None = None) -> dict[str,
     }
 
 
-def benchmark_results(loaded: Loaded, asked: int, answers: Sequence[Row], unanswered: Sequence[Row]) -> dict[str, Any]:
+def benchmark_results(
+    loaded: Loaded, asked: int, answers: Sequence[AnswerRecord], unanswered: Sequence[AnswerRecord]
+) -> dict[str, Any]:
     """Everything about one benchmark, for results.json.
 
     Args:
@@ -80,7 +82,7 @@ def benchmark_results(loaded: Loaded, asked: int, answers: Sequence[Row], unansw
     }
 
 
-def _unanswered(rows: Sequence[Row]) -> dict[str, Any]:
+def _unanswered(rows: Sequence[AnswerRecord]) -> dict[str, Any]:
     kinds = Counter(row["kind"] for row in rows)
     return {
         "questions": len(rows),
@@ -89,8 +91,8 @@ def _unanswered(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _by_category(answers: Sequence[Row], axis: str, overall: Overall) -> dict[str, Any]:
-    rows: dict[str, list[Row]] = {}
+def _by_category(answers: Sequence[AnswerRecord], axis: str, overall: Overall) -> dict[str, Any]:
+    rows: dict[str, list[AnswerRecord]] = {}
     for row in answers:
         rows.setdefault(row["categories"][axis], []).append(row)
     found = {name: figures(rows[name]) for name in sorted(rows)}
@@ -155,14 +157,14 @@ def _percent(value: float | None) -> str:
     return "—" if value is None else f"{100 * value:.1f}"
 
 
-def _strata(rows: Sequence[Row], overall: Overall) -> list[tuple[str, ...]] | None:
+def _strata(rows: Sequence[AnswerRecord], overall: Overall) -> list[tuple[str, ...]] | None:
     if overall.axis is None:
         return None
     categories = [row["categories"][overall.axis] for row in rows]
     return [(overall.groups.get(category, category), category) for category in categories]
 
 
-def _video(row: Row) -> str:
+def _video(row: AnswerRecord) -> str:
     """What a question is about; one without media stands alone."""
     return row["path"] or f"#{row['index']}"
 

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
 from videor1.model.load import pick_device
-from videor1.plan.phases import Step, first_update, no_phase, run_step
+from videor1.plan.phases import TrainingStep, first_update, no_phase, run_step
 from videor1.plan.plan import GIB, Plan, plan
 from videor1.plan.setup import TEXT_TOKENS, Target, build_policy, make_work, shape_of
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
@@ -66,7 +66,7 @@ def measured(
             requests.append(Request(prompt, config.seed, first, other))
         engine.generate(requests)
 
-    step = Step(config, model, frozen, optimizer, work, answer)
+    step = TrainingStep(config, model, frozen, optimizer, work, answer)
     first_update(step)
     run_step(step, no_phase)  # kernels are compiled, workspaces made
     found: dict[str, int] = {}

@@ -21,8 +21,8 @@ Answer = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step needs."""
+class TrainingStep:
+    """What an optimizer step needs."""
 
     config: TrainConfig
     model: VideoLM
@@ -32,7 +32,7 @@ class Step:
     answer: Answer  # the engine
 
 
-def first_update(step: Step) -> None:
+def first_update(step: TrainingStep) -> None:
     """Makes the optimizer's states, as the first update of a run does; afterwards a run is in its steady state."""
     for parameter in step.model.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
@@ -40,7 +40,7 @@ def first_update(step: Step) -> None:
     step.optimizer.zero_grad(set_to_none=True)
 
 
-def run_step(step: Step, phase: Callable[[str], AbstractContextManager[None]]) -> None:
+def run_step(step: TrainingStep, phase: Callable[[str], AbstractContextManager[None]]) -> None:
     """The phases of a step in the steady state, each inside ``phase(name)``: rollout (of the local engine), reference
     (where there is a KL term), policy (one forward and backward pass, two where a step has several), optimizer."""
     config, model, row = step.config, step.model, step.work.row
@@ -72,7 +72,7 @@ def run_step(step: Step, phase: Callable[[str], AbstractContextManager[None]]) -
     step.optimizer.zero_grad(set_to_none=True)
 
 
-def _rollout(step: Step) -> list[Tensor]:
+def _rollout(step: TrainingStep) -> list[Tensor]:
     config, model, prompts = step.config, step.model, step.work.prompts
     with model.inference():
         ordered = media_features(model, prompts)

@@ -21,7 +21,7 @@ from videor1.config import TrainConfig
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.plan.ledger import Ledger
-from videor1.plan.phases import Step, first_update, run_step
+from videor1.plan.phases import TrainingStep, first_update, run_step
 from videor1.plan.setup import TEXT_TOKENS, Target, Work, build_policy, build_reference, make_fake, make_work, shape_of
 from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.engine import PREFILL_TOKENS
@@ -142,7 +142,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
         group["foreach"] = target.cuda  # torch's own choice there, which costs a temporary of the parameters' size
     capacity = _capacity(config, model, work)
     engine = _FakeEngine(config, model, work, capacity, ledger, fake)
-    step = Step(config, model, frozen, optimizer, work, engine)
+    step = TrainingStep(config, model, frozen, optimizer, work, engine)
     phases: list[Phase] = []
 
     @contextlib.contextmanager
@@ -256,7 +256,7 @@ class _FakeEngine:
             self.ledger.workspace(rows * vocabulary * 4 * (2 if self.config.rollout.cuda_graphs else 1))
             return
         logits = product(head.new_empty(rows, head.shape[1]), head.T)
-        options = sampling.Options(self.config.temperature, self.config.top_p, 0)
+        options = sampling.SampleTokensOptions(self.config.temperature, self.config.top_p, 0)
         sampling.sample_tokens(logits, logits.new_empty(rows), None, options)
 
 

@@ -6,7 +6,6 @@ at commit 59d65c3), quirks included; ``lenient`` is ours and can only add to wha
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import math
@@ -21,7 +20,7 @@ from rouge_score import rouge_scorer
 
 from videor1.answer import extract_answer, follows_format
 from videor1.config import RewardConfig
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, did_you_mean
 from videor1.types import Sample
 
 RewardFunction = Callable[[list[str], list[Sample]], Any]
@@ -135,13 +134,14 @@ def load_reward(name: str) -> RewardFunction:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not
         raise ConfigError(
-            f"reward.functions: {name!r}: no module {error.name!r}{_near(error.name, _siblings(error.name))}; "
+            f"reward.functions: {name!r}: no module {error.name!r}{did_you_mean(error.name, _siblings(error.name))}; "
             "it must be installed or stand in the folder the command runs in"
         ) from None
     for part in attribute.split("."):
         if not hasattr(target, part):
             public = [other for other in dir(target) if not other.startswith("_")]
-            raise ConfigError(f"reward.functions: {name!r}: {module_name!r} has no {attribute!r}{_near(part, public)}")
+            hint = did_you_mean(part, public)
+            raise ConfigError(f"reward.functions: {name!r}: {module_name!r} has no {attribute!r}{hint}")
         target = getattr(target, part)
     if not callable(target):
         raise ConfigError(f"reward.functions: {name!r} is {type(target).__name__}, expected a function")
@@ -155,11 +155,6 @@ def _siblings(module_name: str) -> list[str]:
     found = [f"{parent}.{module.name}" if parent else module.name for module in pkgutil.iter_modules(path)]
     # An editable install may be found by an import hook alone, which lists nothing; what is imported is known anyway.
     return found + [name for name in list(sys.modules) if name.rpartition(".")[0] == parent]
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _call(name: str, function: RewardFunction, completions: list[str], samples: list[Sample]) -> list[float]:

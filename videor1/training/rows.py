@@ -36,8 +36,8 @@ def add(totals: Sequence[Totals]) -> Totals:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One forward and backward pass: some groups, or some answers of one."""
+class TrainingRow:
+    """One packed row, which is one forward and backward pass: some groups, or some answers of one."""
 
     packed: Packed
     groups: tuple[int, ...]  # of the batch; in the order of the row's prompts
@@ -47,7 +47,7 @@ class Row:
 
 def training_rows(
     model: VideoLM, groups: Sequence[Group], scored: Scored, config: TrainConfig, totals: Totals | None = None
-) -> tuple[list[Row], int]:
+) -> tuple[list[TrainingRow], int]:
     """(rows, number of groups in none of them).
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
@@ -80,7 +80,7 @@ def training_rows(
                 tokens=int(lengths.flatten()[places].sum()) / tokens,
                 micro_batches=totals.micro_batches,
             )
-            rows.append(Row(packed, tuple(i for i, _ in chosen), places, weight))
+            rows.append(TrainingRow(packed, tuple(i for i, _ in chosen), places, weight))
     return rows, left_out
 
 

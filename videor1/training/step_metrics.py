@@ -12,7 +12,7 @@ from torch import Tensor
 
 from videor1.rollout import Rollout
 from videor1.training.batch import Batch, joined
-from videor1.training.rows import Row
+from videor1.training.rows import TrainingRow
 from videor1_kernels import GrpoLoss
 
 
@@ -28,7 +28,7 @@ class StepReport:
     left_out: int
 
 
-def report_of(batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int) -> StepReport:
+def report_of(batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int) -> StepReport:
     """What a rank has to tell of its answers and its passes."""
     answers, none = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
     sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])

@@ -25,7 +25,7 @@ from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import Loop
 from videor1.training.passes import Packed, completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
-from videor1.training.rows import Row, add, totals_of, training_rows
+from videor1.training.rows import TrainingRow, add, totals_of, training_rows
 from videor1.training.step_metrics import report_of, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation, permuted_features, shuffled_patches
@@ -180,7 +180,7 @@ class Trainer(Loop[TrainConfig]):
 
     def _losses(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[TrainingRow],
         scored: Scored,
         tokens: int,
         old: Sequence[Tensor | None],
@@ -224,7 +224,7 @@ class Trainer(Loop[TrainConfig]):
         return self.ranks.whole_weights() if self.config.beta and self.frozen is None else contextlib.nullcontext()
 
     def _metrics(
-        self, batch: Batch, rows: Sequence[Row], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
+        self, batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
     ) -> dict[str, Any]:
         reports = self.ranks.gather(report_of(batch, rows, results, left_out))
         metrics = step_metrics(reports, clock.laps, clock.total())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import compute_dtype
-from videor1_kernels.group_advantage.reference import Options
+from videor1_kernels.group_advantage.reference import AdvantageOptions
 
 
 @torch.library.custom_op("videor1::tgrpo_advantages", mutates_args=())
@@ -33,7 +33,7 @@ def tgrpo_advantages_op(
     """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     run = dispatch.resolve("tgrpo_advantages", backend, accuracy.device, dtype)
-    options = Options(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
+    options = AdvantageOptions(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
     with dispatch.running_on(accuracy):
         return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options)
 

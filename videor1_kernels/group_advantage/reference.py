@@ -15,7 +15,7 @@ APPLY = ("reward", "advantage")
 
 
 @dataclass(frozen=True)
-class Options:
+class AdvantageOptions:
     """The checked options of a call."""
 
     rule: str
@@ -40,7 +40,7 @@ def check_values(accuracy: Tensor, format: Tensor, shuffled_accuracy: Tensor | N
 
 
 def tgrpo_advantages(
-    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: Options
+    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: AdvantageOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
     check_values(accuracy, format, shuffled_accuracy)
@@ -80,7 +80,7 @@ def tgrpo_advantages(
     return advantages.to(dtype), rewards.to(dtype), temporal, p, p_shuffled
 
 
-def temporal_bonus(p: Tensor, p_shuffled: Tensor, options: Options) -> Tensor:
+def temporal_bonus(p: Tensor, p_shuffled: Tensor, options: AdvantageOptions) -> Tensor:
     """p, p_shuffled [P] -> [P]. A comparison with NaN (no shuffled branch) is false: no bonus."""
     if options.rule == "margin":
         return torch.where(p > p_shuffled, options.alpha * (p - p_shuffled), 0.0)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videor1_kernels.checks import capturing
-from videor1_kernels.group_advantage.reference import RULES, Options, check_values
+from videor1_kernels.group_advantage.reference import RULES, AdvantageOptions, check_values
 
 ELEMENTS = 512  # of one program: prompts times the width of a group
 
@@ -85,7 +85,7 @@ def advantage_kernel(accuracy, format, lengths, shuffled, advantages, rewards_ou
 
 
 def tgrpo_advantages(
-    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: Options
+    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: AdvantageOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P]), fp32.
 

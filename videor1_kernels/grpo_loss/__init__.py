@@ -11,7 +11,7 @@ from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
-from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Options
+from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, GrpoLossOptions
 from videor1_kernels.linear_logprob import check_head, split_temperature
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
@@ -209,7 +209,7 @@ def check_options(
     importance_level: str,
     max_completion_length: int | None,
     num_tokens: float | None,
-) -> Options:
+) -> GrpoLossOptions:
     """Checks of everything but the log-probabilities' source."""
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
     if not len(cu_seqlens):
@@ -237,7 +237,7 @@ def check_options(
         if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
             num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
-    return Options(
+    return GrpoLossOptions(
         loss_type=loss_type,
         beta=float(beta),
         clip_low=clip_low,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
-from videor1_kernels.grpo_loss.reference import Options
+from videor1_kernels.grpo_loss.reference import GrpoLossOptions
 from videor1_kernels.linear_logprob.products import times
 
 
@@ -50,7 +50,7 @@ def grpo_loss_op(
     op = "grpo_loss"
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(logp))
     run = dispatch.resolve(op, backend, logp.device, compute_dtype(logp))
-    options = Options(
+    options = GrpoLossOptions(
         loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
     with dispatch.running_on(logp):
@@ -111,7 +111,7 @@ def linear_grpo_loss_op(
     check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
     check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
-    options = Options(
+    options = GrpoLossOptions(
         loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
     with dispatch.running_on(hidden):

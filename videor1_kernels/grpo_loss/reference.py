@@ -22,7 +22,7 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
-class Options:
+class GrpoLossOptions:
     """The checked options of a loss call."""
 
     loss_type: str
@@ -77,7 +77,7 @@ def grpo_loss(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     mask: Tensor | None,
-    options: Options,
+    options: GrpoLossOptions,
 ) -> Result:
     """The loss from log-probabilities [N], and its gradient."""
     terms = loss_terms(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options)
@@ -98,7 +98,7 @@ def linear_grpo_loss(
     ref_logp: Tensor | None,
     bias: Tensor | None,
     temperature: float | Tensor,
-    options: Options,
+    options: GrpoLossOptions,
     needs: Sequence[bool],
 ) -> LinearResult:
     """The loss from hidden states, and its gradients: rows of zero coefficient are left out of them."""
@@ -121,7 +121,7 @@ def loss_terms(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     mask: Tensor | None,
-    options: Options,
+    options: GrpoLossOptions,
 ) -> Terms:
     """The loss, its gradient per token, and the statistics."""
     dtype = compute_dtype(logp)
@@ -175,7 +175,7 @@ def loss_terms(
     )
 
 
-def _token_weights(tokens: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+def _token_weights(tokens: Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
     """tokens [S] -> [S]: the factor that a completion's token terms have in the loss."""
     completions = len(tokens)
     ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)

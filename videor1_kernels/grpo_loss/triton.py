@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED
-from videor1_kernels.grpo_loss.reference import LinearResult, Options, Result
+from videor1_kernels.grpo_loss.reference import GrpoLossOptions, LinearResult, Result
 from videor1_kernels.grpo_loss.triton_terms import terms
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
@@ -40,7 +40,7 @@ def grpo_loss(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     mask: Tensor | None,
-    options: Options,
+    options: GrpoLossOptions,
 ) -> Result:
     """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
     boundaries = cu_seqlens.long().contiguous()
@@ -81,7 +81,7 @@ class _Rows:
     whole: Tensor  # int64 scalar: n
     spans: list[tuple[int, int, int]]
     live: int
-    options: Options
+    options: GrpoLossOptions
 
     def add_terms(self, first: int, stop: int, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
         """Coefficients of rows first to stop - 1 from their log-probs; their loss, KL and clips are added to sums."""
@@ -108,7 +108,7 @@ def linear_grpo_loss(
     ref_logp: Tensor | None,
     bias: Tensor | None,
     temperature: float | Tensor,
-    options: Options,
+    options: GrpoLossOptions,
     needs: Sequence[bool],
 ) -> LinearResult:
     """The loss, what is reported with it, and the gradients that ``needs`` names (hidden, weight, bias)."""

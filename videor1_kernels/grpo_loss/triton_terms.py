@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videor1_kernels.grpo_loss.reference import Options
+from videor1_kernels.grpo_loss.reference import GrpoLossOptions
 
 BLOCK = 512  # 1024 takes twice the registers, and some are spilled
 
@@ -101,7 +101,7 @@ def terms(
     advantages: Tensor,
     tokens: Tensor,
     whole: Tensor,
-    options: Options,
+    options: GrpoLossOptions,
     coefficient: Tensor,
 ) -> Tensor:
     """-> sums fp32 [3, segments] of loss terms, KL and clipped tokens; fills ``coefficient`` fp32 [N].

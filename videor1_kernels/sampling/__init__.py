@@ -8,7 +8,7 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import capturing, check_indices, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.sampling import reference
-from videor1_kernels.sampling.reference import Options
+from videor1_kernels.sampling.reference import SampleTokensOptions
 
 __all__ = ["sample_tokens"]
 
@@ -76,7 +76,7 @@ def sample_tokens(
         banned = _checked(op, banned, vocabulary) if len(banned) else None
     if temperature:  # beyond these bounds nothing changes but that fp32 no longer holds it
         temperature = min(max(temperature, 1e-30), 1e30)
-    options = Options(float(temperature), float(top_p), top_k if top_k < vocabulary else 0)
+    options = SampleTokensOptions(float(temperature), float(top_p), top_k if top_k < vocabulary else 0)
     run = dispatch.resolve(op, backend, logits.device, compute_dtype(logits))
     with torch.no_grad(), dispatch.running_on(logits):
         return run.sample_tokens(logits, uniform, banned, options)

@@ -18,7 +18,7 @@ REACHED = 1 - 2.0**-40  # of top_p: what only rounding keeps from it has reached
 
 
 @dataclass(frozen=True)
-class Options:
+class SampleTokensOptions:
     """The checked options of a call."""
 
     temperature: float
@@ -26,7 +26,9 @@ class Options:
     top_k: int  # 0: off; else below V
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, banned: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, banned: Tensor | None, options: SampleTokensOptions
+) -> tuple[Tensor, Tensor]:
     """-> (tokens int64 [R], logp [R] of the compute dtype)."""
     scores = logits.to(compute_dtype(logits))  # [R, V]
     limits = torch.finfo(scores.dtype)

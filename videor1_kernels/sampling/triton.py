@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videor1_kernels.sampling.reference import REACHED, Options
+from videor1_kernels.sampling.reference import REACHED, SampleTokensOptions
 from videor1_kernels.sampling.triton_list import draw_truncated
 from videor1_kernels.sampling.triton_row import (
     LARGEST,
@@ -112,7 +112,9 @@ def sample_kernel(logits, uniform, banned, tokens, logp, listed, counts, stride,
     tl.store(logp + row, result.to(tl.float32))
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, banned: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, banned: Tensor | None, options: SampleTokensOptions
+) -> tuple[Tensor, Tensor]:
     """-> (tokens int64 [R], logp fp32 [R])."""
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1:

@@ -203,7 +203,7 @@ def test_a_call_leaves_the_model_as_it_was() -> None:
 def test_a_call_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_lm()
     model.hf.train()
-    monkeypatch.setattr("videor1.rollout.local.step.Step.draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("videor1.rollout.local.step.DecodeStep.draw", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answer(model, [ask(model, TEXT)], SamplingOptions(2))
     assert model.hf.training

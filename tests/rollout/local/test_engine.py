@@ -20,7 +20,7 @@ from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, SamplingOptions
 from videor1.rollout.local.graph import SIZES, Captured, GraphedSteps
-from videor1.rollout.local.step import Step, StepInputs
+from videor1.rollout.local.step import DecodeStep, StepInputs
 from videor1.types import Completion
 from videor1_kernels import last_backend
 
@@ -88,13 +88,13 @@ def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone(monkeypatch:
     model.hf.model.language_model.register_forward_hook(
         lambda _module, _args, out: tokens.append(out.last_hidden_state.shape[1])
     )
-    logits = Step.logits
+    logits = DecodeStep.logits
 
-    def counted(self: Step, hidden: Tensor) -> Tensor:
+    def counted(self: DecodeStep, hidden: Tensor) -> Tensor:
         heads.append(len(hidden))
         return logits(self, hidden)
 
-    monkeypatch.setattr(Step, "logits", counted)
+    monkeypatch.setattr(DecodeStep, "logits", counted)
     rollout = LocalEngine(model, SamplingOptions(3)).generate([both(model, VIDEO, 8, 4), ask(model, TEXT, 6)])
     assert tokens == [2 * len(VIDEO.input_ids) + len(TEXT.input_ids)]
     assert heads == [3, 18, 18]
@@ -202,12 +202,12 @@ def test_graphed_steps_answer_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> 
     plain = LocalEngine(model, options).generate(requests)
     engine = functools.partial(LocalEngine, model, options, max_rows=5, backend="triton")
 
-    def never_waits(self: Step, *args: Any, **kwargs: Any) -> None:
+    def never_waits(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         self.never_waits = True
 
-    start = Step.__init__
-    monkeypatch.setattr(Step, "__init__", never_waits)
+    start = DecodeStep.__init__
+    monkeypatch.setattr(DecodeStep, "__init__", never_waits)
     monkeypatch.setattr(
         videor1.rollout.local.engine, "GraphedSteps",
         lambda step: GraphedSteps(step, functools.partial(fake_capture, sizes)),

@@ -49,10 +49,10 @@ def test_everything_enters_where_there_is_room() -> None:
     entered = scheduler.admit()
     assert names(entered) == [(0, False), (0, True), (1, False)]
     assert sorted((job.start, job.length) for job in entered) == [(0, 5), (5, 5), (10, 3)]
-    slots = [row.slot for job in entered for row in job.rows]
+    slots = [sequence.slot for job in entered for sequence in job.sequences]
     assert sorted(slots) == [0, 1, 2, 3, 4]
-    assert [row.place for job in entered for row in job.rows] == [0, 1, 2, 3, 4]
-    assert [[row.index for row in job.rows] for job in entered] == [[0, 1], [0], [0, 1]]
+    assert [sequence.place for job in entered for sequence in job.sequences] == [0, 1, 2, 3, 4]
+    assert [[sequence.index for sequence in job.sequences] for job in entered] == [[0, 1], [0], [0, 1]]
     assert scheduler.admit() == []
 
 
@@ -60,11 +60,11 @@ def test_rows_that_leave_make_room_at_once() -> None:
     scheduler = Scheduler([request(4, 2), request(6, 2), request(2, 1)], Capacity(3, 10, 4, 1), eager=False)
     first, *none = scheduler.admit()
     assert not none  # three slots: the second branch does not fit, and the third does not overtake it
-    scheduler.leave(first.rows[0])
+    scheduler.leave(first.sequences[0])
     (second,) = scheduler.admit()
     assert names([second]) == [(1, False)]
-    assert {row.slot for row in first.rows}.isdisjoint(row.slot for row in second.rows)
-    scheduler.leave(first.rows[0])
+    assert {sequence.slot for sequence in first.sequences}.isdisjoint(sequence.slot for sequence in second.sequences)
+    scheduler.leave(first.sequences[0])
     assert scheduler.running == [second]
     (third,) = scheduler.admit()
     assert third.start == 0  # the first prompt's place
@@ -83,8 +83,8 @@ def test_shuffled_branches_that_may_matter(eager: bool) -> None:
         assert names(scheduler.admit()) == [(1, True)]
         assert scheduler.admit() == []
         for job in list(scheduler.running):
-            for row in list(job.rows):
-                scheduler.leave(row)
+            for sequence in list(job.sequences):
+                scheduler.leave(sequence)
         assert names(scheduler.admit()) == [(0, True)]  # nothing else is left to do
 
 
@@ -121,13 +121,13 @@ def test_random_runs_never_share_memory_and_always_end() -> None:
             jobs = scheduler.running
             if not jobs:
                 break
-            rows = [row for job in jobs for row in job.rows]
-            assert len({row.slot for row in rows}) == len(rows) <= capacity.slots
+            running = [sequence for job in jobs for sequence in job.sequences]
+            assert len({sequence.slot for sequence in running}) == len(running) <= capacity.slots
             spans = sorted((job.start, job.start + job.length) for job in jobs)
             assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
             assert spans[-1][1] <= capacity.prefix_tokens
-            for row in rng.sample(rows, rng.randint(1, len(rows))):
-                scheduler.leave(row)
+            for sequence in rng.sample(running, rng.randint(1, len(running))):
+                scheduler.leave(sequence)
                 done += 1
             for r in asked:
                 if r.judge is not None and rng.random() < 0.1:

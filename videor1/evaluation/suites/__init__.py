@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from videor1.data import Dataset
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, did_you_mean
 from videor1.evaluation.suites import mmvu, mvbench, tempcompass, videomme, videommmu, vsibench
 from videor1.evaluation.suites.base import Loaded, Overall, Question, Suite
 from videor1.evaluation.suites.datafile import from_dataset
@@ -23,9 +22,7 @@ def find_suite(name: str) -> Suite:
     folded = name.casefold().replace("-", "").replace("_", "")
     if folded in SUITES:
         return SUITES[folded]
-    near = difflib.get_close_matches(folded, SUITES, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"benchmark: expected one of {', '.join(SUITES)}, got {name!r}{hint}")
+    raise ConfigError(f"benchmark: expected one of {', '.join(SUITES)}, got {name!r}{did_you_mean(folded, SUITES)}")
 
 
 def load_suite(name: str, root: str | Path) -> Loaded:

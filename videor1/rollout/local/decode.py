@@ -1,4 +1,4 @@
-"""The two passes of a rollout over the language model: prompts (prefill), and one new token per row (decode)."""
+"""The two passes of a rollout over the language model: prompts (prefill), and one new token per sequence (decode)."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scal
 
 @dataclass
 class Decode:
-    """Attention context of one new token per row.
+    """Attention context of one new token per sequence.
 
     Attributes:
-        layout: its ``suffix_slots`` are where the rows write.
-        lengths: int64 [R], of the rows' own tokens, the new one included.
+        layout: its ``suffix_slots`` are where the sequences write.
+        lengths: int64 [R], of the sequences' own tokens, the new one included.
         attention: an implementation of ``prefix_decode_attention``: the shapes, checked at each call of the public
             function, are the same in every layer and step.
     """
@@ -64,7 +64,7 @@ class Decode:
     def __post_init__(self) -> None:
         assert self.layout.suffix_slots is not None
         self.last = self.lengths - 1
-        self.column: int | None = None  # where all rows write, if it is one and the first slots are theirs
+        self.column: int | None = None  # where all sequences write, if it is one and the first slots are theirs
         if self.layout.slots_in_order and not self.lengths.is_cuda:
             first, *others = set(self.last.tolist())
             self.column = None if others else first
@@ -83,7 +83,7 @@ class Decode:
 
 
 class Decoder:
-    """The language model for one new token per row.
+    """The language model for one new token per sequence.
 
     transformers' modules with their weights, called directly: for a single token the glue between them costs more than
     they compute. Their linear layers run as modules, so adapters act; text positions are alike in time, height and

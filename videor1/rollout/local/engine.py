@@ -1,6 +1,7 @@
-"""The in-process engine: the training model's own weights, each prompt prefilled once, all rows decoded together.
+"""The in-process engine: the training model's own weights, each prompt prefilled once, all sequences decoded
+together.
 
-Rows of many prompts, from ordered and from shuffled frames, share every decode step; a row that has ended leaves its
+Sequences of many prompts, from ordered and from shuffled frames, share every decode step; one that has ended leaves its
 place to a waiting branch.
 """
 
@@ -18,8 +19,8 @@ from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
 from videor1.rollout.local.kv_cache import KVCache, bytes_per_token, default_budget, plan_capacity
-from videor1.rollout.local.scheduler import Job, Row, Scheduler
-from videor1.rollout.local.step import Step
+from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
+from videor1.rollout.local.step import DecodeStep
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
 from videor1.seeding import generator
 from videor1.types import Completion, Group
@@ -115,10 +116,10 @@ class Run:
         self.positions = [model.positions(request.prompt) for request in requests]
         firsts = [first for _, first in self.positions]
         answers = range(min(firsts), max(firsts) + options.max_new_tokens)
-        self.step = Step(model, self.cache, options, positions=answers, backend=engine.backend)
+        self.step = DecodeStep(model, self.cache, options, positions=answers, backend=engine.backend)
         self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.never_waits else None
         self.stops = torch.tensor([special.eos, special.pad], device=device)
-        self.rows = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
+        self.in_flight = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
         # Per request: the ordered answers, the shuffled ones; None until they are finished.
         self.answers: list[tuple[list[Completion | None], list[Completion | None]]] = [
             ([None] * r.ordered.count, [None] * (r.shuffled.count if r.shuffled else 0)) for r in requests
@@ -130,7 +131,7 @@ class Run:
             if admitted := self.scheduler.admit():
                 for jobs in _passes(admitted):
                     self._prefill(jobs)
-            elif self.rows.rows:
+            elif self.in_flight.sequences:
                 self._decode()
             else:
                 break
@@ -161,47 +162,50 @@ class Run:
             [job.branch.features for job in jobs if job.branch.features is not None],
         )
         ends = torch.tensor(layout.prompt_lengths, device=model.device).cumsum(0) - 1
-        new, since = [row for job in jobs for row in job.rows], len(self.rows)
-        counts = torch.tensor([len(job.rows) for job in jobs])
-        self.rows.enter(new, torch.tensor(firsts).repeat_interleave(counts), torch.stack([*map(self._uniform, new)]))
-        # The head sees one position a branch: all its rows draw from the same logits.
+        new, since = [sequence for job in jobs for sequence in job.sequences], len(self.in_flight)
+        counts = torch.tensor([len(job.sequences) for job in jobs])
+        uniform = torch.stack([*map(self._uniform, new)])
+        self.in_flight.enter(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
+        # The head sees one position a branch: all its sequences draw from the same logits.
         logits = self.step.logits(hidden[ends]).repeat_interleave(counts.to(model.device), 0)
-        self._record(since, *self.step.draw(logits, self.rows.uniform[self.rows.places[since:], 0]))
+        self._record(since, *self.step.draw(logits, self.in_flight.uniform[self.in_flight.places[since:], 0]))
 
     def _decode(self) -> None:
-        """One more token of every row in flight."""
-        rows = len(self.rows)
+        """One more token of every sequence in flight."""
+        rows = len(self.in_flight)
         size = self.graphs.size(rows) if self.graphs else rows
-        tokens, logp = (self.graphs or self.step)(self.rows.inputs(size))
+        tokens, logp = (self.graphs or self.step)(self.in_flight.inputs(size))
         self.stats.decode_steps += 1
         self.stats.row_steps += rows
         self._record(0, tokens[:rows], logp[:rows])
 
     def _record(self, since: int, tokens: Tensor, logp: Tensor) -> None:
-        """What the rows from ``since`` on have drawn; those that have ended leave."""
-        rows, most = self.rows, self.options.max_new_tokens
-        rows.record(since, tokens, logp)
+        """What the sequences from ``since`` on have drawn; those that have ended leave."""
+        in_flight, most = self.in_flight, self.options.max_new_tokens
+        in_flight.record(since, tokens, logp)
         self.stats.tokens += len(tokens)
         # One wait for the device a step.
-        stopped, lengths = torch.stack([torch.isin(tokens, self.stops).long(), rows.counts[since:]]).tolist()
+        stopped, lengths = torch.stack([torch.isin(tokens, self.stops).long(), in_flight.counts[since:]]).tolist()
         going = [not stop and length < most for stop, length in zip(stopped, lengths, strict=True)]
         if not all(going):
             ended = [i for i, go in enumerate(going) if not go]
             self._finish(
-                [rows.rows[since + i] for i in ended], [lengths[i] for i in ended], [bool(stopped[i]) for i in ended]
+                [in_flight.sequences[since + i] for i in ended],
+                [lengths[i] for i in ended],
+                [bool(stopped[i]) for i in ended],
             )
-            rows.keep([True] * since + going)
+            in_flight.keep([True] * since + going)
 
-    def _finish(self, ended: Sequence[Row], lengths: Sequence[int], stopped: Sequence[bool]) -> None:
-        """The answers of rows that have ended, told to their groups' judges."""
-        places = torch.tensor([row.place for row in ended], device=self.model.device)
-        drawn, logp = self.rows.drawn[places].cpu(), self.rows.logp[places].cpu()
-        for i, row in enumerate(ended):
-            job, ids = row.job, drawn[i, : lengths[i]].clone()
+    def _finish(self, ended: Sequence[RunningSequence], lengths: Sequence[int], stopped: Sequence[bool]) -> None:
+        """The answers of sequences that have ended, told to their groups' judges."""
+        places = torch.tensor([sequence.place for sequence in ended], device=self.model.device)
+        drawn, logp = self.in_flight.drawn[places].cpu(), self.in_flight.logp[places].cpu()
+        for i, sequence in enumerate(ended):
+            job, ids = sequence.job, drawn[i, : lengths[i]].clone()
             text = self.model.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
             answer = Completion(ids, logp[i, : lengths[i]].clone(), stopped[i], text)
-            self.answers[job.number][job.shuffled][row.index] = answer
-            self.scheduler.leave(row)
+            self.answers[job.number][job.shuffled][sequence.index] = answer
+            self.scheduler.leave(sequence)
             if job.request.judge is not None:
                 (job.request.judge.shuffled_done if job.shuffled else job.request.judge.ordered_done)(answer)
 
@@ -211,10 +215,11 @@ class Run:
         self.stats.shuffled_skipped += sum(job.branch.count for job in waiting)
         if running:
             gone = {id(job) for job in running}
-            going = [id(row.job) not in gone for row in self.rows.rows]
+            going = [id(sequence.job) not in gone for sequence in self.in_flight.sequences]
             self.stats.shuffled_stopped += going.count(False)
-            self.rows.keep(going)
+            self.in_flight.keep(going)
 
-    def _uniform(self, row: Row) -> Tensor:
-        source = generator(row.job.request.seed, *row.job.branch.names, row.index)
+    def _uniform(self, sequence: RunningSequence) -> Tensor:
+        job = sequence.job
+        source = generator(job.request.seed, *job.branch.names, sequence.index)
         return torch.rand(self.options.max_new_tokens, generator=source)

@@ -17,7 +17,7 @@ from videor1.rollout.local.step import StepInputs
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a graph; above: multiples of 512
 
-Step = Callable[[StepInputs], tuple[Tensor, Tensor]]
+StepFunction = Callable[[StepInputs], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -38,7 +38,9 @@ class GraphedSteps:
         capture: makes a :class:`Captured` of the step and its inputs; given by tests.
     """
 
-    def __init__(self, step: Step, capture: Callable[[Step, StepInputs], Captured] | None = None) -> None:
+    def __init__(
+        self, step: StepFunction, capture: Callable[[StepFunction, StepInputs], Captured] | None = None
+    ) -> None:
         self._step = step
         self._pool: Any = None
         self._capture = capture or self._on_cuda
@@ -62,7 +64,7 @@ class GraphedSteps:
         held.replay()
         return held.outputs
 
-    def _on_cuda(self, step: Step, inputs: StepInputs) -> Captured:
+    def _on_cuda(self, step: StepFunction, inputs: StepInputs) -> Captured:
         held = inputs.clone()
         # Twice before the capture, on a stream of its own: kernels compile, workspaces are made, weights are cast. The
         # same inputs give the same keys and values, so the cache ends as after one step.

@@ -1,4 +1,4 @@
-"""The rows in flight, as tensors: what each is to be fed next, and what it has drawn so far."""
+"""The sequences in flight, as tensors of one row each: what each is to be fed next, and what it has drawn so far."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from videor1.rollout.local.scheduler import Row
+from videor1.rollout.local.scheduler import RunningSequence
 from videor1.rollout.local.step import StepInputs
 from videor1_kernels import DecodeLayout
 
 
 class InFlight:
-    """R rows in flight, of N in the whole rollout; C new tokens at most.
+    """R sequences in flight, of N in the whole rollout; C new tokens at most.
 
     Attributes:
-        rows: the rows, in the order of the tensors.
+        sequences: in the order of the tensors' rows.
         tokens: int64 [R], drawn last.
-        counts: int64 [R], tokens drawn so far, 1 or more once a row has entered.
-        first: int64 [R], position of the row's first token.
+        counts: int64 [R], tokens drawn so far, 1 or more once a sequence has entered.
+        first: int64 [R], position of the sequence's first token.
         places: int64 [R], rows of the buffers ``drawn``, ``logp`` and ``uniform``, [N, C] each.
     """
 
-    _PER_ROW = ("tokens", "counts", "first", "places")
+    _PER_SEQUENCE = ("tokens", "counts", "first", "places")
 
     def __init__(self, total: int, new_tokens: int, device: torch.device) -> None:
         self.device = device
-        self.rows: list[Row] = []
+        self.sequences: list[RunningSequence] = []
         self.tokens, self.counts, self.first, self.places = (
-            torch.empty(0, dtype=torch.int64, device=device) for _ in self._PER_ROW
+            torch.empty(0, dtype=torch.int64, device=device) for _ in self._PER_SEQUENCE
         )
         self.drawn = torch.empty(total, new_tokens, dtype=torch.int64, device=device)
         self.logp = torch.empty(total, new_tokens, device=device)
@@ -37,7 +37,7 @@ class InFlight:
         self._layout: tuple[int, DecodeLayout] | None = None  # and its size
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
     def inputs(self, size: int) -> StepInputs:
         """Of the next decode step, filled up to ``size`` rows with copies of the first."""
@@ -49,37 +49,37 @@ class InFlight:
         return StepInputs(tokens, first + counts - 1, counts, self.uniform[places, counts], self._layout_of(fill))
 
     def _layout_of(self, fill: Sequence[int]) -> DecodeLayout:
-        """Which prefix each row reads, and its slot; built again only when rows come or go."""
+        """Which prefix each row reads, and its slot; built again only when sequences come or go."""
         if self._layout is None or self._layout[0] != len(fill):
-            rows = [self.rows[i] for i in fill]
-            jobs = {id(row.job): row.job for row in rows}
+            sequences = [self.sequences[i] for i in fill]
+            jobs = {id(sequence.job): sequence.job for sequence in sequences}
             place = {key: i for i, key in enumerate(jobs)}
             lengths = torch.tensor([0, *(job.length for job in jobs.values())])
             index = [
                 lengths.cumsum(0),
-                torch.tensor([place[id(row.job)] for row in rows]),
+                torch.tensor([place[id(sequence.job)] for sequence in sequences]),
                 torch.tensor([job.start for job in jobs.values()]),
-                torch.tensor([row.slot for row in rows]),
+                torch.tensor([sequence.slot for sequence in sequences]),
             ]
             self._layout = len(fill), DecodeLayout(*(x.to(self.device) for x in index))
         return self._layout[1]
 
-    def enter(self, rows: Sequence[Row], first: Tensor, uniform: Tensor) -> None:
-        """Rows whose prompt is prefilled; ``uniform`` [rows, C] are all the random numbers they will need."""
+    def enter(self, sequences: Sequence[RunningSequence], first: Tensor, uniform: Tensor) -> None:
+        """Sequences whose prompt is prefilled; ``uniform`` [sequences, C] are all the random numbers they will need."""
         new = {
-            "tokens": torch.zeros(len(rows), dtype=torch.int64),
-            "counts": torch.zeros(len(rows), dtype=torch.int64),
+            "tokens": torch.zeros(len(sequences), dtype=torch.int64),
+            "counts": torch.zeros(len(sequences), dtype=torch.int64),
             "first": first,
-            "places": torch.tensor([row.place for row in rows]),
+            "places": torch.tensor([sequence.place for sequence in sequences]),
         }
         for name, values in new.items():
             setattr(self, name, torch.cat([getattr(self, name), values.to(self.device)]))
-        self.uniform[self.places[len(self.rows) :]] = uniform.to(self.device)
-        self.rows += rows
+        self.uniform[self.places[len(self.sequences) :]] = uniform.to(self.device)
+        self.sequences += sequences
         self._layout = None
 
     def record(self, since: int, tokens: Tensor, logp: Tensor) -> None:
-        """What the rows from ``since`` on have drawn."""
+        """What the sequences from ``since`` on have drawn."""
         places, counts = self.places[since:], self.counts[since:]
         self.drawn[places, counts] = tokens
         self.logp[places, counts] = logp
@@ -87,11 +87,11 @@ class InFlight:
         counts += 1
 
     def keep(self, going: Sequence[bool]) -> None:
-        """Go on with the marked rows alone. Nothing of the KV cache moves."""
+        """Go on with the marked sequences alone. Nothing of the KV cache moves."""
         if all(going):
             return
         index = torch.tensor([i for i, go in enumerate(going) if go], dtype=torch.int64, device=self.device)
-        for name in self._PER_ROW:
+        for name in self._PER_SEQUENCE:
             setattr(self, name, getattr(self, name)[index])
-        self.rows = [row for row, go in zip(self.rows, going, strict=True) if go]
+        self.sequences = [sequence for sequence, go in zip(self.sequences, going, strict=True) if go]
         self._layout = None

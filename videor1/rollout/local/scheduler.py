@@ -1,7 +1,7 @@
 """Which branches are in flight: continuous batching within the KV cache's room. No tensors here.
 
-A branch (all answers to one order of one prompt's frames) enters whole, so that its prompt is prefilled once; its rows
-leave one by one and free their slots at once. The prompt's tokens are freed with the last of them.
+A branch (all answers to one order of one prompt's frames) enters whole, so that its prompt is prefilled once; its
+sequences leave one by one and free their slots at once. The prompt's tokens are freed with the last of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from videor1.rollout.protocol import Branch, Request
 
 
 @dataclass(eq=False)
-class Row:
-    """One answer in flight."""
+class RunningSequence:
+    """One answer in flight: an entry of the decode batch, with a slot of the KV cache."""
 
     job: Job
     index: int  # in its branch
@@ -32,7 +32,7 @@ class Job:
     branch: Branch
     shuffled: bool
     start: int = -1  # of its prompt in the pool, once it has entered
-    rows: list[Row] = field(default_factory=list)  # in flight
+    sequences: list[RunningSequence] = field(default_factory=list)  # in flight
 
     @property
     def length(self) -> int:
@@ -49,7 +49,7 @@ class Scheduler:
     Args:
         eager: let shuffled branches of which it is not known yet whether they matter enter where there is room; else
             they enter only when nothing else is left to do. The first is right where a decode step costs the same for
-            a few more rows, the second where each row costs.
+            a few more sequences, the second where each one costs.
     """
 
     def __init__(self, requests: Sequence[Request], capacity: Capacity, *, eager: bool) -> None:
@@ -72,8 +72,8 @@ class Scheduler:
         for job in useless:
             self.waiting.remove(job)
         for job in stopped:
-            for row in list(job.rows):
-                self.leave(row)
+            for sequence in list(job.sequences):
+                self.leave(sequence)
         return useless, stopped
 
     def admit(self) -> list[Job]:
@@ -93,12 +93,12 @@ class Scheduler:
     def waiting_for(self, needed: bool | None) -> list[Job]:
         return [job for job in self.waiting if job.needed is needed]
 
-    def leave(self, row: Row) -> None:
-        """The row has ended: its slot is free, and with the last of its branch its prompt's tokens."""
-        job = row.job
-        job.rows.remove(row)
-        self._slots.append(row.slot)
-        if not job.rows:
+    def leave(self, sequence: RunningSequence) -> None:
+        """The sequence has ended: its slot is free, and with the last of its branch its prompt's tokens."""
+        job = sequence.job
+        job.sequences.remove(sequence)
+        self._slots.append(sequence.slot)
+        if not job.sequences:
             self._spans.give(job.start, job.length)
             self.running.remove(job)
 
@@ -110,7 +110,7 @@ class Scheduler:
             return False
         job.start = start
         for index in range(job.branch.count):
-            job.rows.append(Row(job, index, self._slots.pop(), self._places))
+            job.sequences.append(RunningSequence(job, index, self._slots.pop(), self._places))
             self._places += 1
         self.waiting.remove(job)
         self.running.append(job)

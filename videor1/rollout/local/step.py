@@ -1,4 +1,4 @@
-"""One decode step: one more token of every row, from tensors whose shapes depend on the number of rows alone."""
+"""One decode step: one more token of every sequence, from tensors whose shapes depend on the number of them alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.protocol import SamplingOptions
 from videor1_kernels import DecodeLayout, dispatch
 from videor1_kernels.linear_logprob.products import product
-from videor1_kernels.sampling.reference import Options
+from videor1_kernels.sampling.reference import SampleTokensOptions
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """R rows."""
+    """R rows, one of each sequence in the decode batch."""
 
     tokens: Tensor  # int64 [R], drawn last
     positions: Tensor  # int64 [R], of these tokens
-    lengths: Tensor  # int64 [R], of the rows' own tokens, these included
+    lengths: Tensor  # int64 [R], of the sequences' own tokens, these included
     uniform: Tensor  # fp32 [R], for the draw
-    layout: DecodeLayout  # its suffix_slots are the rows' slots
+    layout: DecodeLayout  # its suffix_slots are the sequences' slots
 
     def clone(self) -> StepInputs:
         """Memory of its own, to be written into."""
@@ -33,7 +33,7 @@ class StepInputs:
         )
 
 
-class Step:
+class DecodeStep:
     """Callable: inputs -> (tokens int64 [R], logp fp32 [R]). Writes the tokens' keys and values into the cache."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Step:
         self.attention = dispatch.resolve("prefix_decode_attention", backend, device, dtype).prefix_decode_attention
         self.sampler = dispatch.resolve("sample_tokens", backend, device, torch.float32).sample_tokens
         top_k = options.top_k if options.top_k < len(self.head) else 0
-        self.sampling = Options(float(options.temperature), float(options.top_p), top_k)
+        self.sampling = SampleTokensOptions(float(options.temperature), float(options.top_p), top_k)
         chosen = [
             dispatch.chosen_backend("prefix_decode_attention", device, backend, dtype),
             dispatch.chosen_backend("sample_tokens", device, backend, torch.float32),

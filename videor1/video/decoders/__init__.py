@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from videor1.errors import ConfigError
+from videor1.errors import ConfigError, did_you_mean
 from videor1.video.decoders.protocol import Decoder, Frames, FramesChangedError, VideoInfo
 
 __all__ = ["BACKENDS", "Decoder", "Frames", "FramesChangedError", "VideoInfo", "check_backend", "open_decoder"]
@@ -59,8 +58,7 @@ def check_backend(backend: str) -> None:
 
 def _check_name(backend: str) -> None:
     if backend not in BACKENDS:
-        near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(backend), BACKENDS)
         raise ConfigError(f"video.backend: {backend!r} is none of {', '.join(BACKENDS)}{hint}")
 
 

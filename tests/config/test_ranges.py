@@ -1,0 +1,128 @@
+"""Ranges of options: every number has one or is known to need none, and what it says is what is checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, get_args
+
+import pytest
+
+from videor1.config import EvaluateConfig, SFTConfig, TrainConfig, VideoConfig
+from videor1.config.fields import COMMANDS, Option, collect_options
+from videor1.config.ranges import Range, above, at_least, check_values, field_ranges
+from videor1.errors import ConfigError
+
+# Numbers of which every finite value means something; length_range's two ends are held to each other.
+ANY_VALUE = {
+    "seed", "lora.alpha", "reward.correct_above", "reward.format_weight", "reward.length_bonus", "reward.length_range",
+}  # fmt: skip
+
+
+def is_number(option: Option) -> bool:
+    return not {int, float}.isdisjoint((option.type, *get_args(option.type)))
+
+
+def ends(option: Option) -> tuple[list[float], list[float]]:
+    """Values at and beyond both ends of an option's range: (those that it holds, those that it does not)."""
+    given, step = option.range, 1 if int in (option.type, *get_args(option.type)) else 1e-6
+    assert given is not None
+    low = [given.ge, given.ge - step] if given.gt == -math.inf else [given.gt + step, given.gt]
+    high = [given.le, given.le + step] if given.le < math.inf else [given.lt - step, given.lt]
+    held, refused = zip(low, *[high] * (high[-1] < math.inf), strict=True)
+    return list(held), [*refused, *[low[0] + 1] * (given.multiple_of == 2)]
+
+
+def with_value(config_class: type, name: str, value: object) -> Any:
+    section, _, field = name.rpartition(".")
+    changed = {field: value}
+    return config_class(**{section: replace(getattr(config_class(), section), **changed)} if section else changed)
+
+
+@pytest.mark.parametrize("config_class", COMMANDS.values())
+def test_every_number_has_a_range_or_takes_any_value(config_class: type) -> None:
+    options = collect_options(config_class)
+    numbers = {name for name, option in options.items() if is_number(option)}
+    assert numbers >= ANY_VALUE
+    assert {name for name, option in options.items() if option.range} == numbers - ANY_VALUE
+
+
+@pytest.mark.parametrize("config_class", COMMANDS.values())
+def test_a_value_beyond_the_end_of_its_range_is_refused(config_class: type) -> None:
+    for option in collect_options(config_class).values():
+        if option.range is None:
+            continue
+        held, refused = ends(option)
+        assert all(value in option.range for value in held), option.name
+        for value in refused:
+            with pytest.raises(ConfigError) as error:
+                with_value(config_class, option.name, value)
+            assert str(error.value) == f"{option.name}: expected {option.range.words}, got {value!r}"
+
+
+def test_words() -> None:
+    assert [at_least(0).words, at_least(3).words, above(0).words] == ["0 or more", "at least 3", "above 0"]
+    assert [at_least(0, "0 (off) or more").words, above(0, "more than none").words] == [
+        "0 (off) or more",
+        "more than none",
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_range_holds_what_is_not_finite(value: float) -> None:
+    assert not any(value in one for one in (at_least(0), above(0), Range("in (0, 1]", gt=0, le=1)))
+
+
+def test_sections_and_inherited_fields_are_checked_and_null_is_free() -> None:
+    @dataclass
+    class Section:
+        size: Annotated[int | None, at_least(1)] = None
+        free: float = 0.0
+
+    @dataclass
+    class Base:
+        rate: Annotated[float, above(0)] = 1.0
+
+    @dataclass
+    class Config(Base):
+        section: Any = field(default_factory=Section)
+
+    assert (list(field_ranges(Section)), list(field_ranges(Config))) == (["size"], ["rate"])
+    check_values(Config())
+    with pytest.raises(ConfigError, match=r"^section\.size: expected at least 1, got 0$"):
+        check_values(Config(section=Section(size=0)))
+    with pytest.raises(ConfigError, match=r"^section\.free: expected a finite number, got nan$"):
+        check_values(Config(section=Section(free=math.nan)))
+    with pytest.raises(ConfigError, match=r"^rate: expected above 0, got 0\.0$"):
+        check_values(Config(rate=0.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TrainConfig(max_tokens_per_row=768),
+            "max_tokens_per_row: expected more than max_completion_length (768), or null for no bound, got 768",
+        ),
+        (
+            lambda: SFTConfig(video=VideoConfig(min_pixels=200_000)),
+            "video.min_pixels: expected at least 1 and at most video.max_pixels (100352), got 200000",
+        ),
+        (
+            lambda: SFTConfig(video=VideoConfig(image_max_pixels=3135)),
+            "video.image_min_pixels: expected at least 1 and at most video.image_max_pixels (3135), got 3136",
+        ),
+        (
+            lambda: with_value(TrainConfig, "reward.length_range", (3, 2)),
+            "reward.length_range: expected (low, high) with low <= high, got (3, 2)",
+        ),
+        (
+            lambda: EvaluateConfig(eval_top_p=0.9),
+            "eval_top_p: expected 1, or eval_temperature above 0 (0 is greedy: every answer is the same), got 0.9",
+        ),
+    ],
+)
+def test_what_two_options_ask_of_each_other(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make()
+    assert str(refused.value) == message
