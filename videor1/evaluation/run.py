@@ -150,8 +150,9 @@ def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
 
 
 def _answer(
-    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: JsonlWriter, skipped: JsonlWriter, progress: Progress
-) -> None:
+    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: JsonlWriter, skipped: JsonlWriter,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Ask what has no answer yet."""
 
     questions = {question.sample.index: question for question in _asked(loaded, config)}
