@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.cases import Measurement
 from benchmarks.measure import Ceilings
+from videor1.atomic import write_atomic
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -71,9 +72,7 @@ class Record:
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / self.path
-        partial = target.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        partial.replace(target)
+        write_atomic(target, json.dumps(self.to_json(), indent=1) + "\n")
         return target
 
 

@@ -21,7 +21,7 @@ TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".sh", ".h", ".
 # its own folder and from what stands on the lines above, and from nothing else.
 LAYERS = (
     ("videor1_kernels",),
-    ("types", "errors", "seeding", "answer"),
+    ("types", "errors", "seeding", "answer", "atomic"),
     ("config", "logs"),
     ("video", "rewards"),
     ("data", "model", "doctor", "report"),
@@ -226,7 +226,7 @@ def test_an_import_stays_light(module: str, unwanted: tuple[str, ...]) -> None:
 
 
 def test_records_and_options_import_no_stage() -> None:
-    for name in ("types", "config/options", "config/ranges", "errors", "seeding"):
+    for name in ("types", "config/options", "config/ranges", "errors", "seeding", "atomic"):
         tree = ast.parse((ROOT / "videor1" / f"{name}.py").read_text())
         stages = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and "videor1" in (n.module or "")}
         known = {"videor1.errors", "videor1.config.ranges", "videor1_kernels.frames_to_patches"}  # planes

@@ -19,7 +19,7 @@ from videor1 import evaluate
 from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.evaluation import evaluator
-from videor1.evaluation.files import AnswerFile
+from videor1.logs.jsonl import JsonlWriter
 from videor1.rollout import Request, Rollout
 
 
@@ -33,9 +33,9 @@ def test_a_stop_and_a_resume_give_the_same_as_one_run(
     options = {"benchmark": "videomme,vsibench", "data__root": root}
     monkeypatch.setattr(evaluator, "_CHUNK", 2)
     assert run(assets, tmp_path / "whole", **options) == 0
-    append, calls = AnswerFile.append, []
+    append, calls = JsonlWriter.append, []
 
-    def stopping(self: AnswerFile, rows: Any) -> None:
+    def stopping(self: JsonlWriter, rows: Any) -> None:
         append(self, rows)
         if self.path.name == "answers.jsonl":
             calls.append(self)
@@ -43,7 +43,7 @@ def test_a_stop_and_a_resume_give_the_same_as_one_run(
                 raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(AnswerFile, "append", stopping)
+        patched.setattr(JsonlWriter, "append", stopping)
         with pytest.raises(Killed):
             evaluate.main(flags(assets, tmp_path / "stopped", **options))
     file = tmp_path / "stopped" / "answers.jsonl"
@@ -90,15 +90,15 @@ def test_a_full_disk_is_told_and_gone_on_from(
 ) -> None:
     options = {"benchmark": "videomme,vsibench", "data__root": benchmarks}
 
-    def full(self: AnswerFile, rows: Any) -> None:
-        if self.path.name == "answers.jsonl" and self.rows:
+    def full(self: JsonlWriter, rows: Any) -> None:
+        if self.path.name == "answers.jsonl" and self.count:
             os.write(self._file.fileno(), b'{"benchmark": "vsib')  # as much as there was room for
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, rows)
 
-    append = AnswerFile.append
+    append = JsonlWriter.append
     with monkeypatch.context() as patched:
-        patched.setattr(AnswerFile, "append", full)
+        patched.setattr(JsonlWriter, "append", full)
         assert run(assets, tmp_path / "run", **options) == 1
     assert "cannot be written: No space left on device; 6 of 11 questions are answered" in capsys.readouterr().err
     assert run_main(evaluate.main, ["--resume", "auto", "--output_dir", str(tmp_path / "run")]) == 0

@@ -133,6 +133,8 @@ def test_series() -> None:
     assert series.spread(5).steps.tolist() == [1, 26, 51, 75, 100]
     few = Series(np.arange(3), np.array([1.0, 5.0, 2.0]))
     assert few.smoothed() is few
+    assert few.smoothed(0.5) is few
+    assert series.smoothed(0.5).values[:3] == pytest.approx([0.0, (0.5 * 0 + 1) / 1.5, (0.25 * 0 + 0.5 * 1 + 2) / 1.75])
 
 
 def test_of_several_lines_about_a_step_the_last_counts(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 
 from videor1.errors import DataError
 from videor1.logs.jsonl import JsonlWriter
-from videor1.report import curves
 from videor1.report.curves import draw_curves
 
 STEP = {
@@ -112,8 +111,3 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         draw_curves(tmp_path)
-
-
-def test_the_moving_average_has_no_bias_at_its_start() -> None:
-    assert curves._smooth([3.0] * 50) == pytest.approx([3.0] * 50)
-    assert curves._smooth([1.0, 2.0], factor=0.5) == pytest.approx([1.0, (0.5 * 1 + 2) / 1.5])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shlex
 import sys
@@ -22,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from videor1.atomic import write_atomic
 from videor1.config.fields import (
     COMMANDS,
     SHORTHANDS,
@@ -84,12 +84,10 @@ def dump_config(config: Any) -> str:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write ``dump_config`` to a file, through a temporary one, so that no half-written config is left."""
+    """Write ``dump_config`` to a file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, dump_config(config))
 
 
 def changed_options(before: Any, after: Any) -> list[str]:

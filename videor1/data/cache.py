@@ -1,7 +1,8 @@
 """Results that are not computed twice: in memory, and 8-bit patches as safetensors files that several runs may share.
 
 What is kept belongs to a version of the file it was made from (size, time of modification, inode): when that changes,
-it is not handed out any more. Both drop the least recently used first.
+it is not handed out any more; and to a version of the code that made it, which finds nothing of another. Both versions
+are the key's. Both caches drop the least recently used first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors.torch import load as unpack_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from videor1.atomic import write_all
 from videor1.config import VideoConfig
 from videor1.errors import ConfigError
 from videor1.types import Media
@@ -39,7 +41,6 @@ except ImportError:  # Windows: the budget may be overshot there by what several
     fcntl = None  # type: ignore[assignment]
 
 ABSENT: Any = object()
-FORMAT = 1  # of the files, and of how patches are made from a video: a higher one finds nothing of a lower
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.(?P<owner>[0-9a-f]{12})\.\d+\.tmp")
@@ -156,6 +157,7 @@ class DiskCache:
         if len(data) > self._limit:
             return None
         path = self._path(key)
+        # Not write_atomic: its name tells which process writes it, for clean, and the rename waits for the lock.
         temporary = path.with_name(f".{path.stem}.{self._owner}.{os.getpid()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,7 @@ class DiskCache:
         return Trouble(kind, f"{self._folder}: {error.strerror or error}", error.errno)
 
     def _about(self, key: Key) -> dict[str, Any]:
-        return {"format": FORMAT, "name": _plain(key.name), "settings": self._settings}
+        return {"format": key.format, "name": _plain(key.name), "settings": self._settings}
 
     def _make_room(self, size: int, spare: Path) -> int:
         """Count the files, and remove the oldest if ``size`` more bytes do not fit; the bytes then in use."""
@@ -292,9 +294,7 @@ def _checksum(patches: Tensor) -> int:
 
 def _write_file(path: Path, data: bytes) -> None:
     with open(path, "wb", buffering=0) as file:
-        rest = memoryview(data)
-        while rest:  # a write to a nearly full disk may take only a part
-            rest = rest[file.write(rest) :]
+        write_all(file, data)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from videor1.atomic import write_atomic
 from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import load_config, parse, resume_command, save_config
 from videor1.data import load_samples
@@ -92,7 +93,7 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
         "steps": trainer.step,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    _write(run_dir / "summary.json", summary)
+    write_atomic(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw_curves(run_dir)
     print(f"\n{_table(before, after, assets.chance)}\n")
     print(f"{trainer.step} T-GRPO steps, {summary['seconds']:.0f} seconds in all. Run folder: {run_dir}")
@@ -139,9 +140,3 @@ def _table(before: Evaluation, after: Evaluation, chance: float) -> str:
     rows.append(["frames shuffled", before.shuffled, after.shuffled, chance])
     images = [result.metrics().get("eval/image") for result in (before, after)]
     return summary_table([*rows, ["still images", *images, 0.25]])
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

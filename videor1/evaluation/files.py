@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from videor1.answer import extract_answer
+from videor1.atomic import write_atomic
 from videor1.config import EvaluateConfig
 from videor1.config.cli import changed_options, load_run_config, save_config
 from videor1.errors import ConfigError, DataError
 from videor1.evaluation.evaluator import Answered
 from videor1.evaluation.suites.base import Loaded, Question
-from videor1.logs.jsonl import read_jsonl
+from videor1.logs.jsonl import JsonlWriter
 from videor1.types import Sample, SampleError
 
 # Where and how fast an evaluation runs; any other option may change its answers.
 FREE = ("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb")
-
-
-class AnswerFile:
-    """A JSON-lines file that is appended to. The lines of one call are one write, so that a kill leaves at most one
-    partial line, which is dropped when the file is opened again."""
-
-    def __init__(self, path: Path, *, keep: bool) -> None:
-        """``keep``: go on after the whole lines that are there; else begin anew."""
-        rows = read_jsonl(path) if keep and path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(_lines(rows))
-        os.replace(temporary, path)
-        self.path, self.rows = path, rows
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the writer)
-
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        rows = list(rows)
-        data = _lines(rows)
-        while data:  # a write to a nearly full disk may take only a part
-            data = data[self._file.write(data) :]
-        self.rows += rows
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    return text.encode("utf-8", "backslashreplace")
 
 
 def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[str, Any]:
@@ -89,7 +60,7 @@ def _share_answered(texts: tuple[str, ...]) -> float | None:
     return sum(bool(extract_answer(text)) for text in texts) / len(texts) if texts else None
 
 
-def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], model_digest: str) -> AnswerFile:
+def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], model_digest: str) -> JsonlWriter:
     """Open answers.jsonl of a run folder, anew or, with ``resume``, after what is there.
 
     Raises ConfigError where the folder holds another evaluation than this: of other options, weights or questions.
@@ -102,8 +73,8 @@ def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], m
         _compare(run_dir, config, now)
     else:
         save_config(config, run_dir / "config.yaml")
-        state.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    return AnswerFile(path, keep=used)
+        write_atomic(state, json.dumps(now, indent=2) + "\n")
+    return JsonlWriter(path)
 
 
 def _compare(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 
 import yaml
 
+from videor1.atomic import write_atomic
 from videor1.config import EvaluateConfig
 from videor1.config.cli import EARLIER, flat_options, load_run_config, resume_command, save_config
 from videor1.config.files import flat_tree
 from videor1.data import Dataset, load_samples
 from videor1.errors import ConfigError, DataError
 from videor1.evaluation.evaluator import Evaluator
-from videor1.evaluation.files import AnswerFile, answer_row, begin, skipped_row
+from videor1.evaluation.files import answer_row, begin, skipped_row
 from videor1.evaluation.results import benchmark_results, results_legend, results_table
 from videor1.evaluation.suites import Loaded, find_suite, from_dataset
+from videor1.logs.jsonl import JsonlWriter, read_jsonl
 from videor1.logs.progress import Progress
 from videor1.model import VideoLM, load_model
 from videor1.model.positions import PositionRule
@@ -50,17 +52,17 @@ def run(config: EvaluateConfig) -> int:
     save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
     _say_how_it_was_trained(config)
     # What could not be read is tried again, so its list begins anew.
-    skipped = AnswerFile(run_dir / "skipped.jsonl", keep=False)
+    skipped = JsonlWriter(run_dir / "skipped.jsonl", keep=False)
     total = sum(len(_asked(loaded, config)) for loaded in benchmarks)
     try:
         with Progress(
-            total, initial=len(answers.rows), description="evaluate", unit="question", disabled=config.disable_tqdm
+            total, initial=answers.count, description="evaluate", unit="question", disabled=config.disable_tqdm
         ) as shown:
             for loaded in benchmarks:
                 _answer(config, loaded, model, answers, skipped, shown)
     except (KeyboardInterrupt, OSError) as error:
         done = (
-            f"{len(answers.rows)} of {total} questions are answered; go on with: "
+            f"{answers.count} of {total} questions are answered; go on with: "
             f"{resume_command('evaluate', run_dir)}"
         )
         if isinstance(error, OSError):
@@ -75,8 +77,8 @@ def run(config: EvaluateConfig) -> int:
         for loaded in benchmarks
     }
     document = {"settings": _settings(config), "benchmarks": results}
-    (run_dir / "results.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not answers.rows:
+    write_atomic(run_dir / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    if not answers.count:
         raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
     print(results_table(results))
     for name, result in results.items():
@@ -167,8 +169,9 @@ def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
 
 
 def _answer(
-    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: AnswerFile, skipped: AnswerFile, progress: Progress
-) -> None:
+    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: JsonlWriter, skipped: JsonlWriter,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Ask what has no answer yet."""
 
     questions = {question.sample.index: question for question in _asked(loaded, config)}
@@ -199,9 +202,9 @@ def _answer(
             progress.update({loaded.name: right / count if count else None}, len(block))
 
 
-def _of(file: AnswerFile, benchmark: str) -> list[dict[str, Any]]:
+def _of(file: JsonlWriter, benchmark: str) -> list[dict[str, Any]]:
     """A file's lines about one benchmark, in the order of the questions."""
-    return sorted((row for row in file.rows if row["benchmark"] == benchmark), key=lambda row: row["index"])
+    return sorted((row for row in read_jsonl(file.path) if row["benchmark"] == benchmark), key=lambda row: row["index"])
 
 
 def _say_what_is_not_asked(loaded: Loaded) -> None:

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line: metrics.jsonl, rollouts.jsonl, skipped.jsonl.
+"""Files of one JSON object a line: metrics.jsonl, rollouts.jsonl, skipped.jsonl, answers.jsonl.
 
 Metric names are TRL's (``loss``, ``reward``, ``completions/mean_length``, ...) plus ``temporal/*`` and ``time/*``.
 Everything measured with a clock, or decided by what a cache holds, is named ``time/...``: the rest of a resumed run
@@ -9,36 +9,46 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from videor1.atomic import write_all, write_atomic
 from videor1.errors import DataError
 
 
 class JsonlWriter:
-    """Appends one JSON object a line, each written with one system call, so that a kill leaves at most one partial
+    """Appends JSON objects, one a line. The lines of one call are one write, so that a kill leaves at most one partial
     last line; that line is removed when the file is opened again.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
-        """Open for appending. ``resume_step`` N drops the lines of later steps, which the resumed run writes again."""
+    def __init__(self, path: str | Path, *, keep: bool = True, resume_step: int | None = None) -> None:
+        """Open for appending.
+
+        Args:
+            keep: go on after the whole lines that are there; else begin anew.
+            resume_step: drop the lines of later steps, which the resumed run writes again.
+        """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.count = 0  # lines in the file
         if self.path.exists():
-            self._rewrite(resume_step)
+            self._rewrite(resume_step, keep)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the writer)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append JSON objects as they are. ValueError for NaN and Inf. A lone surrogate is written as its escape, and
+        read back as it was."""
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        write_all(self._file, "".join(lines).encode("utf-8", "backslashreplace"))
+        self.count += len(lines)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Append ``row`` with ``step`` first and the other keys sorted; NaN and Inf become null.
 
         Tensors and arrays become numbers or lists.
         """
-        line = {"step": int(step)} | {key: json_value(row[key]) for key in sorted(row) if key != "step"}
-        data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-        while data:  # a write to a nearly full disk may take only a part
-            data = data[self._file.write(data) :]
+        self.append([{"step": int(step)} | {key: json_value(row[key]) for key in sorted(row) if key != "step"}])
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines whose step is above ``step``."""
@@ -49,18 +59,15 @@ class JsonlWriter:
     def close(self) -> None:
         self._file.close()
 
-    def _rewrite(self, last_step: int | None) -> None:
-        """Replace the file by its whole lines up to ``last_step``; left alone where nothing changes."""
+    def _rewrite(self, last_step: int | None, keep: bool = True) -> None:
+        """Replace the file by its whole lines up to ``last_step``, or by none; left alone where nothing changes."""
         old = self.path.read_bytes()
-        kept = [line for line, row in _lines(self.path, old) if last_step is None or row.get("step", 0) <= last_step]
+        lines = _lines(self.path, old) if keep else []
+        kept = [line for line, row in lines if last_step is None or row.get("step", 0) <= last_step]
         new = b"".join(line + b"\n" for line in kept)
         if new != old:
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            with open(temporary, "wb") as file:
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            write_atomic(self.path, new, sync=True)
+        self.count = len(kept)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from videor1.atomic import write_atomic
 from videor1.errors import ConfigError
 
 
@@ -42,7 +41,11 @@ def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None
     loaded = [load_run(folder) for folder in folders]
     for run, name in zip(loaded, _names(folders), strict=True):
         run.name = name
-    _write(path, render(loaded, rollouts))
+    page = render(loaded, rollouts)
+    try:
+        write_atomic(path, page)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written: {error}") from error
     return path
 
 
@@ -61,14 +64,3 @@ def _names(folders: Sequence[Path]) -> list[str]:
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
     return ["/".join(part[-depth:]) for part in parts]
-
-
-def _write(path: Path, page: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ConfigError(f"--out {path}: cannot be written: {error}") from error

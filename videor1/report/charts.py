@@ -1,10 +1,9 @@
-"""The charts of the report: which series stand in which, and their plotly figures."""
+"""The charts of the report as plotly figures."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,6 +11,7 @@ import plotly.graph_objects as go
 from videor1.report.cards import visible
 from videor1.report.derived import PHASES
 from videor1.report.metrics import Series, combine
+from videor1.report.panels import CHARTS, PHASE_LABELS, Chart
 from videor1.report.run import Run
 
 # Each at least 3:1 against white and against the dark background.
@@ -20,66 +20,6 @@ DASHES = ("solid", "dash", "dot")
 DASH_NAMES = ("solid", "dashed", "dotted")
 PATTERN = {"fillmode": "overlay", "fgcolor": "rgba(255,255,255,0.55)", "size": 7, "solidity": 0.25}
 POINTS = 2000  # of a series at most
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure. ``lines``: (series, its label)."""
-
-    id: str
-    title: str
-    unit: str
-    lines: tuple[tuple[str, str], ...]
-    note: str = ""
-    gap: bool = False  # shade between the first two lines
-    share: bool = False  # values are between 0 and 1
-    log: bool = False
-    smooth: bool = True
-
-
-CHARTS = (
-    Chart(
-        "held-out", "Held-out accuracy", "accuracy",
-        (("eval/ordered", "frames in order"), ("eval/shuffled", "frames shuffled"), ("eval/image", "still images")),
-        "On questions that are not trained on. The shaded gap is what the order of the frames is worth.", gap=True,
-        share=True,
-    ),
-    Chart(
-        "accuracy", "Accuracy while training: p and p~", "accuracy",
-        (("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, frames shuffled")),
-        "Of video questions. p~ only of prompts whose shuffled answers were all run.", gap=True, share=True,
-    ),
-    Chart(
-        "reward", "Reward", "reward",
-        (("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")),
-    ),
-    Chart(
-        "bonus", "Temporal bonus", "",
-        (("temporal/rewarded", "share of prompts that get it"), ("temporal/bonus", "mean bonus")),
-        "Of the prompts whose bonus is known.",
-    ),
-    Chart("kl", "KL to the reference policy", "nats a token", (("kl", "KL"),)),
-    Chart("entropy", "Entropy", "nats a token", (("entropy", "entropy"),)),
-    Chart(
-        "length", "Answer length", "tokens",
-        (("completions/mean_length", "mean"), ("completions/max_length", "longest")),
-    ),
-    Chart(
-        "clipped", "Answers cut at the limit", "share",
-        (("completions/clipped_ratio", "cut at max_completion_length"),), share=True,
-    ),
-    Chart(
-        "skipped", "Shuffled answers not run to their end", "share",
-        (("share/skipped", "skipped: never started"), ("share/stopped", "stopped: begun and left")),
-        "They could no longer change the advantages.", share=True,
-    ),
-    Chart("variance", "Prompts whose answers all earn alike", "share", (("frac_reward_zero_std", "no variance"),),
-          "They teach nothing.", share=True),
-    Chart("loss", "Loss", "loss", (("loss", "loss"),)),
-    Chart("grad", "Gradient norm", "norm, before clipping", (("grad_norm", "gradient norm"),), log=True),
-    Chart("rate", "Learning rate", "learning rate", (("learning_rate", "learning rate"),), smooth=False),
-    Chart("speed", "Speed", "tokens a second", (("time/tokens_per_second", "tokens a second"),)),
-)  # fmt: skip
 
 
 def charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -207,7 +147,6 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
     phases = [phase for phase in (*PHASES, "other") if any(len(run.metrics[f"seconds/{phase}"]) for run in runs)]
     if not phases:
         return None
-    labels = {"data": "waiting for data", "reward": "rewards", "reference": "reference policy", "other": "other"}
     medians = {
         (run.name, phase): float(sorted(values)[len(values) // 2])
         for run in runs for phase in phases
@@ -218,7 +157,7 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
         note += " Only what these phases took was measured, not the whole step."
     figure = _empty("seconds a step")
     for i, phase in enumerate(phases):
-        name, color = labels.get(phase, phase), COLORS[i % len(COLORS)]
+        name, color = PHASE_LABELS.get(phase, phase), COLORS[i % len(COLORS)]
         if len(runs) == 1:
             series = runs[0].metrics[f"seconds/{phase}"].smoothed().spread(points(1))
             figure.add_scatter(
@@ -236,7 +175,7 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
         figure.update_xaxes(title_text="seconds a step")
         figure.update_yaxes(title_text="", automargin=True, autorange="reversed")
     words = "; ".join(
-        f"{visible(name)}, {labels.get(phase, phase)}: {value:.3g} s" for (name, phase), value in medians.items()
+        f"{visible(name)}, {PHASE_LABELS.get(phase, phase)}: {value:.3g} s" for (name, phase), value in medians.items()
     )
     return _entry("times", "Where the time goes", note, f"Median seconds a step. {words}", figure)
 

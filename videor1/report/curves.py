@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from videor1.logs.jsonl import read_jsonl
+from videor1.report.metrics import Series, combine, read_metrics
+from videor1.report.panels import LABELS, PHASE_LABELS
+
+DECAY = 0.85  # of the moving averages
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the charts of the picture: the report's, with fewer lines in each, and no notes beside it."""
+
+    title: str
+    names: tuple[str, ...]  # of series
+    gap: bool = False  # shade between the two lines, which are accuracies
+    labels: Mapping[str, str] = field(default_factory=dict)  # in place of the report's
+
+
+PANELS = (
+    Panel(
+        "Accuracy while training", ("temporal/p", "temporal/p_shuffled"), gap=True,
+        labels={"temporal/p_shuffled": "p~, shuffled, where known"},
+    ),
+    Panel("Held-out accuracy", ("eval/ordered", "eval/shuffled"), gap=True, labels={"eval/shuffled": "shuffled"}),
+    Panel("Reward", ("reward", "rewards/accuracy/mean", "rewards/format/mean")),
+    Panel("KL to the reference, entropy (nats)", ("kl", "entropy")),
+    Panel("Answer length (tokens)", ("completions/mean_length", "completions/max_length")),
+    Panel(
+        "Seconds a step", ("time/rollout", "time/update", "time/data"),
+        labels={f"time/{phase}": PHASE_LABELS.get(phase, phase) for phase in ("rollout", "update", "data")},
+    ),
+)  # fmt: skip
 
 
 def draw_curves(run_dir: Path) -> Path:
@@ -19,39 +48,24 @@ def draw_curves(run_dir: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl", {name for panel in PANELS for name in panel.names})
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    panels: list[tuple[str, list[tuple[str, str]]]] = [
-        (
-            "Accuracy while training",
-            [("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, shuffled, where known")],
-        ),
-        ("Held-out accuracy", [("eval/ordered", "frames in order"), ("eval/shuffled", "shuffled")]),
-        ("Reward", [("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")]),
-        ("KL to the reference, entropy (nats)", [("kl", "KL"), ("entropy", "entropy")]),
-        ("Answer length (tokens)", [("completions/mean_length", "mean"), ("completions/max_length", "longest")]),
-        ("Seconds a step", [("time/rollout", "rollout"), ("time/update", "update"), ("time/data", "waiting for data")]),
-    ]
-    for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+    for axis, panel in zip(axes.flat, PANELS, strict=True):
         colors = iter(("tab:blue", "tab:orange", "tab:green"))
-        for key, label in lines:
-            steps, values = _series(rows, key)
-            if steps:
-                sparse = len(steps) <= 20
+        for name in panel.names:
+            series, label = metrics[name], panel.labels.get(name) or LABELS[name]
+            if len(series):
                 color = next(colors)
-                style = {"marker": "o", "label": label} if sparse else {"alpha": 0.25}
-                axis.plot(steps, values, color=color, **style)
-                if not sparse:
-                    axis.plot(steps, _smooth(values), color=color, label=label)
-        first, second = (dict(zip(*_series(rows, key), strict=True)) for key, _ in lines[:2])
-        if "ccuracy" in title and first and second:
-            common = sorted(first.keys() & second.keys())
-            smooth = len(common) > 20
-            upper, lower = ([s[step] for step in common] for s in (first, second))
-            axis.fill_between(common, _smooth(upper) if smooth else upper, _smooth(lower) if smooth else lower,
-                              alpha=0.12, label="temporal gap")  # fmt: skip
+                style = {"alpha": 0.25} if series.smooths else {"marker": "o", "label": label}
+                axis.plot(series.steps, series.values, color=color, **style)
+                if series.smooths:
+                    axis.plot(series.steps, series.smoothed(DECAY).values, color=color, label=label)
+        if panel.gap and all(len(metrics[name]) for name in panel.names):
+            steps, *between = combine(*(metrics[name] for name in panel.names))
+            upper, lower = (Series(steps, values).smoothed(DECAY).values for values in between)
+            axis.fill_between(steps, upper, lower, alpha=0.12, label="temporal gap")
             axis.set_ylim(0, 1.02)
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(panel.title, loc="left", fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -61,17 +75,3 @@ def draw_curves(run_dir: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = {row["step"]: row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])}
-    return list(points), list(points.values())
-
-
-def _smooth(values: list[float], factor: float = 0.85) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = factor * total + value, factor * weight + 1.0
-        smoothed.append(total / weight)
-    return smoothed

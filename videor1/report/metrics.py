@@ -39,11 +39,14 @@ class Series:
         """Points that the moving average is over, roughly."""
         return max(10, len(self) // 20) if self.smooths else 1
 
-    def smoothed(self) -> Series:
-        """Exponential moving average with decay 1 - 2 / (span + 1), without the bias of its start."""
+    def smoothed(self, decay: float | None = None) -> Series:
+        """Exponential moving average without the bias of its start, of few points the points themselves.
+
+        ``decay``: by default that of the span, 1 - 2 / (span + 1).
+        """
         if not self.smooths:
             return self
-        keep = 1 - 2 / (self.span + 1)
+        keep = 1 - 2 / (self.span + 1) if decay is None else decay
         sums = np.array(list(itertools.accumulate(self.values.tolist(), lambda total, value: keep * total + value)))
         weights = (1 - keep ** np.arange(1, len(self) + 1)) / (1 - keep)
         return Series(self.steps, sums / weights)

@@ -109,7 +109,7 @@ def _begin(folder: Path, partial: Path, model: VideoLM, state: dict[str, Any] | 
 
 
 def _finish(folder: Path, partial: Path, step: int) -> None:
-    """Give a whole checkpoint its name."""
+    """Give a whole checkpoint its name: as ``write_atomic`` for a folder, which cannot take the place of a full one."""
     final = folder / f"step-{step}"
     _sync(partial)
     replaced = _set_aside(final, _REPLACED) if final.exists() else None

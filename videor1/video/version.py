@@ -1,4 +1,4 @@
-"""Which version of a file something was made from."""
+"""Which version of a file something was made from, and by which version of the code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
+FORMAT = 1  # of how patches are made from media, and of the cache's files: raise it with a change of either
+
 
 class Key(NamedTuple):
-    """What a result was made from. Results under one name replace each other when the version changes."""
+    """What a result was made from. Results under one name replace each other when the version changes; those of
+    another format are not found."""
 
     name: Hashable
     version: Hashable = None  # of a file: (size in bytes, mtime in ns, inode); None where there is no file
+    format: int = FORMAT
 
 
 def file_key(kind: str, path: str | Path) -> Key:
-    """The key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode))."""
+    """The key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode), FORMAT)."""
     resolved = str(path)
     try:
         resolved = os.path.realpath(path)

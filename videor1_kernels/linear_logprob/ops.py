@@ -76,22 +76,10 @@ def linear_logprob_backward_op(
 
 
 @linear_logprob_backward_op.register_fake
-def _(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    entropy: Tensor,
-    lse: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, hidden, weight, _, bias, *_, needs, _ = inputs
     shaped = zip(needs, (hidden, weight, bias), strict=True)
-    return tuple(x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for need, x in shaped)  # type: ignore[return-value]
+    return tuple(x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for need, x in shaped)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

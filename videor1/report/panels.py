@@ -1,0 +1,69 @@
+"""Which series of metrics.jsonl stand in which chart of the report, and their names there and in curves.png."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure. ``lines``: (series, its label)."""
+
+    id: str
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    note: str = ""
+    gap: bool = False  # shade between the first two lines
+    share: bool = False  # values are between 0 and 1
+    log: bool = False
+    smooth: bool = True
+
+
+CHARTS = (
+    Chart(
+        "held-out", "Held-out accuracy", "accuracy",
+        (("eval/ordered", "frames in order"), ("eval/shuffled", "frames shuffled"), ("eval/image", "still images")),
+        "On questions that are not trained on. The shaded gap is what the order of the frames is worth.", gap=True,
+        share=True,
+    ),
+    Chart(
+        "accuracy", "Accuracy while training: p and p~", "accuracy",
+        (("temporal/p", "p, frames in order"), ("temporal/p_shuffled", "p~, frames shuffled")),
+        "Of video questions. p~ only of prompts whose shuffled answers were all run.", gap=True, share=True,
+    ),
+    Chart(
+        "reward", "Reward", "reward",
+        (("reward", "total"), ("rewards/accuracy/mean", "accuracy"), ("rewards/format/mean", "format")),
+    ),
+    Chart(
+        "bonus", "Temporal bonus", "",
+        (("temporal/rewarded", "share of prompts that get it"), ("temporal/bonus", "mean bonus")),
+        "Of the prompts whose bonus is known.",
+    ),
+    Chart("kl", "KL to the reference policy", "nats a token", (("kl", "KL"),)),
+    Chart("entropy", "Entropy", "nats a token", (("entropy", "entropy"),)),
+    Chart(
+        "length", "Answer length", "tokens",
+        (("completions/mean_length", "mean"), ("completions/max_length", "longest")),
+    ),
+    Chart(
+        "clipped", "Answers cut at the limit", "share",
+        (("completions/clipped_ratio", "cut at max_completion_length"),), share=True,
+    ),
+    Chart(
+        "skipped", "Shuffled answers not run to their end", "share",
+        (("share/skipped", "skipped: never started"), ("share/stopped", "stopped: begun and left")),
+        "They could no longer change the advantages.", share=True,
+    ),
+    Chart("variance", "Prompts whose answers all earn alike", "share", (("frac_reward_zero_std", "no variance"),),
+          "They teach nothing.", share=True),
+    Chart("loss", "Loss", "loss", (("loss", "loss"),)),
+    Chart("grad", "Gradient norm", "norm, before clipping", (("grad_norm", "gradient norm"),), log=True),
+    Chart("rate", "Learning rate", "learning rate", (("learning_rate", "learning rate"),), smooth=False),
+    Chart("speed", "Speed", "tokens a second", (("time/tokens_per_second", "tokens a second"),)),
+)  # fmt: skip
+
+LABELS = {name: label for chart in CHARTS for name, label in chart.lines}
+# Of the phases of a step whose names do not say it.
+PHASE_LABELS = {"data": "waiting for data", "reward": "rewards", "reference": "reference policy"}
