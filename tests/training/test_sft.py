@@ -69,7 +69,7 @@ def test_loss_equals_transformers_own(assets: Assets, examples: tuple[SFTTrainer
 def test_packing_and_accumulation_do_not_change_the_update(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row of four samples, rows of what fits into a bound, and four accumulated batches: the same step up to rounding."""
+    """One row of four samples, rows under a bound, and four accumulated batches: the same step up to rounding."""
     rows: list[tuple[int, int]] = []  # (prompts, tokens) of each
 
     def noted(*arguments: Any) -> Packed:
