@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.step_inputs import COMPARED_RULE
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.model.features import media_features
+from videor1.model.features import prompt_features
 from videor1.training.passes import Packed
 from videor1.types import Media
 from videor1.video.patches import normalize_patches
@@ -128,9 +128,9 @@ class RepeatedRows:
         """Keyword arguments of transformers' model for the rows."""
         inputs: dict[str, Any] = {"attention_mask": batch.mask, "position_ids": self._positions(batch)}
         if self.tower == "prompt":
-            features = iter(media_features(self.model, packed.prompts))
-            groups = zip(packed.prompts, packed.layout.completion_lengths, strict=True)
-            own = [x for p, group in groups if p.media is not None for x in [next(features)] * len(group)]
+            features = prompt_features(self.model, packed.prompts)
+            groups = zip(features, packed.layout.completion_lengths, strict=True)
+            own = [x for x, group in groups if x is not None for _ in group]
             embeds = self.hf.get_input_embeddings()(batch.ids)
             if own:
                 embeds = embeds.masked_scatter((batch.kinds > 0)[..., None], torch.cat(own).to(embeds.dtype))

@@ -6,7 +6,8 @@ P prompt tokens, C completion tokens. Stages import these records, not each othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -110,3 +111,4 @@ class Group:
     shuffled: tuple[Completion, ...] = ()  # those that were run to their end
     permutation: tuple[int, ...] | None = None  # over frames or temporal patches, as temporal.shuffle_unit says
     shuffled_asked: int = 0  # more than there are: the rest was skipped, since it could not change the advantages
+    accuracies: Mapping[str, float] = field(default_factory=dict)  # by an answer's text: those that a judge worked out

@@ -16,7 +16,6 @@ from tiny import hf_inputs
 from torch import Tensor
 
 import videor1.rewards
-import videor1.rewards.judge
 import videor1.rewards.scoring
 from benchmarks import bench_rollout, measure, report, rollout, rollout_skipping, rollout_turns, run
 from benchmarks.bench_rollout import ENGINE, GENERATE
@@ -332,7 +331,6 @@ def right_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
         return float(zlib.crc32(text.encode()) % 5 == 0)
 
     monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", accuracy)
-    monkeypatch.setattr(videor1.rewards.judge, "accuracy_reward", accuracy)
 
 
 def skipping(assets: Assets, *more: str) -> int:

@@ -262,7 +262,7 @@ def test_a_vision_pass_takes_no_more_than_its_share(
 ) -> None:
     options = {"benchmark": "videomme", "data__root": benchmarks}
     assert run(assets, tmp_path / "one", **options) == 0
-    monkeypatch.setattr(features, "_PATCHES", 1)  # each video by itself
+    monkeypatch.setattr(features, "PASS_PATCHES", 1)  # each video by itself
     assert run(assets, tmp_path / "two", **options) == 0
     assert (tmp_path / "one" / "answers.jsonl").read_bytes() == (tmp_path / "two" / "answers.jsonl").read_bytes()
 

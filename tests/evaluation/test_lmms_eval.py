@@ -273,6 +273,7 @@ def test_a_bad_video_is_counted(make, engine, video: Path, tmp_path: Path, caplo
         "3 of 4 requests could not be read (missing_file 1, not_video 1, too_long 1) and count as wrong" in caplog.text
     )
     assert str(bad) in caplog.text
+    assert "the limit is 400: raise it, or lower max_pixels, image_max_pixels or max_frames" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from videor1.errors import ConfigError
-from videor1.model.prompts import build_input_ids, build_sft_ids, question_text, special_ids
+from videor1.model.prompts import build_input_ids, build_sft_ids, expand_media, question_text, special_ids
 from videor1.rewards import accuracy_reward, format_reward
 from videor1.types import Media, Sample, SampleError
 
@@ -95,6 +95,19 @@ def test_input_ids_of_text():
     ids = build_input_ids(tokenizer, replace(CHOICE, data_type="text", path=None), None, max_prompt_length=1000)
     assert not set(special_ids(tokenizer).vision) & set(ids.tolist())
     assert f"user\n{question_text(CHOICE)}<|im_end|>" in tokenizer.decode(ids)
+
+
+def test_expanded_media_keep_what_is_around_them():
+    special, media = special_ids(make_tokenizer()), make_media("image", (1, 4, 6))
+    ids = [5, special.video_pad, special.image_pad, 6]
+    expanded = expand_media(special, ids, CHOICE, media, max_prompt_length=9)
+    assert expanded.tolist() == [5, special.video_pad, *6 * [special.image_pad], 6]
+    assert len(ids) == 4
+    with pytest.raises(SampleError, match=r"9 tokens \(6 of them the image's\), the limit is 8: .* lower max_pixels"):
+        expand_media(special, ids, CHOICE, media, max_prompt_length=8, options="max_pixels")
+    with pytest.raises(SampleError, match="has 2 tokens, the limit is 1") as error:
+        expand_media(special, [5, 6], CHOICE, None, max_prompt_length=1)
+    assert error.value.kind == "too_long"
 
 
 def test_prompt_at_the_limit_passes_and_one_token_more_does_not():

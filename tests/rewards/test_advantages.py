@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,14 @@ def test_correct_above_gates_the_bonuses() -> None:
     group = make_group(answers(RIGHT, RIGHT, WRONG), answers(WRONG))
     reward = RewardConfig(correct_above=1.0, length_range=(1, 9))
     assert score_groups([group], config(rule="reference", reward=reward)).result.rewards.tolist() == [[2, 2, 1]]
+
+
+def test_accuracies_that_are_known_are_taken_as_they_are() -> None:
+    group = make_group(answers(RIGHT, WRONG), answers(RIGHT_BARE, WRONG_BARE))
+    scored = score_groups([replace(group, accuracies={RIGHT: 0.25, WRONG_BARE: 0.5})], config())
+    assert scored.accuracy.tolist() == [[0.25, 0.0]]
+    assert scored.shuffled_accuracy.tolist() == [[1.0, 0.5]]
+    assert scored.format.tolist() == [[1, 1]]
 
 
 def test_one_call_of_a_custom_function_sees_every_ordered_answer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from test_advantages import VIDEO
 from tiny import make_prompt
 
 import videor1.rewards
-import videor1.rewards.judge
 import videor1.rewards.scoring
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
 from videor1.demo.assets import Assets
@@ -163,6 +163,29 @@ def test_a_group_with_missing_answers_that_matter_counts_those_it_has() -> None:
     assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_answer_is_scored_once_in_a_step(
+    skip: bool, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the judge, or with the rewards where there is none; equal answers of a group together."""
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def counted(completion: str, solution: str, *_: object, **__: object) -> float:
+        calls[completion, solution] += 1
+        return float(zlib.crc32(completion.encode()) % 4 == 0)
+
+    monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", counted)
+    trainer(
+        assets, tmp_path, temporal__skip_shuffled=skip, num_generations=3, temporal__num_generations=2,
+        per_device_train_batch_size=4, num_iterations=1, max_steps=2,
+    ).train()  # fmt: skip
+    lines = run_lines(tmp_path, "rollouts.jsonl")
+    groups = [(line["completions"] + line["shuffled_completions"], line["solution"]) for line in lines]
+    assert calls == Counter((text, solution) for texts, solution in groups for text in set(texts))
+    assert calls.total() > 8 * 2
+    assert any(line["shuffled_completions"] for line in lines)
+
+
 @pytest.mark.parametrize(("rule", "apply"), [("margin", "advantage"), ("reference", "reward")])
 def test_a_run_is_the_same_with_and_without(
     rule: str, apply: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,7 +196,6 @@ def test_a_run_is_the_same_with_and_without(
         return float(zlib.crc32(completion.encode()) % 4 == 0)
 
     monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", by_lot)
-    monkeypatch.setattr(videor1.rewards.judge, "accuracy_reward", by_lot)
     ends, lines, rows = [], [], []
     for skip in (True, False):
         folder = tmp_path / str(skip)

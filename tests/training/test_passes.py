@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from videor1.config import LoraConfig, TrainConfig
 from videor1.model import VideoLM
-from videor1.model.features import media_features
+from videor1.model.features import prompt_features
 from videor1.model.prompts import build_sft_ids
 from videor1.training.passes import completion_logp, pack, sft_loss, tgrpo_loss
 from videor1.types import Prompt
@@ -209,7 +209,7 @@ def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_towe
     packed = pack(model, PROMPTS, ANSWERS)
     config = TrainConfig(beta=0.0)
     with torch.no_grad():
-        features = media_features(model, PROMPTS)
+        features = [f for f in prompt_features(model, PROMPTS) if f is not None]
     losses = []
     for given in (None, features):
         model.hf.zero_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from runs import entries, last_metrics, metrics, same_weights, sft_flags, sft_tr
 from test_checkpoint import load_plain
 from test_tgrpo import Opened
 
+import videor1.training.sft
 from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError, DataError
 from videor1.sft import main
 from videor1.training.checkpoint import checkpoints
-from videor1.training.passes import pack, sft_loss
-from videor1.training.sft import Example, SFTTrainer, pack_rows
+from videor1.training.passes import Packed, pack, sft_loss
+from videor1.training.sft import Example, SFTTrainer
 from videor1.video.patches import normalize_patches
 
 
@@ -65,32 +66,32 @@ def test_loss_equals_transformers_own(assets: Assets, examples: tuple[SFTTrainer
     assert sft_loss(run.model, packed, count).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_rows_hold_what_fits_in_order(examples: tuple[SFTTrainer, list[Example]]) -> None:
-    _, found = examples
-    lengths = [len(example) for example in found]
-    assert [[found.index(e) for e in row] for row in pack_rows(found, sum(lengths))] == [list(range(6))]
-    assert [len(row) for row in pack_rows(found, max(lengths))] != [6]
-    for limit in (max(lengths), max(lengths) + 40, lengths[0] + lengths[1]):
-        rows = pack_rows(found, limit)
-        assert [e for row in rows for e in row] == found
-        assert all(sum(map(len, row)) <= limit for row in rows)
-        for row, following in itertools.pairwise(rows):
-            assert sum(map(len, row)) + len(following[0]) > limit
-    assert pack_rows([], 10) == []
+def test_packing_and_accumulation_do_not_change_the_update(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of four samples, rows under a bound, and four accumulated batches: the same step up to rounding."""
+    rows: list[tuple[int, int]] = []  # (prompts, tokens) of each
 
+    def noted(*arguments: Any) -> Packed:
+        packed = pack(*arguments)
+        rows.append((len(packed.prompts), packed.layout.total_tokens))
+        return packed
 
-def test_packing_and_accumulation_do_not_change_the_update(assets: Assets, tmp_path: Path) -> None:
-    """One row of four samples, rows of one sample, and four accumulated batches: the same step up to rounding."""
+    monkeypatch.setattr(videor1.training.sft, "pack", noted)
     options = {"max_steps": 2, "data__shuffle": False, "learning_rate": 1e-4}
     variants = {
         "packed": {"per_device_train_batch_size": 4},
-        "alone": {"per_device_train_batch_size": 4, "max_length": 330},
+        "bounded": {"per_device_train_batch_size": 4, "max_length": 200},
         "accumulated": {"gradient_accumulation_steps": 4},
     }
     finals = {name: sft_trainer(assets, tmp_path / name, **options, **more).train() for name, more in variants.items()}
+    whole, cut = rows[:2], rows[2:-8]
+    assert [prompts for prompts, _ in whole + rows[-8:]] == [4, 4] + 8 * [1]
+    assert sum(prompts for prompts, _ in cut) == 8
+    assert max(tokens for _, tokens in cut) <= 200 < min(tokens for _, tokens in whole)
     losses = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in variants}
     norms = {name: [row["grad_norm"] for row in metrics(tmp_path / name)] for name in variants}
-    for name in ("alone", "accumulated"):
+    for name in ("bounded", "accumulated"):
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-5)
         assert norms[name] == pytest.approx(norms["packed"], rel=1e-4)
     assert not same_weights(weights(finals["packed"]), weights(assets.model))

@@ -334,6 +334,17 @@ def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
     assert run._kernels().startswith(slow)
 
 
+def test_a_source_is_made_and_nothing_else(assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path)
+    assert run.rollouts is None
+    with Opened(run):
+        file = run.rollouts
+        other = run.make_source(2)
+        assert run.rollouts is file
+        assert [p.draw for p in run.source.take(4)][2:] == [p.draw for p in other.take(2)] == [2, 3]
+        other.close()
+
+
 class Answering:
     """An engine that gives canned answers, and fails where told."""
 

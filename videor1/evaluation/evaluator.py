@@ -13,9 +13,9 @@ from videor1.data import Dataset
 from videor1.data.cache import disk_cache
 from videor1.data.prefetch import Prefetcher
 from videor1.model import VideoLM
-from videor1.model.features import prompt_features
+from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
-from videor1.rewards import accuracy_reward
+from videor1.rewards import accuracy_of
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
 from videor1.types import Completion, Media, Prompt, Sample, SampleError
 from videor1.video.media import load_media, media_key
@@ -105,7 +105,7 @@ class Evaluator:
     ) -> None:
         self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
         self._config, self._on_skip = config, on_skip
-        self._score = score or functools.partial(_reward, lenient=config.reward.lenient)
+        self._score = score or functools.partial(accuracy_of, lenient=config.reward.lenient)
         self._top_p, self._count = top_p, count
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
             functools.partial(load_media, video=config.video),
@@ -173,17 +173,17 @@ class Evaluator:
 def _answer(
     model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions, score: Score, count: int
 ) -> list[Answered]:
-    orders = [draw_permutation(p, config.temporal.shuffle_unit, config.seed) for p in prompts]
+    unit = config.temporal.shuffle_unit
+    orders = [draw_permutation(p, unit, config.seed) for p in prompts]
     with model.inference():
-        ordered = prompt_features(model, prompts, [None] * len(prompts), config)
-        moved = [(p, order) for p, order in zip(prompts, orders, strict=True) if order is not None]
-        shuffled = iter(prompt_features(model, [p for p, _ in moved], [order for _, order in moved], config))
+        ordered = prompt_features(model, prompts)
+        shuffled = shuffled_features(model, prompts, orders, unit=unit)
     requests = [
         Request(
             p, config.seed, Branch(count, ("eval", p.draw), features),
-            None if order is None else Branch(count, ("eval-shuffled", p.draw), next(shuffled), order),
+            None if order is None else Branch(count, ("eval-shuffled", p.draw), moved, order),
         )
-        for p, features, order in zip(prompts, ordered, orders, strict=True)
+        for p, features, moved, order in zip(prompts, ordered, shuffled, orders, strict=True)
     ]  # fmt: skip
     answers = []
     for group in engine.generate(requests).groups:
@@ -210,10 +210,6 @@ def _answer(
             )
         )
     return answers
-
-
-def _reward(completion: str, sample: Sample, *, lenient: bool) -> float:
-    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
 
 
 def _mean(values: Sequence[float | None]) -> float:

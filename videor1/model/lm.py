@@ -90,7 +90,7 @@ class VideoLM:
         vision = self.hf.config.vision_config
         return prompt_positions(
             prompt,
-            self._media_token(prompt.media),
+            self.special.media_pad(prompt.media) if prompt.media else None,
             tokens_per_second=vision.tokens_per_second,
             merge=vision.spatial_merge_size,
             rule=self.position_rule,
@@ -185,11 +185,6 @@ class VideoLM:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the model's order."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
-
-    def _media_token(self, media: Media | None) -> int | None:
-        if media is None:
-            return None
-        return self.special.video_pad if media.kind == "video" else self.special.image_pad
 
     def _vocabulary_check(self) -> None:
         config, special = self.hf.config, self.special

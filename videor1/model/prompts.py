@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import Tensor
 from videor1.answer import follows_format
 from videor1.errors import ConfigError
 from videor1.types import Media, Sample, SampleError
-
-MERGE = 4  # patches (2 x 2) that one media token stands for
+from videor1.video.patches import num_media_tokens
 
 INSTRUCTION = "Reason between <think> and </think>, then answer between <answer> and </answer>."
 _BY_TYPE = {
@@ -41,6 +41,10 @@ class SpecialIds:
         """The tokens that stand for or enclose media: never to be sampled."""
         pads = () if self.vision_pad is None else (self.vision_pad,)
         return self.vision_start, self.vision_end, self.video_pad, self.image_pad, *pads
+
+    def media_pad(self, media: Media) -> int:
+        """The token that stands for a part of ``media``."""
+        return self.video_pad if media.kind == "video" else self.image_pad
 
 
 _TOKENS = {
@@ -79,12 +83,11 @@ def question_text(sample: Sample) -> str:
 
 
 def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int) -> Tensor:
-    """Token ids of the prompt, int64 [P], up to where the answer begins; the media's one pad token is expanded to the
-    T * h * w / 4 tokens that the vision tower gives.
+    """Token ids of the prompt, int64 [P], up to where the answer begins, its media expanded (:func:`expand_media`).
 
     ``media`` is the sample's (None for data_type text). Raises SampleError ``too_long`` for more than
-    ``max_prompt_length`` tokens (nothing is ever cut) and ``special_token`` for a text that would be read as a special
-    token of the tokenizer; ConfigError for a chat template that has no place for the media.
+    ``max_prompt_length`` tokens and ``special_token`` for a text that would be read as a special token of the
+    tokenizer; ConfigError for a chat template that has no place for the media.
     """
     assert (media.kind if media else "text") == sample.data_type, (media and media.kind, sample.data_type)
     text = question_text(sample)
@@ -96,31 +99,47 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    ids = _encode(tokenizer, rendered)
+    ids, special = _encode(tokenizer, rendered), special_ids(tokenizer)
+    if media and (count := ids.count(pad := special.media_pad(media))) != 1:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {count} tokens "
+            f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected 1; "
+            "use the template of a Qwen2-VL or Qwen2.5-VL model"
+        )
+    return expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length)
 
-    length = len(ids)
-    if media:
-        special = special_ids(tokenizer)
-        pad = special.video_pad if media.kind == "video" else special.image_pad
-        if ids.count(pad) != 1:
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {ids.count(pad)} tokens "
-                f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected 1; "
-                "use the template of a Qwen2-VL or Qwen2.5-VL model"
-            )
-        patches = media.grid_thw[0] * media.grid_thw[1] * media.grid_thw[2]
-        assert patches % MERGE == 0, media.grid_thw
-        at = ids.index(pad)
-        ids[at : at + 1] = [pad] * (patches // MERGE)
-    if len(ids) > max_prompt_length:
-        media_tokens = f" ({len(ids) - length + 1} of them the {media.kind}'s)" if media else ""
+
+def expand_media(
+    special: SpecialIds,
+    ids: Sequence[int],
+    sample: Sample,
+    media: Media | None,
+    *,
+    max_prompt_length: int,
+    options: str = "video.max_pixels, video.image_max_pixels or video.max_frames",
+) -> Tensor:
+    """A prompt's token ids, int64 [P], the media's one pad token made the T * h * w / 4 that the vision tower gives.
+
+    Args:
+        options: how the caller calls what makes media smaller, for the error message.
+
+    Raises:
+        SampleError: ``too_long`` for more than ``max_prompt_length`` tokens: nothing is ever cut.
+    """
+    expanded, media_tokens = list(ids), ""
+    if media is not None:
+        pad, count = special.media_pad(media), num_media_tokens(media.grid_thw)
+        at = expanded.index(pad)
+        expanded[at : at + 1] = [pad] * count
+        media_tokens = f" ({count} of them the {media.kind}'s)"
+    if len(expanded) > max_prompt_length:
         raise SampleError(
             "too_long",
-            f"problem {sample.problem_id}: the prompt has {len(ids)} tokens{media_tokens}, the limit is "
-            f"{max_prompt_length}: raise it, or lower video.max_pixels, video.image_max_pixels or video.max_frames",
+            f"problem {sample.problem_id}: the prompt has {len(expanded)} tokens{media_tokens}, the limit is "
+            f"{max_prompt_length}: raise it, or lower {options}",
             sample.path,
         )
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(expanded, dtype=torch.int64)
 
 
 def build_sft_ids(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.model.features import media_features
+from videor1.model.features import prompt_features
 from videor1.plan.setup import Work
 from videor1.training.passes import completion_logp, tgrpo_loss
 
@@ -75,10 +75,10 @@ def run_step(step: TrainingStep, phase: Callable[[str], AbstractContextManager[N
 def _rollout(step: TrainingStep) -> list[Tensor]:
     config, model, prompts = step.config, step.model, step.work.prompts
     with model.inference():
-        ordered = media_features(model, prompts)
+        ordered = [f for f in prompt_features(model, prompts) if f is not None]
         shuffled: list[Tensor] = []
         if config.num_shuffled and config.temporal.shuffle_unit == "frame":
-            shuffled = model.vision_features([p.media for p in prompts if p.media is not None])
+            shuffled = [f for f in prompt_features(model, prompts) if f is not None]
         elif config.num_shuffled:
             shuffled = [features.clone() for features in ordered]
     step.answer(ordered, shuffled)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.rewards.judge import TemporalJudge
-from videor1.rewards.scoring import score
+from videor1.rewards.scoring import format_rewards
 from videor1.types import Group
 from videor1_kernels import Advantages, tgrpo_advantages
 
@@ -30,23 +30,19 @@ class Scored:
 
 def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
     """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones, worked out on
-    ``device``. All that is returned is on the CPU."""
+    ``device``. All that is returned is on the CPU. Accuracies that a group brings along are not worked out again."""
     if not groups:
         return _nothing(config)
+    judges = [_judge(group, config) for group in groups]
+    accuracy = torch.tensor([judge.ordered for judge in judges])
     answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
-    accuracy, form = (
-        torch.tensor(rewards).reshape(len(groups), -1)
-        for rewards in score([text for text, _ in answered], [sample for _, sample in answered], config.reward)
-    )
+    texts, samples = [text for text, _ in answered], [sample for _, sample in answered]
+    form = torch.tensor(format_rewards(texts, samples, config.reward)).reshape(len(groups), -1)
     shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
     decisive = shuffled.clone()
     skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
     reward, temporal = config.reward, config.temporal
-    for i, group in enumerate(groups):
-        judge = TemporalJudge(group.prompt.sample, config, ordered=len(group.ordered), shuffled=group.shuffled_asked)
-        judge.ordered = accuracy[i].tolist()
-        for completion in group.shuffled:  # only their accuracy counts: no other reward is asked for
-            judge.shuffled_done(completion)
+    for i, (group, judge) in enumerate(zip(groups, judges, strict=True)):
         finished = len(judge.shuffled)
         shuffled[i, :finished] = decisive[i, :finished] = torch.tensor(judge.shuffled)
         skipped[i] = finished < group.shuffled_asked
@@ -75,6 +71,18 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
     values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
     return Scored(accuracy, form, lengths, shuffled, values)
+
+
+def _judge(group: Group, config: TrainConfig) -> TemporalJudge:
+    """One that has heard all of the group's answers. Of the shuffled ones only the accuracy counts: no other reward is
+    asked for."""
+    count, asked = len(group.ordered), group.shuffled_asked
+    judge = TemporalJudge(group.prompt.sample, config, ordered=count, shuffled=asked, known=group.accuracies)
+    for completion in group.ordered:
+        judge.ordered_done(completion)
+    for completion in group.shuffled:
+        judge.shuffled_done(completion)
+    return judge
 
 
 def _nothing(config: TrainConfig) -> Scored:

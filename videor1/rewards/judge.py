@@ -9,10 +9,10 @@ finished (each is between 0 and 1) may decide it before they are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from videor1.config import TrainConfig
-from videor1.rewards.scoring import accuracy_reward
+from videor1.rewards.scoring import accuracy_of
 from videor1.types import Completion, Sample
 
 
@@ -22,13 +22,27 @@ class TemporalJudge:
 
     Args:
         ordered, shuffled: how many answers the group will have.
+        known: accuracies that another judge of the group has worked out, by the answer's text.
+
+    Attributes:
+        ordered, shuffled: accuracies of the answers, as they were heard.
+        accuracies: of every text that was heard, and the known ones.
     """
 
-    def __init__(self, sample: Sample, config: TrainConfig, *, ordered: int, shuffled: int) -> None:
+    def __init__(
+        self,
+        sample: Sample,
+        config: TrainConfig,
+        *,
+        ordered: int,
+        shuffled: int,
+        known: Mapping[str, float] | None = None,
+    ) -> None:
         self._sample, self._config = sample, config
         self._counts = (ordered, shuffled)
-        self.ordered: list[float] = []  # accuracies
+        self.ordered: list[float] = []
         self.shuffled: list[float] = []
+        self.accuracies = dict(known or {})
         self._known: tuple[tuple[int, int], bool | None] | None = None  # the last verdict, and how many it had heard
 
     def ordered_done(self, answer: Completion) -> None:
@@ -74,8 +88,10 @@ class TemporalJudge:
         return True if correct and (not in_reward or correct < done) else None
 
     def _accuracy(self, answer: Completion) -> float:
-        sample = self._sample
-        return accuracy_reward(answer.text, sample.solution, sample.problem_type, lenient=self._config.reward.lenient)
+        if answer.text not in self.accuracies:
+            accuracy = accuracy_of(answer.text, self._sample, lenient=self._config.reward.lenient)
+            self.accuracies[answer.text] = accuracy
+        return self.accuracies[answer.text]
 
 
 def _mean_bounds(known: Sequence[float], count: int) -> tuple[float, float]:

@@ -82,6 +82,11 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     return reward
 
 
+def accuracy_of(completion: str, sample: Sample, *, lenient: bool = False) -> float:
+    """:func:`accuracy_reward` of an answer to ``sample``."""
+    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+
+
 def format_reward(completion: str) -> float:
     """Whether a completion has the form that is asked for.
 
@@ -106,20 +111,28 @@ def format_reward(completion: str) -> float:
 def score(completions: list[str], samples: list[Sample], config: RewardConfig) -> tuple[list[float], list[float]]:
     """(accuracy, format) rewards, one of each per completion; ``samples[i]`` is what ``completions[i]`` answers.
 
-    format = ``config.format_weight`` * format_reward + the sum of ``config.functions``. Raises ConfigError for a
-    function that cannot be loaded or does not return one finite number per completion; an exception inside a function
-    passes through.
+    The second as :func:`format_rewards` gives and raises.
     """
-    assert len(completions) == len(samples), (len(completions), len(samples))
     accuracy = [
-        accuracy_reward(completion, sample.solution, sample.problem_type, lenient=config.lenient)
+        accuracy_of(completion, sample, lenient=config.lenient)
         for completion, sample in zip(completions, samples, strict=True)
     ]
+    return accuracy, format_rewards(completions, samples, config)
+
+
+def format_rewards(completions: list[str], samples: list[Sample], config: RewardConfig) -> list[float]:
+    """``config.format_weight`` * format_reward + the sum of ``config.functions``, of each completion; ``samples[i]`` is
+    what ``completions[i]`` answers.
+
+    Raises ConfigError for a function that cannot be loaded or does not return one finite number per completion; an
+    exception inside a function passes through.
+    """
+    assert len(completions) == len(samples), (len(completions), len(samples))
     form = [config.format_weight * format_reward(completion) for completion in completions]
     for name in config.functions:
         extra = _call(name, load_reward(name), completions, samples)
         form = [a + b for a, b in zip(form, extra, strict=True)]
-    return accuracy, form
+    return form
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
-from videor1.model.features import media_features
+from videor1.model.features import prompt_features
 from videor1.types import Media, Prompt, Sample
 from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
 from videor1_kernels.frames_to_patches import PATCH_COLUMNS
@@ -47,7 +47,7 @@ def predicting_states(
 ) -> Tensor:
     """The hidden states [N, H] that predict the completions' tokens: all that ever reaches the head."""
     if features is None:
-        features = media_features(model, packed.prompts)
+        features = [f for f in prompt_features(model, packed.prompts) if f is not None]
     hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout, backend), features)
     return hidden[packed.layout.predict_index]
 

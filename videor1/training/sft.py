@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from videor1.data import Dataset
 from videor1.data.source import Source
 from videor1.data.stream import RowStream, open_dataset
 from videor1.errors import ConfigError
+from videor1.model.packing import greedy_batches
 from videor1.model.prompts import build_sft_ids
 from videor1.training.loop import Loop
 from videor1.training.passes import pack, sft_loss
@@ -66,7 +67,7 @@ class SFTTrainer(Loop[SFTConfig]):
         micro = [
             self.source.take(config.per_device_train_batch_size) for _ in range(config.gradient_accumulation_steps)
         ]
-        rows = [row for examples in micro for row in pack_rows(examples, config.max_length)]
+        rows = [row for examples in micro for row in greedy_batches(examples, len, config.max_length)]
         waited = time.perf_counter() - started
         answers = sum(len(example.answer) for row in rows for example in row)
         everything = sum(len(example) for row in rows for example in row)
@@ -98,13 +99,3 @@ class SFTTrainer(Loop[SFTConfig]):
     def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
         labels = {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
         return labels if self.eval_set is None else labels | {"accuracy": self.accuracy}
-
-
-def pack_rows(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Rows of at most ``max_length`` tokens, in order: a new row begins where the next example would not fit."""
-    rows: list[list[Example]] = []
-    for example in examples:
-        if not rows or sum(map(len, rows[-1])) + len(example) > max_length:
-            rows.append([])
-        rows[-1].append(example)
-    return rows

@@ -15,7 +15,8 @@ from torch import Tensor
 from videor1.config import TrainConfig
 from videor1.data.source import Source
 from videor1.errors import ConfigError, TrainingStopped
-from videor1.model.features import media_features
+from videor1.logs.jsonl import JsonlWriter
+from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
 from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, score_groups
@@ -28,7 +29,7 @@ from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, add, totals_of, training_rows
 from videor1.training.step_metrics import report_of, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
-from videor1.video.shuffle import draw_permutation, permuted_features, shuffled_patches
+from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
 
 KERNELS = (
@@ -54,6 +55,7 @@ class Trainer(Loop[TrainConfig]):
         needs_copy = config.beta > 0 and not config.lora.rank
         self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
         self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
+        self.rollouts: JsonlWriter | None = None  # while the run is open
         self.weights_are_new = True  # to the engine
         self.steps_without_signal = 0  # in a row
 
@@ -70,11 +72,15 @@ class Trainer(Loop[TrainConfig]):
             ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=longest)
             return Prompt(sample, ids, media, draw)
 
-        if self.model.device.type != "cpu":
-            self.progress.write(self._kernels())
-        self.rollouts = self.open_lines("rollouts.jsonl")
-        self.on_close(self.engine.close)
         return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with contextlib.closing(self.engine), super()._open():
+            if self.model.device.type != "cpu":
+                self.progress.write(self._kernels())
+            self.rollouts = self.open_lines("rollouts.jsonl")
+            yield
 
     def train_batch(self) -> None:
         """One rollout and its ``num_iterations`` updates."""
@@ -85,6 +91,7 @@ class Trainer(Loop[TrainConfig]):
             if config.dynamic_sampling:
                 batch = refill(batch, size, config.dynamic_sampling, functools.partial(self._answer, clock=clock))
         groups, features, scored = batch.groups, batch.features, batch.scored
+        assert self.rollouts is not None, "the run is open"
         for row in rollout_rows(groups, scored, self.model, log_tokens=config.log_tokens):
             self.rollouts.write(self.step + 1, row)
         clock.lap("time/reward")
@@ -141,32 +148,36 @@ class Trainer(Loop[TrainConfig]):
 
     def _ask(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         config, model = self.config, self.model
-        orders = [
-            draw_permutation(p, config.temporal.shuffle_unit, config.seed) if config.num_shuffled else None
-            for p in prompts
-        ]
+        unit = config.temporal.shuffle_unit
+        orders = [draw_permutation(p, unit, config.seed) if config.num_shuffled else None for p in prompts]
         ordered: list[Tensor | None] = [None] * len(prompts)
         shuffled = list(ordered)
         if self.engine.needs_features:
             with model.inference():
-                ordered = _scatter(prompts, iter(media_features(model, prompts)))
-                shuffled = self._shuffled_features(prompts, ordered, orders)
-        requests = [self._request(*parts) for parts in zip(prompts, ordered, shuffled, orders, strict=True)]
+                ordered = prompt_features(model, prompts)
+                shuffled = shuffled_features(model, prompts, orders, unit=unit, ordered=ordered)
+        skip = config.temporal.skip_shuffled
+        judges = [self._judge(p) if skip and order else None for p, order in zip(prompts, orders, strict=True)]
+        requests = [
+            Request(
+                p, config.seed, Branch(config.num_generations, ("ordered", p.draw), features),
+                None if order is None else Branch(config.num_shuffled, ("shuffled", p.draw), moved, order), judge,
+            )
+            for p, features, moved, order, judge in zip(prompts, ordered, shuffled, orders, judges, strict=True)
+        ]  # fmt: skip
         if self.weights_are_new:
             self.engine.weights_changed()
             self.weights_are_new = False
-        return self.engine.generate(requests), ordered
+        rollout = self.engine.generate(requests)
+        groups = [
+            dataclasses.replace(group, accuracies=judge.accuracies) if group and judge else group
+            for group, judge in zip(rollout.groups, judges, strict=True)
+        ]
+        return dataclasses.replace(rollout, groups=groups), ordered
 
-    def _request(
-        self, prompt: Prompt, ordered: Tensor | None, shuffled: Tensor | None, order: tuple[int, ...] | None
-    ) -> Request:
-        config, count = self.config, (self.config.num_generations, self.config.num_shuffled)
-        first = Branch(count[0], ("ordered", prompt.draw), ordered)
-        if order is None:
-            return Request(prompt, config.seed, first)
-        skip = config.temporal.skip_shuffled
-        judge = TemporalJudge(prompt.sample, config, ordered=count[0], shuffled=count[1]) if skip else None
-        return Request(prompt, config.seed, first, Branch(count[1], ("shuffled", prompt.draw), shuffled, order), judge)
+    def _judge(self, prompt: Prompt) -> TemporalJudge:
+        config = self.config
+        return TemporalJudge(prompt.sample, config, ordered=config.num_generations, shuffled=config.num_shuffled)
 
     def _kernels(self) -> str:
         """Who will compute what: on a GPU the reference is slow, and auto takes it where a kernel cannot run."""
@@ -199,19 +210,6 @@ class Trainer(Loop[TrainConfig]):
             loss = result.loss * row.weight
             has_media = any(p.media is not None for p in row.packed.prompts)
             yield loss if features is not None or has_media else loss + self.tower_at_rest()
-
-    def _shuffled_features(
-        self, prompts: Sequence[Prompt], ordered: Sequence[Tensor | None], orders: Sequence[tuple[int, ...] | None]
-    ) -> list[Tensor | None]:
-        if self.config.temporal.shuffle_unit == "temporal_patch":
-            return [
-                permuted_features(features, p.media, order) if order and features is not None and p.media else None
-                for p, features, order in zip(prompts, ordered, orders, strict=True)
-            ]
-        moved = [(p.media, order) for p, order in zip(prompts, orders, strict=True) if p.media and order]
-        patches = [shuffled_patches(m, order, "frame") for m, order in moved]
-        encoded = iter(self.model.vision_features([m for m, _ in moved], patches))
-        return [next(encoded) if order else None for order in orders]
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The rollout's vision features serve training too where the tower is not trained."""
@@ -267,8 +265,3 @@ class _Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self.started
-
-
-def _scatter(prompts: Sequence[Prompt], features: Iterator[Tensor]) -> list[Tensor | None]:
-    """One entry per prompt from the features of those that have media."""
-    return [None if p.media is None else next(features) for p in prompts]

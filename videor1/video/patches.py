@@ -43,6 +43,7 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
 def num_media_tokens(grid_thw: Grid) -> int:
     """Tokens the language model sees: T * h * w / 4, one per 2 x 2 block of patches."""
     T, h, w = grid_thw
+    assert T * h * w % 4 == 0, grid_thw
     return T * h * w // 4
 
 

@@ -30,7 +30,7 @@ from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.model.features import prompt_features
-from videor1.model.prompts import INSTRUCTION, MERGE
+from videor1.model.prompts import INSTRUCTION, expand_media
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
 from videor1.types import Clip, Completion, DataType, Media, Prompt, Sample, SampleError
 from videor1.video import target_size
@@ -250,7 +250,7 @@ class VideoR1(_lmms):
         prompts = [prompt for _, prompt in asked]
         orders = [draw_permutation(p, "frame", self.config.seed) if self.shuffle else None for p in prompts]
         with self.model.inference():
-            features = prompt_features(self.model, prompts, orders, self.config)
+            features = prompt_features(self.model, prompts, orders)
         requests = [
             Request(p, self.config.seed, Branch(1, question.names, found, order))
             for (question, p), found, order in zip(asked, features, orders, strict=True)
@@ -260,23 +260,18 @@ class VideoR1(_lmms):
             yield question, group.ordered[0]
 
     def _ids(self, question: _Question, media: Media | None) -> torch.Tensor:
-        """Token ids of the conversation, the media's one pad token expanded."""
+        """Token ids of the conversation, its media expanded. The texts are lmms-eval's: they may read as media."""
         tokenizer, special = self.model.tokenizer, self.model.special
         text = tokenizer.apply_chat_template(question.conversation, add_generation_prompt=True, tokenize=False)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        path = question.sample.path
+        sample = question.sample
         if (found := sum(ids.count(pad) for pad in (special.video_pad, special.image_pad))) != (media is not None):
-            message = f"{question.sample.problem_id}: expected {int(media is not None)} media tokens, got {found}"
-            raise SampleError("special_token", message, path)
-        if media is not None:
-            pad = special.video_pad if media.kind == "video" else special.image_pad
-            T, h, w = media.grid_thw
-            at = ids.index(pad)
-            ids[at : at + 1] = [pad] * (T * h * w // MERGE)
-        if len(ids) > (limit := self.config.max_prompt_length):
-            message = f"{question.sample.problem_id}: the prompt has {len(ids)} tokens, the limit is {limit}"
-            raise SampleError("too_long", message, path)
-        return torch.tensor(ids, dtype=torch.int64)
+            message = f"{sample.problem_id}: expected {int(media is not None)} media tokens, got {found}"
+            raise SampleError("special_token", message, sample.path)
+        return expand_media(
+            special, ids, sample, media, max_prompt_length=self.config.max_prompt_length,
+            options="max_pixels, image_max_pixels or max_frames",
+        )  # fmt: skip
 
     def _image(self, image: Image.Image) -> Media | SampleError:
         started = time.perf_counter()

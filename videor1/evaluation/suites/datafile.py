@@ -9,7 +9,7 @@ from videor1.answer import extract_answer
 from videor1.data import Dataset
 from videor1.evaluation.suites.base import Loaded, Overall, Question
 from videor1.evaluation.suites.scoring import score_mra
-from videor1.rewards import accuracy_reward
+from videor1.rewards import accuracy_of
 from videor1.types import Sample
 
 
@@ -35,8 +35,4 @@ def _score(sample: Sample, lenient: bool) -> Callable[[str], float]:
             return partial(score_mra, truth=float(extract_answer(sample.solution).replace(",", "")))
         except ValueError:  # no number: nothing is right, by either rule
             pass
-    return partial(_reward, sample, lenient)
-
-
-def _reward(sample: Sample, lenient: bool, completion: str) -> float:
-    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+    return partial(accuracy_of, sample=sample, lenient=lenient)

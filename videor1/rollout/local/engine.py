@@ -8,13 +8,14 @@ place to a waiting branch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from videor1.model import VideoLM
+from videor1.model.packing import greedy_batches
 from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
@@ -26,7 +27,7 @@ from videor1.seeding import generator
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
 
-PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 16384  # of the prompts that go through the model together: bounds their activations
 
 
 class LocalEngine:
@@ -80,17 +81,6 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _passes(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Branches to prefill together: their activations are bounded, unlike a single prompt's."""
-    batch: list[Job] = []
-    for job in jobs:
-        if batch and sum(other.length for other in batch) + job.length > PREFILL_TOKENS:
-            yield batch
-            batch = []
-        batch.append(job)
-    yield batch
-
-
 class Run:
     """One call of :meth:`LocalEngine.generate`."""
 
@@ -129,7 +119,7 @@ class Run:
         while True:
             self._drop()
             if admitted := self.scheduler.admit():
-                for jobs in _passes(admitted):
+                for jobs in greedy_batches(admitted, lambda job: job.length, PREFILL_TOKENS):
                     self._prefill(jobs)
             elif self.in_flight.sequences:
                 self._decode()

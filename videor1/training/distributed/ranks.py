@@ -32,6 +32,10 @@ class Ranks:
 
     rank, world = 0, 1
 
+    def __init__(self) -> None:
+        self._optimizer: Any = None  # from :meth:`prepare` on
+        self._max_grad_norm = math.inf
+
     @property
     def leads(self) -> bool:
         """Whether this process writes the run's files."""
@@ -62,7 +66,7 @@ class Ranks:
 
     def prepare(self, hf: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Take over a model and its optimizer, once, before the first step."""
-        self._optimizer: Any = optimizer
+        self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
 
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:

@@ -37,7 +37,10 @@ class ZeroRanks(Ranks):
             import deepspeed
         except ImportError as error:
             raise ConfigError(f"distributed.engine: deepspeed: {error}; {install('deepspeed')}") from error
+        super().__init__()
         self._deepspeed, self._config = deepspeed, config
+        self._engine: Any = None  # from :meth:`prepare` on, and the model in it
+        self._hf: Any = None
         if "RANK" not in os.environ:
             raise ConfigError("distributed.engine: deepspeed runs under a launcher: torchrun --nproc_per_node N -m ...")
         on_gpu = torch.cuda.is_available()

@@ -1,0 +1,142 @@
+"""Vision features of prompts in either order: bounded passes of the tower give what one pass gives, gradients too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_media, make_model, make_prompt, make_tokenizer
+from torch import Tensor
+
+from videor1.model import VideoLM, features
+from videor1.model.features import prompt_features, shuffled_features
+from videor1.types import Prompt
+from videor1.video.shuffle import draw_permutation
+
+# 32, 16, none, 64, 32 and 16 patches.
+GRIDS = [("video", (2, 4, 4)), ("image", (1, 4, 4)), None, ("video", (4, 4, 4)), ("video", (2, 4, 4)),
+         ("image", (1, 4, 4))]  # fmt: skip
+BOUNDS = {1: [32, 16, 64, 32, 16], 48: [48, 64, 48], 64: [48, 64, 48], 96: [48, 96, 16], 10**6: [160]}
+UNITS = ("frame", "temporal_patch")
+
+
+def prompts() -> list[Prompt]:
+    media = [None if g is None else make_media(g[0], g[1], seed=i) for i, g in enumerate(GRIDS)]
+    return [make_prompt(m, draw=i) for i, m in enumerate(media)]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
+def model(request: pytest.FixtureRequest) -> VideoLM:
+    return VideoLM(make_model().to(request.param), make_tokenizer(), source="tiny")
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Patches in each pass of the tower."""
+    seen: list[int] = []
+    original = VideoLM.vision_features
+
+    def noted(self: VideoLM, media: Any, patches: Any = None) -> list[Tensor]:
+        seen.append(sum(len(m.patches) for m in media))
+        return original(self, media, patches)
+
+    monkeypatch.setattr(VideoLM, "vision_features", noted)
+    return seen
+
+
+def agree(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    """To rounding: a pass of another size may sum in another order."""
+    assert [f is None for f in got] == [f is None for f in expected]
+    for one, other in zip(got, expected, strict=True):
+        if one is not None and other is not None:
+            error = 1e-12 if one.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(one, other, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_bounded_passes_give_what_one_pass_gives(
+    model: VideoLM, passes: list[int], bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts()
+    orders = [draw_permutation(p, "frame", 3) for p in asked]
+    assert [order is None for order in orders] == [False, True, True, False, False, True]
+    with model.inference():
+        whole = prompt_features(model, asked), prompt_features(model, asked, orders)
+        assert passes == [160, 160]
+        passes.clear()
+        monkeypatch.setattr(features, "PASS_PATCHES", bound)
+        agree(prompt_features(model, asked), whole[0])
+        assert passes == BOUNDS[bound]
+        assert all(size <= bound for size in passes if size not in (16, 32, 64))  # of one video alone
+        agree(prompt_features(model, asked, orders), whole[1])
+        assert prompt_features(model, []) == []
+        assert prompt_features(model, [asked[2]]) == [None]
+        assert passes == 2 * BOUNDS[bound]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_each_prompt_gets_its_own(model: VideoLM, unit: str) -> None:
+    """Alone, each has the features that it has among others; shuffled patches are encoded as they are."""
+    asked = prompts()
+    orders = [draw_permutation(p, unit, 3) for p in asked]
+    alone: Callable[..., list[Tensor | None]] = lambda *given: [  # noqa: E731
+        f for one in zip(*given, strict=True) for f in prompt_features(model, *([part] for part in one), unit=unit)
+    ]
+    with model.inference():
+        ordered, mixed = prompt_features(model, asked), prompt_features(model, asked, orders, unit=unit)
+        agree(ordered, alone(asked))
+        agree(mixed, alone(asked, orders))
+        shuffled = shuffled_features(model, asked, orders, unit=unit)
+        agree(shuffled, [None if order is None else f for f, order in zip(mixed, orders, strict=True)])
+    moved = [order is not None and order != tuple(sorted(order)) for order in orders]
+    assert any(moved)
+    for one, other, differs in zip(ordered, mixed, moved, strict=True):
+        assert one is None or other is None or differs != torch.equal(one, other)
+
+
+def test_temporal_patches_are_shuffled_after_the_tower(model: VideoLM, passes: list[int]) -> None:
+    asked = prompts()
+    for unit in UNITS:
+        orders = [draw_permutation(p, unit, 3) for p in asked]
+        with model.inference():
+            ordered, expected = prompt_features(model, asked), shuffled_features(model, asked, orders, unit=unit)
+            passes.clear()
+            agree(shuffled_features(model, asked, orders, unit=unit, ordered=ordered), expected)
+        assert passes == ([128] if unit == "frame" else [])
+
+
+def gradients(model: VideoLM) -> dict[str, Tensor]:
+    model.hf.zero_grad()
+    found = [f for f in prompt_features(model, prompts()) if f is not None]
+    weights = torch.linspace(-1, 1, sum(f.numel() for f in found), dtype=model.compute_dtype)
+    (torch.cat(found).flatten() * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.visual.named_parameters() if p.grad is not None}
+
+
+def test_bounded_passes_give_the_same_gradients(
+    model: VideoLM, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gradients(model)
+    assert whole.keys() == dict(model.visual.named_parameters()).keys()
+    monkeypatch.setattr(features, "PASS_PATCHES", 48)
+    cut = gradients(model)
+    assert passes == [160, 48, 64, 48]
+    scale = max(float(g.abs().max()) for g in whole.values())
+    for name, gradient in whole.items():
+        error = 1e-12 if gradient.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(cut[name], gradient, rtol=error, atol=error * scale)
+
+
+def test_ranks_that_wait_for_each_other_make_one_pass_each(
+    model: VideoLM, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 marks the parameters that it holds in pieces; for answers it has gathered them before."""
+    monkeypatch.setattr(features, "PASS_PATCHES", 48)
+    monkeypatch.setattr(next(model.visual.parameters()), "ds_id", 0, raising=False)
+    gradients(model)
+    with model.inference():
+        prompt_features(model, prompts())
+    assert passes == [160, 48, 64, 48]
+    assert prompt_features(model, [make_prompt(None)]) == [None]
