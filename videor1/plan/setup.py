@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.model.load import make_trainable
 from videor1.model.positions import RECORD, PositionRule, trained_rule
-from videor1.model.prompts import MERGE, special_ids
+from videor1.model.prompts import special_ids
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 from videor1.video import smart_resize, video_pixel_cap
@@ -216,7 +217,7 @@ def make_work(
     seconds = LONGEST_SECONDS / grid[0]
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = tuple(
-        Prompt(sample, ids, Media("video", patches(media_tokens * MERGE, PATCH_COLUMNS), grid, seconds, 0.0), draw)
+        Prompt(sample, ids, Media("video", patches(math.prod(grid), PATCH_COLUMNS), grid, seconds, 0.0), draw)
         for draw in range(count)
     )
     answers = [config.max_completion_length] * config.num_generations
