@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(SFTConfig, argv, prog="python -m videor1.sft", description="SFT cold start for T-GRPO.")
     run = SFTTrainer(config)
     final = run.train()
-    if run.ranks.leads:
+    if run.ranks.is_main:
         print(report_line(run.run_dir))
         print(f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final} --dataset_name DATA.json")
     return 0

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     trainer = Trainer(config)
     final = trainer.train()
-    if not trainer.ranks.leads:
+    if not trainer.ranks.is_main:
         return 0
     picture = draw_curves(trainer.run_dir)
     print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")

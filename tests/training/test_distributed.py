@@ -264,8 +264,8 @@ def test_what_one_raises_all_raise() -> None:
             return [value, OSError("disk") if value is None else value]
 
     with pytest.raises(OSError, match="disk"):
-        Two().all_do(lambda: None)
-    assert Ranks().lead_does(lambda: 3) == 3
+        Two().on_every_rank(lambda: None)
+    assert Ranks().on_main(lambda: 3) == 3
 
 
 def test_a_launcher_without_an_engine(monkeypatch: pytest.MonkeyPatch, assets: Assets, tmp_path: Path) -> None:

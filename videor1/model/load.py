@@ -83,7 +83,7 @@ def pick_device(name: str) -> torch.device:
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     if config.model_type != "qwen2_5_vl":
@@ -92,7 +92,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForCond
         hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # damaged files raise what they like
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -54,7 +54,7 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
     if name in SIZES and not Path(source).is_dir():
         return _qwen(*SIZES[name])
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "

@@ -75,17 +75,17 @@ def save(
     try:
         own = {} if optimizer is None else ranks.trainer_tensors(model.trainable())
         saved = None if optimizer is None else state | {"step": step}
-        with ranks.whole_weights():
-            ranks.lead_does(lambda: _begin(folder, partial, model, saved))
+        with ranks.gathered_parameters():
+            ranks.on_main(lambda: _begin(folder, partial, model, saved))
         if optimizer is not None:
-            ranks.all_do(lambda: save_file(_contiguous(own), partial / "trainer" / _part(ranks)))
-        ranks.lead_does(lambda: _finish(folder, partial, step))
+            ranks.on_every_rank(lambda: save_file(_contiguous(own), partial / "trainer" / _part(ranks)))
+        ranks.on_main(lambda: _finish(folder, partial, step))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint step-{step} could not be written to {folder}: {error}") from error
     finally:
-        if ranks.leads:
+        if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-    if ranks.leads:
+    if ranks.is_main:
         _delete_old(run_dir, step, keep)
     return folder / f"step-{step}"
 

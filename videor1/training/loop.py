@@ -40,7 +40,7 @@ from videor1.training.distributed import make_ranks
 from videor1.training.distributed.ranks import start_of
 from videor1.training.journal import Journal, mean_rows, sums
 from videor1.training.optim import learning_rate, make_optimizer
-from videor1.training.passes import idle_loss, tower_at_rest
+from videor1.training.passes import dummy_loss, dummy_tower_loss
 from videor1.types import SampleError
 
 C = TypeVar("C", bound=EvalOptions)
@@ -73,9 +73,10 @@ class Loop(ABC, Generic[C]):
             raise ConfigError("eval_steps: needs data.eval_path, the held-out data file")
         self.config = config
         self.ranks = make_ranks(config)
-        self.run_dir = Path(self.ranks.lead(config.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        default = f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.run_dir = Path(self.ranks.broadcast(config.output_dir or default))
         # The first rank's files are the run's; the others write theirs into a folder of their own.
-        self.folder = self.run_dir if self.ranks.leads else self.run_dir / f"rank-{self.ranks.rank}"
+        self.folder = self.run_dir if self.ranks.is_main else self.run_dir / f"rank-{self.ranks.rank}"
         self.dataset = self._load_dataset(config.dataset_name)
         self.samples_per_epoch = self.dataset.count() if config.max_steps < 0 else None
         if config.max_steps < 0 and self.samples_per_epoch is None:
@@ -84,7 +85,7 @@ class Loop(ABC, Generic[C]):
                 "known without reading all of it"
             )
         self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
-        self.resume_from = self.ranks.lead_does(self._resume_point)
+        self.resume_from = self.ranks.on_main(self._resume_point)
         self.folder.mkdir(exist_ok=True)
         try:
             if self.resume_from is not None:
@@ -169,8 +170,9 @@ class Loop(ABC, Generic[C]):
         return bool(self._stop)
 
     def optimizer_step(
-        self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int, idle: Callable[[], Tensor]
-    ) -> None:
+        self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int,
+        dummy_loss: Callable[[], Tensor],
+    ) -> None:  # fmt: skip
         """One update from the rows' losses, whose sum over all ranks is the loss of the step.
 
         A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
@@ -180,7 +182,7 @@ class Loop(ABC, Generic[C]):
         started = time.perf_counter()
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
         rate = learning_rate(self.step, self.total_steps, self.config)
-        update = self.ranks.update(losses, count, idle, self.model.trainable(), rate)
+        update = self.ranks.update(losses, count, dummy_loss, self.model.trainable(), rate)
         self.step += 1
         row: dict[str, Any] = {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": rate}
         row |= metrics() if math.isfinite(update.loss) else {}
@@ -191,13 +193,13 @@ class Loop(ABC, Generic[C]):
         self._count_nonfinite(update.finite, row)
         self._report(row)
 
-    def idle(self) -> Tensor:
-        """The loss of a pass without a row, see ``passes.idle_loss``."""
-        return idle_loss(self.model, self.config.kernels)
+    def dummy_loss(self) -> Tensor:
+        """The loss of a pass without a row, see ``passes.dummy_loss``."""
+        return dummy_loss(self.model, self.config.kernels)
 
-    def tower_at_rest(self) -> Tensor:
+    def dummy_tower_loss(self) -> Tensor:
         """What a row without media adds to its loss: every rank's pass goes through a trained tower, or none's."""
-        return tower_at_rest(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
+        return dummy_tower_loss(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
 
     def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
         in_a_row = self.journal.count_nonfinite(self.step, finite, row)
@@ -226,7 +228,7 @@ class Loop(ABC, Generic[C]):
         if self._evaluator is None or self.journal.evaluated_at == self.step:
             return
         started = time.perf_counter()
-        with self.ranks.whole_weights():
+        with self.ranks.gathered_parameters():
             own = self._evaluator.run(self.model)
         result = together(self.ranks.gather(own))
         self.journal.accuracy, self.journal.evaluated_at = result.ordered, self.step
@@ -246,7 +248,7 @@ class Loop(ABC, Generic[C]):
     def _save(self, *, required: bool) -> Path:
         """Write a checkpoint. A failure in the middle of a run is reported and counted; the last one is required."""
         existing = dict(checkpoints(self.run_dir))
-        if self.ranks.lead(self._saved_at == self.step and self.step in existing):
+        if self.ranks.broadcast(self._saved_at == self.step and self.step in existing):
             return existing[self.step]
         optimizer = None if self.config.save_only_model else self.optimizer
         try:
@@ -316,7 +318,7 @@ class Loop(ABC, Generic[C]):
             save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
             self.metrics = stack.enter_context(
                 MetricsWriter(
-                    self.folder, report_to=self.config.report_to if self.ranks.leads else [],
+                    self.folder, report_to=self.config.report_to if self.ranks.is_main else [],
                     run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
                 )
             )  # fmt: skip
@@ -324,7 +326,7 @@ class Loop(ABC, Generic[C]):
             self.progress = stack.enter_context(
                 Progress(
                     self.total_steps, initial=self.step, description=self.title(),
-                    disabled=self.config.disable_tqdm or not self.ranks.leads, silent=not self.ranks.leads,
+                    disabled=self.config.disable_tqdm or not self.ranks.is_main, silent=not self.ranks.is_main,
                 )
             )
             self.journal = Journal(state, skips, self.progress, left_out=self.dataset.error_counts())

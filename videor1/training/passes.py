@@ -106,7 +106,7 @@ def tgrpo_loss(
     )
 
 
-def tower_at_rest(model: VideoLM) -> Tensor:
+def dummy_tower_loss(model: VideoLM) -> Tensor:
     """0, by way of the vision tower if it is trained: for a pass without media beside ranks whose pass has some."""
     if not any(p.requires_grad for p in model.visual.parameters()):
         return torch.zeros((), device=model.device)
@@ -114,11 +114,11 @@ def tower_at_rest(model: VideoLM) -> Tensor:
     return model.vision_features([nothing])[0].float().sum() * 0.0
 
 
-def idle_loss(model: VideoLM, backend: str = "auto") -> Tensor:
+def dummy_loss(model: VideoLM, backend: str = "auto") -> Tensor:
     """0, by way of every trained parameter: the pass of a rank that has fewer rows than another."""
     eos = torch.tensor([model.special.eos])
     row = pack(model, [Prompt(Sample(0, "", "", "text", "free-form", ""), eos, None, 0)], [[eos]])
-    features = tower_at_rest(model)
+    features = dummy_tower_loss(model)
     return completion_logp(model, row, features=[], backend=backend).sum() * 0.0 + features
 
 

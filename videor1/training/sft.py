@@ -77,7 +77,7 @@ class SFTTrainer(Loop[SFTConfig]):
             for row in rows:
                 packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
                 loss = sft_loss(self.model, packed, tokens, self.config.kernels)
-                yield loss if any(e.prompt.media for e in row) else loss + self.tower_at_rest()
+                yield loss if any(e.prompt.media for e in row) else loss + self.dummy_tower_loss()
 
         def metrics() -> dict[str, Any]:
             return {
@@ -86,7 +86,7 @@ class SFTTrainer(Loop[SFTConfig]):
                 "time/tokens_per_second": everything / (time.perf_counter() - started),
             }
 
-        self.optimizer_step(losses(), metrics, count=len(rows), idle=self.idle)
+        self.optimizer_step(losses(), metrics, count=len(rows), dummy_loss=self.dummy_loss)
 
     def title(self) -> str:
         goal = self.config.stop_at_accuracy

@@ -86,7 +86,7 @@ class Trainer(Loop[TrainConfig]):
         """One rollout and its ``num_iterations`` updates."""
         config, clock = self.config, _Clock()
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        with self.ranks.whole_weights():
+        with self.ranks.gathered_parameters():
             batch = self._answer(size, clock)
             if config.dynamic_sampling:
                 batch = refill(batch, size, config.dynamic_sampling, functools.partial(self._answer, clock=clock))
@@ -108,7 +108,7 @@ class Trainer(Loop[TrainConfig]):
             results: list[GrpoLoss] = []
             losses = self._losses(rows, scored, totals.tokens, old, reference, tower, results)
             metrics = functools.partial(self._metrics, batch, rows, results, left_out, clock)
-            self.optimizer_step(losses, metrics, count=len(rows), idle=self.idle)
+            self.optimizer_step(losses, metrics, count=len(rows), dummy_loss=self.dummy_loss)
             self.weights_are_new = True
             for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
                 if old[i] is None and bool(new.logp.isfinite().all()):
@@ -209,7 +209,7 @@ class Trainer(Loop[TrainConfig]):
             results.append(dataclasses.replace(result, loss=result.loss.detach()))  # or it would keep the row's graph
             loss = result.loss * row.weight
             has_media = any(p.media is not None for p in row.packed.prompts)
-            yield loss if features is not None or has_media else loss + self.tower_at_rest()
+            yield loss if features is not None or has_media else loss + self.dummy_tower_loss()
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The rollout's vision features serve training too where the tower is not trained."""
@@ -219,7 +219,8 @@ class Trainer(Loop[TrainConfig]):
 
     def _reference_weights(self) -> contextlib.AbstractContextManager[None]:
         """Without a copy the reference policy is this model's, its adapters off."""
-        return self.ranks.whole_weights() if self.config.beta and self.frozen is None else contextlib.nullcontext()
+        own = self.config.beta and self.frozen is None
+        return self.ranks.gathered_parameters() if own else contextlib.nullcontext()
 
     def _metrics(
         self, batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int, clock: _Clock

@@ -37,7 +37,7 @@ class Ranks:
         self._max_grad_norm = math.inf
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
@@ -45,11 +45,11 @@ class Ranks:
         """Every rank's value, by rank."""
         return [value]
 
-    def lead(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         return self.gather(value)[0]
 
-    def all_do(self, call: Callable[[], T]) -> T:
+    def on_every_rank(self, call: Callable[[], T]) -> T:
         """Call it on every rank; what one of them raises, all raise."""
         try:
             outcome, error = call(), None
@@ -60,29 +60,29 @@ class Ranks:
                 raise failure
         return outcome  # type: ignore[return-value]
 
-    def lead_does(self, call: Callable[[], T]) -> T:
+    def on_main(self, call: Callable[[], T]) -> T:
         """Call it on rank 0; every rank has what it returns, or raises what it raises."""
-        return self.lead(self.all_do(lambda: call() if self.leads else None))  # type: ignore[return-value]
+        return self.broadcast(self.on_every_rank(lambda: call() if self.is_main else None))  # type: ignore[return-value]
 
     def prepare(self, hf: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Take over a model and its optimizer, once, before the first step."""
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
 
-    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+    def gathered_parameters(self) -> contextlib.AbstractContextManager[None]:
         """Inside, every parameter is whole on this rank, and no rank waits for another; for inference only."""
         return contextlib.nullcontext()
 
     def update(
-        self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], parameters: dict[str, nn.Parameter],
-        rate: float,
+        self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor],
+        parameters: dict[str, nn.Parameter], rate: float,
     ) -> Update:  # fmt: skip
         """One optimizer step from the sum of all ranks' losses.
 
         Args:
             losses: of this rank's rows, computed one by one as they are asked for.
             count: how many.
-            idle: a loss that touches every trained parameter and weighs nothing, for ranks with fewer rows.
+            dummy_loss: a loss that touches every trained parameter and weighs nothing, for ranks with fewer rows.
             parameters: the trained ones.
             rate: learning rate.
         """

@@ -30,7 +30,7 @@ _BEAT_SECONDS = 2.0
 
 
 class ZeroRanks(Ranks):
-    """See ``Ranks``; every method but ``leads`` must be called by all ranks in the same order."""
+    """See ``Ranks``; every method but ``is_main`` must be called by all ranks in the same order."""
 
     def __init__(self, config: DistributedConfig) -> None:
         try:
@@ -86,7 +86,7 @@ class ZeroRanks(Ranks):
         }
 
     @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def gathered_parameters(self) -> Iterator[None]:
         if self._config.zero_stage < 3:
             yield
             return
@@ -105,17 +105,17 @@ class ZeroRanks(Ranks):
                 offload._register_deepspeed_module(offload.module)
 
     def update(
-        self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], parameters: dict[str, nn.Parameter],
-        rate: float,
+        self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor],
+        parameters: dict[str, nn.Parameter], rate: float,
     ) -> Update:  # fmt: skip
         with _lost_rank():
-            return self._update(losses, count, idle, rate)
+            return self._update(losses, count, dummy_loss, rate)
 
-    def _update(self, losses: Iterator[Tensor], count: int, idle: Callable[[], Tensor], rate: float) -> Update:
+    def _update(self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor], rate: float) -> Update:
         passes, total = max(1, *self.gather(count)), 0.0
         for i in range(passes):
             self._engine.set_gradient_accumulation_boundary(i == passes - 1)
-            loss = self._engine(lambda i=i: next(losses) if i < count else idle())
+            loss = self._engine(lambda i=i: next(losses) if i < count else dummy_loss())
             total += float(loss.detach())
             self._engine.backward(loss * self.world)  # the engine averages over ranks
             if i < passes - 1:
