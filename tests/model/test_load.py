@@ -28,9 +28,10 @@ def test_code_in_a_model_folder_never_runs(
     ran = tmp_path / "ran"
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    reading = {
+        "load": lambda: load_model(TrainConfig(model_name_or_path=str(folder), device="cpu")),
+        "plan": lambda: shape_of(str(folder)),
+    }
     with pytest.raises(ConfigError, match="model_name_or_path"):
-        if reader == "load":
-            load_model(TrainConfig(model_name_or_path=str(folder), device="cpu"))
-        else:
-            shape_of(str(folder))
+        reading[reader]()
     assert not ran.exists()
