@@ -142,7 +142,7 @@ def test_hidden_frames_are_not_counted(tmp_path, monkeypatch):
     assert decoded_numbers(decoder.frames([5, 100, 200])) == [shown[5], shown[100], shown[200]]
     decoder.close()
     # Where the index cannot tell, it shows when a hidden picture is decoded.
-    monkeypatch.setattr("videor1.video.decoders.index._hidden_vp8", lambda packet: False)
+    monkeypatch.setattr("videor1.video.decoders.index._is_hidden_vp8", lambda packet: False)
     decoder = PyAvDecoder(path)
     assert decoder.probe().num_frames == COUNT
     with pytest.raises(FramesChangedError, match=f"{len(shown)} frames, not the {COUNT}"):
