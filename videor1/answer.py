@@ -1,17 +1,17 @@
-"""The form of an answer: ``<think>reasoning</think> <answer>answer</answer>``."""
+"""Parsing of completions in the format ``<think>reasoning</think> <answer>answer</answer>``."""
 
 from __future__ import annotations
 
 import re
 
-_TURN = re.compile(r"</think>\s*<answer>")
+_THINK_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 
 def extract_answer(text: str) -> str:
-    """What stands between the first ``<answer>`` and the first ``</answer>`` after it, stripped; "" without a pair.
+    """Return the stripped text between the first ``<answer>`` and the first ``</answer>`` after it; "" without a pair.
 
-    Equals the reference's ``<answer>\\s*(.*?)\\s*</answer>`` (DOTALL, first match, stripped), whose backtracking takes
-    cubic time on an unclosed tag followed by blanks; this is linear.
+    The result equals that of the reference's ``<answer>\\s*(.*?)\\s*</answer>`` (DOTALL, first match, stripped). That
+    pattern's backtracking takes cubic time on an unclosed tag followed by blanks; this function takes linear time.
     """
     _, opened, rest = text.partition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
@@ -19,11 +19,12 @@ def extract_answer(text: str) -> str:
 
 
 def follows_format(text: str) -> bool:
-    """Whether the whole text, unstripped, matches ``<think>.*?</think>\\s*<answer>.*?</answer>`` (DOTALL).
+    """Return whether the whole unstripped text matches ``<think>.*?</think>\\s*<answer>.*?</answer>`` (DOTALL).
 
-    Under a full match each lazy ``.*?`` may cross other tags, so this is: the outer tags at both ends and, anywhere
-    between them, a ``</think>`` with only blanks before an ``<answer>``. Linear time; the reference's is quadratic.
+    In a full match each lazy ``.*?`` may cross other tags. The test is therefore for the outer tags at both ends and,
+    anywhere between them, a ``</think>`` with only blanks before an ``<answer>``. It takes linear time; the reference's
+    pattern takes quadratic time.
     """
     if not (text.startswith("<think>") and text.endswith("</answer>")):
         return False
-    return _TURN.search(text, 0, len(text) - len("</answer>")) is not None
+    return _THINK_TO_ANSWER.search(text, 0, len(text) - len("</answer>")) is not None

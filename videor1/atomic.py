@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ class Unbuffered(Protocol):
 
 
 def write_atomic(path: str | Path, content: str | bytes, *, sync: bool = False) -> None:
-    """Put a new file in the place of ``path``: whoever reads it, also after a kill, sees the old content or the new.
+    """Replace the file at ``path`` so that a reader sees the old or the new content, even if this process is killed.
 
-    It is written to ``.<name>.tmp`` beside it and renamed; where that fails, nothing is left of it.
+    The content is written to ``.<name>.tmp`` in the same folder, which is then renamed to ``path``. If that fails, the
+    temporary file is removed.
 
     Args:
-        content: text is written as UTF-8.
-        sync: on disk before the rename, so that a power cut leaves one of the two as well.
+        path: the file to create or replace.
+        content: the new content; text is written as UTF-8.
+        sync: flush the content to disk before the rename, so that a power cut leaves the old or the new content too.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -39,7 +41,10 @@ def write_atomic(path: str | Path, content: str | bytes, *, sync: bool = False) 
 
 
 def write_all(file: Unbuffered, data: bytes) -> None:
-    """Write all of ``data``, in one system call where there is room: a write to a nearly full disk may take a part."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
+    """Write all of ``data`` to an unbuffered file, in one system call where the disk has room.
+
+    A single write to a nearly full disk may write only a part, so the rest is written again.
+    """
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]

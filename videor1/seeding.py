@@ -1,4 +1,4 @@
-"""Named random generators: every use of chance has its own, so none shifts another."""
+"""Named random generators. Every use of randomness has its own, so that none changes the numbers of another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2**63) for the use that ``names`` tells, e.g. ``derive_seed(42, "permutation", draw)``.
+    """Return a seed in [0, 2**63) for the purpose that ``names`` identify: ``derive_seed(42, "permutation", draw)``.
 
-    The first 63 bits of the SHA-256 of ``seed`` and the names, each written as its type, its length in bytes and its
-    decimal digits or UTF-8 text. So it is the same in every process and release (Python's ``hash`` is not), and
-    ``("a", "b")``, ``("ab",)``, ``("1",)`` and ``(1,)`` all differ.
+    The result is the first 63 bits of the SHA-256 of ``seed`` and the names, each written as its type, its length in
+    bytes and its decimal digits or UTF-8 text. It is therefore the same in every process and release (Python's
+    ``hash`` is not), and ``("a", "b")``, ``("ab",)``, ``("1",)`` and ``(1,)`` give different seeds.
     """
     digest = hashlib.sha256()
     for name in (seed, *names):
@@ -24,5 +24,5 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 
 def generator(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh ``torch.Generator`` on ``device``, seeded with :func:`derive_seed`."""
+    """Return a new ``torch.Generator`` on ``device``, seeded with :func:`derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *names))

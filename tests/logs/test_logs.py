@@ -185,7 +185,7 @@ def test_tensorboard_gets_the_finite_numbers_and_forgets_later_steps_on_resume(t
 
 
 def fake_module(calls):
-    """Stands for wandb and trackio: records what is called."""
+    """Return a module in place of wandb or trackio that records the calls made to it."""
     module = types.ModuleType("fake")
 
     def init(**kwargs):

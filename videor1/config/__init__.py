@@ -1,4 +1,4 @@
-"""Every option with its default, its range and its meaning; ``cli.py`` makes the command line of them."""
+"""Every option with its default, range and meaning; ``cli.py`` builds the command line from them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Command line: YAML files and ``--any.option value`` in, a checked config dataclass out.
+"""The command line: reads YAML files and ``--any.option value`` arguments into a checked config dataclass.
 
-Everything is derived from the dataclasses of ``options.py``: a field is an option, its docstring the help text.
-Precedence, lowest first: the class defaults, the recipe of ``compat``, the config.yaml of a run that is gone on with,
-the YAML files in order, the command line.
+Everything is derived from the dataclasses of ``options.py``: each field is an option, and its docstring is the help
+text. Precedence, lowest first: the class defaults, the recipe that ``compat`` names, the config.yaml of a run that is
+resumed, the YAML files in order, the command line.
 ``python -m videor1.config.cli --table train`` prints the options as a Markdown table.
 """
 
@@ -33,10 +33,11 @@ from videor1.config.fields import (
     unknown_option,
     value_text,
 )
-from videor1.config.files import find_config, read_yaml, recipe_names, recipe_of
+from videor1.config.files import compat_recipe, find_config, read_yaml, recipe_names
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
-# What a run did whose config.yaml is older than the option, where that is not the default.
+# The config.yaml of an older run lacks the options that were added later. Where such a run did something else than the
+# option's present default, its value stands here.
 EARLIER: dict[str, Any] = {"model.positions": "transformers"}
 
 ConfigT = TypeVar("ConfigT")
@@ -46,12 +47,13 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None, *, prog: str,
     """Read the command line into an instance of ``config_class``.
 
     Args:
-        config_class: a dataclass whose fields have docstrings; sections are fields that are dataclasses.
+        config_class: a dataclass whose fields have docstrings; a field that is itself a dataclass is a section.
         argv: the arguments without the program's name; None takes ``sys.argv[1:]``.
-        prog: how the command is called, e.g. ``python -m videor1.train``.
+        prog: the name of the command in messages, e.g. ``python -m videor1.train``.
         description: one sentence for ``--help``.
 
-    ``--help`` and ``--print_config`` print and exit with 0. A mistake prints one line to stderr and exits with 2.
+    ``--help`` and ``--print_config`` print and exit with 0. An invalid argument prints one line to stderr and exits
+    with 2.
     """
     options = collect_options(config_class)
     parser = _build_parser(options, prog, description)
@@ -66,32 +68,44 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None, *, prog: str,
 
 
 def load_config(config_class: type[ConfigT], path: str | Path) -> ConfigT:
-    """Read one YAML file (or shipped recipe) as ``--config`` does. Raises ConfigError."""
+    """Read one YAML file, or a shipped recipe by its name, as ``--config`` does.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option in it is unknown or out of range.
+    """
     options = collect_options(config_class)
     return _resolve(config_class, _build_parser(options, "videor1", ""), options, [f"--config={path}"])[0]
 
 
 def load_run_config(config_class: type[ConfigT], path: str | Path) -> ConfigT:
-    """Read the config.yaml of a run folder. Raises ConfigError."""
+    """Read the config.yaml at ``path``, which an earlier run wrote into its folder.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option in it is unknown or out of range.
+    """
     options = collect_options(config_class)
-    values = _read_run(Path(path), _build_parser(options, "videor1", ""), options)
+    values = _read_run_config(Path(path), _build_parser(options, "videor1", ""), options)
     return _build(config_class, {name: values.get(name, option.default) for name, option in options.items()}, "")
 
 
 def dump_config(config: Any) -> str:
-    """The config as YAML that ``--config`` reads back in equal."""
+    """Return the config as YAML, from which ``--config`` reads an equal config."""
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write ``dump_config`` to a file, whole or not at all."""
+    """Write ``dump_config(config)`` to a file, completely or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, dump_config(config))
 
 
 def changed_options(before: Any, after: Any) -> list[str]:
-    """``name: old -> new`` of each option that differs, apart from where the run is and how it is resumed."""
+    """Return ``name: old -> new`` for each option that differs between two configs.
+
+    ``output_dir``, ``resume`` and ``disable_tqdm`` are left out: where a run is stored, how it is resumed and whether
+    it shows a progress bar may differ.
+    """
     changes = []
     for name, old in flat_options(before).items():
         new = flat_options(after)[name]
@@ -101,7 +115,7 @@ def changed_options(before: Any, after: Any) -> list[str]:
 
 
 def flat_options(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config's values by their dotted names."""
+    """Return a config's values by their dotted names."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
@@ -110,15 +124,17 @@ def flat_options(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def resume_command(command: str, folder: str | Path, launcher: str = "python") -> str:
-    """How a run goes on; its folder's config.yaml holds its other options."""
+    """Return the shell command that resumes the run in ``folder``, whose config.yaml holds the other options."""
     return f"{launcher} -m videor1.{command} --resume auto --output_dir {shlex.quote(str(folder))}"
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Call a command; turn the errors that are the user's to mend into one message on stderr.
+    """Call a command's ``main`` and print errors that the user can correct as one message on stderr.
 
-    Returns the exit code: main's own, 2 for ConfigError, 1 for DataError and TrainingStopped, 130 for Ctrl-C.
     Any other exception is a bug and keeps its traceback.
+
+    Returns:
+        The exit code: main's own, 2 for ConfigError, 1 for DataError and TrainingStopped, 130 for Ctrl-C.
     """
     try:
         return main(argv)
@@ -161,9 +177,9 @@ def _build_parser(options: dict[str, Option], prog: str, description: str) -> Ar
         elif not option.is_list:
             kinds = (option.type, *get_args(option.type))
             extra["metavar"] = "INT" if int in kinds else "FLOAT" if float in kinds else "TEXT"
-        stated = f" Range: {option.range.words}." if option.range else ""
+        range_note = f" Range: {option.range.words}." if option.range else ""
         groups[option.section].add_argument(
-            f"--{option.name}", type=option.type, default=option.default, help=f"{option.help}{stated}", **extra
+            f"--{option.name}", type=option.type, default=option.default, help=f"{option.help}{range_note}", **extra
         )
     return parser
 
@@ -171,6 +187,11 @@ def _build_parser(options: dict[str, Option], prog: str, description: str) -> Ar
 def _resolve(
     config_class: type[ConfigT], parser: ArgumentParser, options: dict[str, Option], argv: Sequence[str]
 ) -> tuple[ConfigT, bool]:
+    """Merge the defaults, files and arguments by precedence.
+
+    Returns:
+        The config, and whether ``--print_config`` was given.
+    """
     print_config = "--print_config" in argv
     tokens = _normalise([token for token in argv if token != "--print_config"], options)
     given = _parse_tokens(parser, options, tokens, defaults=False)
@@ -178,14 +199,16 @@ def _resolve(
     for name in given.get("config") or []:
         values |= read_yaml(find_config(name, options), parser, options)
     folder = given["output_dir"] if "output_dir" in given else values.get("output_dir")
-    # A command that names these is whole, as that of a new run.
-    named = any(name in given or name in values for name in ("model_name_or_path", "dataset_name"))
-    if given.get("resume") and folder and not named and (of_the_run := Path(folder) / "config.yaml").is_file():
-        values = _read_run(of_the_run, parser, options) | values  # what is not given again is as it was
+    # A command that names the model or the data is complete, like that of a new run. Otherwise the options that are not
+    # given again are taken from the config.yaml of the run to resume.
+    complete = any(name in given or name in values for name in ("model_name_or_path", "dataset_name"))
+    if given.get("resume") and folder and not complete and (run_config := Path(folder) / "config.yaml").is_file():
+        values = _read_run_config(run_config, parser, options) | values
     compat = given["compat"] if "compat" in given else values.get("compat")
     if compat is not None:
-        values = read_yaml(recipe_of(compat), parser, options) | values
-    parser.set_defaults({name: value for name, value in values.items() if options[name].is_list})  # --list+ adds to it
+        values = read_yaml(compat_recipe(compat), parser, options) | values
+    # --list+ appends to the parser's default, so that must be the list from the files.
+    parser.set_defaults({name: value for name, value in values.items() if options[name].is_list})
     explicit = _parse_tokens(parser, options, tokens, defaults=True)
     for name, option in options.items():
         values[name] = explicit[name] if name in given else values.get(name, option.default)
@@ -205,7 +228,10 @@ def _parse_tokens(parser: ArgumentParser, options: dict[str, Option], tokens: li
 
 
 def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
-    """Check the option names, expand shorthands, turn ``--list a b`` and ``--list a,b`` into ``--list=["a", "b"]``."""
+    """Check the option names and write each option in the form that the parser reads.
+
+    Shorthands are expanded, and ``--list a b`` and ``--list a,b`` become ``--list=["a", "b"]``.
+    """
     tokens: list[str] = []
     index = 0
     while index < len(argv):
@@ -233,12 +259,13 @@ def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
     return tokens
 
 
-def _read_run(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
-    """A run's own config.yaml, which holds every option that its version had."""
+def _read_run_config(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
+    """Read a run's config.yaml; options that its version did not have are taken from ``EARLIER``."""
     return {name: value for name, value in EARLIER.items() if name in options} | read_yaml(path, parser, options)
 
 
 def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> ConfigT:
+    """Make an instance of ``config_class`` from values by dotted name, of which its own begin with ``prefix``."""
     hints = get_type_hints(config_class)
     arguments = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
@@ -249,12 +276,12 @@ def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m videor1.config.cli --table train|sft|evaluate``: the options as a Markdown table."""
+    """Print the options of a command (``--table train``, ``sft`` or ``evaluate``) as a Markdown table."""
     parser = argparse.ArgumentParser(
         prog="python -m videor1.config.cli", description="Print the options as a Markdown table."
     )
     commands = {name.removeprefix("videor1."): config_class for name, config_class in COMMANDS.items()}
-    parser.add_argument("--table", choices=tuple(commands), required=True, help="whose options")
+    parser.add_argument("--table", choices=tuple(commands), required=True, help="the command whose options to print")
     sys.stdout.write(options_table(commands[parser.parse_args(argv).table]))
     return 0
 

@@ -1,4 +1,4 @@
-"""YAML files of options, and the shipped recipes: found by name, read into checked values."""
+"""Finding YAML files of options and shipped recipes, and reading them into checked values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[1] / "configs"
 
 
 def flat_tree(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What a YAML file of options holds, by dotted names; unchecked."""
+    """Yield (dotted name, value) of each option in the parsed contents of a YAML file, without checking them."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flat_tree(value, f"{prefix}{name}.")
@@ -27,6 +27,11 @@ def flat_tree(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def find_config(name: str, options: dict[str, Option]) -> Path:
+    """Return the path of a YAML file, or of the shipped recipe of this name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -39,23 +44,29 @@ def find_config(name: str, options: dict[str, Option]) -> Path:
     raise ConfigError(f"--config {name}: {reason}; give a YAML file{names}")
 
 
-def recipe_of(compat: str) -> Path:
-    """The shipped file that a value of ``compat`` stands for."""
+def compat_recipe(compat: str) -> Path:
+    """Return the path of the shipped recipe that a value of ``compat`` stands for."""
     return RECIPES / f"{compat.replace('-', '_')}.yaml"
 
 
 def recipe_names(options: Iterable[str]) -> list[str]:
-    """Names of the shipped files that hold nothing but these options."""
+    """Return the sorted names of the shipped recipes that use only these options."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml") if _recipe_options(path) <= set(options))
 
 
 @functools.cache
 def _recipe_options(path: Path) -> set[str]:
+    """Return the dotted names of the options that a recipe sets."""
     return {name for name, _ in flat_tree(yaml.safe_load(path.read_text(encoding="utf-8")))}
 
 
 def read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
-    """A YAML file as checked values by dotted option name."""
+    """Read a YAML file of options into checked values by dotted name.
+
+    Raises:
+        ConfigError: the file cannot be read or is not valid YAML, or an option in it is unknown, given twice or of
+            another type; the message names the line.
+    """
     values: dict[str, Any] = {}
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
@@ -90,22 +101,24 @@ def read_yaml(path: Path, parser: ArgumentParser, options: dict[str, Option]) ->
 def _leaves(
     loader: yaml.SafeLoader, mapping: yaml.MappingNode, prefix: str, sections: set[str]
 ) -> Iterator[tuple[str, yaml.Node]]:
-    loader.flatten_mapping(mapping)  # YAML's << merge keys
+    """Yield (dotted name, node) of each value in a mapping and in the mappings of its sections."""
+    loader.flatten_mapping(mapping)  # resolve YAML's << merge keys
     for key, value in mapping.value:
         name = prefix + str(key.value)
         if name in sections and isinstance(value, yaml.MappingNode):
             yield from _leaves(loader, value, f"{name}.", sections)
-        elif not (name in sections and _is_null(value)):  # "data:" with every line under it commented out
+        elif not (name in sections and _is_null(value)):  # an empty section, its lines commented out, is allowed
             yield name, value
 
 
 def _yaml_value(loader: yaml.SafeLoader, node: yaml.Node, option: Option, parser: ArgumentParser) -> Any:
+    """Return the value of a YAML node as an option's type. Raises ConfigError for a value of another type."""
     if _is_null(node):
         if not option.nullable:
             raise ConfigError(type_error(option, "null"))
         return None
     if isinstance(node, yaml.ScalarNode) and option.takes_text and not option.choices:
-        return node.value  # as written: run_name: 2024 is text
+        return node.value  # text stays as written: YAML would read "run_name: 2024" as a number
     value = node.value if isinstance(node, yaml.ScalarNode) and option.choices else _construct(loader, node)
     if isinstance(node, yaml.ScalarNode) and option.is_list:
         value = [part.strip() for part in node.value.split(",") if part.strip()]
@@ -116,6 +129,7 @@ def _yaml_value(loader: yaml.SafeLoader, node: yaml.Node, option: Option, parser
 
 
 def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """Return the Python value of a YAML node. Raises ConfigError where it has none."""
     try:
         return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
@@ -123,6 +137,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _source(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    """Return the text of a YAML node for an error message."""
     return node.value if isinstance(node, yaml.ScalarNode) else str(_construct(loader, node))
 
 

@@ -1,8 +1,8 @@
-"""Every option of the trainer, with its default, its range and its meaning. The command line (``cli.py``) is made from
-this file.
+"""Every option of the commands, with its default, range and meaning.
 
-Names are the reference's (Video-R1) where it has one. A field's docstring is its ``--help`` text, and what its type is
-annotated with is checked. What two options ask of each other stands in ``__post_init__``.
+The command line (``cli.py``) is built from this file: a field's docstring is the option's ``--help`` text, and the
+range in its annotation is checked. Conditions on two options together are checked in ``__post_init__``. Names are those
+of the reference code (Video-R1) where it has the option.
 """
 
 from __future__ import annotations
@@ -20,35 +20,37 @@ BELOW_ONE = Range("in [0, 1)", ge=0, lt=1)
 
 @dataclass
 class DataConfig:
-    """Where the samples are."""
+    """Where the samples are read from, and how they are decoded ahead and cached."""
 
     root: str | None = None
-    """Folder that media paths are relative to and must stay under; default: the folder of the data file (remote data:
-    the current folder)."""
+    """Folder that media paths are relative to and must stay inside; default: the folder of the data file (for remote
+    data: the current folder)."""
     stream: bool | None = None
-    """Read the data as a stream, in bounded memory, and not whole; default: whatever is not one .json or .jsonl file,
-    and a .jsonl of 256 MiB or more."""
+    """Read the data as a stream, in bounded memory, instead of loading it whole; default: true for a .jsonl file of 256
+    MiB or more and for everything that is not a single .json or .jsonl file."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     eval_path: str | None = None
     """Held-out data file (same format) for the periodic evaluation."""
     shuffle: bool = True
-    """Draw the samples in a new seeded order each epoch; false: in file order."""
+    """Draw the samples in a new seeded order in each epoch; false: in file order."""
     shuffle_mb: Annotated[int, at_least(1)] = 32
-    """Stream: rows of pieces from all over the data are shuffled together, so many MiB of them."""
+    """Size in MiB of the buffer that a stream is shuffled in; it is filled with rows of pieces from all over the
+    data."""
     workers: Annotated[int, at_least(0)] = 2
-    """Decode processes that work ahead of the step; 0 decodes in the training process (no timeout then)."""
+    """Processes that decode samples ahead of the training step; 0 decodes in the training process, without a
+    timeout."""
     prefetch: Annotated[int, at_least(1)] = 16
-    """Samples decoded ahead at most (a step's, where that is more): bounds the memory (about 4.5 MB a video at the
-    default size)."""
+    """Maximum number of samples decoded ahead (a step's samples, if there are more of them); bounds the memory, of
+    which a video takes about 4.5 MB at the default size."""
     timeout: Annotated[float, above(0)] = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
     cache_mb: Annotated[int, at_least(0, "0 (none) or more")] = 512
-    """Memory for decoded 8-bit patches kept across epochs, in MiB; 0 keeps none."""
+    """Memory in MiB for decoded 8-bit patches that are kept across epochs; 0 keeps none."""
     cache_dir: str | None = None
-    """Folder for decoded 8-bit patches kept across runs; runs and ranks may share one; default: none."""
+    """Folder for decoded 8-bit patches that are kept across runs; runs and ranks may share it; default: none."""
     cache_dir_mb: Annotated[int, at_least(1)] = 20480
-    """Size of data.cache_dir at most, in MiB: the least recently used files go."""
+    """Maximum size of data.cache_dir in MiB; the least recently used files are deleted."""
 
 
 @dataclass
@@ -56,106 +58,109 @@ class VideoConfig:
     """How videos and images become patches."""
 
     max_frames: Annotated[int, Range("an even number, at least 2", ge=2, multiple_of=2)] = 16
-    """Frames sampled from a video at most (even)."""
+    """Maximum number of frames sampled from a video (even)."""
     fps: Annotated[float, above(0)] = 2.0
     """Frames per second to sample."""
     max_pixels: Annotated[int, at_least(1)] = VIDEO_MAX_PIXELS
-    """Pixels of a video frame at most, after the resize (height and width are multiples of 28)."""
+    """Maximum pixels of a video frame after resizing (height and width are multiples of 28)."""
     min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels")] = None
-    """Pixels of a video frame at least; default: as many as max_pixels, up to 128 * 28 * 28 (as in the reference)."""
+    """Minimum pixels of a video frame after resizing; default: max_pixels, but not more than 128 * 28 * 28 (as in the
+    reference)."""
     image_max_pixels: Annotated[int, at_least(1)] = IMAGE_MAX_PIXELS
-    """Pixels of an image at most."""
+    """Maximum pixels of an image after resizing."""
     image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels")] = 4 * 28 * 28
-    """Pixels of an image at least."""
+    """Minimum pixels of an image after resizing."""
     backend: str = "auto"
-    """Decoder: auto, pyav, pyav-nvdec, decord, torchcodec or pynvvideocodec; auto is pyav, with video.device cuda on
-    the card's engine (NVDEC) where that is faster."""
+    """Decoder: auto, pyav, pyav-nvdec, decord, torchcodec or pynvvideocodec; auto is pyav, which with video.device cuda
+    decodes on the GPU's video engine (NVDEC) where that is faster."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the decode workers decode and resize; cuda costs each of them a CUDA context (about 0.5 GB of the card)."""
+    """Where the decode workers decode and resize; with cuda each of them has a CUDA context (about 0.5 GB of GPU
+    memory)."""
 
 
 @dataclass
 class TemporalConfig:
-    """The temporal reward: compare answers from frames in order with answers from shuffled frames."""
+    """The temporal reward, which compares completions from frames in order with completions from shuffled frames."""
 
     enabled: bool = True
-    """T-GRPO; false trains plain GRPO (no shuffled answers)."""
+    """Train with T-GRPO; false: plain GRPO, without completions from shuffled frames."""
     rule: Literal["margin", "threshold", "reference"] = "margin"
-    """margin: alpha * (p - p~) if p > p~; threshold: alpha if p > mu * p~; reference: alpha if p >= mu * p~."""
+    """How the bonus follows from the accuracy p with frames in order and p~ with shuffled frames. margin: alpha *
+    (p - p~) if p > p~; threshold: alpha if p > mu * p~; reference: alpha if p >= mu * p~."""
     alpha: Annotated[float, at_least(0)] = 0.3
     """Size of the bonus."""
     mu: Annotated[float, at_least(0)] = 0.8
     """Factor on p~ in the rules threshold and reference."""
     apply: Literal["reward", "advantage"] | None = None
-    """Add the bonus to the reward (parity; the group's normalisation nearly cancels it) or to the normalised
-    advantage; default: reward for threshold and reference, advantage for margin."""
+    """Add the bonus to the reward (as the reference does; the group's normalisation nearly cancels it) or to the
+    normalised advantage; default: reward for threshold and reference, advantage for margin."""
     shuffle_unit: Literal["frame", "temporal_patch"] = "frame"
-    """What is permuted: frames, or pairs of frames (which leaves the motion inside each pair visible)."""
+    """What is shuffled: single frames, or pairs of frames (which leaves the motion inside each pair visible)."""
     num_generations: Annotated[int | None, at_least(1, "at least 1 (or temporal.enabled false)")] = None
-    """Answers from shuffled frames per prompt; default: half of num_generations."""
+    """Completions from shuffled frames per prompt; default: half of num_generations."""
     skip_shuffled: bool = True
-    """Leave out, or stop, shuffled answers that can no longer change the advantages; these stay the same, rewards may
-    lack a constant per group. false: run all, so that p~ is known for every prompt."""
+    """Skip or stop shuffled completions that can no longer change the advantages. The advantages stay the same; the
+    logged rewards may lack a constant per group. false: sample all, so that p~ is known for every prompt."""
 
 
 @dataclass
 class RewardConfig:
-    """What an answer earns."""
+    """The reward of a completion."""
 
     lenient: bool = False
-    """Forgive case, trailing punctuation, thousands separators and equivalent numbers in answers; false: the
+    """Ignore case, trailing punctuation and thousands separators in answers, and accept equivalent numbers; false: the
     reference's exact semantics."""
     correct_above: float = 0.1
-    """An answer counts as correct for the temporal and the length bonus when its accuracy reward exceeds this."""
+    """A completion counts as correct for the temporal and the length bonus when its accuracy reward exceeds this."""
     format_weight: float = 1.0
     """Factor on the format reward."""
     length_bonus: float = 0.2
-    """Bonus for a correct answer whose length is in length_range (omega: 0.2 in the reference's code, 0.1 in its
+    """Bonus for a correct completion whose length is in length_range (omega: 0.2 in the reference's code, 0.1 in its
     paper)."""
     length_range: tuple[int, int] = (320, 512)
-    """Tokens, both ends included, EOS counted."""
+    """Shortest and longest completion that gets the length bonus, in tokens, EOS counted."""
     functions: list[str] = field(default_factory=list)
-    """More rewards, as module:function; called with (completions, samples), returns one float per completion, added
-    to the format reward."""
+    """Further reward functions, as module:function; each is called with (completions, samples) and returns one float
+    per completion, which is added to the format reward."""
 
 
 @dataclass
 class RolloutConfig:
-    """Who samples the answers."""
+    """The engine that samples the completions, and its settings."""
 
     engine: Literal["local", "server"] = "local"
-    """local: this process, from the training weights themselves; server: one that speaks OpenAI's API (vLLM,
-    SGLang)."""
+    """local: sample in this process, with the training weights themselves; server: send requests to a server of
+    OpenAI's API (vLLM, SGLang)."""
     kv_mib: Annotated[int | None, at_least(1, "at least 1, or null")] = None
-    """Local: memory of the KV cache, in MiB, which bounds the answers in flight together with rollout_batch_size;
-    default: 60% of what is free on a GPU, no bound on CPU."""
+    """Local: memory of the KV cache in MiB, which together with rollout_batch_size bounds the completions sampled at
+    once; default: 60% of the free memory of a GPU, no bound on CPU."""
     cuda_graphs: bool = True
     """Local, on a GPU: replay decode steps as CUDA graphs."""
     url: str = "http://localhost:8000/v1"
-    """Server: its base address. The key is taken from OPENAI_API_KEY."""
+    """Server: base URL. The API key is read from the environment variable OPENAI_API_KEY."""
     model: str | None = None
-    """Server: the name of the model there; default: the only one it has."""
+    """Server: name of the model on the server; default: the only one it has."""
     timeout: Annotated[float, above(0)] = 600.0
-    """Server: seconds for one answer."""
+    """Server: seconds to wait for the reply to one request."""
     retries: Annotated[int, at_least(0)] = 3
-    """Server: further tries of a request that failed, with growing pauses."""
+    """Server: how often a failed request is repeated, with growing pauses."""
     concurrency: Annotated[int, at_least(1)] = 64
-    """Server: requests at a time."""
+    """Server: maximum number of requests at a time."""
     sync: Literal["vllm", "none"] = "vllm"
-    """Server: how it gets new weights; vllm: from a checkpoint folder that both can read, by vLLM's development
-    routes; none: never (its answers then come from another policy than the one that is trained)."""
+    """Server: how it gets new weights. vllm: from a checkpoint folder that both can read, through vLLM's development
+    routes; none: never (its completions then come from another policy than the one that is trained)."""
 
 
 @dataclass
 class LoraConfig:
-    """LoRA through peft; rank 0 trains the whole model."""
+    """LoRA through peft. With rank 0 the whole model is trained."""
 
     rank: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Rank of the adapters; 0: no LoRA."""
     alpha: float = 32.0
-    """Scale of the adapters (alpha / rank)."""
+    """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout inside the adapters."""
+    """Dropout probability inside the adapters."""
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -164,44 +169,45 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The model: its positions, and other libraries' kernels inside it (their results agree to rounding)."""
+    """The model's position rule, and kernels of other libraries inside it (results agree up to rounding)."""
 
     positions: Literal["paper", "transformers"] | None = None
-    """Where text after a video goes on. paper: one past the video's largest position, as Qwen2-VL and Qwen2.5-VL were
-    trained and vLLM serves them; transformers: past its height and width alone, as transformers since 5.3. Default: as
-    the checkpoint was trained, and paper for a model that no run of this library has trained."""
+    """Position at which text after a video continues. paper: one past the video's largest position, as Qwen2-VL and
+    Qwen2.5-VL were trained and as vLLM serves them; transformers: past its height and width alone, as transformers does
+    since 5.3. Default: as the checkpoint was trained, and paper for a model that no run of this library has trained."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """Of the vision tower, and of prompts at the start of a rollout; flash_attention_2 needs flash-attn and a GPU
-    (sdpa leaves prompts to videor1_kernels)."""
+    """Attention of the vision tower, and of prompts at the start of a rollout; flash_attention_2 needs flash-attn and a
+    GPU (with sdpa, videor1_kernels computes the prompts' attention)."""
     liger: bool = False
-    """liger-kernel's RMSNorm, SwiGLU and (M-)RoPE; needs a GPU."""
+    """Use liger-kernel's RMSNorm, SwiGLU and (M-)RoPE; needs a GPU."""
 
 
 @dataclass
 class DistributedConfig:
-    """Several processes: GPUs of one machine or of many, started by torchrun or the deepspeed launcher."""
+    """Training in several processes on GPUs of one or many machines, started by torchrun or the deepspeed launcher."""
 
     engine: Literal["none", "deepspeed"] = "none"
-    """none: this process alone; deepspeed: every process of the launcher, on DeepSpeed's ZeRO."""
+    """none: train in this process alone; deepspeed: train in every process of the launcher with DeepSpeed's ZeRO."""
     zero_stage: Literal[2, 3] = 2
-    """What the processes share out: 2, gradients and optimizer state; 3, the weights too."""
+    """What is divided among the processes: 2, gradients and optimizer state; 3, the weights too."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in main memory, and step there."""
+    """Keep the optimizer's state in main memory, and run the optimizer step on the CPU."""
     timeout: Annotated[float, above(0)] = 45.0
     """Seconds without a sign of life from another process after which this one ends with a message."""
 
 
 @dataclass
 class CommonConfig:
-    """What SFT and T-GRPO share."""
+    """The options that all commands share."""
 
     model_name_or_path: str | None = None
-    """A Qwen2.5-VL folder or hub id."""
+    """Folder of a Qwen2.5-VL model, or its id on the Hugging Face hub."""
     dataset_name: str | None = None
-    """Data in the Video-R1 JSON format: a .json list or a .jsonl; or, as a stream, .jsonl, .jsonl.gz or .parquet shards
-    (a folder, a glob, a URL, several joined by commas), a folder of datasets' save_to_disk, hf://user/name[/subset]."""
+    """Data in the Video-R1 JSON format: a .json list or a .jsonl file; or, as a stream, .jsonl, .jsonl.gz or .parquet
+    shards (a folder, a glob, a URL, or several joined by commas), a folder that datasets' save_to_disk wrote, or
+    hf://user/name[/subset]."""
     output_dir: str | None = None
-    """Run folder; default: runs/<command>-<date>-<time>."""
+    """Folder that the run writes to; default: runs/<command>-<date>-<time>."""
     data: DataConfig = field(default_factory=DataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -209,15 +215,15 @@ class CommonConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     max_prompt_length: Annotated[int, at_least(1)] = 16384
-    """Prompt tokens at most; a longer prompt is skipped and counted, never cut."""
+    """Maximum number of prompt tokens; a longer prompt is skipped and counted, never cut."""
     per_device_train_batch_size: Annotated[int, at_least(1)] = 1
-    """Prompts (SFT: samples) in one forward and backward."""
+    """Prompts (SFT: samples) in one forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, at_least(1)] = 1
     """Forward and backward passes per optimizer step."""
     num_train_epochs: Annotated[float, above(0)] = 1.0
-    """Passes over the data; max_steps wins where it is set."""
+    """Passes over the data; max_steps takes precedence where it is set."""
     max_steps: Annotated[int, at_least(-1, "0 or more, or -1 (from num_train_epochs)")] = -1
-    """Optimizer steps; -1: from num_train_epochs."""
+    """Number of optimizer steps; -1: computed from num_train_epochs."""
     learning_rate: Annotated[float, above(0)] = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -225,46 +231,47 @@ class CommonConfig:
     warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps of linear warm-up."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
-    """AdamW's, on matrices only (not on biases and norms)."""
+    """Weight decay of AdamW, applied to matrices only (not to biases and norms)."""
     adam_beta1: Annotated[float, BELOW_ONE] = 0.9
     """AdamW's first beta."""
     adam_beta2: Annotated[float, BELOW_ONE] = 0.999
     """AdamW's second beta."""
     max_grad_norm: Annotated[float, above(0)] = 5.0
-    """Clip the gradient to this norm."""
+    """Maximum norm that the gradient is clipped to."""
     max_nonfinite_steps: Annotated[int, at_least(1)] = 3
     """Stop after this many steps in a row whose loss or gradient is NaN or Inf (each is skipped and counted)."""
 
     freeze_vision: bool = False
-    """Keep the vision tower (and its merger) fixed."""
+    """Do not train the vision tower and its merger."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool | None = None
-    """Compute in bf16 with fp32 master weights; default: on a GPU yes, on CPU no."""
+    """Compute in bf16 with fp32 master weights; default: true on a GPU, false on CPU."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Who computes attention, sampling, log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch
+    """Backend of attention, sampling, log-probs, losses and advantages; auto: Triton on a GPU, plain PyTorch
     elsewhere."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device to compute on: auto, cpu, cuda or cuda:N."""
 
     seed: int = 42
-    """Seeds the data order, the sampling, the permutations and the initialisation, each with its own generator."""
+    """Seed of the data order, the sampling, the permutations and the initialisation, each of which has its own
+    generator."""
     save_steps: Annotated[int, at_least(0)] = 100
-    """Write a checkpoint every so many steps, and at the end; 0: only at the end."""
+    """Steps between checkpoints, one of which is also written at the end; 0: only at the end."""
     save_total_limit: Annotated[int | None, at_least(1, "at least 1, or null to keep all")] = 2
-    """Checkpoints to keep; the oldest are deleted."""
+    """Number of checkpoints to keep; the oldest are deleted."""
     save_only_model: bool = False
-    """Leave out the optimizer and the trainer state (no resume)."""
+    """Leave the optimizer and the trainer state out of checkpoints, which can then not be resumed from."""
     resume: str | None = None
-    """auto: go on from the newest checkpoint of output_dir; or a checkpoint's path."""
+    """auto: continue from the newest checkpoint of output_dir; or the path of a checkpoint to continue from."""
     logging_steps: Annotated[int, at_least(1)] = 1
     """Steps between lines of metrics.jsonl."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Trackers beside metrics.jsonl, which is always written."""
+    """Trackers to log to in addition to metrics.jsonl, which is always written."""
     run_name: str | None = None
-    """Name shown by the trackers; default: the run folder's name."""
+    """Name of the run in the trackers; default: the run folder's name."""
     disable_tqdm: bool = False
-    """No progress bar."""
+    """Show no progress bar."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -279,18 +286,18 @@ class CommonConfig:
 
 @dataclass
 class EvalOptions(CommonConfig):
-    """What every command that answers questions shares."""
+    """The options that every command that samples completions shares."""
 
     max_completion_length: Annotated[int, at_least(1)] = 768
-    """New tokens per answer at most."""
+    """Maximum number of tokens of a completion."""
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval_steps: Annotated[int, at_least(0)] = 0
-    """Evaluate on data.eval_path every so many steps, and at the end; 0: only at the end."""
+    """Steps between evaluations on data.eval_path, one of which also runs at the end; 0: only at the end."""
     eval_samples: Annotated[int, at_least(0)] = 256
-    """Samples of data.eval_path to use, from the top; 0: all."""
+    """Number of samples of data.eval_path to use, from the top; 0: all."""
     eval_temperature: Annotated[float, at_least(0)] = 0.0
-    """Sampling temperature of the evaluation; 0: greedy."""
+    """Sampling temperature of the evaluation; 0: greedy decoding."""
 
 
 @dataclass
@@ -298,37 +305,39 @@ class TrainConfig(EvalOptions):
     """T-GRPO."""
 
     num_generations: Annotated[int, at_least(2, "at least 2 (the group is its own baseline)")] = 8
-    """Answers from ordered frames per prompt."""
+    """Completions from ordered frames per prompt."""
     temperature: Annotated[float, above(0)] = 1.0
     """Sampling temperature; log-probs use it too."""
     top_p: Annotated[float, UP_TO_ONE] = 0.95
-    """Nucleus sampling; 1: off. Log-probs ignore it."""
+    """Nucleus sampling: sample among the likeliest tokens whose probabilities sum to this; 1: off. Log-probs ignore
+    it."""
     top_k: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Sample among the k likeliest tokens; 0: off. Log-probs ignore it."""
     rollout_batch_size: Annotated[int, at_least(1)] = 64
-    """Rows (ordered and shuffled answers) decoded together at most."""
+    """Maximum number of completions (ordered and shuffled) decoded together."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     max_tokens_per_row: Annotated[int | None, above(0, "more than max_completion_length, or null for no bound")] = None
-    """Tokens of a packed row (prompts and answers) at most: a micro-batch over it takes several passes, with the same
-    loss; default: no bound. A prompt that leaves no room for max_completion_length is skipped and counted."""
+    """Maximum number of tokens of a packed row (prompts and completions); a larger micro-batch takes several passes,
+    with the same loss; default: no bound. A prompt that leaves no room for max_completion_length is skipped and
+    counted."""
 
     len_control: bool = True
-    """The length reward (reward.length_bonus for correct answers within reward.length_range)."""
+    """Give the length reward: reward.length_bonus for correct completions within reward.length_range."""
     normalize: Literal["std", "none"] = "std"
     """Divide the centred rewards by the group's standard deviation (ddof 1), or only centre them."""
     advantage_eps: Annotated[float, at_least(0)] = 1e-4
-    """Added to the standard deviation."""
+    """Constant added to the standard deviation before dividing by it."""
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are averaged: per completion then over completions (grpo), over the micro-batch's tokens
+    """How token losses are averaged: per completion and then over completions (grpo), over the micro-batch's tokens
     (bnpo), by a constant (dr_grpo), over the whole batch's tokens (dapo)."""
     importance_level: Literal["token", "sequence"] = "token"
     """Level of the importance ratio; sequence is GSPO."""
     beta: Annotated[float, at_least(0)] = 0.04
     """Weight of the KL term; 0 needs no reference model."""
     kl_clamp: Annotated[float, above(0)] = 10.0
-    """Clamp on ref_logp - logp inside the KL term."""
+    """Bound that ref_logp - logp is clamped to inside the KL term."""
     clip_low: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 - clip_low; default: no clip."""
     clip_high: Annotated[float | None, above(0)] = None
@@ -336,14 +345,16 @@ class TrainConfig(EvalOptions):
     num_iterations: Annotated[int, at_least(1)] = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
     dynamic_sampling: Annotated[int, at_least(0, "0 (off) or more")] = 0
-    """Extra rollouts of up to this many batches a step to replace prompts whose group has no variance in reward; 0:
+    """Maximum number of extra batches that a step samples to replace prompts whose group has no variance in reward; 0:
     off."""
 
     log_tokens: Annotated[int, at_least(0, "0 (none) or more")] = 1
-    """Prompts per step whose answers rollouts.jsonl holds token by token with log-probs, for the report; 0: none."""
+    """Prompts per step whose completions are written to rollouts.jsonl token by token with log-probs, for the report;
+    0: none."""
 
     compat: Literal["video-r1"] | None = None
-    """video-r1: every default as in the reference code (the recipe video_r1); explicit options still win."""
+    """video-r1: every default as in the reference code (the recipe video_r1); options that are given take
+    precedence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -355,7 +366,7 @@ class TrainConfig(EvalOptions):
 
     @property
     def num_shuffled(self) -> int:
-        """Shuffled answers per video prompt; 0 with the temporal reward off."""
+        """The number of shuffled completions per video prompt; 0 with the temporal reward off."""
         if not self.temporal.enabled:
             return 0
         return self.temporal.num_generations or max(1, self.num_generations // 2)
@@ -371,28 +382,29 @@ class SFTConfig(EvalOptions):
     """SFT cold start on Video-R1-CoT data: loss on the assistant's tokens only, samples packed into rows."""
 
     max_length: Annotated[int, at_least(1)] = 16384
-    """Tokens of a packed row at most; a longer sample is skipped and counted."""
+    """Maximum number of tokens of a packed row; a longer sample is skipped and counted."""
     stop_at_accuracy: Annotated[float | None, UP_TO_ONE] = None
-    """Stop once the accuracy on data.eval_path reaches this: a cold start should leave RL room to improve."""
+    """Stop training once the accuracy on data.eval_path reaches this, because a cold start should leave room for RL to
+    improve."""
 
 
 @dataclass
 class EvaluateConfig(EvalOptions):
-    """Accuracy of a model on benchmarks or a data file, frames in order and shuffled."""
+    """Accuracy of a model on benchmarks or a data file, with frames in order and shuffled."""
 
     benchmark: list[str] = field(default_factory=list)
-    """Benchmarks to answer, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass, videomme,
-    videommmu, vsibench; or give dataset_name."""
+    """Benchmarks to evaluate, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass,
+    videomme, videommmu, vsibench; or give dataset_name."""
     max_completion_length: Annotated[int, at_least(1)] = 1024
-    """New tokens per answer at most."""
+    """Maximum number of tokens of an answer."""
     eval_samples: Annotated[int, at_least(0)] = 0
-    """Questions to ask (of each benchmark), from the top; 0: all."""
+    """Number of questions to use (of each benchmark), from the top; 0: all."""
     eval_top_p: Annotated[float, UP_TO_ONE] = 1.0
-    """Nucleus sampling, where eval_temperature is above 0; 1: off."""
+    """Nucleus sampling where eval_temperature is above 0; 1: off."""
     eval_num_samples: Annotated[int, at_least(1)] = 1
-    """Answers to each question, where eval_temperature is above 0; their mean accuracy counts."""
+    """Answers to each question where eval_temperature is above 0; their mean accuracy counts."""
     resume: str | None = None
-    """auto: go on with the evaluation in output_dir; what is answered is not asked again."""
+    """auto: continue the evaluation in output_dir; questions that have been answered are not asked again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

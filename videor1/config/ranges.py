@@ -1,5 +1,7 @@
-"""The range of an option, stated once beside its type: ``Annotated[int, at_least(1)]``. ``check_values`` holds a config
-to it, and ``--help`` shows it."""
+"""Ranges of options, each declared once in the annotation of its field: ``Annotated[int, at_least(1)]``.
+
+``check_values`` checks a config against them, and ``--help`` shows them.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from videor1.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between bounds, which have pydantic's names, and what ``--help`` and an error call them.
+    """A range of finite numbers, with bounds named as in pydantic, and its description.
 
-    An option's type says whether it may be null; a range has nothing to do with that.
+    Whether an option may be null is decided by its type, not by its range.
     """
 
-    words: str
+    words: str  # the description in --help and in error messages
     ge: float = -math.inf
     gt: float = -math.inf
     le: float = math.inf
@@ -31,34 +33,41 @@ class Range:
 
 
 def at_least(low: int, words: str = "") -> Range:
+    """Return the range of numbers >= ``low``; ``words`` replaces its description."""
     return Range(words or (f"at least {low}" if low else "0 or more"), ge=low)
 
 
 def above(low: int, words: str = "") -> Range:
+    """Return the range of numbers > ``low``; ``words`` replaces its description."""
     return Range(words or f"above {low}", gt=low)
 
 
 @functools.cache
 def field_ranges(config_class: type) -> dict[str, Range]:
-    """The stated ranges of a config class's own and inherited fields, by the field's name."""
+    """Return the declared ranges of a config class's own and inherited fields by the field's name."""
     hints = get_type_hints(config_class, include_extras=True)
-    stated = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: note for name, notes in stated.items() for note in notes if isinstance(note, Range)}
+    metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: note for name, notes in metadata.items() for note in notes if isinstance(note, Range)}
 
 
 def check_values(section: Any, prefix: str = "") -> None:
-    """Every number of a config and of its sections is finite and in its range. Raises ConfigError."""
+    """Check that every number of a config and of its sections is finite and in its range.
+
+    Raises:
+        ConfigError: for the first that is not.
+    """
     ranges = field_ranges(section.__class__)
     for field in fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
         if is_dataclass(value):
             check_values(value, f"{name}.")
-        if isinstance(value, float):  # YAML can write .inf and .nan, which no option means anything by
+        if isinstance(value, float):  # YAML can write .inf and .nan, which have no meaning for any option
             expect(name, value, "a finite number", math.isfinite(value))
         if field.name in ranges and value is not None:
             expect(name, value, ranges[field.name].words, value in ranges[field.name])
 
 
 def expect(name: str, value: object, expected: str, ok: bool) -> None:
+    """Raise a ConfigError that states the option's name, what was expected and the value, unless ``ok``."""
     if not ok:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")

@@ -1,1 +1,1 @@
-"""What a run writes down and shows: lines of JSON, trackers, a progress bar, tables."""
+"""Logging of a run: JSON lines files, trackers, a progress bar and tables."""

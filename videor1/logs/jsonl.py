@@ -1,8 +1,8 @@
-"""Files of one JSON object a line: metrics.jsonl, rollouts.jsonl, skipped.jsonl, answers.jsonl.
+"""Files of one JSON object per line: metrics.jsonl, rollouts.jsonl, skipped.jsonl, answers.jsonl.
 
 Metric names are TRL's (``loss``, ``reward``, ``completions/mean_length``, ...) plus ``temporal/*`` and ``time/*``.
-Everything measured with a clock, or decided by what a cache holds, is named ``time/...``: the rest of a resumed run
-equals an uninterrupted run's.
+Every metric that is measured with a clock, or that depends on the contents of a cache, is named ``time/...``. All other
+metrics of a resumed run equal those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from videor1.errors import DataError
 
 
 class JsonlWriter:
-    """Appends JSON objects, one a line. The lines of one call are one write, so that a kill leaves at most one partial
-    last line; that line is removed when the file is opened again.
+    """Appends JSON objects to a file, one per line.
+
+    All lines of one call are written at once, so that a killed process leaves at most one partial last line. That line
+    is removed when the file is opened again.
     """
 
     def __init__(self, path: str | Path, *, keep: bool = True, resume_step: int | None = None) -> None:
-        """Open for appending.
+        """Open the file for appending.
 
         Args:
-            keep: go on after the whole lines that are there; else begin anew.
-            resume_step: drop the lines of later steps, which the resumed run writes again.
+            path: the file; missing folders are made.
+            keep: append after the complete lines that the file already has; False: remove them.
+            resume_step: remove the lines of later steps, which the resumed run writes again.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,21 +40,26 @@ class JsonlWriter:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the writer)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append JSON objects as they are. ValueError for NaN and Inf. A lone surrogate is written as its escape, and
-        read back as it was."""
+        """Append JSON objects as they are.
+
+        A lone surrogate is written as its escape sequence, from which the same string is read back.
+
+        Raises:
+            ValueError: an object holds NaN or Inf.
+        """
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
         write_all(self._file, "".join(lines).encode("utf-8", "backslashreplace"))
         self.count += len(lines)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Append ``row`` with ``step`` first and the other keys sorted; NaN and Inf become null.
+        """Append ``row`` as a line with ``step`` first and the other keys sorted.
 
-        Tensors and arrays become numbers or lists.
+        Tensors and arrays become numbers or lists; NaN and Inf become null.
         """
         self.append([{"step": int(step)} | {key: json_value(row[key]) for key in sorted(row) if key != "step"}])
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines whose step is above ``step``."""
+        """Remove the lines whose step is above ``step``."""
         self._file.close()
         self._rewrite(step)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -60,7 +68,10 @@ class JsonlWriter:
         self._file.close()
 
     def _rewrite(self, last_step: int | None, keep: bool = True) -> None:
-        """Replace the file by its whole lines up to ``last_step``, or by none; left alone where nothing changes."""
+        """Keep only the complete lines up to ``last_step``, or none where ``keep`` is False.
+
+        The file is only written where its content changes.
+        """
         old = self.path.read_bytes()
         lines = _lines(self.path, old) if keep else []
         kept = [line for line, row in lines if last_step is None or row.get("step", 0) <= last_step]
@@ -71,15 +82,17 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A partial last line (the writer was killed) is left out.
+    """Return the objects of a JSON lines file, without a partial last line, which a killed writer leaves.
 
-    Raises DataError where any other line is not a JSON object.
+    Raises:
+        DataError: any other line is not a JSON object.
     """
     path = Path(path)
     return [row for _, row in _lines(path, path.read_bytes())]
 
 
 def _lines(path: Path, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return (line, its object) of each complete line. Raises DataError as ``read_jsonl`` does."""
     lines = [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     rows: list[tuple[bytes, dict[str, Any]]] = []
     for number, line in lines:
@@ -96,6 +109,7 @@ def _lines(path: Path, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def json_value(value: Any) -> Any:
+    """Return a value in JSON types: tensors and arrays as numbers or lists, NaN and Inf as None, paths as text."""
     if hasattr(value, "tolist"):  # tensors, numpy arrays and scalars
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What a run shows while it runs, and tables of its results."""
+"""A progress bar for a run, and tables of its results as text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere (a log file) a plain line now and then.
+    """A progress bar on a terminal, or plain lines of text where the output is not a terminal but e.g. a log file.
 
     Args:
-        total: steps of the whole run.
-        initial: steps done before this start (resume).
-        description: the word in front.
-        unit: what a step is called.
+        total: number of steps of the whole run.
+        initial: number of steps done before this start, where the run is resumed.
+        description: text in front of the bar.
+        unit: name of a step.
         disabled: show no progress.
-        silent: write no messages either.
-        stream: default stderr.
-        every: seconds between plain lines at most; a tenth of the run also makes a line.
+        silent: suppress messages (``write``).
+        stream: where to write; default: stderr.
+        every: seconds after which the next update prints a plain line; each tenth of the run also prints one.
     """
 
     def __init__(
@@ -49,7 +49,10 @@ class Progress:
         )  # fmt: skip
 
     def update(self, values: Mapping[str, float | None], steps: int = 1) -> None:
-        """``steps`` more are done; ``values`` by label, e.g. ``{"loss": 0.1, "p~": None}``; None and NaN show as —."""
+        """Advance by ``steps`` and show ``values`` by label, e.g. ``{"loss": 0.1, "p~": None}``.
+
+        None, NaN and Inf are shown as —.
+        """
         before, self._done = self._done, self._done + steps
         shown = ", ".join(f"{label}={_short(value)}" for label, value in values.items())
         if self._plain:
@@ -61,7 +64,7 @@ class Progress:
             self._bar.update(steps)
 
     def write(self, message: str) -> None:
-        """A line of text that does not break the bar; shown where the bar is disabled too."""
+        """Print a line of text without breaking the bar, also where the bar is disabled."""
         if not self._silent:
             tqdm.write(message, file=self._stream)
 
@@ -75,6 +78,7 @@ class Progress:
         self.close()
 
     def _line(self, shown: str) -> None:
+        """Print the progress and the values as a plain line."""
         self._last_line = time.monotonic()
         line = tqdm.format_meter(
             self._done, self._total, self._last_line - self._start, initial=self._initial,
@@ -91,9 +95,9 @@ def _short(value: float | None) -> str:
 
 
 def summary_table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as plain text in columns; the first row is the header, the first column is left-aligned.
+    """Return rows as plain text in columns; the first row is the header, and the first column is left-aligned.
 
-    Floats show three decimals, None and NaN a dash.
+    Floats are shown with three decimals, None and NaN as —.
     """
 
     def text(value: object) -> str:

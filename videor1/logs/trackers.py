@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, and the services that show its metrics beside it."""
+"""Writing a run's metrics to metrics.jsonl and to tracking services."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from videor1.logs.jsonl import JsonlWriter, json_value
 
 
 class Tracker(Protocol):
-    """A service that shows metrics beside metrics.jsonl."""
+    """A service that metrics are sent to in addition to metrics.jsonl."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -24,14 +24,17 @@ class Tracker(Protocol):
 
 
 class MetricsWriter:
-    """metrics.jsonl of a run folder, and the trackers of ``report_to``.
+    """Writes metrics to the metrics.jsonl of a run folder and to the trackers of ``report_to``.
 
     Args:
         run_dir: the run folder.
-        report_to: any of tensorboard, wandb, trackio; ConfigError where the package is missing.
-        run_name: the name trackers show; default: the folder's name.
+        report_to: any of tensorboard, wandb, trackio.
+        run_name: name of the run in the trackers; default: the folder's name.
         config: a dataclass that trackers show as the run's settings.
-        resume_step: the checkpoint's step where the run goes on from one: later lines are dropped.
+        resume_step: step of the checkpoint that the run is resumed from; lines of later steps are removed.
+
+    Raises:
+        ConfigError: a tracker's package is not installed.
     """
 
     def __init__(
@@ -46,12 +49,12 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         name = run_name or run_dir.resolve().name
         settings = {} if config is None else dataclasses.asdict(config)
-        # The file last: a tracker that cannot start must not leave a folder that looks like a run's.
+        # The file is opened last, so that a tracker that cannot start does not leave a folder that looks like a run's.
         self._trackers = [TRACKERS[kind](run_dir, name, settings, resume_step) for kind in report_to]
         self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resume_step=resume_step)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line for ``step``. Trackers get the finite numbers of it."""
+        """Write the metrics of ``step`` as one line; trackers get only the finite numbers among them."""
         self._jsonl.write(step, metrics)
         if self._trackers:
             values = {key: json_value(value) for key, value in metrics.items() if key != "step"}
@@ -125,6 +128,7 @@ TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "track
 
 
 def _import(module: str, extra: str) -> Any:
+    """Import a tracker's package. Raises a ConfigError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

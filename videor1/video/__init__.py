@@ -1,4 +1,4 @@
-"""A video or image file to frames and to patches."""
+"""Reading video and image files into frames and into patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A video that was published as a folder of images."""
+"""Reading videos that are published as a folder of images."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def read_frame_folder(
     start: float | None = None,
     end: float | None = None,
 ) -> Clip:
-    """The images of a folder as a video: image i (from 0, by the numbers in their names) is shown at second
-    i / ``frames_per_second``.
+    """Read the images of a folder as a video.
 
-    Frames are sampled and sized as ``video.read_frames`` does; only those are read.
+    Image i (from 0, ordered by the numbers in the file names) is shown at second i / ``frames_per_second``. Frames are
+    sampled and sized as ``video.read_frames`` does; only the sampled images are read.
 
     Raises:
         SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``; ``decode``
             where the images differ in size.
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
     """
     if not frames_per_second > 0 or max_frames < 2 or not fps > 0:
         raise ValueError(
@@ -49,8 +49,8 @@ def read_frame_folder(
     if not names:
         raise SampleError("zero_frames", f"the folder holds no image ({', '.join(IMAGES)})", path)
     seconds = [i / frames_per_second for i in range(len(names))]
-    seen = frames_between(path, seconds, start, end)
-    indices = [seen[i] for i in sample_indices(len(seen), frames_per_second, max_frames=max_frames, fps=fps)]
+    window = frames_between(path, seconds, start, end)
+    indices = [window[i] for i in sample_indices(len(window), frames_per_second, max_frames=max_frames, fps=fps)]
     if not indices:
         raise SampleError("too_few_frames", f"a video needs at least 2 frames, this one has {len(names)}", path)
     images = [read_rgb(path / names[i]) for i in indices]
@@ -61,7 +61,7 @@ def read_frame_folder(
     return Clip(
         frames=torch.from_numpy(np.stack(images)),
         size=target_size(path, height, width, low, high),
-        fps=len(images) / len(seen) * frames_per_second,
+        fps=len(images) / len(window) * frames_per_second,
         timestamps=tuple(seconds[i] for i in indices),
         total_frames=len(names),
         source_fps=frames_per_second,
@@ -71,17 +71,22 @@ def read_frame_folder(
 
 
 def folder_key(kind: str, path: str | Path) -> Key:
-    """As ``version.file_key``; the version is a digest of the images' names, sizes and times of modification."""
+    """Return the key of a folder of images as it is now.
+
+    It is like that of ``version.file_key``, but the version is a digest of the images' names, sizes and modification
+    times.
+    """
     resolved = os.path.realpath(path)
     try:
         with os.scandir(resolved) as entries:
             found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if _is_image(e.name))
-    except OSError:  # whoever reads it will say what is wrong
+    except OSError:  # reading the folder will raise the error that explains this
         return Key((kind, resolved))
     return Key((kind, resolved), hashlib.sha256(repr(found).encode()).hexdigest())
 
 
 def _images(path: Path) -> list[str]:
+    """Return the names of a folder's images in order. Raises SampleError ``missing_file``."""
     try:
         return sorted(filter(_is_image, os.listdir(path)), key=_by_number)
     except (FileNotFoundError, NotADirectoryError):
@@ -96,5 +101,5 @@ def _is_image(name: str) -> bool:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """2.jpg comes before 10.jpg."""
+    """Return a sort key that compares the numbers in names by value, so that 2.jpg comes before 10.jpg."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

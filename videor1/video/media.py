@@ -1,4 +1,4 @@
-"""A sample's media file to 8-bit patches, and the key that its version is kept under."""
+"""Loading a sample's media file as 8-bit patches, and the key that the patches are cached under."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from videor1.video.version import Key, file_key
 
 
 def load_media(sample: Sample, video: VideoConfig) -> Media | None:
-    """A sample's 8-bit patches; None for text. Raises ``SampleError``.
+    """Decode a sample's media file into 8-bit patches on the CPU; return None for text.
 
-    Made for ``Prefetcher(functools.partial(load_media, video=config.video), ...)``.
+    A data loader calls it: ``Prefetcher(functools.partial(load_media, video=config.video), ...)``.
+
+    Raises:
+        SampleError: the file cannot be used.
     """
     if sample.data_type == "text":
         return None
@@ -35,11 +38,14 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
     else:
         clip = read_frames(sample.path, backend=video.backend, device=video.device, planes=True, **frames)
     media = media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started)
-    return replace(media, patches=media.patches.cpu())  # caches and other processes hold it
+    return replace(media, patches=media.patches.cpu())  # caches and other processes keep patches in main memory
 
 
 def media_key(sample: Sample) -> Key | None:
-    """The kind, the file and its version as it is now; None for text, which needs no decoding."""
+    """Return the key of a sample's patches: the kind of media, the file and its version as it is now.
+
+    The result is None for text, which needs no decoding.
+    """
     if sample.data_type == "text":
         return None
     kind: str = sample.data_type

@@ -1,4 +1,4 @@
-"""Decoded frames to media, and what can be done to 8-bit patches without decoding again: shuffle and normalise."""
+"""Turning decoded frames into 8-bit patches, and shuffling and normalising patches without decoding again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
     """Resize a clip's frames to ``clip.size`` and cut them into 8-bit patches.
 
     Args:
-        clip: decoded frames, RGB or planes, turned upright on the way; an odd number of frames repeats the last (an
-            image becomes one temporal patch).
+        clip: decoded frames, RGB or planes; they are rotated upright by ``clip.rotation``. Where their number is odd,
+            the last frame is repeated (an image becomes one temporal patch).
         kind: "video" or "image"; a video must have ``clip.fps`` above 0.
-        seconds: time the decode took; the resize's is added.
+        seconds: time in seconds that decoding took; the time of the resize is added to it.
+
+    Raises:
+        ValueError: a video whose ``clip.fps`` is not above 0.
     """
     started = time.perf_counter()
     if kind == "video" and not clip.fps > 0:
@@ -41,22 +44,25 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
 
 
 def num_media_tokens(grid_thw: Grid) -> int:
-    """Tokens the language model sees: T * h * w / 4, one per 2 x 2 block of patches."""
+    """Return the number of tokens that the language model sees: T * h * w / 4, one per 2 x 2 block of patches."""
     T, h, w = grid_thw
     assert T * h * w % 4 == 0, grid_thw
     return T * h * w // 4
 
 
 def permute_frames(patches: Tensor, grid_thw: Grid, permutation: Sequence[int] | Tensor) -> Tensor:
-    """Ordered patches as if the frames had been shuffled before the two-frame merge.
+    """Rearrange ordered patches as if the frames had been shuffled before they were merged in pairs.
 
-    Equal bit for bit to ``frames_to_patches(frames, permutation=permutation)``: a pure re-indexing.
+    This only re-indexes the patches; the result is bit-equal to ``frames_to_patches(frames, permutation=permutation)``.
 
     Args:
         patches: [T * h * w, 1176], any dtype, made from frames in order.
         grid_thw: (T, h, w).
-        permutation: of 0..2T-1, or of 0..2T-2 where the clip had an odd number of frames (then the last of the
-            permuted order is repeated, as it would have been).
+        permutation: of 0..2T-1, or of 0..2T-2 where the clip had an odd number of frames. In the latter case the last
+            frame of the permuted order is repeated, as it would be for a clip in that order.
+
+    Returns:
+        Patches of the same shape and dtype.
 
     Raises:
         ValueError: if the patches do not fit the grid or ``permutation`` is no permutation of the frames.
@@ -73,7 +79,7 @@ def permute_frames(patches: Tensor, grid_thw: Grid, permutation: Sequence[int] |
 
 
 def permute_temporal_patches(patches: Tensor, grid_thw: Grid, permutation: Sequence[int] | Tensor) -> Tensor:
-    """Ordered patches with the temporal patches (pairs of frames) shuffled: a pure re-indexing.
+    """Rearrange ordered patches by temporal patch (pair of frames), which only re-indexes them.
 
     Args:
         patches: [T * h * w, 1176], any dtype.
@@ -94,11 +100,12 @@ def permute_temporal_patches(patches: Tensor, grid_thw: Grid, permutation: Seque
 
 
 def normalize_patches(patches: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """8-bit patches [rows, 1176] to ``(x - 255 mean) / (255 std)``, computed in fp32; see ``videor1_kernels``."""
+    """Normalise 8-bit patches [rows, 1176] to ``(x - 255 mean) / (255 std)`` in fp32; see ``videor1_kernels``."""
     return _normalize_patches(patches, dtype)
 
 
 def _check(patches: Tensor, grid_thw: Grid) -> Grid:
+    """Return the grid. Raises ValueError where the patches do not fit it."""
     T, h, w = grid_thw
     if tuple(patches.shape) != (T * h * w, PATCH_COLUMNS):
         raise ValueError(

@@ -1,10 +1,9 @@
-"""A video or image file to upright RGB frames and the size the vision tower will see.
+"""Reading a video or image file into upright RGB frames and the size that the vision tower will see.
 
-A file whose sampled frames cannot be read is a ``SampleError``: never a shortened or replaced clip. (Damage in parts
-that need not be decoded, or that the decoder repairs without reporting it, goes unnoticed, and so does a cut MPEG-TS or
-raw stream.) Kinds:
-``missing_file``, ``not_video``, ``truncated``, ``zero_frames``, ``too_few_frames``, ``decode``, ``image``,
-``aspect_ratio``.
+A file whose sampled frames cannot be read raises a ``SampleError``; a shortened or replaced clip is never returned.
+(Damage in parts that need not be decoded, or that the decoder repairs without reporting it, goes unnoticed, and so does
+a cut MPEG-TS or raw stream.) The kinds of the error are ``missing_file``, ``not_video``, ``truncated``,
+``zero_frames``, ``too_few_frames``, ``decode``, ``image`` and ``aspect_ratio``.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ __all__ = [
     "video_pixel_cap",
 ]
 
-FACTOR = 28  # pixels: 14 a patch, patches merged 2 x 2
-MIN_FRAMES = 4  # the reference's lower bound, where the file has as many
+FACTOR = 28  # pixels: a patch has sides of 14, and the model merges 2 x 2 patches into one token
+MIN_FRAMES = 4  # the reference's lower bound on sampled frames, for files that have as many
 MAX_ASPECT_RATIO = 200
 IMAGE_MIN_PIXELS = 4 * 28 * 28
 
@@ -62,23 +61,24 @@ def read_frames(
 ) -> Clip:
     """Decode the sampled frames of a video, upright, at the source's resolution.
 
-    n = frames in the file / its fps * ``fps``, clipped to [4, min(max_frames, frames in the file)], floored to even;
-    the frames are number round(linspace(0, frames - 1, n)) in presentation order (the reference's rule; a file of two
-    or three frames gives two). Frames are counted by demuxing and checked against what decodes, never taken from a
-    header; no more is decoded than the sampled frames need. The target ``Clip.size`` is ``smart_resize`` with the cap
-    max(max_pixels, int(1.05 * min_pixels)).
+    The number of frames is n = frames in the file / its fps * ``fps``, clipped to [4, min(max_frames, frames in the
+    file)] and floored to even; the sampled frames are round(linspace(0, frames - 1, n)) in presentation order (the
+    reference's rule; a file of two or three frames gives two). Frames are counted by demuxing and the count is checked
+    against the frames that are decoded; it is never taken from a header. No more is decoded than the sampled frames
+    need. The target ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
 
     Args:
-        path: the file; H.264, HEVC, AV1, VP9 and what else FFmpeg decodes, any pixel format.
-        max_frames: frames at most, at least 2.
+        path: the file; H.264, HEVC, AV1, VP9 and whatever else FFmpeg decodes, in any pixel format.
+        max_frames: maximum number of frames, at least 2.
         fps: frames per second to sample.
         max_pixels, min_pixels: bounds on a resized frame's pixels; min_pixels defaults to the smaller of max_pixels
             and ``VIDEO_MAX_PIXELS`` (the reference's minimum equals its maximum).
-        start, end: seconds from the first frame; the frames outside are as if the file did not hold them.
-        backend: see ``decoders.open_decoder``; ``Clip.backend`` says what ran.
-        device: where the frames go.
-        planes: leave 4:2:0 video as ``YuvFrames``, not rotated (``Clip.rotation``), where the decoder gives planes;
-            else RGB, upright.
+        start, end: seconds from the first frame; frames outside of this window are treated as if the file did not
+            hold them.
+        backend: see ``decoders.open_decoder``; ``Clip.backend`` names the decoder that was used.
+        device: the device that the frames are returned on.
+        planes: return 4:2:0 video as ``YuvFrames``, not yet rotated (see ``Clip.rotation``), where the decoder gives
+            planes; otherwise frames are RGB and upright.
         threads: CPU threads for decoding, 0 for as many as there are cores; default: 1 in a worker process, else 0.
 
     Returns:
@@ -86,8 +86,8 @@ def read_frames(
         pixels.
 
     Raises:
-        SampleError: for a file that cannot be used (the kinds are listed at the top of this module).
-        ValueError: for an option out of range or a backend that is not there (``ConfigError``).
+        SampleError: the file cannot be used (the kinds are listed at the top of this module).
+        ValueError: an option is out of range, or the backend is unknown or not installed (``ConfigError``).
 
     Source:
         Which frames, and the sizes: Video-R1 (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1). This library
@@ -103,17 +103,17 @@ def read_frames(
     path = Path(path)
     threads = _default_threads() if threads is None else threads
     with closing(open_decoder(path, backend=backend, device=device, threads=threads)) as decoder:
-        decoded, info, seen = _decode(decoder, path, max_frames, fps, planes, start, end)
-    pixels, rotation = _moved(decoded.pixels, device), decoded.rotation
+        decoded, info, window = _decode(decoder, path, max_frames, fps, planes, start, end)
+    pixels, rotation = _to_device(decoded.pixels, device), decoded.rotation
     if isinstance(pixels, Tensor):
-        pixels, rotation = _upright(pixels, rotation), 0
+        pixels, rotation = _rotate(pixels, rotation), 0
     height, width = pixels.planes[0].shape[1:] if isinstance(pixels, YuvFrames) else pixels.shape[1:3]
     if rotation % 180:
         height, width = width, height
     return Clip(
         frames=pixels,
         size=target_size(path, height, width, low, high),
-        fps=len(pixels) / seen * info.fps,
+        fps=len(pixels) / window * info.fps,
         timestamps=decoded.seconds,
         total_frames=info.num_frames,
         source_fps=info.fps,
@@ -126,12 +126,13 @@ def read_frames(
 def read_image(
     path: str | Path, *, max_pixels: int = IMAGE_MAX_PIXELS, min_pixels: int = IMAGE_MIN_PIXELS
 ) -> Clip:
-    """Read a still image as a clip of one frame, fps 0: EXIF orientation applied, transparency laid on white.
+    """Read a still image as a clip of one frame with fps 0.
 
-    Palette, grey (8 and 16 bit) and CMYK images become RGB; of an animation, the first frame is taken.
+    The EXIF orientation is applied, transparency is shown on white, and palette, grey (8 and 16 bit) and CMYK images
+    become RGB. Of an animation, the first frame is used.
 
     Raises:
-        SampleError: ``missing_file``; ``image`` if it is no image, is broken or cut; ``aspect_ratio``.
+        SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut; ``aspect_ratio``.
     """
     path = Path(path)
     rgb = read_rgb(path)
@@ -149,7 +150,11 @@ def read_image(
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """A still image's pixels, uint8 RGB [height, width, 3], as ``read_image`` has them. Raises its errors."""
+    """Return a still image's pixels as ``read_image`` does, uint8 RGB [height, width, 3].
+
+    Raises:
+        SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut.
+    """
     check_file(path, "image")
     try:
         with Image.open(path) as image:
@@ -161,14 +166,16 @@ def read_rgb(path: Path) -> np.ndarray:
 def smart_resize(
     height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = FACTOR
 ) -> tuple[int, int]:
-    """Qwen2-VL's target size: both sides multiples of ``factor``, pixels within bounds, aspect ratio about kept.
+    """Return Qwen2-VL's target size (height, width) for a frame.
 
-    Sides are rounded half to even to a multiple, at least one. Above max_pixels both are scaled by
-    sqrt(max_pixels / (height * width)) and floored, below min_pixels by sqrt(min_pixels / (height * width)) and raised
-    to the next multiple (which may exceed max_pixels).
+    Both sides are multiples of ``factor``, the number of pixels is within the bounds, and the aspect ratio is about
+    kept. Each side is rounded to a multiple of ``factor`` (half to even), but to at least one. If that has more than
+    max_pixels, both sides are scaled by sqrt(max_pixels / (height * width)) and floored to a multiple; if it has less
+    than min_pixels, both are scaled by sqrt(min_pixels / (height * width)) and raised to the next multiple (which may
+    exceed max_pixels).
 
     Raises:
-        ValueError: a side below 1, an aspect ratio above 200, or min_pixels above max_pixels.
+        ValueError: a side is below 1, the aspect ratio is above 200, or min_pixels is above max_pixels.
     """
     if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(f"expected sides of 1 or more, their ratio at most {MAX_ASPECT_RATIO}, got {width}x{height}")
@@ -187,16 +194,21 @@ def smart_resize(
 
 
 def video_pixel_cap(min_pixels: int, max_pixels: int) -> int:
-    """The cap on a video frame's pixels that the reference arrives at: max(max_pixels, int(1.05 * min_pixels)).
+    """Return the cap on a video frame's pixels that the reference computes: max(max_pixels, int(1.05 * min_pixels)).
 
-    With its minimum equal to its maximum (128 * 784) that is 105369, so that 640x480 becomes 364x280. The reference
-    also shares a budget of pixels over the frames; it only binds above 384 frames and is not applied here.
+    With the reference's minimum equal to its maximum (128 * 784) the cap is 105369, so that 640x480 becomes 364x280.
+    The reference also divides a budget of pixels among the frames. It only has an effect above 384 frames and is not
+    applied here.
     """
     return max(max_pixels, int(min_pixels * 1.05))
 
 
 def pixel_bounds(min_pixels: int | None, max_pixels: int) -> tuple[int, int]:
-    """(lowest, highest) pixels of a resized video frame, as ``read_frames`` takes them. Raises ValueError."""
+    """Return the (lowest, highest) number of pixels of a resized video frame for the options of ``read_frames``.
+
+    Raises:
+        ValueError: min_pixels is below 1 or above max_pixels.
+    """
     low = min(max_pixels, VIDEO_MAX_PIXELS) if min_pixels is None else min_pixels
     if not 1 <= low <= max_pixels:
         raise ValueError(f"read_frames: expected 1 <= min_pixels <= max_pixels, got {low} and {max_pixels}")
@@ -204,8 +216,16 @@ def pixel_bounds(min_pixels: int | None, max_pixels: int) -> tuple[int, int]:
 
 
 def frames_between(path: Path, seconds: Sequence[float], start: float | None, end: float | None) -> range:
-    """Which frames, of those shown at ``seconds`` (ascending), are shown from ``start`` to ``end``, both counted from
-    the first frame and included. SampleError ``too_few_frames``: less than two of a longer video."""
+    """Return the numbers of the frames that are shown from ``start`` to ``end``, both included.
+
+    Args:
+        path: the video, for the error.
+        seconds: presentation time of each frame in seconds, ascending.
+        start, end: seconds from the first frame; None: no bound.
+
+    Raises:
+        SampleError: ``too_few_frames`` where fewer than two frames are shown, but the video has two or more.
+    """
     if start is None and end is None:
         return range(len(seconds))
     first = seconds[0] if seconds else 0.0
@@ -222,7 +242,10 @@ def frames_between(path: Path, seconds: Sequence[float], start: float | None, en
 
 
 def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float) -> list[int]:
-    """Which of ``total`` frames to use (the reference's rule, see ``read_frames``); empty where fewer than 2 exist."""
+    """Return the numbers of the frames to sample, out of ``total``, by the rule that ``read_frames`` states.
+
+    The result is empty where fewer than 2 frames exist.
+    """
     n = min(max(total / source_fps * fps, MIN_FRAMES), min(max_frames, total) // 2 * 2)
     n = int(n) // 2 * 2
     return torch.linspace(0, total - 1, n).round().long().tolist() if n else []
@@ -231,13 +254,18 @@ def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float
 def _decode(
     decoder: Decoder, path: Path, max_frames: int, fps: float, planes: bool, start: float | None, end: float | None
 ) -> tuple[Frames, VideoInfo, int]:
-    """The sampled frames, the file's, and how many frames they were sampled from."""
-    # Packets are not always frames (hidden frames, packed streams): if the count proves wrong, ask once more.
+    """Decode the sampled frames of the window from ``start`` to ``end``.
+
+    Returns:
+        The frames, the file's description, and the number of frames in the window that they were sampled from.
+    """
+    # A packet is not always a frame (hidden frames, packed streams). If the count of frames proves wrong while
+    # decoding, the decoder knows the right one afterwards, and the frames are sampled once more.
     for last in (False, True):
         info = decoder.probe()
-        seen = frames_between(path, info.seconds, start, end)
-        chosen = sample_indices(len(seen), info.fps, max_frames=max_frames, fps=fps) if seen else []
-        indices = [seen[i] for i in chosen]
+        window = frames_between(path, info.seconds, start, end)
+        chosen = sample_indices(len(window), info.fps, max_frames=max_frames, fps=fps) if window else []
+        indices = [window[i] for i in chosen]
         try:
             frames = decoder.frames(indices or range(info.num_frames), planes=planes)
         except FramesChangedError as error:
@@ -249,28 +277,32 @@ def _decode(
         if not indices:
             message = f"a video needs at least 2 frames, this one has {info.num_frames}"
             raise SampleError("too_few_frames", message, path)
-        return frames, info, len(seen)
+        return frames, info, len(window)
     raise AssertionError("unreachable")
 
 
-def _moved(pixels: Tensor | YuvFrames, device: str | torch.device) -> Tensor | YuvFrames:
+def _to_device(pixels: Tensor | YuvFrames, device: str | torch.device) -> Tensor | YuvFrames:
     if isinstance(pixels, Tensor):
         return pixels.to(device)
     return YuvFrames(tuple(plane.to(device) for plane in pixels.planes), pixels.matrix, pixels.range)
 
 
-def _upright(pixels: Tensor, rotation: int) -> Tensor:
-    """RGB [F, height, width, 3] turned anticlockwise by a multiple of 90 degrees."""
+def _rotate(pixels: Tensor, rotation: int) -> Tensor:
+    """Return RGB frames [F, height, width, 3] rotated anticlockwise by a multiple of 90 degrees."""
     return torch.rot90(pixels, rotation // 90, dims=(1, 2)).contiguous() if rotation else pixels
 
 
 def _default_threads() -> int:
-    """Decode workers run side by side: one thread each. The main process may use every core (0)."""
+    """Return 1 in a worker process, as workers run in parallel, and 0 (every core) in the main process."""
     return 1 if multiprocessing.parent_process() is not None else 0
 
 
 def target_size(path: Path, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """``smart_resize``, its error a SampleError ``aspect_ratio``."""
+    """Return the size that ``smart_resize`` gives.
+
+    Raises:
+        SampleError: ``aspect_ratio`` where one side is more than 200 times the other.
+    """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         message = f"{width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the other"
         raise SampleError("aspect_ratio", message, path)
@@ -278,9 +310,10 @@ def target_size(path: Path, height: int, width: int, min_pixels: int, max_pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, transparency on white. Raises ValueError for a mode of undefined range."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # Pillow would clip these to 0..255 without a word
+    if image.mode in ("I", "F"):  # Pillow would silently clip these to 0..255
         raise ValueError(f"pixels of mode {image.mode} have no defined range")
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")

@@ -1,4 +1,4 @@
-"""The shuffled branch of a prompt: which order, and what the vision tower makes of it."""
+"""The shuffled branch of a prompt: drawing the order of its frames, and its patches and features in that order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from videor1.video.patches import permute_frames, permute_temporal_patches
 
 
 def draw_permutation(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
-    """A uniformly random order of the prompt's frames (or temporal patches); None where it is not a video.
+    """Draw a uniformly random order of the prompt's frames or temporal patches; None where it is not a video.
 
-    Its generator belongs to this draw of the prompt alone: ``generator(seed, "permutation", draw)``.
+    The generator is used for this draw of the prompt alone: ``generator(seed, "permutation", draw)``.
+
+    Args:
+        prompt: the prompt.
+        unit: "frame" or "temporal_patch", as ``temporal.shuffle_unit``.
+        seed: the run's seed.
     """
     if prompt.media is None or prompt.media.kind != "video":
         return None
@@ -24,16 +29,16 @@ def draw_permutation(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | 
 
 
 def shuffled_patches(media: Media, permutation: tuple[int, ...], unit: str) -> Tensor:
-    """8-bit patches as if the frames (or the temporal patches) had been shuffled before they were encoded."""
+    """Return 8-bit patches as if the frames (or the temporal patches) had been shuffled before they were encoded."""
     permute = permute_frames if unit == "frame" else permute_temporal_patches
     return permute(media.patches, media.grid_thw, permutation)
 
 
 def permuted_features(features: Tensor, media: Media, permutation: tuple[int, ...]) -> Tensor:
-    """Features [tokens, H] in a new order of temporal patches.
+    """Return the vision tower's features [tokens, H] in a new order of temporal patches.
 
-    Bit-equal to encoding the permuted patches: attention in the tower stays inside a temporal patch and its rotary
-    positions are (h, w) only.
+    The result is bit-equal to encoding the permuted patches, because the tower's attention stays inside a temporal
+    patch and its rotary positions depend only on (h, w).
     """
     per_patch = features.unflatten(0, (media.grid_thw[0], -1))
     return per_patch[torch.tensor(permutation, device=features.device)].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Which version of a file something was made from, and by which version of the code."""
+"""Keys that identify the version of a file, and of the code, that a cached result was made from."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
-FORMAT = 1  # of how patches are made from media, and of the cache's files: raise it with a change of either
+# Version of the computation of patches from media and of the layout of cache files. Raise it when either changes.
+FORMAT = 1
 
 
 class Key(NamedTuple):
-    """What a result was made from. Results under one name replace each other when the version changes; those of
-    another format are not found."""
+    """Identifies what a cached result was made from.
+
+    A result replaces one of the same name and another version; results of another format are not found.
+    """
 
     name: Hashable
-    version: Hashable = None  # of a file: (size in bytes, mtime in ns, inode); None where there is no file
+    version: Hashable = None  # for a file: (size in bytes, mtime in ns, inode); None where there is no file
     format: int = FORMAT
 
 
 def file_key(kind: str, path: str | Path) -> Key:
-    """The key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode), FORMAT)."""
+    """Return the key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode), FORMAT)."""
     resolved = str(path)
     try:
         resolved = os.path.realpath(path)
         found = os.stat(resolved)
-    except (OSError, ValueError):  # whoever reads it will say what is wrong
+    except (OSError, ValueError):  # reading the file will raise the error that explains this
         return Key((kind, resolved))
     return Key((kind, resolved), (found.st_size, found.st_mtime_ns, found.st_ino))

@@ -1,4 +1,4 @@
-"""Seeking decodes no more than it needs; whatever breaks the promises of index and seeks is noticed."""
+"""Seeking decodes no more than it needs, and every difference between the index or a seek and the file is noticed."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from videor1.types import SampleError
 from videor1.video import read_frames
 from videor1.video.decoders.index import read_index
 from videor1.video.decoders.protocol import FramesChangedError
-from videor1.video.decoders.pyav import PyAvDecoder, _Promises, _UnreliableError
+from videor1.video.decoders.pyav import PyAvDecoder, _SegmentCheck, _UnreliableError
 from videor1.video.decoders.seeking import Planner
 
 
@@ -44,7 +44,7 @@ def test_a_leading_picture_needs_the_key_frame_before(made):
 @pytest.mark.parametrize("lands", ["later", "earlier", "nowhere", "error"])
 def test_seeks_that_land_elsewhere(made, lands):
     class Astray:
-        """A container whose seeks miss."""
+        """A container whose seeks land at a wrong position."""
 
         def __init__(self, container):
             self.container, self.sought = container, 0
@@ -82,25 +82,25 @@ def test_damaged_leading_pictures_are_no_error(made):
     start = [position for position, key in enumerate(index.key) if key][3]
     (segment,) = Planner(index).plan([index.pts[start]])
     segment = replace(segment, stop=start + 5)
-    fed = index.pts[start : segment.stop]
-    leading = [stamp for stamp in fed if stamp < fed[0]]
+    packets = index.pts[start : segment.stop]
+    leading = [stamp for stamp in packets if stamp < packets[0]]
     assert leading
 
     def check(frames):
-        promises = _Promises(index, segment)
-        for position, stamp in enumerate(fed, start):
-            promises.fed(position, stamp, skipped=False)
-        kept = [frame.pts for frame in frames if promises.came(frame)]
-        promises.kept()
+        segment_check = _SegmentCheck(index, segment)
+        for position, stamp in enumerate(packets, start):
+            segment_check.add_packet(position, stamp, skipped=False)
+        kept = [frame.pts for frame in frames if segment_check.add_frame(frame)]
+        segment_check.finish()
         return kept
 
-    shown = [stamp for stamp in fed if stamp >= fed[0]]
-    assert check([Frame(stamp, stamp in leading) for stamp in fed]) == shown
+    shown = [stamp for stamp in packets if stamp >= packets[0]]
+    assert check([Frame(stamp, stamp in leading) for stamp in packets]) == shown
     assert check([Frame(stamp) for stamp in shown]) == shown
     for frames in (
-        [Frame(stamp, stamp == shown[0]) for stamp in fed],  # damaged
-        [Frame(stamp) for stamp in fed if stamp != shown[1]],  # lost
-        [Frame(stamp) for stamp in (*fed, max(index.pts))],  # from nowhere
+        [Frame(stamp, stamp == shown[0]) for stamp in packets],  # damaged
+        [Frame(stamp) for stamp in packets if stamp != shown[1]],  # lost
+        [Frame(stamp) for stamp in (*packets, max(index.pts))],  # a frame of no packet of the segment
     ):
         with pytest.raises(_UnreliableError):
             check(frames)
@@ -142,7 +142,7 @@ def test_hidden_frames_are_not_counted(tmp_path, monkeypatch):
     assert decoded_numbers(decoder.frames([5, 100, 200])) == [shown[5], shown[100], shown[200]]
     decoder.close()
     # Where the index cannot tell, it shows when a hidden picture is decoded.
-    monkeypatch.setattr("videor1.video.decoders.index._hidden_vp8", lambda packet: False)
+    monkeypatch.setattr("videor1.video.decoders.index._is_hidden_vp8", lambda packet: False)
     decoder = PyAvDecoder(path)
     assert decoder.probe().num_frames == COUNT
     with pytest.raises(FramesChangedError, match=f"{len(shown)} frames, not the {COUNT}"):

@@ -1,4 +1,4 @@
-"""Video decoders behind one protocol: PyAV, and optional ones that must be installed by themselves."""
+"""Video decoders behind one protocol: PyAV, and optional ones that must be installed separately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from videor1.video.decoders.protocol import Decoder, Frames, FramesChangedError,
 
 __all__ = ["BACKENDS", "Decoder", "Frames", "FramesChangedError", "VideoInfo", "check_backend", "open_decoder"]
 
-# Each a class in the module of the backend's name, and an extra of that name.
+# Class of each optional backend. Its module in this package and the extra that installs its library have the backend's
+# name.
 _OPTIONAL = {
     "decord": "DecordDecoder",
     "torchcodec": "TorchcodecDecoder",
@@ -25,22 +26,23 @@ BACKENDS = ("auto", "pyav", "pyav-nvdec", *_OPTIONAL)
 def open_decoder(
     path: str | Path, *, backend: str = "auto", device: str | torch.device = "cpu", threads: int = 1
 ) -> Decoder:
-    """A decoder for one file; close it.
+    """Open a decoder for one file. The caller must close it.
 
     Args:
         path: the file.
-        backend: "auto": PyAV, on the card's video engine (NVDEC) where ``device`` is a CUDA device and the engine is
-            faster, else on the CPU; "pyav": on the CPU; "pyav-nvdec": on the engine; or one of the optional ones.
-        device: where the frames are wanted. A decoder may leave them in main memory.
+        backend: "auto": PyAV, on the GPU's video engine (NVDEC) where ``device`` is a CUDA device and the engine is
+            faster, else on the CPU; "pyav": PyAV on the CPU; "pyav-nvdec": PyAV on the video engine; or the name of an
+            optional decoder.
+        device: the device that the frames are needed on. A decoder may leave them in main memory.
         threads: CPU threads for decoding; 0: as many as there are cores.
 
     Raises:
         SampleError: the file is missing, cut or no video.
-        ConfigError: no such backend, or it is not installed.
+        ConfigError: the backend is unknown or not installed.
     """
     _check_name(backend)
     if backend in _OPTIONAL:
-        return _optional(backend)(path, device=device, threads=threads)
+        return _optional_class(backend)(path, device=device, threads=threads)
     from videor1.video.decoders.pyav import PyAvDecoder
 
     hardware = {"auto": "auto", "pyav": "none", "pyav-nvdec": "cuda"}[backend]
@@ -48,12 +50,12 @@ def open_decoder(
 
 
 def check_backend(backend: str) -> None:
-    """Raise a ``ConfigError`` for a backend that there is not, or whose package is not installed or does not load."""
+    """Raise a ``ConfigError`` for an unknown backend, or one whose package is not installed or does not load."""
     _check_name(backend)
     if backend in _OPTIONAL:
         from videor1.video.decoders.library import import_library
 
-        import_library(_optional(backend).module, backend)
+        import_library(_optional_class(backend).module, backend)
 
 
 def _check_name(backend: str) -> None:
@@ -62,5 +64,5 @@ def _check_name(backend: str) -> None:
         raise ConfigError(f"video.backend: {backend!r} is none of {', '.join(BACKENDS)}{hint}")
 
 
-def _optional(backend: str) -> Any:
+def _optional_class(backend: str) -> Any:
     return getattr(import_module(f"videor1.video.decoders.{backend}"), _OPTIONAL[backend])

@@ -1,7 +1,7 @@
-"""Decoding on the card's video engine (NVDEC) through PyAV: whether to, and its surfaces to ``YuvFrames``.
+"""Decoding on the GPU's video engine (NVDEC) through PyAV: when to use it, and its surfaces as ``YuvFrames``.
 
-The engine is slower than a CPU's cores on small pictures and on a few frames here and there, and it opens slowly: it is
-worth its while for long runs of large pictures.
+The engine is slower than the cores of a CPU for small frames and for a few scattered frames, and it opens slowly. It
+pays for long runs of large frames.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 Hardware = Literal["none", "auto", "cuda"]
 
-# What NVDEC decodes in each generation still sold: 4:2:0 only, H.264 in 8 bits only.
+# The pixel formats that NVDEC decodes in every GPU generation still sold: 4:2:0 only, and H.264 in 8 bits only.
 _FORMATS = {
     "h264": {"yuv420p", "yuvj420p"},
     "hevc": {"yuv420p", "yuvj420p", "yuv420p10le"},
@@ -41,11 +41,13 @@ _FORMATS = {
     "vp9": {"yuv420p", "yuvj420p", "yuv420p10le"},
 }
 # Both thresholds await measurement on a card.
-MIN_PIXELS = 1280 * 720  # of a frame: below, a CPU's cores are faster
-MIN_RUN = 64  # frames to decode in all: below, opening the engine takes longer than it saves
+MIN_PIXELS = 1280 * 720  # pixels of a frame, below which the cores of a CPU are faster
+MIN_RUN = 64  # number of frames to decode, below which opening the engine takes longer than it saves
 
 
 class Choice(NamedTuple):
+    """Where frames are decoded, and why."""
+
     where: Literal["cpu", "nvdec"]
     reason: str
 
@@ -53,14 +55,18 @@ class Choice(NamedTuple):
 def decide(
     info: VideoInfo, indices: Sequence[int], device: torch.device | str, hardware: Hardware, *, planes: bool = True
 ) -> Choice:
-    """Where to decode these frames, and why.
+    """Choose where to decode these frames.
 
-    hardware: "none" is always the CPU; "auto" takes NVDEC where it can be used and pays; "cuda" wherever it can be.
-    planes: False (RGB) keeps "auto" on the CPU, whose conversion to RGB is the exact one.
+    Args:
+        info: the video.
+        indices: numbers of the frames to decode.
+        device: the device that the frames are needed on.
+        hardware: "none": always the CPU; "auto": NVDEC where it can be used and pays; "cuda": always NVDEC.
+        planes: whether planes are requested. False (RGB) keeps "auto" on the CPU, whose conversion to RGB is exact.
 
     Raises:
-        ConfigError: "cuda", and NVDEC cannot be used.
-        ValueError: another ``hardware``.
+        ConfigError: ``hardware`` is "cuda", and NVDEC cannot be used.
+        ValueError: ``hardware`` has another value.
     """
     if hardware not in ("none", "auto", "cuda"):
         raise ValueError(f"hardware: expected none, auto or cuda, got {hardware!r}")
@@ -84,14 +90,14 @@ def decide(
 
 
 def hwaccel(device: torch.device | str) -> HWAccel:
-    """PyAV's setting for frames that stay on the card, in torch's own CUDA context."""
+    """Return PyAV's setting for frames that stay in GPU memory, in torch's own CUDA context."""
     number = torch.device(device).index
     number = torch.cuda.current_device() if number is None else number
     return HWAccel("cuda", device=str(number), allow_software_fallback=False, is_hw_owned=True)
 
 
 class SurfaceStack:
-    """``stack.FrameStack`` for frames on the card: NV12 or P010, copied there on the current stream."""
+    """Like ``stack.FrameStack``, for frames in GPU memory: NV12 or P010, copied there on the current stream."""
 
     def __init__(self, path: Path, count: int, device: torch.device | str) -> None:
         self._path, self._count, self._device = path, count, torch.device(device)
@@ -103,7 +109,7 @@ class SurfaceStack:
         return self._layout.rotation if self._layout else 0
 
     def put(self, slot: int, frame: av.VideoFrame) -> None:
-        if frame.format.name != "cuda":  # no decoder of FFmpeg's for this codec knows the card
+        if frame.format.name != "cuda":  # FFmpeg has no decoder for this codec that uses the GPU
             raise SampleError("decode", f"the frames came out in main memory, as {frame.format.name}", self._path)
         surfaces = [torch.from_dlpack(plane) for plane in frame.planes]
         layout = self._layout_of(frame, surfaces)
@@ -113,7 +119,7 @@ class SurfaceStack:
         elif layout != self._layout:
             check_same_size(self._path, self._layout, layout)
             raise MixedLayoutError
-        # FFmpeg fills surfaces on the default stream, and fills them anew once the frame is let go.
+        # FFmpeg fills surfaces on the default stream, and reuses them once the frame is released.
         with _ordered_with_default_stream(self._device):
             for target, surface in zip(self._tensors, surfaces, strict=True):
                 target[slot].copy_(surface)
@@ -139,7 +145,7 @@ class SurfaceStack:
 
 @contextmanager
 def _ordered_with_default_stream(device: torch.device) -> Iterator[None]:
-    """Work inside runs after what the device's default stream holds, and before what that is given next."""
+    """Order the work of the block after all work queued on the device's default stream, and before its later work."""
     if device.type != "cuda":
         yield
         return
@@ -150,15 +156,16 @@ def _ordered_with_default_stream(device: torch.device) -> Iterator[None]:
 
 
 def _frames_stay_on_card() -> bool:
+    """Return whether this PyAV can return frames in GPU memory."""
     try:
-        HWAccel("cuda", is_hw_owned=True)  # opens nothing yet
+        HWAccel("cuda", is_hw_owned=True)  # this does not open the device yet
     except TypeError:
         return False
     return True
 
 
 def _obstacle(info: VideoInfo, device: torch.device) -> str:
-    """Why NVDEC cannot decode this here; "" if it can."""
+    """Return why NVDEC cannot decode this video here; "" if it can."""
     if device.type != "cuda":
         return f"the frames are wanted on {device.type}"
     if not torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""What the optional decoders share: frames come from a library, their numbers and times from the packets.
+"""The base class of the optional decoders: a library decodes the frames; their numbers and times are the index's.
 
-Libraries number frames in their own ways (edit lists, hidden frames, open GOPs). Each decoder here compares what its
-library says of a frame with the index of the file, and raises a ``SampleError`` rather than give another frame than
-was asked for. A file whose frames have no presentation times cannot be compared, so it is refused too; the "pyav"
+Libraries number frames in their own ways (edit lists, hidden frames, open GOPs). Each decoder therefore compares what
+its library reports about a frame with the index of the file, and raises a ``SampleError`` instead of returning another
+frame than requested. A file whose frames have no presentation times cannot be compared and is refused too; the "pyav"
 backend reads it.
 """
 
@@ -22,28 +22,28 @@ from videor1.errors import ConfigError, install
 from videor1.types import SampleError
 from videor1.video.decoders.index import FrameIndex, open_video, read_index
 from videor1.video.decoders.protocol import Frames, VideoInfo
-from videor1.video.decoders.stack import taken
+from videor1.video.decoders.stack import take_frames
 from videor1_kernels.frames_to_patches import YuvFrames
 
 _SOURCE_LINE = re.compile(r"^(\[[\d:]+\] )?\S+\.(cc|cpp|h):\d+: ")  # "[20:22:32] /some/file.cc:151: "
 
 
 class LibraryDecoder:
-    """A ``Decoder`` on top of a library; the subclass says how to ask it.
+    """A ``Decoder`` on top of a library, which the subclass calls in ``_read``.
 
     Args:
         path: the file.
-        threads: that the library may use; 0: as many as it likes.
-        device: where the frames go.
+        threads: number of threads that the library may use; 0: as many as it chooses.
+        device: the device that the frames are returned on.
 
     Raises:
-        ConfigError: the library is not there or does not load.
-        SampleError: no such file, no video, cut.
+        ConfigError: the library is not installed or does not load.
+        SampleError: the file is missing, no video or cut.
     """
 
-    backend: str
-    module: str  # to import
-    applies_rotation = True
+    backend: str  # name of the backend, and of the extra that installs the library
+    module: str  # name of the module to import
+    applies_rotation = True  # whether the library rotates frames upright
 
     def __init__(self, path: str | Path, *, threads: int = 1, device: str | torch.device = "cpu") -> None:
         self.library = import_library(self.module, self.backend)
@@ -58,11 +58,11 @@ class LibraryDecoder:
 
     def frames(self, indices: Sequence[int], *, planes: bool = False) -> Frames:
         info = self.index.info
-        asked = [int(number) for number in indices]
-        if outside := [number for number in asked if not 0 <= number < info.num_frames]:
+        requested = [int(number) for number in indices]
+        if outside := [number for number in requested if not 0 <= number < info.num_frames]:
             raise IndexError(f"{self.path}: frame {outside[0]} of 0..{info.num_frames - 1}")
-        numbers = sorted(set(asked))
-        pixels: Tensor | YuvFrames = torch.empty((0, *self._upright_size(), 3), dtype=torch.uint8, device=self.device)
+        numbers = sorted(set(requested))
+        pixels: Tensor | YuvFrames = torch.empty((0, *self._output_size(), 3), dtype=torch.uint8, device=self.device)
         decoded = 0
         if numbers:
             if not self.index.by_pts:
@@ -71,50 +71,59 @@ class LibraryDecoder:
                 pixels, decoded = self._read(numbers, planes)
             self._check_shape(pixels, len(numbers))
         return Frames(
-            pixels=taken(pixels, [numbers.index(number) for number in asked]),
+            pixels=take_frames(pixels, [numbers.index(number) for number in requested]),
             rotation=0 if self.applies_rotation else info.rotation,
-            seconds=tuple(info.seconds[number] for number in asked),
+            seconds=tuple(info.seconds[number] for number in requested),
             backend=self.backend,
             decoded=decoded,
         )
 
     def close(self) -> None:
-        """Nothing stays open between calls."""
+        """Do nothing: no file stays open between calls."""
 
     def error(self, message: str) -> SampleError:
+        """Return (not raise) a ``SampleError`` of kind ``decode`` with the name of the backend."""
         return SampleError("decode", f"{self.backend}: {message}", self.path)
 
     def stream_index(self) -> tuple[int, int]:
-        """(The stream that the index is of, the one that FFmpeg calls the best and libraries read)."""
+        """Return (the number of the stream that ``index`` describes, that of FFmpeg's best, which libraries read)."""
         if self._streams is None:
             with open_video(self.path) as (container, stream):
                 self._streams = stream.index, container.streams.best("video").index
         return self._streams
 
     def check_stream(self) -> None:
-        """For libraries that cannot be told which stream to read."""
-        ours, best = self.stream_index()
-        if ours != best:
-            raise self.error(f"it reads the file's stream {best}, the frames are those of stream {ours}")
+        """Raise an error where a library that cannot be told which stream to read would read another one."""
+        indexed, best = self.stream_index()
+        if indexed != best:
+            raise self.error(f"it reads the file's stream {best}, the frames are those of stream {indexed}")
 
     def _read(self, numbers: list[int], planes: bool) -> tuple[Tensor | YuvFrames, int]:
-        """(The frames of these ascending numbers, frames decoded on the way); never a doubtful frame."""
+        """Decode the frames of these ascending numbers.
+
+        A frame of which it is not certain that it is the requested one must raise an error.
+
+        Returns:
+            The frames, and how many frames had to be decoded to get them.
+        """
         raise NotImplementedError
 
-    def _upright_size(self) -> tuple[int, int]:
+    def _output_size(self) -> tuple[int, int]:
+        """Return the (height, width) of the library's frames, which it may have rotated."""
         info = self.index.info
-        turned = self.applies_rotation and info.rotation % 180 == 90
-        return (info.width, info.height) if turned else (info.height, info.width)
+        swapped = self.applies_rotation and info.rotation % 180 == 90
+        return (info.width, info.height) if swapped else (info.height, info.width)
 
     def _check_shape(self, pixels: Tensor | YuvFrames, count: int) -> None:
+        """Raise an error unless there are ``count`` frames of the file's size."""
         first = pixels.planes[0] if isinstance(pixels, YuvFrames) else pixels
-        expected = (count, *self._upright_size()) + (() if isinstance(pixels, YuvFrames) else (3,))
+        expected = (count, *self._output_size()) + (() if isinstance(pixels, YuvFrames) else (3,))
         if tuple(first.shape) != expected:
             raise self.error(f"frames of {list(first.shape)} where {list(expected)} was expected")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What the library raises is the file's error, unless memory ran out."""
+        """Turn exceptions of the library into a ``SampleError`` of the file, except where memory ran out."""
         try:
             yield
         except (SampleError, ConfigError, MemoryError, torch.OutOfMemoryError):
@@ -125,7 +134,11 @@ class LibraryDecoder:
 
 
 def import_library(module: str, extra: str) -> Any:
-    """Import an optional library; a ``ConfigError`` says how to install it, or in one line why it does not load."""
+    """Import an optional library.
+
+    Raises:
+        ConfigError: the library is not installed (the message says how to install it) or does not load (it says why).
+    """
     try:
         return importlib.import_module(module)
     except Exception as error:  # a missing shared library is an OSError or a RuntimeError, depending on who loads it
@@ -138,14 +151,14 @@ def import_library(module: str, extra: str) -> Any:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of the exception at the bottom of the chain."""
+    """Return the first line of the exception at the bottom of the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's first line, without the source line that C++ libraries put before it."""
+    """Return the first line of an exception's message, without the source location that C++ libraries put before it."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     while match := _SOURCE_LINE.match(text):

@@ -1,4 +1,4 @@
-"""What a decoder is: ``probe`` tells which frames a file shows, ``frames`` gives those asked for."""
+"""The protocol of decoders: ``probe`` describes the frames that a file shows, and ``frames`` decodes some of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video file's frames, numbered from 0 in the order they are shown."""
+    """A description of a video file's frames, which are numbered from 0 in the order they are shown."""
 
     num_frames: int
     fps: float  # average frames per second
@@ -28,40 +28,45 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames as asked for: in the order of the indices, duplicates repeated."""
+    """The requested frames in the order of the indices; a number that is given twice is repeated."""
 
     pixels: Tensor | YuvFrames  # uint8 RGB [F, height, width, 3], or planes
-    rotation: int  # degrees anticlockwise that bring them upright: 0 where the decoder has done it
-    seconds: tuple[float, ...]  # presentation time of each
-    backend: str  # what ran: "pyav", "pyav-nvdec", "decord", "torchcodec", "pynvvideocodec"
-    decoded: int  # frames decoded on the way
+    rotation: int  # degrees anticlockwise that bring them upright: 0 where the decoder has rotated them
+    seconds: tuple[float, ...]  # presentation time of each frame
+    backend: str  # the backend used: "pyav", "pyav-nvdec", "decord", "torchcodec" or "pynvvideocodec"
+    decoded: int  # number of frames that had to be decoded to get these
 
 
 class FramesChangedError(Exception):
-    """Other frames came out than the packets promised; ``probe`` now tells the right ones. Raised once a file."""
+    """Raised where decoding gave other frames than the packets announce; ``probe`` then describes the right ones.
+
+    It is raised at most once for a file.
+    """
 
 
 class Decoder(Protocol):
-    """One open file. Not for use from several threads.
+    """An open video file, not to be used from several threads.
 
-    Errors about the file are ``SampleError``s with its path.
+    An error of the file is raised as a ``SampleError`` with its path.
     """
 
     backend: str
 
     def probe(self) -> VideoInfo:
-        """Which frames there are, from the packets: nothing but the first frame is decoded, for its rotation."""
+        """Describe the file's frames from its packets; only the first frame is decoded, to learn its rotation."""
         ...
 
     def frames(self, indices: Sequence[int], *, planes: bool = False) -> Frames:
-        """The frames of these numbers, each found by its presentation time.
+        """Decode the frames of these numbers, each found by its presentation time.
 
-        planes: leave 4:2:0 frames as the decoder's planes, where it has them; else RGB.
+        Args:
+            indices: numbers of the frames, in any order.
+            planes: return 4:2:0 frames as the decoder's planes where it gives them; otherwise frames are RGB.
 
         Raises:
-            SampleError: the file cannot be decoded there.
-            FramesChangedError: ask ``probe`` again.
-            IndexError: an index outside of 0..num_frames-1.
+            SampleError: these frames cannot be decoded.
+            FramesChangedError: the file has other frames than ``probe`` returned; call it again.
+            IndexError: an index is outside of 0..num_frames-1.
         """
         ...
 

@@ -1,9 +1,9 @@
-"""Decoding with PyAV (FFmpeg), on the CPU or on the card's video engine.
+"""Decoding with PyAV (FFmpeg), on the CPU or on the GPU's video engine.
 
-Only what the wanted frames need is decoded: from the last key frame each of them can be decoded from, leaving out
-frames that nothing refers to. What is not decoded is not checked: damage there goes unnoticed. Frames that are decoded
-are compared with those that the packets promise; where they differ, and where a file has no usable times, the whole
-file is decoded and what comes out is the truth.
+Only the packets that the requested frames need are decoded: from the last key frame that each of them can be decoded
+from, without frames that no other frame refers to. Parts that are not decoded are not checked, so damage there goes
+unnoticed. The decoded frames are compared with those that the packets announce. Where they differ, and where a file has
+no usable times, the whole file is decoded, and the frames that come out of the decoder count.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from videor1.video.decoders.hardware import SurfaceStack
 from videor1.video.decoders.index import FrameIndex, frames_to_decode, index_packets, open_video, sample_errors
 from videor1.video.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.video.decoders.seeking import OutOfStepError, PacketReader, Planner, Segment
-from videor1.video.decoders.stack import FrameStack, MixedLayoutError, taken
+from videor1.video.decoders.stack import FrameStack, MixedLayoutError, take_frames
 from videor1_kernels.frames_to_patches import YuvFrames
 
-# Codecs of which each picture says by itself whether others refer to it. (HEVC's say so for their own temporal layer.)
+# Codecs in which each picture states whether others refer to it. (HEVC's states this only for its own temporal layer.)
 _SKIPPABLE = frozenset(("h264",))
-_MIN_SHARED_PIXELS = 100 * 1280 * 720  # to decode: below, threads take longer to start than they save
+_MIN_THREADED_PIXELS = 100 * 1280 * 720  # pixels to decode, below which threads take longer to start than they save
 
 
 class _UnreliableError(Exception):
-    """Decoding from a key frame failed, or gave other frames than promised."""
+    """Raised where decoding from a key frame failed, or gave other frames than the packets announce."""
 
 
 class PyAvDecoder:
-    """See ``protocol.Decoder``.
+    """``protocol.Decoder`` by PyAV.
 
     Args:
         path: the file.
-        threads: for decoding; 0: as many as there are cores, or one where there is little to decode.
-        hardware: "none", "auto" (NVDEC for what it is faster at, see ``hardware.decide``) or "cuda" (NVDEC).
-        device: where the frames are wanted; those of NVDEC stay there, others are in main memory.
+        threads: threads for decoding; 0: as many as there are cores, or one where there is little to decode.
+        hardware: "none" (the CPU), "auto" (NVDEC where it is faster, see ``hardware.decide``) or "cuda" (NVDEC).
+        device: the device that the frames are needed on; frames of NVDEC stay there, others are in main memory.
 
     Raises:
         SampleError: the file is missing, cut or no video.
-        ConfigError: from ``frames``: hardware is "cuda", and NVDEC cannot decode this.
+        ConfigError: from ``frames``, where ``hardware`` is "cuda" and NVDEC cannot decode the file.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class PyAvDecoder:
         hardware: nvdec.Hardware = "none",
         device: str | torch.device = "cpu",
     ) -> None:
-        self._path, self._asked_threads, self._hardware = Path(path), threads, hardware
-        self._threads = 1  # of the file as it is open now
+        self._path, self._requested_threads, self._hardware = Path(path), threads, hardware
+        self._threads = 1  # number of threads that the open file is decoded with
         self._device = torch.device(device)
         self._where: Literal["cpu", "nvdec"] = "cpu"
         self.backend = "pyav"
         self._reader = PacketReader(self._open)
         self._index: FrameIndex | None = None
-        self._planner: Planner | None = None  # None: only whole passes are to be trusted
+        self._planner: Planner | None = None  # None: only decoding the whole file gives reliable frames
 
     def probe(self) -> VideoInfo:
         return self._indexed().info
@@ -86,15 +86,17 @@ class PyAvDecoder:
         slots = {number: slot for slot, number in enumerate(numbers)}
         order = [slots[number] for number in indices]
         seconds = tuple(run.seconds[slot] for slot in order)
-        return Frames(taken(pixels, order), run.stack.rotation, seconds, self.backend, run.decoded)
+        return Frames(take_frames(pixels, order), run.stack.rotation, seconds, self.backend, run.decoded)
 
     def close(self) -> None:
         self._reader.close()
 
     def _threads_for(self, info: VideoInfo, numbers: Sequence[int]) -> int:
-        if self._asked_threads == 0 and frames_to_decode(info, numbers) * info.width * info.height < _MIN_SHARED_PIXELS:
+        """Return the number of threads to decode these frames with."""
+        pixels = frames_to_decode(info, numbers) * info.width * info.height
+        if self._requested_threads == 0 and pixels < _MIN_THREADED_PIXELS:
             return 1
-        return self._asked_threads
+        return self._requested_threads
 
     def _open(self) -> AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]:
         accelerator = nvdec.hwaccel(self._device) if self._where == "nvdec" else None
@@ -108,15 +110,15 @@ class PyAvDecoder:
         return self._index
 
     def _run_on_card(self, numbers: Sequence[int]) -> _Run | None:
-        """None: it failed there, and the CPU may try."""
-        known = self._index, self._planner
+        """Decode these frames on NVDEC; return None where that failed and the CPU may try."""
+        cpu_index = self._index, self._planner
         try:
             self._move_to("nvdec", threads=1)
             return self._run(numbers, SurfaceStack(self._path, len(numbers), self._device))
         except FramesChangedError:
             if self._hardware == "cuda":
                 raise
-            self._index, self._planner = known  # the CPU's frames are the truth
+            self._index, self._planner = cpu_index  # where NVDEC's frames differ, the CPU's count
             return None
         except (SampleError, MixedLayoutError) as error:
             if self._hardware == "cuda":
@@ -127,16 +129,18 @@ class PyAvDecoder:
         self._move_to("cpu", threads)
         try:
             return self._run(numbers, FrameStack(self._path, len(numbers), planes=planes))
-        except MixedLayoutError:  # as the formats change, each frame to RGB by itself
+        except MixedLayoutError:  # the pixel format changes within the video, so each frame is converted to RGB
             return self._run(numbers, FrameStack(self._path, len(numbers), planes=False))
 
     def _move_to(self, where: Literal["cpu", "nvdec"], threads: int) -> None:
+        """Open the file again where it is to be decoded elsewhere or with another number of threads."""
         if (self._where, self._threads) != (where, threads):
             self._where, self._threads = where, threads
             self.backend = "pyav" if where == "cpu" else "pyav-nvdec"
             self._reader.restart()
 
     def _run(self, numbers: Sequence[int], stack: FrameStack | SurfaceStack) -> _Run:
+        """Decode these frames into the stack, by segments where possible and otherwise from the whole file."""
         index, planner = self._indexed(), self._planner
         run = _Run(stack, numbers, index)
         with sample_errors(self._path):
@@ -152,6 +156,7 @@ class PyAvDecoder:
             return run
 
     def _decode_segment(self, planner: Planner, segment: Segment, run: _Run) -> None:
+        """Decode a segment, and once more from an earlier key frame where that fails."""
         try:
             self._decode(planner, segment, run)
         except _UnreliableError:
@@ -161,8 +166,8 @@ class PyAvDecoder:
             self._decode(planner, earlier, run)
 
     def _decode(self, planner: Planner, segment: Segment, run: _Run) -> None:
-        """Decode a segment's packets, keep its wanted frames, and check that what was promised comes."""
-        check = _Promises(planner.index, segment)
+        """Decode a segment's packets, keep the requested frames, and check that all announced frames come out."""
+        check = _SegmentCheck(planner.index, segment)
         skips = planner.index.info.codec in _SKIPPABLE
         packets = self._reader.read(planner, segment.start, segment.stop)
         first = next(packets)
@@ -171,11 +176,11 @@ class PyAvDecoder:
             for position, packet in enumerate(chain((first,), packets), segment.start):
                 skip = skips and position > segment.start and packet.pts not in segment.wanted
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
-                check.fed(position, packet.pts, skip)
+                check.add_packet(position, packet.pts, skip)
                 try:
                     frames = context.decode(packet)
                 except av.error.FFmpegError as error:
-                    if check.optional(packet.pts):
+                    if check.is_optional(packet.pts):
                         continue
                     raise _UnreliableError from error
                 run.keep(frames, check)
@@ -184,14 +189,14 @@ class PyAvDecoder:
             raise _UnreliableError from error
         finally:
             context.flush_buffers()
-        check.kept()
+        check.finish()
 
     def _decode_whole(self, index: FrameIndex, run: _Run) -> None:
-        """Decode everything; frames are found by pts or, without usable pts, by ordinal.
+        """Decode the whole file; frames are found by their pts or, without usable pts, by their order.
 
         Raises:
-            SampleError: a frame is damaged, or a second whole pass gave other frames than the first.
-            FramesChangedError: the first whole pass gave other frames than the packets promise.
+            SampleError: a frame is damaged, or a second pass over the file gave other frames than the first.
+            FramesChangedError: the first pass over the file gave other frames than the packets announce.
         """
         stamps: list[int | None] = []
         for ordinal, frame in enumerate(self._reader.decode()):
@@ -205,7 +210,7 @@ class PyAvDecoder:
             same = len(stamps) == index.info.num_frames
         if same:
             return
-        if self._threads != 1:  # several threads may lose an error of one of them
+        if self._threads != 1:  # with several threads, an error in one of them may be lost
             self._threads = 1
             self._decode_whole(index, run)
             return
@@ -216,68 +221,75 @@ class PyAvDecoder:
 
 
 class _Run:
-    """What decoding gathers: the wanted frames, ascending, and their times."""
+    """Collects the requested frames of one call, ascending, with their times."""
 
     def __init__(self, stack: FrameStack | SurfaceStack, numbers: Sequence[int], index: FrameIndex) -> None:
         self.stack, self._index = stack, index
-        # By pts or, without usable pts, by number.
+        # The slot of each frame in the stack, by the frame's pts or, without usable pts, by its number.
         self.slots = {index.stamps[n] if index.by_pts else n: slot for slot, n in enumerate(numbers)}
         self.seconds = [index.info.seconds[number] for number in numbers]
         self.decoded = 0
 
-    def keep(self, frames: Iterable[av.VideoFrame], check: _Promises) -> None:
-        """Of frames that came out of a segment: those that can be relied on."""
+    def keep(self, frames: Iterable[av.VideoFrame], check: _SegmentCheck) -> None:
+        """Put those frames of a segment that are reliable; count the others as decoded."""
         for frame in frames:
-            if check.came(frame):
+            if check.add_frame(frame):
                 self.put(frame, None)
             else:
                 self.decoded += 1
 
     def put(self, frame: av.VideoFrame, ordinal: int | None) -> None:
-        """Keep a frame if it is wanted."""
+        """Store a frame in the stack if it is requested."""
         self.decoded += 1
         slot = self.slots.get(frame.pts if self._index.by_pts else ordinal)
         if slot is not None:
             self.stack.put(slot, frame)
 
 
-class _Promises:
-    """The frames that a segment's packets promise against those that come out of the decoder."""
+class _SegmentCheck:
+    """Compares the frames that a segment's packets announce with those that come out of the decoder."""
 
     def __init__(self, index: FrameIndex, segment: Segment) -> None:
         self._index, self._segment = index, segment
-        self._promised: set[int | None] = set(segment.wanted)
+        self._required: set[int | None] = set(segment.wanted)
         self._allowed: set[int | None] = set()
-        self._came: set[int | None] = set()
+        self._received: set[int | None] = set()
 
-    def optional(self, stamp: int | None) -> bool:
-        """A leading picture: what it refers to may not have been decoded."""
+    def is_optional(self, stamp: int | None) -> bool:
+        """Return whether this is a leading picture, which may refer to pictures that are not decoded."""
         since = self._segment.since
         return since is not None and (stamp is None or stamp < since)
 
-    def fed(self, position: int, stamp: int | None, skipped: bool) -> None:
+    def add_packet(self, position: int, stamp: int | None, skipped: bool) -> None:
+        """Register the frame of a packet that is given to the decoder."""
         if not self._index.shown[position]:
             return
         self._allowed.add(stamp)
-        # The first must come out: after a key frame by name only (gradual refresh), it does not.
-        if position == self._segment.start or not (skipped or self.optional(stamp)):
-            self._promised.add(stamp)
+        # The first frame must come out. It does not where its packet is wrongly marked as a key frame (gradual
+        # refresh).
+        if position == self._segment.start or not (skipped or self.is_optional(stamp)):
+            self._required.add(stamp)
 
-    def came(self, frame: av.VideoFrame) -> bool:
-        """Whether to rely on a frame."""
-        self._came.add(frame.pts)
-        if self.optional(frame.pts):
+    def add_frame(self, frame: av.VideoFrame) -> bool:
+        """Register a frame that came out of the decoder, and return whether it is reliable.
+
+        Raises:
+            _UnreliableError: the frame is damaged.
+        """
+        self._received.add(frame.pts)
+        if self.is_optional(frame.pts):
             return False
         if frame.is_corrupt:
             raise _UnreliableError
         return True
 
-    def kept(self) -> None:
-        if not self._promised <= self._came <= self._allowed:
+    def finish(self) -> None:
+        """Raise ``_UnreliableError`` where a required frame is missing or a frame that is not allowed came out."""
+        if not self._required <= self._received <= self._allowed:
             raise _UnreliableError
 
 
 def _to_rgb(frames: YuvFrames) -> Tensor:
-    """uint8 [F, height, width, 3]."""
+    """Convert frames to uint8 RGB [F, height, width, 3]."""
     rgb = [frames.to_rgb(i, i + 1, torch.float32).round_().to(torch.uint8) for i in range(len(frames))]
     return torch.cat(rgb).permute(0, 2, 3, 1).contiguous()

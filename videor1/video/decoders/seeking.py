@@ -1,6 +1,6 @@
-"""Which packets to decode for the frames wanted, and reading them wherever a file's seeking lands.
+"""Planning which packets to decode for the requested frames, and reading these packets wherever a seek may land.
 
-Letters: packets are numbered from 0 in decode order; a frame is found by its pts.
+Packets are numbered from 0 in decode order. A frame is identified by its pts.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import av
 
 from videor1.video.decoders.index import FrameIndex
 
-# Codecs whose key frames need nothing that came before. Of others (GIF, APNG, screen recorders) pictures may build on
-# what is already drawn, whatever their flags say.
+# Codecs whose key frames can be decoded without earlier packets. In other codecs (GIF, APNG, screen recorders) a
+# picture may depend on what is already drawn, even if it is flagged as a key frame.
 _SEEKABLE = frozenset(("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4")) | frozenset(
     ("mjpeg", "prores", "dnxhd", "ffv1", "ffvhuff", "huffyuv", "rawvideo")
 )
-_MIN_GAP = 4  # packets that decode sooner than a decoder is drained and started anew
-_MAX_DROP = 64  # packets that are read past rather than sought past
+_MIN_GAP = 4  # segments closer than this many packets are joined: decoding the gap is faster than a new start
+_MAX_DROP = 64  # up to this many packets are read and dropped instead of seeking past them
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Packets start..stop-1, to be decoded in one go from a key frame."""
+    """Packets start..stop-1, which are decoded in one pass from a key frame."""
 
     start: int
     stop: int
-    since: int | None  # pts from which on every frame must come out; None: all of them
-    wanted: frozenset[int]  # pts
+    since: int | None  # frames of this pts and later must all come out of the decoder; None: all frames
+    wanted: frozenset[int]  # pts of the requested frames
 
 
 class Planner:
-    """Segments for wanted frames, as few packets as the key frames allow."""
+    """Plans the segments to decode for requested frames, with as few packets as the key frames allow."""
 
     def __init__(self, index: FrameIndex) -> None:
         self.index = index
 
     @cached_property
     def can_seek(self) -> bool:
-        """The codec's key frames stand alone, and every packet has a pts of its own."""
+        """Whether the codec's key frames can be decoded by themselves and every packet has a pts of its own."""
         pts = self.index.pts
         return (
             self.index.by_pts
@@ -54,19 +54,20 @@ class Planner:
 
     @cached_property
     def positions(self) -> dict[int | None, int]:
-        """Which packet has this pts."""
+        """The number of the packet of each pts."""
         return {stamp: position for position, stamp in enumerate(self.index.pts)}
 
     @cached_property
     def _keys(self) -> list[int]:
+        """The numbers of the key packets that are shown."""
         index = self.index
         return [position for position, key in enumerate(index.key) if key and index.shown[position]]
 
     def plan(self, wanted: Collection[int | None]) -> list[Segment] | None:
-        """Segments for the frames of these pts, in presentation order; None where the whole file must be decoded.
+        """Return segments for the frames of these pts in presentation order; None: the whole file must be decoded.
 
-        A frame that is shown before the last key frame but coded after it (a leading picture) may refer to pictures
-        from before that key frame: its decoding begins at the key frame before.
+        A frame that is shown before the last key frame but stored after it (a leading picture) may refer to pictures
+        from before that key frame, so its segment begins at the key frame before that.
         """
         stamps = sorted(stamp for stamp in wanted if stamp is not None)
         if not self.can_seek or len(stamps) != len(wanted) or not all(stamp in self.positions for stamp in stamps):
@@ -85,7 +86,7 @@ class Planner:
         return segments
 
     def key_before(self, position: int, stamp: int) -> int:
-        """The last key packet before ``position`` that is shown no later than ``stamp``; 0 where there is none."""
+        """Return the last key packet before ``position`` that is shown no later than ``stamp``; 0 if there is none."""
         for key in reversed(self._keys[: bisect_right(self._keys, position - 1)]):
             shown = self.index.pts[key]
             if shown is not None and shown <= stamp:
@@ -93,52 +94,58 @@ class Planner:
         return 0
 
     def earlier(self, segment: Segment) -> Segment | None:
-        """The same from one key frame further back; what comes before the first start stays optional."""
+        """Return the segment extended back by one key frame; None where there is none.
+
+        Frames before the original start may still be missing from the decoder's output.
+        """
         if segment.start == 0 or segment.since is None:
             return None
         return replace(segment, start=self.key_before(segment.start, segment.since))
 
 
 class OutOfStepError(Exception):
-    """The packets that were read are not those of the index."""
+    """Raised where the packets that are read are not those of the index."""
 
 
 class PacketReader:
     """Reads a file's video packets from any position on.
 
     Args:
-        opened: opens the file at its start; called again where seeking fails.
+        open_file: opens the file at its start; called again where seeking fails.
     """
 
     def __init__(
-        self, opened: Callable[[], AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]]
+        self, open_file: Callable[[], AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]]
     ) -> None:
-        self._opened = opened
+        self._open_file = open_file
         self._stack = ExitStack()
-        self.container, self.stream = self._stack.enter_context(opened())
+        self.container, self.stream = self._stack.enter_context(open_file())
         self._packets: Iterator[av.Packet] = iter(())
-        self._next: int | None = None  # position of the packet that comes next; None: unknown
+        self._next: int | None = None  # number of the packet that is read next; None: unknown
 
     def close(self) -> None:
         self._stack.close()
 
     def restart(self) -> None:
-        """Open the file anew, at its start."""
+        """Open the file again at its start."""
         self._stack.close()
-        self.container, self.stream = self._stack.enter_context(self._opened())
+        self.container, self.stream = self._stack.enter_context(self._open_file())
         self._packets, self._next = self._demux(), 0
 
     def decode(self) -> Iterator[av.VideoFrame]:
-        """All frames, from the start."""
+        """Decode all frames from the start of the file."""
         self.restart()
         self._next = None
         yield from self.container.decode(self.stream)
 
     def read(self, planner: Planner, start: int, stop: int) -> Iterator[av.Packet]:
-        """Packets start..stop-1. The codec context to decode them with is known once the first has come.
+        """Yield packets start..stop-1.
+
+        Seeking may open the file again, so the codec context to decode the packets with is only known once the first
+        has been yielded.
 
         Raises:
-            OutOfStepError: other packets come than the index lists.
+            OutOfStepError: the packets of the file are not those that the index lists.
         """
         pts = planner.index.pts
         if self._next is None or not self._next <= start <= self._next + _MAX_DROP:
@@ -153,7 +160,7 @@ class PacketReader:
                 yield packet
 
     def _seek(self, planner: Planner, start: int) -> None:
-        """Land at packet ``start`` or before it; at the file's start where seeking leads astray."""
+        """Move to packet ``start`` or one before it, or to the start of the file where seeking lands anywhere else."""
         stamp = planner.index.pts[start]
         landed, packets, first = None, iter(()), None
         if stamp is not None:

@@ -1,4 +1,4 @@
-"""Decoded frames to one preallocated tensor, or one a plane: each frame is copied once."""
+"""Stacking decoded frames in one preallocated tensor, or one per plane, so that each frame is copied only once."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ _KINDS: dict[str, Kind] = {
     "p010le": "p010",
 }
 _MATRICES: dict[int, Matrix] = {1: "709", 2: "601", 5: "601", 6: "601", 9: "2020"}  # AVCOL_SPC_*; 2: unspecified
-# Newer PyAV would start a thread for every core; older has no such argument. (Its methods show no signature.)
+# Newer versions of PyAV would start a thread for every core; older ones do not have the argument. PyAV's methods have
+# no signature to inspect, so the docstring is searched for it.
 _ONE_THREAD = {"threads": 1} if "int threads" in (VideoReformatter.reformat.__doc__ or "") else {}
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
 class MixedLayoutError(Exception):
-    """The pixel format or the colours change within the video, so that planes cannot be stacked."""
+    """Raised where the pixel format or the colours change within the video, so that planes cannot be stacked."""
 
 
 @dataclass(frozen=True)
 class Layout:
+    """The format that all stacked frames share."""
+
     kind: Kind
     height: int
     width: int
@@ -48,11 +51,11 @@ class Layout:
 
 
 class FrameStack:
-    """``count`` frames, filled in any order, all of the layout that the first has.
+    """A stack of ``count`` frames in main memory, which are put in any order and all have the layout of the first.
 
     Raises:
         SampleError: from ``put``, where the size or the rotation changes.
-        MixedLayoutError: from ``put``, where planes are asked for and the pixel format or the colours change.
+        MixedLayoutError: from ``put``, where planes are requested and the pixel format or the colours change.
     """
 
     def __init__(self, path: Path, count: int, *, planes: bool) -> None:
@@ -90,13 +93,13 @@ class FrameStack:
                 target[:] = rows.reshape(target.shape)
 
     def pixels(self) -> Tensor | YuvFrames:
-        if self._layout is None:  # no frame was asked for
+        if self._layout is None:  # no frame was requested
             return torch.empty((0, 0, 0, 3), dtype=torch.uint8)
         return as_pixels(self._layout, self._tensors)
 
 
 def layout_of(path: Path, frame: av.VideoFrame, *, planes: bool) -> Layout:
-    """How a frame in main memory is to be kept."""
+    """Return the layout in which a frame in main memory is stored."""
     rotation = quarter_turn(path, frame.rotation)
     kind = _KINDS.get(frame.format.name, "rgb") if planes else "rgb"
     matrix = _MATRICES.get(int(frame.colorspace))
@@ -106,16 +109,18 @@ def layout_of(path: Path, frame: av.VideoFrame, *, planes: bool) -> Layout:
 
 
 def colour_matrix(frame: av.VideoFrame) -> Matrix | None:
-    """None: one that ``YuvFrames`` does not have."""
+    """Return the colour matrix of a frame; None where ``YuvFrames`` does not have it."""
     return _MATRICES.get(int(frame.colorspace))
 
 
 def colour_range(frame: av.VideoFrame) -> Range:
+    """Return whether the luma and chroma of a frame use the limited or the full range."""
     full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
     return "full" if full else "limited"
 
 
 def check_same_size(path: Path, first: Layout, other: Layout) -> None:
+    """Raise a ``SampleError`` where two frames of a video differ in size or rotation."""
     if (first.height, first.width) != (other.height, other.width):
         raise SampleError("decode", "the frame size changes within the video", path)
     if first.rotation != other.rotation:
@@ -123,7 +128,7 @@ def check_same_size(path: Path, first: Layout, other: Layout) -> None:
 
 
 def empty_planes(layout: Layout, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """Room for ``count`` frames: RGB, (Y, U, V) or (Y, UV)."""
+    """Return uninitialised tensors for ``count`` frames: RGB, (Y, U, V) or (Y, UV)."""
     H, W = layout.height, layout.width
     half = (count, -(-H // 2), -(-W // 2))
     dtype = torch.uint16 if layout.kind in ("i420-10", "p010") else torch.uint8
@@ -137,11 +142,12 @@ def empty_planes(layout: Layout, count: int, device: torch.device | str = "cpu")
 
 
 def as_pixels(layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor | YuvFrames:
+    """Return stacked tensors of a layout as an RGB tensor or as ``YuvFrames``."""
     return tensors[0] if layout.kind == "rgb" else YuvFrames(tensors, layout.matrix, layout.range)
 
 
-def taken(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrames:
-    """The frames at these positions, in their order; as they are where that is all of them in order."""
+def take_frames(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrames:
+    """Return the frames at these positions, in this order; the input itself where that is all frames in order."""
     if positions == list(range(len(pixels))):
         return pixels
     if isinstance(pixels, Tensor):
@@ -151,11 +157,11 @@ def taken(pixels: Tensor | YuvFrames, positions: list[int]) -> Tensor | YuvFrame
 
 
 def _bits(plane: Tensor) -> Tensor:
-    """torch indexes int16, not uint16."""
+    """Return a uint16 plane as int16, because torch cannot index uint16."""
     return plane.view(torch.int16) if plane.dtype == torch.uint16 else plane
 
 
 def _rows(plane: av.video.plane.VideoPlane, samples: int, dtype: type = np.uint8) -> np.ndarray:
-    """[height, samples] of a plane whose lines may be padded; a view."""
+    """Return a view [height, samples] of a plane whose lines may be padded."""
     lines: np.ndarray = np.frombuffer(plane, dtype)
     return lines.reshape(plane.height, -1)[:, :samples]

@@ -1,9 +1,10 @@
-"""Frames by torchcodec: RGB, rotated upright by the library, on the CPU or decoded by NVDEC on a CUDA device.
+"""Decoding with torchcodec: RGB, rotated upright by the library, on the CPU or with NVDEC on a CUDA device.
 
-It scans the file (``seek_mode="exact"``) and tells the presentation time of every frame it gives, which must be that of
-the frame asked for. Where it numbers the frames otherwise (edit lists, hidden frames), they are asked for by time. On a
-CUDA device it falls back to the CPU by itself for what the card does not decode. The package needs a system FFmpeg, and
-its wheels of PyPI a CUDA runtime: without them a ``ConfigError`` says which library is missing.
+The library scans the file (``seek_mode="exact"``) and reports the presentation time of every frame that it returns,
+which must be that of the requested frame. Where it numbers the frames in another way (edit lists, hidden frames), they
+are requested by time. On a CUDA device it falls back to the CPU by itself for formats that the GPU does not decode. The
+package needs an FFmpeg of the system, and its wheels on PyPI need a CUDA runtime; without them a ``ConfigError`` says
+which library is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from videor1.video.decoders.index import frames_to_decode
 from videor1.video.decoders.library import LibraryDecoder
 from videor1_kernels.frames_to_patches import YuvFrames
 
-_TOLERANCE = 1e-6  # seconds: rounding of pts * time_base in fp64, far below the distance of two frames
+_TOLERANCE = 1e-6  # seconds; covers the rounding of pts * time_base in fp64 and is far below the time between frames
 
 
 class TorchcodecDecoder(LibraryDecoder):
@@ -30,14 +31,15 @@ class TorchcodecDecoder(LibraryDecoder):
         decoder = self._open()
         seconds = [self.index.info.seconds[number] for number in numbers]
         batch = decoder.get_frames_at(numbers) if len(decoder) == self.index.info.num_frames else None
-        if batch is None or self._wrong(batch, seconds) is not None:
-            # A little later, so that rounding does not lead to the frame before.
+        if batch is None or self._first_mismatch(batch, seconds) is not None:
+            # The times are a little later than the frames', so that rounding does not lead to the frame before.
             batch = decoder.get_frames_played_at([second + _TOLERANCE / 10 for second in seconds])
-        if (wrong := self._wrong(batch, seconds)) is not None:
+        if (wrong := self._first_mismatch(batch, seconds)) is not None:
             raise self.error(f"gives no frame of its own for frame {numbers[wrong]} at {seconds[wrong]:.6f} s")
         return batch.data.to(self.device), frames_to_decode(self.index.info, numbers)
 
     def _open(self) -> Any:
+        """Open the file with the library. Raises a ConfigError that says what is missing where it does not load."""
         try:
             return self.library.VideoDecoder(
                 str(self.path.absolute()),
@@ -54,10 +56,10 @@ class TorchcodecDecoder(LibraryDecoder):
             reason = missing[0] if missing else "it finds no FFmpeg that it knows"
             raise ConfigError(f'video.backend: torchcodec does not load ({reason}); use "pyav"') from error
 
-    def _wrong(self, batch: Any, seconds: list[float]) -> int | None:
-        """Position of the first frame that is not at its time; None where all are there."""
-        theirs = batch.pts_seconds.tolist()
-        if len(theirs) != len(seconds) or len(batch.data) != len(seconds):
-            raise self.error(f"it gave {len(theirs)} frames of the {len(seconds)} asked for")
-        pairs = enumerate(zip(theirs, seconds, strict=True))
+    def _first_mismatch(self, batch: Any, seconds: list[float]) -> int | None:
+        """Return the position of the first frame that does not have its expected time; None where all have."""
+        reported = batch.pts_seconds.tolist()
+        if len(reported) != len(seconds) or len(batch.data) != len(seconds):
+            raise self.error(f"it gave {len(reported)} frames of the {len(seconds)} asked for")
+        pairs = enumerate(zip(reported, seconds, strict=True))
         return next((position for position, (a, b) in pairs if not abs(a - b) <= _TOLERANCE), None)
