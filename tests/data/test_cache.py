@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from videor1.config import CommonConfig, DataConfig, VideoConfig
 from videor1.data import cache
-from videor1.data.cache import ABSENT, DiskCache, CacheRead, MemoryCache, disk_cache
+from videor1.data.cache import ABSENT, CacheRead, DiskCache, MemoryCache, disk_cache
 from videor1.errors import ConfigError
 from videor1.types import Media
 from videor1.video.version import FORMAT, Key, file_key

@@ -1,8 +1,9 @@
 """Divide shards into blocks that can be read in any order.
 
-A block is a range of bytes of a JSONL file, a row group of a Parquet file, or a range of rows of a saved dataset. Blocks
-are located without an index: a block of JSONL holds the lines that begin in its range, and the footer of a Parquet file
-lists its row groups. Opening a shard therefore reads no row, and reading a block reads little more than its bytes.
+A block is a range of bytes of a JSONL file, a row group of a Parquet file, or a range of rows of a saved dataset.
+Blocks are located without an index: a block of JSONL holds the lines that begin in its range, and the footer of a
+Parquet file lists its row groups. Opening a shard therefore reads no row, and reading a block reads little more than
+its bytes.
 """
 
 from __future__ import annotations
