@@ -90,13 +90,13 @@ def _declared_by_checkout() -> Declared:
 
 def versions() -> list[Finding]:
     """List videor1, Python, and every package that training needs."""
-    requirements = declared()
+    needs = declared()
     rows = [
-        Finding("videor1", f"{requirements.version}; ranges from {requirements.source}"),
-        _python(requirements.python),
+        Finding("videor1", f"{needs.version}; ranges from {needs.source}"),
+        _python(needs.python),
     ]
     order = {name: place for place, name in enumerate(FIRST)}
-    for requirement in sorted(requirements.needed, key=lambda r: (order.get(r.name.lower(), len(order)), r.name.lower())):
+    for requirement in sorted(needs.needed, key=lambda r: (order.get(r.name.lower(), len(order)), r.name.lower())):
         rows.append(_needed(requirement))
     return rows
 

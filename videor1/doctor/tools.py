@@ -19,7 +19,7 @@ LONG_CLIP, SHORT_CLIP = (1920, 1080, 1800), (640, 360, 300)  # (width, height, f
 
 
 def compilers() -> list[Finding]:
-    """List the compilers that ``videor1_kernels.extension`` finds, and whether the libraries of csrc/ build and load."""
+    """List the compilers that ``videor1_kernels.extension`` finds, and whether csrc/'s libraries build and load."""
     import torch
 
     from videor1_kernels import extension
