@@ -1,4 +1,4 @@
-"""Accuracy from frames in order and from shuffled frames, on benchmarks or data: ``python -m videor1.evaluate``."""
+"""Evaluate a model on benchmarks or a data file, with frames in order and shuffled: ``python -m videor1.evaluate``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from videor1.config.cli import parse, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return its exit code."""
     config = parse(
         EvaluateConfig,
         argv,
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Accuracy of a model, from frames in order and from shuffled frames: on benchmarks (--benchmark, "
         "read from --data.root) or on a data file (--dataset_name).",
     )
-    # Imported here: decode workers import this file again, and must start quickly.
+    # This is imported here, because decode workers import this file again and must start quickly.
     from videor1.evaluation.run import run
 
     return run(config)

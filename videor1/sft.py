@@ -1,4 +1,4 @@
-"""SFT cold start: ``python -m videor1.sft --model_name_or_path MODEL --dataset_name cot.json``."""
+"""Train an SFT cold start: ``python -m videor1.sft --model_name_or_path MODEL --dataset_name cot.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from videor1.training.sft import SFTTrainer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return its exit code."""
     config = parse(SFTConfig, argv, prog="python -m videor1.sft", description="SFT cold start for T-GRPO.")
     run = SFTTrainer(config)
     final = run.train()

@@ -1,4 +1,4 @@
-"""T-GRPO: ``python -m videor1.train``. Without a model and a data file it runs the embedded demonstration."""
+"""Train with T-GRPO: ``python -m videor1.train``. Without a model and data it runs the embedded demonstration."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from videor1.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:
         return _plan([argument for argument in argv if argument != "--plan"])
-    # Asked to print the configuration, the demonstration prints its own: that is read first.
+    # --print_config prints and exits while the options are parsed. The demonstration has to print its own options, so
+    # whether this is one is found out first, without the flag.
     config = _parse([argument for argument in argv if argument != "--print_config"])
     demonstration = is_demonstration(config)
     if not demonstration and not (config.model_name_or_path and config.dataset_name):
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"{missing}: give model_name_or_path and dataset_name, or neither for the demonstration")
     if "--print_config" in argv:
         _parse(demonstration_argv(config, argv) if demonstration else argv)
-    # Imported here: decode workers import this file again, and must start quickly.
+    # These are imported here, because decode workers import this file again and must start quickly.
     if demonstration:
         from videor1.demo.run import run_demo
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    """``--plan``: where the memory of a run with the other options would go. Needs neither its data nor its weights."""
+    """Print the memory plan of a run with these options. This needs neither its data nor its weights."""
     from videor1.plan.table import print_plan
 
     config = _parse(argv)

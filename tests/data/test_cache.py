@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from videor1.config import CommonConfig, DataConfig, VideoConfig
 from videor1.data import cache
-from videor1.data.cache import ABSENT, DiskCache, Found, MemoryCache, disk_cache
+from videor1.data.cache import ABSENT, CacheRead, DiskCache, MemoryCache, disk_cache
 from videor1.errors import ConfigError
 from videor1.types import Media
 from videor1.video.version import FORMAT, Key, file_key
@@ -127,7 +127,7 @@ def test_memory_is_bounded_by_the_bytes_of_the_tensors() -> None:
 
 
 def test_what_was_written_is_read_back(disk: DiskCache, tmp_path: Path) -> None:
-    assert disk.read(key()) == Found()
+    assert disk.read(key()) == CacheRead()
     assert not (tmp_path / "cache").exists()  # made when there is something to keep
     expected = media(second_per_grid=0.1 + 0.2)
     assert disk.write(key(), expected) is None
@@ -165,7 +165,7 @@ def test_a_name_of_any_bytes(disk: DiskCache) -> None:
 
 def test_another_version_is_outdated_and_goes(disk: DiskCache, tmp_path: Path) -> None:
     disk.write(key(), media(0))
-    assert disk.read(key(version=1)) == Found(changed=True)
+    assert disk.read(key(version=1)) == CacheRead(changed=True)
     assert not entries(tmp_path / "cache")
     disk.write(key(version=1), media(1))
     disk.write(key(version=2), media(2))
@@ -188,10 +188,10 @@ def test_other_settings_kinds_and_formats_find_nothing(tmp_path: Path) -> None:
     for name, value in others.items():
         other = disk_cache(folder, 1, VideoConfig(**{name: value}))  # type: ignore[arg-type]
         assert other is not None
-        assert other.read(key()) == Found(), name
-    assert base.read(Key(("image", "/data/0.mp4"), (100, 0, 7))) == Found()
+        assert other.read(key()) == CacheRead(), name
+    assert base.read(Key(("image", "/data/0.mp4"), (100, 0, 7))) == CacheRead()
     later = key()._replace(format=FORMAT + 1)
-    assert base.read(later) == Found()
+    assert base.read(later) == CacheRead()
     base.write(later, media(1))
     assert_same(base.read(later).media, media(1))
     same = disk_cache(folder, 1, VideoConfig())
@@ -227,11 +227,11 @@ def test_a_damaged_file_is_a_miss_and_goes(damage: str, disk: DiskCache, tmp_pat
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     found = disk.read(key())
     assert (found.media, found.changed) == (None, False)
-    assert found.trouble is not None
-    assert found.trouble.kind == "damaged"
-    assert str(path) in found.trouble.message
+    assert found.failure is not None
+    assert found.failure.kind == "damaged"
+    assert str(path) in found.failure.message
     assert not path.exists()
-    assert disk.read(key()) == Found()
+    assert disk.read(key()) == CacheRead()
     assert disk.write(key(), media()) is None
     assert_same(disk.read(key()).media, media())
 
@@ -249,9 +249,9 @@ def test_a_whole_file_that_says_something_else_is_damaged(what: str, disk: DiskC
     }.get(what, {})  # fmt: skip
     metadata = {} if what == "foreign" else {"videor1": json.dumps(about)}
     save_file({"patches": patches.view(torch.int8) if what == "dtype" else patches}, path, metadata)
-    trouble = disk.read(key()).trouble
-    assert trouble is not None
-    assert trouble.kind == "damaged"
+    failure = disk.read(key()).failure
+    assert failure is not None
+    assert failure.kind == "damaged"
 
 
 def test_the_budget_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:
@@ -362,10 +362,10 @@ def test_a_write_that_fails_leaves_nothing_and_raises_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache if place == "_write_file" else os, place.removeprefix("os."), fail)
-        trouble = disk.write(key(1), media())
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("write", code)
-    assert trouble.message == f"{tmp_path / 'cache'}: {os.strerror(code)}"
+        failure = disk.write(key(1), media())
+    assert failure is not None
+    assert (failure.kind, failure.code) == ("write", code)
+    assert failure.message == f"{tmp_path / 'cache'}: {os.strerror(code)}"
     assert not temporaries(tmp_path / "cache")
     assert held(disk) == [0]
     assert disk.write(key(1), media()) is None
@@ -383,8 +383,8 @@ def test_a_write_beyond_the_largest_file_of_the_process(tmp_path: Path) -> None:
         disk = DiskCache(sys.argv[1], 100 * SIZE, "")
         assert disk.write(key(0), media(0)) is None
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        trouble = disk.write(key(1), media(1))
-        assert (trouble.kind, trouble.code) == ("write", errno.EFBIG), trouble
+        failure = disk.write(key(1), media(1))
+        assert (failure.kind, failure.code) == ("write", errno.EFBIG), failure
         assert disk.read(key(0)).media is not None
         assert disk.read(key(1)).media is None
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -410,8 +410,8 @@ def test_a_read_that_fails_is_told(disk: DiskCache, tmp_path: Path, monkeypatch:
         patch.setattr(Path, "read_bytes", fail)
         found = disk.read(key())
     assert found.media is None
-    assert found.trouble is not None
-    assert (found.trouble.kind, found.trouble.code) == ("read", errno.EIO)
+    assert found.failure is not None
+    assert (found.failure.kind, found.failure.code) == ("read", errno.EIO)
     assert len(entries(tmp_path / "cache")) == 1  # not damaged, as far as one knows
 
 
@@ -424,16 +424,16 @@ def test_a_folder_that_may_only_be_read_serves(disk: DiskCache, monkeypatch: pyt
     for name in ("utime", "open", "replace", "unlink"):
         monkeypatch.setattr(os, name, refuse)
     assert_same(disk.read(key()).media, media())
-    assert disk.read(key()).trouble is None
+    assert disk.read(key()).failure is None
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     disk = DiskCache(tmp_path / "file" / "cache", MIB, "")
-    trouble = disk.write(key(), media())
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("write", errno.ENOTDIR)
-    read = disk.read(key()).trouble
+    failure = disk.write(key(), media())
+    assert failure is not None
+    assert (failure.kind, failure.code) == ("write", errno.ENOTDIR)
+    read = disk.read(key()).failure
     assert read is not None
     assert (read.kind, read.code) == ("read", errno.ENOTDIR)
     disk.clean()
@@ -444,11 +444,11 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_lock_that_is_never_given_back(disk: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.write(key(0), media())
     monkeypatch.setattr(DiskCache, "lock_seconds", 0.2)
-    with disk._usage():
-        trouble = DiskCache(disk._folder, MIB, "settings").write(key(1), media())
-        assert trouble is not None
-        assert trouble.kind == "write"
-        assert "another process held the lock for 0.2 s" in trouble.message
+    with disk._locked_usage():
+        failure = DiskCache(disk._folder, MIB, "settings").write(key(1), media())
+        assert failure is not None
+        assert failure.kind == "write"
+        assert "another process held the lock for 0.2 s" in failure.message
         assert_same(disk.read(key(0)).media, media())  # reading needs no lock
     assert disk.write(key(1), media()) is None
 
@@ -461,10 +461,10 @@ def keep_busy(folder: Path, seed: int, rounds: int) -> None:
     for _ in range(rounds):
         number, version = torch.randint(0, 8, (2,), generator=generator).tolist()
         found = disk.read(key(number, version // 4))
-        assert found.trouble is None, found.trouble
+        assert found.failure is None, found.failure
         if found.media is None:
-            trouble = disk.write(key(number, version // 4), media(10 * number + version // 4))
-            assert trouble is None, trouble
+            failure = disk.write(key(number, version // 4), media(10 * number + version // 4))
+            assert failure is None, failure
         else:
             assert_same(found.media, media(10 * number + version // 4))
 
@@ -477,7 +477,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     disk, most = DiskCache(tmp_path, MIB, ""), 0
     disk.lock_seconds = 60.0
     while any(process.is_alive() for process in processes):
-        with disk._usage():  # nobody adds a file meanwhile
+        with disk._locked_usage():  # nobody adds a file meanwhile
             most = max(most, sum(map(cache._size, entries(tmp_path))))
         time.sleep(0.01)
     assert [process.exitcode for process in processes] == [0, 0, 0]

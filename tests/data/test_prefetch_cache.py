@@ -240,7 +240,7 @@ def test_a_full_disk_is_told_once_and_memory_serves_on(tmp_path, monkeypatch):
         list(ahead.iterate(map(Decode, paths)))
         assert (ahead.stats.cache_errors, ahead.stats.loaded, len(tries)) == (1, 4, 5)  # not tried at every video
         monkeypatch.undo()
-        ahead._write_again = 0.0  # the pause is over
+        ahead._no_write_until = 0.0  # the pause is over
         list(ahead.iterate(map(Decode, paths)))
     assert left_in(tmp_path / "cache") == [".safetensors"] * 4
 

@@ -19,7 +19,7 @@ from patience import PATIENCE
 import videor1_kernels
 from videor1.doctor import __main__ as doctor
 from videor1.doctor import machine, packages, selfcheck, tools
-from videor1.doctor.rows import Finding, Section, problems, text, without_home
+from videor1.doctor.rows import Finding, Section, problems, redact_home, text
 from videor1.types import SampleError
 from videor1_kernels import dispatch, extension
 
@@ -383,7 +383,7 @@ def test_secrets_and_the_home_folder_are_not_shown(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(home))
     rows = packages.environment()
     assert by_name(rows)["HF_TOKEN"].value == "set (not shown)"
-    (section,) = without_home([Section("Environment", tuple(rows))])
+    (section,) = redact_home([Section("Environment", tuple(rows))])
     shown = text([section])
     assert "~/models" in shown
     assert "somebody" not in shown

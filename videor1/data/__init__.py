@@ -1,4 +1,4 @@
-"""Data files and streams to samples that are decoded ahead of the step."""
+"""Read data files and streams into samples, and decode their media ahead of the training step."""
 
 from __future__ import annotations
 

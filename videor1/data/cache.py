@@ -1,8 +1,9 @@
-"""Results that are not computed twice: in memory, and 8-bit patches as safetensors files that several runs may share.
+"""Caches of decoded media: one in memory, and one on disk (safetensors files) that several runs may share.
 
-What is kept belongs to a version of the file it was made from (size, time of modification, inode): when that changes,
-it is not handed out any more; and to a version of the code that made it, which finds nothing of another. Both versions
-are the key's. Both caches drop the least recently used first.
+An entry belongs to one version of the media file that it was made from (size, modification time, inode) and is no
+longer returned once that version changes. It also belongs to one version of the code that made it: other versions of
+the code do not find it. The :class:`~videor1.video.version.Key` of an entry holds both versions. Both caches remove
+the least recently used entries first.
 """
 
 from __future__ import annotations
@@ -37,18 +38,22 @@ from videor1_kernels.frames_to_patches import PATCH_COLUMNS
 
 try:
     import fcntl
-except ImportError:  # Windows: the budget may be overshot there by what several processes write at once
+except ImportError:  # Windows has no fcntl. Processes that write at the same time may exceed the limit there.
     fcntl = None  # type: ignore[assignment]
 
 ABSENT: Any = object()
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.(?P<owner>[0-9a-f]{12})\.\d+\.tmp")
-_ABANDONED_SECONDS = 3600.0  # a temporary file this old was left by a process that was killed
+_ABANDONED_SECONDS = 3600.0  # A temporary file that is older was left by a process that was killed.
 
 
 class MemoryCache:
-    """Least recently used results within a number of bytes (of their tensors)."""
+    """A cache in memory that holds at most a given number of bytes and drops the least recently used results first.
+
+    Args:
+        limit: bytes of the tensors of all results together; 0 keeps nothing.
+    """
 
     def __init__(self, limit: int) -> None:
         self.used = 0
@@ -56,7 +61,7 @@ class MemoryCache:
         self._entries: OrderedDict[Hashable, tuple[Hashable, Any, int]] = OrderedDict()
 
     def get(self, key: Key) -> Any:
-        """The result of this version, or ABSENT."""
+        """Return the result that is kept under the key's name and version, or ``ABSENT``."""
         entry = self._entries.get(key.name)
         if entry is None or entry[0] != key.version:
             return ABSENT
@@ -64,7 +69,7 @@ class MemoryCache:
         return entry[1]
 
     def put(self, key: Key, value: Any) -> None:
-        """Keep a result, in place of another version's."""
+        """Keep a result and drop the result of another version. A result above the limit is not kept."""
         self.drop(key.name)
         size = _tensor_bytes(value)
         if size > self._limit or not self._limit:
@@ -75,53 +80,56 @@ class MemoryCache:
             self.drop(next(iter(self._entries)))
 
     def holds_other(self, key: Key) -> bool:
-        """Whether another version is kept."""
+        """Return whether a result of another version of the same file is kept."""
         entry = self._entries.get(key.name)
         return entry is not None and entry[0] != key.version
 
     def drop(self, name: Hashable) -> None:
+        """Remove the result that is kept under a name, if there is one."""
         if name in self._entries:
             self.used -= self._entries.pop(name)[2]
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """What went wrong with the files of a cache; the sample itself is none the worse."""
+class CacheFailure:
+    """A failure of the disk cache. The sample can still be decoded from its media file."""
 
     kind: Literal["read", "write", "damaged"]
     message: str
-    code: int | None = None  # errno
+    code: int | None = None  # the errno of the OSError
 
 
 @dataclass(frozen=True)
-class Found:
-    """The answer of :meth:`DiskCache.read`."""
+class CacheRead:
+    """The result of :meth:`DiskCache.read`."""
 
-    media: Media | None = None
-    changed: bool = False  # there was one, of another version of the file
-    trouble: Trouble | None = None
+    media: Media | None = None  # None if nothing usable is cached
+    changed: bool = False  # whether an entry of another version of the media file was found
+    failure: CacheFailure | None = None
 
 
 class DiskCache:
-    """8-bit patches in a folder, one safetensors file for each media file and settings; no pickle.
+    """A folder of 8-bit patches, with one safetensors file (and no pickle) for each media file and settings.
 
-    Any number of processes may share the folder: a file appears whole (written aside, then renamed), and the bytes in
-    use are counted under a lock, in the file ``.usage``. A file's time of modification is its last use. Each carries a
-    checksum, so nothing is synced to the disk: what a power cut damages is found out. Nothing here raises an
-    ``OSError``: a cache that cannot be read or written is a ``Trouble``, and the video is decoded.
+    Any number of processes may share the folder. A file is written under a temporary name and then renamed, so that it
+    appears complete. The bytes in use are counted in the file ``.usage``, under a lock. The modification time of a
+    cache file is the time of its last use. Each file carries a checksum, so no write is synced to the disk: a file that
+    a power failure damages is detected when it is read. No method raises an ``OSError``: a failure to read or write is
+    returned as a ``CacheFailure``, and the caller decodes the media file.
 
     Instances hold no open file and may be sent to other processes.
 
     Args:
-        folder: made when something is written.
-        limit: bytes of all whole files together; the least recently used are removed, a tenth of the limit at a time.
-        settings: whatever else the patches depend on, as text.
+        folder: the cache folder; it is created with the first write.
+        limit: bytes of all complete files together; the least recently used are removed, a tenth of the limit at a
+            time.
+        settings: everything else that the patches depend on, as text.
 
     Raises:
-        ConfigError: ``folder`` is there and is not a folder.
+        ConfigError: ``folder`` exists and is not a folder.
     """
 
-    lock_seconds = 5.0  # to wait for the lock; a process that was stopped while it held it must not stop the others
+    lock_seconds = 5.0  # how long to wait: a process that was suspended while it holds the lock must not block others
 
     def __init__(self, folder: str | Path, limit: int, settings: str) -> None:
         self._folder = Path(folder).expanduser().absolute()
@@ -130,52 +138,56 @@ class DiskCache:
         if self._folder.exists() and not self._folder.is_dir():
             raise ConfigError(f"data.cache_dir: expected a folder, got {self._folder}, which is a file")
 
-    def read(self, key: Key) -> Found:
-        """The patches kept for this version of the file. A damaged or outdated file is removed."""
+    def read(self, key: Key) -> CacheRead:
+        """Read the patches of this version of a media file. A damaged or outdated cache file is removed."""
         started, path = time.perf_counter(), self._path(key)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return Found()
+            return CacheRead()
         except OSError as error:
-            return Found(trouble=self._trouble("read", error))
+            return CacheRead(failure=self._failure("read", error))
         try:
-            version, media = _unpack(data, self._about(key), started)
+            version, media = _unpack(data, self._identity(key), started)
         except ValueError as error:
             _remove(path)
-            return Found(trouble=Trouble("damaged", f"{path}: {error}; removed"))
-        if version != _plain(key.version):
+            return CacheRead(failure=CacheFailure("damaged", f"{path}: {error}; removed"))
+        if version != _as_json(key.version):
             _remove(path)
-            return Found(changed=True)
-        with suppress(OSError):  # a folder that may only be read serves too
+            return CacheRead(changed=True)
+        with suppress(OSError):  # The cache can also be used where its folder is read-only.
             os.utime(path)
-        return Found(media)
+        return CacheRead(media)
 
-    def write(self, key: Key, media: Media) -> Trouble | None:
-        """Keep patches, in place of another version's. Those that are larger than the whole budget are not kept."""
-        data = _pack(media, self._about(key) | {"version": _plain(key.version)})
+    def write(self, key: Key, media: Media) -> CacheFailure | None:
+        """Write patches in place of those of another version. Patches larger than the whole limit are not written."""
+        data = _pack(media, self._identity(key) | {"version": _as_json(key.version)})
         if len(data) > self._limit:
             return None
         path = self._path(key)
-        # Not write_atomic: its name tells which process writes it, for clean, and the rename waits for the lock.
+        # write_atomic does not serve here: clean() needs the name to tell which instance and process wrote the file,
+        # and the rename has to wait for the lock.
         temporary = path.with_name(f".{path.stem}.{self._owner}.{os.getpid()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             _write_file(temporary, data)
-            with self._usage() as usage:
+            with self._locked_usage() as usage:
                 before = _size(path)
                 used = usage.get()
                 if used is None or used - before + len(data) > self._limit:
-                    used = self._make_room(len(data), spare=path)
-                usage.set(used - before + len(data))  # first: a process killed here counts too much, not too little
+                    used = self._make_room(len(data), replaced=path)
+                # Counted before the rename: a process that is killed in between leaves a count that is too high, and
+                # never one that is too low.
+                usage.set(used - before + len(data))
                 os.replace(temporary, path)
         except OSError as error:
             _remove(temporary)
-            return self._trouble("write", error)
+            return self._failure("write", error)
         return None
 
     def clean(self) -> None:
-        """Remove what killed processes left half-written: this instance's and its copies', and what is an hour old."""
+        """Remove the temporary files of killed processes: those of this instance and its copies, and all over an hour
+        old."""
         with suppress(OSError), os.scandir(self._folder) as entries:
             for entry in entries:
                 match = _TEMPORARY.fullmatch(entry.name)
@@ -183,41 +195,50 @@ class DiskCache:
                     _remove(Path(entry.path))
 
     def _path(self, key: Key) -> Path:
-        digest = hashlib.sha256(json.dumps(self._about(key)).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self._identity(key)).encode()).hexdigest()
         return self._folder / f"{digest}.safetensors"
 
-    def _trouble(self, kind: Literal["read", "write"], error: OSError) -> Trouble:
-        return Trouble(kind, f"{self._folder}: {error.strerror or error}", error.errno)
+    def _failure(self, kind: Literal["read", "write"], error: OSError) -> CacheFailure:
+        return CacheFailure(kind, f"{self._folder}: {error.strerror or error}", error.errno)
 
-    def _about(self, key: Key) -> dict[str, Any]:
-        return {"format": key.format, "name": _plain(key.name), "settings": self._settings}
+    def _identity(self, key: Key) -> dict[str, Any]:
+        """Return what an entry depends on, apart from the version of its media file."""
+        return {"format": key.format, "name": _as_json(key.name), "settings": self._settings}
 
-    def _make_room(self, size: int, spare: Path) -> int:
-        """Count the files, and remove the oldest if ``size`` more bytes do not fit; the bytes then in use."""
-        found = []
+    def _make_room(self, size: int, replaced: Path) -> int:
+        """Count the cache files and remove the least recently used if ``size`` more bytes would exceed the limit.
+
+        Args:
+            size: bytes of the file that is about to be written.
+            replaced: the path of that file; an older file at this path is not removed here, since it is replaced.
+
+        Returns:
+            The bytes that are in use afterwards.
+        """
+        files = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 if _TEMPORARY.fullmatch(entry.name) and _is_abandoned(entry):
                     _remove(Path(entry.path))
                 elif _ENTRY.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):  # removed by another process as damaged
+                    with suppress(FileNotFoundError):  # Another process removed it as damaged.
                         status = entry.stat()
-                        found.append((status.st_mtime_ns, entry.name, status.st_size))
-        used = sum(size for _, _, size in found)
-        replaced = sum(size for _, name, size in found if name == spare.name)
-        if used - replaced + size <= self._limit:
+                        files.append((status.st_mtime_ns, entry.name, status.st_size))
+        used = sum(file_size for _, _, file_size in files)
+        replaced_size = sum(file_size for _, name, file_size in files if name == replaced.name)
+        if used - replaced_size + size <= self._limit:
             return used
-        # More than is needed: or each write to a full cache would count all of its files.
-        room = min(self._limit - size, self._limit * 9 // 10) + replaced
-        for _, name, old in sorted(found):
-            if used > room and name != spare.name:
+        # More is removed than is needed; otherwise each write to a full cache would have to count all of its files.
+        room = min(self._limit - size, self._limit * 9 // 10) + replaced_size
+        for _, name, file_size in sorted(files):
+            if used > room and name != replaced.name:
                 (self._folder / name).unlink(missing_ok=True)
-                used -= old
+                used -= file_size
         return used
 
     @contextmanager
-    def _usage(self) -> Iterator[_Usage]:
-        """The count of bytes in use, locked."""
+    def _locked_usage(self) -> Iterator[_UsageCounter]:
+        """Yield the count of bytes in use while holding the lock of the cache folder."""
         file = os.open(self._folder / ".usage", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             deadline = time.monotonic() + self.lock_seconds
@@ -229,13 +250,13 @@ class DiskCache:
                     if time.monotonic() > deadline:
                         raise OSError(None, f"another process held the lock for {self.lock_seconds:g} s") from None
                     time.sleep(0.01)
-            yield _Usage(file)
+            yield _UsageCounter(file)
         finally:
-            os.close(file)  # gives the lock back
+            os.close(file)  # This also releases the lock.
 
 
-class _Usage:
-    """A number in an open file, always as many digits."""
+class _UsageCounter:
+    """A number that is stored in an open file with a fixed count of digits."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -251,30 +272,39 @@ class _Usage:
 
 
 def disk_cache(folder: str | None, megabytes: int, video: VideoConfig) -> DiskCache | None:
-    """The cache that ``data.cache_dir`` asks for; what is made under other video settings is never found in it."""
+    """Return the cache in ``data.cache_dir``, or None without one. Other video settings never share its entries."""
     return None if folder is None else DiskCache(folder, megabytes * 2**20, json.dumps(asdict(video), sort_keys=True))
 
 
-def _pack(media: Media, about: dict[str, Any]) -> bytes:
+def _pack(media: Media, identity: dict[str, Any]) -> bytes:
     patches = media.patches.contiguous()
-    about = about | {
+    header = identity | {
         "kind": media.kind,
         "grid_thw": list(media.grid_thw),
         "second_per_grid": media.second_per_grid,
         "crc32": _checksum(patches),
     }
-    return pack_tensors({"patches": patches}, {"videor1": json.dumps(about)})
+    return pack_tensors({"patches": patches}, {"videor1": json.dumps(header)})
 
 
-def _unpack(data: bytes, about: dict[str, Any], started: float) -> tuple[Any, Media]:
-    """(version, patches) of a file. ValueError: it is not what :func:`_pack` wrote for ``about``."""
+def _unpack(data: bytes, identity: dict[str, Any], started: float) -> tuple[Any, Media]:
+    """Parse the content of a cache file and return (version of the media file, media).
+
+    Args:
+        data: the content of the file.
+        identity: what the entry must have been written for, see ``DiskCache._identity``.
+        started: when the read began, by ``time.perf_counter``.
+
+    Raises:
+        ValueError: the content is not what :func:`_pack` wrote for ``identity``.
+    """
     try:
         patches = unpack_tensors(data)["patches"]
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         stored = json.loads(header["__metadata__"]["videor1"])
         T, h, w = stored["grid_thw"]
         kind, second_per_grid = stored["kind"], stored["second_per_grid"]
-        if {name: stored[name] for name in about} != about:
+        if {name: stored[name] for name in identity} != identity:
             raise ValueError("it was written for other media or settings")
         if patches.dtype != torch.uint8 or tuple(patches.shape) != (T * h * w, PATCH_COLUMNS):
             raise ValueError(f"expected uint8 patches for grid {(T, h, w)}, got {patches.dtype} {list(patches.shape)}")
@@ -297,8 +327,8 @@ def _write_file(path: Path, data: bytes) -> None:
         write_all(file, data)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON reads it back."""
+def _as_json(value: Any) -> Any:
+    """Return a value as it reads back from JSON (tuples become lists)."""
     return json.loads(json.dumps(value))
 
 

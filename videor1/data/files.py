@@ -1,4 +1,4 @@
-"""The files that a stream is read from: on disk, behind a URL (fsspec), or those of a dataset on Hugging Face's hub."""
+"""Find and open the data files of a stream: on disk, behind a URL (fsspec), or of a dataset on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ SHARDS = (*JSONL, *GZIP, *PARQUET)
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file whose bytes are read from any place."""
+    """A file on disk, of which any range of bytes can be read."""
 
     name: str
     size: int
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). DataError where the file is gone or is no longer what was opened."""
+        """Read the bytes in [start, stop).
+
+        Raises:
+            DataError: the file cannot be read, or its size is no longer what it was when the data set was opened.
+        """
         with self.open() as file:
             file.seek(start)
-            return _whole(self, file.read(stop - start), stop - start)
+            return _check_length(self, file.read(stop - start), stop - start)
 
     def open(self) -> BinaryIO:
+        """Open the file for reading; the caller closes it. Raises DataError as ``read`` does."""
         try:
             file = open(self.name, "rb")  # noqa: SIM115 (the caller closes it)
         except OSError as error:
@@ -45,7 +50,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """The same behind a URL; ranges are read, never the whole file."""
+    """A file behind a URL, of which ranges of bytes are read and never the whole file."""
 
     name: str
     size: int
@@ -53,13 +58,15 @@ class RemoteFile:
     filesystem: Any = field(repr=False, compare=False)
 
     def read(self, start: int, stop: int) -> bytes:
+        """Read the bytes in [start, stop). Raises DataError where they cannot be read."""
         try:
             data = self.filesystem.cat_file(self.path, start=start, end=stop)
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error}") from error
-        return _whole(self, data, stop - start)
+        return _check_length(self, data, stop - start)
 
     def open(self) -> BinaryIO:
+        """Open the file for reading; the caller closes it. Raises DataError where that fails."""
         try:
             return self.filesystem.open(self.path, "rb")
         except OSError as error:
@@ -69,7 +76,7 @@ class RemoteFile:
 File = LocalFile | RemoteFile
 
 
-def _whole(file: File, data: bytes, expected: int) -> bytes:
+def _check_length(file: File, data: bytes, expected: int) -> bytes:
     if len(data) != expected:
         raise DataError(f"{file.name}: changed during the run: it ends earlier than when it was opened")
     return data
@@ -83,11 +90,14 @@ class Saved:
 
 
 def find(name: str, split: str) -> tuple[list[File | Saved], list[str]]:
-    """(shards in order, the folders that media paths may be relative to) of a ``dataset_name``.
+    """Find the shards that a ``dataset_name`` names.
+
+    Returns:
+        (the shards in order, the folders that the media paths of their rows may be relative to).
 
     Raises:
-        DataError: nothing is there.
-        ConfigError: a name that means nothing, one shard named twice, or a part that is not installed.
+        DataError: there is no such data.
+        ConfigError: the name is not understood, names a shard twice, or needs a package that is not installed.
     """
     found: list[File | Saved] = []
     roots: list[str] = []
@@ -96,16 +106,16 @@ def find(name: str, split: str) -> tuple[list[File | Saved], list[str]]:
         found += shards
         roots += [root] if root not in roots else []
     names = [os.path.realpath(s.name) if isinstance(s, LocalFile) else s.name for s in found]
-    if twice := next((n for n in names if names.count(n) > 1), None) if len(set(names)) < len(names) else None:
-        raise ConfigError(f"dataset_name: {name!r} names {twice} twice")
+    if repeated := next((n for n in names if names.count(n) > 1), None) if len(set(names)) < len(names) else None:
+        raise ConfigError(f"dataset_name: {name!r} names {repeated} twice")
     return found, roots
 
 
 def _find_one(item: str, split: str) -> tuple[list[File | Saved], str]:
     if item.startswith("hf://") and not item.startswith(("hf://datasets/", "hf://buckets/")):
-        return list(_hub(item, split)), os.curdir
+        return list(_hub_files(item, split)), os.curdir
     if "://" in item:
-        return list(_remote(item)), os.curdir
+        return list(_remote_files(item)), os.curdir
     path = Path(item)
     if os.path.isdir(item):
         if (path / "dataset_dict.json").is_file():
@@ -131,14 +141,14 @@ def _find_one(item: str, split: str) -> tuple[list[File | Saved], str]:
 
 
 def _fixed_folder(item: str) -> str:
-    """The folder itself, or the one above the first part of a path that holds a wildcard (or names the file)."""
+    """Return the deepest folder of a path: the path itself, or what stands before a file's name or a wildcard."""
     path = Path(item)
     while not path.is_dir():
         path = path.parent
     return str(path)
 
 
-def _remote(url: str) -> Iterator[RemoteFile]:
+def _remote_files(url: str) -> Iterator[RemoteFile]:
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -161,8 +171,8 @@ def _remote(url: str) -> Iterator[RemoteFile]:
         yield RemoteFile(filesystem.unstrip_protocol(path), size, path, filesystem)
 
 
-def _hub(name: str, split: str) -> Iterator[File]:
-    """The data files of one split, as the ``datasets`` library finds them; ranges of them are read, nothing is kept."""
+def _hub_files(name: str, split: str) -> Iterator[File]:
+    """Yield a split's data files, as the ``datasets`` library finds them. Ranges of them are read, nothing is kept."""
     parts = name.removeprefix("hf://").strip("/").split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise ConfigError(f"dataset_name: expected hf://user/name or hf://user/name/subset, got {name!r}")
@@ -175,17 +185,20 @@ def _hub(name: str, split: str) -> Iterator[File]:
     if split not in files:
         raise ConfigError(f"data.split: {name} has the splits {sorted(map(str, files))}, got {split!r}")
     for path in files[split]:
-        plain = str(path).partition("?")[0]
-        if not plain.endswith(SHARDS):
+        without_query = str(path).partition("?")[0]
+        if not without_query.endswith(SHARDS):
             raise ConfigError(
-                f"dataset_name: {name}: a stream reads {', '.join(SHARDS)} shards, got {plain!r}; "
+                f"dataset_name: {name}: a stream reads {', '.join(SHARDS)} shards, got {without_query!r}; "
                 "download it, or write it with datasets' save_to_disk"
             )
-        yield from _remote(plain) if "://" in plain else [LocalFile(plain, os.stat(plain).st_size)]
+        if "://" in without_query:
+            yield from _remote_files(without_query)
+        else:
+            yield LocalFile(without_query, os.stat(without_query).st_size)
 
 
 def require(package: str) -> ModuleType:
-    """A package of the extra ``stream``; ConfigError where it is missing."""
+    """Import a package of the extra ``stream``. Raises ConfigError if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

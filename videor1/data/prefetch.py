@@ -1,8 +1,9 @@
-"""Decode ahead of the step: results in input order from worker processes, bounded memory, nothing decoded twice.
+"""Decode samples ahead of the training step, in worker processes, with bounded memory and caches.
 
-A sample that hangs, crashes its worker or cannot be read comes out as a ``SampleError`` in its place; the others go on.
-A file that changes is decoded anew. Its key is taken before and after the decode, by the process that decodes: only
-where both are equal is the result that of one version, and kept under it.
+Results come in the order of the input. A sample that hangs, crashes its worker or cannot be read yields a
+``SampleError`` in its place, and the other samples are not affected. A file that changes is decoded again. The process
+that decodes a file takes its key before and after the decode: only if both keys are equal does the result belong to one
+version of the file, and it is cached under that version.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from videor1.data.cache import ABSENT, DiskCache, MemoryCache, Trouble
+from videor1.data.cache import ABSENT, CacheFailure, DiskCache, MemoryCache
 from videor1.data.workers import Reply, Task, WorkerPool, call
 from videor1.types import SampleError
 from videor1.video.version import Key
@@ -24,59 +25,68 @@ from videor1_kernels.dispatch import chosen_backend
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PAUSE_SECONDS = 60.0  # without a write to the disk cache, after one failed
+_PAUSE_SECONDS = 60.0  # how long nothing is written to the disk cache after a write failed
 
 
 @dataclass
 class PrefetchStats:
-    """Counts since the prefetcher was made."""
+    """Counts since the prefetcher was created."""
 
-    waited_seconds: float = 0.0  # the consumer's, for results that were not ready
-    load_seconds: float = 0.0  # spent in load() and in the disk cache, summed over the workers
-    loaded: int = 0  # calls of load() that gave a result, cheap items (key None) left out
-    cache_hits: int = 0  # results handed out again from memory
-    disk_hits: int = 0  # results read from the disk cache
-    backends: Counter[str] = field(default_factory=Counter)  # of ``loaded``: the decoders that ran
+    waited_seconds: float = 0.0  # how long the consumer waited for results that were not ready
+    load_seconds: float = 0.0  # time in load() and in the disk cache, summed over the workers
+    loaded: int = 0  # calls of load() that returned a result, without cheap items (key None)
+    cache_hits: int = 0  # results that were returned again from memory
+    disk_hits: int = 0  # results that were read from the disk cache
+    backends: Counter[str] = field(default_factory=Counter)  # the ``loaded`` results by the decoder that ran
     errors: Counter[str] = field(default_factory=Counter)  # failed calls by SampleError.kind
-    restarts: int = 0  # of all workers, after the pool itself broke
-    changed_files: int = 0  # a cached result was of an older version, or the file changed under the decoder
-    cache_errors: int = 0  # the disk cache could not be read or written
-    cache_damaged: int = 0  # files of the disk cache that were not whole
+    restarts: int = 0  # restarts of all workers, after the pool itself broke
+    changed_files: int = 0  # times that a cached result was outdated or a file changed while it was decoded
+    cache_errors: int = 0  # failed reads and writes of the disk cache
+    cache_damaged: int = 0  # damaged files of the disk cache
 
     @property
     def worker_deaths(self) -> int:
-        """Workers that died or were killed at work, and restarts of all of them."""
+        """How often a worker died or was killed during a call, plus the restarts of all workers."""
         return self.errors["worker_died"] + self.errors["timeout"] + self.restarts
 
 
 @dataclass
 class _Loaded:
-    """What a worker hands back for an item that has a key."""
+    """The result that a worker returns for an item that has a key."""
 
     value: Any
-    key: Key  # of the version that the value was made from
-    from_disk: bool = False
-    changed: bool = False
-    troubles: list[Trouble] = field(default_factory=list)
+    key: Key  # holds the version of the file that the value was made from
+    from_disk: bool = False  # whether the value was read from the disk cache
+    changed: bool = False  # whether the file, or the version in the disk cache, turned out to be another
+    cache_failures: list[CacheFailure] = field(default_factory=list)
 
 
 def _load_version(
     item: Any, load: Callable[[Any], Any], key: Callable[[Any], Key], disk: DiskCache | None, write: bool
 ) -> _Loaded:
-    """``load(item)``, or what the disk cache has; runs in a worker.
+    """Load an item from the disk cache, or with ``load(item)``. This runs in a worker.
 
-    A file that changed while it was decoded, well or not, is decoded once more; SampleError (changed) if it changes
-    again.
+    A file that changed while it was decoded, whether or not the decode succeeded, is decoded once more.
+
+    Args:
+        item: the item to load.
+        load: the prefetcher's ``load``.
+        key: the prefetcher's ``key``.
+        disk: the disk cache, if there is one.
+        write: whether the result may be written to the disk cache.
+
+    Raises:
+        SampleError: ``load`` failed, or the file changed a second time (kind ``changed``).
     """
-    changed, troubles = False, []
+    changed, cache_failures = False, []
     for _ in range(2):
         before = key(item)
         if disk is not None and before.version is not None:
             found = disk.read(before)
             changed |= found.changed
-            troubles += [found.trouble] if found.trouble else []
+            cache_failures += [found.failure] if found.failure else []
             if found.media is not None:
-                return _Loaded(found.media, before, True, changed, troubles)
+                return _Loaded(found.media, before, True, changed, cache_failures)
         try:
             value = load(item)
         except SampleError:
@@ -85,54 +95,60 @@ def _load_version(
         else:
             if key(item) == before:
                 if disk is not None and write and before.version is not None:
-                    trouble = disk.write(before, value)
-                    troubles += [trouble] if trouble else []
-                return _Loaded(value, before, False, changed, troubles)
+                    failure = disk.write(before, value)
+                    cache_failures += [failure] if failure else []
+                return _Loaded(value, before, False, changed, cache_failures)
         changed = True
     raise SampleError("changed", "the file changed twice while it was decoded", getattr(item, "path", None))
 
 
 @dataclass
-class _Shared:
-    """One call of load() and the items that wait for it."""
+class _SharedCall:
+    """A call of load() in a worker, shared by all items with the same key."""
 
     task: Task
-    users: int = 0
-    outcome: Any = ABSENT  # a result or a SampleError
+    users: int = 0  # items that wait for the call
+    outcome: Any = ABSENT  # a result or a SampleError, once the call has ended
 
 
 @dataclass
 class _Job(Generic[T]):
+    """An item that was drawn and whose result has not been consumed."""
+
     item: T
     key: Key | None
-    shared: _Shared | None = None
-    outcome: Any = ABSENT  # from memory
-    changed: bool = False  # memory held another version
+    shared: _SharedCall | None = None
+    outcome: Any = ABSENT  # the result from the cache in memory, if it was there
+    changed: bool = False  # whether the cache in memory held another version
 
 
 class Prefetcher(Generic[T, R]):
-    """Runs ``load(item)`` ahead of its consumer.
+    """Runs ``load(item)`` in worker processes, ahead of the consumer of the results.
+
+    Workers start in the background, so creating a ``Prefetcher`` does not wait for them. They are fresh processes that
+    import the main module: guard a script's entry with ``if __name__ == "__main__"``, and keep heavy imports out of
+    its top level. Use a ``Prefetcher`` as a context manager, or call ``close``. It may not be used from several
+    threads.
 
     Args:
         load: a picklable function of one item (a top-level function, or ``functools.partial`` of one).
-        workers: processes; 0 loads in this process when the item's turn comes (then nothing can be killed).
-        depth: items on their way or waiting to be consumed, at most: bounds the memory.
-        timeout: seconds one item may take in a worker before that worker is killed.
-        cache_bytes: results kept for items that come again, the least recently used dropped first; 0 keeps none. A
-            cached result is handed out again as the same object: treat it as read-only.
-        key: what an item's result depends on, taken when it is drawn and again around its load(); picklable. Items
-            with equal keys are loaded once while cached or on their way. None for an item that is cheap: it is loaded
-            in this process when its turn comes.
-        disk: looked into by the workers before they load, and written by them: the step waits for neither, and the
-            bytes are theirs already. Results must be ``Media``.
+        workers: number of worker processes; with 0, an item is loaded in this process when its turn comes, and a call
+            that hangs cannot be killed.
+        depth: largest number of items that are being loaded or wait to be consumed; it bounds the memory.
+        timeout: seconds that one item may take in a worker before that worker is killed.
+        cache_bytes: bytes of results that are kept in memory for items that come again; the least recently used are
+            dropped first, and 0 keeps none. A cached result is returned again as the same object: treat it as
+            read-only.
+        key: a picklable function that returns what an item's result depends on. It is called when the item is drawn,
+            and before and after its load(). Items with equal keys are loaded once, as long as the result is cached or
+            the call is running. None marks a cheap item, which is loaded in this process when its turn comes.
+        disk: a disk cache, which the workers read before they load an item and write afterwards, so that the training
+            step waits for neither. Results must be ``Media``.
 
     Attributes:
-        on_report: told in words of what was survived: a changed file (once for each change), a damaged file of the
-            disk cache, its first error of each sort. Default: a log warning.
-
-    Workers start in the background, so making a ``Prefetcher`` does not wait for them. They are fresh processes that
-    import the main module: guard a script's entry with ``if __name__ == "__main__"``, and keep heavy imports out of
-    its top level. Use as a context manager, or call ``close``. Not for use from several threads.
+        on_report: called with a message for each problem that did not stop the run: a changed file (once for each
+            change), a damaged file of the disk cache, and the first error of each kind of the disk cache. The default
+            logs a warning.
     """
 
     def __init__(
@@ -155,16 +171,16 @@ class Prefetcher(Generic[T, R]):
         self._stats = PrefetchStats()
         self._memory, self._disk = MemoryCache(cache_bytes), disk
         self._reported: set[Hashable] = set()
-        self._write_again = 0.0  # when the disk cache may be written to, by the monotonic clock
+        self._no_write_until = 0.0  # a time of the monotonic clock, for writes to the disk cache
         self.on_report: Callable[[str], None] = logging.getLogger(__name__).warning
-        self._on_their_way: dict[Hashable, _Shared] = {}
+        self._running_calls: dict[Hashable, _SharedCall] = {}  # by the key of their items
         self._closed = False
-        chosen_backend("frames_to_patches")  # compiles it at its first use: here, and not in each worker
+        chosen_backend("frames_to_patches")  # The first use compiles the operation: once here, not in each worker.
         self._pool = WorkerPool(workers, timeout) if workers else None
 
     @property
     def stats(self) -> PrefetchStats:
-        """Counts up to now."""
+        """The counts up to now."""
         if self._pool is not None:
             self._stats.restarts = self._pool.restarts
         return self._stats
@@ -176,22 +192,22 @@ class Prefetcher(Generic[T, R]):
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, killing what they do. A second call has no effect."""
+        """Stop the workers and kill their running calls. A second call has no effect."""
         if self._pool is not None and not self._closed:
             self._pool.stop()
         if self._disk is not None and not self._closed:
             self._disk.clean()
         self._closed = True
-        self._on_their_way.clear()
+        self._running_calls.clear()
 
     def iterate(self, items: Iterable[T]) -> Iterator[tuple[T, R | SampleError]]:
-        """(item, its result or its error), in the order of ``items``, which may be endless.
+        """Yield (item, its result or its error) in the order of ``items``, which may be endless.
 
-        Items are drawn up to ``depth`` ahead of what was consumed.
+        Items are drawn up to ``depth`` ahead of the consumer.
 
         Raises:
-            ConfigError: an option that ``load`` refuses.
-            RuntimeError: the workers break down again and again before doing anything, or the prefetcher is closed.
+            ConfigError: ``load`` rejects an option.
+            RuntimeError: the workers break down several times in a row without a result, or the prefetcher is closed.
         """
         source = iter(items)
         jobs: deque[_Job[T]] = deque()
@@ -220,33 +236,38 @@ class Prefetcher(Generic[T, R]):
         job = _Job(item, self._key(item))
         if job.key is None:
             return job
-        job.changed = self._is_outdated(job.key)
+        job.changed = self._drop_outdated(job.key)
         job.outcome = self._memory.get(job.key)
         if job.outcome is ABSENT and self._pool is not None:
-            job.shared = self._on_their_way.get(job.key)
+            job.shared = self._running_calls.get(job.key)
             if job.shared is None:
-                job.shared = self._on_their_way[job.key] = _Shared(self._pool.submit(self._call(), item))
+                job.shared = self._running_calls[job.key] = _SharedCall(self._pool.submit(self._load_function(), item))
             job.shared.users += 1
         return job
 
-    def _is_outdated(self, key: Key) -> bool:
-        """Whether memory holds another version, which goes. A file that vanished is its load()'s error, no change."""
+    def _drop_outdated(self, key: Key) -> bool:
+        """Drop another version of the file from memory, and return whether the file changed.
+
+        A file that has vanished does not count as changed: its load() reports the error.
+        """
         if not self._memory.holds_other(key):
             return False
         self._memory.drop(key.name)
         return key.version is not None
 
-    def _call(self) -> Callable[[T], _Loaded]:
-        write = time.monotonic() >= self._write_again
+    def _load_function(self) -> Callable[[T], _Loaded]:
+        """Return the function that loads an item that has a key, in a worker or in this process."""
+        write = time.monotonic() >= self._no_write_until
         return functools.partial(_load_version, load=self._load, key=self._key, disk=self._disk, write=write)  # type: ignore[arg-type]
 
     def _finish(self, job: _Job[T]) -> R | SampleError:
+        """Return the outcome of a job, and wait for it or load it here if needed."""
         if job.changed and job.key is not None:
             self._note_change(job.key, job.item)
         if job.outcome is ABSENT and job.shared is not None:
             job.outcome = job.shared.outcome
         if job.outcome is ABSENT and job.key is not None:
-            job.outcome = self._memory.get(job.key)  # loaded in this process since the job began
+            job.outcome = self._memory.get(job.key)  # This process may have loaded it since the job began.
         if job.outcome is not ABSENT:
             self._stats.cache_hits += 1
             return job.outcome
@@ -254,12 +275,12 @@ class Prefetcher(Generic[T, R]):
         if job.shared is not None and self._pool is not None:
             reply = self._pool.result(job.shared.task)
         else:
-            reply = call(self._load if job.key is None else self._call(), job.item)
+            reply = call(self._load if job.key is None else self._load_function(), job.item)
         self._stats.waited_seconds += time.perf_counter() - started
-        return self._settle(job, reply)
+        return self._process_reply(job, reply)
 
-    def _settle(self, job: _Job[T], reply: Reply) -> R | SampleError:
-        """Count a reply, keep it for whoever else wants it, and unwrap it."""
+    def _process_reply(self, job: _Job[T], reply: Reply) -> R | SampleError:
+        """Count a reply, store its outcome for the other items of the same call, and return the outcome."""
         self._stats.load_seconds += reply.seconds
         if reply.error is not None:
             outcome: Any = reply.error
@@ -270,50 +291,52 @@ class Prefetcher(Generic[T, R]):
             outcome = self._unwrap(reply.value, job.item)
         if job.shared is not None:
             job.shared.outcome = outcome
-            self._forget(job)
+            self._remove_call(job)
         return outcome
 
     def _unwrap(self, loaded: _Loaded, item: T) -> R:
+        """Count a loaded result, report what happened to its files, cache it in memory, and return its value."""
         if loaded.from_disk:
             self._stats.disk_hits += 1
         else:
             self._stats.loaded += 1
             self._stats.backends[getattr(loaded.value, "backend", "other")] += 1
-        if self._is_outdated(loaded.key) or loaded.changed:
+        if self._drop_outdated(loaded.key) or loaded.changed:
             self._note_change(loaded.key, item)
-        for trouble in loaded.troubles:
-            self._note_trouble(trouble)
+        for failure in loaded.cache_failures:
+            self._note_cache_failure(failure)
         self._memory.put(loaded.key, loaded.value)
         return loaded.value
 
     def _note_change(self, key: Key, item: T) -> None:
-        if key not in self._reported:  # memory and disk may both have held the old version
+        if key not in self._reported:  # Both caches may have held the old version; it is one change.
             self._reported.add(key)
             self._stats.changed_files += 1
             self.on_report(f"changed while it was cached or decoded: {getattr(item, 'path', item)}; decoded anew")
 
-    def _note_trouble(self, trouble: Trouble) -> None:
-        if trouble.kind == "damaged":
+    def _note_cache_failure(self, failure: CacheFailure) -> None:
+        if failure.kind == "damaged":
             self._stats.cache_damaged += 1
-            self.on_report(f"disk cache: {trouble.message}")
+            self.on_report(f"disk cache: {failure.message}")
             return
         self._stats.cache_errors += 1
-        if trouble.kind == "write":
-            self._write_again = time.monotonic() + _PAUSE_SECONDS
-        sort = (trouble.kind, trouble.code)
-        if sort not in self._reported:
-            self._reported.add(sort)
-            self.on_report(f"disk cache: {trouble.kind} failed: {trouble.message}; training goes on without")
+        if failure.kind == "write":
+            self._no_write_until = time.monotonic() + _PAUSE_SECONDS
+        kind_and_code = (failure.kind, failure.code)
+        if kind_and_code not in self._reported:
+            self._reported.add(kind_and_code)
+            self.on_report(f"disk cache: {failure.kind} failed: {failure.message}; training goes on without")
 
     def _abandon(self, job: _Job[T]) -> None:
+        """Give up a job that nobody consumes, and cancel its call if no other job waits for it."""
         if job.shared is None or job.shared.outcome is not ABSENT:
             return
         job.shared.users -= 1
         if job.shared.users == 0:
-            self._forget(job)
+            self._remove_call(job)
             if self._pool is not None and not self._closed:
                 self._pool.cancel(job.shared.task)
 
-    def _forget(self, job: _Job[T]) -> None:
-        if self._on_their_way.get(job.key) is job.shared:
-            del self._on_their_way[job.key]
+    def _remove_call(self, job: _Job[T]) -> None:
+        if self._running_calls.get(job.key) is job.shared:
+            del self._running_calls[job.key]

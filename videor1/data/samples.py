@@ -1,6 +1,6 @@
-"""Data files in the Video-R1 JSON format, checked entry by entry.
+"""Read data files in the Video-R1 JSON format and check them entry by entry.
 
-What is too large to be held is read by ``stream.py``, with the same checks.
+Data that is too large to be held in memory is read by ``stream.py``, with the same checks.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from videor1.answer import extract_answer
 from videor1.errors import DataError, did_you_mean
 from videor1.types import DataType, ProblemType, Sample, SampleError
 
-MAX_FOLDERS = 65536  # whose symlinks are kept resolved, at most
+MAX_FOLDERS = 65536  # most folders whose resolved paths are cached
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable samples of a data file, and an error for each entry that is not."""
+    """The usable samples of a data file, and an error for each entry that cannot be used."""
 
     samples: list[Sample]
     errors: list[SampleError]
-    path: Path
-    root: Path
+    path: Path  # the data file
+    root: Path  # the folder that media paths are relative to
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def count(self) -> int:
-        """Samples in an epoch."""
+        """Return the number of samples in an epoch."""
         return len(self.samples)
 
     def error_counts(self) -> dict[str, int]:
-        """Bad entries by ``SampleError.kind``, the most frequent first."""
+        """Return the number of bad entries by ``SampleError.kind``, the most frequent kind first."""
         return dict(Counter(error.kind for error in self.errors).most_common())
 
 
 def load_samples(path: str | Path, *, root: str | Path | None = None, require_process: bool = False) -> Dataset:
     """Read a data file in the Video-R1 JSON format: a JSON list, or JSONL (one object a line; blank lines are ignored).
 
-    The extension tells which (``.jsonl`` and ``.ndjson`` are JSONL); a file whose content plainly is the other is read
-    as that. UTF-8, with or without a byte order mark.
+    The extension decides (``.jsonl`` and ``.ndjson`` are JSONL), unless the content is clearly of the other format. The
+    encoding is UTF-8, with or without a byte order mark.
 
     Fields of an entry::
 
@@ -59,14 +59,20 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
         problem_id     int or str, optional (default: the entry's position, from 0)
         data_source    str, optional
 
-    Other fields are ignored. Whether the media file exists is not checked here: that is found out when it is decoded.
+    Other fields are ignored. Whether the media file exists is checked only when it is decoded.
 
     An entry that cannot be used becomes a ``SampleError`` in ``Dataset.errors``; its kind is one of ``bad_json``,
     ``wrong_type``, ``missing_field``, ``empty_field``, ``data_type``, ``problem_type``, ``options``, ``solution``,
     ``process``, ``bad_path``, ``outside_root``.
 
-    Raises DataError where nothing can be used: no such file, unreadable, empty, not JSON, not a list, or every
-    entry bad.
+    Args:
+        path: the data file.
+        root: the folder that media paths are relative to; default: the data file's folder.
+        require_process: whether every entry needs a ``process``.
+
+    Raises:
+        DataError: no entry can be used, because there is no such file, it cannot be read, it is empty, not JSON or not
+            a list, or all of its entries are bad.
     """
     path = Path(path)
     base = Path(os.path.realpath(path.parent if root is None else root))
@@ -92,13 +98,13 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
 
 @dataclass(frozen=True)
 class Unparsed:
-    """A line that is not JSON, and why."""
+    """An entry that is not valid JSON, with the reason."""
 
     reason: str
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """("line 3" or "entry 2", parsed value or Unparsed) of each entry."""
+    """Yield (``"line 3"`` or ``"entry 2"``, the parsed value or Unparsed) for each entry of a data file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -131,28 +137,44 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_entry(data: bytes) -> Any:
-    """The JSON value, or Unparsed."""
+    """Parse JSON from UTF-8 bytes, and return its value, or Unparsed if it is not valid."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Unparsed(f"not UTF-8 text at byte {error.start}")
     except RecursionError:
         return Unparsed("nested too deeply")
-    except ValueError as error:  # JSONDecodeError, or an integer with too many digits
+    except ValueError as error:  # a JSONDecodeError, or an integer with too many digits
         return Unparsed(str(error))
 
 
 class EntryChecker:
-    """Turns a parsed entry into a Sample or raises a SampleError."""
+    """Turns a parsed entry into a Sample, or raises a SampleError.
+
+    Args:
+        data_file: the data file that errors name.
+        root: the folder that media paths are relative to and may not leave, with its symlinks resolved.
+        require_process: whether every entry needs a ``process``.
+    """
 
     def __init__(self, data_file: Path | str, root: Path, require_process: bool) -> None:
-        self.data_file = data_file  # named in errors
+        self.data_file = data_file
         self.root = root
         self.require_process = require_process
-        self._folders: dict[str, str] = {}  # folder -> folder with symlinks resolved
+        self._folders: dict[str, str] = {}  # folder -> the same folder with its symlinks resolved
 
     def __call__(self, index: int, where: str, entry: Any, *, problem_id: int | str | None = None) -> Sample:
-        """``problem_id`` is that of an entry without one; default: the index."""
+        """Check an entry and return its Sample.
+
+        Args:
+            index: the sample's index.
+            where: where the entry is, in words, for error messages.
+            entry: the parsed entry, or Unparsed.
+            problem_id: the id of an entry that has no ``problem_id``; default: the index.
+
+        Raises:
+            SampleError: the entry cannot be used.
+        """
 
         def fail(kind: str, message: str) -> SampleError:
             return SampleError(kind, f"{where}: {message}", self.data_file)
@@ -205,7 +227,7 @@ class EntryChecker:
 
         solution = text("solution")
         if not extract_answer(solution):
-            # Such a solution can never be earned, or (multiple choice) is earned by answering nothing.
+            # No completion could match such a solution, or (multiple choice) a completion without an answer would.
             raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {_short(solution)}")
 
         process = optional_text("process")
@@ -239,8 +261,11 @@ class EntryChecker:
         )
 
     def _resolve(self, relative: str) -> Path:
-        """The absolute path with symlinks resolved; folders are resolved once, so this costs one lstat a sample."""
-        if b"\0" in os.fsencode(relative):  # raises ValueError itself for what no file system can name
+        """Return the absolute path with symlinks resolved.
+
+        Each folder is resolved only once, so this costs one ``lstat`` per sample.
+        """
+        if b"\0" in os.fsencode(relative):  # fsencode raises ValueError for a name that no file system can hold.
             raise ValueError("it holds a null byte")
         folder, name = os.path.split(os.path.join(self.root, relative))
         if name in ("", ".", ".."):

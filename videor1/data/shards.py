@@ -1,7 +1,9 @@
-"""Shards cut into blocks that can be read in any order: pieces of JSONL, row groups of Parquet, ranges of saved rows.
+"""Divide shards into blocks that can be read in any order.
 
-A block is found without an index: the lines that begin among its bytes, or what the file's footer says. So opening
-reads no row, and reading a block costs no more than the block.
+A block is a range of bytes of a JSONL file, a row group of a Parquet file, or a range of rows of a saved dataset.
+Blocks are located without an index: a block of JSONL holds the lines that begin in its range, and the footer of a
+Parquet file lists its row groups. Opening a shard therefore reads no row, and reading a block reads little more than
+its bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from videor1.types import SampleError
 BLOCK_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
-# What is read of a row; other columns may be large.
+# Only these columns are read, because others may be large.
 FIELDS = (
     "problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process",
 )  # fmt: skip
@@ -31,38 +33,50 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Rows(Protocol):
-    """The rows of a block; a blank line is one."""
+    """The rows of a block. A blank line counts as a row in ``len``, but not in ``count``."""
 
     def __len__(self) -> int: ...
 
     def count(self) -> int:
-        """Without blank lines."""
+        """Return the number of rows without blank lines."""
         ...
 
     def entry(self, row: int) -> tuple[int, str, Any] | None:
-        """(a number that no other row of the shard has, where it is in words, its parsed value, Unparsed or
-        SampleError); None for a blank line."""
+        """Return a row, or None for a blank line.
+
+        Returns:
+            (a number that is unique in the shard, the place of the row in words, its parsed value or Unparsed or
+            SampleError).
+        """
         ...
 
 
 class Shard(Protocol):
-    """Some of the data."""
+    """One file or folder of a data set, divided into blocks."""
 
     name: str
-    size: int  # bytes that counting the rows would read
-    blocks: int
-    block_bytes: int  # of the largest block, in memory, about
+    size: int  # bytes that have to be read to count the rows
+    blocks: int  # number of blocks
+    block_bytes: int  # approximate bytes of the largest block in memory
 
     @property
     def rows(self) -> int | None:
-        """None where counting them means reading them."""
+        """The number of rows, or None if the shard would have to be read to count them."""
         ...
 
-    def read(self, block: int) -> Rows: ...
+    def read(self, block: int) -> Rows:
+        """Read the rows of a block."""
+        ...
 
 
 class Lines:
-    """The lines of ``data``, which begins at byte ``start`` of a shard."""
+    """The lines of a block of JSONL.
+
+    Args:
+        data: the bytes of the lines.
+        start: the offset of ``data`` in the shard.
+        cut: whether the last line is too long to be read whole.
+    """
 
     def __init__(self, data: bytes, start: int, *, cut: bool = False) -> None:
         self._data, self._start, self._cut = data, start, cut
@@ -87,7 +101,7 @@ class Lines:
 
 
 class BadBlock:
-    """A block that cannot be decoded: one error in the place of its rows."""
+    """A block that cannot be decoded. One error stands in the place of its rows."""
 
     def __init__(self, name: str, where: str, error: BaseException) -> None:
         lost = SampleError("bad_block", f"{where}: cannot be decoded, its rows are lost: {error}", name)
@@ -104,7 +118,7 @@ class BadBlock:
 
 
 class JsonlShard:
-    """Pieces of ``BLOCK_BYTES``; a block holds the lines that begin in it."""
+    """A JSONL file, divided into blocks of ``BLOCK_BYTES``. A block holds the lines that begin in it."""
 
     rows = None
 
@@ -119,7 +133,7 @@ class JsonlShard:
     def read(self, block: int) -> Rows:
         start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size)
         data = self._file.read(max(start - 1, 0), stop)
-        if start:  # a line begins here only after the end of another
+        if start:  # The read began one byte early: a line begins at the block's start only after a line end.
             skip = data.find(b"\n") + 1 or len(data)
             start, data = start - 1 + skip, data[skip:]
         elif data.startswith(_BOM):
@@ -130,7 +144,7 @@ class JsonlShard:
         return Lines(data + rest, start, cut=cut)
 
     def _rest_of_line(self, start: int) -> tuple[bytes, bool]:
-        """(what a line has beyond its block, whether it is too long to be read)."""
+        """Read the part of a line that lies beyond its block, and return (the bytes, whether the line is too long)."""
         parts: list[bytes] = []
         length, step = 0, 2**16
         while start + length < self.size:
@@ -146,13 +160,13 @@ class JsonlShard:
 
 
 class GzipShard:
-    """One block: nothing inside can be reached but from the beginning."""
+    """A compressed JSONL file, which is a single block because it can only be read from its beginning."""
 
     rows = None
 
     def __init__(self, file: File) -> None:
         self.name, self._file, self.blocks = file.name, file, int(file.size > 0)
-        # The trailer tells the unpacked size, of the last member and modulo 2**32: an estimate.
+        # The trailer holds the unpacked size of the last gzip member, modulo 2**32, so this is only an estimate.
         unpacked = int.from_bytes(file.read(max(file.size - 4, 0), file.size), "little")
         self.size = self.block_bytes = max(unpacked, file.size)
 
@@ -173,7 +187,12 @@ class GzipShard:
 
 
 class Records:
-    """Rows of an Arrow table; null is a field that is not there."""
+    """Rows of an Arrow table. A null value is treated as a missing field.
+
+    Args:
+        table: the Arrow table.
+        first: the number of its first row in the shard.
+    """
 
     def __init__(self, table: Any, first: int) -> None:
         self._table, self._first = table, first
@@ -191,7 +210,7 @@ class Records:
 
 
 class ParquetShard:
-    """Row groups, each read whole, the columns of ``FIELDS`` alone."""
+    """A Parquet file. A block is a row group, of which only the columns in ``FIELDS`` are read."""
 
     def __init__(self, file: File) -> None:
         self.name, self.size, self._file = file.name, file.size, file
@@ -199,12 +218,12 @@ class ParquetShard:
         with file.open() as handle:
             try:
                 footer = self._parquet.ParquetFile(handle).metadata
-            except Exception as error:  # pyarrow's own kinds, and OSError for what is no Parquet
+            except Exception as error:  # pyarrow raises its own kinds, and OSError for a file that is not Parquet.
                 raise DataError(f"{file.name}: not a Parquet file: {error}") from error
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         self.blocks, self.rows = len(groups), footer.num_rows
         self._firsts = np.cumsum([0, *(group.num_rows for group in groups)])
-        self.block_bytes = max((_held_bytes(group) for group in groups), default=0)
+        self.block_bytes = max((_memory_bytes(group) for group in groups), default=0)
 
     def read(self, block: int) -> Rows:
         with self._file.open() as handle:
@@ -214,40 +233,44 @@ class ParquetShard:
                 table = parquet.read_row_group(block, columns=names, use_threads=False)
             except DataError:
                 raise
-            except Exception as error:  # a damaged page: pyarrow raises OSError, ValueError and more
+            except Exception as error:  # For a damaged page pyarrow raises OSError, ValueError and other kinds.
                 return BadBlock(self.name, f"row group {block}", error)
         return Records(table, int(self._firsts[block]))
 
 
-def _held_bytes(group: Any) -> int:
+def _memory_bytes(group: Any) -> int:
+    """Return an estimate of the bytes that a row group takes in memory."""
     columns = [group.column(i) for i in range(group.num_columns)]
     size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in FIELDS)
-    return max(size, 128 * group.num_rows)  # repeated values are kept once in the file
+    return max(size, 128 * group.num_rows)  # The file stores repeated values only once, memory does not.
 
 
 class SavedShard:
-    """Ranges of rows of what ``datasets`` saved, which it maps into memory."""
+    """A dataset that ``datasets`` saved and maps into memory. A block is a range of its rows."""
 
     def __init__(self, saved: Saved) -> None:
         datasets = require("datasets")
         try:
             data = datasets.load_from_disk(saved.name)
-        except Exception as error:  # whatever a damaged folder makes pyarrow raise
+        except Exception as error:  # A damaged folder can make pyarrow raise many kinds of errors.
             raise DataError(f"{saved.name}: cannot be opened by datasets.load_from_disk: {error}") from error
         self._data = data.select_columns([n for n in FIELDS if n in data.column_names]).with_format("arrow")
         self.name, self.rows, self.size = saved.name, len(data), 0
-        each = max(1, self._data.data.nbytes // max(1, self.rows))
-        self._step = min(max(64, BLOCK_BYTES // each), 65536)
-        self.blocks = -(-self.rows // self._step)
-        self.block_bytes = self._step * each
+        row_bytes = max(1, self._data.data.nbytes // max(1, self.rows))
+        self._block_rows = min(max(64, BLOCK_BYTES // row_bytes), 65536)
+        self.blocks = -(-self.rows // self._block_rows)
+        self.block_bytes = self._block_rows * row_bytes
 
     def read(self, block: int) -> Rows:
-        start = block * self._step
-        return Records(self._data[start : start + self._step], start)
+        start = block * self._block_rows
+        return Records(self._data[start : start + self._block_rows], start)
 
 
 def open_shards(found: Sequence[File | Saved]) -> list[Shard]:
-    """The shards that are not empty, in order. Footers are read by several threads: each may be a request."""
+    """Open shards and return those that are not empty, in order.
+
+    Several threads open them, because reading a footer may take a network request.
+    """
     with ThreadPoolExecutor(16) as pool:
         return [shard for shard in pool.map(_open, found) if shard.blocks]
 

@@ -1,4 +1,7 @@
-"""The stream of training records: samples in their seeded order, decoded ahead, tokenised; bad ones skipped aloud."""
+"""The stream of training records: samples in a seeded order, decoded ahead of time and turned into records.
+
+Samples that cannot be used are skipped, and each skip is reported.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,18 @@ R = TypeVar("R")
 
 
 class Source(Generic[R]):
-    """Endless records made from a data set or a stream.
+    """An endless iterator over the records that are built from a data set or a stream.
 
     Args:
         dataset: the samples.
-        build: makes the record of (sample, media, draw); a SampleError skips the sample.
-        on_skip: told every skipped draw.
-        start: where to begin: what ``state`` was (resume).
-        shard: (rank, ranks): together the ranks see every sample once an epoch.
+        config: the options of the run; its seed, data and video options and its batch size are used.
+        build: makes a record of (sample, media, number of the draw); a SampleError that it raises skips the sample.
+        on_skip: called with (number of the draw, error) for every skipped draw.
+        start: the ``state`` of the source that this one continues, or 0 for the beginning.
+        shard: (rank, ranks); together, the ranks see every sample once in an epoch.
 
     Attributes:
-        skipped: skipped draws by SampleError.kind.
+        skipped: the number of skipped draws by SampleError.kind.
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class Source(Generic[R]):
     ) -> None:
         self.dataset = dataset
         self._order = _order(dataset, config, shard)
-        self._next = self._since = self._order.begin(start)  # of the next draw; after the last record
+        self._next = self._order.begin(start)  # position of the next draw
+        self._since = self._next  # position after the last record
         self.skipped: Counter[str] = Counter()
         self._build, self._on_skip = build, on_skip
         self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
@@ -60,36 +65,36 @@ class Source(Generic[R]):
             disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
         )
         self._results = self._prefetcher.iterate(self._order.iterate(self._next))
-        self._failed: dict[Any, str] = {}  # samples skipped since the last record, and why
+        self._failed: dict[Any, str] = {}  # samples skipped since the last record, with the kind of their error
 
     @property
     def position(self) -> int:
-        """Draws made, skipped ones included."""
+        """The number of draws that this rank has made, including skipped ones."""
         return self._order.draws(self._next)
 
     @property
     def state(self) -> Any:
-        """Where the next draw is, as JSON: with the seed, all that a resumed run needs to know."""
+        """The position of the next draw, in a form that JSON can hold. A resumed run needs only this and the seed."""
         return self._order.save(self._next)
 
     @property
     def epoch(self) -> float:
-        """Passes over the data."""
+        """How many passes over the data have been made."""
         return self._order.epochs(self._next)
 
     @property
     def waited_seconds(self) -> float:
-        """Seconds that the consumer waited for data, in all."""
+        """Total seconds that the consumer has waited for data."""
         return self._prefetcher.stats.waited_seconds
 
     @property
     def stats(self) -> PrefetchStats:
-        """Decodes, cache hits and what was survived, since this source was made."""
+        """Counts of decodes, cache hits and handled failures since this source was created."""
         return self._prefetcher.stats
 
     @property
     def on_report(self) -> Callable[[str], None]:
-        """Told in words of what was survived without the loss of a sample; see ``Prefetcher``."""
+        """The function that is called with a message for each problem that cost no sample; see ``Prefetcher``."""
         return self._prefetcher.on_report
 
     @on_report.setter
@@ -115,10 +120,15 @@ class Source(Generic[R]):
             return record
 
     def take(self, count: int) -> list[R]:
-        """The next ``count`` records. Raises DataError once every sample failed since the last record."""
+        """Return the next ``count`` records.
+
+        Raises:
+            DataError: so many samples failed since the last record that the data counts as unusable.
+        """
         return [next(self) for _ in range(count)]
 
     def close(self) -> None:
+        """Stop the decode workers."""
         self._prefetcher.close()
 
     def _skip(self, draw: Draw, error: SampleError) -> None:
@@ -128,14 +138,14 @@ class Source(Generic[R]):
         if error.path is None and draw.path is not None:
             error = SampleError(error.kind, error.message, draw.path)
         self._on_skip(draw.number, error)
-        reason = self._order.hopeless(self._failed, self._since, self._next)
+        reason = self._order.unusable_reason(self._failed, self._since, self._next)
         if reason is not None:
             kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(self._failed.values()).most_common())
             raise DataError(f"{self.dataset.path}: {reason} ({kinds}). The last: {error}")
 
 
 def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int, int]) -> Any:
-    """StreamOrder or ListOrder: positions are their own business."""
+    """Return the order of a data set's draws. Only the order itself knows the form of its positions."""
     if isinstance(dataset, RowStream):
         return StreamOrder(dataset, config.seed, config.data.shuffle, shard)
     return ListOrder(dataset, config.seed, config.data.shuffle, shard)
@@ -148,5 +158,5 @@ def _load(draw: Draw, video: VideoConfig) -> Media | None:
 
 
 def _key(draw: Draw) -> Key | None:
-    """None, which is loaded in this process, for the error of a row."""
+    """Return the cache key of a draw; None for the error of a row, which needs no worker."""
     return media_key(draw.sample) if isinstance(draw.sample, Sample) else None

@@ -1,8 +1,8 @@
-"""Data too large to be held, read as a stream: bounded memory, a new order each epoch, resumed at any position.
+"""Streams: data that is too large to be held in memory, read in a new order each epoch and resumable at any position.
 
-The shards are cut into blocks (``shards.py``). An epoch visits all blocks in a keyed pseudo-random order that
-takes no memory; a window of them is read at a time and its rows are shuffled. Everything is a function of (seed, epoch,
-window, row), so a resumed run reads one window and goes on.
+The shards are divided into blocks (``shards.py``). An epoch visits all blocks in a keyed pseudo-random order that takes
+no memory. A window of several blocks is read at a time, and its rows are shuffled. Each draw depends only on (seed,
+epoch, window, row), so a resumed run reads one window and continues.
 """
 
 from __future__ import annotations
@@ -28,26 +28,33 @@ from videor1.errors import ConfigError, DataError
 from videor1.seeding import derive_seed, generator
 from videor1.types import Sample, SampleError
 
-STREAM_BYTES = 256 * 2**20  # a .jsonl from this size on is a stream unless data.stream is false
-COUNT_BYTES = 64 * 2**20  # rows of less are counted where that means reading them: about 0.3 s
+STREAM_BYTES = 256 * 2**20  # A .jsonl file of at least this size is a stream, unless data.stream is false.
+COUNT_BYTES = 64 * 2**20  # Up to this size, rows are counted even if that means reading them (about 0.3 s).
 MAX_WINDOW_BLOCKS = 256
-MAX_EMPTY_EPOCHS = 8  # in a row, without a row for this rank
-MAX_FAILURES = 10_000  # draws in a row without one that can be used
+MAX_EMPTY_EPOCHS = 8  # most epochs in a row that have no row for this rank
+MAX_FAILURES = 10_000  # most draws in a row of which none can be used
 
 
 def open_dataset(name: str, data: DataConfig, *, require_process: bool = False) -> Dataset | RowStream:
-    """A data file that is held whole, or a stream of whatever ``dataset_name`` and ``data.stream`` ask for.
+    """Open the data that ``dataset_name`` names, held in memory or as a stream, as its size and ``data.stream`` decide.
 
-    Raises ConfigError and DataError as ``load_samples`` and ``files.find`` do.
+    Args:
+        name: the option ``dataset_name``.
+        data: the options ``data.*``.
+        require_process: whether every entry needs a ``process``.
+
+    Raises:
+        ConfigError: as in ``files.find``, or ``data.stream`` is false for data that can only be a stream.
+        DataError: as in ``load_samples`` and ``files.find``.
     """
-    if _held_whole(name, data.stream):
+    if _is_held_in_memory(name, data.stream):
         return load_samples(name, root=data.root, require_process=require_process)
     if data.stream is False:
         raise ConfigError(f"data.stream: false holds one .json or .jsonl file in memory, got {name!r}")
     return RowStream(name, data, require_process=require_process)
 
 
-def _held_whole(name: str, stream: bool | None) -> bool:
+def _is_held_in_memory(name: str, stream: bool | None) -> bool:
     path = Path(name)
     if not os.path.exists(name):
         return not (stream or glob.has_magic(name) or "," in name or "://" in name)
@@ -62,8 +69,11 @@ def _held_whole(name: str, stream: bool | None) -> bool:
 
 
 class Permutation:
-    """A keyed pseudo-random order of 0 .. n-1, any place of which is computed alone: a Feistel network of four rounds
-    over the next power of four, walked until it is below n."""
+    """A keyed pseudo-random order of 0 .. n-1, of which each element is computed alone.
+
+    It is a Feistel network of four rounds over the next power of four. The network is applied repeatedly until its
+    output is below n.
+    """
 
     def __init__(self, n: int, key: int) -> None:
         if n < 1:
@@ -75,7 +85,7 @@ class Permutation:
     def __getitem__(self, place: int) -> int:
         if not 0 <= place < self.n:
             raise IndexError(f"place: expected 0 to {self.n - 1}, got {place}")
-        while True:  # at most three more walks on average: the network's domain is below 4 n
+        while True:  # At most three more rounds are needed on average, because the network's domain is below 4 n.
             left, right = place >> self._half, place & self._mask
             for number in range(4):
                 left, right = right, left ^ (derive_seed(self._key, number, right) & self._mask)
@@ -85,14 +95,23 @@ class Permutation:
 
 
 class RowStream:
-    """The data of a run, of which only what an order asks for is read.
+    """A data set that is read block by block, as an order needs its rows.
+
+    Args:
+        name: the option ``dataset_name``.
+        data: the options ``data.*``.
+        require_process: whether every row needs a ``process``.
 
     Attributes:
-        path: as it was given.
-        shards: those that hold anything.
-        blocks: of all shards.
-        window_blocks: read, shuffled and held together; as many as ``data.shuffle_mb`` has room for.
-        large_blocks: what to tell the user of blocks that are larger than that; "" where there are none.
+        path: the name as it was given.
+        shards: the shards that are not empty.
+        blocks: the number of blocks of all shards.
+        window_blocks: the number of blocks that are read, shuffled and held together; ``data.shuffle_mb`` limits it.
+        large_blocks: a warning for the user if a block is much larger than ``data.shuffle_mb``, else "".
+
+    Raises:
+        ConfigError: as in ``files.find``, or ``data.root`` is needed and missing.
+        DataError: as in ``files.find``, or the data is empty or ``data.root`` is not a folder.
     """
 
     def __init__(self, name: str, data: DataConfig, *, require_process: bool = False) -> None:
@@ -114,15 +133,15 @@ class RowStream:
             f"{name}: its largest block, which is held whole, takes about {largest >> 20} MiB; write smaller row groups"
             " or shards for less memory and a better shuffle"
         )  # fmt: skip
-        self.errors: list[SampleError] = []  # a row's error comes out in its place
+        self.errors: list[SampleError] = []  # always empty: the error of a row is drawn in the row's place
         self._check = EntryChecker(name, root, require_process)
 
     def error_counts(self) -> dict[str, int]:
-        """As of a Dataset: nothing is checked before it is drawn."""
+        """Return no counts, unlike a ``Dataset``: rows are checked only when they are drawn."""
         return {}
 
     def count(self) -> int | None:
-        """Rows of an epoch, unusable ones included; None where counting them would take long."""
+        """Return the number of rows in an epoch, including unusable ones; None if counting them would take long."""
         unknown = [shard for shard in self.shards if shard.rows is None]
         if sum(shard.size for shard in unknown) > COUNT_BYTES:
             return None
@@ -130,12 +149,12 @@ class RowStream:
         return counted + sum(shard.rows or 0 for shard in self.shards)
 
     def read(self, block: int) -> tuple[int, Rows]:
-        """(shard, rows) of a block."""
+        """Read a block and return (index of its shard, its rows)."""
         shard = bisect_right(self._ends, block)
         return shard, self.shards[shard].read(block - (self._ends[shard] - self.shards[shard].blocks))
 
     def sample(self, shard: int, rows: Rows, row: int) -> Sample | SampleError | None:
-        """A row, checked; None for a blank line."""
+        """Check a row and return its sample or its error; None for a blank line."""
         found = rows.entry(row)
         if found is None:
             return None
@@ -149,28 +168,31 @@ class RowStream:
             return error
 
     def digest(self) -> str:
-        """Tells apart data whose blocks are not the same."""
+        """Return a hash of the shards' names, sizes, blocks and rows, by which a resumed run detects changed data."""
         facts = [(os.path.basename(s.name), s.size, s.blocks, s.rows) for s in self.shards]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where in a stream the next draw is."""
+    """The position of a rank's next draw in a stream."""
 
-    draws: int = 0  # made by this rank
+    draws: int = 0  # draws that this rank has made
     epoch: int = 0
-    window: int = 0  # of this rank's, in the epoch
-    row: int = 0  # of this rank's, in the window's order
+    window: int = 0  # index among this rank's windows of the epoch
+    row: int = 0  # index among this rank's rows of the window, in their shuffled order
 
 
 class StreamOrder:
-    """The draws of a stream.
+    """The order of the draws of a stream.
 
     Args:
-        shuffle: false: in the order of the shards, one block at a time.
-        shard: (rank, ranks). Every ranks-th block of the epoch's order is a rank's own; where there are fewer than four
-            blocks a rank, every ranks-th row of each window.
+        stream: the data.
+        seed: seeds the order of each epoch.
+        shuffle: whether blocks and rows are shuffled; otherwise rows keep the order of the shards, and one block is
+            read at a time.
+        shard: (rank, ranks). A rank reads every ranks-th block of the epoch's order. If there are fewer than four
+            blocks per rank, it reads all blocks and takes every ranks-th row of each window.
     """
 
     def __init__(self, stream: RowStream, seed: int, shuffle: bool, shard: tuple[int, int] = (0, 1)) -> None:
@@ -178,13 +200,17 @@ class StreamOrder:
         self.stream, self.seed, self.shuffle = stream, seed, shuffle
         self.rank, self.ranks = shard
         self.by_block = stream.blocks >= 4 * self.ranks
-        self._each = stream.window_blocks if shuffle else 1
-        own = -(-(stream.blocks - self.rank) // self.ranks) if self.by_block else stream.blocks
-        self.windows = -(-own // self._each)
-        self._digest = f"{stream.digest()}-{self._each}-{self.ranks}"
+        self._window_blocks = stream.window_blocks if shuffle else 1
+        rank_blocks = -(-(stream.blocks - self.rank) // self.ranks) if self.by_block else stream.blocks
+        self.windows = -(-rank_blocks // self._window_blocks)
+        self._digest = f"{stream.digest()}-{self._window_blocks}-{self.ranks}"
 
     def begin(self, saved: Any) -> Position:
-        """The position that ``save`` wrote down; 0 is the beginning. ConfigError where the data is not the same."""
+        """Return the position that ``save`` returned earlier; 0 is the beginning.
+
+        Raises:
+            ConfigError: the position is not one of this stream, or the data is no longer the same.
+        """
         if saved == 0:
             return Position()
         if not isinstance(saved, dict):
@@ -199,19 +225,25 @@ class StreamOrder:
         return Position(**saved)
 
     def save(self, position: Position) -> Any:
+        """Return a position in a form that JSON can hold, for ``begin``."""
         return asdict(position) | {"data": self._digest}
 
     def draws(self, position: Position) -> int:
+        """Return how many draws this rank has made up to a position."""
         return position.draws
 
     def epochs(self, position: Position) -> float:
-        """Passes over the data up to a position, by the windows that were begun."""
+        """Return how many passes over the data have been made up to a position, counted in begun windows."""
         return position.epoch + position.window / self.windows
 
     def iterate(self, position: Position) -> Iterator[Draw]:
-        """The draws from a position on, without end. DataError: epoch after epoch has no row for this rank."""
+        """Yield this rank's draws from a position on, without end.
+
+        Raises:
+            DataError: ``MAX_EMPTY_EPOCHS`` epochs in a row have no row for this rank.
+        """
         epoch, window, row, made = position.epoch, position.window, position.row, position.draws
-        empty = 0  # epochs
+        empty_epochs = 0
         while True:
             for number in range(window, self.windows):
                 blocks, order = self._window(epoch, number)
@@ -219,29 +251,38 @@ class StreamOrder:
                     block, line = order[place]
                     sample = self.stream.sample(*blocks[block], line)
                     if sample is not None:
-                        made, empty = made + 1, -1
+                        made, empty_epochs = made + 1, -1
                         after = Position(made, epoch, number, place + 1)
                         yield Draw((made - 1) * self.ranks + self.rank, sample, after)
                 row = 0
-                blocks.clear()  # before the next are read
-            empty += 1
-            if empty >= MAX_EMPTY_EPOCHS:
-                who = f" for rank {self.rank} of {self.ranks}" if self.ranks > 1 else ""
-                raise DataError(f"{self.stream.path}: holds no samples{who}")
+                blocks.clear()  # This frees the memory before the next window is read.
+            empty_epochs += 1
+            if empty_epochs >= MAX_EMPTY_EPOCHS:
+                for_rank = f" for rank {self.rank} of {self.ranks}" if self.ranks > 1 else ""
+                raise DataError(f"{self.stream.path}: holds no samples{for_rank}")
             epoch, window = epoch + 1, 0
 
-    def hopeless(self, failed: dict[Any, str], since: Position, position: Position) -> str | None:
-        """Why failures without a success in between end the run, or None: a whole epoch of them, or very many."""
-        whole = since.epoch + (2 if since.window or since.row else 1)
-        if position.epoch < whole and len(failed) < MAX_FAILURES:
+    def unusable_reason(self, failed: dict[Any, str], since: Position, position: Position) -> str | None:
+        """Return why failures without a success in between must end the run, or None if they need not.
+
+        They must if they span a whole epoch, or if there are ``MAX_FAILURES`` of them.
+
+        Args:
+            failed: the failed draws since the last success, each with the kind of its error.
+            since: the position after the last success.
+            position: the current position.
+        """
+        whole_epoch_done = since.epoch + (2 if since.window or since.row else 1)
+        if position.epoch < whole_epoch_done and len(failed) < MAX_FAILURES:
             return None
         return f"none of the last {len(failed)} samples can be used"
 
-    def _window(self, epoch: int, number: int) -> tuple[list[tuple[int, Rows]], _Order]:
-        """The blocks of a window, and (block, row) of this rank's rows in their order."""
+    def _window(self, epoch: int, number: int) -> tuple[list[tuple[int, Rows]], _WindowOrder]:
+        """Read the blocks of a window, and return them with the order of this rank's rows."""
         step = self.ranks if self.by_block else 1
         first = self.rank if self.by_block else 0
-        places = range(first, self.stream.blocks, step)[number * self._each : (number + 1) * self._each]
+        rank_places = range(first, self.stream.blocks, step)
+        places = rank_places[number * self._window_blocks : (number + 1) * self._window_blocks]
         if self.shuffle:
             order = Permutation(self.stream.blocks, derive_seed(self.seed, "blocks", epoch))
             chosen = [order[place] for place in places]
@@ -255,14 +296,20 @@ class StreamOrder:
             rows = torch.randperm(total, generator=source)
         else:
             rows = torch.arange(total)
-        if not self.by_block:  # turned, so that windows of fewer rows than ranks serve all ranks
-            turn = derive_seed(self.seed, "ranks", epoch, number)
-            rows = rows[(self.rank + turn) % self.ranks :: self.ranks]
-        return blocks, _Order(rows, ends)
+        if not self.by_block:
+            # The ranks are rotated by a seeded number, so that windows with fewer rows than ranks serve all of them.
+            rotation = derive_seed(self.seed, "ranks", epoch, number)
+            rows = rows[(self.rank + rotation) % self.ranks :: self.ranks]
+        return blocks, _WindowOrder(rows, ends)
 
 
-class _Order:
-    """Rows of several blocks, numbered through, in an order."""
+class _WindowOrder:
+    """The order of the rows of a window; an element is (index of the block in the window, row in the block).
+
+    Args:
+        rows: the rows in their order, numbered over all blocks of the window.
+        ends: the number of rows up to the end of each block.
+    """
 
     def __init__(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
         self._rows, self._ends = rows, ends.tolist()

@@ -1,4 +1,4 @@
-"""Worker processes that can be killed: a pool on pebble that survives crashes, hangs and even its own breakdown."""
+"""A pool of worker processes, built on pebble, that survives workers that crash or hang and its own breakdown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 
-PRELOAD = ["videor1.data.prefetch", "videor1.video.media"]  # imported once, by the process that workers are forked from
+PRELOAD = ["videor1.data.prefetch", "videor1.video.media"]  # imported once, by the process that forks the workers
 
 
 @dataclass
 class Reply:
-    """What came of one call: its value or the sample's error, and the seconds it took."""
+    """The result of a call: its value or the sample's error, and the seconds that it took."""
 
     value: Any
     error: SampleError | None
@@ -38,7 +38,7 @@ class Reply:
 
 @dataclass(eq=False)
 class Task:
-    """One call on its way."""
+    """A call that was submitted to the pool."""
 
     function: Callable[[Any], Any]
     item: Any
@@ -47,7 +47,10 @@ class Task:
 
 
 def call(function: Callable[[Any], Any], item: Any) -> Reply:
-    """``function(item)``; any exception is the sample's error, except a ``ConfigError``, which is the user's."""
+    """Return the reply of ``function(item)``.
+
+    Any exception becomes the sample's error, except a ``ConfigError``, which is the user's mistake and is raised.
+    """
     started = time.perf_counter()
     value, error = None, None
     try:
@@ -62,14 +65,18 @@ def call(function: Callable[[Any], Any], item: Any) -> Reply:
 
 
 class WorkerPool:
-    """Processes that run ``call(function, item)``; each call may take ``timeout`` seconds, then its worker is killed.
+    """A pool of processes that run ``call(function, item)``.
 
-    A crashed worker costs only the call it ran. If the pool itself breaks (a worker killed between calls, or while it
-    held the pipe), everything unfinished runs again on new workers.
+    A crashed worker costs only the call that it ran. If the pool itself breaks (a worker was killed between calls, or
+    while it held the pipe), all unfinished calls run again on new workers.
+
+    Args:
+        workers: number of processes.
+        timeout: seconds that a call may take before its worker is killed.
     """
 
-    stall_seconds = 60.0  # beyond the timeout, without any reply, before the pool counts as stuck
-    max_restarts = 3  # in a row, without a reply in between
+    stall_seconds = 60.0  # The pool counts as stuck if it sends no reply for the timeout and this long.
+    max_restarts = 3  # most restarts in a row without a reply in between
 
     def __init__(self, workers: int, timeout: float) -> None:
         self.restarts = 0
@@ -80,14 +87,21 @@ class WorkerPool:
         self._start()
 
     def submit(self, function: Callable[[Any], Any], item: Any) -> Task:
-        """Queue a call. ``function`` and ``item`` must be picklable."""
+        """Queue the call ``function(item)``. Both must be picklable."""
         task = Task(function, item)
         self._unfinished.add(task)
         self._schedule(task)
         return task
 
     def result(self, task: Task) -> Reply:
-        """Wait for a call. Its timeout or its worker's death is an error of the sample (kinds timeout, worker_died)."""
+        """Wait for a call and return its reply.
+
+        A timeout or the death of its worker is an error of the sample (of the kinds ``timeout`` and ``worker_died``).
+
+        Raises:
+            ConfigError: the function raised it.
+            RuntimeError: the workers broke down ``max_restarts + 1`` times in a row.
+        """
         reply = None
         while reply is None:
             reply = self._poll(task)
@@ -95,19 +109,19 @@ class WorkerPool:
         return reply
 
     def cancel(self, task: Task) -> None:
-        """Drop a call that nobody waits for. One that is running is left to end, so that its worker lives on."""
+        """Drop a call that nobody waits for. A running call is left to finish, which keeps its worker alive."""
         self._unfinished.discard(task)
         if task.future is not None and not task.future.running():
             task.future.cancel()
 
     def stop(self) -> None:
-        """Kill the workers, whatever they do."""
+        """Kill the workers and their running calls."""
         self._unfinished.clear()
-        discarding = self._discard()
-        discarding.join(timeout=15)
+        stopping = self._stop_in_background()
+        stopping.join(timeout=15)
 
     def _poll(self, task: Task) -> Reply | None:
-        """The reply, or None after half a second or after a restart."""
+        """Return the reply, or None if there is none after half a second or after a restart."""
         path = getattr(task.item, "path", None)
         if task.future and wait([task.future], timeout=0.5).done and not _is_broken(task.future):
             try:
@@ -120,8 +134,8 @@ class WorkerPool:
                 return Reply(None, SampleError("worker_died", message, path), 0.0)
             self._fruitless_restarts = 0
             return Reply(None if payload is None else pickle.loads(payload), error, seconds)
-        quiet = time.monotonic() - max(self._last_reply, task.submitted)
-        if _is_broken(task.future) or not self._pool.active or quiet > self._timeout + self.stall_seconds:
+        silence = time.monotonic() - max(self._last_reply, task.submitted)
+        if _is_broken(task.future) or not self._pool.active or silence > self._timeout + self.stall_seconds:
             self._restart()
         return None
 
@@ -130,7 +144,7 @@ class WorkerPool:
         task.submitted = time.monotonic()
         try:
             task.future = self._pool.schedule(_call_and_pack, args=(task.function, task.item), timeout=self._timeout)
-        except RuntimeError:  # the pool is broken: the wait for this task restarts it
+        except RuntimeError:  # The pool is broken; waiting for this task will restart it.
             task.future = None
         else:
             task.future.add_done_callback(self._note_reply)
@@ -141,7 +155,7 @@ class WorkerPool:
     def _start(self) -> None:
         pool = ProcessPool(max_workers=self._workers, initializer=_init_worker, context=_context())
         self._pool = pool
-        # In the background: it takes seconds, until the process that workers are forked from has imported torch.
+        # The pool starts in the background, because the process that forks the workers needs seconds to import torch.
         self._starting = threading.Thread(target=_start_pool, args=(pool,), daemon=True)
         self._starting.start()
 
@@ -153,14 +167,14 @@ class WorkerPool:
             )
         self._fruitless_restarts += 1
         self.restarts += 1
-        self._discard()
+        self._stop_in_background()
         self._start()
         for task in sorted(self._unfinished, key=lambda task: task.submitted):
             if task.future is None or _is_broken(task.future) or not task.future.done():
                 self._schedule(task)
 
-    def _discard(self) -> threading.Thread:
-        """Stop the pool in a thread of its own: a broken one may never finish stopping."""
+    def _stop_in_background(self) -> threading.Thread:
+        """Stop the pool in a thread of its own, because a broken pool may never finish stopping."""
         thread = threading.Thread(target=_stop_pool, args=(self._pool, self._starting), daemon=True)
         thread.start()
         return thread
@@ -172,7 +186,10 @@ def _call_and_pack(function: Callable[[Any], Any], item: Any) -> tuple[bytes | N
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as plain bytes: torch's own transport opens a shared-memory file for each, and runs out of them."""
+    """Pickles tensors as plain bytes.
+
+    torch's own transport would open a shared-memory file for each tensor, and the number of these files is limited.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor) and obj.device.type == "cpu" and obj.dtype != torch.bfloat16:
@@ -187,7 +204,7 @@ def _dumps(value: Any) -> bytes:
 
 
 def _context() -> Any:
-    """Fork from a clean process (a killed worker is replaced at once), or spawn where the system has no fork."""
+    """Return the start method of the workers: forkserver, which replaces a killed worker quickly, or else spawn."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -197,24 +214,26 @@ def _context() -> Any:
 
 def _init_worker() -> None:
     torch.set_num_threads(1)
-    logging.getLogger("videor1_kernels").setLevel(logging.ERROR)  # the process that started them has said it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("videor1_kernels").setLevel(logging.ERROR)  # The main process has logged the same warnings.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
+    """Wait for the parent process to end, then end this worker."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # even from the middle of a decode
+        os._exit(1)  # This ends the process even in the middle of a decode.
 
 
 def _start_pool(pool: ProcessPool) -> None:
     if hasattr(signal, "pthread_sigmask"):
-        # Ctrl-C must not hit the processes started here while they still import: they inherit the mask, as do the
-        # pool's threads, which start the later ones. The resource tracker's start unblocks SIGINT: it comes first.
+        # Ctrl-C must not reach the processes started here while they still import. They inherit this thread's signal
+        # mask, and so do the pool's threads, which start later workers. Starting the resource tracker unblocks SIGINT,
+        # so it has to come first.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    pool.active  # noqa: B018  (the property starts the workers)
+    pool.active  # noqa: B018 (reading the property starts the workers)
 
 
 def _stop_pool(pool: ProcessPool, starting: threading.Thread) -> None:
@@ -224,7 +243,7 @@ def _stop_pool(pool: ProcessPool, starting: threading.Thread) -> None:
 
 
 def _is_broken(future: Future[Any] | None) -> bool:
-    """Never scheduled, or ended by the pool's end and not by its call's."""
+    """Return whether a call was never scheduled, or was ended by the end of the pool."""
     if future is None or future.cancelled():
         return True
     return future.done() and isinstance(future.exception(), BrokenProcessPool)

@@ -1,6 +1,7 @@
-"""The demo's files on disk: media, data files in the Video-R1 JSON format, and the tiny model's folder.
+"""Create the demo's files on disk: media, data files in the Video-R1 JSON format, and the folder of the tiny model.
 
-They are made once for a seed, sizes and version of this package, complete or not at all, and used again after that.
+They are created once for each seed, sizes and version of this package, either completely or not at all, and are then
+used again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SPLITS = ("sft", "train", "dev", "test")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples to make, each with a clip or an image of its own."""
+    """Numbers of samples to create. Each sample has a clip or an image of its own."""
 
     sft_videos: int = 500
     sft_images: int = 50
@@ -43,43 +44,43 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Assets:
-    """Where everything is, and what guessing earns."""
+    """The paths of the demo's files, and the accuracy of guessing."""
 
     folder: Path
-    model: Path  # Hugging Face folder
-    sft: Path  # data files; media paths are relative to their folder
+    model: Path  # the model's folder in the format of Hugging Face
+    sft: Path  # this and the next three are data files, whose media paths are relative to their folder
     train: Path
     dev: Path
     test: Path
-    chance: float  # expected accuracy reward of a guess, over the test's video questions
+    chance: float  # expected accuracy reward of guessing on the video questions of ``test``
 
 
 def make_assets(folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: bool = True) -> Assets:
-    """Make the demo's files in ``folder``, or use those that are there if the same call made them.
+    """Create the demo's files in ``folder``, or use the files there if an equal call created them.
 
-    Everything is written into a temporary folder beside ``folder`` that takes its place when complete.
+    Everything is written into a temporary folder beside ``folder``, which takes its place when it is complete.
 
     Args:
-        folder: created, or replaced where it holds the files of an earlier demo.
-        seed: decides orders, questions, pixels and the model's weights, split by split.
-        sizes: how many samples; at least one video in each split.
-        progress: show a progress bar if it takes longer than two seconds.
+        folder: the folder to create. It is replaced if it holds the files of another demo.
+        seed: determines the orders, questions and pixels of each split, and the model's weights.
+        sizes: numbers of samples, with at least one video in each split.
+        progress: whether to show a progress bar if the work takes longer than two seconds.
 
     Raises:
-        ConfigError: ``folder`` holds something that no demo has made.
-        ValueError: sizes that cannot be.
+        ConfigError: ``folder`` holds files that no demo has created.
+        ValueError: a number in ``sizes`` is too small.
     """
     folder = Path(folder)
     _check_sizes(sizes)
-    wanted = {"seed": seed, "sizes": asdict(sizes), "made_by": _source_digest()}
+    recipe = {"seed": seed, "sizes": asdict(sizes), "made_by": _source_digest()}
     record = _read_record(folder)
-    if record is None or not _is_complete(folder, record, wanted):
-        record = _make(folder, wanted, seed, sizes, progress)
+    if record is None or not _is_complete(folder, record, recipe):
+        record = _make(folder, recipe, seed, sizes, progress)
     files = {split: folder / f"{split}.json" for split in SPLITS}
     return Assets(folder=folder, model=folder / "model", **files, chance=record["chance"])
 
 
-def _make(folder: Path, wanted: dict[str, Any], seed: int, sizes: Sizes, progress: bool) -> dict[str, Any]:
+def _make(folder: Path, recipe: dict[str, Any], seed: int, sizes: Sizes, progress: bool) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary, "new")
@@ -89,7 +90,7 @@ def _make(folder: Path, wanted: dict[str, Any], seed: int, sizes: Sizes, progres
         save_model(new / "model", make_tokenizer(), derive_seed(seed, "demo", "model"))
         files = {str(path.relative_to(new)): path.stat().st_size for path in sorted(new.rglob("*")) if path.is_file()}
         videos = [e for e in entries["test"] if e["data_type"] == "video"]
-        record = wanted | {"chance": guessing_reward(videos), "files": files}
+        record = recipe | {"chance": guessing_reward(videos), "files": files}
         _write_json(new / RECORD, record)
         if folder.exists():
             folder.rename(Path(temporary, "old"))
@@ -126,7 +127,11 @@ def _check_sizes(sizes: Sizes) -> None:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """What an earlier call left there; None for no folder or an empty one."""
+    """Return the record that an earlier call wrote into the folder; None if the folder is missing or empty.
+
+    Raises:
+        ConfigError: the folder is not empty and holds no usable record.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
@@ -141,8 +146,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _is_complete(folder: Path, record: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    if any(record.get(name) != value for name, value in wanted.items()):
+def _is_complete(folder: Path, record: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    """Return whether the folder was created by the same recipe and all of its files are there in their full size."""
+    if any(record.get(name) != value for name, value in recipe.items()):
         return False
     return all(_size(folder / name) == size for name, size in record["files"].items())
 
@@ -155,7 +161,7 @@ def _size(path: Path) -> int | None:
 
 
 def _source_digest() -> str:
-    """Changes whenever the code that makes the files does."""
+    """Return a hash of the code that creates the files, so that files of other code are created again."""
     digest = hashlib.sha256()
     for path in _sources():
         digest.update(path.read_bytes())

@@ -1,7 +1,8 @@
-"""Made media: H.264 clips of four plain colours or four shapes, one after the other, and still images of one.
+"""Generate media: H.264 clips that show four plain colors or four shapes in turn, and still images that show one.
 
-Nothing moves inside a segment, and each starts at a key frame behind which no other frame looks: all its frames decode
-to the same pixels, and neither one frame nor two neighbours tell anything about the order.
+Nothing moves within a segment. Each segment begins with a key frame, and no frame refers to frames before its segment's
+key frame. All frames of a segment therefore decode to the same pixels, and neither a single frame nor two neighboring
+frames of a segment reveal the order.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ _X264 = {
     "g": str(FRAMES_PER_SEGMENT),
     "keyint_min": str(FRAMES_PER_SEGMENT),
     "sc_threshold": "0",
-    # Key frames so much finer than the rest that nothing is left to refine: all frames of a segment decode alike.
+    # Key frames are encoded so much more finely than other frames that these have nothing left to refine, and all
+    # frames of a segment decode to the same pixels.
     "qp": "20",
     "x264-params": "ipratio=3",
 }
 
 
 def write_video(path: Path, topic: Topic, order: tuple[str, ...], rng: Random) -> None:
-    """A clip of 4 seconds that shows the words of ``order`` (of one palette) one after the other, a second each."""
+    """Write a clip of 4 seconds that shows the colors or shapes named in ``order`` in turn, for one second each."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=_X264)
         stream.width = stream.height = VIDEO_SIDE
@@ -56,13 +58,18 @@ def write_video(path: Path, topic: Topic, order: tuple[str, ...], rng: Random) -
 
 
 def write_image(path: Path, topic: Topic, word: str, rng: Random) -> None:
-    """A still image (PNG) of one colour or shape."""
+    """Write a still image (PNG) of one color or shape."""
     Image.fromarray(draw(topic, word, IMAGE_SIDE, rng)).save(path)
 
 
 def draw(topic: Topic, word: str, side: int, rng: Random) -> np.ndarray:
-    """uint8 [side, side, 3]: a frame full of one colour, or one large light shape near the middle of a dark frame; the
-    brightness, and a shape's size and place, vary a little."""
+    """Draw a frame filled with one color, or a large light shape near the middle of a dark frame.
+
+    The brightness, and the size and place of a shape, vary a little.
+
+    Returns:
+        uint8 [side, side, 3].
+    """
     brighter = rng.randint(-_JITTER, _JITTER)
     image = np.empty((side, side, 3), np.uint8)
     image[:] = np.clip(np.array(RGB[word] if topic == "color" else _DARK) + brighter, 0, 255)
@@ -72,12 +79,12 @@ def draw(topic: Topic, word: str, side: int, rng: Random) -> np.ndarray:
 
 
 def _shape(word: str, side: int, rng: Random) -> np.ndarray:
-    """bool [side, side]: where the shape is."""
+    """Return the mask of a shape, bool [side, side]."""
     radius = side * rng.uniform(0.36, 0.45)
     y, x = np.mgrid[:side, :side] + 0.5
     x -= side * (0.5 + rng.uniform(-0.05, 0.05))
     y -= side * (0.5 + rng.uniform(-0.05, 0.05))
-    if word == "circle":  # a ring: a full disc would be hard to tell from a square at this size
+    if word == "circle":  # This is a ring, since a full disc is hard to tell from a square at this size.
         squared = x * x + y * y
         return (squared <= radius**2) & (squared >= 0.5 * radius**2)
     if word == "square":

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with random weights, saved as a Hugging Face folder like the real ones."""
+"""Create a tiny Qwen2.5-VL with random weights, saved as a Hugging Face folder like a published model."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def save_model(folder: Path, tokenizer: Qwen2Tokenizer, seed: int) -> None:
 
 
 def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """2 vision layers, one of them with full attention, 4 text layers; the weights start larger than a big model's
-    would, so that so small a one learns within a few hundred steps."""
+    """Return the configuration of the tiny model.
+
+    It has 2 vision layers, one of them with full attention, and 4 text layers. The initial weights are larger than
+    those of a large model, so that such a small model learns within a few hundred steps.
+    """
     ids = special_ids(tokenizer)
     return Qwen2_5_VLConfig(
         text_config={

@@ -1,4 +1,4 @@
-"""The demo's questions, as entries of a data file in the Video-R1 JSON format, and what guessing earns on them."""
+"""Create the demo's questions as entries of a data file in the Video-R1 JSON format, and score guessing on them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from videor1.rewards import accuracy_reward
 Kind = Literal["ordinal", "neighbour", "list", "still"]
 
 ORDINALS = ("first", "second", "third", "last")
-# Of 8 questions about videos. Few skills, each met often, are what so small a model learns from rewards in minutes.
+# The numbers are out of 8 questions about videos. There are few kinds, each of them frequent, because so small a model
+# can learn only these from rewards within minutes.
 SHARES: dict[tuple[Kind, Topic], int] = {("ordinal", "color"): 4, ("neighbour", "color"): 2, ("list", "shape"): 2}
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, apart from the clip it is asked about."""
+    """A question, independent of the clip that it is asked about."""
 
     kind: Kind
     topic: Topic
     text: str
-    subject: str = ""  # what the thought names before the answer: "third", in "third red"
-    place: int = 0  # of the segment that answers it; unused in a list
+    subject: str = ""  # the word before the answer in the reasoning: "third", in "third red"
+    place: int = 0  # index of the segment that is the answer; unused by a list
 
 
 def video_questions(kind: Kind, topic: Topic) -> list[Question]:
-    """Every question of a kind about a clip."""
+    """Return every question of a kind about a clip."""
     if kind == "list":
         return [Question("list", topic, f"In which order do the {topic}s appear?")]
     if kind == "ordinal":
@@ -43,13 +44,16 @@ def video_questions(kind: Kind, topic: Topic) -> list[Question]:
 
 
 def still_question(topic: Topic) -> Question:
-    """The question about an image."""
+    """Return the question about an image."""
     return Question("still", topic, f"Which {topic} is it?")
 
 
 def draw_questions(count: int, rng: Random, *, still: bool = False) -> list[Question]:
-    """``count`` questions in random order: kinds and topics by ``SHARES`` (stills: colours and shapes by halves), and
-    the questions of a kind equally often, as far as ``count`` allows."""
+    """Draw ``count`` questions in random order.
+
+    Kinds and topics are drawn in the proportions of ``SHARES`` (for still images, colors and shapes in equal parts),
+    and the questions of a kind equally often, as far as ``count`` allows.
+    """
     cycles: list[Iterator[Question]] = []
     if still:
         cycles += [itertools.repeat(still_question(topic)) for topic in PALETTES]
@@ -64,7 +68,7 @@ def draw_questions(count: int, rng: Random, *, still: bool = False) -> list[Ques
 
 
 def entry(question: Question, order: tuple[str, ...], path: str, problem_id: int) -> dict[str, Any]:
-    """The data file's entry for a question about the media at ``path``, which shows ``order``."""
+    """Return the entry of a data file for a question about the media at ``path``, which shows ``order``."""
     palette = PALETTES[question.topic]
     fields: dict[str, Any] = {
         "problem_id": problem_id,
@@ -79,7 +83,7 @@ def entry(question: Question, order: tuple[str, ...], path: str, problem_id: int
     else:
         word = order[question.place]
         answer = _letter(palette.index(word))
-        # No word between the two: a model looks up "red" where it has just read "third", and learns it twice as fast.
+        # The two words are adjacent, because a model then finds "red" right after "third" and learns twice as fast.
         thought = f"{question.subject} {word}".strip()
         fields["problem_type"] = "multiple choice"
         fields["options"] = [f"{_letter(i)}. {option}" for i, option in enumerate(palette)]
@@ -87,7 +91,7 @@ def entry(question: Question, order: tuple[str, ...], path: str, problem_id: int
 
 
 def all_entries() -> Iterator[dict[str, Any]]:
-    """An entry for every question and every answer to it."""
+    """Yield an entry for every question and every possible order, so that every answer occurs."""
     videos = [question for kind, topic in SHARES for question in video_questions(kind, topic)]
     for question in [*videos, *map(still_question, PALETTES)]:
         for order in itertools.permutations(PALETTES[question.topic]):
@@ -95,12 +99,14 @@ def all_entries() -> Iterator[dict[str, Any]]:
 
 
 def guessing_reward(entries: list[dict[str, Any]]) -> float:
-    """Expected mean accuracy reward of answering each with a random option, or each list with its words in a random
-    order (all orders equally likely)."""
-    return sum(_guessed(e["problem_type"], e["solution"], e.get("options", ())) for e in entries) / len(entries)
+    """Return the expected mean accuracy reward of guessing.
+
+    A guess is a random option, or for a list its words in a random order; all guesses are equally likely.
+    """
+    return sum(_expected_reward(e["problem_type"], e["solution"], e.get("options", ())) for e in entries) / len(entries)
 
 
-def _guessed(problem_type: str, solution: str, options: tuple[str, ...]) -> float:
+def _expected_reward(problem_type: str, solution: str, options: tuple[str, ...]) -> float:
     if problem_type == "multiple choice":
         return 1 / len(options)
     words = solution.removeprefix("<answer>").removesuffix("</answer>").split()

@@ -1,4 +1,7 @@
-"""The embedded default: the user's whole path on made data. Clips, SFT cold start, T-GRPO, held-out evaluation."""
+"""Run the embedded demonstration: a user's whole path on generated data.
+
+It generates clips, trains an SFT cold start and then T-GRPO, and evaluates on held-out questions.
+"""
 
 from __future__ import annotations
 
@@ -30,33 +33,43 @@ from videor1.training.tgrpo import Trainer
 
 
 def run_demo(argv: list[str]) -> int:
-    """Run the demonstration, by the options of its T-GRPO stage.
+    """Run the demonstration with the options of its T-GRPO stage.
 
-    Writes ``summary.json`` into the run folder and prints it as a table. Returns the exit code.
+    It writes ``summary.json`` into the run folder and prints it as a table.
+
+    Args:
+        argv: the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: the options name their own data, or the run folder belongs to another run.
     """
     started = time.perf_counter()
     config = parse(TrainConfig, argv, prog="python -m videor1.train", description="")
     if config.data.root or (config.data.eval_path and not config.dataset_name):
         raise ConfigError("data.root, data.eval_path: the demonstration makes its own data; name your model and data")
     if pick_device(config.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # So small a model's operations gain little from more, and wait for each other where another program runs.
+        # The operations of such a small model gain little from more threads, which would also wait for each other
+        # while another program uses the cores.
         torch.set_num_threads(1)
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_folder(run_dir, config)
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
-    if not (run_dir / "config.yaml").exists():  # for a resume of an earlier stage than T-GRPO
+    if not (run_dir / "config.yaml").exists():  # needed to resume in a stage before T-GRPO
         save_config(
             dataclasses.replace(config, output_dir=str(run_dir), dataset_name=str(data_file(run_dir))),
             run_dir / "config.yaml",
         )
     try:
         return _stages(config, run_dir, started)
-    except KeyboardInterrupt:  # not its stage's folder, which is no whole demonstration
+    except KeyboardInterrupt:  # The stage's own message names its folder, from which no demonstration can be resumed.
         raise KeyboardInterrupt(f"go on with: {resume_command('train', run_dir)}") from None
 
 
 def _check_folder(run_dir: Path, config: TrainConfig) -> None:
-    """Another run's folder is left as it is."""
+    """Raise a ConfigError if the folder holds another run, so that it is left as it is."""
     if not config.resume:
         check_unused(run_dir)
     elif holds_run(run_dir) and not data_file(run_dir).exists():
@@ -105,7 +118,7 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
 
 
 def evaluate(config: TrainConfig, data: Path, models: list[Path]) -> list[Evaluation]:
-    """Accuracy of several checkpoints on the same samples, each sample decoded once."""
+    """Evaluate several checkpoints on the same samples, each of which is decoded once."""
     config = dataclasses.replace(config, eval_samples=0)
     with Evaluator(load_samples(data), config) as evaluator:
         return [

@@ -1,4 +1,4 @@
-"""A small tokenizer with Qwen2.5-VL's special tokens, made from the demo's own text."""
+"""Train a small tokenizer on the demo's own text, with the special tokens of Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but plain text: they are shown when decoded
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but not special: decoding keeps them
 
-# As Qwen2.5-VL's, but without a system turn where none is given, and without tools.
+# The template of Qwen2.5-VL without tools, and without a default system turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -57,13 +57,16 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer in which each word of the demo is one token; any other text becomes shorter pieces,
-    down to bytes. ``AutoTokenizer`` loads it back; eos is <|im_end|>, pad <|endoftext|>."""
+    """Return a byte-level BPE tokenizer in which each word of the demo is one token.
+
+    Any other text becomes shorter pieces, down to single bytes. ``AutoTokenizer`` can load the saved tokenizer. Its eos
+    token is <|im_end|> and its pad token <|endoftext|>.
+    """
     core = Tokenizer(models.BPE())
     blank = Qwen2Tokenizer().backend_tokenizer
     core.normalizer, core.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,  # never reached: merges end when every word of the text is one token
+        vocab_size=4096,  # never reached, because merging ends when every word of the text is one token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -84,7 +87,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def _texts() -> Iterator[str]:
-    """All text of the demo, and the chat template's."""
+    """Yield all text of the demo and of the chat template."""
     yield from ("system\n", "user\n", "assistant\n")
     for entry in all_entries():
         known = {name: entry[name] for name in ("problem_id", "problem", "data_type", "problem_type", "solution")}

@@ -1,1 +1,1 @@
-"""What this machine can run: ``python -m videor1.doctor``."""
+"""Report what this machine can run: ``python -m videor1.doctor``."""

@@ -1,8 +1,9 @@
-"""What this machine can run: ``python -m videor1.doctor``.
+"""Report what this machine can run: ``python -m videor1.doctor``.
 
-Versions beside the supported ranges, GPU, compilers, decoders, the backend of each kernel, optional packages and what
-adds them, memory and disks; then each operation once against its reference and each codec once. Problems stand last,
-each with what mends it. Exit code 0: training can run; 1: something that it needs is broken.
+The report shows the installed versions beside the supported ranges, the GPU, the compilers and decoders, the backend of
+each kernel, the optional packages and how to install them, memory and disks. A self-check runs each operation once
+against its reference and decodes one clip of each codec. The problems come last, each with its remedy. The exit code is
+0 if training can run, and 1 if something that it needs is broken.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from videor1.doctor import machine, packages, selfcheck, tools
-from videor1.doctor.rows import Finding, Section, problems, text, without_home
+from videor1.doctor.rows import Finding, Section, problems, redact_home, text
 
 SELF_CHECK = "Self-check"
 SECTIONS: dict[str, Callable[[], list[Finding]]] = {
@@ -33,20 +34,20 @@ SECTIONS: dict[str, Callable[[], list[Finding]]] = {
 
 
 def examine() -> list[Section]:
-    """Every section. One that cannot be looked at says so in a row of its own."""
+    """Make every section. A section whose examination fails holds one row that says so."""
     sections = []
     with _kernels_silent():
-        for title, look in SECTIONS.items():
+        for title, find in SECTIONS.items():
             _show_progress(f"{title} ...")
-            sections.append(Section(title, tuple(_rows(title, look))))
+            sections.append(Section(title, tuple(_rows(title, find))))
     _show_progress("")
-    return without_home(sections)
+    return redact_home(sections)
 
 
-def _rows(title: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+def _rows(title: str, find: Callable[[], list[Finding]]) -> list[Finding]:
     try:
-        return look()
-    except Exception as error:  # a missing torch or PyAV, say: the other sections are worth reading then
+        return find()
+    except Exception as error:  # For example torch or PyAV is missing; the other sections are still worth reading.
         status = "broken" if title == SELF_CHECK else "warning"
         what = f"cannot be looked at: {type(error).__name__}: {error}"
         fix = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else "report this"
@@ -54,14 +55,17 @@ def _rows(title: str, look: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _show_progress(line: str) -> None:
-    """What is being looked at; the first run compiles for some seconds. (tqdm may be what is missing.)"""
+    """Show on a terminal which section is being examined, since the first run compiles for some seconds.
+
+    This does not use tqdm, which may be missing on the machine that is examined.
+    """
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _kernels_silent() -> Iterator[None]:
-    """What the kernels would log stands in the report."""
+    """Silence the warnings of the kernels, because the report contains the same information."""
     log = logging.getLogger("videor1_kernels")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -72,7 +76,7 @@ def _kernels_silent() -> Iterator[None]:
 
 
 def as_json(sections: Sequence[Section]) -> str:
-    """The report as JSON: {"ready": bool, "sections": {title: [row]}, "problems": [problem]}."""
+    """Return the report as JSON: ``{"ready": bool, "sections": {title: [row]}, "problems": [problem]}``."""
     found = problems(sections)
     report = {
         "ready": not any(problem.needed for problem in found),
@@ -83,7 +87,7 @@ def as_json(sections: Sequence[Section]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m videor1.doctor",
         description="What this machine can run, what is missing and how to get it. "

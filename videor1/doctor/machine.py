@@ -1,4 +1,4 @@
-"""The machine: GPUs as torch sees them beside those that are there, processors, memory, disks."""
+"""Examine the machine: the GPUs that torch can use beside those that are installed, processors, memory and disks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from videor1.doctor.rows import Finding
 
 GIB = 1 << 30
-LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled for in their tests begins here
+LEAST_CAPABILITY = (8, 0)  # the lowest compute capability that the tests compile the kernels for
 LEAST_FREE_GPU = 1 * GIB
 LEAST_FREE_DISK = 2 * GIB
-LEAST_SHARED = 1 << 20  # semaphores of the decode workers; frames go through pipes
+LEAST_SHARED = 1 << 20  # enough for the semaphores of the decode workers, which send frames through pipes
 LEAST_SHARED_NCCL = 1 * GIB
 GET_TORCH = "install a torch built for CUDA: https://pytorch.org/get-started/locally"
 
 
 def gpus() -> list[Finding]:
-    """Every GPU that torch can use; where there is none, why."""
+    """List every GPU that torch can use, or say why there is none."""
     import torch
 
     cards = nvidia_smi()
@@ -61,32 +61,33 @@ def _no_gpu(cards: list[tuple[str, str]]) -> list[Finding]:
 
     if not cards:
         return [Finding("none", "everything runs on the CPU: the demonstration and small models")]
-    there = f"{', '.join(name for name, _ in cards)} (driver {cards[0][1]})"
+    present = f"{', '.join(name for name, _ in cards)} (driver {cards[0][1]})"
     if torch.version.cuda is None:
-        value = f"{there}, but torch {torch.__version__} is built without CUDA"
+        value = f"{present}, but torch {torch.__version__} is built without CUDA"
         return [Finding("unused", value, "warning", GET_TORCH)]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        value = f"{there}, hidden by CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
+        value = f"{present}, hidden by CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
         return [Finding("unused", value, "warning", "unset CUDA_VISIBLE_DEVICES")]
     fix = f"update the driver, or {GET_TORCH} (an older CUDA)"
-    return [Finding("unused", f"{there}, but torch built for CUDA {torch.version.cuda} cannot use it", "warning", fix)]
+    value = f"{present}, but torch built for CUDA {torch.version.cuda} cannot use it"
+    return [Finding("unused", value, "warning", fix)]
 
 
 def nvidia_smi() -> list[tuple[str, str]]:
-    """(name, driver) of each NVIDIA card that the driver knows; empty without a driver."""
+    """Return (name, driver version) of each NVIDIA card that the driver lists; empty without a driver."""
     if not (command := shutil.which("nvidia-smi")):
         return []
     query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # nvidia-smi without a card fails
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # nvidia-smi fails on a machine without a card.
         return []
-    pairs = (line.rpartition(",") for line in said.splitlines())
+    pairs = (line.rpartition(",") for line in output.splitlines())
     return [(name.strip(), driver.strip()) for name, comma, driver in pairs if comma]
 
 
 def machine() -> list[Finding]:
-    """Cores, main memory, shared memory, and the disks that a run writes to."""
+    """List the cores, main memory, shared memory, and the disks that a run writes to."""
     import psutil  # type: ignore[import-untyped]
 
     memory = psutil.virtual_memory()
@@ -131,17 +132,18 @@ def _temporary() -> Path:
 
 
 def _disk(name: str, folder: Path) -> Finding:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     value = f"{folder}, {_size(free)} free"
-    if not os.access(there, os.W_OK):
-        return Finding(name, f"{folder}, not writable", "warning", _where(name))
+    if not os.access(existing, os.W_OK):
+        return Finding(name, f"{folder}, not writable", "warning", _other_folder(name))
     if free < LEAST_FREE_DISK:
-        return Finding(name, value, "warning", f"free some of its disk, or {_where(name)}")
+        return Finding(name, value, "warning", f"free some of its disk, or {_other_folder(name)}")
     return Finding(name, value, "ok")
 
 
-def _where(name: str) -> str:
+def _other_folder(name: str) -> str:
+    """Return the advice how to use another folder."""
     return {
         "run folder": "write runs elsewhere: --output_dir FOLDER",
         "cache": "keep compiled libraries elsewhere: XDG_CACHE_HOME",

@@ -1,4 +1,4 @@
-"""What the doctor says: rows under headings, and the text made of them."""
+"""The records of the doctor's report (findings, sections and problems), and their text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-# broken: training needs it; warning: training runs, but slower or not supported; absent: optional and not there.
+# "broken": training needs it. "warning": training runs, but slower or unsupported. "absent": optional, not installed.
 Status = Literal["ok", "info", "absent", "warning", "broken"]
 MARKS: dict[Status, str] = {"ok": "ok", "info": "", "absent": "-", "warning": "!", "broken": "!!"}
-WIDTH = 110  # columns of the text
+WIDTH = 110  # width of the text in columns
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at, as a row shows it."""
+    """The result of one check, which is a row of the report."""
 
     name: str
     value: str
     status: Status = "info"
-    fix: str = ""  # how to get or mend it
+    fix: str = ""  # how to install or repair it
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under one heading."""
+    """The rows under one heading."""
 
     title: str
     rows: tuple[Finding, ...]
@@ -34,17 +34,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is not as it should be."""
+    """A finding that is a warning or broken."""
 
     section: str
     name: str
-    what: str
+    what: str  # the value of the finding
     fix: str
-    needed: bool  # training cannot run, or is not supported, without it
+    needed: bool  # whether training cannot run, or is not supported, without it
 
 
 def problems(sections: Sequence[Section]) -> list[Problem]:
-    """Every warning and whatever is broken, what training needs first."""
+    """Return every finding that is broken or a warning; what training needs comes first."""
     found = [
         Problem(section.title, row.name, row.value, row.fix, row.status == "broken")
         for section in sections
@@ -54,23 +54,23 @@ def problems(sections: Sequence[Section]) -> list[Problem]:
     return sorted(found, key=lambda problem: not problem.needed)
 
 
-def without_home(sections: Sequence[Section]) -> list[Section]:
-    """The same with the home folder written as ``~``."""
+def redact_home(sections: Sequence[Section]) -> list[Section]:
+    """Return the sections with the path of the home folder replaced by ``~``."""
     home = str(Path.home())
     if len(home) < 2:
         return list(sections)
 
-    def short(text: str) -> str:
+    def redact(text: str) -> str:
         return text.replace(f"{home}/", "~/")
 
     return [
-        Section(s.title, tuple(replace(row, value=short(row.value), fix=short(row.fix)) for row in s.rows))
+        Section(s.title, tuple(replace(row, value=redact(row.value), fix=redact(row.fix)) for row in s.rows))
         for s in sections
     ]
 
 
 def text(sections: Sequence[Section]) -> str:
-    """The report as aligned plain text."""
+    """Return the report as aligned plain text."""
     width = max((len(row.name) for section in sections for row in section.rows), default=0)
     lines: list[str] = []
     for section in sections:

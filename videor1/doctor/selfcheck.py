@@ -1,4 +1,4 @@
-"""Each operation once, forward and backward, against its reference in fp64, and clips made, decoded and compared."""
+"""Run each operation once, forward and backward, against its reference in fp64, and decode a clip of each codec."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     Cast = Callable[[Tensor], Tensor]
     Case = Callable[[Cast, str], dict[str, Tensor]]
 
-TRAINER = "videor1.training.tgrpo"  # imports all that a run needs
-LEVEL = 1 / (255 * 0.26130258)  # a level of a pixel after the normalisation: what fp32's rounding may move
-CODECS = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1", "vp9": "libvpx-vp9"}  # -> encoder of the clip
-NEEDED_CODEC = "h264"  # of the demonstration's clips
-FRAMES, SIDE, STEP = 8, 64, 30  # frames of a clip, pixels, grey levels from frame to frame
-FAR = 6.0  # grey levels: further off than compression takes a frame
+TRAINER = "videor1.training.tgrpo"  # importing this module imports everything that a run needs
+LEVEL = 1 / (255 * 0.26130258)  # one level of a normalised pixel, by which rounding in fp32 may move it
+CODECS = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1", "vp9": "libvpx-vp9"}  # codec -> encoder of the clip
+NEEDED_CODEC = "h264"  # the codec of the demonstration's clips
+FRAMES, SIDE, STEP = 8, 64, 30  # frames of a clip, side in pixels, grey levels from one frame to the next
+FAR = 6.0  # grey levels; compression changes the mean of a frame by less
 
 
 def self_check() -> list[Finding]:
-    """The trainer's imports, every operation, every codec."""
+    """Check the trainer's imports, every operation and every codec."""
     return [_imports(), *operation_rows(), *decode_rows()]
 
 
@@ -37,12 +37,12 @@ def _imports() -> Finding:
         importlib.import_module(TRAINER)
     except Exception as error:
         fix = "pip install what is missing, or make a fresh environment"
-        return Finding("imports", f"broken: import {TRAINER}: {_said(error)}", "broken", fix)
+        return Finding("imports", f"broken: import {TRAINER}: {_summary(error)}", "broken", fix)
     return Finding("imports", f"works: import {TRAINER}", "ok")
 
 
 def operation_rows() -> list[Finding]:
-    """A row per operation, on the device and in the dtype that training takes."""
+    """Check every operation on the device and in the dtype that training uses; one finding for each."""
     import torch
 
     import videor1_kernels
@@ -53,11 +53,11 @@ def operation_rows() -> list[Finding]:
     for op in operations():
         backend = videor1_kernels.chosen_backend(op, device, dtype=dtype)
         try:
-            wrong = _compare(CASES[op], torch.device(device), dtype, backend)
+            difference = _compare(CASES[op], torch.device(device), dtype, backend)
         except Exception as error:
-            wrong = _said(error)
-        if wrong:
-            rows.append(Finding(op, f"broken ({backend} on {device}): {wrong}", "broken", _fix(backend)))
+            difference = _summary(error)
+        if difference:
+            rows.append(Finding(op, f"broken ({backend} on {device}): {difference}", "broken", _fix(backend)))
         else:
             rows.append(Finding(op, f"works ({backend} on {device})", "ok"))
     return rows
@@ -71,23 +71,23 @@ def _fix(backend: str) -> str:
 
 
 def _compare(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> str:
-    """What differs from the reference in fp64 on the same (rounded) inputs; "" if nothing does."""
+    """Say how a backend differs from the reference in fp64 on the same (rounded) inputs; "" if it does not."""
     import torch
 
     from videor1_kernels.testing import TOLERANCES
 
     ours = case(lambda x: x.to(device, dtype), backend)
     oracle = case(lambda x: x.to(dtype).double(), "reference")
-    for name, want in oracle.items():
+    for name, expected in oracle.items():
         got = ours[name].detach().cpu()
-        if not want.is_floating_point():
-            if not torch.equal(got, want.cpu()):
+        if not expected.is_floating_point():
+            if not torch.equal(got, expected.cpu()):
                 return f"{name} are other ones than the reference's"
             continue
         bound = TOLERANCES[dtype]
         atol = 1.01 * LEVEL if name == "patches" else bound.atol
-        error = (got.double() - want).abs()
-        if got.shape != want.shape or not bool((error <= atol + bound.rtol * want.abs()).all()):
+        error = (got.double() - expected).abs()
+        if got.shape != expected.shape or not bool((error <= atol + bound.rtol * expected.abs()).all()):
             return f"{name} is off by up to {error.max():.1e}, at most about {atol:.0e} was expected"
     return ""
 
@@ -99,7 +99,7 @@ def _randn(seed: int, *shape: int) -> Tensor:
 
 
 def _with_gradients(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs, and the gradient of the sum of their squares into each input."""
+    """Return the outputs with the gradient of the sum of their squares with respect to each input."""
     import torch
 
     total = sum((value.square().sum() for value in outputs.values()), torch.zeros(()))
@@ -108,7 +108,7 @@ def _with_gradients(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> di
 
 
 def _head(cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, the head's weight, labels."""
+    """Return (hidden states, weight of the head, labels)."""
     import torch
 
     hidden, weight = cast(_randn(0, 6, 32)).requires_grad_(), cast(0.3 * _randn(1, 50, 32)).requires_grad_()
@@ -131,7 +131,8 @@ def _selective_log_softmax(cast: Cast, backend: str) -> dict[str, Tensor]:
     return _with_gradients({"logp": logp}, {"logits": logits})
 
 
-def _of_two_completions(cast: Cast) -> dict[str, Any]:
+def _two_completions(cast: Cast) -> dict[str, Any]:
+    """Return the arguments of a GRPO loss over two completions of two and four tokens."""
     import torch
 
     old, reference = cast(-3 + 0.1 * _randn(3, 6)), cast(-3 + 0.1 * _randn(4, 6))
@@ -146,7 +147,7 @@ def _linear_grpo_loss(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
     hidden, weight, labels = _head(cast)
-    result = kernels.linear_grpo_loss(hidden, weight, labels, **_of_two_completions(cast), backend=backend)
+    result = kernels.linear_grpo_loss(hidden, weight, labels, **_two_completions(cast), backend=backend)
     return {"logp": result.logp} | _with_gradients({"loss": result.loss}, {"hidden": hidden, "weight": weight})
 
 
@@ -154,7 +155,7 @@ def _grpo_loss(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
     logp = cast(-3 + 0.1 * _randn(5, 6)).requires_grad_()
-    result = kernels.grpo_loss(logp, **_of_two_completions(cast), backend=backend)
+    result = kernels.grpo_loss(logp, **_two_completions(cast), backend=backend)
     return _with_gradients({"loss": result.loss}, {"logp": logp})
 
 
@@ -234,8 +235,8 @@ CASES: dict[str, Case] = {
 
 
 def decode_rows() -> list[Finding]:
-    """A row per codec: a small clip encoded, then decoded by ``read_frames``."""
-    os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes its settings to stderr else
+    """Encode a small clip with every codec and decode it with ``read_frames``; one finding for each codec."""
+    os.environ.setdefault("SVT_LOG", "0")  # Otherwise SVT-AV1 writes its settings to stderr.
     with tempfile.TemporaryDirectory() as folder:
         return [_decode(codec, encoder, Path(folder)) for codec, encoder in CODECS.items()]
 
@@ -256,7 +257,7 @@ def _decode(codec: str, encoder: str, folder: Path) -> Finding:
         clip = read_frames(path, fps=float(FRAMES))
         levels = [round(float(frame.float().mean()), 1) for frame in clip.frames]  # type: ignore[union-attr]
     except Exception as error:
-        return Finding(name, f"broken: {_said(error)}", status, fix)
+        return Finding(name, f"broken: {_summary(error)}", status, fix)
     made = [i * STEP for i in range(FRAMES)]
     if len(levels) != FRAMES or any(abs(a - b) > FAR for a, b in zip(levels, made, strict=True)):
         return Finding(name, f"broken: frames of grey levels {made} came back as {levels}", status, fix)
@@ -280,6 +281,7 @@ def _write_clip(path: Path, encoder: str) -> Path:
     return path
 
 
-def _said(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,4 +1,7 @@
-"""Compilers and what csrc/ becomes, video decoders, and the backend of each kernel: as the code itself chooses them."""
+"""Examine the compilers, the libraries of csrc/, the video decoders and the backend of each kernel.
+
+Each is found in the same way as the code finds it in a run.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from videor1.doctor.rows import Finding
 
 GET_CXX = "install a C++ compiler (Debian, Ubuntu: apt install g++), or name one in CXX"
 GET_NVCC = "install the CUDA toolkit of torch's CUDA version, or name its folder in CUDA_HOME"
-LONG_CLIP, SHORT_CLIP = (1920, 1080, 1800), (640, 360, 300)  # width, height, frames: examples for the choice of `auto`
+LONG_CLIP, SHORT_CLIP = (1920, 1080, 1800), (640, 360, 300)  # (width, height, frames) of clips to show `auto` with
 
 
 def compilers() -> list[Finding]:
-    """The compilers that ``videor1_kernels.extension`` finds, and whether the libraries of csrc/ are made and load."""
+    """List the compilers that ``videor1_kernels.extension`` finds, and whether csrc/'s libraries build and load."""
     import torch
 
     from videor1_kernels import extension
@@ -42,16 +45,16 @@ def _compiler(name: str, find: Any, fix: str, missing: Any) -> Finding:
     except Unavailable as reason:
         return Finding(name, str(reason), missing, fix)
     try:
-        said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return Finding(name, f"{shutil.which(command[0])}, which does not run ({error})", "warning", fix or GET_NVCC)
-    lines = said.strip().splitlines() or ["it tells no version"]
+    lines = output.strip().splitlines() or ["it tells no version"]
     version = next((line for line in lines if "release" in line), lines[0])
     return Finding(name, f"{shutil.which(command[0])}: {version.strip()}", "ok")
 
 
 def _triton_compiler() -> Finding:
-    """Triton's rule: CC, else gcc, else clang."""
+    """Find the C compiler by Triton's rule: CC, else gcc, else clang."""
     named = os.environ.get("CC")
     found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     if found:
@@ -60,18 +63,18 @@ def _triton_compiler() -> Finding:
     return Finding("C for Triton", what, "broken", "install gcc (Debian, Ubuntu: apt install gcc), or name one in CC")
 
 
-def _library(name: str, what_for: str) -> Finding:
+def _library(name: str, purpose: str) -> Finding:
     from videor1_kernels import extension
 
     if name == "bf16_product" and not _may_have_bf16():
-        return Finding(name, f"not for this processor (no AVX-512): {what_for} are computed in fp32")
+        return Finding(name, f"not for this processor (no AVX-512): {purpose} are computed in fp32")
     try:
         library = extension.load(name)
     except extension.Unavailable as reason:
-        return _not_made(name, what_for, str(reason))
+        return _unavailable(name, purpose, str(reason))
     if name == "bf16_product" and not library.bf16_product_supported():
-        return Finding(name, f"compiled; this processor lacks AVX-512 BF16, so {what_for} are computed in fp32")
-    return Finding(name, f"compiled, loads: {what_for} on the CPU", "ok")
+        return Finding(name, f"compiled; this processor lacks AVX-512 BF16, so {purpose} are computed in fp32")
+    return Finding(name, f"compiled, loads: {purpose} on the CPU", "ok")
 
 
 def _may_have_bf16() -> bool:
@@ -84,24 +87,24 @@ def _operators(device_type: str) -> Finding:
     from videor1_kernels import extension
 
     name = "operators" if device_type == "cpu" else f"operators, {device_type}"
-    what_for = f"frames to patches on the {'CPU' if device_type == 'cpu' else 'card'}"
+    purpose = f"frames to patches on the {'CPU' if device_type == 'cpu' else 'card'}"
     try:
         extension.load_operators(device_type)
     except extension.Unavailable as reason:
-        return _not_made(name, what_for, str(reason), GET_CXX if device_type == "cpu" else GET_NVCC)
-    return Finding(name, f"compiled, loads: {what_for}", "ok")
+        return _unavailable(name, purpose, str(reason), GET_CXX if device_type == "cpu" else GET_NVCC)
+    return Finding(name, f"compiled, loads: {purpose}", "ok")
 
 
-def _not_made(name: str, what_for: str, reason: str, fix: str = GET_CXX) -> Finding:
-    """Nothing needs the libraries: plain torch does the same, slower."""
-    value = f"not used, plain torch does it ({what_for}, slower): {reason}"
+def _unavailable(name: str, purpose: str, reason: str, fix: str = GET_CXX) -> Finding:
+    """Report a library that is unavailable: a warning at most, since plain torch computes the same, only slower."""
+    value = f"not used, plain torch does it ({purpose}, slower): {reason}"
     if "VIDEOR1_NATIVE" in reason:
         return Finding(name, value, "info")
     return Finding(name, value, "warning", fix)
 
 
 def decoders() -> list[Finding]:
-    """PyAV and its codecs, NVDEC, the optional decoders, and what ``video.backend: auto`` takes."""
+    """List PyAV, NVDEC and the optional decoders, and what ``video.backend: auto`` chooses."""
     import av
     import torch
     from av.codec.hwaccel import hwdevices_available
@@ -125,10 +128,10 @@ def decoders() -> list[Finding]:
             check_backend(backend)
             rows.append(Finding(backend, "installed, loads", "ok"))
         except ConfigError as error:
-            said = str(error).removeprefix("video.backend: ")
-            missing = isinstance(error.__cause__, ModuleNotFoundError) and "not installed" in said
+            reason = str(error).removeprefix("video.backend: ")
+            missing = isinstance(error.__cause__, ModuleNotFoundError) and "not installed" in reason
             fix = "" if missing else "install what it misses, or leave it: video.backend auto takes pyav"
-            rows.append(Finding(backend, said, "absent" if missing else "warning", fix))
+            rows.append(Finding(backend, reason, "absent" if missing else "warning", fix))
     rows.append(_choice("auto, video.device cpu", LONG_CLIP, "cpu"))
     if gpu:
         rows += [_choice("auto, video.device cuda", clip, "cuda") for clip in (LONG_CLIP, SHORT_CLIP)]
@@ -150,7 +153,7 @@ def _choice(name: str, clip: tuple[int, int, int], device: str) -> Finding:
 
 
 def kernels() -> list[Finding]:
-    """For every operation, the backend that ``auto`` takes here, and for every other backend why not."""
+    """List the backend that ``auto`` chooses for every operation, and why other backends cannot be used."""
     import torch
 
     import videor1_kernels
@@ -172,14 +175,14 @@ def kernels() -> list[Finding]:
 
 
 def operations() -> list[str]:
-    """The public functions that have backends."""
+    """Return the names of the public functions that have backends."""
     import videor1_kernels
 
     found = []
     for name in videor1_kernels.__all__:
         try:
             videor1_kernels.backends(name)
-        except ValueError:  # a record, or a function about backends
+        except ValueError:  # The name is a record, or a function about backends.
             continue
         found.append(name)
     return found

@@ -1,4 +1,4 @@
-"""The files of an evaluation: answers as they come, what could not be answered, and what a resumed run must share."""
+"""The files of an evaluation: answers.jsonl, skipped.jsonl, and the state that a resumed evaluation must share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from videor1.evaluation.suites.base import Loaded, Question
 from videor1.logs.jsonl import JsonlWriter
 from videor1.types import Sample, SampleError
 
-# Where and how fast an evaluation runs; any other option may change its answers.
+# Options that only change how fast an evaluation runs. Any other option may change its answers.
 FREE = ("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb")
 
 
 def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[str, Any]:
-    """A line of answers.jsonl."""
-    row = _about(benchmark, question) | {
+    """Return the line of answers.jsonl for a question that was answered."""
+    row = _question_fields(benchmark, question) | {
         "solution": question.sample.solution,
         "accuracy": answered.accuracy,
         "shuffled_accuracy": answered.shuffled,
@@ -41,11 +41,11 @@ def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[s
 
 
 def skipped_row(benchmark: str, question: Question, error: SampleError) -> dict[str, Any]:
-    """A line of skipped.jsonl."""
-    return _about(benchmark, question) | {"kind": error.kind, "message": error.message}
+    """Return the line of skipped.jsonl for a question that could not be answered."""
+    return _question_fields(benchmark, question) | {"kind": error.kind, "message": error.message}
 
 
-def _about(benchmark: str, question: Question) -> dict[str, Any]:
+def _question_fields(benchmark: str, question: Question) -> dict[str, Any]:
     sample = question.sample
     return {
         "benchmark": benchmark,
@@ -61,23 +61,30 @@ def _share_answered(texts: tuple[str, ...]) -> float | None:
 
 
 def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], model_digest: str) -> JsonlWriter:
-    """Open answers.jsonl of a run folder, anew or, with ``resume``, after what is there.
+    """Open the answers.jsonl of a run folder: a new file, or the existing one to append to it.
 
-    Raises ConfigError where the folder holds another evaluation than this: of other options, weights or questions.
+    Args:
+        run_dir: the run folder.
+        config: the options of the evaluation.
+        benchmarks: the benchmarks with all of their questions.
+        model_digest: a hash of the model's weights.
+
+    Raises:
+        ConfigError: the folder holds an evaluation with other options, weights or questions.
+        DataError: the state of the evaluation in the folder cannot be read.
     """
     state, path = run_dir / "state.json", run_dir / "answers.jsonl"
     now = {"model (digest of its weights)": model_digest}
     now |= {f"questions of {loaded.name}": _digest(q.sample for q in loaded.questions) for loaded in benchmarks}
-    used = path.exists()
-    if used:
-        _compare(run_dir, config, now)
+    if path.exists():
+        _check_same_evaluation(run_dir, config, now)
     else:
         save_config(config, run_dir / "config.yaml")
         write_atomic(state, json.dumps(now, indent=2) + "\n")
     return JsonlWriter(path)
 
 
-def _compare(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:
+def _check_same_evaluation(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:
     before = load_run_config(EvaluateConfig, run_dir / "config.yaml")
     changes = [line for line in changed_options(before, config) if line.partition(":")[0] not in FREE]
     try:
@@ -91,7 +98,7 @@ def _compare(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None
 
 
 def _digest(samples: Iterable[Sample]) -> str:
-    """Of all that may be asked."""
+    """Return a hash of all samples that may be asked about."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr(sample).encode("utf-8", "backslashreplace"))

@@ -1,4 +1,7 @@
-"""Means over questions with 95% confidence intervals; the questions on one video, not independent, are a cluster."""
+"""Means over questions with 95% confidence intervals.
+
+The questions about one video are not independent, so they form a cluster.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the ends of its 95% confidence interval; NaN ends where the data cannot give one."""
+    """A mean with the ends of its 95% confidence interval, which are NaN if the data cannot give one."""
 
     value: float
     low: float = math.nan
@@ -24,23 +27,24 @@ class Estimate:
 def mean_of_shares(
     values: Sequence[float], videos: Sequence[Hashable], strata: Sequence[tuple[str, ...]] | None = None
 ) -> Estimate:
-    """The mean of values in [0, 1] (accuracies), with the interval of Korn and Graubard (1998): Clopper and Pearson's
-    with the number of independent questions that gives the clustered standard error.
+    """Return the mean of values in [0, 1] (accuracies) with the confidence interval of Korn and Graubard (1998).
 
-    Where all values are alike, each video counts as one question. NaN ends with less than two videos.
+    This is the interval of Clopper and Pearson for the number of independent questions that would have the clustered
+    standard error. If all values are equal, each video counts as one question. With fewer than two videos, the ends of
+    the interval are NaN.
 
     Args:
-        values: one for each question.
-        videos: what each question is about.
-        strata: (group, category) of each question: the mean over the groups of the mean over their categories;
-            None: over all questions.
+        values: one value for each question.
+        videos: the video of each question.
+        strata: (group, category) of each question. The mean is then the mean over the groups of the mean over their
+            categories; default: the mean over all questions.
     """
     mean, error, clusters = _clustered(values, videos, strata)
     count = len(values)
     if clusters < 2:
         return Estimate(mean)
     if error > 0 and 0 < mean < 1:
-        # The standard error itself is estimated, from the clusters.
+        # The factor accounts for the standard error itself being estimated from the clusters.
         factor = _quantile(count - 1) / _quantile(clusters - 1)
         effective = mean * (1 - mean) / error**2 * factor**2
         if set(values) <= {0.0, 1.0}:
@@ -56,22 +60,25 @@ def mean_of_shares(
 def mean_of_differences(
     values: Sequence[float], videos: Sequence[Hashable], strata: Sequence[tuple[str, ...]] | None = None
 ) -> Estimate:
-    """The mean of paired differences, with Student's interval on the clustered standard error (degrees of freedom:
-    videos less one). NaN ends with less than two videos, or where all values are alike."""
+    """Return the mean of paired differences with Student's confidence interval.
+
+    The interval uses the clustered standard error, with one degree of freedom less than there are videos. With fewer
+    than two videos, or if all values are equal, its ends are NaN. The arguments are those of :func:`mean_of_shares`.
+    """
     mean, error, clusters = _clustered(values, videos, strata)
     if clusters < 2 or not error > 0:
         return Estimate(mean)
-    half = _quantile(clusters - 1) * error
-    return Estimate(mean, mean - half, mean + half)
+    half_width = _quantile(clusters - 1) * error
+    return Estimate(mean, mean - half_width, mean + half_width)
 
 
 def _clustered(
     values: Sequence[float], videos: Sequence[Hashable], strata: Sequence[tuple[str, ...]] | None
 ) -> tuple[float, float, int]:
-    """(mean, its standard error, number of videos).
+    """Return (mean, its standard error, number of videos).
 
-    The error is that of the linearised mean, sum_i w_i (x_i - mean of i's stratum), summed within each video, with
-    the factor C / (C - 1) for C videos.
+    The standard error is that of the linearized mean: the terms w_i (x_i - mean of i's stratum) are summed within each
+    video, and the variance is C / (C - 1) times the sum of the squares of these sums, for C videos.
     """
     if not values:
         return math.nan, math.nan, 0
@@ -89,7 +96,7 @@ def _clustered(
     mean = sum(centres[s] / (len(groups) * groups[s[:1]]) for s in counts)
     clusters = len(residuals)
     variance = sum(r * r for r in residuals.values()) * clusters / max(clusters - 1, 1)
-    # What rounding alone has left is no spread.
+    # A variance this small is only rounding error.
     return mean, math.sqrt(variance) if variance > 1e-24 else 0.0, clusters
 
 

@@ -1,4 +1,5 @@
-"""Figures of an evaluation, from its answers alone: overall as the benchmark's authors define it, and by category."""
+"""Compute the figures of an evaluation from its answers alone: overall, as the benchmark's authors define it, and by
+category."""
 
 from __future__ import annotations
 
@@ -14,25 +15,32 @@ from videor1.logs.progress import summary_table
 
 AnswerRecord = Mapping[str, Any]  # a line of answers.jsonl
 
-_OF_THE_TEXT = ("too_long", "special_token")  # kinds of SampleError that are no fault of the video
+_TEXT_ERRORS = ("too_long", "special_token")  # kinds of SampleError that the text causes and not the video
 
 
 def figures(answers: Sequence[AnswerRecord], overall: Overall | None = None) -> dict[str, Any]:
-    """Of some answers::
+    """Compute the figures of some answers.
 
-        questions, videos           how many
-        accuracy                    of all, frames in order
-        ordered, shuffled, gap      of the questions on videos; gap = ordered - shuffled, paired
-        finished, shuffled_finished share of answers not cut at max_completion_length
-        answered, shuffled_answered share of answers with an <answer> tag that is not empty
+    The result has these keys::
 
-    The first four are {"value", "low", "high"}, 95% intervals clustered by video (null: the data gives none).
+        questions, videos           numbers of questions and of videos
+        accuracy                    accuracy on all questions, with frames in order
+        ordered, shuffled, gap      accuracies on the questions about videos; gap = ordered - shuffled, paired
+        finished, shuffled_finished share of completions that were not cut at max_completion_length
+        answered, shuffled_answered share of completions with an <answer> tag that is not empty
+
+    ``accuracy``, ``ordered``, ``shuffled`` and ``gap`` are {"value", "low", "high"}, with 95% confidence intervals that
+    are clustered by video. Values that the data cannot give are null.
+
+    Args:
+        answers: lines of answers.jsonl.
+        overall: how the benchmark's authors average over questions; default: the mean over all questions.
     """
     paired = [row for row in answers if row["shuffled_accuracy"] is not None]
 
     def estimate(make: Any, rows: Sequence[AnswerRecord], value: Any) -> dict[str, float | None]:
         strata = None if overall is None else _strata(rows, overall)
-        return _plain(make([value(row) for row in rows], [_video(row) for row in rows], strata))
+        return _to_json(make([value(row) for row in rows], [_video(row) for row in rows], strata))
 
     def share(rows: Sequence[AnswerRecord], name: str) -> float | None:
         return sum(row[name] for row in rows) / len(rows) if rows else None
@@ -54,12 +62,13 @@ def figures(answers: Sequence[AnswerRecord], overall: Overall | None = None) -> 
 def benchmark_results(
     loaded: Loaded, asked: int, answers: Sequence[AnswerRecord], unanswered: Sequence[AnswerRecord]
 ) -> dict[str, Any]:
-    """Everything about one benchmark, for results.json.
+    """Return the entry of a benchmark in results.json.
 
     Args:
-        asked: questions that were to be asked.
-        answers: the lines of answers.jsonl about it.
-        unanswered: the lines of skipped.jsonl about it.
+        loaded: the benchmark.
+        asked: number of questions that were to be answered.
+        answers: the benchmark's lines of answers.jsonl.
+        unanswered: the benchmark's lines of skipped.jsonl.
     """
     assert asked == len(answers) + len(unanswered), (asked, len(answers), len(unanswered))
     axes = list(answers[0]["categories"]) if answers else []
@@ -71,13 +80,13 @@ def benchmark_results(
     )
     return {
         "asked": asked,
-        "unreadable": _unanswered([row for row in unanswered if row["kind"] not in _OF_THE_TEXT]),
-        "unaskable": _unanswered([row for row in unanswered if row["kind"] in _OF_THE_TEXT]),
+        "unreadable": _unanswered([row for row in unanswered if row["kind"] not in _TEXT_ERRORS]),
+        "unaskable": _unanswered([row for row in unanswered if row["kind"] in _TEXT_ERRORS]),
         "bad_rows": dict(Counter(error.kind for error in loaded.errors)),
         "left_out": dict(loaded.left_out),
         "overall_is": loaded.overall.text,
         "overall": figures(answers, loaded.overall),
-        "accuracy_unanswered_as_wrong": _plain(counted),
+        "accuracy_unanswered_as_wrong": _to_json(counted),
         "categories": {axis: _by_category(answers, axis, loaded.overall) for axis in axes},
     }
 
@@ -105,8 +114,11 @@ def _by_category(answers: Sequence[AnswerRecord], axis: str, overall: Overall) -
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The benchmarks' figures as text, in percent with 95% intervals; ``ordered`` where not all questions are on
-    videos. A blank line around the categories of an axis."""
+    """Return the figures of benchmarks as a table, in percent with 95% confidence intervals.
+
+    The column ``ordered`` is included if not all questions are about videos. A blank line precedes and follows the
+    categories of each axis.
+    """
     columns = ["accuracy", *["ordered"] * _mixed(results), "shuffled", "gap"]
     rows = [["", "questions", *columns, "cut", "no answer"]]
     blank = [""] * len(rows[0])
@@ -122,7 +134,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def results_legend(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the columns of ``results_table`` are."""
+    """Explain the columns of ``results_table``."""
     figures = (
         "accuracy: of all questions, frames in order; ordered, shuffled: of those on videos; gap: ordered less shuffled"
         if _mixed(results)
@@ -135,17 +147,17 @@ def results_legend(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _mixed(results: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether not all questions are on videos."""
+    """Return whether some questions are not about videos."""
     overall = [result["overall"] for result in results.values()]
     return any(found["accuracy"] != found["ordered"] for found in overall)
 
 
 def _cells(found: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    cut, silent = (None if found[name] is None else 1 - found[name] for name in ("finished", "answered"))
-    return [str(found["questions"]), *(_shown(found[name]) for name in columns), _percent(cut), _percent(silent)]
+    cut, no_answer = (None if found[name] is None else 1 - found[name] for name in ("finished", "answered"))
+    return [str(found["questions"]), *(_interval(found[name]) for name in columns), _percent(cut), _percent(no_answer)]
 
 
-def _shown(estimate: Mapping[str, float | None]) -> str:
+def _interval(estimate: Mapping[str, float | None]) -> str:
     if estimate["value"] is None:
         return "—"
     if estimate["low"] is None:
@@ -165,9 +177,9 @@ def _strata(rows: Sequence[AnswerRecord], overall: Overall) -> list[tuple[str, .
 
 
 def _video(row: AnswerRecord) -> str:
-    """What a question is about; one without media stands alone."""
+    """Return what identifies a question's video. A question without media counts as a video of its own."""
     return row["path"] or f"#{row['index']}"
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
+def _to_json(estimate: Estimate) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in asdict(estimate).items()}

@@ -1,4 +1,4 @@
-"""One evaluation from its options to results.json: what is asked, what has an answer, what is said of it."""
+"""Run an evaluation from its options to results.json: load the questions, answer them, and report the results."""
 
 from __future__ import annotations
 
@@ -29,14 +29,23 @@ from videor1.model.positions import PositionRule
 from videor1.model.save import base_digest
 from videor1.types import SampleError
 
-_TRAINED = (
+# Options whose values in training a checkpoint should also be evaluated with.
+_TRAINING_OPTIONS = (
     "max_completion_length", "video.max_frames", "video.fps", "video.max_pixels", "video.min_pixels",
     "video.image_max_pixels", "video.image_min_pixels", "model.positions",
 )  # fmt: skip
 
 
 def run(config: EvaluateConfig) -> int:
-    """Ask what has no answer yet, and write the results down; returns the exit code."""
+    """Answer all questions that have no answer yet and write results.json.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: an option is wrong, or the output folder cannot be used.
+        DataError: a benchmark cannot be read, the output folder cannot be written, or no question could be answered.
+    """
     run_dir = _run_dir(config)
     benchmarks = _load(config)
     try:
@@ -44,16 +53,16 @@ def run(config: EvaluateConfig) -> int:
     except OSError as error:
         raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
     for loaded in benchmarks:
-        _say_what_is_not_asked(loaded)
-    config = _keep_positions(config, run_dir)
+        _report_left_out(loaded)
+    config = _restore_positions(config, run_dir)
     model = load_model(config)
     config = _with_positions(config, model.position_rule)
     answers = begin(run_dir, config, benchmarks, base_digest(model))
     save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
-    _say_how_it_was_trained(config)
-    # What could not be read is tried again, so its list begins anew.
+    _report_training_options(config)
+    # A resumed evaluation tries unreadable questions again, so the list of skipped ones starts empty.
     skipped = JsonlWriter(run_dir / "skipped.jsonl", keep=False)
-    total = sum(len(_asked(loaded, config)) for loaded in benchmarks)
+    total = sum(len(_selected_questions(loaded, config)) for loaded in benchmarks)
     try:
         with Progress(
             total, initial=answers.count, description="evaluate", unit="question", disabled=config.disable_tqdm
@@ -72,7 +81,10 @@ def run(config: EvaluateConfig) -> int:
     skipped.close()
     results = {
         loaded.name: benchmark_results(
-            loaded, len(_asked(loaded, config)), _of(answers, loaded.name), _of(skipped, loaded.name)
+            loaded,
+            len(_selected_questions(loaded, config)),
+            _rows_of(answers, loaded.name),
+            _rows_of(skipped, loaded.name),
         )
         for loaded in benchmarks
     }
@@ -82,7 +94,7 @@ def run(config: EvaluateConfig) -> int:
         raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
     print(results_table(results))
     for name, result in results.items():
-        _say_what_was_not_answered(name, result)
+        _report_unanswered(name, result)
     print(results_legend(results))
     print(f"Saved {run_dir / 'results.json'}. Answers: {answers.path}")
     return 0
@@ -103,8 +115,8 @@ def _run_dir(config: EvaluateConfig) -> Path:
     return run_dir
 
 
-def _keep_positions(config: EvaluateConfig, run_dir: Path) -> EvaluateConfig:
-    """An evaluation that is gone on with keeps its position rule, which it need not be told again."""
+def _restore_positions(config: EvaluateConfig, run_dir: Path) -> EvaluateConfig:
+    """Restore the position rule of an evaluation that is resumed, so that the option need not be given again."""
     file = run_dir / "config.yaml"
     if not config.resume or config.model.positions is not None or not file.is_file():
         return config
@@ -135,28 +147,33 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
     return found
 
 
-def _say_how_it_was_trained(config: EvaluateConfig) -> None:
-    """Frames and lengths of the run that a checkpoint is from, where it is asked with others: it may not know these."""
+def _report_training_options(config: EvaluateConfig) -> None:
+    """Tell the user if a checkpoint was trained with other frames or lengths than it is now evaluated with.
+
+    A model may do worse on sizes that it has not seen in training.
+    """
     model = Path(str(config.model_name_or_path)).resolve()
     if model.parent.name != "checkpoints":
         return
     try:
         tree = yaml.safe_load((model.parent.parent / "config.yaml").read_text(encoding="utf-8"))
         trained = EARLIER | dict(flat_tree(tree))
-        if trained["model.positions"] is None:  # its run ended before it had loaded a model
+        if trained["model.positions"] is None:  # The run ended before it loaded a model.
             del trained["model.positions"]
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):  # none of ours
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):  # The file is not the config.yaml of a training run.
         return
-    asked = flat_options(config)
-    others = {name: trained[name] for name in _TRAINED if name in trained and trained[name] != asked[name]}
-    if others:
-        options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in others.items())
+    current = flat_options(config)
+    different = {
+        name: trained[name] for name in _TRAINING_OPTIONS if name in trained and trained[name] != current[name]
+    }
+    if different:
+        options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in different.items())
         print(f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",
               file=sys.stderr)  # fmt: skip
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What a figure must be quoted with."""
+    """Return the options that have to be quoted with a result."""
     names = ("model_name_or_path", "max_completion_length", "seed")
     sampling = ("eval_temperature", "eval_top_p", "eval_num_samples")
     video = {f"video.{name}": getattr(config.video, name) for name in ("max_frames", "fps", "max_pixels", "min_pixels")}
@@ -164,7 +181,7 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*names, *sampling)} | video | positions
 
 
-def _asked(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
+def _selected_questions(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
     return loaded.questions[: config.eval_samples or None]
 
 
@@ -172,10 +189,10 @@ def _answer(
     config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: JsonlWriter, skipped: JsonlWriter,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """Ask what has no answer yet."""
+    """Answer the questions of a benchmark that have no answer yet, and append the answers to their file."""
 
-    questions = {question.sample.index: question for question in _asked(loaded, config)}
-    before = _of(answers, loaded.name)
+    questions = {question.sample.index: question for question in _selected_questions(loaded, config)}
+    before = _rows_of(answers, loaded.name)
     right, count = sum(row["accuracy"] for row in before), len(before)
     done = {row["index"] for row in before}
     if done >= set(questions):
@@ -202,12 +219,13 @@ def _answer(
             progress.update({loaded.name: right / count if count else None}, len(block))
 
 
-def _of(file: JsonlWriter, benchmark: str) -> list[dict[str, Any]]:
-    """A file's lines about one benchmark, in the order of the questions."""
+def _rows_of(file: JsonlWriter, benchmark: str) -> list[dict[str, Any]]:
+    """Return the lines of a file about one benchmark, in the order of the questions."""
     return sorted((row for row in read_jsonl(file.path) if row["benchmark"] == benchmark), key=lambda row: row["index"])
 
 
-def _say_what_is_not_asked(loaded: Loaded) -> None:
+def _report_left_out(loaded: Loaded) -> None:
+    """Tell the user which questions of a benchmark are left out, unusable or without their video."""
     for reason, count in loaded.left_out.items():
         are = "is" if count == 1 else "are"
         print(f"{loaded.name}: {_count(count, 'question')} {are} left out ({reason})", file=sys.stderr)
@@ -218,17 +236,18 @@ def _say_what_is_not_asked(loaded: Loaded) -> None:
         print(f"{loaded.name}: the videos of {_count(loaded.missing, 'question')} are not there", file=sys.stderr)
 
 
-def _say_what_was_not_answered(name: str, result: Mapping[str, Any]) -> None:
+def _report_unanswered(name: str, result: Mapping[str, Any]) -> None:
+    """Tell the user how a benchmark's accuracy is defined, and how many questions have no answer and why."""
     print(f"{name}: accuracy is the {result['overall_is']}")
-    unread, unasked = result["unreadable"], result["unaskable"]
+    unreadable, unaskable = result["unreadable"], result["unaskable"]
     parts = []
-    if unread["questions"]:
+    if unreadable["questions"]:
         parts.append(
-            f"{_count(unread['videos'], 'video')} ({_count(unread['questions'], 'question')}) could not be read"
+            f"{_count(unreadable['videos'], 'video')} ({_count(unreadable['questions'], 'question')}) could not be read"
         )
-    if unasked["questions"]:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in unasked["by_kind"].items())
-        parts.append(f"{_count(unasked['questions'], 'question')} could not be asked ({kinds})")
+    if unaskable["questions"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in unaskable["by_kind"].items())
+        parts.append(f"{_count(unaskable['questions'], 'question')} could not be asked ({kinds})")
     if parts:
         answered, counted = result["overall"]["questions"], result["accuracy_unanswered_as_wrong"]["value"]
         print(

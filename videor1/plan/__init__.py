@@ -1,1 +1,1 @@
-"""A memory plan of a T-GRPO run: ``python -m videor1.train --plan [options]``."""
+"""Plan the memory of a T-GRPO run: ``python -m videor1.train --plan [options]``."""

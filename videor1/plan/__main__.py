@@ -1,4 +1,4 @@
-"""``python -m videor1.plan --check [options of videor1.train]``: a memory plan beside what is measured."""
+"""Compare a memory plan with a measurement: ``python -m videor1.plan --check [options of videor1.train]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from videor1.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m videor1.plan --check [options of videor1.train]``: plan beside measured."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m videor1.plan",
         usage="%(prog)s --check [options of videor1.train]",

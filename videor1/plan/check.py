@@ -1,4 +1,4 @@
-"""A plan beside what is measured: the same passes on real tensors, of random weights, on the device at hand."""
+"""Compare a plan with a measurement: run the same passes on real tensors with random weights, on the present device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from videor1.seeding import derive_seed
 from videor1.training.optim import make_optimizer
 from videor1_kernels.testing import PeakMemory
 
-WITHIN = 0.1  # of the measured
+WITHIN = 0.1  # largest relative error of a plan that passes the check
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Bytes that a phase takes beyond what was there before it."""
+    """The bytes that a phase adds to those allocated before it, planned and measured."""
 
     phase: str
     planned: int
@@ -35,15 +35,24 @@ class Compared:
 
     @property
     def ratio(self) -> float:
+        """Planned bytes divided by measured bytes."""
         return self.planned / max(1, self.measured)
 
 
 def measured(
     config: TrainConfig, shape: Qwen2_5_VLConfig, device: torch.device, *, text_tokens: int = TEXT_TOKENS
 ) -> tuple[dict[str, int], int]:
-    """(bytes that each phase of a step takes beyond what was there before it, allocated bytes at the worst moment).
+    """Measure a step with random weights on the prompts and completion lengths of the plan.
 
-    Random weights, the prompts and answers of the plan; the second is of a card only, else 0.
+    Args:
+        config: the options of the run.
+        shape: the model's configuration.
+        device: the device to measure on.
+        text_tokens: text tokens of a prompt.
+
+    Returns:
+        (bytes that each phase of a step adds to those allocated before it, peak of allocated bytes). The peak is 0 on a
+        CPU.
     """
     target = Target(device.type == "cuda", config.bf16 if config.bf16 is not None else device.type == "cuda")
     torch.manual_seed(derive_seed(config.seed, "plan"))
@@ -68,7 +77,7 @@ def measured(
 
     step = TrainingStep(config, model, frozen, optimizer, work, answer)
     first_update(step)
-    run_step(step, no_phase)  # kernels are compiled, workspaces made
+    run_step(step, no_phase)  # The first step compiles kernels and allocates workspaces.
     found: dict[str, int] = {}
     most = 0
 
@@ -86,12 +95,17 @@ def measured(
 
 
 def compare(made: Plan, found: dict[str, int]) -> list[Compared]:
-    """Phase by phase."""
+    """Compare a plan with the measured bytes of each phase."""
     return [Compared(phase.name, phase.beyond, found[phase.name]) for phase in made.phases]
 
 
 def check_command(argv: Sequence[str]) -> int:
-    """``python -m videor1.plan --check [options of videor1.train]``: 0 where the plan's peak is within 10%."""
+    """Print a plan beside a measurement, for ``python -m videor1.plan --check [options of videor1.train]``.
+
+    Returns:
+        The exit code: 0 if the planned peak is within 10% of the measured peak. On a CPU, where no peak is measured,
+        the phase with the most measured memory is compared.
+    """
     config = parse(
         TrainConfig, argv, prog="python -m videor1.plan --check", description="Compare a memory plan with a card."
     )

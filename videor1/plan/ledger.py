@@ -1,8 +1,8 @@
-"""Counts the memory of code that runs on fake tensors: torch's, which have shapes and dtypes and no storage.
+"""Count the memory of code that runs on torch's fake tensors, which have shapes and dtypes but no storage.
 
-The trainer's own code is what runs, so that what autograd saves, what autocast casts and keeps, and when each is freed
-are torch's word and not a formula's. What fake tensors cannot see are the buffers inside a Triton kernel's launch:
-they are added here, from the sizes that the launchers take.
+The trainer's own code runs on them, so torch itself and not a formula determines what autograd saves, what autocast
+casts and keeps, and when each tensor is freed. Fake tensors do not show the buffers inside the launch of a Triton
+kernel. They are added here, with the sizes that the launchers allocate.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from videor1_kernels.prefix_attention import reference as attention_reference
 from videor1_kernels.prefix_attention.softmax import SCORE_BYTES
 from videor1_kernels.prefix_attention.work import key_items
 
-CUDA_ROUNDING = 512  # bytes: torch's allocator hands out multiples
-KEY_BLOCK = 128  # keys of a program of prefix_attention's backward kernel: the most of any architecture
+CUDA_ROUNDING = 512  # bytes; torch's CUDA allocator rounds sizes up to multiples of this
+KEY_BLOCK = 128  # keys per program of prefix_attention's backward kernel, the largest on any architecture
 _CASTS = {torch.ops.aten._to_copy, torch.ops.aten.to}
-HEAD_BLOCK = 128  # vocabulary entries of a program of linear_logprob's kernel: the fewest, so the most partial results
+HEAD_BLOCK = 128  # vocabulary entries per program of linear_logprob's kernel, the smallest, with most partial results
 
 
 class Ledger(TorchDispatchMode):
-    """Live bytes by part while it is entered, and what they were when they were most.
+    """Counts the live bytes of each part while it is entered, and their peak.
 
     Args:
-        cuda: count as a card with the Triton kernels would: else as a CPU with the references.
+        cuda: whether to count as for a GPU with the Triton kernels; otherwise as for a CPU with the references.
 
     Attributes:
-        live: bytes by part.
-        peak: bytes by part at the moment of the most bytes since :meth:`restart`.
+        live: live bytes by part.
+        peak: bytes by part at the moment of the most bytes since the last :meth:`restart`.
     """
 
     def __init__(self, *, cuda: bool) -> None:
@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
         self._part = "other"
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._weights: set[int] = set()
-        self._instead: dict[Any, Callable[..., Any]] = {
+        self._replacements: dict[Any, Callable[..., Any]] = {
             torch.ops.videor1.prefix_attention.default: self._attention,
             torch.ops.videor1.prefix_attention_backward.default: self._attention_backward,
             torch.ops.videor1.linear_logprob.default: self._logprob,
@@ -65,21 +65,21 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled: without this torch wraps every call, which doubles the time
+        return False  # Nothing here is compiled. Otherwise torch wraps every call, which doubles the time.
 
     @property
     def total(self) -> int:
-        """Bytes that are live."""
+        """The live bytes of all parts."""
         return self._total
 
     def restart(self) -> None:
-        """Look for a new peak from here on."""
+        """Start to look for a new peak."""
         self._most = 0
-        self._see()
+        self._update_peak()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is allocated inside counts as ``name``."""
+        """Count what is allocated inside the context as the part ``name``."""
         before, self._part = self._part, name
         try:
             yield
@@ -87,14 +87,19 @@ class Ledger(TorchDispatchMode):
             self._part = before
 
     def hold(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Count these as ``name``; a weight's casts to other dtypes are then known as such."""
+        """Count tensors as the part ``name``. Casts of the tensors of ``weights`` are later counted as such."""
         for tensor in tensors:
             self._add(tensor, name)
             if name == "weights":
                 self._weights.add(_key(tensor))
 
     def watch(self, model: nn.Module, parts: dict[str, nn.Module]) -> None:
-        """Name the modules' forward passes, and the gradients of the model's parameters."""
+        """Count the forward passes of modules as parts, and the gradients of the model's parameters as ``gradients``.
+
+        Args:
+            model: the model whose gradients are counted.
+            parts: modules of the model by the name of their part.
+        """
         for name, module in parts.items():
             stack: list[str] = []
 
@@ -109,29 +114,34 @@ class Ledger(TorchDispatchMode):
             module.register_forward_hook(leave, always_call=True)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._is_gradient)
+                parameter.register_post_accumulate_grad_hook(self._count_gradient)
 
     def workspace(self, size: int, name: str | None = None) -> None:
-        """Memory that is taken and given back inside one operator, beside its outputs."""
-        self._see(size, name or self._part)
+        """Count memory that an operator allocates and frees again beside its outputs.
+
+        Args:
+            size: bytes.
+            name: its part; default: the current part.
+        """
+        self._update_peak(size, name or self._part)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:  # the most frequent by far, and FakeTensor takes long for it
+        if func is torch.ops.prim.device.default:  # This is the most frequent call by far, and FakeTensor is slow.
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        if func in self._instead:
-            return self._instead[func](*args)
+        if func in self._replacements:
+            return self._replacements[func](*args)
         out = func(*args, **(kwargs or {}))
         if func.is_view and (not isinstance(out, Tensor) or _key(out) == _key(args[0])):
-            return out  # a list is often of thousands of windows
-        # In inference mode nothing takes `to` apart before it comes here; its schema says view, and it may copy.
+            return out  # A list of views often holds thousands of windows, so its tensors are not visited.
+        # In inference mode `to` arrives here undecomposed. Its schema says that it returns a view, but it may copy.
         cast = func.overloadpacket in _CASTS and _key(args[0]) in self._weights
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._add(value, "weights cast" if cast else self._part)
         if str(func) == "mkldnn._linear_pointwise.default" and not args[0].is_contiguous():
-            self.workspace(args[0].nbytes)  # oneDNN's product copies such an operand
+            self.workspace(args[0].nbytes)  # oneDNN's product copies an operand that is not contiguous.
         return out
 
     def _add(self, tensor: Tensor, name: str) -> None:
@@ -142,18 +152,20 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         if self.cuda:
             size = -(-size // CUDA_ROUNDING) * CUDA_ROUNDING
-        self._storages[key] = weakref.ref(storage, functools.partial(self._gone, key)), size, name
+        self._storages[key] = weakref.ref(storage, functools.partial(self._remove, key)), size, name
         self.live[name] += size
         self._total += size
-        self._see()
+        self._update_peak()
 
-    def _gone(self, key: int, _reference: Any) -> None:
+    def _remove(self, key: int, _reference: Any) -> None:
+        """Stop counting a storage that was freed."""
         _, size, name = self._storages.pop(key)
         self.live[name] -= size
         self._total -= size
         self._weights.discard(key)
 
-    def _is_gradient(self, parameter: Tensor) -> None:
+    def _count_gradient(self, parameter: Tensor) -> None:
+        """Count the gradient of a parameter as ``gradients`` instead of the part that was current when it was made."""
         assert parameter.grad is not None
         key = _key(parameter.grad)
         reference, size, name = self._storages[key]
@@ -161,7 +173,8 @@ class Ledger(TorchDispatchMode):
         self.live[name] -= size
         self.live["gradients"] += size
 
-    def _see(self, more: int = 0, name: str = "other") -> None:
+    def _update_peak(self, more: int = 0, name: str = "other") -> None:
+        """Record a new peak if the live bytes and ``more`` bytes of the part ``name`` exceed the last."""
         if self._total + more > self._most:
             self._most = self._total + more
             self.peak = {part: size for part, size in self.live.items() if size}
@@ -173,7 +186,7 @@ class Ledger(TorchDispatchMode):
     ) -> tuple[Tensor, Tensor]:
         layout = attention_ops._layout(prompts, counts, completions, q.device)
         with self:
-            if self._attention_kernel(q, k, v):
+            if self._uses_attention_kernel(q, k, v):
                 return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
             out, lse = attention_reference.forward(q, k, v, layout, scale)
             return out.contiguous(), lse
@@ -184,7 +197,7 @@ class Ledger(TorchDispatchMode):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         layout = attention_ops._layout(prompts, counts, completions, q.device)
         with self:
-            if self._attention_kernel(q, k, v):
+            if self._uses_attention_kernel(q, k, v):
                 dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
                 slots = key_items(layout, KEY_BLOCK)[2]
                 self.workspace(lse.nbytes + slots * 2 * k.shape[1] * KEY_BLOCK * k.shape[2] * 4)
@@ -192,9 +205,12 @@ class Ledger(TorchDispatchMode):
                 dq, dk, dv = attention_reference.backward(grad, q, k, v, out, lse, layout, scale)
             return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
-    def _attention_kernel(self, *inputs: Tensor) -> bool:
-        """Whether a card's Triton kernel takes these; its reference works through the scores of some queries at once,
-        where a CPU's, which is what runs here, keeps none."""
+    def _uses_attention_kernel(self, *inputs: Tensor) -> bool:
+        """Return whether a GPU would use the Triton kernel for these inputs.
+
+        If a GPU would use the reference instead, its scores of several queries at a time are counted as a workspace.
+        The reference runs here as on a CPU, where it keeps no scores.
+        """
         if not self.cuda:
             return False
         kernel = inputs[0].shape[2] <= MOST_D and all(x.dtype.itemsize == 2 for x in inputs)
@@ -242,7 +258,7 @@ class Ledger(TorchDispatchMode):
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs[1] else None
         chunk = chunk_rows(rows, vocabulary)
-        # The logits, which become their own gradient; of the same rows the hidden states and their fp32 gradient.
+        # A chunk of rows needs its logits, which become their own gradient, its hidden states and their fp32 gradient.
         self.workspace(_logits_bytes(rows, vocabulary) + chunk * width * (hidden.dtype.itemsize + 4 * needs[0]))
         return d_hidden, d_weight
 
@@ -253,16 +269,19 @@ def _loss_reference(
     _, entropy, lse = head_reference.forward(hidden, weight, labels, bias, temperature)
     if not any(needs):
         return None, None
-    every = (labels != IGNORED).float()  # every token has a gradient: the most memory
+    grad_logp = (labels != IGNORED).float()  # Every token has a gradient, which takes the most memory.
     d_hidden, d_weight, _ = head_reference.backward(
-        every, None, hidden, weight, labels, bias, temperature, entropy, lse, needs
+        grad_logp, None, hidden, weight, labels, bias, temperature, entropy, lse, needs
     )
     return d_hidden, d_weight
 
 
 @contextlib.contextmanager
 def _without_pointers() -> Iterator[None]:
-    """The CPU's own product of bf16 matrices is C++ that reads memory: its result alone stands for it."""
+    """Replace the CPU's product of bf16 matrices by a function that only allocates its result.
+
+    The product is C++ code that reads memory, which fake tensors do not have.
+    """
     real = tiles.bf16_product
     stand_in = None if real() is None else lambda a, b: a.new_empty(len(a), len(b), dtype=torch.float32)
     tiles.bf16_product = lambda: stand_in

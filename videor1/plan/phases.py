@@ -1,5 +1,7 @@
-"""One optimizer step of the trainer, phase by phase, on whatever tensors the model is made of: fake ones for a plan,
-real ones to check a plan. The passes are the trainer's own; the batch is made up."""
+"""Run one optimizer step of the trainer phase by phase: on fake tensors for a plan, on real tensors to check a plan.
+
+The passes are the trainer's own, and the batch is artificial.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,24 @@ from videor1.model.features import prompt_features
 from videor1.plan.setup import Work
 from videor1.training.passes import completion_logp, tgrpo_loss
 
-# (prompts' ordered features, their shuffled ones) -> the answers are there
-Answer = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+# Generates the completions of all prompts, from (their features in order, their shuffled features).
+Generate = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What an optimizer step needs."""
+    """The objects that an optimizer step needs."""
 
     config: TrainConfig
     model: VideoLM
-    frozen: VideoLM | None
+    frozen: VideoLM | None  # the reference model, where it is a model of its own
     optimizer: torch.optim.Optimizer
     work: Work
-    answer: Answer  # the engine
+    answer: Generate  # the rollout engine
 
 
 def first_update(step: TrainingStep) -> None:
-    """Makes the optimizer's states, as the first update of a run does; afterwards a run is in its steady state."""
+    """Create the optimizer's states, as the first update of a run does. The run is then in its steady state."""
     for parameter in step.model.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
@@ -41,8 +43,11 @@ def first_update(step: TrainingStep) -> None:
 
 
 def run_step(step: TrainingStep, phase: Callable[[str], AbstractContextManager[None]]) -> None:
-    """The phases of a step in the steady state, each inside ``phase(name)``: rollout (of the local engine), reference
-    (where there is a KL term), policy (one forward and backward pass, two where a step has several), optimizer."""
+    """Run the phases of a step in the steady state, each inside the context ``phase(name)``.
+
+    The phases are ``rollout`` (of the local engine), ``reference`` (if there is a KL term), ``policy`` (one forward and
+    backward pass, or two if a step has several) and ``optimizer``.
+    """
     config, model, row = step.config, step.model, step.work.row
     local = config.rollout.engine == "local"
     ordered: list[Tensor] = []
@@ -59,7 +64,7 @@ def run_step(step: TrainingStep, phase: Callable[[str], AbstractContextManager[N
             )
     advantages = torch.ones(len(row.layout.cu_completions) - 1, device=model.device)
     with phase("policy"):
-        for _ in range(min(2, step.work.rows)):  # from the second on the gradients are there before the pass
+        for _ in range(min(2, step.work.rows)):  # From the second pass on, gradients are allocated before the pass.
             result = tgrpo_loss(
                 model, row, advantages, config, num_tokens=step.work.batch_tokens, ref_logp=ref_logp, features=features,
             )  # fmt: skip
@@ -87,5 +92,5 @@ def _rollout(step: TrainingStep) -> list[Tensor]:
 
 @contextmanager
 def no_phase(name: str) -> Iterator[None]:
-    """For a step that is not watched."""
+    """A context for ``run_step`` that records nothing."""
     yield

@@ -1,7 +1,7 @@
-"""A memory plan of a T-GRPO run: ``python -m videor1.train --plan [options]``. No GPU, no weights, no data.
+"""Plan the memory of a T-GRPO run: ``python -m videor1.train --plan [options]``. It needs no GPU, weights or data.
 
-The trainer's own passes run on fake tensors of the real sizes (``ledger.py``), so a plan knows of every option that
-the passes know of. ``python -m videor1.plan --check`` runs the same passes on real tensors and prints both.
+The trainer's own passes run on fake tensors of the real sizes (``ledger.py``), so a plan reflects every option that
+the passes use. ``python -m videor1.plan --check`` runs the same passes on real tensors and prints both results.
 """
 
 from __future__ import annotations
@@ -33,51 +33,55 @@ from videor1_kernels.linear_logprob.products import product
 from videor1_kernels.sampling import reference as sampling
 
 GIB = 2**30
-CARDS = (24, 48, 80, 141)  # GB, as they are sold: so many GiB less what the driver keeps
-USABLE = 0.98  # of a card's GiB
-SLACK = 0.05  # of the peak: what torch's allocator holds in pieces that fit nothing
-CONTEXT = GIB  # of a process: the CUDA context, loaded kernels, cuBLAS's workspaces, CUDA graphs
-WORKER_CONTEXT = GIB // 2  # of a decode worker on the card
+CARDS = (24, 48, 80, 141)  # sizes of GPUs in GB, as they are sold: so many GiB less what the driver keeps
+USABLE = 0.98  # usable part of a card's GiB
+SLACK = 0.05  # part of the peak that torch's allocator holds in fragments that fit no allocation
+CONTEXT = GIB  # bytes of a process for the CUDA context, loaded kernels, cuBLAS's workspaces and CUDA graphs
+WORKER_CONTEXT = GIB // 2  # bytes of a decode worker's CUDA context
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The moment of a phase's most memory: bytes by part, and those that were live before it."""
+    """The peak of a phase's memory."""
 
     name: str
-    parts: dict[str, int]
-    before: int
+    parts: dict[str, int]  # bytes by part at the peak
+    before: int  # bytes that were live before the phase
 
     @property
     def bytes(self) -> int:
+        """All bytes at the peak."""
         return sum(self.parts.values())
 
     @property
     def beyond(self) -> int:
-        """What the phase adds to what was there."""
+        """The bytes that the phase adds to those that were live before it."""
         return self.bytes - self.before
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the memory of a run goes, in bytes: one process, in the steady state, every video and every answer of the
-    full length. Held-out evaluations and the writing of checkpoints are not in it."""
+    """The memory of a run in bytes: of one process, in the steady state.
+
+    Every video and every completion has its full length. Held-out evaluations and the writing of checkpoints are not
+    included.
+    """
 
     model: str
-    settings: str
-    parameters: dict[str, int]  # by part of the model
-    trainable: int  # parameters
-    prompts: int  # of a step
+    settings: str  # the options with the most effect, in words
+    parameters: dict[str, int]  # number of parameters by part of the model
+    trainable: int  # number of trainable parameters
+    prompts: int  # prompts of a step
     prompt_tokens: int
-    media_tokens: int  # of a prompt's
-    answers: tuple[int, int]  # from ordered frames, from shuffled ones
-    answer_tokens: int
+    media_tokens: int  # the tokens of a prompt that stand for its video
+    answers: tuple[int, int]  # completions of a prompt (from frames in order, from shuffled frames)
+    answer_tokens: int  # tokens of a completion
     rows: int  # packed rows of a step
-    row_tokens: int  # of the longest
-    kv: int  # of the rollout's cache
+    row_tokens: int  # tokens of the longest row
+    kv: int  # bytes of the rollout's KV cache
     phases: tuple[Phase, ...]
-    slack: float
-    context: int
+    slack: float  # part of the peak that is added for the allocator
+    context: int  # bytes of the CUDA contexts
 
     @property
     def binding(self) -> Phase:
@@ -86,33 +90,35 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Allocated bytes."""
+        """The largest number of allocated bytes."""
         return self.binding.bytes
 
     @property
     def total(self) -> int:
-        """What the process takes of a card."""
+        """The bytes that the process takes of a GPU's memory."""
         return int(self.peak * (1 + self.slack)) + self.context
 
     def fits(self, card: int) -> bool:
-        """Whether a card of so many GB is enough."""
+        """Return whether a GPU of ``card`` GB has enough memory."""
         return self.total <= card * GIB * USABLE
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan with its derived values, in a form that JSON can hold."""
         derived = {"binding": self.binding.name, "peak": self.peak, "total": self.total}
         return asdict(self) | derived | {"fits": {str(card): self.fits(card) for card in CARDS}}
 
 
 def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tokens: int = TEXT_TOKENS) -> Plan:
-    """The memory plan of ``config``.
+    """Return the memory plan of a run.
 
     Args:
-        config: the options of the run; ``device: cpu`` plans for a CPU, all else for a card.
-        shape: the model's configuration; None: that of ``config.model_name_or_path``.
-        text_tokens: of a prompt, beside its video.
+        config: the options of the run; ``device: cpu`` plans for a CPU, any other device for a GPU.
+        shape: the model's configuration; default: that of ``config.model_name_or_path``.
+        text_tokens: text tokens of a prompt, beside its video.
 
     Raises:
-        ConfigError: the model is unknown, the options let no such prompt through, or share the work among processes.
+        ConfigError: the model is unknown, the options reject prompts of the planned length, or they distribute the run
+            over several processes.
     """
     if config.distributed.engine != "none":
         raise ConfigError(f"--plan: expected distributed.engine none (one process), got {config.distributed.engine}")
@@ -139,7 +145,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
     work = make_work(config, model, patches, text_tokens)
     optimizer = make_optimizer(model.trainable(), config)
     for group in optimizer.param_groups:
-        group["foreach"] = target.cuda  # torch's own choice there, which costs a temporary of the parameters' size
+        group["foreach"] = target.cuda  # torch's default on a GPU, which allocates a temporary of the parameters' size
     capacity = _capacity(config, model, work)
     engine = _FakeEngine(config, model, work, capacity, ledger, fake)
     step = TrainingStep(config, model, frozen, optimizer, work, engine)
@@ -154,7 +160,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
         phases.append(Phase(name, dict(sorted(ledger.peak.items(), key=lambda part: -part[1])), before))
 
     with warnings.catch_warnings(), ledger:
-        warnings.simplefilter("ignore")  # of autocast and of checkpointing, which the run itself will give
+        warnings.simplefilter("ignore")  # The run itself will give the warnings of autocast and of checkpointing.
         with ledger.part("optimizer states"):
             first_update(step)
         run_step(step, phase)
@@ -179,12 +185,12 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
 
 
 def count_parameters(model: VideoLM) -> dict[str, int]:
-    """Parameters by part; a head that is the embedding counts once."""
+    """Count the parameters by part of the model. A head that is tied to the embedding is counted once."""
     hf = model.hf
     adapters = {name for name, _ in hf.named_parameters() if ".lora_" in name}
     head, embedding = hf.lm_head.weight, hf.get_input_embeddings().weight
     counts = {"language model": 0, "embedding": 0, "head": 0, "vision tower": 0, "adapters": 0}
-    for name, parameter in hf.named_parameters():  # a shared one comes once
+    for name, parameter in hf.named_parameters():  # This yields a shared parameter once.
         if name in adapters:
             part = "adapters"
         elif parameter is embedding:
@@ -214,7 +220,7 @@ def _capacity(config: TrainConfig, model: VideoLM, work: Work) -> Capacity:
 
 @dataclass(frozen=True)
 class _FakeEngine:
-    """The rollout's memory: the cache, the largest prefill, and a decode step's logits."""
+    """Stands for the rollout engine: it allocates the KV cache, the largest prefill and the logits of a decode step."""
 
     config: TrainConfig
     model: VideoLM
@@ -226,10 +232,11 @@ class _FakeEngine:
     def __call__(self, ordered: Sequence[Tensor], shuffled: Sequence[Tensor]) -> None:
         model, ledger, capacity = self.model, self.ledger, self.capacity
         prompt = self.work.prompts[0]
-        with self.fake, ledger, ledger.part("KV cache"):  # the ledger innermost: it sees what the mode makes
+        # The ledger is entered after the fake mode, so that it sees the tensors that the mode makes.
+        with self.fake, ledger, ledger.part("KV cache"):
             cache = torch.empty(capacity.bytes, dtype=torch.uint8)
         length = len(prompt.input_ids)
-        # Branches whose prompts go through the model together.
+        # The number of branches whose prompts are prefilled together.
         count = max(1, min(capacity.prefix_tokens, PREFILL_TOKENS) // length)
         features = [f for pair in zip(ordered, shuffled or ordered, strict=True) for f in pair][:count]
         count = min(count, len(features))
@@ -237,7 +244,8 @@ class _FakeEngine:
         positions, first = model.positions(prompt)
         with model.inference(), model.autocast():
             head = model.head_weight
-            decoder = Decoder(model, range(first, first + self.config.max_completion_length))  # its rotary tables
+            # The decoder allocates its rotary tables.
+            decoder = Decoder(model, range(first, first + self.config.max_completion_length))
             hidden = model.hidden_states(
                 prompt.input_ids.repeat(count),
                 layout.text_positions([positions] * count, [first] * count),
@@ -250,14 +258,14 @@ class _FakeEngine:
         del cache, head, decoder
 
     def _decode(self, head: Tensor) -> None:
-        rows, vocabulary = self.capacity.slots, len(head)
+        sequences, vocabulary = self.capacity.slots, len(head)
         if self.ledger.cuda:
-            # fp32 logits; with CUDA graphs once more, in the graphs' own pool.
-            self.ledger.workspace(rows * vocabulary * 4 * (2 if self.config.rollout.cuda_graphs else 1))
+            # The logits are fp32. With CUDA graphs there is a second copy in the graphs' own memory pool.
+            self.ledger.workspace(sequences * vocabulary * 4 * (2 if self.config.rollout.cuda_graphs else 1))
             return
-        logits = product(head.new_empty(rows, head.shape[1]), head.T)
+        logits = product(head.new_empty(sequences, head.shape[1]), head.T)
         options = sampling.SampleTokensOptions(self.config.temperature, self.config.top_p, 0)
-        sampling.sample_tokens(logits, logits.new_empty(rows), None, options)
+        sampling.sample_tokens(logits, logits.new_empty(sequences), None, options)
 
 
 def _settings(config: TrainConfig, target: Target) -> str:

@@ -1,4 +1,4 @@
-"""What a memory plan is made of: a model of the real sizes without weights, and the prompts of one optimizer step."""
+"""Build the inputs of a memory plan: a model of the real sizes without weights, and the prompts of a step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from videor1.video.patches import num_media_tokens
 from videor1_kernels import plan_rows
 from videor1_kernels.frames_to_patches import PATCH, PATCH_COLUMNS
 
-TEXT_TOKENS = 200  # of a prompt: the chat's frame, the question with its options, the instruction
-LONGEST_SECONDS = 7200.0  # of a video: positions follow its time, and rotary tables the largest position
-FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # (height, width): the usual
+TEXT_TOKENS = 200  # text tokens of a prompt: the chat template, the question with its options, the instruction
+LONGEST_SECONDS = 7200.0  # longest video; its duration sets the largest position and so the size of rotary tables
+FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # usual frame sizes (height, width)
 
-# hidden, layers, heads, key heads, intermediate, vocabulary, whether the head is the embedding
+# (hidden size, layers, heads, key heads, intermediate size, vocabulary, whether the head is tied to the embedding)
 SIZES = {
     "3b": (2048, 36, 16, 2, 11008, 151936, True),
     "7b": (3584, 28, 28, 4, 18944, 152064, False),
@@ -42,11 +42,14 @@ KNOWN = {"Qwen/Qwen2.5-VL-3B-Instruct": "3b", "Qwen/Qwen2.5-VL-7B-Instruct": "7b
 
 
 def shape_of(source: str | None) -> Qwen2_5_VLConfig:
-    """The sizes of the model that ``source`` names: a folder or hub id, of which config.json alone is read; 3b or 7b,
-    or the published names of these, for which nothing is; None: the demonstration's.
+    """Return the configuration of a model.
+
+    Args:
+        source: a folder or hub id, of which only config.json is read; ``3b`` or ``7b`` or their published names, for
+            which nothing is read; or None for the demonstration's model.
 
     Raises:
-        ConfigError: no such model, or another kind of model.
+        ConfigError: there is no such model, or it is not a Qwen2.5-VL.
     """
     if source is None:
         return make_config(make_tokenizer())
@@ -85,24 +88,25 @@ def _qwen(
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for, and how the trainer would run there."""
+    """The kind of device that is planned for, and the precision that the trainer would use on it."""
 
     cuda: bool
     bf16: bool
 
     @staticmethod
     def of(config: TrainConfig) -> Target:
-        """A card, unless ``device`` says cpu: whether this machine has one does not matter."""
+        """Return the target of a run: a GPU unless ``device`` is cpu, whether or not this machine has a GPU."""
         cuda = config.device != "cpu"
         return Target(cuda, cuda if config.bf16 is None else config.bf16)
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """The dtype of the passes."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
 def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
-    """The model as :func:`~videor1.model.load_model` makes it, with random weights, or on ``meta`` without any."""
+    """Return the model as :func:`~videor1.model.load_model` does, with random weights or, on ``meta``, without any."""
     dtype = torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32
     model = _wrap(shape, dtype, target.bf16, device, config.model.positions)
     with torch.device(device):
@@ -113,7 +117,7 @@ def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, d
 def build_reference(
     shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str
 ) -> VideoLM | None:
-    """The frozen copy for the KL term, where there is one."""
+    """Return the frozen copy of the model for the KL term; None if there is no KL term, or LoRA needs no copy."""
     if not config.beta or config.lora.rank:
         return None
     model = _wrap(shape, target.compute_dtype, False, device, config.model.positions)
@@ -122,7 +126,7 @@ def build_reference(
 
 
 def make_fake(model: VideoLM, mode: FakeTensorMode) -> None:
-    """Put fake tensors of a CPU in the places of a model's meta tensors, on which autocast does not work."""
+    """Replace the meta tensors of a model by fake tensors of a CPU, because autocast does not work on meta tensors."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -147,8 +151,11 @@ _WINDOWS = "videor1_plan"
 
 
 def _window_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-    """transformers' sdpa. The tower calls it once a window, thousands of times a pass: without gradients nothing of it
-    stays but the result."""
+    """Compute transformers' sdpa attention, or without gradients only allocate its result.
+
+    The vision tower calls this once for each window, thousands of times in a pass. Without gradients, only the result
+    stays allocated.
+    """
     if torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, *args, **options)
     _, heads, tokens, width = query.shape
@@ -156,33 +163,36 @@ def _window_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *a
 
 
 def _wrap(
-    shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str, asked: PositionRule | None
+    shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str, chosen: PositionRule | None
 ) -> VideoLM:
     tokenizer = make_tokenizer()
     config, ids = type(shape).from_dict(shape.to_dict()), special_ids(tokenizer)
-    config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad  # this tokenizer stands for its own
+    # The demonstration's tokenizer stands for the model's own, so the model gets its token ids.
+    config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad
     with torch.device(device):
         hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    rule = asked or trained_rule("plan", getattr(shape, RECORD, None)) or "paper"
+    rule = chosen or trained_rule("plan", getattr(shape, RECORD, None)) or "paper"
     return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step: its prompts, and the longest of its packed rows with the number of rows."""
+    """The work of one optimizer step: its prompts, and the longest of its packed rows."""
 
     prompts: tuple[Prompt, ...]
-    row: Packed
-    row_groups: tuple[int, ...]  # the prompts of that row
-    rows: int
-    batch_tokens: int  # of all answers
+    row: Packed  # the longest row
+    row_groups: tuple[int, ...]  # indices of the prompts in that row
+    rows: int  # number of packed rows
+    batch_tokens: int  # tokens of all completions
 
     @property
     def prompt_tokens(self) -> int:
+        """The tokens of a prompt."""
         return len(self.prompts[0].input_ids)
 
     @property
     def media_tokens(self) -> int:
+        """The tokens of a prompt that stand for its video."""
         media = self.prompts[0].media
         return 0 if media is None else num_media_tokens(media.grid_thw)
 
@@ -190,15 +200,19 @@ class Work:
 def make_work(
     config: TrainConfig, model: VideoLM, patches: Callable[[int, int], Tensor], text_tokens: int = TEXT_TOKENS
 ) -> Work:
-    """Every video of ``video.max_frames`` frames from two hours at their largest usual size, every answer of
-    ``max_completion_length`` tokens.
+    """Return the largest usual work of a step.
+
+    Every video has ``video.max_frames`` frames over two hours, at the usual frame size that gives the most patches.
+    Every completion has ``max_completion_length`` tokens.
 
     Args:
-        patches: makes uint8 [n, 1176] of them.
-        text_tokens: of a prompt.
+        config: the options of the run.
+        model: the model, whose token ids and positions the packed row uses.
+        patches: makes a uint8 tensor [n, columns] of n patches.
+        text_tokens: text tokens of a prompt.
 
     Raises:
-        ConfigError: no prompt of that size is let through by the options.
+        ConfigError: the options reject prompts of that length.
     """
     grid = largest_grid(config)
     media_tokens = num_media_tokens(grid)
@@ -220,9 +234,9 @@ def make_work(
         Prompt(sample, ids, Media("video", patches(math.prod(grid), PATCH_COLUMNS), grid, seconds, 0.0), draw)
         for draw in range(count)
     )
-    answers = [config.max_completion_length] * config.num_generations
+    completion_lengths = [config.max_completion_length] * config.num_generations
     groups = config.per_device_train_batch_size
-    rows = plan_rows([length] * groups, [answers] * groups, config.max_tokens_per_row)
+    rows = plan_rows([length] * groups, [completion_lengths] * groups, config.max_tokens_per_row)
 
     def tokens(row: list[Any]) -> int:
         return sum(length + len(part.completions) * config.max_completion_length for part in row)
@@ -232,12 +246,12 @@ def make_work(
     row = pack(model, [prompts[p.group] for p in longest_row], [[completion] * len(p.completions) for p in longest_row])
     return Work(
         prompts, row, tuple(p.group for p in longest_row), len(rows) * config.gradient_accumulation_steps,
-        count * sum(answers),
+        count * sum(completion_lengths),
     )  # fmt: skip
 
 
 def largest_grid(config: TrainConfig) -> tuple[int, int, int]:
-    """(T, h, w) in patches of the longest video, at that of the usual frame sizes which gets the most."""
+    """Return the grid (T, h, w) in patches of the longest video, at the usual frame size with the most patches."""
     video = config.video
     low = min(video.max_pixels, VIDEO_MAX_PIXELS) if video.min_pixels is None else video.min_pixels
     cap = video_pixel_cap(low, video.max_pixels)

@@ -1,4 +1,4 @@
-"""A memory plan as text, with the options that would lower its peak."""
+"""Format a memory plan as text, with the options that would lower its peak."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from videor1.rollout.local.kv_cache import MIB
 
 
 def advice(config: TrainConfig, made: Plan) -> list[str]:
-    """Options that would lower the peak of the phase that binds, the most effective first, with what they free."""
+    """Return options that would lower the peak of the binding phase, the most effective first, with what they free."""
     parts, found = made.binding.parts, []
 
     def gib(*names: str) -> int:
@@ -33,7 +33,7 @@ def advice(config: TrainConfig, made: Plan) -> list[str]:
 
 
 def table(made: Plan) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     names = list(dict.fromkeys(name for phase in made.phases for name in phase.parts))
     names.sort(key=lambda name: -max(phase.parts.get(name, 0) for phase in made.phases))
     width = max(map(len, [*names, "the phase's most"])) + 2
@@ -66,7 +66,7 @@ def table(made: Plan) -> str:
 
 
 def print_plan(config: TrainConfig) -> int:
-    """``--plan`` of the command line; returns its exit code."""
+    """Print the plan of a run for ``--plan`` and return the exit code."""
     made = plan(config)
     print(table(made))
     missing = [card for card in CARDS if not made.fits(card)]

@@ -1,4 +1,4 @@
-"""``python -m videor1.report RUN [RUN ...]``: the report of one or several runs as one HTML page."""
+"""Write the report of one or several runs as an HTML page: ``python -m videor1.report RUN [RUN ...]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from videor1.report import write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m videor1.report",
         description="Write one HTML page about a run, finished or in progress, or about several to compare them: "

@@ -1,4 +1,4 @@
-"""A row of rollouts.jsonl as what the page shows of it."""
+"""Turn rows of rollouts.jsonl into cards: what the page shows of a rollout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from videor1.answer import extract_answer
 from videor1.report.choose import choose_lines
 from videor1.report.run import Run
 
-# Characters that would hide, or turn round, what stands beside them: controls, direction marks, lone surrogates.
+# Characters that hide or reorder the text beside them: control characters, direction marks and lone surrogates.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -20,12 +20,15 @@ _TURN = re.compile(r"<\|im_(?:start|end)\|>")
 
 
 def visible(text: object) -> str:
-    """The text, with hidden characters written out: ``[U+202E]``. Tabs and line ends stay."""
+    """Return the text with hidden characters written out, as in ``[U+202E]``. Tabs and line ends are kept."""
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(text))
 
 
 def cards_of(run: Run, count: int, problems: list[str]) -> list[dict[str, Any]]:
-    """At most ``count`` rollouts of a run, its ranks in turn; what cannot be shown is added to ``problems``."""
+    """Return the cards of at most ``count`` rollouts of a run, an equal share from each rank.
+
+    A note about each file with rows that cannot be shown is added to ``problems``.
+    """
     cards: list[dict[str, Any]] = []
     files = run.rollout_files
     for i, file in enumerate(files):
@@ -46,27 +49,31 @@ def cards_of(run: Run, count: int, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
-    """What the page needs of a row. Raises KeyError, TypeError or ValueError for a row that is not one."""
+    """Return the card of a row of rollouts.jsonl.
+
+    Raises:
+        KeyError, TypeError, ValueError: the row does not have the form of a rollout.
+    """
     accuracy = [float(value) for value in row["accuracy"]]
     count = len(accuracy)
     above = float(run.option("reward.correct_above") or 0.0)
     right = sum(value > above for value in accuracy)
-    texts = _same(row["completions"], count)
-    finished = _same(row.get("finished") or [None] * count, count)
-    tokens, logps = (_same(row.get(name) or [None] * count, count) for name in ("tokens", "logps"))
+    texts = _check_list(row["completions"], count)
+    finished = _check_list(row.get("finished") or [None] * count, count)
+    tokens, logps = (_check_list(row.get(name) or [None] * count, count) for name in ("tokens", "logps"))
     columns = (_numbers(row[name], count) for name in ("format", "lengths", "rewards", "advantages"))
-    answers = []
+    completions = []
     for i, (form, length, reward, advantage) in enumerate(zip(*columns, strict=True)):
-        answer: dict[str, Any] = {
+        completion: dict[str, Any] = {
             "accuracy": accuracy[i], "right": accuracy[i] > above, "format": form, "length": length, "reward": reward,
             "advantage": advantage, "cut": finished[i] is False,
         }  # fmt: skip
         if tokens[i] is None:
-            answer["text"] = visible(texts[i])
+            completion["text"] = visible(texts[i])
         else:
-            answer["tokens"] = [visible(token) for token in tokens[i]]
-            answer["logps"] = _numbers(logps[i] or [None] * len(tokens[i]), len(tokens[i]))
-        answers.append(answer)
+            completion["tokens"] = [visible(token) for token in tokens[i]]
+            completion["logps"] = _numbers(logps[i] or [None] * len(tokens[i]), len(tokens[i]))
+        completions.append(completion)
     order = row["permutation"]
     return {
         "step": int(row["step"]),
@@ -78,7 +85,7 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
         "options": [visible(option) for option in row.get("options") or []],
         "solution": visible(extract_answer(row["solution"]) or row["solution"]),
         "permutation": None if order is None else [int(i) for i in order],
-        "answers": answers,
+        "answers": completions,
         "right": "all" if right == count else "some" if right else "none",
         "count": [right, count],
         "above": above,
@@ -87,40 +94,49 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
 
 
 def _shuffled(row: dict[str, Any], accuracy: Sequence[float], above: float) -> dict[str, Any]:
-    """The branch of the shuffled frames, and the bonus."""
+    """Return the part of a card about the completions from shuffled frames, with the temporal bonus."""
     texts, known = row["shuffled_completions"], [a for a in row["shuffled_accuracy"] if a is not None]
-    # Older files do not say how many were asked for: of a video as many as there are places.
-    asked = row.get("shuffled_asked", len(row["shuffled_accuracy"]) if row["permutation"] is not None else 0)
-    whole = asked and len(known) == asked
+    # Older files do not say how many completions were requested. For a video there is one accuracy, known or null, for
+    # each of them.
+    requested = row.get("shuffled_asked", len(row["shuffled_accuracy"]) if row["permutation"] is not None else 0)
+    all_known = requested and len(known) == requested
     return {
-        "asked": asked,
+        "asked": requested,
         "shuffled": [
             {"text": visible(text), "accuracy": float(value), "right": value > above}
-            for text, value in zip(texts, _same(known, len(texts)), strict=True)
+            for text, value in zip(texts, _check_list(known, len(texts)), strict=True)
         ],
         "p": sum(accuracy) / len(accuracy),
-        "p_shuffled": sum(known) / len(known) if whole else None,
-        "bonus": None if not asked or row["temporal"] is None else float(row["temporal"]),
+        "p_shuffled": sum(known) / len(known) if all_known else None,
+        "bonus": None if not requested or row["temporal"] is None else float(row["temporal"]),
     }
 
 
-def _same(values: Any, count: int) -> list[Any]:
+def _check_list(values: Any, count: int) -> list[Any]:
+    """Return ``values``, and raise a ValueError unless it is a list of ``count`` values."""
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"expected a list of {count}, got {values!r:.60}")
     return values
 
 
 def _numbers(values: Any, count: int) -> list[float | None]:
-    return [None if value is None else float(value) for value in _same(values, count)]
+    return [None if value is None else float(value) for value in _check_list(values, count)]
 
 
 def _question(prompt: str) -> str:
-    """Of a file that holds the prompt alone: without the marks of the chat and the media."""
+    """Return the question of a prompt, without the tokens of the chat template and the media.
+
+    Older files hold only the prompt and not the question.
+    """
     return _TURN.sub("", _VISION.sub("", prompt)).strip().removeprefix("user").removesuffix("assistant").strip()
 
 
 def media_path(card: dict[str, Any], run: Run) -> Path | None:
-    """Where a rollout's media file is, None for a text. Raises ValueError outside of the run's data.root."""
+    """Return the path of a rollout's media file, or None for a question without media.
+
+    Raises:
+        ValueError: the path lies outside of the run's ``data.root``.
+    """
     if card["path"] is None:
         return None
     path, root = Path(card["path"]), run.option("data.root")

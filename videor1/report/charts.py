@@ -1,4 +1,4 @@
-"""The charts of the report as plotly figures."""
+"""Draw the charts of the report as plotly figures."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from videor1.report.metrics import Series, combine
 from videor1.report.panels import CHARTS, PHASE_LABELS, Chart
 from videor1.report.run import Run
 
-# Each at least 3:1 against white and against the dark background.
+# Each color has a contrast of at least 3:1 against white and against the dark background.
 COLORS = ("#3b7dd8", "#d9660a", "#0f9d76", "#9457eb", "#d6336c", "#0891b2", "#a16207", "#6b7280")
 DASHES = ("solid", "dash", "dot")
 DASH_NAMES = ("solid", "dashed", "dotted")
 PATTERN = {"fillmode": "overlay", "fgcolor": "rgba(255,255,255,0.55)", "size": 7, "solidity": 0.25}
-POINTS = 2000  # of a series at most
+POINTS = 2000  # most points of a series
 
 
 def charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """({id, title, note, summary, figure} of each chart that has values in one of the runs, titles of the others)."""
+    """Draw every chart that has values in at least one of the runs.
+
+    Returns:
+        ({id, title, note, summary, figure} of each of these charts, titles of the charts without values).
+    """
     made, empty = [], []
     for chart in CHARTS:
         present = [run for run in runs if any(len(run.metrics[name]) for name, _ in chart.lines)]
@@ -51,7 +55,7 @@ def charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def points(runs: int) -> int:
-    """Points of a series at most, with so many runs on the page."""
+    """Return the largest number of points of a series on a page with so many runs."""
     return max(200, min(POINTS, 8000 // runs))
 
 
@@ -60,7 +64,7 @@ def _entry(id: str, title: str, note: str, summary: str, figure: go.Figure) -> d
 
 
 def _summary(chart: Chart, runs: Sequence[Run], several: bool) -> str:
-    """The chart in words, first and last values."""
+    """Describe a chart in words, by the first and last value of each line."""
     parts = []
     for run in runs:
         for name, label in chart.lines:
@@ -72,24 +76,29 @@ def _summary(chart: Chart, runs: Sequence[Run], several: bool) -> str:
 
 
 def _figure(chart: Chart, runs: Sequence[Run]) -> go.Figure:
-    """A single run has a colour a line; of several, each has a colour and each line a dash, and a click on a run's
-    name in the legend hides all its lines."""
-    figure, several, most = _empty(chart.unit), len(runs) > 1, points(len(runs))
+    """Draw a chart.
+
+    With a single run, each line has a color of its own. With several runs, each run has a color and each line a dash
+    style, and a click on a run's name in the legend hides all lines of the run.
+    """
+    figure, several, most = _empty_figure(chart.unit), len(runs) > 1, points(len(runs))
     for r, run in enumerate(runs):
-        own = chart.lines if several else ()
-        first = next((name for name, _ in own if len(run.metrics[name])), None)  # stands for the run in the legend
+        run_lines = chart.lines if several else ()
+        # The first line with values represents the run in the legend.
+        first = next((name for name, _ in run_lines if len(run.metrics[name])), None)
         if chart.gap:
             upper, lower = (run.metrics[name] for name, _ in chart.lines[:2])
-            _shade(figure, upper, lower, COLORS[r % len(COLORS)], _plain(run) if several else "", most)
+            _shade(figure, upper, lower, COLORS[r % len(COLORS)], _escaped_name(run) if several else "", most)
         for i, (name, label) in enumerate(chart.lines):
             if len(run.metrics[name]):
                 line = {"color": COLORS[(r if several else i) % len(COLORS)], "dash": DASHES[i % len(DASHES)]}
                 names: dict[str, Any] = {"name": label, "legendgroup": label}
                 if several:
-                    full = f"{_plain(run)}: {label}" if len(own) > 1 else _plain(run)
-                    names = {"name": full, "legendgroup": _plain(run), "showlegend": name == first}
+                    run_name = _escaped_name(run)
+                    full = f"{run_name}: {label}" if len(run_lines) > 1 else run_name
+                    names = {"name": full, "legendgroup": run_name, "showlegend": name == first}
                 _line(figure, run.metrics[name], line, names, most, chart.smooth)
-    if several:  # the legend's names are the runs'
+    if several:  # The legend shows the names of the runs.
         figure.for_each_trace(lambda trace: trace.update(name=trace.legendgroup) if trace.showlegend else None)
     if chart.share:
         top = max((s.values.max() for run in runs for n, _ in chart.lines if len(s := run.metrics[n])), default=1.0)
@@ -102,19 +111,19 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> go.Figure:
 
 
 def _positive(chart: Chart, run: Run) -> bool:
-    """Whether a logarithmic axis shows anything of the run."""
+    """Return whether the run has a positive value, which a logarithmic axis can show."""
     return any((run.metrics[name].values > 0).any() for name, _ in chart.lines)
 
 
-def _plain(run: Run) -> str:
-    """The run's name, so that plotly, which reads some tags, reads none in it."""
+def _escaped_name(run: Run) -> str:
+    """Return the run's name with HTML escaped, because plotly interprets some tags."""
     return html.escape(visible(run.name))
 
 
 def _line(
     figure: go.Figure, series: Series, line: dict[str, Any], names: dict[str, Any], most: int, smooth: bool
 ) -> None:
-    """The points faint and their moving average over them; few points as they are."""
+    """Draw a series: faint points under their moving average, or only the points if there are few."""
     averaged = smooth and series.smooths
     if averaged:
         raw = series.thinned(most)
@@ -130,7 +139,7 @@ def _line(
 
 
 def _shade(figure: go.Figure, upper: Series, lower: Series, color: str, run: str, most: int) -> None:
-    """Between two lines, where both are known."""
+    """Shade the area between two lines where both are known."""
     steps, high, low = combine(upper.smoothed(), lower.smoothed())
     if len(steps) < 2:
         return
@@ -143,7 +152,11 @@ def _shade(figure: go.Figure, upper: Series, lower: Series, color: str, run: str
 
 
 def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Seconds of each phase of a step: stacked areas of one run, a bar a run of several (their medians)."""
+    """Draw the seconds of each phase of a step: stacked areas for one run, or a bar of medians for each of several.
+
+    Returns:
+        The chart as in :func:`charts`, or None if no run measured any phase.
+    """
     phases = [phase for phase in (*PHASES, "other") if any(len(run.metrics[f"seconds/{phase}"]) for run in runs)]
     if not phases:
         return None
@@ -155,7 +168,7 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
     note = "Smoothed, stacked." if len(runs) == 1 else "Medians over the steps."
     if "other" not in phases:
         note += " Only what these phases took was measured, not the whole step."
-    figure = _empty("seconds a step")
+    figure = _empty_figure("seconds a step")
     for i, phase in enumerate(phases):
         name, color = PHASE_LABELS.get(phase, phase), COLORS[i % len(COLORS)]
         if len(runs) == 1:
@@ -166,7 +179,7 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
             )  # fmt: skip
         else:
             figure.add_bar(
-                y=[_plain(run) for run in runs], x=[medians.get((run.name, phase)) for run in runs], name=name,
+                y=[_escaped_name(run) for run in runs], x=[medians.get((run.name, phase)) for run in runs], name=name,
                 orientation="h", hovertemplate="%{x:.3g} s",
                 marker={"color": color, "pattern": PATTERN | {"shape": ("", "/", ".", "x", "\\", "-")[i % 6]}},
             )  # fmt: skip
@@ -188,8 +201,8 @@ def _values(series: Series) -> Any:
     return series.values.astype("float32")
 
 
-def _empty(unit: str) -> go.Figure:
-    """Colours of text and lines are the page's own, set there."""
+def _empty_figure(unit: str) -> go.Figure:
+    """Return a figure with the axes of a chart and no lines. The page's script sets the colors of text and axes."""
     return go.Figure(
         layout={
             "template": "none",

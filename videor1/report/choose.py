@@ -1,4 +1,7 @@
-"""A few lines of a rollouts.jsonl, evenly over the run, whatever its size: by byte offsets, never the whole file."""
+"""Choose a few lines of a rollouts.jsonl evenly over the run.
+
+A large file is read at a few byte offsets and never as a whole.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SCAN = 64 * 2**20  # a file up to this size is read line by line, a larger one only in places
-LOOK = 2 * 2**20  # bytes to look through at a place for a line that holds tokens
-LONGEST = 16 * 2**20  # of a line
+SCAN = 64 * 2**20  # A file up to this size is read line by line, and a larger one only at some offsets.
+LOOK = 2 * 2**20  # bytes to search at an offset for a line that holds tokens
+LONGEST = 16 * 2**20  # most bytes of a line that can be shown
 _TOKENS = b'"tokens": [['
 
 
 @dataclass
 class Chosen:
-    """Lines of one file, in their order."""
+    """The chosen lines of a file, in their order."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    unreadable: int = 0  # lines that were chosen, but are no JSON object
-    too_long: int = 0  # lines that were met, but are above LONGEST
+    unreadable: int = 0  # chosen lines that are not a JSON object
+    too_long: int = 0  # lines that were read and exceed LONGEST
 
 
 def choose_lines(path: Path, count: int) -> Chosen:
-    """At most ``count`` rows: the file is cut into that many stretches of equal size (of equally many lines, in a small
-    file), and of each the first line with tokens is taken, else the first. A last line without its end is left out."""
+    """Choose at most ``count`` rows of a file.
+
+    The file is divided into ``count`` stretches of equal size (of equally many lines, if the file is small). The first
+    line with tokens of each stretch is chosen, or its first line if none has tokens. An incomplete last line is left
+    out.
+    """
     chosen = Chosen()
     if count < 1 or not path.exists():
         return chosen
@@ -45,7 +52,7 @@ def choose_lines(path: Path, count: int) -> Chosen:
 
 
 def _by_lines(file: BinaryIO, count: int, chosen: Chosen) -> list[int]:
-    lines = _whole_lines(file, 0, SCAN + 1, chosen)
+    lines = _complete_lines(file, 0, SCAN + 1, chosen)
     bins: dict[int, list[tuple[int, bool]]] = {}
     for i, line in enumerate(lines):
         bins.setdefault(i * count // max(count, len(lines)), []).append(line)
@@ -56,17 +63,20 @@ def _by_bytes(file: BinaryIO, size: int, count: int, chosen: Chosen) -> list[int
     starts: list[int] = []
     for i in range(count):
         begin = i * size // count
-        if begin:  # from the next line on, unless one begins right here
+        if begin:  # The stretch begins with the next line, unless a line begins exactly at its offset.
             file.seek(begin - 1)
             begin = begin - 1 + len(file.readline(LONGEST))
-        lines = _whole_lines(file, begin, min(LOOK, size // count), chosen)
+        lines = _complete_lines(file, begin, min(LOOK, size // count), chosen)
         if lines and _pick(lines) not in starts:
             starts.append(_pick(lines))
     return starts
 
 
-def _whole_lines(file: BinaryIO, start: int, span: int, chosen: Chosen) -> list[tuple[int, bool]]:
-    """(offset, whether it has tokens) of the lines that begin in the ``span`` bytes after ``start``; at least one."""
+def _complete_lines(file: BinaryIO, start: int, span: int, chosen: Chosen) -> list[tuple[int, bool]]:
+    """Return (offset, whether it has tokens) of each complete line that begins in the ``span`` bytes from ``start``.
+
+    If no line begins there, the next line is returned, if there is one.
+    """
     lines: list[tuple[int, bool]] = []
     file.seek(start)
     at = start

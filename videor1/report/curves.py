@@ -1,4 +1,4 @@
-"""The curves of a run, as one picture beside its metrics."""
+"""Draw the curves of a run into a picture beside its metrics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from videor1.report.metrics import Series, combine, read_metrics
 from videor1.report.panels import LABELS, PHASE_LABELS
 
-DECAY = 0.85  # of the moving averages
+DECAY = 0.85  # decay of the moving averages
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the charts of the picture: the report's, with fewer lines in each, and no notes beside it."""
+    """One chart of the picture. It resembles a chart of the report, with fewer lines and no note."""
 
     title: str
-    names: tuple[str, ...]  # of series
-    gap: bool = False  # shade between the two lines, which are accuracies
-    labels: Mapping[str, str] = field(default_factory=dict)  # in place of the report's
+    names: tuple[str, ...]  # names of the series
+    gap: bool = False  # whether to shade between the two lines, which are accuracies
+    labels: Mapping[str, str] = field(default_factory=dict)  # labels by series that replace those of the report
 
 
 PANELS = (
@@ -39,9 +39,12 @@ PANELS = (
 
 
 def draw_curves(run_dir: Path) -> Path:
-    """Draw reward, p and p~ (the gap shaded), KL, entropy, length and step time into ``curves.png``; returns its path.
+    """Draw reward, p and p~ (with the gap shaded), KL, entropy, length and step time into ``curves.png``.
 
-    Reads metrics.jsonl and works on a run in progress.
+    It reads metrics.jsonl, and also works on a run in progress.
+
+    Returns:
+        The path of the picture.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Series made from those of metrics.jsonl: shares of the shuffled answers, and where the seconds of a step go."""
+"""Derive series from those of metrics.jsonl: shares of the shuffled completions, and the seconds of each phase."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import numpy as np
 
 from videor1.report.metrics import EMPTY, Metrics, Series, combine
 
-PHASES = ("data", "rollout", "reward", "reference", "update")  # of a step, as time/... in metrics.jsonl
-PER_BATCH = PHASES[:4]  # spent once for all updates of a rollout
+PHASES = ("data", "rollout", "reward", "reference", "update")  # phases of a step, named time/... in metrics.jsonl
+PER_BATCH = PHASES[:4]  # phases that run once for all updates of a rollout
 
 
 def with_derived(metrics: Metrics, iterations: int) -> Metrics:
-    """Adds ``share/skipped`` and ``share/stopped`` (of the shuffled answers asked for), ``seconds/<phase>`` and
-    ``seconds/other`` of a step, and ``seconds/step``: the whole step where it was measured (``time/step``), else the
-    sum of its phases.
+    """Add derived series to those of metrics.jsonl.
 
-    ``iterations``: updates per rollout, each of which repeats the rollout's times in its line.
+    These are ``share/skipped`` and ``share/stopped`` (shares of the requested shuffled completions), and the seconds of
+    a step in each phase (``seconds/<phase>``), outside of all phases (``seconds/other``) and in total
+    (``seconds/step``). The total is ``time/step`` if that was measured, else the sum of the phases.
+
+    Args:
+        metrics: the series of metrics.jsonl.
+        iterations: number of updates per rollout; the line of each update repeats the times of the rollout.
     """
     series = dict(metrics.series)
     for name in ("skipped", "stopped"):
-        steps, part, asked = combine(metrics[f"rollout/shuffled_{name}"], metrics["rollout/shuffled_asked"])
-        series[f"share/{name}"] = Series(steps[asked > 0], part[asked > 0] / asked[asked > 0])
+        steps, part, requested = combine(metrics[f"rollout/shuffled_{name}"], metrics["rollout/shuffled_asked"])
+        series[f"share/{name}"] = Series(steps[requested > 0], part[requested > 0] / requested[requested > 0])
     total = EMPTY
     for phase in PHASES:
         seconds = metrics[f"time/{phase}"]
@@ -31,8 +35,8 @@ def with_derived(metrics: Metrics, iterations: int) -> Metrics:
             steps, before, own = combine(total, seconds)
             total = Series(steps, before + own) if len(total) else seconds
             series[f"seconds/{phase}"] = seconds
-    series["seconds/step"] = whole = metrics["time/step"] if len(metrics["time/step"]) else total
-    if whole is not total:
-        steps, known, all_of_it = combine(total, whole)
-        series["seconds/other"] = Series(steps, np.maximum(all_of_it - known, 0))
+    series["seconds/step"] = whole_step = metrics["time/step"] if len(metrics["time/step"]) else total
+    if whole_step is not total:
+        steps, in_phases, in_step = combine(total, whole_step)
+        series["seconds/other"] = Series(steps, np.maximum(in_step - in_phases, 0))
     return dataclasses.replace(metrics, series={name: one for name, one in series.items() if len(one)})

@@ -1,4 +1,4 @@
-"""metrics.jsonl as series of numbers: read line by line, smoothed, and thinned to what a chart can show."""
+"""Read metrics.jsonl line by line into series of numbers, which can be smoothed and thinned for a chart."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from videor1.errors import DataError
 
-SMOOTH_ABOVE = 20  # points: fewer are shown as they are
+SMOOTH_ABOVE = 20  # A series with at most so many points is shown without smoothing.
 
 
 @dataclass(frozen=True)
 class Series:
     """The finite values of one metric."""
 
-    steps: NDArray[np.int64]  # [N], rising
+    steps: NDArray[np.int64]  # [N], strictly increasing
     values: NDArray[np.float64]  # [N]
 
     def __len__(self) -> int:
@@ -36,13 +36,16 @@ class Series:
 
     @property
     def span(self) -> int:
-        """Points that the moving average is over, roughly."""
+        """The approximate number of points that the moving average covers."""
         return max(10, len(self) // 20) if self.smooths else 1
 
     def smoothed(self, decay: float | None = None) -> Series:
-        """Exponential moving average without the bias of its start, of few points the points themselves.
+        """Return the exponential moving average, corrected for the bias of its start.
 
-        ``decay``: by default that of the span, 1 - 2 / (span + 1).
+        A series with few points is returned as it is.
+
+        Args:
+            decay: weight of the past in each step of the average; default: that of the span, 1 - 2 / (span + 1).
         """
         if not self.smooths:
             return self
@@ -52,7 +55,7 @@ class Series:
         return Series(self.steps, sums / weights)
 
     def thinned(self, most: int) -> Series:
-        """At most ``most`` points: of each of equal stretches the lowest and the highest."""
+        """Return at most ``most`` points: the lowest and the highest of each of several equal stretches."""
         if len(self) <= most:
             return self
         edges = np.linspace(0, len(self), max(1, most // 2) + 1).astype(int)
@@ -63,24 +66,25 @@ class Series:
         return self.at(sorted(kept))
 
     def spread(self, most: int) -> Series:
-        """At most ``most`` points, evenly spread, the first and the last among them."""
+        """Return at most ``most`` evenly spread points, which include the first and the last."""
         if len(self) <= most:
             return self
         return self.at(np.linspace(0, len(self) - 1, most).round().astype(int).tolist())
 
     def at(self, indices: list[int]) -> Series:
+        """Return the points with these indices."""
         return Series(self.steps[indices], self.values[indices])
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a metrics.jsonl says."""
+    """The content of a metrics.jsonl. Indexing by a name returns its series, which may be empty."""
 
     series: dict[str, Series] = field(default_factory=dict)
-    lines: int = 0
-    step: int = 0  # the last one with a loss
+    lines: int = 0  # number of lines that were read
+    step: int = 0  # the last step with a loss
     last: dict[str, Any] = field(default_factory=dict)  # the last line with a loss
-    unfinished: bool = False  # the file ends inside a line: it is being written, or the writer was killed
+    unfinished: bool = False  # whether the file ends inside a line (it is being written, or its writer was killed)
 
     def __getitem__(self, name: str) -> Series:
         return self.series.get(name, EMPTY)
@@ -90,9 +94,12 @@ EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 
 
 def read_metrics(path: Path, names: Collection[str]) -> Metrics:
-    """The series called ``names`` of a metrics.jsonl, in memory that holds those alone. Null, NaN and Inf are left out.
+    """Read the series in ``names`` from a metrics.jsonl. Only these are held in memory.
 
-    Raises DataError for a line that is no object with a whole ``step``; a partial last line is ``unfinished``.
+    Values that are null, NaN or infinite are left out. An incomplete last line sets ``unfinished``.
+
+    Raises:
+        DataError: a complete line is not a JSON object with an integer ``step``.
     """
     points: dict[str, tuple[array[int], array[float]]] = {}
     lines, step, last, unfinished = 0, 0, {}, False
@@ -120,7 +127,7 @@ def read_metrics(path: Path, names: Collection[str]) -> Metrics:
 
 
 def _series(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
-    """In the order of the steps; of several values for a step, the last."""
+    """Return a series sorted by step. If a step has several values, the last is kept."""
     order = np.argsort(steps, kind="stable")
     steps, values = steps[order], values[order]
     latest = np.append(steps[1:] != steps[:-1], True)
@@ -137,6 +144,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def combine(one: Series, other: Series) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """(steps, values of one, values of the other) where both are known."""
+    """Return (steps, values of ``one``, values of ``other``) at the steps where both are known."""
     steps, mine, theirs = np.intersect1d(one.steps, other.steps, assume_unique=True, return_indices=True)
     return steps, one.values[mine], other.values[theirs]

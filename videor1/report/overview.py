@@ -1,4 +1,4 @@
-"""The top of the page in words and tables: how far a run is, its key figures, its options, what it left out."""
+"""Summarize runs in words and tables for the page: progress, key figures, options and skipped samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNTS = {"nonfinite_steps": "steps skipped, not finite", "failed_checkpoints": 
 
 
 def overview(run: Run) -> dict[str, Any]:
-    """What the template shows of one run."""
+    """Return what the template shows of a run."""
     ordered, shuffled = run.metrics["eval/ordered"], run.metrics["eval/shuffled"]
     steps, high, low = np.intersect1d(ordered.steps, shuffled.steps), ordered, shuffled
     gap = Series(steps, high.values[np.isin(high.steps, steps)] - low.values[np.isin(low.steps, steps)])
@@ -62,7 +62,7 @@ def overview(run: Run) -> dict[str, Any]:
 
 
 def state(run: Run) -> tuple[str, bool]:
-    """Steps done of how many, as far as the options tell, and whether those are all."""
+    """Return (the progress of a run in words, whether it has finished), as far as its options tell."""
     step, most = run.metrics.step, run.option("max_steps")
     if not step:
         return "no step done yet", False
@@ -81,11 +81,14 @@ def state(run: Run) -> tuple[str, bool]:
 
 
 def silence(run: Run) -> list[str]:
-    """That an unfinished run has not written for so long that it has ended or hangs; nothing where it may be at work:
-    for the time of ten lines, of three evaluations, or two minutes (ten, before its first step)."""
+    """Return a warning if an unfinished run has written nothing for so long that it must have ended or hang.
+
+    There is no warning during the time that ten lines of metrics or three evaluations take, nor during two minutes
+    (ten minutes before the first step).
+    """
     steps, evaluations = run.metrics["seconds/step"].values, run.metrics["time/eval"].values
-    line = float(np.median(steps)) * int(run.option("logging_steps") or 1) if len(steps) else 60.0
-    if run.silent <= max(120.0, 10 * line, 3 * float(evaluations.max(initial=0.0))):
+    line_seconds = float(np.median(steps)) * int(run.option("logging_steps") or 1) if len(steps) else 60.0
+    if run.silent <= max(120.0, 10 * line_seconds, 3 * float(evaluations.max(initial=0.0))):
         return []
     command = resume_command("sft" if run.kind == "SFT" else "train", run.path)
     return [
@@ -95,7 +98,7 @@ def silence(run: Run) -> list[str]:
 
 
 def compared_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Options whose values differ between runs, with each run's."""
+    """Return the options whose values differ between the runs, each with the value of every run."""
     names = dict.fromkeys(name for run in runs for name in run.changed_options())
     rows = []
     for name in names:
@@ -106,7 +109,7 @@ def compared_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def shown(value: object) -> str:
-    """An option's value."""
+    """Return an option's value as the page shows it."""
     return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
@@ -131,7 +134,7 @@ def _median(series: Series) -> tuple[str, str]:
 
 
 def _test_table(run: Run) -> list[dict[str, str]]:
-    """Of a demonstration that has ended: accuracy on its test questions, before and after."""
+    """Return the table of a finished demonstration's accuracy on its test questions, before and after T-GRPO."""
     before, after = run.summary.get("before"), run.summary.get("after")
     if not isinstance(before, dict) or not isinstance(after, dict):
         return []

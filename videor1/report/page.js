@@ -2,7 +2,7 @@
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
-  /** An element; children are nodes, or text, which is never read as markup. */
+  /** Create an element. Its children are nodes or text; text is never interpreted as markup. */
   function el(tag, attributes = {}, ...children) {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
@@ -12,7 +12,7 @@
     return node;
   }
 
-  // ---- charts
+  // Charts
   const plots = [];
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const coarse = window.matchMedia("(pointer: coarse)").matches;
@@ -38,14 +38,14 @@
       }
       await Plotly.newPlot(div, figure.data, layout, { responsive: true, displayModeBar: false });
       plots.push(div);
-      await new Promise((done) => setTimeout(done)); // the page stays responsive meanwhile
+      await new Promise((done) => setTimeout(done)); // keeps the page responsive while charts are drawn
     }
     document.documentElement.dataset.drawn = plots.length;
   }
   dark.addEventListener("change", () => plots.forEach((div) => Plotly.relayout(div, colours())));
   draw();
 
-  // ---- rollouts
+  // Rollouts
   const { runs, cards, media } = read("rollout-data");
   const view = document.getElementById("rollout");
   if (!view) return;
@@ -57,7 +57,7 @@
 
   const number = (value, digits = 2) => value === null ? "—" : value.toFixed(digits).replace("-", "−");
   const signed = (value) => value === null ? "—" : (value > 0 ? "+" : "") + number(value);
-  const seconds = (value) => number(value, value < 10 ? 2 : value < 1000 ? 1 : 0); // as wide as there is room
+  const seconds = (value) => number(value, value < 10 ? 2 : value < 1000 ? 1 : 0); // fewer decimals for larger numbers, to fit the space
   const plain = (value) => value === null ? "—" : String(Math.round(value * 1000) / 1000).replace("-", "−");
 
   function fill(select, values, label) {
@@ -198,7 +198,7 @@
     return el("span", { class: "bar", "aria-hidden": "true" }, el("i", { class: value < 0 ? "less" : "", style: side }));
   }
 
-  // ---- tokens
+  // Tokens
   const LEVELS = [["p above 0.95", -0.0513], ["0.5 to 0.95", -0.693], ["0.1 to 0.5", -2.303], ["0.01 to 0.1", -4.605], ["below 0.01", -Infinity]];
   const level = (logp) => LEVELS.findIndex(([, least]) => logp >= least);
 
@@ -234,13 +234,13 @@
     return [line, info];
   }
 
-  /** Line ends and pieces of characters get a sign. */
+  /** Make line ends and partial characters visible by signs. */
   function shown(token) {
     if (token === "") return [el("i", { class: "sign" }, "▯")];
     return token.split(/(\n)/).filter(Boolean).flatMap((part) => part === "\n" ? [el("i", { class: "sign" }, "↵"), "\n"] : [part]);
   }
 
-  // ---- what moves
+  // Navigation
   if (filters.run) fill(filters.run, runs.keys(), (i) => runs[i]);
   fill(filters.step, [...new Set(cards.map((card) => card.step))], (step) => `${step}`);
   Object.values(filters).forEach((select) => select && select.addEventListener("change", filter));
@@ -254,6 +254,6 @@
     if (event.key === "ArrowRight") move(1);
   });
   filter();
-  const rewarded = cards.findIndex((card) => card.bonus > 0); // what the run is about is shown first
+  const rewarded = cards.findIndex((card) => card.bonus > 0); // The first rollout shown is one with a temporal bonus.
   if (rewarded > 0) move(rewarded);
 })();

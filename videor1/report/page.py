@@ -1,4 +1,4 @@
-"""Puts the page together: what the template is given, within bounds on its size."""
+"""Render the page, with bounds on its size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from videor1.report.overview import compared_options, overview
 from videor1.report.run import Run
 from videor1.report.thumbnails import Thumbnails
 
-TEXT_BYTES = 4 * 2**20  # of the rollouts on the page, without pictures
-PICTURE_BYTES = 4 * 2**20
-DECODE_SECONDS = 60.0
+TEXT_BYTES = 4 * 2**20  # most bytes of the rollouts' text
+PICTURE_BYTES = 4 * 2**20  # No further frames are added to the page once it holds so many bytes of them.
+DECODE_SECONDS = 60.0  # No further media are decoded after so many seconds.
 
 
 def render(runs: Sequence[Run], count: int) -> str:
-    """The page of these runs, with at most ``count`` rollouts."""
+    """Return the HTML page of the runs, with at most ``count`` rollouts."""
     problems: list[str] = []
     cards, media = _rollouts(runs, count, problems)
     figures, empty = charts(runs)
@@ -59,11 +59,11 @@ def render(runs: Sequence[Run], count: int) -> str:
 def _rollouts(
     runs: Sequence[Run], count: int, problems: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The cards of all runs, and the frames they refer to."""
+    """Return (the cards of all runs, the frames that they refer to)."""
     cards: list[dict[str, Any]] = []
-    answered = [(i, run) for i, run in enumerate(runs) if run.rollout_files]
-    for k, (i, run) in enumerate(answered):
-        share = count * (k + 1) // len(answered) - count * k // len(answered)
+    with_rollouts = [(i, run) for i, run in enumerate(runs) if run.rollout_files]
+    for k, (i, run) in enumerate(with_rollouts):
+        share = count * (k + 1) // len(with_rollouts) - count * k // len(with_rollouts)
         cards += [card | {"run": i} for card in cards_of(run, share, problems)]
     found = len(cards)
     while cards and (size := sum(len(json.dumps(card)) for card in cards)) > TEXT_BYTES:

@@ -1,4 +1,4 @@
-"""Which series of metrics.jsonl stand in which chart of the report, and their names there and in curves.png."""
+"""The charts of the report: the series of metrics.jsonl in each, with their labels there and in curves.png."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure. ``lines``: (series, its label)."""
+    """A chart of the report."""
 
     id: str
     title: str
     unit: str
-    lines: tuple[tuple[str, str], ...]
+    lines: tuple[tuple[str, str], ...]  # (name of the series, its label) of each line
     note: str = ""
-    gap: bool = False  # shade between the first two lines
-    share: bool = False  # values are between 0 and 1
-    log: bool = False
-    smooth: bool = True
+    gap: bool = False  # whether to shade between the first two lines
+    share: bool = False  # whether the values are between 0 and 1
+    log: bool = False  # whether the value axis is logarithmic
+    smooth: bool = True  # whether to draw a moving average
 
 
 CHARTS = (
@@ -65,5 +65,5 @@ CHARTS = (
 )  # fmt: skip
 
 LABELS = {name: label for chart in CHARTS for name, label in chart.lines}
-# Of the phases of a step whose names do not say it.
+# Labels of the phases of a step whose names are not clear by themselves.
 PHASE_LABELS = {"data": "waiting for data", "reward": "rewards", "reference": "reference policy"}

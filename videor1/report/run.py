@@ -1,4 +1,4 @@
-"""A run folder, read for the report: what it was told, how far it is, what it measured and what it left out."""
+"""Read a run folder for the report: its options, progress, metrics and skipped samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from videor1.errors import ConfigError
 from videor1.report.derived import PHASES, with_derived
 from videor1.report.metrics import Metrics, read_metrics
 
-WANTED = (
+SERIES = (
     "loss", "grad_norm", "learning_rate", "epoch", "reward", "rewards/accuracy/mean", "rewards/format/mean",
     "frac_reward_zero_std", "kl", "entropy", "clip_ratio/region_mean", "completions/mean_length",
     "completions/max_length", "completions/clipped_ratio", "temporal/p", "temporal/p_shuffled", "temporal/bonus",
@@ -27,16 +27,16 @@ WANTED = (
     *(f"time/{phase}" for phase in PHASES),
 )  # fmt: skip
 LISTED_SKIPS = 100
-MOVABLE = ("output_dir", "resume", "disable_tqdm", "run_name", "report_to")  # where a run is, not what it is
+MOVABLE = ("output_dir", "resume", "disable_tqdm", "run_name", "report_to")  # options that do not change the results
 
 
 @dataclass
 class Skips:
-    """Samples that were left out."""
+    """The samples that a run skipped."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (split, kind)
-    rows: list[dict[str, Any]] = field(default_factory=list)  # the first ones
-    unreadable: int = 0  # lines of skipped.jsonl
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the first LISTED_SKIPS lines
+    unreadable: int = 0  # number of lines of skipped.jsonl that cannot be read
 
     @property
     def total(self) -> int:
@@ -45,32 +45,33 @@ class Skips:
 
 @dataclass
 class Run:
-    """One run folder."""
+    """The content of a run folder."""
 
     path: Path
     name: str
-    kind: str  # T-GRPO, SFT, or run where config.yaml does not tell
+    kind: str  # "T-GRPO", "SFT", or "run" if config.yaml does not tell
     options: dict[str, Any]  # by dotted name; empty without a config.yaml
-    defaults: dict[str, Any]
+    defaults: dict[str, Any]  # the default of each option, by dotted name
     metrics: Metrics
     skips: Skips
-    summary: dict[str, Any]  # of the demonstration
-    folders: list[Path]  # the run's, then those of its other ranks
+    summary: dict[str, Any]  # the demonstration's summary.json, else empty
+    folders: list[Path]  # the run's folder, then those of its other ranks
     written: str  # when metrics.jsonl was last written
     silent: float  # seconds since then
-    problems: list[str]  # what could not be read, for the page
+    problems: list[str]  # notes for the page about what could not be read
 
     def option(self, name: str) -> Any:
+        """Return the value of an option, or its default if the run does not tell."""
         return self.options.get(name, self.defaults.get(name))
 
     @property
     def rollout_files(self) -> list[Path]:
-        """rollouts.jsonl of each rank that has written one."""
+        """The rollouts.jsonl of each rank that has written one."""
         files = [folder / "rollouts.jsonl" for folder in self.folders]
         return [file for file in files if file.is_file() and file.stat().st_size]
 
     def changed_options(self) -> dict[str, Any]:
-        """Options that differ from their defaults, apart from those that say where the run is."""
+        """Return the options that differ from their defaults, apart from those in ``MOVABLE``."""
         return {
             name: value
             for name, value in self.options.items()
@@ -79,8 +80,12 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run folder, in progress or finished. Raises ConfigError where it is none, DataError where its
-    metrics.jsonl is broken."""
+    """Read the folder of a run that is finished or in progress.
+
+    Raises:
+        ConfigError: the path is not the folder of a run.
+        DataError: its metrics.jsonl is damaged.
+    """
     path = Path(path)
     if not path.is_dir():
         reason = "it is a file" if path.exists() else "there is no such folder"
@@ -99,7 +104,7 @@ def load_run(path: str | Path) -> Run:
     kind = "T-GRPO" if "num_generations" in options else "SFT" if "max_length" in options else "run"
     known = collect_options(SFTConfig if kind == "SFT" else TrainConfig)
     folders = [path, *sorted(path.glob("rank-*"), key=lambda folder: (len(folder.name), folder.name))]
-    metrics = with_derived(read_metrics(file, WANTED), int(options.get("num_iterations") or 1))
+    metrics = with_derived(read_metrics(file, SERIES), int(options.get("num_iterations") or 1))
     if metrics.unfinished:
         problems.append("The last line of metrics.jsonl is not whole (yet): it is left out.")
     return Run(
@@ -119,7 +124,10 @@ def load_run(path: str | Path) -> Run:
 
 
 def _options(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Options by dotted name, as they are written: a run of an older version may have others."""
+    """Return the options in config.yaml by dotted name.
+
+    They are not checked against the known options, because a run of an older version may have others.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict):

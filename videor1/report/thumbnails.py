@@ -1,4 +1,4 @@
-"""The frames that a prompt was asked about, decoded again and made small."""
+"""Decode the frames of prompts again and shrink them for the page."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from videor1.config import VideoConfig
 from videor1.types import Clip, SampleError
 from videor1.video import read_frames, read_image
 
-SIDE = 144  # pixels of the longer side, of up to MANY frames; more are smaller
+SIDE = 144  # pixels of the longer side of a frame, for media of up to MANY frames; with more frames they are smaller
 MANY = 16
-SMALLEST = 48
+SMALLEST = 48  # least pixels of the longer side
 
 
 @dataclass
 class Thumbnails:
-    """Media files as small JPEGs, each file once.
+    """Collects the frames of media files as small JPEGs, once for each file.
 
     Attributes:
-        media: one entry a file: ``frames`` (data URIs) and ``times`` (seconds), or a ``note`` why there are none.
-        byte_limit, seconds: once so much is made, or so long was spent, further files get a note.
+        media: an entry for each file, with ``frames`` (data URIs) and ``times`` (seconds), or with a ``note`` that says
+            why there are none.
+        byte_limit: bytes of frames after which further files only get a note.
+        seconds: time of decoding after which further files only get a note.
     """
 
     byte_limit: int
@@ -40,14 +42,14 @@ class Thumbnails:
         self._bytes, self._spent = 0, 0.0
 
     def add(self, path: Path, kind: str, video: VideoConfig) -> int:
-        """The index in ``media`` of a file's frames, sampled as ``video`` says."""
+        """Decode a file's frames, sampled by the options in ``video``, and return their index in ``media``."""
         key = (str(path), kind, video.max_frames, video.fps)
         if key not in self._made:
             self._made[key] = self.note(path, self._full()) if self._full() else self._decode(path, kind, video)
         return self._made[key]
 
     def note(self, path: Path | str, reason: str) -> int:
-        """An entry that only says why there are no frames."""
+        """Add an entry that only says why there are no frames, and return its index in ``media``."""
         self.media.append({"name": Path(path).name, "frames": [], "times": [], "note": reason})
         return len(self.media) - 1
 
@@ -61,7 +63,7 @@ class Thumbnails:
     def _decode(self, path: Path, kind: str, video: VideoConfig) -> int:
         started = time.perf_counter()
         try:
-            # Every backend gives the same frames: the one that is always there serves, whatever the run used.
+            # Every backend returns the same frames, so the one that is always installed is used here.
             clip = (
                 read_image(path) if kind == "image"
                 else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1)
@@ -80,7 +82,7 @@ class Thumbnails:
 
 
 def small_jpegs(clip: Clip) -> list[str]:
-    """Data URIs of a clip's frames (RGB, upright), at most SIDE pixels on the longer side."""
+    """Return the frames of a clip (RGB, upright) as data URIs, with at most SIDE pixels on the longer side."""
     side = max(SMALLEST, min(SIDE, int(SIDE * math.sqrt(MANY / len(clip.timestamps)))))
     uris: list[str] = []
     assert isinstance(clip.frames, Tensor), "planes were not asked for"

@@ -1,4 +1,4 @@
-"""The benchmarks that Video-R1 is evaluated on, from local files as their authors publish them."""
+"""The benchmarks that Video-R1 is evaluated on, read from local files in the form that their authors publish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ SUITES: dict[str, Suite] = {
 
 
 def find_suite(name: str) -> Suite:
-    """The benchmark of a name; case, "-" and "_" do not count. Raises ConfigError, which suggests the nearest."""
+    """Return the benchmark with a name, in which case, "-" and "_" are ignored.
+
+    Raises:
+        ConfigError: there is no such benchmark; the message suggests the nearest name.
+    """
     folded = name.casefold().replace("-", "").replace("_", "")
     if folded in SUITES:
         return SUITES[folded]
@@ -26,5 +30,10 @@ def find_suite(name: str) -> Suite:
 
 
 def load_suite(name: str, root: str | Path) -> Loaded:
-    """The questions of a benchmark whose files are in ``root/<name>``. Raises ConfigError and DataError."""
+    """Load the questions of a benchmark whose files are in ``root/<name>``.
+
+    Raises:
+        ConfigError: there is no such benchmark, or a package that its files need is not installed.
+        DataError: its files are missing or hold no usable question.
+    """
     return find_suite(name).load(root)

@@ -1,4 +1,7 @@
-"""What a benchmark is, and what its reader needs: rows of its files in, questions out, everything else counted."""
+"""The records of a benchmark, and the reader that turns rows of its files into questions.
+
+Rows that become no question are counted.
+"""
 
 from __future__ import annotations
 
@@ -20,54 +23,56 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".gif")
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark."""
+    """A question of a benchmark."""
 
-    sample: Sample  # its index: the row's position in the benchmark, bad rows and those left out counted too
+    sample: Sample  # sample.index is the row's position in the benchmark, including bad rows and rows left out
     categories: Mapping[str, str]  # axis -> category, e.g. {"duration": "short"}; every question has every axis
     score: Callable[[str], float]  # completion -> [0, 1]
 
 
 @dataclass(frozen=True)
 class Overall:
-    """How a benchmark's authors make one figure of their questions."""
+    """How a benchmark's authors average over its questions."""
 
-    text: str  # said beside the figure
+    text: str  # the definition in words, printed beside the figure
     axis: str | None = None  # None: the mean over all questions; else the mean over this axis' groups of categories
-    groups: Mapping[str, str] = field(default_factory=dict)  # category -> group; default: each is its own
+    groups: Mapping[str, str] = field(default_factory=dict)  # category -> group; default: each category is a group
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A benchmark as its files have it."""
+    """A benchmark that was read from its files."""
 
     name: str
     questions: list[Question]
     overall: Overall
-    errors: list[SampleError] = field(default_factory=list)  # rows that cannot be used
-    left_out: Counter[str] = field(default_factory=Counter)  # rows that are not asked, by the reason
-    missing: int = 0  # questions whose video is not there
+    errors: list[SampleError] = field(default_factory=list)  # one for each row that cannot be used
+    left_out: Counter[str] = field(default_factory=Counter)  # number of rows that are left out, by reason
+    missing: int = 0  # number of questions whose video is missing
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark and where its files come from."""
+    """A benchmark, with where to get its files and how to read them."""
 
     name: str
-    repository: str  # on Hugging Face, a dataset
-    layout: str  # of the folder, one path a line
-    unpack: str  # command, inside the folder; "" where nothing is packed
+    repository: str  # its dataset repository on Hugging Face
+    layout: str  # the expected files in its folder, one path per line
+    unpack: str  # the command that unpacks the files, run inside the folder; "" if there is nothing to unpack
     overall: Overall
-    read: Callable[[Reader], None]
-    needs: str = ""  # what must be fetched elsewhere
+    read: Callable[[Reader], None]  # reads all rows with the reader
+    needs: str = ""  # further instructions, e.g. what has to be downloaded elsewhere
 
     @property
     def card(self) -> str:
+        """The address of the dataset's page."""
         return f"https://huggingface.co/datasets/{self.repository}"
 
     def load(self, root: str | Path) -> Loaded:
         """Read the benchmark from ``root/<name>`` (or ``root/<the repository's name>``).
 
-        Raises DataError where its files are not there, or hold nothing that can be asked; it says how to get them.
+        Raises:
+            DataError: its files are missing (the message says how to get them), or hold no usable question.
         """
         names = (self.name, self.repository.partition("/")[2])
         folder = next((Path(root) / n for n in names if (Path(root) / n).is_dir()), Path(root) / self.name)
@@ -103,36 +108,40 @@ class Suite:
 
 
 class MissingFileError(Exception):
-    """A data file that is not there, by its name."""
+    """A data file is missing. The message is its name."""
 
 
 class BadRowError(Exception):
-    """A row that cannot be used: (kind, message)."""
+    """A row cannot be used. The arguments are the kind of the SampleError and its message."""
 
 
 class LeftOutError(Exception):
-    """A row that is not asked: the reason."""
+    """A row is left out on purpose. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A question as a reader makes it from a row; checked as an entry of a data file is."""
+    """A question made from a row. It is then checked like an entry of a data file."""
 
     problem_id: Any
     problem: Any
-    answer: Any  # of a multiple choice the letter
+    answer: Any  # the right answer; the letter, for a multiple choice
     path: str  # relative to the benchmark's folder
     categories: Mapping[str, str]
-    score: Callable[[str], float]
+    score: Callable[[str], float]  # completion -> [0, 1]
     problem_type: ProblemType = "multiple choice"
     options: Sequence[str] = ()
-    start: float | None = None
+    start: float | None = None  # seconds; the part of the video that the question is about
     end: float | None = None
-    frames_per_second: float | None = None
+    frames_per_second: float | None = None  # of a video that is a folder of images
 
 
 class Reader:
-    """Gathers a benchmark's questions from its files."""
+    """Collects the questions of a benchmark from its files.
+
+    Args:
+        folder: the benchmark's folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(os.path.realpath(folder))
@@ -143,14 +152,24 @@ class Reader:
         self._videos: dict[str, list[str]] | None = None
 
     def files(self, *patterns: str) -> list[Path]:
-        """The files of the first of the patterns that any match. Raises MissingFileError."""
+        """Return the files that match the first pattern with any match.
+
+        Raises:
+            MissingFileError: no file matches any of the patterns.
+        """
         for pattern in patterns:
             if found := sorted(self.folder.glob(pattern)):
                 return found
         raise MissingFileError(" or ".join(patterns))
 
     def read(self, file: Path, fields: Sequence[str], make: Callable[[dict[str, Any]], Draft]) -> None:
-        """Add the rows of a .json, .jsonl or .parquet file, which must have ``fields``."""
+        """Add the questions of a .json, .jsonl or .parquet file.
+
+        Args:
+            file: the file.
+            fields: the fields that every row must have.
+            make: makes a question from a row, or raises a BadRowError or LeftOutError.
+        """
         check = EntryChecker(file, self.folder, require_process=False)
         for where, row in _rows(file):
             index = self._index
@@ -163,8 +182,10 @@ class Reader:
                 self.left_out[str(reason)] += 1
 
     def video(self, *parts: str) -> str:
-        """The relative path of the video whose path ends in ``parts``, wherever in the folder it was unpacked; the last
-        part may lack its extension. Where there is none, what the path would be."""
+        """Return the relative path of the video whose path ends in ``parts``, wherever in the folder it was unpacked.
+
+        The last part may lack its extension. If there is no such video, the path that it would have is returned.
+        """
         if self._videos is None:
             self._videos = _find_videos(self.folder)
         parent, name = "/".join(parts[:-1]), parts[-1]
@@ -210,7 +231,11 @@ class Reader:
 
 
 def lettered(options: Sequence[str]) -> list[str]:
-    """The options as "A. red", "B. blue", ...; those that begin with their letters already stay as they are."""
+    """Return options as "A. red", "B. blue", ...; options that already begin with their letters are kept.
+
+    Raises:
+        BadRowError: there are more than 26 options.
+    """
     marks = tuple(".):")
     if all(o.startswith(tuple(letter + m for m in marks)) for letter, o in zip(string.ascii_uppercase, options)):  # noqa: B905
         return list(options)
@@ -220,7 +245,11 @@ def lettered(options: Sequence[str]) -> list[str]:
 
 
 def option_text(options: Sequence[str], letter: str) -> str:
-    """The text of the lettered option, its letter cut off. Raises BadRowError where no option has the letter."""
+    """Return the text of the option with a letter, without the letter itself.
+
+    Raises:
+        BadRowError: no option has the letter.
+    """
     for option in options:
         if option.startswith(letter) and len(letter) == 1:
             return option[2:].strip()
@@ -228,7 +257,11 @@ def option_text(options: Sequence[str], letter: str) -> str:
 
 
 def plain_options(value: Any) -> list[str]:
-    """The options of a row. Raises BadRowError where they are no list of texts."""
+    """Return the options of a row.
+
+    Raises:
+        BadRowError: they are not a list of strings, or there are none.
+    """
     if not isinstance(value, list) or not value or not all(isinstance(option, str) for option in value):
         raise BadRowError("options", f"expected a list of texts, got {value!r}")
     return value
@@ -243,7 +276,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
             raise ConfigError(message) from error
         try:
             table = parquet.read_table(file)
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError.
             raise DataError(f"{file}: cannot be read as Parquet: {error}") from error
         yield from ((f"row {i}", row) for i, row in enumerate(table.to_pylist()))
         return
@@ -262,7 +295,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _find_videos(folder: Path) -> dict[str, list[str]]:
-    """File name, case folded -> relative paths, of every video below the folder."""
+    """Find every video below a folder, and return the relative paths by case-folded file name."""
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
     for top, folders, names in os.walk(folder, followlinks=True):

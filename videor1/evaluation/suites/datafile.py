@@ -1,4 +1,4 @@
-"""A data file in the Video-R1 JSON format (the reference's own evaluation files are such) as a benchmark."""
+"""Use a data file in the Video-R1 JSON format as a benchmark. The reference's own evaluation files have this format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from videor1.types import Sample
 
 
 def from_dataset(dataset: Dataset, *, lenient: bool = False) -> Loaded:
-    """Its samples as questions; the benchmark's name is the file's.
+    """Return a data set as a benchmark with the name of its file.
 
-    Scored by ``rewards.accuracy_reward``, but ``regression`` by mean relative accuracy: the reference too trains with
-    the one and evaluates with the other.
+    Completions are scored by ``rewards.accuracy_reward``, except that ``regression`` is scored by mean relative
+    accuracy. The reference, too, trains on regression with the former and evaluates it with the latter.
+
+    Args:
+        dataset: the samples.
+        lenient: whether ``accuracy_reward`` reads answers leniently.
     """
     questions = [Question(sample, _categories(sample), _score(sample, lenient)) for sample in dataset.samples]
     regression = any(sample.problem_type == "regression" for sample in dataset.samples)
@@ -33,6 +37,6 @@ def _score(sample: Sample, lenient: bool) -> Callable[[str], float]:
     if sample.problem_type == "regression":
         try:
             return partial(score_mra, truth=float(extract_answer(sample.solution).replace(",", "")))
-        except ValueError:  # no number: nothing is right, by either rule
+        except ValueError:  # The solution is not a number, and no answer is right by either rule.
             pass
     return partial(accuracy_of, sample=sample, lenient=lenient)

@@ -1,8 +1,8 @@
 """MMVU, the validation set: https://huggingface.co/datasets/yale-nlp/MMVU
 
-Expert questions in 27 subjects of four disciplines. The overall figure is the mean over the questions asked. Left out,
-and counted: the open-ended questions, whose answers a language model would have to judge (the reference evaluates the
-multiple choices alone, too).
+It has expert questions in 27 subjects of four disciplines. The overall figure is the mean over the questions asked. The
+open-ended questions are left out and counted, because a language model would have to judge the answers. The reference,
+too, evaluates only the multiple choices.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ DISCIPLINES = {
     "Humanities & Social Sciences": ("Art", "Economics", "History", "Law", "Literature", "Management"),
 }
 _DISCIPLINE = {subject: name for name, subjects in DISCIPLINES.items() for subject in subjects}
-_FOLDER = "/videos/"  # what follows in a video's address is its path in the dataset
+_FOLDER = "/videos/"  # The part of a video's address after this is its path in the dataset.
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
     (file,) = reader.files("validation.json")
     reader.read(file, ("id", "video", "question_type", "question", "choices", "answer"), partial(_question, reader))
 

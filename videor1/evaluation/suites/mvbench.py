@@ -1,9 +1,9 @@
 """MVBench: https://huggingface.co/datasets/OpenGVLab/MVBench (branch main; the branch "video" has cut clips instead)
 
-Twenty tasks of 200 questions, each a JSON file; the right option is given as its text. Four tasks ask about seconds
-``start`` to ``end`` of their videos, and one of these has its videos as folders of images, three a second. The overall
-figure is the mean over all questions. Nothing is left out, but the videos of fine_grained_pose (NTU RGB+D) are not in
-the dataset, for their licence.
+It has twenty tasks of 200 questions, with a JSON file for each task. The right option is given as its text. Five tasks
+ask about the seconds ``start`` to ``end`` of their videos, and one of these has its videos as folders of images, three
+per second. The overall figure is the mean over all questions. Nothing is left out, but the videos of fine_grained_pose
+(NTU RGB+D) are not in the dataset because of their license.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ FOLDERS = ("episodic_reasoning",)
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
     for task in TASKS:
         (file,) = reader.files(f"json/{task}.json")
         fields = ("video", "question", "candidates", "answer", *(("start", "end") if task in CLIPPED else ()))
@@ -70,7 +71,7 @@ def _question(reader: Reader, task: str, row: dict[str, Any]) -> Draft:
 
 
 def _folder(reader: Reader, name: str) -> str:
-    """Where the images of one video are."""
+    """Return the folder that holds the images of a video."""
     places = [f"{above}{TASKS['episodic_reasoning']}/{name}" for above in ("video/", "")]
     return next((place for place in places if (reader.folder / place).is_dir()), places[0])
 

@@ -1,6 +1,6 @@
-"""How the benchmarks score an answer. Each function takes the whole completion; what counts is its answer tag's text.
+"""Score completions as the benchmarks do.
 
-A completion without an answer earns 0.
+Each function takes the whole completion and scores the text of its answer tag. A completion without an answer scores 0.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{
 
 
 def score_choice(completion: str, *, letter: str, text: str = "") -> float:
-    """1 for the right option: its letter as ``rewards.accuracy_reward`` reads it leniently ("b", "B.", "(B)", "B. a
-    dog" are B), or its text alone; else 0."""
+    """Score a multiple choice: 1 for the right option, else 0.
+
+    The answer may be the letter, as ``rewards.accuracy_reward`` reads it leniently ("b", "B.", "(B)" and "B. a dog" are
+    B), or the text of the option alone.
+
+    Args:
+        completion: the completion.
+        letter: the letter of the right option.
+        text: the text of the right option; "" if only the letter counts.
+    """
     if accuracy_reward(completion, f"<answer>{letter}</answer>", "multiple choice", lenient=True) == 1.0:
         return 1.0
     answer, right = (" ".join(t.casefold().strip(_MARKS).split()) for t in (extract_answer(completion), text))
@@ -27,15 +35,17 @@ def score_choice(completion: str, *, letter: str, text: str = "") -> float:
 
 
 def score_yes_no(completion: str, *, truth: str) -> float:
-    """1 where the answer's first word is ``truth`` ("yes" or "no"), whatever its case."""
+    """Score a yes/no question: 1 if the first word of the answer is ``truth`` ("yes" or "no") in any case, else 0."""
     words = re.findall(r"[a-z]+", extract_answer(completion).casefold())
     return float(words[:1] == [truth])
 
 
 def score_mra(completion: str, *, truth: float) -> float:
-    """Mean relative accuracy: the mean over the thresholds t = 0.5, 0.55, ..., 0.95 of [ |o - g| / |g| <= 1 - t ].
+    """Score a number by mean relative accuracy.
 
-    ``o`` is the answer's first word as a number ("3.5 m" is 3.5, "1,000" is 1000); 0 if it is none.
+    This is the mean over the thresholds t = 0.5, 0.55, ..., 0.95 of [ |o - g| / |g| <= 1 - t ]. Here g is ``truth``,
+    and o is the answer's first word as a number ("3.5 m" is 3.5, "1,000" is 1000). If that is not a number, the score
+    is 0.
     """
     words = extract_answer(completion).split()
     match = _NUMBER.fullmatch(words[0].rstrip(".,;:%")) if words else None
@@ -44,14 +54,20 @@ def score_mra(completion: str, *, truth: float) -> float:
     value = float(match[0].replace(",", ""))
     if truth == 0:
         return float(value == 0)
-    # As in the published code, linspace: at the borders its rounding decides.
+    # The published code uses linspace, whose rounding decides at the thresholds themselves.
     return float(np.mean(abs(value - truth) / abs(truth) <= 1 - np.linspace(0.5, 0.95, 10)))
 
 
 def score_open(completion: str, *, truth: str) -> float:
-    """MMMU's rule for open questions: 1 where a number in the answer equals the truth (both rounded to two decimals),
-    or, the truth being text, where the answer contains it (case does not count; a single character must stand beside
-    a blank). ``truth`` may be a list of such, written as Python writes it."""
+    """Score an open question by MMMU's rule: 1 if the answer is right, else 0.
+
+    If the truth is a number, an answer is right that contains an equal number (both rounded to two decimals). If the
+    truth is text, an answer is right that contains it in any case; a single character must stand beside a blank.
+
+    Args:
+        completion: the completion.
+        truth: the right answer, or several as a list in Python's notation.
+    """
     answer = extract_answer(completion).strip().rstrip(".").lower()
     if not answer:
         return 0.0

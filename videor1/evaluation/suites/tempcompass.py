@@ -1,8 +1,9 @@
 """TempCompass: https://huggingface.co/datasets/lmms-lab/TempCompass
 
-Multi-choice, yes/no and caption matching, along five temporal aspects. The overall figure is the mean over their
-questions. The captions to be matched, labelled "Option 1", "Sentence A" or "Caption A", are labelled A and B here, as
-any option is. Left out, and counted: captioning, whose answers a language model would have to judge.
+It has questions of the kinds multi-choice, yes/no and caption matching, along five temporal aspects. The overall figure
+is the mean over their questions. The captions to match, which the files label "Option 1", "Sentence A" or "Caption A",
+are labelled A and B here like any options. Captioning is left out and counted, because a language model would have to
+judge the answers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LABEL = {
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
     for task in TASKS:
         for file in reader.files(f"{task}/test-*.parquet"):
             reader.read(file, FIELDS, partial(_question, reader, task))

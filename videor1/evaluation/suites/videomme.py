@@ -1,7 +1,7 @@
 """Video-MME: https://huggingface.co/datasets/lmms-lab/Video-MME
 
-Three questions on each of 900 videos, short, medium and long; asked without subtitles. The overall figure is the mean
-over all questions. Nothing is left out.
+It has three questions about each of 900 videos, which are short, medium or long. They are asked without subtitles. The
+overall figure is the mean over all questions. Nothing is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ AXES = ("duration", "domain", "task_type", "sub_category")
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
     for file in reader.files("videomme/test-*.parquet", "test-*.parquet"):
         reader.read(file, FIELDS, partial(_question, reader))
 

@@ -1,9 +1,10 @@
 """Video-MMMU: https://huggingface.co/datasets/lmms-lab/VideoMMMU
 
-Three tracks of 300 questions about lectures: Perception, Comprehension, Adaptation. The image that a question of
-Adaptation is about stands at the end of its video, so the question says so; the last frame is always among those
-sampled. In the other tracks that image is to be ignored. Open questions are scored by MMMU's rules. The overall figure
-is the mean over all questions. Nothing is left out (Knowledge gain needs a second run without the lectures).
+It has three tracks of 300 questions about lectures: Perception, Comprehension and Adaptation. The image that a question
+of Adaptation is about stands at the end of its video, and the question says so; the last frame is always among the
+sampled frames. In the other tracks the image is to be ignored. Open questions are scored by MMMU's rules. The overall
+figure is the mean over all questions. No question is left out. The benchmark's knowledge gain is not computed, because
+it needs a second run without the lectures.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _IGNORE = "Ignore the quiz at the end of the video."
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
     for track in TRACKS:
         for file in reader.files(f"{track}/test-*.parquet"):
             reader.read(file, ("id", "question", "options", "answer"), partial(_question, reader, track))

@@ -1,8 +1,8 @@
 """VSI-Bench: https://huggingface.co/datasets/nyu-visionx/VSI-Bench
 
-Ten question types about scanned rooms. Multiple choice is accuracy, numbers are mean relative accuracy. As published,
-the overall figure is the mean over eight tasks, the three levels of object_rel_direction averaged into one first.
-Nothing is left out.
+It has ten types of questions about scanned rooms. Multiple choices are scored by accuracy, and numbers by mean relative
+accuracy. As published, the overall figure is the mean over eight tasks, for which the three levels of
+object_rel_direction are first averaged into one. Nothing is left out.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ FIELDS = ("id", "dataset", "scene_name", "question_type", "question", "ground_tr
 
 
 def read(reader: Reader) -> None:
+    """Read all rows of the benchmark."""
+
     def make(row: dict[str, Any]) -> Draft:
         kind, truth = row["question_type"], row["ground_truth"]
         path = reader.video(row["dataset"], f"{row['scene_name']}.mp4")
@@ -52,7 +54,7 @@ def read(reader: Reader) -> None:
     try:
         files = reader.files("test.jsonl", "test-*.parquet")
     except MissingFileError:
-        # A later release splits the same questions in two.
+        # A later release divides the same questions into two files.
         files = [*reader.files("test_debiased.parquet"), *reader.files("test_pruned.parquet")]
     for file in files:
         reader.read(file, FIELDS, make)
