@@ -50,7 +50,7 @@ MODEL = (
         f"tests/test_{name}.py"
         for name in (
             "checkpoint", "lmms_eval", "loss", "model", "model_libraries", "positions", "prompts", "rollout",
-            "rollout_engine", "shared_prefix", "sft", "trainer",
+            "rollout_engine", "shared_prefix", "sft",
         )
     ),
     "tests/kernels/test_integration_transformers.py",
@@ -67,7 +67,7 @@ VIDEO = (
 )  # fmt: skip
 ARRAYS = (
     *VIDEO, "tests/test_curves.py", "tests/test_intervals.py", "tests/test_report.py", "tests/test_report_charts.py",
-    "tests/test_rewards.py", "tests/test_trainer.py", "tests/kernels/test_triton_grpo_loss.py",
+    "tests/test_rewards.py", "tests/test_sft.py", "tests/kernels/test_triton_grpo_loss.py",
     "tests/kernels/test_triton_group_advantage.py", "tests/kernels/test_triton_prefix_decode.py",
     "tests/kernels/test_triton_sample_tokens.py",
 )  # fmt: skip
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         for name in names:
             cell = CELLS[name]
-            chosen = [a for a in options.arguments if not a.startswith("-")]
+            chosen = any((ROOT / argument.partition("::")[0]).exists() for argument in options.arguments)
             files = () if chosen else NUMERIC if options.numeric and not cell.files else cell.files
             results.append(run_cell(name, cell, [*files, *options.arguments], Path(work)))
     print(f"\n{machine()}\n{table(results)}")
