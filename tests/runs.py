@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
+from tiny import GRADIENT_ROUNDING
 
 from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import parse
@@ -121,6 +123,23 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_moved_alike(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor], steps: int
+) -> None:
+    """Two runs' weights after the same few steps of AdamW from ``start``, up to rounding.
+
+    Adam divides by the gradient's own size: where that is within its rounding of 0, rounding decides the sign of the
+    entry's step. So all entries together are compared. Gradients are about normal, so a share of GRADIENT_ROUNDING of
+    them is that near to 0 in a step; each of these goes twice the length of a step wrong."""
+    assert one.keys() == other.keys() == start.keys()
+    apart, moved = (
+        math.sqrt(sum(float((one[name] - given[name]).double().square().sum()) for name in start))
+        for given in (other, start)
+    )
+    assert moved > 1e-3
+    assert apart <= math.sqrt(4 * steps * GRADIENT_ROUNDING) * moved
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:

@@ -1,0 +1,66 @@
+"""The command that runs the tests in several environments: what it selects, counts and prints."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from patience import PATIENCE
+
+from tests import matrix
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_selected_file_exists() -> None:
+    selected = {*matrix.NUMERIC, *(file for cell in matrix.CELLS.values() for file in cell.files)}
+    assert [file for file in sorted(selected) if not (ROOT / file).is_file()] == []
+
+
+def test_the_page_names_every_cell() -> None:
+    page = (ROOT / "docs/develop/testing.md").read_text(encoding="utf-8")
+    assert [name for name in matrix.CELLS if f"`{name}`" not in page] == []
+    for cell in matrix.CELLS.values():
+        assert all(f"`{name}={value}`" in page for name, value in cell.variables.items())
+
+
+def test_pinned_versions_are_the_lowest_that_are_supported() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for cell in matrix.CELLS.values():
+        for package in cell.packages:
+            name, version = package.removesuffix(".*").split("==")
+            floor = re.search(rf'"{name}>=([\d.]+)', project)
+            assert floor, name
+            assert f"{version}.".startswith(f"{floor[1]}."), (package, floor[1])
+
+
+def test_a_run_in_one_cell(tmp_path: Path) -> None:
+    file = tmp_path / "test_cell.py"
+    file.write_text(
+        "import os, pytest\n"
+        "def test_variable(): assert os.environ['VIDEOR1_TEST_THREADS'] == '2'\n"
+        "def test_wrong(): assert False\n"
+        "def test_left_out(): pytest.skip()\n"
+    )
+    command = [sys.executable, "-m", "tests.matrix", "--only", "two-threads", "--", str(file), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1, done.stderr
+    machine, head, row = done.stdout.splitlines()[-3:]
+    assert "torch" in machine
+    assert head.split() == ["cell", "passed", "failed", "skipped", "seconds"]
+    assert row.split()[:4] == ["two-threads", "1", "1", "1"]
+
+
+def test_an_unknown_cell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        matrix.main(["--only", "default,avx3"])
+    assert "got avx3" in capsys.readouterr().err
+
+
+def test_what_ends_without_a_count_is_no_success(tmp_path: Path) -> None:
+    counts = tmp_path / "counts.xml"
+    counts.write_text('<testsuites><testsuite tests="0" failures="0" errors="0" skipped="0"/></testsuites>')
+    assert matrix.read_counts("default", counts, 1.0, 5).broken == "pytest ended with 5"
