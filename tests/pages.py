@@ -106,9 +106,10 @@ def check_extras(words: Sequence[str]) -> None:
 
 
 def check_pytest(words: Sequence[str]) -> None:
-    parser, paths = argparse.ArgumentParser(exit_on_error=False), [word for word in words if (ROOT / word).is_dir()]
+    parser, paths = argparse.ArgumentParser(exit_on_error=False), [word for word in words if (ROOT / word).exists()]
     for option in ("-n", "--dist"):
         parser.add_argument(option)
+    parser.add_argument("--random-order", action="store_true")
     parser.add_argument("paths", nargs="*")
     own = re.findall(r'addoption\(\s*"(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text())
     for option in own if "benchmarks" in paths else ():

@@ -311,7 +311,8 @@ def test_compat_is_no_option_of_sft(capsys):
 
 def test_an_option_of_another_command_is_told_apart(capsys, tmp_path):
     path = write(tmp_path, cli.dump_config(TrainConfig()))
-    message = f"{path}:95: num_generations is an option of videor1.train, not of this command"
+    line = 1 + cli.dump_config(TrainConfig()).splitlines().index("num_generations: 8")
+    message = f"{path}:{line}: num_generations is an option of videor1.train, not of this command"
     assert failure(capsys, "--config", path, config_class=EvaluateConfig) == message
     message = "--num_generations is an option of videor1.train, not of this command"
     assert failure(capsys, "--num_generations", "3", config_class=SFTConfig) == message

@@ -483,7 +483,7 @@ def test_a_call_of_which_nothing_is_left_raises(server: FakeServer) -> None:
     message = str(error.value)
     assert message.startswith(f"{server.url}: none of 2 prompts was answered. The first: ordered answer ")
     assert "of 2: HTTP 503: loading" in message
-    assert "tried 3 times at most, 20 s each" in message
+    assert f"tried 3 times at most, {PATIENCE:g} s each" in message
     assert f"curl {server.url}/models" in message
 
 
