@@ -1,4 +1,4 @@
-"""Videos of every structure that decoders meet, whose frames tell their numbers."""
+"""Videos of every structure that decoders must read, with frames whose numbers can be read from their pixels."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,12 @@ class Made:
     codec: str = "libx264"
     pix_fmt: str = "yuv420p"
     options: dict[str, str] = field(default_factory=dict)
-    max_packets: int | None = None  # decoded for three frames far apart; None: all may be
+    max_packets: int | None = None  # most packets that three frames far apart may take to decode; None: no bound
     offset: int = 0  # number of the first frame shown
     vfr: bool = False
     size: tuple[int, int] = (48, 80)
     mux_options: dict[str, str] = field(default_factory=dict)
-    all_sync: bool = False  # the table of key frames is taken out: every packet says that it is one
+    all_sync: bool = False  # remove the table of key frames, so that every packet is marked as one
 
     def write(self, folder: Path) -> Path:
         times = None

@@ -39,7 +39,7 @@ def parse(*argv: str, config_class: type = TrainConfig):
 
 
 def failure(capsys, *argv: str, config_class: type = TrainConfig) -> str:
-    """The one line on stderr of a command line that must exit with 2."""
+    """Run a command line that must exit with 2, and return its one line on stderr."""
     with pytest.raises(SystemExit) as stop:
         parse(*argv, config_class=config_class)
     output = capsys.readouterr()

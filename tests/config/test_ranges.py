@@ -1,4 +1,4 @@
-"""Ranges of options: every number has one or is known to need none, and what it says is what is checked."""
+"""Ranges of options: every number has one or is known to need none, and the range shown is the one that is checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_number(option: Option) -> bool:
 
 
 def ends(option: Option) -> tuple[list[float], list[float]]:
-    """Values at and beyond both ends of an option's range: (those that it holds, those that it does not)."""
+    """Return values at both ends of an option's range, which are in it, and values beyond them, which are not."""
     given, step = option.range, 1 if int in (option.type, *get_args(option.type)) else 1e-6
     assert given is not None
     low = [given.ge, given.ge - step] if given.gt == -math.inf else [given.gt + step, given.gt]

@@ -28,7 +28,7 @@ def noise(*shape):
 
 
 def pillow_clips(frames, size):
-    """[F, H, W, 3]: where Pillow's resize, which works in 8 bits, may clip the overshoot of its first pass.
+    """Return bool [F, H, W, 3]: where Pillow's resize, which works in 8 bits, may clip the overshoot of its first pass.
 
     Torch's antialiased bicubic keeps that overshoot through the second pass and clips once, as torchvision does on
     float frames. Which of the two passes Pillow takes first depends on the sizes: either counts here.
@@ -40,7 +40,7 @@ def pillow_clips(frames, size):
 
 
 def first_pass_clips(x, size):
-    """bool [F, 3, *size]: whose taps in the second (vertical) pass hold a value that the first one clipped."""
+    """Return bool [F, 3, *size]: pixels whose second (vertical) pass uses a value that the first pass clipped."""
     first = F.interpolate(x, size=(x.shape[2], size[1]), mode="bicubic", antialias=True)
     clipped = (first < -0.5) | (first > 255.5)
     scale = x.shape[2] / size[0]

@@ -187,13 +187,13 @@ def test_edit_list_hides_frames(tmp_path):
 
 
 def corners(frame):
-    """Which colour the corners have, as indices of the strongest channel: top left, top right, bottom left."""
+    """Return the strongest channel (0 to 2) of a frame's corners: top left, top right, bottom left."""
     H, W = frame.shape[:2]
     return tuple(int(frame[y, x].argmax()) for y, x in ((4, 4), (4, W - 5), (H - 5, 4)))
 
 
 def coloured_corners():
-    """Top left red, top right green, bottom left blue."""
+    """Return frames whose top left quarter is red, the top right one green and the bottom left one blue."""
     pixels = np.full((4, 32, 64, 3), 16, np.uint8)
     pixels[:, :16, :32, 0] = pixels[:, :16, 32:, 1] = pixels[:, 16:, :32, 2] = 230
     return pixels

@@ -1,4 +1,4 @@
-"""Decoders give the frames asked for, whatever the file's structure and whichever the backend."""
+"""Decoders return the requested frames for every structure of file and with every backend."""
 
 import random
 import sys
@@ -32,7 +32,7 @@ def available():
 
 
 def picks(count):
-    """Sparse, dense and single choices of frames, ascending."""
+    """Yield sparse, dense and single choices of frames, each ascending."""
     rng = random.Random(count)
     yield [0, count // 2, count - 1]
     yield sorted(rng.sample(range(count), 16))

@@ -1,4 +1,7 @@
-"""NVDEC is taken where it pays and can decode; its surfaces are copied; a card that fails is told or done without."""
+"""NVDEC is used where it can decode and pays, its surfaces are copied, and the CPU takes over where it fails.
+
+Where NVDEC is forced, its failure is an error.
+"""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +42,7 @@ SPREAD = [0, 250, 499, 750, 999]
 
 @pytest.fixture
 def with_a_card(monkeypatch):
-    """A machine that says it has a CUDA device, and a PyAV that can use it."""
+    """Pretend that the machine has a CUDA device and a PyAV that can use it."""
 
     class CardAccel:
         def __init__(self, device_type, device=None, allow_software_fallback=True, is_hw_owned=False):
@@ -115,7 +118,7 @@ def test_no_nvdec_without_a_card_or_with_an_old_pyav(with_a_card):
 
 @dataclass
 class Surface:
-    """A frame on the card, as far as ``SurfaceStack`` looks at it."""
+    """A fake frame in GPU memory with the attributes that ``SurfaceStack`` uses."""
 
     planes: list[torch.Tensor]
     colorspace: int = 1
@@ -166,7 +169,7 @@ def test_surfaces_that_do_not_fit_together():
 
 
 class CardStack(SurfaceStack):
-    """Takes frames in main memory for such on the card."""
+    """A ``SurfaceStack`` that accepts frames in main memory in place of frames in GPU memory."""
 
     def __init__(self, path, count, device):
         super().__init__(path, count, "cpu")
@@ -179,7 +182,7 @@ class CardStack(SurfaceStack):
 
 @pytest.fixture
 def with_a_fake_card(with_a_card):
-    """Decodes on the CPU what is sent to the card."""
+    """Decode on the CPU what is meant for the GPU."""
     with_a_card.setattr("videor1.video.decoders.pyav.SurfaceStack", CardStack)
     with_a_card.setattr(hardware, "hwaccel", lambda device: None)
     with_a_card.setattr(hardware, "MIN_PIXELS", 48 * 80)

@@ -1,7 +1,8 @@
-"""decord, torchcodec and PyNvVideoCodec: the frames asked for or a SampleError, never other frames.
+"""decord, torchcodec and PyNvVideoCodec return the requested frames or raise a SampleError; they never return others.
 
-decord runs for real. The others need CUDA libraries, so their adapters are tested against fakes with the signatures of
-torchcodec 0.17 and PyNvVideoCodec 2.2, which decode with PyAV; the real ones run where they can be imported.
+The real decord is tested. The other libraries need CUDA, so their adapters are tested against fakes with the signatures
+of torchcodec 0.17 and PyNvVideoCodec 2.2, which decode with PyAV; the real libraries are tested where they can be
+imported.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def made(tmp_path, name):
 
 
 def with_edit_list(tmp_path, hidden=5):
-    """b.mp4 moved to begin ``hidden`` frames before zero: those are stored but not shown."""
+    """Write b.mp4 shifted to begin ``hidden`` frames before time zero; these frames are stored but not shown."""
     source, target = made(tmp_path, "b.mp4"), tmp_path / "edit.mp4"
     with av.open(str(source)) as before, av.open(str(target), "w") as after:
         stream = before.streams.video[0]
@@ -80,7 +81,7 @@ def with_edit_list(tmp_path, hidden=5):
 
 
 def with_two_streams(tmp_path):
-    """The second stream has more bits, so FFmpeg calls it the best."""
+    """Write a file of two video streams, of which the second has more bits, so that FFmpeg considers it the best."""
     path = tmp_path / "two.mp4"
     noise = np.random.default_rng(0).integers(0, 256, (10, 2 * HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
     with av.open(str(path), "w") as out:
@@ -96,7 +97,7 @@ def with_two_streams(tmp_path):
 
 
 def all_frames(path, pixel_format="rgb24"):
-    """Every frame of a file by PyAV, in presentation order, upright."""
+    """Decode every frame of a file with PyAV; return (upright pixels, pts, times in seconds) in presentation order."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         pixels = [np.rot90(frame.to_ndarray(format=pixel_format), frame.rotation // 90) for frame in frames]
@@ -104,7 +105,7 @@ def all_frames(path, pixel_format="rgb24"):
 
 
 def refused(call, *args, **kwargs):
-    """The message of the SampleError that must come."""
+    """Call a function that must raise a SampleError, and return the error's message."""
     with pytest.raises(SampleError) as caught:
         call(*args, **kwargs)
     assert caught.value.kind == "decode"
@@ -114,7 +115,10 @@ def refused(call, *args, **kwargs):
 
 
 def check_frames(decoder, path, first=0):
-    """Any order, duplicates, one and many: pixels, numbers and times are those of the file."""
+    """Request frames in any order, with duplicates, one and many; their numbers and times must be the file's.
+
+    The pixels are yielded with the expected ones, for the caller to compare.
+    """
     pixels, _, seconds = all_frames(path)
     count = decoder.probe().num_frames
     assert count == len(pixels)
@@ -207,7 +211,7 @@ def test_decord_refuses_what_it_cannot_tell_apart(tmp_path, name, settings, reas
 
 @with_decord
 def test_decord_does_not_believe_that_every_packet_is_a_key_frame(tmp_path):
-    """As it does where an MP4 file has no table of them."""
+    """decord assumes this where an MP4 file has no table of key frames."""
     settings = {"options": B_FRAMES | {"bf": "0", "g": "48"}}
     path = write_video(tmp_path / "a.mp4", numbered_frames(COUNT, HEIGHT, WIDTH), **settings)
     path.write_bytes(path.read_bytes().replace(b"stss", b"free", 1))
@@ -243,7 +247,7 @@ def test_decord_leaves_the_bridge_as_it_was(tmp_path):
 
 
 class FakeReader:
-    """decord.VideoReader of ``made("b.mp4")`` with something wrong."""
+    """A fake ``decord.VideoReader`` of ``made("b.mp4")``, whose subclasses each have one fault."""
 
     count, step, shape, left = COUNT, 0.1, (HEIGHT, WIDTH, 3), COUNT
 
@@ -304,7 +308,7 @@ def test_decord_that_ends_early_or_shows_more(tmp_path, monkeypatch):
 
 
 def fake(monkeypatch, name, **members):
-    """A module in sys.modules, and the packages above it."""
+    """Put a fake module with these members, and the packages above it, into sys.modules."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         module = types.ModuleType(".".join(parts[:end]))
@@ -335,7 +339,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, decoder, module, extra):
 
 
 class NoSuchPackage:
-    """Finds nothing of this name, wherever it is installed."""
+    """An import finder that hides a package even where it is installed."""
 
     def __init__(self, name):
         self.name = name
@@ -419,7 +423,10 @@ class FrameBatch:
 
 
 def torchcodec(monkeypatch, *, more=0, shift=0, drop=0, late=0.0, by_time=True, error=None):
-    """torchcodec.decoders with a VideoDecoder that counts ``more`` frames, numbers or times them otherwise, ..."""
+    """Fake ``torchcodec.decoders`` with a VideoDecoder that can have faults.
+
+    It counts ``more`` frames, and may number or time them differently, leave some out or raise an error.
+    """
 
     class VideoDecoder:
         def __init__(
@@ -511,7 +518,7 @@ def test_torchcodec_without_ffmpeg(tmp_path, monkeypatch):
 
 
 class Surface:
-    """A decoded frame on its way out through DLPack; the library takes its memory back at the next call."""
+    """A fake decoded frame that is read through DLPack; the library reuses its memory at the next call."""
 
     def __init__(self, pixels, pts):
         self._pixels, self._pts = pixels.clone(), pts
@@ -530,7 +537,7 @@ class Surface:
 
 
 def pynvvideocodec(monkeypatch, *, unshown=None, repeat_last=0, late=0, drop=0, error=None):
-    """PyNvVideoCodec with a SimpleDecoder that gives ``unshown`` (pixels, pts) too, before the frames of the file."""
+    """Fake PyNvVideoCodec, whose SimpleDecoder also returns ``unshown`` (pixels, pts) before the file's frames."""
     asked = []
 
     class OutputColorType(enum.Enum):

@@ -13,7 +13,7 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 
 def plane_arrays(path):
-    """[F, height, width] of each plane, as the decoder gives them; width in bytes."""
+    """Return each plane as the decoder gives it: uint8 [F, height, width], with the width in bytes."""
     planes = ([], [], [])
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):

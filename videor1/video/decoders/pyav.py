@@ -174,7 +174,7 @@ class PyAvDecoder:
         context = self._reader.stream.codec_context
         try:
             for position, packet in enumerate(chain((first,), packets), segment.start):
-                skip = skips and position > segment.start and packet.pts not in segment.wanted
+                skip = skips and position > segment.start and packet.pts not in segment.requested
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
                 check.add_packet(position, packet.pts, skip)
                 try:
@@ -251,7 +251,7 @@ class _SegmentCheck:
 
     def __init__(self, index: FrameIndex, segment: Segment) -> None:
         self._index, self._segment = index, segment
-        self._required: set[int | None] = set(segment.wanted)
+        self._required: set[int | None] = set(segment.requested)
         self._allowed: set[int | None] = set()
         self._received: set[int | None] = set()
 

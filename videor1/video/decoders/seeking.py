@@ -32,7 +32,7 @@ class Segment:
     start: int
     stop: int
     since: int | None  # frames of this pts and later must all come out of the decoder; None: all frames
-    wanted: frozenset[int]  # pts of the requested frames
+    requested: frozenset[int]  # pts of the requested frames
 
 
 class Planner:
@@ -63,14 +63,14 @@ class Planner:
         index = self.index
         return [position for position, key in enumerate(index.key) if key and index.shown[position]]
 
-    def plan(self, wanted: Collection[int | None]) -> list[Segment] | None:
+    def plan(self, requested: Collection[int | None]) -> list[Segment] | None:
         """Return segments for the frames of these pts in presentation order; None: the whole file must be decoded.
 
         A frame that is shown before the last key frame but stored after it (a leading picture) may refer to pictures
         from before that key frame, so its segment begins at the key frame before that.
         """
-        stamps = sorted(stamp for stamp in wanted if stamp is not None)
-        if not self.can_seek or len(stamps) != len(wanted) or not all(stamp in self.positions for stamp in stamps):
+        stamps = sorted(stamp for stamp in requested if stamp is not None)
+        if not self.can_seek or len(stamps) != len(requested) or not all(stamp in self.positions for stamp in stamps):
             return None
         segments: list[Segment] = []
         for stamp in stamps:
@@ -79,7 +79,7 @@ class Planner:
             last = segments[-1] if segments else None
             if last is not None and start < last.stop + _MIN_GAP:
                 stop = max(last.stop, position + 1)
-                segments[-1] = replace(last, stop=stop, wanted=last.wanted | {stamp})
+                segments[-1] = replace(last, stop=stop, requested=last.requested | {stamp})
             else:
                 since = None if start == 0 else self.index.pts[start]
                 segments.append(Segment(start, position + 1, since, frozenset((stamp,))))
