@@ -71,7 +71,7 @@ class Evaluation:
         return metrics | ({"eval/image": _mean(others)} if others else {})
 
 
-def together(parts: Sequence[Evaluation]) -> Evaluation:
+def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of several parts of the samples, in the samples' order."""
     answers = sorted((answer for part in parts for answer in part.answers), key=lambda answer: answer.sample.index)
     return Evaluation(answers, sum((part.skipped for part in parts), Counter()))
@@ -86,7 +86,7 @@ class Evaluator:
 
     Args:
         on_skip: told each skipped sample.
-        shard: (rank, ranks): each rank answers its part; ``together`` joins them.
+        shard: (rank, ranks): each rank answers its part; ``merge_evaluations`` joins them.
         score: default: the accuracy reward, as ``config.reward.lenient`` says.
         top_p: nucleus sampling; 1: off.
         count: answers to each sample (and as many from shuffled frames).
