@@ -244,14 +244,14 @@ def resumed_rule(checkpoint: Path, requested: PositionRule | None) -> PositionRu
     rule = trained_rule(checkpoint, recorded) or "paper"
     if requested not in (None, rule):
         raise ConfigError(
-            f"model.positions: {checkpoint} was trained under {rule!r}, this run asks for {requested!r}; resume with the "
-            "same, or start a new run in another output_dir with the checkpoint as its model_name_or_path"
+            f"model.positions: {checkpoint} was trained under {rule!r}, this run asks for {requested!r}; resume with "
+            "the same, or start a new run in another output_dir with the checkpoint as its model_name_or_path"
         )
     return rule
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:
-    """Return the checkpoint that the option ``resume`` names; None for ``auto`` in a run without any (a fresh start).
+    """Return the checkpoint that the option ``resume`` names; None for ``auto`` in a run without any.
 
     Raises:
         ConfigError: there is no such folder.

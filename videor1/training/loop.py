@@ -407,7 +407,9 @@ class Loop(ABC, Generic[C]):
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self.describe_last_checkpoint()}") from error
+            raise TrainingStopped(
+                f"{self.run_dir} cannot be written to: {error}; {self.describe_last_checkpoint()}"
+            ) from error
 
     def describe_last_checkpoint(self) -> str:
         """Return a clause for error messages that names the last complete checkpoint."""

@@ -1,4 +1,4 @@
-"""AdamW, a learning-rate schedule that is a function of the step, and optimizer steps that skip non-finite gradients."""
+"""AdamW, learning-rate schedules, and optimizer steps that skip non-finite gradients."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import Loop
 from videor1.training.passes import Packed, completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
-from videor1.training.rows import TrainingRow, sum_totals, batch_totals, training_rows
+from videor1.training.rows import TrainingRow, batch_totals, sum_totals, training_rows
 from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation

@@ -1,8 +1,8 @@
 """Ranks on DeepSpeed's ZeRO-2 and ZeRO-3, started by torchrun or the deepspeed launcher.
 
-Under ZeRO-3 parameters are partitioned over the ranks between uses. Training passes run inside the engine, which gathers
-each module's parameters around its use, and the head's around the whole pass. Completions are sampled with all weights
-gathered once, so that no token waits for another rank.
+Under ZeRO-3 parameters are partitioned over the ranks between uses. Training passes run inside the engine, which
+gathers each module's parameters around its use, and the head's around the whole pass. Completions are sampled with all
+weights gathered once, so that no token waits for another rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _HEARTBEAT_SECONDS = 2.0
 
 
 class ZeroRanks(Ranks):
-    """The ranks of a DeepSpeed run, see ``Ranks``; all ranks must call the methods but ``is_main`` in the same order."""
+    """The ranks of a DeepSpeed run, see ``Ranks``.
+
+    All ranks must call the methods (but not ``is_main``) in the same order.
+    """
 
     def __init__(self, config: DistributedConfig) -> None:
         try:
