@@ -25,7 +25,7 @@ from torch import Tensor
 
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
-from videor1.model.positions import RECORD, PositionRule, trained_rule
+from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.save import save_model
 from videor1.training.distributed.ranks import Ranks
 
@@ -238,7 +238,7 @@ def resumed_rule(checkpoint: Path, requested: PositionRule | None) -> PositionRu
         ConfigError: ``requested`` is another rule, or the checkpoint is damaged.
     """
     try:
-        recorded = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get(RECORD)
+        recorded = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get(POSITIONS_KEY)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{checkpoint}: a damaged checkpoint ({error!r}); resume from another one") from error
     rule = trained_rule(checkpoint, recorded) or "paper"

@@ -64,10 +64,10 @@ class DecodeStep:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, fp32 [R, V], of hidden states [R, H]."""
-        with self.decoder.model.exactly():
+        with self.decoder.model.without_autocast():
             return product(hidden, self.head.T)
 
     def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Sample from fp32 logits [R, V]; return (tokens, log-probs)."""
-        with self.decoder.model.exactly():
+        with self.decoder.model.without_autocast():
             return self.sampler(logits, uniform, self.banned, self.sampling)
