@@ -22,7 +22,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
-from videor1.model.positions import RECORD, trained_rule
+from videor1.model.positions import POSITIONS_KEY, trained_rule
 from videor1.plan.setup import TEXT_TOKENS, Target, build_policy, build_reference, largest_grid, make_work, shape_of
 from videor1.rollout import make_engine
 from videor1.training.checkpoint import checkpoints
@@ -48,7 +48,7 @@ def make_older(run_dir: Path) -> Path:
     file.write_text(yaml.safe_dump(tree))
     for _, checkpoint in checkpoints(run_dir):
         config = json.loads((checkpoint / "config.json").read_text())
-        config.pop(RECORD, None)
+        config.pop(POSITIONS_KEY, None)
         (checkpoint / "config.json").write_text(json.dumps(config))
     return run_dir
 
@@ -64,13 +64,13 @@ def transformers_run(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -
 def test_the_default_is_the_papers_and_is_written_down(assets: Assets, tmp_path: Path) -> None:
     checkpoint = sft_trainer(assets, tmp_path / "sft", max_steps=1).train()
     assert option_of(tmp_path / "sft") == "paper"
-    assert json.loads((checkpoint / "config.json").read_text())[RECORD] == "paper"
+    assert json.loads((checkpoint / "config.json").read_text())[POSITIONS_KEY] == "paper"
     assert rule_of(assets.model) == rule_of(checkpoint) == "paper"
     # Training on from it keeps it, and so does whoever loads and saves it with transformers.
     trainer(assets, tmp_path / "rl", model_name_or_path=checkpoint, max_steps=1).train()
     assert option_of(tmp_path / "rl") == "paper"
     Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
-    assert getattr(AutoConfig.from_pretrained(tmp_path / "again"), RECORD) == "paper"
+    assert getattr(AutoConfig.from_pretrained(tmp_path / "again"), POSITIONS_KEY) == "paper"
 
 
 def test_a_checkpoint_is_asked_under_its_own_rule(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:

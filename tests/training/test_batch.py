@@ -82,7 +82,7 @@ def test_groups_with_variance_take_the_places_of_those_without() -> None:
     assert asked == [2, 1]  # as many as were missing, and no round more than is needed
     expected: list[Any] = [first.groups[0], second.groups[1], first.groups[2], third.groups[0]]
     assert batch.groups == expected
-    assert batch.live() == [LIVE] * 4
+    assert batch.has_variance() == [LIVE] * 4
     assert batch.counts() == {"sampling/refilled": 2, "sampling/zero_variance_dropped": 3}
     assert [float(f) for f in batch.features] == expected  # type: ignore[arg-type]
     scored, column = batch.scored, torch.tensor(expected, dtype=torch.float32)

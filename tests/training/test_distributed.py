@@ -26,7 +26,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.training.checkpoint import checkpoints
 from videor1.training.distributed import make_ranks
-from videor1.training.distributed.ranks import Ranks, start_of
+from videor1.training.distributed.ranks import Ranks, start_position
 
 pytest.importorskip("deepspeed")
 ZERO = {"distributed__engine": "deepspeed"}
@@ -245,12 +245,12 @@ def test_bf16_goes_on_from_its_fp32_weights(assets: Assets, tmp_path: Path, stag
 
 
 def test_positions_on_another_number_of_ranks() -> None:
-    assert start_of(5, (0, 1)) == 5
-    assert [start_of([3, 2], (rank, 2)) for rank in (0, 1)] == [3, 2]
-    assert start_of([3, 2], (0, 1)) == 5
-    assert [start_of(5, (rank, 2)) for rank in (0, 1)] == [3, 2]
-    assert [start_of([2, 2], (rank, 3)) for rank in (0, 1, 2)] == [2, 1, 1]
-    assert start_of([{"draws": 1}, {"draws": 2}], (1, 2)) == {"draws": 2}
+    assert start_position(5, (0, 1)) == 5
+    assert [start_position([3, 2], (rank, 2)) for rank in (0, 1)] == [3, 2]
+    assert start_position([3, 2], (0, 1)) == 5
+    assert [start_position(5, (rank, 2)) for rank in (0, 1)] == [3, 2]
+    assert [start_position([2, 2], (rank, 3)) for rank in (0, 1, 2)] == [2, 1, 1]
+    assert start_position([{"draws": 1}, {"draws": 2}], (1, 2)) == {"draws": 2}
 
 
 def test_what_one_raises_all_raise() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from videor1.logs.jsonl import JsonlWriter, read_jsonl
 from videor1.logs.progress import Progress
-from videor1.training.journal import Journal, mean_rows, sums
+from videor1.training.journal import Journal, mean_rows, sum_counts
 from videor1.types import SampleError
 
 
@@ -43,8 +43,8 @@ def test_the_share_waited_is_of_the_step(lines: JsonlWriter, monkeypatch: pytest
     made = journal(lines)
     fake = source(waited_seconds=2.5, loaded=1, cache_hits=2, disk_hits=3)
     fake.waited_seconds = 0.5
-    made.follow(fake)
-    made.start_lap()
+    made.attach(fake)
+    made.start_batch()
     assert made.data_times() == {
         "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1,
         "time/data_memory_hits": 2, "time/data_disk_hits": 3,
@@ -54,14 +54,14 @@ def test_the_share_waited_is_of_the_step(lines: JsonlWriter, monkeypatch: pytest
 
 def test_a_resumed_run_counts_on(lines: JsonlWriter, capsys: pytest.CaptureFixture[str]) -> None:
     first = journal(lines, bad_json=2)
-    first.follow(source(changed_files=1))
+    first.attach(source(changed_files=1))
     first._source.skipped["decode"] += 1
     first.counters["num_tokens"] += 70
     first.rows.append({"loss": 0.5})
     first.accuracy, first.evaluated_at = 0.25, 3
     assert first.count_nonfinite(4, False, {"loss": math.nan, "grad_norm": math.nan}) == 1
     second = journal(lines, json.loads(json.dumps(first.state())), bad_json=2)
-    second.follow(source(changed_files=2))
+    second.attach(source(changed_files=2))
     second._source.skipped["decode"] += 1
     assert second.data_counts() == {
         "data/draws": 0, "data/skipped": 4, "data/skipped/bad_json": 2, "data/skipped/decode": 2,
@@ -73,7 +73,7 @@ def test_a_resumed_run_counts_on(lines: JsonlWriter, capsys: pytest.CaptureFixtu
     assert second.count_nonfinite(5, False, row) == 2
     assert row["nonfinite_steps"] == 2
     assert second.count_nonfinite(6, True, row) == 0
-    second.report_losses()
+    second.report_data_problems()
     assert capsys.readouterr().err.splitlines()[-1] == (
         "data, over the whole run: skipped 4 (bad_json 2, decode 2), changed files 3"
     )
@@ -97,4 +97,4 @@ def test_means_are_of_what_is_measured_and_counts_are_the_last() -> None:
     two = {"loss": 2.0, "num": 5, "kl": 0.5, "clip": 0.0}
     assert mean_rows([one]) is one
     assert mean_rows([one, two]) == {"loss": 1.5, "num": 5, "kl": 0.5, "temporal/p": None, "clip": 0.0}
-    assert sums([{"a": 1, "b": 2}, {"b": 3}]) == {"a": 1, "b": 5}
+    assert sum_counts([{"a": 1, "b": 2}, {"b": 3}]) == {"a": 1, "b": 5}

@@ -21,32 +21,32 @@ from videor1.types import Completion, Media, Prompt, Sample, SampleError
 from videor1.video.media import load_media, media_key
 from videor1.video.shuffle import draw_permutation
 
-_CHUNK = 32  # prompts answered together
+_CHUNK = 32  # prompts whose completions are sampled together
 
-Score = Callable[[str, Sample], float]  # (completion, its sample) -> [0, 1]
+Score = Callable[[str, Sample], float]  # (completion's text, its sample) -> score in [0, 1]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One evaluated sample. Of several answers to it, the means; the first one's text."""
+    """The result of one sample: means over its answers, and their texts."""
 
     sample: Sample
-    accuracy: float  # accuracy reward, from frames in order (or the image)
-    shuffled: float | None  # from shuffled frames; None where the sample is not a video
-    text: str
-    shuffled_text: str | None
-    texts: tuple[str, ...] = ()
-    shuffled_texts: tuple[str, ...] = ()
-    finished: float = 1.0  # the share that was not cut at max_completion_length
-    shuffled_finished: float | None = None
+    accuracy: float  # mean score from frames in order (or the image)
+    shuffled: float | None  # mean score from shuffled frames; None if the sample is not a video
+    text: str  # the first answer
+    shuffled_text: str | None  # the first answer from shuffled frames
+    texts: tuple[str, ...] = ()  # all answers
+    shuffled_texts: tuple[str, ...] = ()  # all answers from shuffled frames
+    finished: float = 1.0  # share of answers that were not cut at max_completion_length
+    shuffled_finished: float | None = None  # the same share for answers from shuffled frames
 
 
 @dataclass
 class Evaluation:
-    """Every sample's result, and the samples that could not be used, by kind of error."""
+    """The results of an evaluation."""
 
     answers: list[Answered] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # number of skipped samples, by kind of error
 
     @property
     def ordered(self) -> float:
@@ -59,7 +59,7 @@ class Evaluation:
         return _mean([a.shuffled for a in self.answers if a.shuffled is not None])
 
     def metrics(self) -> dict[str, float]:
-        """``eval/*`` for metrics.jsonl."""
+        """Return the metrics ``eval/*`` for metrics.jsonl."""
         others = [a.accuracy for a in self.answers if a.shuffled is None]
         metrics = {
             "eval/ordered": self.ordered,
@@ -71,25 +71,26 @@ class Evaluation:
         return metrics | ({"eval/image": _mean(others)} if others else {})
 
 
-def together(parts: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of several parts of the samples, in the samples' order."""
+def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
+    """Merge the evaluations of several parts of the samples, in the samples' order."""
     answers = sorted((answer for part in parts for answer in part.answers), key=lambda answer: answer.sample.index)
     return Evaluation(answers, sum((part.skipped for part in parts), Counter()))
 
 
 class Evaluator:
-    """Answers the samples of a data file, as often as asked; media are decoded once, within ``data.cache_mb``.
+    """Evaluates models on the samples of a data file, from frames in order and from shuffled frames.
 
-    Greedy unless ``config.eval_temperature`` is above 0. The permutation of a sample depends on the seed and its
-    position in the file alone, so two models are asked the same. A sample that cannot be read is skipped and counted,
+    It may be used repeatedly: media are decoded once, as far as they fit in ``data.cache_mb``. Decoding is greedy
+    unless ``config.eval_temperature`` is above 0. The permutation of a sample depends only on the seed and its position
+    in the file, so that all models see the same frames. A sample that cannot be read is skipped and counted; it is
     neither right nor wrong.
 
     Args:
-        on_skip: told each skipped sample.
-        shard: (rank, ranks): each rank answers its part; ``together`` joins them.
-        score: default: the accuracy reward, as ``config.reward.lenient`` says.
+        on_skip: called with the error of each skipped sample.
+        shard: (rank, number of ranks): each rank evaluates its part; ``merge_evaluations`` merges them.
+        score: scores an answer; None: the accuracy reward, as ``config.reward.lenient`` says.
         top_p: nucleus sampling; 1: off.
-        count: answers to each sample (and as many from shuffled frames).
+        count: number of answers to each sample (and as many from shuffled frames).
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Evaluator:
         self._prefetcher.close()
 
     def run(self, model: VideoLM) -> Evaluation:
-        """Evaluate the model's weights as they are."""
+        """Evaluate a model with its current weights."""
         result = Evaluation()
         for block in self.answer(model):
             for _, outcome in block:
@@ -137,15 +138,19 @@ class Evaluator:
     def answer(
         self, model: VideoLM, done: Container[int] = ()
     ) -> Iterator[list[tuple[Sample, Answered | SampleError]]]:
-        """Blocks of samples with their answers (or why there is none), those whose index is in ``done`` left out.
+        """Yield blocks of samples, each with its result or the error for which it is skipped.
 
-        What is answered together depends on the samples' positions alone: to go on after a stop gives the same.
+        Which samples are in a block depends only on their positions, so that a resumed evaluation gives the same
+        results.
+
+        Args:
+            done: indices of samples to leave out.
         """
         config = self._config
         options = SamplingOptions(config.max_completion_length, config.eval_temperature, self._top_p)
         engine = LocalEngine(model, options, max_rows=2 * _CHUNK * self._count, backend=config.kernels)
-        todo = [(position, s) for position, s in enumerate(self._samples) if s.index not in done]
-        loaded = zip(todo, self._prefetcher.iterate(sample for _, sample in todo), strict=True)
+        remaining = [(position, s) for position, s in enumerate(self._samples) if s.index not in done]
+        loaded = zip(remaining, self._prefetcher.iterate(sample for _, sample in remaining), strict=True)
         for _, block in itertools.groupby(loaded, key=lambda item: item[0][0] // _CHUNK):
             yield self._answer_block(model, engine, [outcome for _, outcome in block])
 
@@ -165,14 +170,15 @@ class Evaluator:
                 outcomes[sample.index] = error
                 self._on_skip(error)
         if prompts:
-            answers = _answer(model, engine, prompts, self._config, self._score, self._count)
+            answers = _answer_prompts(model, engine, prompts, self._config, self._score, self._count)
             outcomes |= {answer.sample.index: answer for answer in answers}
         return [(sample, outcomes[sample.index]) for sample, _ in block]
 
 
-def _answer(
+def _answer_prompts(
     model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions, score: Score, count: int
 ) -> list[Answered]:
+    """Sample ``count`` answers to each prompt from frames in order, and of videos from shuffled frames; score them."""
     unit = config.temporal.shuffle_unit
     orders = [draw_permutation(p, unit, config.seed) for p in prompts]
     with model.inference():
@@ -181,14 +187,14 @@ def _answer(
     requests = [
         Request(
             p, config.seed, Branch(count, ("eval", p.draw), features),
-            None if order is None else Branch(count, ("eval-shuffled", p.draw), moved, order),
+            None if order is None else Branch(count, ("eval-shuffled", p.draw), from_shuffled, order),
         )
-        for p, features, moved, order in zip(prompts, ordered, shuffled, orders, strict=True)
+        for p, features, from_shuffled, order in zip(prompts, ordered, shuffled, orders, strict=True)
     ]  # fmt: skip
     answers = []
     for group in engine.generate(requests).groups:
-        assert group is not None, "this engine answers or raises"
-        sample, other = group.prompt.sample, group.shuffled
+        assert group is not None, "this engine never fails a single request"
+        sample, shuffled_completions = group.prompt.sample, group.shuffled
 
         def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
             return sum(score(c.text, sample) for c in completions) / len(completions)
@@ -200,13 +206,13 @@ def _answer(
             Answered(
                 sample,
                 accuracy(group.ordered),
-                accuracy(other) if other else None,
+                accuracy(shuffled_completions) if shuffled_completions else None,
                 group.ordered[0].text,
-                other[0].text if other else None,
+                shuffled_completions[0].text if shuffled_completions else None,
                 tuple(c.text for c in group.ordered),
-                tuple(c.text for c in other),
+                tuple(c.text for c in shuffled_completions),
                 finished(group.ordered),
-                finished(other) if other else None,
+                finished(shuffled_completions) if shuffled_completions else None,
             )
         )
     return answers

@@ -1,4 +1,4 @@
-"""The language model: prompts, positions, vision features, hidden states; loading and saving."""
+"""The model: prompts, positions, vision features and hidden states, and its loading and saving."""
 
 from __future__ import annotations
 

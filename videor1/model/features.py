@@ -1,4 +1,4 @@
-"""Vision features of prompts, their frames in order or shuffled: whoever needs some has them made here."""
+"""Vision features of prompts, with frames in order or shuffled: the one place where they are computed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from videor1.model.packing import greedy_batches
 from videor1.types import Media, Prompt
 from videor1.video.shuffle import permuted_features, shuffled_patches
 
-Order = tuple[int, ...] | None  # of a prompt's frames or temporal patches; None: as they are
+Order = tuple[int, ...] | None  # permutation of a prompt's frames or temporal patches; None: in order
 
-PASS_PATCHES = 2**18  # in one pass of the vision tower, at most (a single video may have more)
+PASS_PATCHES = 2**18  # most patches in one pass of the vision tower (a single video may have more)
 
 
 def prompt_features(
     model: VideoLM, prompts: Sequence[Prompt], orders: Sequence[Order] | None = None, *, unit: str = "frame"
 ) -> list[Tensor | None]:
-    """Features [tokens, H] of each prompt's media, frames in the given order; None without media.
+    """Compute the vision features of prompts, with frames in the given orders.
 
-    The tower takes no more than ``PASS_PATCHES`` at a time; gradients flow through all its passes.
+    A pass of the tower takes at most ``PASS_PATCHES`` patches; gradients flow through all passes.
 
     Args:
-        orders: one per prompt; None: every prompt as it is.
-        unit: what the orders are of, "frame" or "temporal_patch".
+        orders: one per prompt; None: all frames in order.
+        unit: what the orders are permutations of, "frame" or "temporal_patch".
+
+    Returns:
+        Features [tokens, H] of each prompt's media; None for a prompt without media.
     """
     given = [None] * len(prompts) if orders is None else orders
     media = [(p.media, order) for p, order in zip(prompts, given, strict=True) if p.media is not None]
@@ -46,28 +49,29 @@ def shuffled_features(
     unit: str,
     ordered: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """As :func:`prompt_features`, but None for a prompt without an order.
+    """Compute the features of shuffled prompts as :func:`prompt_features` does; None for a prompt without an order.
 
-    ``ordered``: the prompts' features as they are, where they are known: temporal patches are then shuffled after the
-    tower, without another pass.
+    Args:
+        ordered: the features of the prompts in order, if they are known: temporal patches are then shuffled after the
+            tower, without another pass.
     """
-    found: list[Tensor | None] = [None] * len(prompts)
-    moved = [i for i, order in enumerate(orders) if order is not None]
+    result: list[Tensor | None] = [None] * len(prompts)
+    shuffled = [i for i, order in enumerate(orders) if order is not None]
     if ordered is not None and unit == "temporal_patch":
-        for i in moved:
+        for i in shuffled:
             features, media, order = ordered[i], prompts[i].media, orders[i]
             if features is not None and media is not None and order is not None:
-                found[i] = permuted_features(features, media, order)
-        return found
-    encoded = prompt_features(model, [prompts[i] for i in moved], [orders[i] for i in moved], unit=unit)
-    for i, features in zip(moved, encoded, strict=True):
-        found[i] = features
-    return found
+                result[i] = permuted_features(features, media, order)
+        return result
+    encoded = prompt_features(model, [prompts[i] for i in shuffled], [orders[i] for i in shuffled], unit=unit)
+    for i, features in zip(shuffled, encoded, strict=True):
+        result[i] = features
+    return result
 
 
 def _passes(model: VideoLM, media: Sequence[tuple[Media, Order]]) -> list[list[tuple[Media, Order]]]:
-    """What the tower takes at a time: the activations of many long videos do not fit together."""
+    """Divide the media into passes of the tower, since the activations of many long videos do not fit in memory."""
     if torch.is_grad_enabled() and any(hasattr(p, "ds_id") for p in model.visual.parameters()):
-        # ZeRO-3 gathers the tower's weights from all ranks in each pass: none may make more passes than another.
+        # ZeRO-3 gathers the tower's weights from all ranks in each pass, so that all ranks must make as many passes.
         return [list(media)] if media else []
     return greedy_batches(media, lambda item: len(item[0].patches), PASS_PATCHES)

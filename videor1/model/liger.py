@@ -1,4 +1,4 @@
-"""liger-kernel's RMSNorm, SwiGLU and rotary embedding in a Qwen2.5-VL: a Triton kernel each."""
+"""liger-kernel's Triton kernels for RMSNorm, SwiGLU and the rotary embedding of a Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from videor1.errors import ConfigError, install
 
 
 def use_liger(hf: Any) -> None:
-    """Swap the forward passes of a model's norms and MLPs, and transformers' rotary embedding of this architecture.
+    """Replace the forward passes of a model's norms and MLPs, and transformers' rotary embedding of its architecture.
 
     The rotary embedding is a function of transformers' module: it changes for every Qwen2.5-VL of the process. Results
     agree to rounding; weights, names and checkpoints stay as they are. (Liger's own
@@ -29,7 +29,8 @@ def use_liger(hf: Any) -> None:
         raise ConfigError(f"model.liger: {error}; {install('liger')}") from error
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
-    assert modeling.apply_rotary_pos_emb  # M-RoPE has picked its angles before: what is left is the plain rotation
+    # M-RoPE chooses the angles before this function is called, which then does the plain rotation.
+    assert modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
     text, tower = hf.model.language_model, hf.model.visual
     norms = [text.norm, *(norm for block in tower.blocks for norm in (block.norm1, block.norm2))]
@@ -41,7 +42,10 @@ def use_liger(hf: Any) -> None:
 
 
 def _use_norm(norm: nn.Module, liger_norm: Any) -> None:
-    """Liger's forward pass reads these settings from the module; not in place: the input is the residual stream's."""
+    """Replace a norm's forward pass by Liger's, and set what that reads from the module.
+
+    It must not work in place, since its input is the residual stream.
+    """
     settings = {"offset": 0.0, "casting_mode": "llama", "in_place": False, "row_mode": None}
     for name, value in settings.items():
         setattr(norm, name, value)

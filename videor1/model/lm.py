@@ -1,7 +1,7 @@
-"""Qwen2.5-VL as the trainer sees it: vision features of a prompt, hidden states of a packed row, and the head's weight.
+"""Qwen2.5-VL as the trainer uses it: vision features of a prompt, hidden states of a packed row, and the head's weight.
 
-The classes are transformers' own, unpatched. The language model runs with the attention ``videor1_prefix``; what a
-pass attends to is told by its context (``videor1_kernels.integrations.transformers``).
+The classes are transformers' own, unpatched. The language model runs with the attention ``videor1_prefix``; the context
+of a pass defines what it attends to (``videor1_kernels.integrations.transformers``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class VideoLM:
         peft: the peft wrapper, or None.
         tokenizer, special: the tokenizer and its special ids.
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
-        position_rule: where text after media goes on, see :mod:`videor1.model.positions`.
+        position_rule: which positions text after media has, see :mod:`videor1.model.positions`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class VideoLM:
     ) -> None:
         self.hf = hf.to(device)
         self.peft: Any = None
-        self.flash = False  # prompts of a rollout by flash-attn
+        self.flash = False  # whether flash-attn computes the attention of a rollout's prompts
         self.tokenizer = tokenizer
         self.special: SpecialIds = special_ids(tokenizer)
         self.device = torch.device(device)
@@ -60,7 +60,7 @@ class VideoLM:
         self.position_rule: PositionRule = position_rule
         self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
         hf.model.language_model.set_attn_implementation(attention.register())
-        self._vocabulary_check()
+        self._check_vocabulary()
 
     @property
     def visual(self) -> Any:
@@ -68,25 +68,26 @@ class VideoLM:
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H] in the compute dtype."""
+        """The head's weight [V, H] in the compute dtype."""
         return self.hf.lm_head.weight.to(self.compute_dtype)
 
     def vision_features(self, media: Sequence[Media], patches: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Features [tokens, H] of each media in one pass of the vision tower.
+        """Compute the features [tokens, H] of each of ``media`` in one pass of the vision tower.
 
-        ``patches`` (8-bit, one per media) replace the media's own, e.g. with frames shuffled.
+        Args:
+            patches: 8-bit patches, one tensor per media, that replace the media's own, e.g. with frames shuffled.
         """
         if not media:
             return []
         pixels = torch.cat([m.patches for m in media] if patches is None else list(patches)).to(self.device)
         grid = torch.tensor([m.grid_thw for m in media], device=self.device)
         with self.autocast():
-            tower = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid)
+            output = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid)
         merge = self.visual.spatial_merge_size**2
-        return list(tower.pooler_output.split([m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2] // merge for m in media]))
+        return list(output.pooler_output.split([m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2] // merge for m in media]))
 
     def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
-        """M-RoPE positions [3, P] of a prompt and the position of the first answer token."""
+        """Return the M-RoPE positions [3, P] of a prompt, and the position of the first completion token."""
         vision = self.hf.config.vision_config
         return prompt_positions(
             prompt,
@@ -103,13 +104,13 @@ class VideoLM:
         context: attention.AttentionContext,
         features: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Last hidden states [T, H] of one packed row, in the compute dtype.
+        """Compute the last hidden states [T, H] of one packed row, in the compute dtype.
 
         Args:
             ids: int64 [T].
-            positions: int64 [3, 1, T], of time, height and width.
-            context: what the row attends to.
-            features: of the row's media, in the row's order; they take the places of its media tokens.
+            positions: int64 [3, 1, T], positions in time, height and width.
+            context: defines what each token attends to.
+            features: vision features of the row's media, in the row's order; they replace its media tokens.
         """
         embeds = self.hf.get_input_embeddings()(ids.to(self.device))
         if features:
@@ -125,18 +126,19 @@ class VideoLM:
                 use_cache=False,
                 videor1_context=context,
             )
-        return output.last_hidden_state[0].to(self.compute_dtype)  # the last norm gives fp32 under autocast
+        return output.last_hidden_state[0].to(self.compute_dtype)  # The last norm returns fp32 under autocast.
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for a forward pass: autocast to bf16 in a bf16 run, else no change."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def exactly(self) -> contextlib.AbstractContextManager[Any]:
-        """In the dtypes of the operands, inside :meth:`autocast` too."""
+    def without_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context that computes in the dtypes of the operands, also inside of :meth:`autocast`."""
         return torch.autocast(self.device.type, enabled=False) if self.bf16 else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients, and dropout and checkpointing off."""
+        """Return a context without gradients, dropout and gradient checkpointing."""
         was_training = self.hf.training
         self.hf.eval()
         try:
@@ -147,7 +149,7 @@ class VideoLM:
 
     @contextlib.contextmanager
     def as_reference(self, frozen: VideoLM | None) -> Iterator[VideoLM]:
-        """The reference policy: the frozen copy, or this model with its adapters off."""
+        """Return a context with the reference model: the frozen copy, or this model with its adapters off."""
         if frozen is None and self.peft is None:
             raise ValueError("a reference policy needs a frozen copy, or LoRA adapters to switch off")
         model = frozen or self
@@ -155,13 +157,17 @@ class VideoLM:
             yield model
 
     def frozen_copy(self) -> VideoLM:
-        """A copy for the KL term, in the compute dtype, without gradients."""
+        """Return a copy for the KL term, in the compute dtype, without gradients."""
         hf = copy.deepcopy(self.hf).to(self.compute_dtype).requires_grad_(False)
         set_checkpointing(hf, False)
         return VideoLM(hf, self.tokenizer, device=self.device, source=self.source, position_rule=self.position_rule)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
-        """Wrap the language model's linear layers in adapters; nothing else stays trainable."""
+        """Add LoRA adapters to the language model's linear layers; only they stay trainable.
+
+        Raises:
+            ConfigError: ``lora.target_modules`` match no layer.
+        """
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
 
@@ -175,7 +181,7 @@ class VideoLM:
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(derive_seed(seed, "lora"))
-            # peft asks for it by the name that newer transformers call is_activation_checkpointing.
+            # peft uses the old name of what newer transformers call is_activation_checkpointing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             try:
                 self.peft = get_peft_model(self.hf, options)
@@ -183,10 +189,15 @@ class VideoLM:
                 raise ConfigError(f"lora.target_modules: {config.target_modules}: {error}") from error
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name, in the model's order."""
+        """Return the trainable parameters by name, in the model's order."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
 
-    def _vocabulary_check(self) -> None:
+    def _check_vocabulary(self) -> None:
+        """Check that model and tokenizer agree on the media tokens and the size of the vocabulary.
+
+        Raises:
+            ConfigError: they do not.
+        """
         config, special = self.hf.config, self.special
         for name, model_id, token_id in (
             ("video_token_id", config.video_token_id, special.video_pad),
@@ -200,7 +211,7 @@ class VideoLM:
 
 
 def set_checkpointing(hf: Any, on: bool) -> None:
-    """Switch gradient checkpointing; the method's name differs between the supported transformers."""
+    """Switch gradient checkpointing on or off; the methods' names differ between the supported transformers."""
     if hasattr(hf, "activation_checkpointing_enable"):
         hf.activation_checkpointing_enable({"use_reentrant": False}) if on else hf.activation_checkpointing_disable()
     elif on:

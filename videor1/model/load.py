@@ -1,4 +1,4 @@
-"""The model that the options name, ready to train."""
+"""Loading the model that the options name, and preparing it for training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
 from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
-from videor1.model.positions import RECORD, trained_rule
+from videor1.model.positions import POSITIONS_KEY, trained_rule
 
 
 def load_model(config: CommonConfig) -> VideoLM:
-    """The model that the options name, ready to train: dtype, device, freezing, adapters, gradient checkpointing."""
+    """Load the model that the options name, with its dtype, device, frozen parts, adapters and gradient checkpointing.
+
+    Raises:
+        ConfigError: an option is wrong, or the model cannot be loaded.
+    """
     source = config.model_name_or_path
     if not source:
         raise ConfigError("model_name_or_path: expected a Qwen2.5-VL folder or hub id, got nothing")
@@ -26,13 +30,13 @@ def load_model(config: CommonConfig) -> VideoLM:
         raise ConfigError(f"model_name_or_path: there is no folder {source!r}, and a hub id is of the form owner/name")
     device = pick_device(config.device)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    transformers_logging.disable_progress_bar()  # the run's own bar is enough
-    # Trained weights are kept in fp32, bf16 runs compute under autocast; weights that only carry adapters need not be,
-    # and ZeRO keeps fp32 copies itself.
+    transformers_logging.disable_progress_bar()  # The run shows a progress bar of its own.
+    # Trained weights are kept in fp32, and bf16 runs compute under autocast. fp32 is not needed for weights that are
+    # frozen below adapters, nor with ZeRO, which keeps fp32 copies itself.
     zero = config.distributed.engine == "deepspeed"
     hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
     _use_libraries(hf, config.model, device)
-    rule = config.model.positions or trained_rule(source, getattr(hf.config, RECORD, None)) or "paper"
+    rule = config.model.positions or trained_rule(source, getattr(hf.config, POSITIONS_KEY, None)) or "paper"
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)
@@ -42,7 +46,7 @@ def load_model(config: CommonConfig) -> VideoLM:
 
 
 def make_trainable(model: VideoLM, config: CommonConfig) -> None:
-    """What the options freeze, adapt and recompute."""
+    """Freeze the vision tower, add adapters and switch gradient checkpointing on, as the options ask."""
     if config.freeze_vision:
         model.visual.requires_grad_(False)
     if config.lora.rank:
@@ -53,7 +57,11 @@ def make_trainable(model: VideoLM, config: CommonConfig) -> None:
 
 
 def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
-    """Attention of the tower by flash-attn, and Liger's kernels, where they are asked for."""
+    """Use flash-attn in the vision tower, and Liger's kernels, if the options ask for them.
+
+    Raises:
+        ConfigError: the run is on a CPU, or a library is not installed.
+    """
     if device.type == "cpu" and (options.liger or options.attention != "sdpa"):
         raise ConfigError("model.liger, model.attention flash_attention_2: they run on a GPU, and this run is on a CPU")
     if options.attention == "flash_attention_2":
@@ -66,13 +74,17 @@ def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes the GPU where there is one."""
+    """Return the device that the option names; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # no device that is asked for
+        device = torch.device("meta")  # Not one of the types that are allowed below.
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -93,7 +105,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForCond
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # damaged files raise what they like
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # Damaged files raise any of these.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):

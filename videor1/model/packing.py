@@ -1,4 +1,4 @@
-"""What goes through the model together: as much as a budget of tokens or patches lets through."""
+"""Grouping items into batches for the model, within a budget of tokens or patches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ T = TypeVar("T")
 
 
 def greedy_batches(items: Iterable[T], size: Callable[[T], int], budget: int) -> list[list[T]]:
-    """The items in their order, cut into batches whose sizes add up to at most ``budget``: a new one begins where the
-    next item would not fit. An item that is larger than the budget is a batch by itself."""
+    """Divide items, in their order, into batches whose sizes add up to at most ``budget``.
+
+    A new batch begins where the next item would not fit. An item that is larger than the budget is a batch by itself.
+    """
     batches: list[list[T]] = []
     used = 0
     for item in items:
-        own = size(item)
-        if not batches or used + own > budget:
+        item_size = size(item)
+        if not batches or used + item_size > budget:
             batches.append([])
             used = 0
         batches[-1].append(item)
-        used += own
+        used += item_size
     return batches

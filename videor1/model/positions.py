@@ -1,17 +1,17 @@
 """M-RoPE positions of a prompt: the one place where they are built, for rollout and training alike.
 
-Text counts 1, 1, 1. A media token at (t, h, w) of the merged grid sits at start + (time, h, w), where a video's time is
-int(t * tokens_per_second * second_per_grid) and an image's is 0. Where the tokens after a run of media go on is what
-two rules differ in:
+A text token is one past the previous token in all three dimensions. A media token at (t, h, w) of the merged grid is at
+start + (time, h, w), where a video's time is int(t * tokens_per_second * second_per_grid) and an image's is 0. Two
+rules differ in the position of the first token after a run of media tokens:
 
 - ``paper``: one past the largest position of the media, "incrementing the maximum position ID of the preceding modality
-  by one" (Qwen2-VL, arXiv 2409.12191, section 2.1). Qwen2-VL and Qwen2.5-VL were trained so; vLLM, SGLang, Video-R1's
-  code and transformers before 5.3 do so.
-- ``transformers``: start + max(h, w) of the merged grid, which transformers' ``get_rope_index`` does since 5.3. For an
-  image, and for a clip whose times stay below max(h, w), both are the same; after a longer clip the text sits below the
-  clip's own times.
+  by one" (Qwen2-VL, arXiv 2409.12191, section 2.1). Qwen2-VL and Qwen2.5-VL were trained by this rule; vLLM, SGLang,
+  Video-R1's code and transformers before 5.3 use it.
+- ``transformers``: start + max(h, w) of the merged grid, as in transformers' ``get_rope_index`` since 5.3. For an
+  image, and for a clip whose times stay below max(h, w), both rules agree; after a longer clip the text's positions are
+  below the clip's last times.
 
-The positions of an answer count on from the last text position. Positions may exceed the number of tokens.
+The positions of a completion continue from the prompt's last text position. Positions may exceed the number of tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from videor1.types import Prompt
 
 PositionRule = Literal["paper", "transformers"]
 
-RECORD = "videor1_positions"  # the key of a checkpoint's config.json that holds the rule it was trained under
+POSITIONS_KEY = "videor1_positions"  # key in a checkpoint's config.json of the rule that it was trained under
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class MediaRun:
     """A run of media tokens in a prompt.
 
     Attributes:
-        times: int64 [T], of each temporal patch, from the run's start on.
-        height, width: of the merged grid; the run has T * height * width tokens.
+        times: int64 [T], position in time of each temporal patch, relative to the run's start.
+        height, width: size of the merged grid; the run has T * height * width tokens.
     """
 
     times: Tensor
@@ -49,17 +49,20 @@ class MediaRun:
         return len(self.times) * self.height * self.width
 
     def positions(self) -> Tensor:
-        """int64 [3, T * height * width], from the run's start on."""
+        """Return the tokens' positions, int64 [3, T * height * width], relative to the run's start."""
         axes = torch.meshgrid(self.times, torch.arange(self.height), torch.arange(self.width), indexing="ij")
         return torch.stack(axes).reshape(3, -1)
 
 
 def mrope_positions(segments: Sequence[int | MediaRun], rule: PositionRule = "paper") -> tuple[Tensor, int]:
-    """(int64 [3, P] time, height, width; the position of the first token after the segments).
+    """Compute the positions of a prompt that consists of text and runs of media tokens.
 
     Args:
-        segments: of a prompt, in order: the number of text tokens, or a run of media tokens.
-        rule: where the tokens after a run of media go on, as this module says.
+        segments: the prompt's parts in order: a number of text tokens, or a run of media tokens.
+        rule: the rule for tokens after a run of media, see the module's description.
+
+    Returns:
+        (int64 [3, P] positions in time, height and width; the position of the first token after the segments).
     """
     parts, start = [torch.empty(3, 0, dtype=torch.int64)], 0
     for segment in segments:
@@ -67,9 +70,9 @@ def mrope_positions(segments: Sequence[int | MediaRun], rule: PositionRule = "pa
             parts.append(torch.arange(start, start + segment).expand(3, segment))
             start += segment
             continue
-        own = segment.positions()
-        parts.append(own + start)
-        start += int(own.max()) + 1 if rule == "paper" else max(segment.height, segment.width)
+        relative = segment.positions()
+        parts.append(relative + start)
+        start += int(relative.max()) + 1 if rule == "paper" else max(segment.height, segment.width)
     return torch.cat(parts, dim=1), start
 
 
@@ -81,14 +84,20 @@ def prompt_positions(
     merge: int = 2,
     rule: PositionRule = "paper",
 ) -> tuple[Tensor, int]:
-    """(int64 [3, P] time, height, width; the position of the first token after the prompt).
+    """Compute the positions of a prompt.
 
     Args:
-        prompt: input_ids [P] whose media tokens are one run of ``media_token_id``.
+        prompt: its input_ids [P] hold the media tokens as one run of ``media_token_id``.
         media_token_id: id of the video or image pad token; None for a prompt without media.
-        tokens_per_second: of the vision config.
+        tokens_per_second: that of the vision config.
         merge: patches per media token along height and width.
-        rule: where the text after the media goes on, as this module says.
+        rule: the rule for text after the media, see the module's description.
+
+    Returns:
+        (int64 [3, P] positions in time, height and width; the position of the first token after the prompt).
+
+    Raises:
+        ValueError: the prompt's media tokens are not one run of the grid's size.
     """
     ids, media = prompt.input_ids, prompt.media
     if media is None or media_token_id is None:
@@ -105,21 +114,21 @@ def prompt_positions(
 
 
 def trained_rule(source: str | Path, recorded: object) -> PositionRule | None:
-    """The rule that a model was trained under by this library; None for a model that comes from elsewhere.
+    """Return the rule under which this library has trained a model; None for a model that comes from elsewhere.
 
     Args:
-        source: its folder or hub id.
-        recorded: its config.json's value of :data:`RECORD`, or None. Checkpoints of this library have lacked it while
-            ``transformers`` was the only rule: a folder that a run of that time has left is known by its place.
+        source: the model's folder or hub id.
+        recorded: the value of :data:`POSITIONS_KEY` in its config.json, or None. Early checkpoints of this library lack
+            it, since ``transformers`` was the only rule: they are recognised by where the folder lies or what it holds.
 
     Raises:
-        ConfigError: a recorded rule that this version does not know.
+        ConfigError: the recorded rule is unknown to this version.
     """
     if recorded is not None:
         if recorded not in get_args(PositionRule):
             known = ", ".join(get_args(PositionRule))
-            raise ConfigError(f"{source}: its config.json says {RECORD} {recorded!r}, expected one of {known}")
+            raise ConfigError(f"{source}: its config.json says {POSITIONS_KEY} {recorded!r}, expected one of {known}")
         return cast(PositionRule, recorded)
     folder = Path(source).absolute()
-    of_a_run = folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file()
-    return "transformers" if of_a_run or (folder / "trainer" / "state.json").is_file() else None
+    in_run_folder = folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file()
+    return "transformers" if in_run_folder or (folder / "trainer" / "state.json").is_file() else None

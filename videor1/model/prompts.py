@@ -1,4 +1,4 @@
-"""Questions as token ids: one user turn, media first, in the chat template of Qwen2.5-VL's tokenizer."""
+"""Tokenised prompts: one user turn with the media first, in the chat template of Qwen2.5-VL's tokenizer."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class SpecialIds:
     image_pad: int
     vision_start: int
     vision_end: int
-    vision_pad: int | None = None  # <|vision_pad|>, which Qwen's tokenizers have and no prompt uses
+    vision_pad: int | None = None  # <|vision_pad|>, which Qwen's tokenizers have but no prompt uses
 
     @property
     def vision(self) -> tuple[int, ...]:
-        """The tokens that stand for or enclose media: never to be sampled."""
+        """The tokens that represent or enclose media, which must never be sampled."""
         pads = () if self.vision_pad is None else (self.vision_pad,)
         return self.vision_start, self.vision_end, self.video_pad, self.image_pad, *pads
 
     def media_pad(self, media: Media) -> int:
-        """The token that stands for a part of ``media``."""
+        """Return the token that represents a part of ``media``."""
         return self.video_pad if media.kind == "video" else self.image_pad
 
 
@@ -59,7 +59,11 @@ _VISION_PAD = "<|vision_pad|>"
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
-    """The ids of Qwen2.5-VL's special tokens. Raises ConfigError where the tokenizer lacks one as a single token."""
+    """Return the ids of Qwen2.5-VL's special tokens.
+
+    Raises:
+        ConfigError: the tokenizer lacks one of them as a single token.
+    """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items()}
     # A tokenizer maps a token it does not know to its unknown token, or to None.
     missing = [t for name, t in _TOKENS.items() if ids[name] is None or tokenizer.convert_ids_to_tokens(ids[name]) != t]
@@ -74,8 +78,11 @@ def special_ids(tokenizer: Any) -> SpecialIds:
 
 
 def question_text(sample: Sample) -> str:
-    """The text of the user turn: the problem; for multiple choice a line "Options:" and one option a line; then the
-    instruction to think and to answer inside tags, and what to answer with, by problem type."""
+    """Return the text of the user turn.
+
+    It is the problem; for multiple choice a line "Options:" and one line per option; then the instruction to think and
+    to answer inside tags, and the form of the answer, by problem type.
+    """
     lines = [sample.problem]
     if sample.problem_type == "multiple choice":
         lines += ["Options:", *sample.options]
@@ -83,15 +90,22 @@ def question_text(sample: Sample) -> str:
 
 
 def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int) -> Tensor:
-    """Token ids of the prompt, int64 [P], up to where the answer begins, its media expanded (:func:`expand_media`).
+    """Return the token ids of a prompt, int64 [P], with its media expanded as by :func:`expand_media`.
 
-    ``media`` is the sample's (None for data_type text). Raises SampleError ``too_long`` for more than
-    ``max_prompt_length`` tokens and ``special_token`` for a text that would be read as a special token of the
-    tokenizer; ConfigError for a chat template that has no place for the media.
+    They end where the completion begins.
+
+    Args:
+        media: the sample's media; None for data_type text.
+        max_prompt_length: most tokens of the prompt.
+
+    Raises:
+        SampleError: ``too_long`` for more tokens; ``special_token`` for a text that the tokenizer would read as a
+            special token.
+        ConfigError: the chat template has no place for the media.
     """
     assert (media.kind if media else "text") == sample.data_type, (media and media.kind, sample.data_type)
     text = question_text(sample)
-    _refuse_special(tokenizer, sample, text)
+    _check_no_special_tokens(tokenizer, sample, text)
     content: list[dict[str, str]] = [{"type": media.kind}] if media else []
     content.append({"type": "text", "text": text})
     if tokenizer.chat_template is None:
@@ -118,13 +132,16 @@ def expand_media(
     max_prompt_length: int,
     options: str = "video.max_pixels, video.image_max_pixels or video.max_frames",
 ) -> Tensor:
-    """A prompt's token ids, int64 [P], the media's one pad token made the T * h * w / 4 that the vision tower gives.
+    """Repeat the media's one pad token T * h * w / 4 times, the number of tokens that the vision tower returns.
 
     Args:
-        options: how the caller calls what makes media smaller, for the error message.
+        options: the caller's names of the options that make media smaller, for the error message.
+
+    Returns:
+        The prompt's token ids, int64 [P].
 
     Raises:
-        SampleError: ``too_long`` for more than ``max_prompt_length`` tokens: nothing is ever cut.
+        SampleError: ``too_long`` for more than ``max_prompt_length`` tokens; a prompt is never truncated.
     """
     expanded, media_tokens = list(ids), ""
     if media is not None:
@@ -145,15 +162,20 @@ def expand_media(
 def build_sft_ids(
     tokenizer: Any, sample: Sample, media: Media | None, max_length: int, *, max_prompt_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(token ids int64 [L], loss mask bool [L]) of the prompt, then ``process``, a newline, ``solution`` and EOS; the
-    mask is True on the answer, EOS included.
+    """Return the token ids and the loss mask of a sample for SFT.
 
-    The prompt's ids are those of :func:`build_input_ids` exactly, and the decoded answer earns the format reward:
-    white space around process and solution is dropped. Raises SampleError ``process`` where they cannot earn it,
-    ``too_long`` (``max_length`` for both together, ``max_prompt_length`` for the prompt alone) and ``special_token``.
+    The prompt's ids are exactly those of :func:`build_input_ids`. The target is ``process``, a newline and
+    ``solution``, without white space around both, so that it earns the format reward; then EOS.
+
+    Returns:
+        (token ids int64 [L], loss mask bool [L], which is True on the target, EOS included).
+
+    Raises:
+        SampleError: ``process`` if the target cannot earn the format reward; ``too_long`` for more than ``max_length``
+            tokens together or ``max_prompt_length`` in the prompt; ``special_token`` as :func:`build_input_ids`.
     """
-    answer = f"{sample.process.strip()}\n{sample.solution.strip()}"
-    if not follows_format(answer):
+    target = f"{sample.process.strip()}\n{sample.solution.strip()}"
+    if not follows_format(target):
         raise SampleError(
             "process",
             f"problem {sample.problem_id}: expected a process of <think>...</think> and a solution of "
@@ -161,11 +183,11 @@ def build_sft_ids(
             f"got process {sample.process[:60]!r} and solution {sample.solution[:60]!r}",
             sample.path,
         )
-    _refuse_special(tokenizer, sample, answer)
+    _check_no_special_tokens(tokenizer, sample, target)
     limit = min(max_length, max_prompt_length or max_length)
     prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit)
-    # Encoded apart from the prompt, as a rollout sees it: no token may span the border.
-    completion = torch.tensor([*_encode(tokenizer, answer), special_ids(tokenizer).eos], dtype=torch.int64)
+    # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.
+    completion = torch.tensor([*_encode(tokenizer, target), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)
     if length > max_length:
         raise SampleError(
@@ -181,10 +203,15 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _refuse_special(tokenizer: Any, sample: Sample, text: str) -> None:
-    """A data file's text must not be able to end a turn or to stand for media."""
+def _check_no_special_tokens(tokenizer: Any, sample: Sample, text: str) -> None:
+    """Check that a data file's text holds no special token, which could end a turn or represent media.
+
+    Raises:
+        SampleError: ``special_token`` if it holds one.
+    """
     tokens = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # Encoding takes longer than the rest of a prompt: only where a token may come out (of normalised text, any may).
+    # Encoding takes longer than the rest of a prompt, so it is done only if the text may give a special token: it holds
+    # one, or the tokenizer normalises text before it looks for one.
     if not any(token.normalized or str(token) in text for token in tokens.values()):
         return
     special = {i: str(token) for i, token in tokens.items()}

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, and what tells models apart."""
+"""Saving a model as a Hugging Face folder, and a digest that identifies a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from videor1.model.lm import VideoLM
-from videor1.model.positions import RECORD
+from videor1.model.positions import POSITIONS_KEY
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 def processor_files(source: str) -> dict[str, str]:
-    """Contents of the processor's JSON files beside a model, to be written with every checkpoint."""
+    """Return the contents of the processor's JSON files of a model, by name; every checkpoint gets a copy of them."""
     from transformers.utils import cached_file
 
     files = {}
@@ -29,9 +29,9 @@ def processor_files(source: str) -> dict[str, str]:
 
 
 def save_model(model: VideoLM, folder: Path) -> None:
-    """The model (adapters merged), its tokenizer and its processor files, as ``from_pretrained`` reads them."""
+    """Write the model (adapters merged), its tokenizer and processor files to a folder for ``from_pretrained``."""
     dtype = model.compute_dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in _merged(model)}
+    tensors = {name: tensor.to(dtype) for name, tensor in _merged_state(model)}
     if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
         del tensors["lm_head.weight"]
     config_dtype = model.hf.config.dtype
@@ -46,16 +46,19 @@ def save_model(model: VideoLM, folder: Path) -> None:
 
 
 def _complete_config(path: Path, dtype: str, position_rule: str) -> None:
-    """transformers writes the live model's dtype, not that of the tensors it is given, and knows no position rule."""
-    config = json.loads(path.read_text(encoding="utf-8")) | {RECORD: position_rule}
+    """Write the tensors' dtype and the position rule to config.json.
+
+    transformers writes the dtype of the model in memory instead of that of the saved tensors, and no position rule.
+    """
+    config = json.loads(path.read_text(encoding="utf-8")) | {POSITIONS_KEY: position_rule}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part is config or "dtype" in part:
             part["dtype"] = dtype
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
-    """The plain model's state dict: each adapted weight with its adapter added, without touching the live one."""
+def _merged_state(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state dict of the model with its adapters merged; the model's own weights are not changed."""
     if model.peft is None:
         yield from model.hf.state_dict().items()
         return
@@ -72,9 +75,9 @@ def _merged(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_digest(model: VideoLM) -> str:
-    """Tells models apart by their parameters' shapes and a few values of each, wherever their folder lies.
+    """Return a digest that identifies a model by its parameters' names, shapes and a few values of each.
 
-    Adapters are left out: they belong to the run, not to the model it began with.
+    It does not depend on the model's folder. Adapters are left out: they belong to the run, not to its base model.
     """
     digest = hashlib.sha256()
     for name, parameter in model.hf.named_parameters():

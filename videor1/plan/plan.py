@@ -253,7 +253,7 @@ class _FakeEngine:
                 features,
             )
             del hidden
-            with ledger.part("decoding"), model.exactly():
+            with ledger.part("decoding"), model.without_autocast():
                 self._decode(head)
         del cache, head, decoder
 

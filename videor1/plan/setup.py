@@ -20,7 +20,7 @@ from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.model.load import make_trainable
-from videor1.model.positions import RECORD, PositionRule, trained_rule
+from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.prompts import special_ids
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
@@ -171,7 +171,7 @@ def _wrap(
     config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad
     with torch.device(device):
         hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    rule = chosen or trained_rule("plan", getattr(shape, RECORD, None)) or "paper"
+    rule = chosen or trained_rule("plan", getattr(shape, POSITIONS_KEY, None)) or "paper"
     return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
 
 

@@ -1,4 +1,4 @@
-"""What an answer earns, and what that makes of it among the answers to its prompt."""
+"""Rewards of completions, and their advantages within the group of completions of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the answers of a batch of groups to rewards and advantages."""
+"""Rewards and advantages of the completions of a batch of groups."""
 
 from __future__ import annotations
 
@@ -17,27 +17,33 @@ from videor1_kernels import Advantages, tgrpo_advantages
 
 @dataclass(frozen=True)
 class Scored:
-    """Rewards of P groups of G ordered completions. Values as in ``videor1_kernels.Advantages``."""
+    """Rewards and advantages of P groups of G ordered completions."""
 
     accuracy: Tensor  # [P, G]
     format: Tensor  # [P, G], custom rewards included
     lengths: Tensor  # int64 [P, G], tokens
-    shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such answer, or it was skipped; Gs is 0 without any
-    # p_shuffled is NaN where answers were skipped, and temporal where it would have changed nothing: the rewards of
-    # such a group may lack one constant, its advantages lack nothing.
+    shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such completion, or it was skipped; Gs is 0 without any
+    # As ``videor1_kernels.Advantages``, with two exceptions. p_shuffled is NaN where shuffled completions were skipped,
+    # and so is temporal where the bonus would have changed nothing: the rewards of such a group may lack a constant,
+    # but its advantages are exact.
     result: Advantages
 
 
 def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
-    """Accuracy and format rewards of every answer, then T-GRPO's advantages of the ordered ones, worked out on
-    ``device``. All that is returned is on the CPU. Accuracies that a group brings along are not worked out again."""
+    """Compute the rewards of every completion, then T-GRPO's advantages of the ordered ones.
+
+    Accuracies that a group holds already (``Group.accuracies``) are not computed again.
+
+    Args:
+        device: where the advantages are computed. All returned tensors are on the CPU.
+    """
     if not groups:
-        return _nothing(config)
+        return _empty_scored(config)
     judges = [_judge(group, config) for group in groups]
     accuracy = torch.tensor([judge.ordered for judge in judges])
-    answered = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
-    texts, samples = [text for text, _ in answered], [sample for _, sample in answered]
-    form = torch.tensor(format_rewards(texts, samples, config.reward)).reshape(len(groups), -1)
+    completions = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
+    texts, samples = [text for text, _ in completions], [sample for _, sample in completions]
+    format_reward = torch.tensor(format_rewards(texts, samples, config.reward)).reshape(len(groups), -1)
     shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
     decisive = shuffled.clone()
     skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
@@ -47,13 +53,13 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
         shuffled[i, :finished] = decisive[i, :finished] = torch.tensor(judge.shuffled)
         skipped[i] = finished < group.shuffled_asked
         if skipped[i] and judge.decided:
-            decisive[i, finished : group.shuffled_asked] = 0.0  # as would any other: the bonus is decided
+            decisive[i, finished : group.shuffled_asked] = 0.0  # Any value gives the same bonus.
         elif skipped[i] and judge.needed is False:
             decisive[i], unknown[i] = torch.nan, True
     lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     result = tgrpo_advantages(
         accuracy.to(device),
-        form.to(device),
+        format_reward.to(device),
         lengths.to(device),
         decisive.to(device) if decisive.shape[1] else None,
         rule=temporal.rule,
@@ -70,14 +76,16 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
     p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
     values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
-    return Scored(accuracy, form, lengths, shuffled, values)
+    return Scored(accuracy, format_reward, lengths, shuffled, values)
 
 
 def _judge(group: Group, config: TrainConfig) -> TemporalJudge:
-    """One that has heard all of the group's answers. Of the shuffled ones only the accuracy counts: no other reward is
-    asked for."""
-    count, asked = len(group.ordered), group.shuffled_asked
-    judge = TemporalJudge(group.prompt.sample, config, ordered=count, shuffled=asked, known=group.accuracies)
+    """Return a judge to which all completions of the group have been reported.
+
+    It computes accuracies only, which is all that counts of the shuffled completions.
+    """
+    count, requested = len(group.ordered), group.shuffled_asked
+    judge = TemporalJudge(group.prompt.sample, config, ordered=count, shuffled=requested, known=group.accuracies)
     for completion in group.ordered:
         judge.ordered_done(completion)
     for completion in group.shuffled:
@@ -85,7 +93,8 @@ def _judge(group: Group, config: TrainConfig) -> TemporalJudge:
     return judge
 
 
-def _nothing(config: TrainConfig) -> Scored:
-    """Of no group."""
-    none, one = torch.empty(0, config.num_generations), torch.empty(0)
-    return Scored(none, none, none.long(), torch.empty(0, config.num_shuffled), Advantages(none, none, one, one, one))
+def _empty_scored(config: TrainConfig) -> Scored:
+    """Return the rewards and advantages of no group."""
+    matrix, vector = torch.empty(0, config.num_generations), torch.empty(0)
+    advantages = Advantages(matrix, matrix, vector, vector, vector)
+    return Scored(matrix, matrix, matrix.long(), torch.empty(0, config.num_shuffled), advantages)

@@ -1,9 +1,9 @@
-"""Exact skipping: whether the shuffled answers of a group can still change its advantages.
+"""Exact skipping: deciding whether the shuffled completions of a group can still change its advantages.
 
-The temporal bonus is one number per group, given to its correct ordered answers. So it changes nothing where no ordered
-answer is correct; and, applied to the rewards, nothing where all are, since a constant falls out of the group's
-normalisation. In every other group the bonus itself must be known: bounds on the mean accuracy of answers that are not
-finished (each is between 0 and 1) may decide it before they are.
+The temporal bonus is one number per group, given to its correct ordered completions. It therefore changes nothing where
+no ordered completion is correct. Applied to the rewards, it also changes nothing where all are correct, since a
+constant cancels in the group's normalisation. In every other group the bonus itself must be known. It may be decided
+before all completions are finished: the accuracy of each is between 0 and 1, which bounds their mean.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from videor1.types import Completion, Sample
 
 
 class TemporalJudge:
-    """Hears of one group's answers as they finish. Its means and comparisons are those of ``tgrpo_advantages``: fp32,
-    sums in fp64. Plain numbers, since an engine asks after every answer.
+    """Decides for one group, whose completions are reported to it as they finish.
+
+    Its means and comparisons are those of ``tgrpo_advantages``: fp32, with sums in fp64. It computes with plain numbers
+    instead of tensors, since an engine asks after every completion.
 
     Args:
-        ordered, shuffled: how many answers the group will have.
-        known: accuracies that another judge of the group has worked out, by the answer's text.
+        ordered, shuffled: number of completions that the group will have.
+        known: accuracies that another judge of the group has computed, by the completion's text.
 
     Attributes:
-        ordered, shuffled: accuracies of the answers, as they were heard.
-        accuracies: of every text that was heard, and the known ones.
+        ordered, shuffled: accuracies of the reported completions, in the order of the reports.
+        accuracies: accuracy of every reported or known text.
     """
 
     def __init__(
@@ -43,39 +45,42 @@ class TemporalJudge:
         self.ordered: list[float] = []
         self.shuffled: list[float] = []
         self.accuracies = dict(known or {})
-        self._known: tuple[tuple[int, int], bool | None] | None = None  # the last verdict, and how many it had heard
+        # The numbers of reported completions, and the verdict at that time.
+        self._last_verdict: tuple[tuple[int, int], bool | None] | None = None
 
-    def ordered_done(self, answer: Completion) -> None:
-        self.ordered.append(self._accuracy(answer))
+    def ordered_done(self, completion: Completion) -> None:
+        self.ordered.append(self._accuracy(completion))
 
-    def shuffled_done(self, answer: Completion) -> None:
-        self.shuffled.append(self._accuracy(answer))
+    def shuffled_done(self, completion: Completion) -> None:
+        self.shuffled.append(self._accuracy(completion))
 
     @property
     def needed(self) -> bool | None:
-        """True: the bonus matters and is not decided; False: it is decided, or matters not; None: it may matter."""
-        heard = (len(self.ordered), len(self.shuffled))
-        if self._known is None or self._known[0] != heard:
-            self._known = heard, self._verdict()
-        return self._known[1]
+        """True: the bonus matters and is not decided; False: it is decided or does not matter; None: it may matter."""
+        reported = (len(self.ordered), len(self.shuffled))
+        if self._last_verdict is None or self._last_verdict[0] != reported:
+            self._last_verdict = reported, self._verdict()
+        return self._last_verdict[1]
 
     @property
     def decided(self) -> bool:
-        """Whether the temporal bonus is the same however the unfinished answers end. It grows with p and falls with
-        p~, so its extremes are at theirs."""
-        (p_low, p_high), (other_low, other_high) = (
+        """Whether the temporal bonus is the same for every outcome of the unfinished completions.
+
+        The bonus grows with p and falls with p~, so that its extremes are at theirs.
+        """
+        (p_low, p_high), (shuffled_low, shuffled_high) = (
             _mean_bounds(values, count)
             for values, count in zip((self.ordered, self.shuffled), self._counts, strict=True)
         )
-        if (p_low, other_low) == (p_high, other_high):
+        if (p_low, shuffled_low) == (p_high, shuffled_high):
             return True
         temporal = self._config.temporal
         if temporal.rule == "margin":
-            return p_high <= other_low  # no bonus; any other depends on p~ itself
-        bar_low, bar_high = (_fp32(_fp32(temporal.mu) * other) for other in (other_low, other_high))
+            return p_high <= shuffled_low  # Then there is no bonus; one above 0 depends on the exact p~.
+        threshold_low, threshold_high = (_fp32(_fp32(temporal.mu) * p) for p in (shuffled_low, shuffled_high))
         if temporal.rule == "threshold":
-            return p_low > bar_high or p_high <= bar_low
-        return p_low >= bar_high or p_high < bar_low
+            return p_low > threshold_high or p_high <= threshold_low
+        return p_low >= threshold_high or p_high < threshold_low
 
     def _verdict(self) -> bool | None:
         done, in_reward = len(self.ordered), self._config.temporal_apply == "reward"
@@ -87,18 +92,19 @@ class TemporalJudge:
             return False
         return True if correct and (not in_reward or correct < done) else None
 
-    def _accuracy(self, answer: Completion) -> float:
-        if answer.text not in self.accuracies:
-            accuracy = accuracy_of(answer.text, self._sample, lenient=self._config.reward.lenient)
-            self.accuracies[answer.text] = accuracy
-        return self.accuracies[answer.text]
+    def _accuracy(self, completion: Completion) -> float:
+        text = completion.text
+        if text not in self.accuracies:
+            self.accuracies[text] = accuracy_of(text, self._sample, lenient=self._config.reward.lenient)
+        return self.accuracies[text]
 
 
 def _mean_bounds(known: Sequence[float], count: int) -> tuple[float, float]:
-    """The least and the greatest mean of ``count`` accuracies of which some are known."""
+    """Return the lowest and the highest possible mean of ``count`` accuracies of which some are known."""
     total, missing = sum(map(_fp32, known)), count - len(known)
     return _fp32(total / count), _fp32((total + missing) / count)
 
 
 def _fp32(value: float) -> float:
+    """Round a number to fp32."""
     return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -1,7 +1,7 @@
-"""Rewards of an answer: accuracy by problem type, format, and the user's own functions.
+"""Rewards of a completion: accuracy by problem type, format, and the user's own functions.
 
 Accuracy and format have the exact semantics of Video-R1's reward functions (repository tulerfeng/Video-R1, ``grpo.py``
-at commit 59d65c3), quirks included; ``lenient`` is ours and can only add to what the strict rules give.
+at commit 59d65c3), quirks included. ``lenient`` is this library's, and can only raise a strict reward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RewardFunction = Callable[[list[str], list[Sample]], Any]
 
 
 def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> float:
-    """How right the answer of ``completion`` is, in [0, 1].
+    """Score how right the answer in ``completion`` is, in [0, 1].
 
     Both texts are reduced to what stands in their first ``<answer>...</answer>``, stripped ("" without the tags): the
     output ``o`` and the ground truth ``g``. Then by ``problem_type``:
@@ -57,7 +57,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     - ``free-form``: no change (ROUGE ignores case and punctuation).
 
     Args:
-        completion: the model's answer, tags included.
+        completion: the completion's text, tags included.
         solution: the right answer, in ``<answer>`` tags.
         problem_type: "multiple choice", "numerical", "OCR", "free-form" or "regression".
         lenient: forgive what is listed above.
@@ -83,18 +83,18 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
 
 
 def accuracy_of(completion: str, sample: Sample, *, lenient: bool = False) -> float:
-    """:func:`accuracy_reward` of an answer to ``sample``."""
+    """Return the :func:`accuracy_reward` of a completion of ``sample``'s prompt."""
     return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
 
 
 def format_reward(completion: str) -> float:
-    """Whether a completion has the form that is asked for.
+    """Score whether a completion has the requested form.
 
     1 if the whole completion, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
     else 0 (``re.fullmatch`` of ``<think>.*?</think>\\s*<answer>.*?</answer>`` with DOTALL).
 
     Args:
-        completion: the model's answer, tags included.
+        completion: the completion's text, tags included.
 
     Returns:
         1.0 or 0.0.
@@ -109,9 +109,13 @@ def format_reward(completion: str) -> float:
 
 
 def score(completions: list[str], samples: list[Sample], config: RewardConfig) -> tuple[list[float], list[float]]:
-    """(accuracy, format) rewards, one of each per completion; ``samples[i]`` is what ``completions[i]`` answers.
+    """Compute the rewards of completions; ``samples[i]`` is the sample that ``completions[i]`` belongs to.
 
-    The second as :func:`format_rewards` gives and raises.
+    Returns:
+        (accuracy rewards, format rewards as of :func:`format_rewards`), one of each per completion.
+
+    Raises:
+        ConfigError: as :func:`format_rewards`.
     """
     accuracy = [
         accuracy_of(completion, sample, lenient=config.lenient)
@@ -121,23 +125,28 @@ def score(completions: list[str], samples: list[Sample], config: RewardConfig) -
 
 
 def format_rewards(completions: list[str], samples: list[Sample], config: RewardConfig) -> list[float]:
-    """``config.format_weight`` * format_reward + the sum of ``config.functions``, of each completion; ``samples[i]`` is
-    what ``completions[i]`` answers.
+    """Compute ``config.format_weight`` * format_reward + the sum of ``config.functions`` for each completion.
 
-    Raises ConfigError for a function that cannot be loaded or does not return one finite number per completion; an
-    exception inside a function passes through.
+    ``samples[i]`` is the sample that ``completions[i]`` belongs to. An exception inside a function is not caught.
+
+    Raises:
+        ConfigError: a function cannot be loaded, or does not return one finite number per completion.
     """
     assert len(completions) == len(samples), (len(completions), len(samples))
-    form = [config.format_weight * format_reward(completion) for completion in completions]
+    rewards = [config.format_weight * format_reward(completion) for completion in completions]
     for name in config.functions:
         extra = _call(name, load_reward(name), completions, samples)
-        form = [a + b for a, b in zip(form, extra, strict=True)]
-    return form
+        rewards = [a + b for a, b in zip(rewards, extra, strict=True)]
+    return rewards
 
 
 @functools.cache
 def load_reward(name: str) -> RewardFunction:
-    """The callable that ``module:function`` names (``function`` may be dotted). Raises ConfigError."""
+    """Import the function that ``module:function`` names (``function`` may be dotted).
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
     module_name, colon, attribute = name.partition(":")
     if not (colon and attribute and all(part.isidentifier() for part in module_name.split("."))):
         raise ConfigError(f"reward.functions: expected 'module:function', got {name!r}")
@@ -145,7 +154,7 @@ def load_reward(name: str) -> RewardFunction:
         target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it imports is not
+            raise  # The module exists; a module that it imports is missing.
         raise ConfigError(
             f"reward.functions: {name!r}: no module {error.name!r}{did_you_mean(error.name, _siblings(error.name))}; "
             "it must be installed or stand in the folder the command runs in"
@@ -162,11 +171,11 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _siblings(module_name: str) -> list[str]:
-    """Full names of the modules beside where ``module_name`` would be."""
+    """Return the full names of the modules in the package that ``module_name`` would be in."""
     parent = module_name.rpartition(".")[0]
     path = getattr(sys.modules.get(parent), "__path__", None)
     found = [f"{parent}.{module.name}" if parent else module.name for module in pkgutil.iter_modules(path)]
-    # An editable install may be found by an import hook alone, which lists nothing; what is imported is known anyway.
+    # An editable install may be found only by an import hook, which lists no modules; imported ones are known anyway.
     return found + [name for name in list(sys.modules) if name.rpartition(".")[0] == parent]
 
 
@@ -222,7 +231,7 @@ def _ocr(output: str, truth: str) -> float:
 def _free_form(output: str, truth: str) -> float:
     try:
         scores = _rouge().score(truth, output)
-    except Exception:  # the reference gives 0 here too: NLTK's stemmer fails on some strings that are no words
+    except Exception:  # NLTK's stemmer fails on some strings that are not words. Video-R1's code gives 0 here too.
         return 0.0
     mean = (scores["rouge1"].fmeasure + scores["rouge2"].fmeasure + scores["rougeL"].fmeasure) / 3
     return max(0.0, min(1.0, mean))
@@ -243,7 +252,7 @@ def _closeness(output: float | None, truth: float | None) -> float:
 
 
 def _word_accuracy(output: list[str], truth: list[str]) -> float:
-    # jiwer counts with this same function, but splits words at spaces only: a tab or a newline would join two words.
+    # jiwer counts with this function too, but splits words only at spaces: a tab or a newline would join two words.
     return max(0.0, 1.0 - Levenshtein.distance(truth, output) / max(1, len(truth)))
 
 
@@ -264,7 +273,10 @@ def _lenient_choice(output: str, truth: str) -> float:
 
 
 def _choice(text: str) -> str:
-    """The option's letter where the text starts with a marked one and no other may be meant; else the text, bared."""
+    """Return the option's letter if the text starts with a marked one and can mean no other.
+
+    Otherwise return the text in lower case, without punctuation around it.
+    """
     folded = text.casefold()
     bare = folded.strip(_PUNCTUATION)
     match = _MARKED_LETTER.match(folded)
@@ -289,7 +301,7 @@ def _lenient_regression(output: str, truth: str) -> float:
 
 
 def _lenient_number(text: str) -> tuple[float | None, bool]:
-    """(finite value or None, whether it is a percentage)."""
+    """Read a number; return (finite value or None, whether it is a percentage)."""
     text = text.replace("−", "-").rstrip(" .,;:")
     percent = text.endswith("%")
     text = text.removesuffix("%").rstrip()

@@ -1,4 +1,4 @@
-"""Rollout: answers to prompts from ordered and from shuffled frames, from an engine behind a small protocol."""
+"""Rollout: sampling completions of prompts, from ordered and from shuffled frames, by an engine behind a protocol."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEngine:
-    """The engine that ``config.rollout`` names, for training."""
+    """Create the engine that ``config.rollout`` names, for training."""
     options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
-    chosen = config.rollout
-    if chosen.engine == "server":
+    rollout = config.rollout
+    if rollout.engine == "server":
         from videor1.rollout.server.engine import ServerEngine
 
         if model.position_rule != "paper":
@@ -49,12 +49,12 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
                 stacklevel=2,
             )
         return ServerEngine(
-            url=chosen.url, model=chosen.model, tokenizer=model.tokenizer, special=model.special, options=options,
-            shuffle_unit=config.temporal.shuffle_unit, timeout=chosen.timeout, retries=chosen.retries,
-            concurrency=chosen.concurrency, save_weights=lambda folder: save_model(model, folder),
-            sync_dir=run_dir / "policy", sync=chosen.sync,
+            url=rollout.url, model=rollout.model, tokenizer=model.tokenizer, special=model.special, options=options,
+            shuffle_unit=config.temporal.shuffle_unit, timeout=rollout.timeout, retries=rollout.retries,
+            concurrency=rollout.concurrency, save_weights=lambda folder: save_model(model, folder),
+            sync_dir=run_dir / "policy", sync=rollout.sync,
         )  # fmt: skip
     return LocalEngine(
-        model, options, max_rows=config.rollout_batch_size, backend=config.kernels, cuda_graphs=chosen.cuda_graphs,
-        kv_bytes=None if chosen.kv_mib is None else chosen.kv_mib * MIB,
+        model, options, max_rows=config.rollout_batch_size, backend=config.kernels, cuda_graphs=rollout.cuda_graphs,
+        kv_bytes=None if rollout.kv_mib is None else rollout.kv_mib * MIB,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""What a rollout engine is asked and what it gives back. Any engine that keeps this protocol can serve the trainer."""
+"""The protocol of rollout engines: their requests, their results and their methods.
+
+The trainer works with any engine that follows it.
+"""
 
 from __future__ import annotations
 
@@ -13,95 +16,104 @@ from videor1.types import Completion, Group, Prompt
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a completion is drawn."""
+    """The options by which a completion's tokens are sampled."""
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: the likeliest token
+    temperature: float = 1.0  # 0: always the most likely token
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
 
 
 class RolloutError(Exception):
-    """An engine that cannot go on: a dead server, say. Says what was asked of whom, and what came back."""
+    """The engine as a whole cannot go on, for instance because its server does not respond.
+
+    The message says what was requested, from where, and what was received.
+    """
 
 
 @dataclass(frozen=True)
 class Branch:
-    """``count`` answers to a prompt seen in one order of its frames.
+    """The completions of a prompt that see its frames in one order.
 
-    Row i draws its random numbers from (the request's seed, ``names``, i): whatever else is in flight, it draws the
-    same.
+    Completion i draws its random numbers from (the request's seed, ``names``, i), so that they do not depend on what
+    else is in flight.
     """
 
-    count: int
-    names: tuple[str | int, ...]
-    features: Tensor | None = None  # [tokens, H] of the prompt's media in this branch's order; None: text, or no need
+    count: int  # number of completions
+    names: tuple[str | int, ...]  # part of the seed
+    features: Tensor | None = None  # [tokens, H] of the media in this order; None: no media, or not needed
     permutation: tuple[int, ...] | None = None  # of the frames or temporal patches; None: in order
 
 
 class Judge(Protocol):
-    """Tells an engine whether the shuffled branch of one request can still change the advantages.
+    """Decides whether the shuffled branch of one request can still change the advantages.
 
-    An engine tells it each finished answer; the order in which it hears of them is free.
+    The engine reports each finished completion to it, in any order.
     """
 
-    def ordered_done(self, answer: Completion) -> None: ...
+    def ordered_done(self, completion: Completion) -> None:
+        """Take note of a finished completion from ordered frames."""
 
-    def shuffled_done(self, answer: Completion) -> None: ...
+    def shuffled_done(self, completion: Completion) -> None:
+        """Take note of a finished completion from shuffled frames."""
 
     @property
     def needed(self) -> bool | None:
-        """True: the shuffled answers matter; False: they cannot; None: not decided by what has been heard."""
+        """True: the shuffled completions matter; False: they cannot; None: the reported ones do not decide it yet."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the answers wanted."""
+    """A prompt and the completions to sample of it."""
 
     prompt: Prompt
     seed: int
     ordered: Branch
     shuffled: Branch | None = None
-    judge: Judge | None = None  # None: every answer is run to its end
+    judge: Judge | None = None  # None: every completion is sampled to its end
 
 
 @dataclass
 class RolloutStats:
-    """What an engine did, summed over a call. A row step is one row in one decode step."""
+    """The work that an engine did in one call."""
 
-    tokens: int = 0  # sampled, those of stopped answers included
+    tokens: int = 0  # sampled tokens, those of stopped completions included
     decode_steps: int = 0
-    row_steps: int = 0
-    shuffled_asked: int = 0  # shuffled answers that requests asked for
+    row_steps: int = 0  # one sequence in one decode step counts as one
+    shuffled_asked: int = 0  # shuffled completions that were requested
     shuffled_skipped: int = 0  # of these: never started
-    shuffled_stopped: int = 0  # of these: started and stopped before their end
-    kv_bytes: int = 0  # preallocated
-    retries: int = 0  # of a server's requests
+    shuffled_stopped: int = 0  # of these: started, and stopped before their end
+    kv_bytes: int = 0  # size of the preallocated KV cache
+    retries: int = 0  # repeated requests to a server
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Answers to requests, in their order."""
+    """The completions of a list of requests, in the order of the requests."""
 
     groups: list[Group | None]  # None: this request failed
     stats: RolloutStats = field(default_factory=RolloutStats)
-    failed: dict[int, str] = field(default_factory=dict)  # index of a failed request -> why
+    failed: dict[int, str] = field(default_factory=dict)  # index of a failed request -> the reason
 
 
 class RolloutEngine(Protocol):
-    """Answers requests with the current weights of the policy."""
+    """Samples completions with the current weights of the policy."""
 
     needs_features: bool  # whether branches must bring their vision features
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
-        """All answers. Raises RolloutError where the engine as a whole cannot go on."""
+        """Sample the completions of all requests.
+
+        Raises:
+            RolloutError: the engine as a whole cannot go on.
+        """
         ...
 
     def weights_changed(self) -> None:
-        """The policy's weights are new: what is computed from now on must come from them."""
+        """Tell the engine that the policy's weights have changed: it must sample with the new ones from now on."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; repeatable."""
+        """Free the engine's resources; may be called more than once."""
         ...

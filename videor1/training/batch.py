@@ -1,4 +1,7 @@
-"""Dynamic sampling (DAPO): prompts whose answers all earn alike teach nothing and are replaced by the next ones."""
+"""Dynamic sampling (DAPO): replace groups whose completions all earn the same reward by groups of new prompts.
+
+Such a group has advantages of 0 and teaches nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,37 @@ from videor1.rollout import Rollout, RolloutStats
 from videor1.types import Group
 from videor1_kernels import Advantages
 
-REFILLS = ("sampling/refilled", "sampling/zero_variance_dropped")  # metrics
+REFILLS = ("sampling/refilled", "sampling/zero_variance_dropped")  # names of the metrics
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Answered and scored prompts."""
+    """Prompts with their sampled and scored completions."""
 
     groups: list[Group]
     features: list[Tensor | None]  # vision features of each group's prompt, frames in order
     scored: Scored
-    rollout: Rollout  # its statistics and failures are those of every prompt that was asked, replaced ones too
-    refilled: int = 0  # groups that replaced another, or one that failed
-    dropped: int = 0  # groups without variance that are not in the batch
+    rollout: Rollout  # statistics and failures of every prompt that was sampled for, replaced ones included
+    refilled: int = 0  # new groups with variance that replaced a group, or filled the place of a failed prompt
+    dropped: int = 0  # groups that were sampled but are not in the batch
 
     def counts(self) -> dict[str, int]:
-        """Metrics."""
+        """Return the metrics of dynamic sampling."""
         return dict(zip(REFILLS, (self.refilled, self.dropped), strict=True))
 
-    def live(self) -> list[bool]:
-        """Whether a group has an advantage that is not 0."""
+    def has_variance(self) -> list[bool]:
+        """Return for each group whether any of its advantages is not 0."""
         return self.scored.result.advantages.any(1).tolist()
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """The groups of all, end to end."""
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return one batch with the groups of all ``batches``, end to end."""
     first, *others = batches
     for other in others:
         first = Batch(
             first.groups + other.groups,
             first.features + other.features,
-            _each(_stack, first.scored, other.scored),
+            _map_tensors(_concatenate_tensors, first.scored, other.scored),
             _join_rollouts(first.rollout, other.rollout),
             first.refilled + other.refilled,
             first.dropped + other.dropped,
@@ -52,55 +55,57 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return first
 
 
-def refill(batch: Batch, size: int, rounds: int, answer: Callable[[int], Batch]) -> Batch:
-    """The batch with groups that have variance in the places of those that have none, as far as they are found.
+def refill(batch: Batch, size: int, rounds: int, sample: Callable[[int], Batch]) -> Batch:
+    """Replace the groups without variance by new groups that have some, as far as those are found.
+
+    A group for which no replacement is found stays, so that the batch never shrinks. A new group without variance is
+    used only for a place that is empty because its prompt failed, and dropped otherwise.
 
     Args:
-        size: groups of a full batch; fewer where some failed.
-        rounds: at most so many calls of ``answer``.
-        answer: asks that many new prompts.
-
-    A group that no other replaces stays: the batch is never smaller than without. A new group without variance is used
-    for a place that is empty (its prompt failed) and dropped otherwise.
+        size: number of groups of a full batch; ``batch`` has fewer where prompts failed.
+        rounds: the most calls of ``sample``.
+        sample: samples and scores that many new prompts.
     """
     for _ in range(rounds):
-        live = batch.live()
-        missing = size - sum(live)
+        missing = size - sum(batch.has_variance())
         if not missing:
             break
-        batch = _replace(batch, answer(missing), size)
+        batch = _replace_groups(batch, sample(missing), size)
     return batch
 
 
-def _replace(batch: Batch, new: Batch, size: int) -> Batch:
-    """Groups of ``new`` with variance go first into empty places, then into those of groups that have none; others of
-    ``new`` into what is empty still."""
+def _replace_groups(batch: Batch, new: Batch, size: int) -> Batch:
+    """Return ``batch`` with groups of ``new`` in the places of failed prompts and of groups without variance.
+
+    Groups of ``new`` with variance first fill the empty places of failed prompts, then replace groups without variance.
+    Groups of ``new`` without variance fill the places that are still empty.
+    """
     count = len(batch.groups)
-    chosen = list(range(count))  # into the groups of both, in the new batch's order
-    dead = [i for i, live in enumerate(batch.live()) if not live]
-    better = [count + i for i, live in enumerate(new.live()) if live]
-    others = [count + i for i, live in enumerate(new.live()) if not live]
-    refilled = len(better)
-    while better and len(chosen) < size:
-        chosen.append(better.pop(0))
-    for place, replacement in zip(dead, better, strict=False):
+    chosen = list(range(count))  # indices into the groups of both batches, in the order of the result
+    replaceable = [i for i, varies in enumerate(batch.has_variance()) if not varies]
+    varying = [count + i for i, varies in enumerate(new.has_variance()) if varies]
+    constant = [count + i for i, varies in enumerate(new.has_variance()) if not varies]
+    refilled = len(varying)
+    while varying and len(chosen) < size:
+        chosen.append(varying.pop(0))
+    for place, replacement in zip(replaceable, varying, strict=False):
         chosen[place] = replacement
-    while others and len(chosen) < size:
-        chosen.append(others.pop(0))
+    while constant and len(chosen) < size:
+        chosen.append(constant.pop(0))
     groups, features = batch.groups + new.groups, batch.features + new.features
     dropped = [i for i in range(len(groups)) if i not in chosen]
     return Batch(
         [groups[i] for i in chosen],
         [features[i] for i in chosen],
-        _each(lambda tensor: tensor[chosen], _each(_stack, batch.scored, new.scored)),
+        _map_tensors(lambda tensor: tensor[chosen], _map_tensors(_concatenate_tensors, batch.scored, new.scored)),
         _join_rollouts(batch.rollout, new.rollout),
         batch.refilled + refilled,
         batch.dropped + len(dropped),
     )
 
 
-def _each(function: Callable[..., Tensor], *scored: Scored) -> Scored:
-    """``function`` of every tensor, the same one of each argument."""
+def _map_tensors(function: Callable[..., Tensor], *scored: Scored) -> Scored:
+    """Apply ``function`` field by field; its arguments are the same tensor field of each of ``scored``."""
 
     def apply(name: str, owners: Sequence[Any]) -> Tensor:
         return function(*(getattr(owner, name) for owner in owners))
@@ -110,8 +115,8 @@ def _each(function: Callable[..., Tensor], *scored: Scored) -> Scored:
     return Scored(**own, result=Advantages(**result))
 
 
-def _stack(*parts: Tensor) -> Tensor:
-    """The groups of all parts; NaN where one had no such shuffled answer."""
+def _concatenate_tensors(*parts: Tensor) -> Tensor:
+    """Concatenate along the groups; rows of different width are padded with NaN (for absent shuffled completions)."""
     if parts[0].ndim == 2:
         width = max(part.shape[1] for part in parts)
         parts = tuple(torch.nn.functional.pad(p, (0, width - p.shape[1]), value=torch.nan) for p in parts)

@@ -1,7 +1,7 @@
-"""What a run counts and writes down, and takes up again where it is resumed.
+"""The counters of a run, which a checkpoint saves and a resumed run continues.
 
-Steps that changed nothing, samples that were skipped, what data loading came through, and the metrics of the steps
-since the last line: all of it over the whole run, however often it was interrupted.
+They count steps that changed no weight, samples that were skipped and problems that data loading recovered from, and
+hold the metrics of the steps since the last line. All of them cover the whole run, however often it was interrupted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from videor1.logs.jsonl import JsonlWriter
 from videor1.logs.progress import Progress
 from videor1.types import SampleError
 
-# Counts of ``PrefetchStats`` that are metrics (data/...), and what the last line of a run calls them.
-_SURVIVED = {
+# The counts of ``PrefetchStats`` that are metrics (data/...), and their names in the last line of a run.
+_RECOVERED = {
     "changed_files": "changed files",
     "worker_deaths": "workers dead or killed",
     "cache_errors": "disk cache errors",
@@ -29,19 +29,19 @@ _SURVIVED = {
 
 
 class Journal:
-    """The counts of one run of :class:`~videor1.training.loop.Loop`.
+    """The counters of one run of :class:`~videor1.training.loop.Loop`.
 
     Args:
-        saved: the trainer's state of the checkpoint that the run goes on from, which holds what :meth:`state` gave; {}
-            where it begins.
-        skips: skipped.jsonl.
-        progress: where it is said aloud.
-        left_out: entries that the data file's check left out, by kind of error; of a run that begins.
+        saved: the trainer state of the checkpoint to resume from, which holds what :meth:`state` returned; {} for a new
+            run.
+        skips: the writer of skipped.jsonl.
+        progress: where messages are printed.
+        left_out: number of entries that the data file's check left out, by kind of error; used in a new run only.
 
     Attributes:
-        counters: what stands in every line of metrics as it is.
-        rows: the metrics of the steps since the last line.
-        accuracy, evaluated_at: of the latest evaluation, and its step; NaN and -1 before the first.
+        counters: counts that every line of metrics holds unchanged.
+        rows: the metrics of the steps since the last line, one entry per step.
+        accuracy, evaluated_at: result and step of the latest evaluation; NaN and -1 before the first.
     """
 
     def __init__(
@@ -53,74 +53,83 @@ class Journal:
         self.rows: list[dict[str, Any]] = saved.get("pending_metrics", [])
         self.accuracy: float = saved.get("accuracy", math.nan)
         self.evaluated_at: int = saved.get("evaluated_at", -1)
-        self._nonfinite_in_a_row: int = saved.get("nonfinite_in_a_row", 0)
+        self._consecutive_nonfinite: int = saved.get("nonfinite_in_a_row", 0)
         self._skipped_before: Counter[str] = Counter(saved.get("skipped", left_out))
-        self._survived_before: Counter[str] = Counter(saved.get("survived", {}))
+        self._recovered_before: Counter[str] = Counter(saved.get("survived", {}))
 
-    def follow(self, source: Source[Any]) -> None:
-        """Count what this source skips and survives."""
+    def attach(self, source: Source[Any]) -> None:
+        """Count what ``source`` skips and recovers from, from now on."""
         self._source = source
-        self._lap = time.perf_counter(), 0.0  # when the last row was made, and the seconds waited for data until then
+        # Time of the last step's end, and the seconds waited for data until then.
+        self._step_start = time.perf_counter(), 0.0
 
-    def start_lap(self) -> None:
-        """A batch begins; what came between it and the last step (an evaluation, say) is no part of its time."""
-        self._lap = time.perf_counter(), self._source.waited_seconds
+    def start_batch(self) -> None:
+        """Restart the step timer: time since the last step (an evaluation, for instance) is not the new batch's."""
+        self._step_start = time.perf_counter(), self._source.waited_seconds
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
+        """Return what a checkpoint keeps of the journal, as JSON values."""
         return {
             "skipped": dict(self._skipped()),
-            "survived": {name.removeprefix("data/"): count for name, count in self._survived().items()},
+            "survived": {name.removeprefix("data/"): count for name, count in self._recovered().items()},
             "counters": self.counters,
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "nonfinite_in_a_row": self._consecutive_nonfinite,
             "pending_metrics": self.rows,
             "evaluated_at": self.evaluated_at,
             "accuracy": self.accuracy,
         }
 
     def count_nonfinite(self, step: int, finite: bool, row: dict[str, Any]) -> int:
-        """Count a step whose loss or gradient is not finite, in its metrics too; how many there were in a row."""
-        self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + 1
+        """Count and report the step if its loss or gradient is not finite.
+
+        Args:
+            row: the step's metrics, in which the count is updated.
+
+        Returns:
+            The number of such steps in a row, this one included; 0 for a finite step.
+        """
+        self._consecutive_nonfinite = 0 if finite else self._consecutive_nonfinite + 1
         if not finite:
             self.counters["nonfinite_steps"] += 1
             row["nonfinite_steps"] = self.counters["nonfinite_steps"]
             self._progress.write(
                 f"step {step}: skipped, its loss ({row['loss']}) or gradient norm ({row['grad_norm']}) is not finite"
             )
-        return self._nonfinite_in_a_row
+        return self._consecutive_nonfinite
 
     def data_counts(self) -> dict[str, int]:
-        """Draws, skipped samples and what data loading came through, over the whole run, of this process."""
+        """Return this process's counts of draws, skipped samples and recovered problems over the whole run."""
         bad = self._skipped()
         kinds = {f"data/skipped/{kind}": count for kind, count in sorted(bad.items())}
-        return {"data/draws": self._source.position, "data/skipped": sum(bad.values()), **kinds, **self._survived()}
+        return {"data/draws": self._source.position, "data/skipped": sum(bad.values()), **kinds, **self._recovered()}
 
     def data_times(self) -> dict[str, float]:
-        """Seconds since the last row and the share of them spent waiting for data; decodes and hits since the start.
+        """Return the seconds since the last step, the share of them spent waiting for data, and cache statistics.
 
-        Here and not in data/*: a resumed run begins with empty memory.
+        Decodes and cache hits are counted from the start of this process, since a resumed run begins with an empty
+        memory cache. That is why they are time/* metrics and not data/*, which count over the whole run.
         """
-        stats, (then, waited) = self._source.stats, self._lap
-        self._lap = time.perf_counter(), stats.waited_seconds
-        seconds = self._lap[0] - then
-        share = (self._lap[1] - waited) / max(seconds, 1e-9)
+        stats, (started, waited) = self._source.stats, self._step_start
+        self._step_start = time.perf_counter(), stats.waited_seconds
+        seconds = self._step_start[0] - started
+        share = (self._step_start[1] - waited) / max(seconds, 1e-9)
         hits = {"time/data_memory_hits": stats.cache_hits, "time/data_disk_hits": stats.disk_hits}
         decoded = {f"time/data_decoded/{backend}": count for backend, count in sorted(stats.backends.items())}
         return {"time/step": seconds, "time/data_share": share, "time/data_decoded": stats.loaded, **decoded, **hits}
 
     def skip(self, step: int, error: SampleError, draw: int) -> None:
-        """A training sample is left out."""
+        """Record a training sample that was skipped."""
         self._write_skip(step, "train", error, draw)
         self._progress.write(f"skipped: {error}")
 
     def skip_in_evaluation(self, step: int, error: SampleError) -> None:
-        """A held-out sample is left out."""
+        """Record a held-out sample that was skipped."""
         self._write_skip(step, "eval", error)
-        if self.evaluated_at < 0:  # each evaluation meets the same ones
+        if self.evaluated_at < 0:  # Every evaluation skips the same samples, so only the first one reports them.
             self._progress.write(f"skipped in the evaluation: {error}")
 
     def report_bad_entries(self, train: Dataset | RowStream, held_out: Dataset | None) -> None:
-        """Entries that the data files' check left out: all of them in skipped.jsonl, the first few on the screen."""
+        """Record the entries that the check of the data files left out: all in skipped.jsonl, the first few printed."""
         for split, dataset in (("train", train), ("eval", held_out)):
             errors = dataset.errors if dataset else []
             for error in errors:
@@ -130,35 +139,35 @@ class Journal:
             if dataset and len(errors) > 5:
                 self._progress.write(f"left out: {len(errors)} entries in all {dataset.error_counts()}")
 
-    def report_losses(self) -> None:
-        """One line at the end, however the run ends, of what was lost or survived; none where nothing was."""
+    def report_data_problems(self) -> None:
+        """Print one line of skipped samples and recovered problems at the end of a run, if there were any."""
         skipped = self._skipped()
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
         parts = [f"skipped {sum(skipped.values())} ({kinds})"] if kinds else []
-        parts += [f"{_SURVIVED[name.removeprefix('data/')]} {n}" for name, n in self._survived().items() if n]
+        parts += [f"{_RECOVERED[name.removeprefix('data/')]} {n}" for name, n in self._recovered().items() if n]
         if parts:
             self._progress.write(f"data, over the whole run: {', '.join(parts)}")
 
     def _skipped(self) -> Counter[str]:
         return self._source.skipped + self._skipped_before
 
-    def _survived(self) -> dict[str, int]:
-        """What data loading came through, over the whole run."""
-        now = Counter({name: getattr(self._source.stats, name) for name in _SURVIVED})
-        return {f"data/{name}": now[name] + self._survived_before[name] for name in _SURVIVED}
+    def _recovered(self) -> dict[str, int]:
+        """Return the counts of problems that data loading recovered from, over the whole run."""
+        now = Counter({name: getattr(self._source.stats, name) for name in _RECOVERED})
+        return {f"data/{name}": now[name] + self._recovered_before[name] for name in _RECOVERED}
 
     def _write_skip(self, step: int, split: str, error: SampleError, draw: int | None = None) -> None:
         row = {"split": split, "draw": draw, "kind": error.kind, "path": error.path, "message": str(error)}
         self._skips.write(step, row)
 
 
-def sums(rows: Sequence[dict[str, int]]) -> dict[str, int]:
-    """Of the ranks' counts, name by name."""
+def sum_counts(rows: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Add the ranks' counts, name by name."""
     return {name: sum(row.get(name, 0) for row in rows) for name in sorted({name for row in rows for name in row})}
 
 
 def mean_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric over the steps since the last line; counts and data positions are the last step's."""
+    """Return the mean of each float metric over ``rows``; counts and data positions are those of the last row."""
     if len(rows) == 1:
         return rows[0]
     merged: dict[str, Any] = {}

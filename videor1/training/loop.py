@@ -1,7 +1,7 @@
-"""The loop that SFT and T-GRPO share: optimizer steps, metrics, checkpoints, exact resume, signals.
+"""The training loop that SFT and T-GRPO share: optimizer steps, metrics, checkpoints, exact resume, signals.
 
-Everything random is derived from (seed, name, position), never from a running global generator, so the state of a run
-is its weights, its optimizer, its step and its position in the data.
+Every random number is derived from (seed, name, position), never from a running global generator. The state of a run is
+therefore its weights, its optimizer state, its step and its position in the data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from videor1.data import Dataset, load_samples
 from videor1.data.source import Source
 from videor1.data.stream import RowStream, open_dataset
 from videor1.errors import ConfigError, TrainingStopped
-from videor1.evaluation.evaluator import Evaluator, together
+from videor1.evaluation.evaluator import Evaluator, merge_evaluations
 from videor1.logs.jsonl import JsonlWriter
 from videor1.logs.progress import Progress
 from videor1.logs.trackers import MetricsWriter
@@ -37,8 +37,8 @@ from videor1.model.save import base_digest
 from videor1.seeding import derive_seed
 from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, read_trainer, resumed_rule, save
 from videor1.training.distributed import make_ranks
-from videor1.training.distributed.ranks import start_of
-from videor1.training.journal import Journal, mean_rows, sums
+from videor1.training.distributed.ranks import start_position
+from videor1.training.journal import Journal, mean_rows, sum_counts
 from videor1.training.optim import learning_rate, make_optimizer
 from videor1.training.passes import dummy_loss, dummy_tower_loss
 from videor1.types import SampleError
@@ -49,20 +49,20 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Loop(ABC, Generic[C]):
-    """One run. A subclass says what a batch is and how it updates the model.
+    """One training run; a subclass defines what a batch is and how it updates the model.
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        model, optimizer, source, progress, journal: made by :meth:`train`.
+        source, metrics, progress, journal: created by :meth:`train`, which also closes them.
     """
 
-    name: str  # of the command
+    name: str  # the command's name
     total_steps: int
     source: Source[Any]
     metrics: MetricsWriter
     progress: Progress
     journal: Journal
-    _closing: ExitStack
+    _exit_stack: ExitStack
     _resume_step: int | None
     _saved_at: int
     _batch_start: int
@@ -75,7 +75,7 @@ class Loop(ABC, Generic[C]):
         self.ranks = make_ranks(config)
         default = f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(self.ranks.broadcast(config.output_dir or default))
-        # The first rank's files are the run's; the others write theirs into a folder of their own.
+        # The main process writes the run's files; every other rank writes into a folder of its own.
         self.folder = self.run_dir if self.ranks.is_main else self.run_dir / f"rank-{self.ranks.rank}"
         self.dataset = self._load_dataset(config.dataset_name)
         self.samples_per_epoch = self.dataset.count() if config.max_steps < 0 else None
@@ -89,28 +89,28 @@ class Loop(ABC, Generic[C]):
         self.folder.mkdir(exist_ok=True)
         try:
             if self.resume_from is not None:
-                self._use_positions(resumed_rule(self.resume_from, config.model.positions))
+                self._set_position_rule(resumed_rule(self.resume_from, config.model.positions))
             self.model: VideoLM = self.make_model()
         except ConfigError:
-            with suppress(OSError):  # not empty: it was there before
+            with suppress(OSError):  # A folder that is not empty was there before this run.
                 self.folder.rmdir()
             raise
-        self._use_positions(self.model.position_rule)  # for config.yaml
+        self._set_position_rule(self.model.position_rule)  # so that config.yaml names the rule in effect
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self._stop: str | None = None
 
-    def _use_positions(self, rule: PositionRule) -> None:
+    def _set_position_rule(self, rule: PositionRule) -> None:
         self.config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, positions=rule))
 
     def make_model(self) -> VideoLM:
-        """What is trained, as the options ask for it."""
+        """Load the model to train, as the options ask for it."""
         return load_model(self.config)
 
     @abstractmethod
     def make_source(self, start: Any) -> Source[Any]:
-        """The records of this run, from ``start`` on: what ``Source.state`` was, or 0."""
+        """Return the source of training records, beginning at ``start``: an earlier ``Source.state``, or 0."""
 
     @abstractmethod
     def train_batch(self) -> None:
@@ -118,23 +118,23 @@ class Loop(ABC, Generic[C]):
 
     @abstractmethod
     def samples_per_step(self) -> float:
-        """Samples of the data set that one optimizer step consumes."""
+        """Return how many samples of the data set one optimizer step consumes."""
 
-    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
-        """What the progress bar shows of a step's metrics."""
+    def progress_values(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the metrics of a step that the progress bar shows, by label."""
         return {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
 
     @property
     def accuracy(self) -> float:
-        """Of the latest evaluation; NaN before the first."""
+        """Accuracy of the latest evaluation; NaN before the first."""
         return self.journal.accuracy
 
     def title(self) -> str:
-        """The words in front of the progress bar."""
+        """Return the text in front of the progress bar."""
         return self.name
 
     def finished(self) -> bool:
-        """A subclass may end a run before its last step."""
+        """Return whether the run ends now, before its last step; a subclass may override this."""
         return False
 
     def _load_dataset(self, path: str | None) -> Dataset | RowStream:
@@ -143,10 +143,18 @@ class Loop(ABC, Generic[C]):
         return open_dataset(path, self.config.data)
 
     def train(self) -> Path:
-        """Run to the last step (or Ctrl-C); returns the last checkpoint's folder."""
+        """Train to the last step.
+
+        Returns:
+            The folder of the last checkpoint.
+
+        Raises:
+            KeyboardInterrupt: a signal stopped the run after a checkpoint was saved; the message says how to resume.
+            TrainingStopped: the run cannot go on.
+        """
         with self._disk_errors(), self._open():
             while self.step < self.total_steps and not self._stopping() and not self.finished():
-                self.journal.start_lap()
+                self.journal.start_batch()
                 self.train_batch()
                 if self._due(self.config.eval_steps):
                     self._evaluate()
@@ -165,7 +173,7 @@ class Loop(ABC, Generic[C]):
         return final
 
     def _stopping(self) -> bool:
-        """Whether a signal has reached any rank: all stop after the same batch."""
+        """Return whether a signal has reached any rank, so that all ranks stop after the same batch."""
         self._stop = next(filter(None, self.ranks.gather(self._stop)), None)
         return bool(self._stop)
 
@@ -173,11 +181,20 @@ class Loop(ABC, Generic[C]):
         self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int,
         dummy_loss: Callable[[], Tensor],
     ) -> None:  # fmt: skip
-        """One update from the rows' losses, whose sum over all ranks is the loss of the step.
+        """Update the model once, from the losses of the packed rows.
 
-        A loss or gradient that is NaN or Inf changes nothing: the step is skipped and counted, and the run stops after
-        ``max_nonfinite_steps`` in a row. ``metrics`` is asked after the last micro-batch; its ``num_tokens`` are those
-        of the step and are summed over the run.
+        If the loss or a gradient is NaN or Inf, the step changes no weight: it is skipped and counted, and the run
+        stops after ``max_nonfinite_steps`` such steps in a row.
+
+        Args:
+            losses: the losses of this rank's rows; their sum over all ranks is the loss of the step.
+            metrics: called after the last row; returns the step's metrics. Their ``num_tokens`` are the step's and are
+                summed over the run.
+            count: number of ``losses``.
+            dummy_loss: a loss of 0 that depends on every trained parameter, for ranks with fewer rows than others.
+
+        Raises:
+            TrainingStopped: after ``max_nonfinite_steps`` steps in a row that were not finite.
         """
         started = time.perf_counter()
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
@@ -188,25 +205,28 @@ class Loop(ABC, Generic[C]):
         row |= metrics() if math.isfinite(update.loss) else {}
         self.journal.counters["num_tokens"] += row.pop("num_tokens", 0)
         row["epoch"] = self.source.epoch
-        row |= {**sums(self.ranks.gather(self.journal.data_counts())), **self.journal.counters}
+        row |= {**sum_counts(self.ranks.gather(self.journal.data_counts())), **self.journal.counters}
         row |= {"time/update": time.perf_counter() - started, **self.journal.data_times()}
         self._count_nonfinite(update.finite, row)
         self._report(row)
 
     def dummy_loss(self) -> Tensor:
-        """The loss of a pass without a row, see ``passes.dummy_loss``."""
+        """Return the loss of a pass without a row, see ``passes.dummy_loss``."""
         return dummy_loss(self.model, self.config.kernels)
 
     def dummy_tower_loss(self) -> Tensor:
-        """What a row without media adds to its loss: every rank's pass goes through a trained tower, or none's."""
+        """Return a loss of 0 that runs the vision tower, which a row without media adds to its own loss.
+
+        Ranks wait for each other inside a trained tower, so that the pass of each must run it. Alone it is a plain 0.
+        """
         return dummy_tower_loss(self.model) if self.ranks.world > 1 else torch.zeros((), device=self.model.device)
 
     def _count_nonfinite(self, finite: bool, row: dict[str, Any]) -> None:
-        in_a_row = self.journal.count_nonfinite(self.step, finite, row)
-        if in_a_row >= self.config.max_nonfinite_steps:
+        consecutive = self.journal.count_nonfinite(self.step, finite, row)
+        if consecutive >= self.config.max_nonfinite_steps:
             self._report(row, last=True)
             raise TrainingStopped(
-                f"{in_a_row} steps in a row without a finite loss and gradient; the last checkpoint is "
+                f"{consecutive} steps in a row without a finite loss and gradient; the last checkpoint is "
                 f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
             )
 
@@ -214,23 +234,23 @@ class Loop(ABC, Generic[C]):
         self.journal.rows.append(row)
         if last or self.step % self.config.logging_steps == 0 or self.step >= self.total_steps:
             self._log_steps()
-        self.progress.update(self.shown(row))
+        self.progress.update(self.progress_values(row))
 
     def _log_steps(self) -> None:
-        """One line of metrics for the steps since the last."""
+        """Write one line of metrics: the mean over the steps since the last line."""
         if self.journal.rows:
             self.metrics.log(self.step, mean_rows(self.journal.rows))
             self.journal.rows.clear()
-            self._saved_at = -1  # a checkpoint of this step, saved on Ctrl-C, does not know of the line
+            self._saved_at = -1  # A checkpoint saved earlier at this step still holds these metrics as unwritten.
 
     def _evaluate(self) -> None:
-        """Held-out accuracy of the weights at hand, once per step."""
+        """Measure and log the held-out accuracy of the current weights, at most once per step."""
         if self._evaluator is None or self.journal.evaluated_at == self.step:
             return
         started = time.perf_counter()
         with self.ranks.gathered_parameters():
             own = self._evaluator.run(self.model)
-        result = together(self.ranks.gather(own))
+        result = merge_evaluations(self.ranks.gather(own))
         self.journal.accuracy, self.journal.evaluated_at = result.ordered, self.step
         self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
         self._saved_at = -1
@@ -242,11 +262,21 @@ class Loop(ABC, Generic[C]):
         self.journal.skip_in_evaluation(self.step, error)
 
     def _due(self, every: int) -> bool:
-        """Whether this batch, which may hold several steps, reached a multiple of ``every`` before the last step."""
+        """Return whether this batch reached a multiple of ``every`` steps before the run's last step.
+
+        A batch may hold several steps.
+        """
         return bool(every) and self.step // every > self._batch_start // every and self.step < self.total_steps
 
     def _save(self, *, required: bool) -> Path:
-        """Write a checkpoint. A failure in the middle of a run is reported and counted; the last one is required."""
+        """Write a checkpoint, unless this step has one.
+
+        Args:
+            required: whether a failure stops the run. If not, it is reported and counted, and training goes on.
+
+        Returns:
+            The checkpoint's folder, or the run's where writing failed.
+        """
         existing = dict(checkpoints(self.run_dir))
         if self.ranks.broadcast(self._saved_at == self.step and self.step in existing):
             return existing[self.step]
@@ -258,7 +288,7 @@ class Loop(ABC, Generic[C]):
             )
         except CheckpointError as error:
             if required:
-                raise TrainingStopped(f"{error}; {self.last_whole()}") from error
+                raise TrainingStopped(f"{error}; {self.describe_last_checkpoint()}") from error
             self.journal.counters["failed_checkpoints"] += 1
             self.progress.write(f"{error}; training goes on")
             return self.run_dir
@@ -274,7 +304,7 @@ class Loop(ABC, Generic[C]):
         }
 
     def _fixed(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint."""
+        """Return the settings that a resumed run must share with the run that wrote the checkpoint."""
         config = self.config
         lora = dataclasses.asdict(config.lora) if config.lora.rank else None
         options = {"lora": lora, "freeze_vision": config.freeze_vision, "bf16": self.model.bf16}
@@ -294,7 +324,7 @@ class Loop(ABC, Generic[C]):
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """Everything that is open while the run runs, closed in order however it ends."""
+        """Restore the checkpoint to resume from, and keep the run's files and workers open; close them in order."""
         state: dict[str, Any] = {}
         if self.resume_from is not None:
             state, tensors = read_trainer(self.resume_from, self.model, self.fixed)
@@ -307,10 +337,10 @@ class Loop(ABC, Generic[C]):
         if self.samples_per_epoch is not None:
             epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
             self.total_steps = math.ceil(epochs)
-        # Without a checkpoint to go on from, every line of an earlier attempt goes, those of step 0 too.
+        # --resume auto without a checkpoint starts anew: the lines of the earlier attempt are deleted, step 0 included.
         self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
         with ExitStack() as stack:
-            self._closing = stack
+            self._exit_stack = stack
             stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
             config_file = self.folder / "config.yaml"
             resumed = self.resume_from is not None and config_file.exists()
@@ -322,7 +352,7 @@ class Loop(ABC, Generic[C]):
                     run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
                 )
             )  # fmt: skip
-            skips = self.open_lines("skipped.jsonl")
+            skips = self.open_jsonl("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
                     self.total_steps, initial=self.step, description=self.title(),
@@ -332,7 +362,8 @@ class Loop(ABC, Generic[C]):
             self.journal = Journal(state, skips, self.progress, left_out=self.dataset.error_counts())
             if self.resume_from is not None:
                 self.progress.write(f"resumed from {self.resume_from} at step {self.step}")
-                for change in changed:  # allowed (a longer run, say), but the run no longer equals an uninterrupted one
+                # A changed option is allowed (for a longer run, say), but the result differs from an uninterrupted run.
+                for change in changed:
                     self.progress.write(f"changed since the run began: {change}")
             if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
                 self.progress.write(self.dataset.large_blocks)
@@ -342,47 +373,52 @@ class Loop(ABC, Generic[C]):
             if self.eval_set is not None:
                 evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip, shard=self.shard)
                 self._evaluator = stack.enter_context(evaluator)
-            self.source = self.make_source(start_of(state.get("position", 0), self.shard))
+            self.source = self.make_source(start_position(state.get("position", 0), self.shard))
             self.source.on_report = self.progress.write
-            self.journal.follow(self.source)
+            self.journal.attach(self.source)
             stack.callback(self.source.close)
-            stack.callback(self.journal.report_losses)
-            stack.enter_context(self._signals())
+            stack.callback(self.journal.report_data_problems)
+            stack.enter_context(self._handle_signals())
             yield
 
     @property
     def shard(self) -> tuple[int, int]:
-        """(rank, ranks): which draws are this process's."""
+        """(rank, number of ranks), which decides which draws are this process's."""
         return self.ranks.rank, self.ranks.world
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Call it when the run ends, however it ends."""
-        self._closing.callback(callback)
+        """Have ``callback`` called when the run ends, whether it succeeds or fails."""
+        self._exit_stack.callback(callback)
 
-    def open_lines(self, name: str) -> JsonlWriter:
-        """A file of the run folder that is written line by line and goes on where the resumed run does."""
+    def open_jsonl(self, name: str) -> JsonlWriter:
+        """Open a JSONL file of the run folder for appending; lines after the resumed step are deleted."""
         lines = JsonlWriter(self.folder / name, resume_step=self._resume_step)
         self.on_close(lines.close)
         return lines
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """A full disk met outside of a checkpoint, by a line of metrics.jsonl say, ends the run with one message."""
+        """Turn a full or failing disk into one message.
+
+        It may be met outside of a checkpoint, by a line of metrics.jsonl for instance.
+        """
         try:
             yield
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            raise TrainingStopped(f"{self.run_dir} cannot be written to: {error}; {self.last_whole()}") from error
+            raise TrainingStopped(
+                f"{self.run_dir} cannot be written to: {error}; {self.describe_last_checkpoint()}"
+            ) from error
 
-    def last_whole(self) -> str:
-        """What a run that cannot go on leaves behind, in words."""
+    def describe_last_checkpoint(self) -> str:
+        """Return a clause for error messages that names the last complete checkpoint."""
         existing = checkpoints(self.run_dir)
         return f"the last whole checkpoint is {existing[-1][1]}" if existing else "there is no checkpoint yet"
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the batch at hand, with a checkpoint; a second one ends it at once."""
+    def _handle_signals(self) -> Iterator[None]:
+        """Handle Ctrl-C and SIGTERM: end the run after this batch, with a checkpoint; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -402,13 +438,20 @@ class Loop(ABC, Generic[C]):
 
 
 def holds_run(folder: Path) -> bool:
-    """A run that ended before its first step leaves an empty file: the mended command may use the folder."""
+    """Return whether ``folder`` holds a run's metrics.
+
+    A run that failed before its first step leaves an empty file: the corrected command may use the folder again.
+    """
     path = folder / "metrics.jsonl"
     return path.exists() and path.stat().st_size > 0
 
 
 def check_unused(folder: Path) -> None:
-    """Raises ConfigError where another run's lines are."""
+    """Check that ``folder`` does not hold another run.
+
+    Raises:
+        ConfigError: it does.
+    """
     if holds_run(folder):
         raise ConfigError(
             f"output_dir: {folder} holds a run already; go on with it by --resume auto, or name another folder"

@@ -1,4 +1,4 @@
-"""AdamW with a learning-rate schedule that is a function of the step, and guarded optimizer steps."""
+"""AdamW, learning-rate schedules, and optimizer steps that skip non-finite gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from videor1.config import CommonConfig
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: CommonConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, as usual (biases, norms and other vectors have none)."""
+    """Return an AdamW optimizer with weight decay on matrices only, as usual (biases and norms have none)."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [
@@ -23,7 +23,10 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: CommonConfig) ->
 
 
 def learning_rate(step: int, total_steps: int, config: CommonConfig) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then constant, or linear or cosine decay to 0 at the end."""
+    """Return the learning rate of step ``step``, counted from 0.
+
+    It warms up linearly, then stays constant or decays to 0 at the end, linearly or along a cosine.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     span = max(1, total_steps - config.warmup_steps)
@@ -39,10 +42,13 @@ def learning_rate(step: int, total_steps: int, config: CommonConfig) -> float:
 def guarded_step(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], rate: float, max_grad_norm: float
 ) -> tuple[float, bool]:
-    """Clip and step; (gradient norm before clipping, whether it was finite). A non-finite gradient changes nothing.
+    """Clip the gradients and step the optimizer, unless a gradient is not finite; then free the gradients.
 
-    A parameter that no row of the batch reached has a gradient of 0, not none: what is left out of a batch because it
-    could not change the gradient does not change the step either. The gradients are freed either way.
+    A parameter without a gradient is stepped with a gradient of 0. Otherwise groups that are left out of the rows
+    because their gradient is 0 would change AdamW's step.
+
+    Returns:
+        (gradient norm before clipping, whether it was finite). If it was not, no weight has changed.
     """
     for parameter in parameters.values():
         if parameter.grad is None:
@@ -59,7 +65,7 @@ def guarded_step(
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named ``<parameter>/<field>``, for safetensors."""
+    """Return the optimizer's state as tensors named ``<parameter>/<field>``, for safetensors."""
     tensors = {}
     for name, parameter in parameters.items():
         for field, value in optimizer.state.get(parameter, {}).items():
@@ -70,7 +76,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Par
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """The inverse of :func:`state_tensors`. A parameter without entries has not been stepped yet."""
+    """Load what :func:`state_tensors` returned. A parameter without entries has not been stepped yet.
+
+    Raises:
+        ValueError: an entry is of a parameter that is not trained.
+    """
     unknown = {key.rpartition("/")[0] for key in tensors} - set(parameters)
     if unknown:
         raise ValueError(f"optimizer state of parameters that are not trained here: {sorted(unknown)[:5]}")

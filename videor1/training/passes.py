@@ -1,4 +1,4 @@
-"""Packed rows of prompts and answers, and the passes over them: log-probs, T-GRPO loss, SFT loss."""
+"""Packed rows of prompts and completions, and the passes over them: log-probs, T-GRPO loss, SFT loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from videor1_kernels.integrations.transformers import PackedRow
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts with their completions in one row, each prompt once. T tokens, N of them in completions."""
+    """A packed row: prompts with their completions, each prompt once. T tokens, N of them in completions."""
 
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [3, 1, T]
@@ -28,12 +28,12 @@ class Packed:
 
     @property
     def labels(self) -> Tensor:
-        """Completion tokens end to end, int64 [N]."""
+        """The tokens of all completions end to end, int64 [N]."""
         return self.ids[self.layout.completion_index]
 
 
 def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Packed:
-    """One packed row; ``completions[i]`` are the token ids of the answers to ``prompts[i]``."""
+    """Pack prompts and completions into one row; ``completions[i]`` are the token ids of those of ``prompts[i]``."""
     layout = PrefixLayout(
         [len(p.input_ids) for p in prompts], [[len(ids) for ids in group] for group in completions], model.device
     )
@@ -45,7 +45,7 @@ def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequen
 def predicting_states(
     model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None, backend: str = "auto"
 ) -> Tensor:
-    """The hidden states [N, H] that predict the completions' tokens: all that ever reaches the head."""
+    """Return the hidden states [N, H] that predict the completions' tokens; no others need to pass the head."""
     if features is None:
         features = [f for f in prompt_features(model, packed.prompts) if f is not None]
     hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout, backend), features)
@@ -60,7 +60,7 @@ def completion_logp(
     features: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probs [N] of the completions' tokens, fp32, nats."""
+    """Return the log-probs [N] of the completions' tokens, fp32, in nats."""
     hidden = predicting_states(model, packed, features, backend)
     return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature, backend=backend)[0]
 
@@ -76,14 +76,14 @@ def tgrpo_loss(
     ref_logp: Tensor | None = None,
     features: Sequence[Tensor] | None = None,
 ) -> GrpoLoss:
-    """The policy loss of one packed row.
+    """Return the policy loss of one packed row.
 
     Args:
         advantages: [S], one per completion.
         num_tokens: completion tokens of the whole accumulated batch (loss_type dapo).
-        old_logp: [N] under the policy that sampled; None for the first update after a rollout.
-        ref_logp: [N] under the reference policy; None where beta is 0.
-        features: of a frozen vision tower, computed before; None runs the tower, with gradients if it is trained.
+        old_logp: [N] log-probs under the policy that sampled; None for the first update after a rollout.
+        ref_logp: [N] log-probs under the reference model; None where beta is 0.
+        features: vision features from a frozen tower; None runs the tower, with gradients if it is trained.
     """
     return linear_grpo_loss(
         predicting_states(model, packed, features, config.kernels),
@@ -107,21 +107,24 @@ def tgrpo_loss(
 
 
 def dummy_tower_loss(model: VideoLM) -> Tensor:
-    """0, by way of the vision tower if it is trained: for a pass without media beside ranks whose pass has some."""
+    """Return a loss of 0 that runs the vision tower if it is trained.
+
+    A rank whose pass has no media needs it beside ranks whose passes have some, which wait for it inside the tower.
+    """
     if not any(p.requires_grad for p in model.visual.parameters()):
         return torch.zeros((), device=model.device)
-    nothing = Media("image", torch.zeros(4, PATCH_COLUMNS, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
-    return model.vision_features([nothing])[0].float().sum() * 0.0
+    black = Media("image", torch.zeros(4, PATCH_COLUMNS, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
+    return model.vision_features([black])[0].float().sum() * 0.0
 
 
 def dummy_loss(model: VideoLM, backend: str = "auto") -> Tensor:
-    """0, by way of every trained parameter: the pass of a rank that has fewer rows than another."""
+    """Return a loss of 0 that depends on every trained parameter, for a rank that has fewer rows than another."""
     eos = torch.tensor([model.special.eos])
     row = pack(model, [Prompt(Sample(0, "", "", "text", "free-form", ""), eos, None, 0)], [[eos]])
-    features = dummy_tower_loss(model)
-    return completion_logp(model, row, features=[], backend=backend).sum() * 0.0 + features
+    tower_loss = dummy_tower_loss(model)
+    return completion_logp(model, row, features=[], backend=backend).sum() * 0.0 + tower_loss
 
 
 def sft_loss(model: VideoLM, packed: Packed, num_tokens: int, backend: str = "auto") -> Tensor:
-    """Sum of the cross-entropy over the answers' tokens, divided by ``num_tokens`` of the accumulated batch."""
+    """Return the cross-entropy summed over the target tokens, divided by ``num_tokens`` of the accumulated batch."""
     return -completion_logp(model, packed, backend=backend).sum() / num_tokens

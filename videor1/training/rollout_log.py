@@ -1,5 +1,7 @@
-"""What rollouts.jsonl says of each prompt of a step: the question, every answer, what it earned, and, for the first few
-prompts, every token with its log-prob."""
+"""The rows of rollouts.jsonl: each prompt of a step with its completions and their rewards.
+
+For the first few prompts of a step every token and its log-prob are written too.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ from videor1.types import Group, Prompt
 def rollout_rows(
     groups: Sequence[Group], scored: Scored, model: VideoLM, *, log_tokens: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """One row per group.
+    """Yield one row of rollouts.jsonl per group.
 
-    ``log_tokens``: so many groups, from the first, also get ``tokens`` and ``logps``, one list per ordered answer: the
-    tokens as text (see :func:`token_strings`) and their log-probs at sampling, in nats, rounded to 4 decimals (NaN
-    where a server does not tell them).
+    Args:
+        log_tokens: the first so many groups also get ``tokens`` and ``logps``, one list per ordered completion: the
+            tokens as text (see :func:`token_strings`) and their log-probs at sampling, in nats, rounded to 4 decimals
+            (NaN where a server returned none).
     """
     result = scored.result
     for i, group in enumerate(groups):
@@ -57,34 +60,36 @@ def rollout_rows(
 
 
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds: as many strings as ids; end to end they are ``tokenizer.decode(ids)``, special
-    tokens written out.
+    """Return the text that each token adds, special tokens included.
 
-    A character whose bytes are spread over several tokens belongs to the last of them; the others are empty.
+    A character whose bytes are spread over several tokens belongs to the last of them; the others add nothing.
+
+    Returns:
+        One string per id; joined they are ``tokenizer.decode(ids)``.
     """
     strings: list[str] = []
-    texts: list[str] = []  # of the tokens at hand, from the last whole character on: the first, the first two, ...
+    # Decoded texts of the tokens since the last complete character: of the first of them, the first two, and so on.
+    texts: list[str] = []
     for end in range(1, len(ids) + 1):
         start = end - 1 - len(texts)
         texts.append(tokenizer.decode(list(ids[start:end])))
         if end < len(ids) and texts[-1].endswith("\ufffd"):
-            continue  # perhaps the rest of a character's bytes is still to come
-        shown = 0
+            continue  # The next tokens may hold the rest of this character's bytes.
+        emitted = 0
         for text in texts:
-            settled = max(shown, _common(text, texts[-1]))
-            strings.append(texts[-1][shown:settled])
-            shown = settled
+            settled = max(emitted, _common_prefix_length(text, texts[-1]))
+            strings.append(texts[-1][emitted:settled])
+            emitted = settled
         texts.clear()
     return strings
 
 
-def _common(one: str, other: str) -> int:
-    """Length of the common beginning."""
+def _common_prefix_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _without_media(model: VideoLM, prompt: Prompt) -> Tensor:
-    """The prompt's ids with its run of media tokens shortened to one, for reading."""
+    """Return the prompt's ids with its run of media tokens shortened to one, for readability."""
     ids = prompt.input_ids
     pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
     repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])

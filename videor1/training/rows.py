@@ -1,4 +1,4 @@
-"""Which packed rows a batch's answers are trained in, and what each row's loss weighs."""
+"""Packing of a batch's completions into training rows, and the weight of each row's loss."""
 
 from __future__ import annotations
 
@@ -18,56 +18,63 @@ from videor1_kernels import plan_rows
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a batch, over all ranks: what means are taken over."""
+    """The counts of a batch, over all ranks, that the loss's means divide by."""
 
     completions: int
-    tokens: int  # of completions
+    tokens: int  # in the completions
     micro_batches: int
 
 
-def totals_of(lengths: Tensor, config: TrainConfig) -> Totals:
-    """lengths: int64 [P, G], tokens of the completions."""
+def batch_totals(lengths: Tensor, config: TrainConfig) -> Totals:
+    """Return the totals of one rank's batch; ``lengths``: int64 [P, G], tokens of each completion."""
     micro_batches = -(-len(lengths) // config.per_device_train_batch_size)
     return Totals(lengths.numel(), int(lengths.sum()), micro_batches)
 
 
-def add(totals: Sequence[Totals]) -> Totals:
+def sum_totals(totals: Sequence[Totals]) -> Totals:
+    """Add the totals of all ranks."""
     return Totals(*(sum(column) for column in zip(*map(astuple, totals), strict=True)))
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One packed row, which is one forward and backward pass: some groups, or some answers of one."""
+    """One packed row: some groups, or some completions of one group, in one forward and backward pass."""
 
     packed: Packed
-    groups: tuple[int, ...]  # of the batch; in the order of the row's prompts
-    completions: Tensor  # int64 [S]: where the row's completions are among the batch's, prompt by prompt
-    weight: float  # factor on the row's loss: the sum over the rows is the loss of the batch
+    groups: tuple[int, ...]  # indices into the batch's groups, in the order of the row's prompts
+    completions: Tensor  # int64 [S]: indices of the row's completions among the batch's, prompt by prompt
+    weight: float  # factor on the row's loss, so that the sum over all rows is the loss of the batch
 
 
 def training_rows(
     model: VideoLM, groups: Sequence[Group], scored: Scored, config: TrainConfig, totals: Totals | None = None
 ) -> tuple[list[TrainingRow], int]:
-    """(rows, number of groups in none of them).
+    """Pack the groups of a batch into training rows.
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
     for, with the same loss. Without a KL term a group whose advantages are all 0 has a gradient of exactly 0: it is in
-    no row, and counts in the means all the same. ``totals`` are those of all ranks, default: these groups alone.
+    no row, but still counts in the means.
+
+    Args:
+        totals: those of all ranks; None: of these groups alone.
+
+    Returns:
+        (rows, number of groups that are in no row).
     """
-    totals = totals or totals_of(scored.lengths, config)
+    totals = totals or batch_totals(scored.lengths, config)
     lengths, size = scored.lengths, config.per_device_train_batch_size
     micro_batches = [range(first, min(first + size, len(groups))) for first in range(0, len(groups), size)]
     rows, left_out = [], 0
     for members in micro_batches:
-        live = [i for i in members if config.beta or bool(scored.result.advantages[i].any())]
-        left_out += len(members) - len(live)
+        trained = [i for i in members if config.beta or bool(scored.result.advantages[i].any())]
+        left_out += len(members) - len(trained)
         tokens = int(lengths[members.start : members.stop].sum())
         for parts in plan_rows(
-            [len(groups[i].prompt.input_ids) for i in live],
-            [lengths[i].tolist() for i in live],
+            [len(groups[i].prompt.input_ids) for i in trained],
+            [lengths[i].tolist() for i in trained],
             config.max_tokens_per_row,
         ):
-            chosen = [(live[part.group], part.completions) for part in parts]
+            chosen = [(trained[part.group], part.completions) for part in parts]
             packed = pack(
                 model,
                 [groups[i].prompt for i, _ in chosen],
@@ -85,10 +92,15 @@ def training_rows(
 
 
 def loss_weight(loss_type: str, *, completions: float, tokens: float, micro_batches: int) -> float:
-    """Factor on a row's loss so that the sum over the rows is the loss of the accumulated batch.
+    """Return the factor on a row's loss, so that the sum over the rows is the loss of the accumulated batch.
 
-    ``completions`` is the row's share of the batch's completions, ``tokens`` its share of its micro-batch's tokens.
-    Means over completions (grpo, dr_grpo) weigh by their share; bnpo, a mean over the tokens of a micro-batch, is
-    averaged over micro-batches; dapo is divided by the whole batch's tokens already.
+    The losses that are means over completions (grpo, dr_grpo) are weighted by the row's share of the completions. bnpo,
+    a mean over the tokens of a micro-batch, is weighted by the row's share of those and averaged over micro-batches.
+    dapo has been divided by the tokens of the whole batch already.
+
+    Args:
+        completions: the row's share of the batch's completions.
+        tokens: the row's share of its micro-batch's completion tokens.
+        micro_batches: number of micro-batches of the whole batch.
     """
     return {"grpo": completions, "dr_grpo": completions, "bnpo": tokens / micro_batches, "dapo": 1.0}[loss_type]

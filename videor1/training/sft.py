@@ -1,4 +1,4 @@
-"""SFT: cross-entropy on the assistant's tokens only, samples packed into rows."""
+"""Supervised fine-tuning (SFT): cross-entropy on the assistant's tokens only, with samples packed into rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from videor1.types import Media, Prompt, Sample
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to learn."""
+    """A prompt and the target text to learn."""
 
     prompt: Prompt
     answer: Tensor  # int64 [C], EOS included
@@ -33,7 +33,11 @@ class Example:
 
 
 class SFTTrainer(Loop[SFTConfig]):
-    """Cross-entropy on the assistant's tokens, several samples packed into a row without seeing each other."""
+    """The SFT trainer; ``SFTTrainer(config).train()`` runs it.
+
+    The loss is the cross-entropy on the assistant's tokens. Several samples are packed into one row, in which none
+    attends to another.
+    """
 
     name = "sft"
 
@@ -69,21 +73,22 @@ class SFTTrainer(Loop[SFTConfig]):
         ]
         rows = [row for examples in micro for row in greedy_batches(examples, len, config.max_length)]
         waited = time.perf_counter() - started
-        answers = sum(len(example.answer) for row in rows for example in row)
-        everything = sum(len(example) for row in rows for example in row)
-        tokens, everything = map(sum, zip(*self.ranks.gather((answers, everything)), strict=True))
+        own_target_tokens = sum(len(example.answer) for row in rows for example in row)
+        own_tokens = sum(len(example) for row in rows for example in row)
+        gathered = self.ranks.gather((own_target_tokens, own_tokens))
+        target_tokens, num_tokens = map(sum, zip(*gathered, strict=True))
 
         def losses() -> Iterator[Tensor]:
             for row in rows:
                 packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
-                loss = sft_loss(self.model, packed, tokens, self.config.kernels)
+                loss = sft_loss(self.model, packed, target_tokens, self.config.kernels)
                 yield loss if any(e.prompt.media for e in row) else loss + self.dummy_tower_loss()
 
         def metrics() -> dict[str, Any]:
             return {
-                "num_tokens": everything,
+                "num_tokens": num_tokens,
                 "time/data": waited,
-                "time/tokens_per_second": everything / (time.perf_counter() - started),
+                "time/tokens_per_second": num_tokens / (time.perf_counter() - started),
             }
 
         self.optimizer_step(losses(), metrics, count=len(rows), dummy_loss=self.dummy_loss)
@@ -93,9 +98,9 @@ class SFTTrainer(Loop[SFTConfig]):
         return self.name if goal is None else f"{self.name} until accuracy {goal:g}"
 
     def finished(self) -> bool:
-        """``stop_at_accuracy`` is reached."""
+        """Return whether the held-out accuracy has reached ``stop_at_accuracy``."""
         return self.config.stop_at_accuracy is not None and self.accuracy >= self.config.stop_at_accuracy
 
-    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def progress_values(self, row: dict[str, Any]) -> dict[str, float | None]:
         labels = {"loss": row["loss"], "tokens/s": row.get("time/tokens_per_second")}
         return labels if self.eval_set is None else labels | {"accuracy": self.accuracy}

@@ -1,4 +1,4 @@
-"""The metrics of a step, over what all ranks did."""
+"""The metrics of a training step, computed from the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -11,48 +11,57 @@ import torch
 from torch import Tensor
 
 from videor1.rollout import Rollout
-from videor1.training.batch import Batch, joined
+from videor1.training.batch import Batch, concatenate
 from videor1.training.rows import TrainingRow
 from videor1_kernels import GrpoLoss
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rank's part of a step, small enough to be sent around."""
+    """One rank's part of a step, small enough to be gathered from all ranks."""
 
     batch: Batch  # without media and features
     tokens: list[float]  # completion tokens of each row
-    means: dict[str, list[float]]  # of each row: kl, entropy, clip_fraction
-    gaps: Tensor  # [N] distance of the pass's log-probs from those that were sampled with
-    packed_tokens: int
-    left_out: int
+    means: dict[str, list[float]]  # mean of each row, by name: kl, entropy, clip_fraction
+    gaps: Tensor  # [N] absolute difference of the log-probs in training and at sampling, in nats
+    packed_tokens: int  # prompt and completion tokens of all rows
+    left_out: int  # groups that are in no row
 
 
-def report_of(batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int) -> StepReport:
-    """What a rank has to tell of its answers and its passes."""
-    answers, none = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
-    sampled = torch.cat([none, *(answers[i] for row in rows for i in row.completions.tolist())])
-    gaps = (torch.cat([none, *(r.logp.cpu() for r in results)]) - sampled).abs()
+def make_step_report(
+    batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int
+) -> StepReport:
+    """Return this rank's report of its completions and its training passes."""
+    logps, empty = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
+    sampled = torch.cat([empty, *(logps[i] for row in rows for i in row.completions.tolist())])
+    gaps = (torch.cat([empty, *(r.logp.cpu() for r in results)]) - sampled).abs()
     names = ("kl", "entropy", "clip_fraction")
-    light = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
+    groups = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
     stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
     return StepReport(
-        replace(batch, groups=light, features=[None] * len(light), rollout=stats),
+        replace(batch, groups=groups, features=[None] * len(groups), rollout=stats),
         [float(len(row.packed.labels)) for row in rows],
         {name: [_row_mean(getattr(result, name)) for result in results] for name in names},
-        gaps[~gaps.isnan()],  # a server may not tell its log-probs
+        gaps[~gaps.isnan()],  # NaN where a server returned no log-probs.
         sum(row.packed.layout.total_tokens for row in rows),
         left_out,
     )
 
 
-def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], seconds: float) -> dict[str, Any]:
-    """TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``."""
-    batch = joined([report.batch for report in reports])
+def step_metrics(reports: Sequence[StepReport], phases: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """Return the metrics of a step.
+
+    They have TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``.
+
+    Args:
+        phases: seconds of each phase, by the metric's name.
+        seconds: of the whole step.
+    """
+    batch = concatenate([report.batch for report in reports])
     groups, scored = batch.groups, batch.scored
     failed = sum(len(report.batch.rollout.failed) for report in reports)
     if not groups:
-        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **laps}
+        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **phases}
     result, lengths = scored.result, scored.lengths
     gap = torch.cat([report.gaps for report in reports])
     video = torch.tensor([g.shuffled_asked > 0 for g in groups])
@@ -60,7 +69,7 @@ def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], secon
     tokens = [count for report in reports for count in report.tokens]
 
     def token_mean(name: str) -> float:
-        """Over the tokens that a pass has seen."""
+        """Return the mean over the completion tokens of all training rows."""
         means = [mean for report in reports for mean in report.means[name]]
         return sum(m * n for m, n in zip(means, tokens, strict=True)) / sum(tokens) if tokens else math.nan
 
@@ -93,13 +102,13 @@ def step_metrics(reports: Sequence[StepReport], laps: Mapping[str, float], secon
         "rollout/kv_mib": stats.kv_bytes / 2**20,
         "rollout/retries": stats.retries,
         "rollout/failed": failed,
-        "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN of none
+        "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN where there is none
         "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
         "pass/rows": len(tokens),
         "pass/tokens": sum(report.packed_tokens for report in reports),
         "pass/groups_left_out": sum(report.left_out for report in reports),
         **batch.counts(),
-        **laps,
+        **phases,
         "time/tokens_per_second": stats.tokens / seconds,
     }
 

@@ -1,4 +1,7 @@
-"""T-GRPO: answer from ordered and from shuffled frames, reward order where it helped, update on the ordered answers."""
+"""T-GRPO: sample completions from ordered and from shuffled frames, reward them, and update on the ordered ones.
+
+The reward has a bonus where ordered frames led to more right answers than shuffled ones.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import Loop
 from videor1.training.passes import Packed, completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
-from videor1.training.rows import TrainingRow, add, totals_of, training_rows
-from videor1.training.step_metrics import report_of, step_metrics
+from videor1.training.rows import TrainingRow, batch_totals, sum_totals, training_rows
+from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
@@ -37,7 +40,7 @@ KERNELS = (
     "tgrpo_advantages",
 )  # fmt: skip
 
-
+# Steps in a row without any nonzero advantage after which the user is told.
 NO_SIGNAL_STEPS = 5
 
 
@@ -48,16 +51,17 @@ class Trainer(Loop[TrainConfig]):
 
     def __init__(self, config: TrainConfig) -> None:
         for function in config.reward.functions:
-            load_reward(function)  # a misspelt one must not wait for the first rollout
+            load_reward(function)  # A misspelt name must fail now, not after the first rollout.
         if config.rollout.engine == "server" and config.distributed.engine != "none":
             raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed (ranks answer themselves)")
         super().__init__(config)
         needs_copy = config.beta > 0 and not config.lora.rank
-        self.frozen = self.model.frozen_copy() if needs_copy else None  # before a resume changes the weights
+        # The reference model is copied before a resume changes the weights.
+        self.frozen = self.model.frozen_copy() if needs_copy else None
         self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
         self.rollouts: JsonlWriter | None = None  # while the run is open
-        self.weights_are_new = True  # to the engine
-        self.steps_without_signal = 0  # in a row
+        self.weights_are_new = True  # whether the engine has yet to be told of the current weights
+        self.steps_without_signal = 0  # steps in a row in which every advantage was 0
 
     def samples_per_step(self) -> float:
         config = self.config
@@ -79,64 +83,76 @@ class Trainer(Loop[TrainConfig]):
         with contextlib.closing(self.engine), super()._open():
             if self.model.device.type != "cpu":
                 self.progress.write(self._kernels())
-            self.rollouts = self.open_lines("rollouts.jsonl")
+            self.rollouts = self.open_jsonl("rollouts.jsonl")
             yield
 
     def train_batch(self) -> None:
-        """One rollout and its ``num_iterations`` updates."""
-        config, clock = self.config, _Clock()
+        """Sample and score one batch, then make its ``num_iterations`` updates."""
+        config, timer = self.config, _PhaseTimer()
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         with self.ranks.gathered_parameters():
-            batch = self._answer(size, clock)
+            batch = self._sample_batch(size, timer)
             if config.dynamic_sampling:
-                batch = refill(batch, size, config.dynamic_sampling, functools.partial(self._answer, clock=clock))
+                more = functools.partial(self._sample_batch, timer=timer)
+                batch = refill(batch, size, config.dynamic_sampling, more)
         groups, features, scored = batch.groups, batch.features, batch.scored
         assert self.rollouts is not None, "the run is open"
         for row in rollout_rows(groups, scored, self.model, log_tokens=config.log_tokens):
             self.rollouts.write(self.step + 1, row)
-        clock.lap("time/reward")
+        timer.mark("time/reward")
 
-        totals = add(self.ranks.gather(totals_of(scored.lengths, config)))
+        totals = sum_totals(self.ranks.gather(batch_totals(scored.lengths, config)))
         rows, left_out = training_rows(self.model, groups, scored, config, totals)
-        tower = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
+        row_features = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
         with self._reference_weights():
-            reference = [self._reference_logp(row.packed, own) for row, own in zip(rows, tower, strict=True)]
-        clock.lap("time/reference")
+            ref_logps = [self._reference_logp(row.packed, f) for row, f in zip(rows, row_features, strict=True)]
+        timer.mark("time/reference")
 
-        old: list[Tensor | None] = [None] * len(rows)
+        old_logps: list[Tensor | None] = [None] * len(rows)
         for _ in range(min(config.num_iterations, self.total_steps - self.step)):
             results: list[GrpoLoss] = []
-            losses = self._losses(rows, scored, totals.tokens, old, reference, tower, results)
-            metrics = functools.partial(self._metrics, batch, rows, results, left_out, clock)
+            losses = self._losses(rows, scored, totals.tokens, old_logps, ref_logps, row_features, results)
+            metrics = functools.partial(self._metrics, batch, rows, results, left_out, timer)
             self.optimizer_step(losses, metrics, count=len(rows), dummy_loss=self.dummy_loss)
             self.weights_are_new = True
-            for i, new in enumerate(results):  # fewer than rows where a loss was not finite: the step was skipped
-                if old[i] is None and bool(new.logp.isfinite().all()):
-                    old[i] = new.logp
+            # There are fewer results than rows where a loss was not finite: the step was skipped.
+            for i, result in enumerate(results):
+                if old_logps[i] is None and bool(result.logp.isfinite().all()):
+                    old_logps[i] = result.logp
 
-    def _answer(self, count: int, clock: _Clock) -> Batch:
-        """The next prompts, answered and scored; fewer groups where some failed."""
+    def _sample_batch(self, count: int, timer: _PhaseTimer) -> Batch:
+        """Sample and score completions of the next ``count`` prompts; there are fewer groups where prompts failed."""
         prompts = self.source.take(count)
-        clock.lap("time/data")
+        timer.mark("time/data")
         rollout, features = self.rollout(prompts)
-        answered = [i for i, group in enumerate(rollout.groups) if group is not None]
-        groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in answered]
-        clock.lap("time/rollout")
+        succeeded = [i for i, group in enumerate(rollout.groups) if group is not None]
+        groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in succeeded]
+        timer.mark("time/rollout")
         scored = score_groups(groups, self.config, self.model.device)
-        clock.lap("time/reward")
+        timer.mark("time/reward")
         return Batch(groups, features, scored, rollout)
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
-        """Answers of each prompt from ordered and shuffled frames, and its ordered vision features."""
+        """Sample completions of each prompt from ordered and from shuffled frames.
+
+        Failed prompts are counted and recorded as skipped samples.
+
+        Returns:
+            The rollout, and the vision features of each prompt's ordered frames (None without media, or where the
+            engine needs none).
+
+        Raises:
+            TrainingStopped: the engine cannot go on.
+        """
         features: list[Tensor | None] = [None] * len(prompts)
         try:
-            rollout, features = self._ask(prompts)
+            rollout, features = self._generate(prompts)
         except RolloutError as error:
-            raise TrainingStopped(f"{error}; {self.last_whole()}") from error
+            raise TrainingStopped(f"{error}; {self.describe_last_checkpoint()}") from error
         except torch.OutOfMemoryError as error:
             if self.ranks.world == 1:
                 raise
-            # The other ranks go on: so must this one, without these prompts.
+            # The other ranks continue and wait for this one, so that it must continue too, without these prompts.
             reason = f"out of memory: {str(error).splitlines()[0]}"
             rollout = Rollout([None] * len(prompts), failed=dict.fromkeys(range(len(prompts)), reason))
             torch.cuda.empty_cache()
@@ -146,7 +162,7 @@ class Trainer(Loop[TrainConfig]):
             self._on_skip(prompts[i].draw, failure)
         return rollout, features
 
-    def _ask(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
+    def _generate(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         config, model = self.config, self.model
         unit = config.temporal.shuffle_unit
         orders = [draw_permutation(p, unit, config.seed) if config.num_shuffled else None for p in prompts]
@@ -180,12 +196,15 @@ class Trainer(Loop[TrainConfig]):
         return TemporalJudge(prompt.sample, config, ordered=config.num_generations, shuffled=config.num_shuffled)
 
     def _kernels(self) -> str:
-        """Who will compute what: on a GPU the reference is slow, and auto takes it where a kernel cannot run."""
+        """Return a line that names the backend of each kernel.
+
+        On a GPU the reference implementation is slow, and ``auto`` chooses it where a kernel cannot run.
+        """
         device, dtype = self.model.device, self.model.compute_dtype
         chosen = {op: chosen_backend(op, device, self.config.kernels, dtype) for op in KERNELS}
         return "kernels: " + ", ".join(f"{op} {backend}" for op, backend in chosen.items())
 
-    def shown(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def progress_values(self, row: dict[str, Any]) -> dict[str, float | None]:
         labels = {"loss": "loss", "reward": "reward", "p": "temporal/p", "p~": "temporal/p_shuffled"}
         return {label: row.get(key) for label, key in labels.items()} | {"tokens/s": row.get("time/tokens_per_second")}
 
@@ -194,45 +213,55 @@ class Trainer(Loop[TrainConfig]):
         rows: Sequence[TrainingRow],
         scored: Scored,
         tokens: int,
-        old: Sequence[Tensor | None],
-        reference: Sequence[Tensor | None],
-        tower: Sequence[list[Tensor] | None],
+        old_logps: Sequence[Tensor | None],
+        ref_logps: Sequence[Tensor | None],
+        row_features: Sequence[list[Tensor] | None],
         results: list[GrpoLoss],
     ) -> Iterator[Tensor]:
-        """Row by row, so that each one's graph is freed before the next is built."""
+        """Yield the weighted loss of each row in turn, so that its graph is freed before the next one is built.
+
+        The detached result of each row is appended to ``results``.
+        """
         advantages = scored.result.advantages.flatten()
-        for row, old_logp, ref_logp, features in zip(rows, old, reference, tower, strict=True):
+        for row, old_logp, ref_logp, features in zip(rows, old_logps, ref_logps, row_features, strict=True):
             result = tgrpo_loss(
                 self.model, row.packed, advantages[row.completions], self.config, num_tokens=tokens,
                 old_logp=old_logp, ref_logp=ref_logp, features=features,
             )  # fmt: skip
-            results.append(dataclasses.replace(result, loss=result.loss.detach()))  # or it would keep the row's graph
+            # Detached, since the list would otherwise keep the row's graph alive.
+            results.append(dataclasses.replace(result, loss=result.loss.detach()))
             loss = result.loss * row.weight
             has_media = any(p.media is not None for p in row.packed.prompts)
             yield loss if features is not None or has_media else loss + self.dummy_tower_loss()
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The rollout's vision features serve training too where the tower is not trained."""
+        """Return the rollout's vision features for use in training; None where the tower is trained or has not run."""
         if not self.engine.needs_features or any(p.requires_grad for p in self.model.visual.parameters()):
             return None
         return [f for f in features if f is not None]
 
     def _reference_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Without a copy the reference policy is this model's, its adapters off."""
-        own = self.config.beta and self.frozen is None
-        return self.ranks.gathered_parameters() if own else contextlib.nullcontext()
+        """Return a context in which the weights of the reference model are whole on this rank.
+
+        Without a frozen copy the reference model is this model with its adapters off, whose weights must be gathered.
+        """
+        shared = self.config.beta and self.frozen is None
+        return self.ranks.gathered_parameters() if shared else contextlib.nullcontext()
 
     def _metrics(
-        self, batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int, clock: _Clock
+        self, batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int, timer: _PhaseTimer
     ) -> dict[str, Any]:
-        reports = self.ranks.gather(report_of(batch, rows, results, left_out))
-        metrics = step_metrics(reports, clock.laps, clock.total())
-        self._watch_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
+        reports = self.ranks.gather(make_step_report(batch, rows, results, left_out))
+        metrics = step_metrics(reports, timer.seconds, timer.total())
+        self._warn_without_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
 
-    def _watch_signal(self, signal: bool, metrics: dict[str, Any]) -> None:
-        """Say once when nothing is learned: a model that is always wrong looks like one that trains slowly."""
-        if "reward" not in metrics:  # no prompt was answered
+    def _warn_without_signal(self, signal: bool, metrics: dict[str, Any]) -> None:
+        """Warn once after ``NO_SIGNAL_STEPS`` steps in a row without a nonzero advantage.
+
+        Without the warning a model that is always wrong looks like one that trains slowly.
+        """
+        if "reward" not in metrics:  # Every prompt of the step failed.
             return
         self.steps_without_signal = 0 if signal else self.steps_without_signal + 1
         if self.steps_without_signal == NO_SIGNAL_STEPS:
@@ -252,17 +281,19 @@ class Trainer(Loop[TrainConfig]):
             )
 
 
-class _Clock:
-    """Seconds of each phase of a batch."""
+class _PhaseTimer:
+    """Measures the seconds of each phase of a batch."""
 
     def __init__(self) -> None:
         self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
+    def mark(self, name: str) -> None:
+        """Add the time since the last mark to the phase ``name``."""
         now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
     def total(self) -> float:
+        """Return the seconds since the timer was created."""
         return time.perf_counter() - self.started

@@ -202,12 +202,12 @@ def test_graphed_steps_answer_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> 
     plain = LocalEngine(model, options).generate(requests)
     engine = functools.partial(LocalEngine, model, options, max_rows=5, backend="triton")
 
-    def never_waits(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
+    def capturable(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
-        self.never_waits = True
+        self.capturable = True
 
     start = DecodeStep.__init__
-    monkeypatch.setattr(DecodeStep, "__init__", never_waits)
+    monkeypatch.setattr(DecodeStep, "__init__", capturable)
     monkeypatch.setattr(
         videor1.rollout.local.engine, "GraphedSteps",
         lambda step: GraphedSteps(step, functools.partial(fake_capture, sizes)),

@@ -1,1 +1,1 @@
-"""The model class and the entry point for lmms-eval."""
+"""The integration with lmms-eval: a model class and its entry point."""

@@ -1,8 +1,10 @@
-"""A model class for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval): its tasks, our decoder and rollout.
+"""A model class for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval).
+
+It runs lmms-eval's tasks with this library's video decoding and rollout engine:
 
     lmms-eval --model videor1 --model_args pretrained=FOLDER,max_frames=32 --tasks mvbench
 
-lmms-eval must be installed beside videor1; nothing else here imports it.
+lmms-eval must be installed; no other module of videor1 imports it.
 """
 
 from __future__ import annotations
@@ -42,47 +44,47 @@ _lmms: Any = import_module("lmms_eval.api.model").lmms
 _instance: Any = import_module("lmms_eval.api.instance")
 _log = logging.getLogger(__name__)
 
-_TOGETHER = 32  # prompts, where lmms-eval asks for one at a time (its default)
-_THOUGHT_TOKENS = 1024  # for an answer with its reasoning, where max_new_tokens is not given
-_KNOWN = {"max_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "until"}
+_BATCH_SIZE = 32  # prompts answered together, where lmms-eval's batch_size is 1 (its default)
+_REASONING_TOKENS = 1024  # limit for a completion with reasoning, where max_new_tokens is not given
+_GENERATION_OPTIONS = {"max_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "until"}
 
 
 @dataclass(frozen=True)
 class _Question:
-    """One request of lmms-eval."""
+    """A request of lmms-eval, converted for this library."""
 
     index: int  # in the list of requests
-    conversation: list[dict[str, Any]]  # as a chat template takes it
-    sample: Sample  # what to decode; its index is the document's number
-    image: Image.Image | None  # in memory: nothing to decode
-    names: tuple[str | int, ...]  # seed the sampling
-    until: tuple[str, ...]
-    request: Any
+    conversation: list[dict[str, Any]]  # messages for the chat template
+    sample: Sample  # its media are to be decoded; its index is the document's number
+    image: Image.Image | None  # an image that lmms-eval holds in memory, in place of a file to decode
+    names: tuple[str | int, ...]  # part of the sampling's seed
+    until: tuple[str, ...]  # strings before which the answer is cut
+    request: Any  # lmms-eval's own object
 
 
 class VideoR1(_lmms):
     """Answers lmms-eval's generation requests with one video, one image or neither.
 
-    A request whose video cannot be read is answered with an empty text, which tasks count as wrong; how many is
-    logged at the end, and which.
+    A request whose media cannot be read is answered with an empty text, which tasks count as wrong. Each such request
+    is logged, and their number at the end.
 
     Args:
         pretrained: a Qwen2.5-VL folder or hub id.
-        think: ask for reasoning and tags as in training, give the answer tag's text (all of it, without a tag) to the
-            task, and let the model write ``max_new_tokens`` whatever the task allows for a bare answer.
-        shuffle: show the frames in a seeded random order. The difference to the accuracy without is the temporal gap.
-        max_new_tokens: default: 1024 with ``think``, else what the task says.
+        think: ask for reasoning and tags as in training, and give the task the text in the answer tag (the whole
+            completion if there is no tag). The task's own limit, which is for a bare answer, does not apply then.
+        shuffle: show the frames in a seeded random order. The accuracy without it minus this one is the temporal gap.
+        max_new_tokens: most tokens of a completion; None: 1024 with ``think``, else the task's limit.
         max_frames, fps, max_pixels, min_pixels, image_max_pixels: as the trainer's ``video.*`` options.
-        max_prompt_length: in tokens; a longer request is one that cannot be read.
+        max_prompt_length: most tokens of a prompt; a longer request counts as one that cannot be read.
         workers, timeout: as the trainer's ``data.*`` options.
-        seed: of the sampling and the permutations.
+        seed: seed of the sampling and the permutations.
         kernels: as the trainer's option.
         positions: as the trainer's ``model.positions``: paper, transformers, or by default as the model was trained.
-        batch_size, max_batch_size, device: lmms-eval's own. ``batch_size`` prompts are answered together; 1, its
-            default, means 32. max_batch_size is not used.
+        batch_size, max_batch_size, device: lmms-eval's own options. ``batch_size`` prompts are answered together; 1,
+            its default, means 32. max_batch_size is not used.
 
     Raises:
-        ConfigError: options that cannot work, or several processes.
+        ConfigError: an option is wrong, or lmms-eval was started in several processes.
     """
 
     is_simple = False
@@ -132,19 +134,20 @@ class VideoR1(_lmms):
         self.device = self.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """A ``GenerationResult`` for each request, in their order."""
+        """Answer the requests; return a ``GenerationResult`` for each, in their order."""
         results: list[Any] = [None] * len(requests)
         groups: dict[SamplingOptions, list[tuple[int, Any]]] = {}
         for item in enumerate(requests):
             groups.setdefault(self._sampling(item[1].args[2]), []).append(item)
-        seen: Counter[tuple[str | int, ...]] = Counter()  # a task may ask for several answers to one document
+        # Number of requests per document so far: a task may ask for several answers to one.
+        seen: Counter[tuple[str | int, ...]] = Counter()
         failed: list[SampleError] = []
         progress = tqdm(total=len(requests), desc="videor1", unit="answer")
         for options, members in groups.items():
-            together = self.batch_size if self.batch_size > 1 else _TOGETHER
-            engine = LocalEngine(self.model, options, max_rows=2 * together, backend=self.config.kernels)
-            loaded = self._loaded(members, seen)
-            while block := list(itertools.islice(loaded, together)):
+            batch_size = self.batch_size if self.batch_size > 1 else _BATCH_SIZE
+            engine = LocalEngine(self.model, options, max_rows=2 * batch_size, backend=self.config.kernels)
+            loaded = self._load_questions(members, seen)
+            while block := list(itertools.islice(loaded, batch_size)):
                 for question, outcome in self._answer(engine, block):
                     if isinstance(outcome, SampleError):
                         failed.append(outcome)
@@ -167,20 +170,25 @@ class VideoR1(_lmms):
         raise NotImplementedError("videor1 generates answers; this task needs log-likelihoods of given ones")
 
     def _sampling(self, given: Mapping[str, Any]) -> SamplingOptions:
+        """Convert the generation options of a request.
+
+        Raises:
+            ConfigError: the request asks for beam search.
+        """
         if given.get("num_beams") not in (None, 1):
             raise ConfigError(f"num_beams: videor1 has no beam search, expected 1, got {given['num_beams']}")
-        if unknown := sorted(name for name in given if name not in _KNOWN and given[name] is not None):
+        if unknown := sorted(name for name in given if name not in _GENERATION_OPTIONS and given[name] is not None):
             _warn_once(f"generation options that videor1 does not have are not used: {', '.join(unknown)}")
-        limit = self.max_new_tokens or (_THOUGHT_TOKENS if self.think else int(given.get("max_new_tokens") or 128))
+        limit = self.max_new_tokens or (_REASONING_TOKENS if self.think else int(given.get("max_new_tokens") or 128))
         temperature = 0.0 if given.get("do_sample") is False else float(given.get("temperature") or 0.0)
         if temperature == 0:
             return SamplingOptions(limit, 0.0)
         return SamplingOptions(limit, temperature, float(given.get("top_p") or 1.0), int(given.get("top_k") or 0))
 
-    def _loaded(
+    def _load_questions(
         self, members: Sequence[tuple[int, Any]], seen: Counter[tuple[str | int, ...]]
     ) -> Iterator[tuple[_Question, Media | SampleError | None]]:
-        """Each request with its media, decoded ahead."""
+        """Yield each request, converted, with its media, which worker processes decode ahead."""
         pending: deque[_Question] = deque()
 
         def samples() -> Iterator[Sample]:
@@ -198,6 +206,11 @@ class VideoR1(_lmms):
                 yield question, outcome if question.image is None else self._image(question.image)
 
     def _question(self, index: int, request: Any, seen: Counter[tuple[str | int, ...]]) -> _Question:
+        """Convert a request.
+
+        Raises:
+            ConfigError: it has more than one video or image, or other media.
+        """
         _, to_messages, given, number, task, split = request.args
         media: list[Any] = []
         conversation = []
@@ -238,29 +251,34 @@ class VideoR1(_lmms):
     def _answer(
         self, engine: LocalEngine, block: Sequence[tuple[_Question, Media | SampleError | None]]
     ) -> Iterator[tuple[_Question, Completion | SampleError]]:
-        asked: list[tuple[_Question, Prompt]] = []
+        """Yield the completion of each question of a block, or the error for which there is none."""
+        prompted: list[tuple[_Question, Prompt]] = []
         for question, media in block:
             try:
                 if isinstance(media, SampleError):
                     raise media
                 prompt = Prompt(question.sample, self._ids(question, media), media, question.sample.index)
-                asked.append((question, prompt))
+                prompted.append((question, prompt))
             except SampleError as error:
                 yield question, error
-        prompts = [prompt for _, prompt in asked]
+        prompts = [prompt for _, prompt in prompted]
         orders = [draw_permutation(p, "frame", self.config.seed) if self.shuffle else None for p in prompts]
         with self.model.inference():
             features = prompt_features(self.model, prompts, orders)
         requests = [
-            Request(p, self.config.seed, Branch(1, question.names, found, order))
-            for (question, p), found, order in zip(asked, features, orders, strict=True)
+            Request(p, self.config.seed, Branch(1, question.names, media_features, order))
+            for (question, p), media_features, order in zip(prompted, features, orders, strict=True)
         ]
-        for (question, _), group in zip(asked, engine.generate(requests).groups, strict=True):
-            assert group is not None, "this engine answers or raises"
+        for (question, _), group in zip(prompted, engine.generate(requests).groups, strict=True):
+            assert group is not None, "this engine never fails a single request"
             yield question, group.ordered[0]
 
     def _ids(self, question: _Question, media: Media | None) -> torch.Tensor:
-        """Token ids of the conversation, its media expanded. The texts are lmms-eval's: they may read as media."""
+        """Return the token ids of the conversation, with its media expanded.
+
+        Raises:
+            SampleError: ``special_token`` if a text of lmms-eval holds media tokens; ``too_long``.
+        """
         tokenizer, special = self.model.tokenizer, self.model.special
         text = tokenizer.apply_chat_template(question.conversation, add_generation_prompt=True, tokenize=False)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -274,6 +292,7 @@ class VideoR1(_lmms):
         )  # fmt: skip
 
     def _image(self, image: Image.Image) -> Media | SampleError:
+        """Resize an image in memory as the trainer does with files, and cut it into patches."""
         started = time.perf_counter()
         pixels = np.array(image.convert("RGB"))
         height, width = pixels.shape[:2]
@@ -286,6 +305,7 @@ class VideoR1(_lmms):
         return media_from_clip(clip, "image", seconds=time.perf_counter() - started)
 
     def _result(self, question: _Question, completion: Completion) -> Any:
+        """Return the answer in a completion as lmms-eval's result, and pass it to lmms-eval's cache."""
         text = completion.text
         if self.think:
             text = extract_answer(text) or text

@@ -1,4 +1,4 @@
-"""What lmms-eval loads at every start, through the entry point group ``lmms_eval.models``: kept light."""
+"""The entry point in the group ``lmms_eval.models``; it imports little, since lmms-eval loads it at every start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The manifest of the model ``videor1``."""
+    """Return the manifest of the model ``videor1``."""
     return import_module("lmms_eval.models.registry_v2").ModelManifest(
         model_id="videor1", chat_class_path="videor1.evaluation.lmms_eval.model.VideoR1"
     )

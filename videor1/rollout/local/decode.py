@@ -17,13 +17,13 @@ from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention
 
 @dataclass(frozen=True)
 class Prefill:
-    """Attention context of prompts end to end, whose keys and values go into the cache at ``starts``."""
+    """Attention context of a prefill: prompts end to end, whose keys and values go to the cache at ``starts``."""
 
     layout: PrefixLayout
     cache: KVCache
     starts: Sequence[int]
     backend: str
-    flash: bool = False  # by flash-attn
+    flash: bool = False  # whether flash-attn computes the attention
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         for pool, new in ((self.cache.prefix_k[layer], k), (self.cache.prefix_v[layer], v)):
@@ -37,7 +37,7 @@ class Prefill:
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float | None) -> Tensor:
-    """Causal attention of prompts end to end."""
+    """Compute causal attention of prompts that lie end to end."""
     from flash_attn import flash_attn_varlen_func
 
     lengths = torch.tensor([0, *layout.prompt_lengths], dtype=torch.int32)
@@ -47,13 +47,13 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scal
 
 @dataclass
 class Decode:
-    """Attention context of one new token per sequence.
+    """Attention context of a decode step: one new token per sequence.
 
     Attributes:
-        layout: its ``suffix_slots`` are where the sequences write.
-        lengths: int64 [R], of the sequences' own tokens, the new one included.
-        attention: an implementation of ``prefix_decode_attention``: the shapes, checked at each call of the public
-            function, are the same in every layer and step.
+        layout: its ``suffix_slots`` are the cache slots of the sequences.
+        lengths: int64 [R], number of the sequences' sampled tokens, the new one included.
+        attention: an implementation of ``prefix_decode_attention``. The public function would check the shapes at each
+            call, though they are the same in every layer and step.
     """
 
     layout: DecodeLayout
@@ -64,7 +64,8 @@ class Decode:
     def __post_init__(self) -> None:
         assert self.layout.suffix_slots is not None
         self.last = self.lengths - 1
-        self.column: int | None = None  # where all sequences write, if it is one and the first slots are theirs
+        # If all sequences write at the same index of the first slots, that index: slicing is then faster.
+        self.column: int | None = None
         if self.layout.slots_in_order and not self.lengths.is_cuda:
             first, *others = set(self.last.tolist())
             self.column = None if others else first
@@ -83,30 +84,32 @@ class Decode:
 
 
 class Decoder:
-    """The language model for one new token per sequence.
+    """The language model's forward pass for one new token per sequence.
 
-    transformers' modules with their weights, called directly: for a single token the glue between them costs more than
-    they compute. Their linear layers run as modules, so adapters act; text positions are alike in time, height and
-    width, so rotary embedding is the plain one. fp32 results equal the model's own to rounding.
+    It calls transformers' modules with their weights directly: for a single token the code between the modules costs
+    more than their computation. Linear layers that are adapted are called as modules, so that adapters take effect.
+    Text positions are equal in time, height and width, so that the rotary embedding is the plain one. fp32 results
+    equal the model's own to rounding.
     """
 
     def __init__(self, model: VideoLM, positions: range) -> None:
-        """``positions``: all that will come. After a long clip they begin far above the number of tokens."""
+        """``positions``: all positions of new tokens. After a long clip they begin far above the number of tokens."""
         self.model, self.text = model, model.hf.model.language_model
         attention = self.text.layers[0].self_attn
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         self.first = positions.start
         every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
-        cos, sin = (x.reshape(len(positions), 1, -1) for x in self.text.rotary_emb(self._some_state(), every))
+        cos, sin = (x.reshape(len(positions), 1, -1) for x in self.text.rotary_emb(self._example_state(), every))
         half = self.head_dim // 2
-        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign is in sin
+        # The sign of rotate_half is moved into sin, so that a step needs only a roll.
+        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
-    def _some_state(self) -> Tensor:
-        """Of the dtype and device of the states; rotary tables are made like it."""
+    def _example_state(self) -> Tensor:
+        """Return a tensor of the hidden states' dtype and device, which rotary_emb gives to its tables."""
         return self.text.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
 
     def states(self, tokens: Tensor, positions: Tensor, context: Decode) -> Tensor:
-        """Last hidden states [R, H] in the compute dtype, from int64 ``tokens`` and ``positions`` [R]."""
+        """Return the last hidden states [R, H] in the compute dtype, of int64 ``tokens`` and ``positions`` [R]."""
         text, half = self.text, self.head_dim // 2
         hidden = text.embed_tokens(tokens)
         at = positions - self.first
@@ -117,7 +120,7 @@ class Decoder:
                 _linear(module, x).view(len(x), -1, self.head_dim)
                 for module in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            # The products of bf16 with fp32 tables are fp32, as in the model; the kernels take 16 bits.
+            # Products of bf16 with the fp32 tables are fp32, as in the model; the kernels take the values' dtype.
             q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin).to(v.dtype) for x in (q, k))
             out = context.attend(index, q, k, v, self.scale)
             hidden = hidden + _linear(attention.o_proj, out.flatten(1))
@@ -131,7 +134,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    if x.is_cuda:  # one kernel there; on a CPU it is slower than its parts
+    if x.is_cuda:  # A single kernel on a GPU; on a CPU torch's rms_norm is slower than the operations below.
         return torch.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

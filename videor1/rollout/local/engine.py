@@ -1,8 +1,7 @@
-"""The in-process engine: the training model's own weights, each prompt prefilled once, all sequences decoded
-together.
+"""The in-process rollout engine, which samples with the training model's own weights.
 
-Sequences of many prompts, from ordered and from shuffled frames, share every decode step; one that has ended leaves its
-place to a waiting branch.
+Each prompt is prefilled once. The sequences of many prompts, from ordered and from shuffled frames, share every decode
+step (continuous batching); the slots of ended sequences go to waiting branches.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from videor1.seeding import generator
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
 
-PREFILL_TOKENS = 16384  # of the prompts that go through the model together: bounds their activations
+PREFILL_TOKENS = 16384  # most prompt tokens of one prefill pass, which bounds the memory of its activations
 
 
 class LocalEngine:
     """Batched sampling with a shared-prefix KV cache.
 
     Args:
-        model: its weights are used as they are at each call.
-        options: how answers are drawn.
-        max_rows: answers in flight at most; a branch's are never split.
-        kv_bytes: budget of the KV cache; None: a share of what a GPU has free, no bound elsewhere.
-        cuda_graphs: replay decode steps as CUDA graphs where one runs on Triton kernels.
-        eager: see :class:`~videor1.rollout.local.scheduler.Scheduler`; None: where a GPU decodes.
-        backend: of the kernels.
+        model: the model to sample from; each call uses its current weights.
+        options: how completions are sampled.
+        max_rows: most sequences in flight; those of a branch always run together, even if they are more.
+        kv_bytes: budget of the KV cache; None: a share of a GPU's free memory, no limit on a CPU.
+        cuda_graphs: replay decode steps as CUDA graphs where they run on Triton kernels.
+        eager: see :class:`~videor1.rollout.local.scheduler.Scheduler`; None: True on a GPU.
+        backend: backend of the kernels.
     """
 
     needs_features = True
@@ -62,27 +61,31 @@ class LocalEngine:
         self.eager = model.device.type == "cuda" if eager is None else eager
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
-        """Answers with the weights as they are. ConfigError, before any memory is taken: the KV budget is too small."""
+        """Sample the completions of all requests with the model's current weights.
+
+        Raises:
+            ConfigError: the KV cache's budget is too small; raised before any memory is allocated.
+        """
         if not requests:
             return Rollout([])
-        # One autocast context over all steps: it casts fp32 weights once, not once a step.
-        with self.model.inference(), self.model.autocast(), _current(self.model.device):
-            return Run(self, requests).answer()
+        # One autocast context around all steps casts fp32 weights once, not once a step.
+        with self.model.inference(), self.model.autocast(), _current_device(self.model.device):
+            return Run(self, requests).generate()
 
     def weights_changed(self) -> None:
-        """Nothing to do: the weights are the model's own."""
+        """Do nothing: the engine samples from the training model itself."""
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: the engine holds no resources between calls."""
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` the current one, on which Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Run:
-    """One call of :meth:`LocalEngine.generate`."""
+    """The state of one call of :meth:`LocalEngine.generate`."""
 
     def __init__(self, engine: LocalEngine, requests: Sequence[Request]) -> None:
         self.engine, self.model, self.options, self.requests = engine, engine.model, engine.options, requests
@@ -102,22 +105,23 @@ class Run:
             kv_bytes=capacity.bytes, shuffled_asked=sum(r.shuffled.count for r in requests if r.shuffled)
         )
         special = model.special
-        # Per request: the prompt's positions and the one of its answers' first token, which may exceed its length.
+        # For each request: the positions of the prompt's tokens and the position of the first completion token.
         self.positions = [model.positions(request.prompt) for request in requests]
         firsts = [first for _, first in self.positions]
-        answers = range(min(firsts), max(firsts) + options.max_new_tokens)
-        self.step = DecodeStep(model, self.cache, options, positions=answers, backend=engine.backend)
-        self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.never_waits else None
+        new_positions = range(min(firsts), max(firsts) + options.max_new_tokens)
+        self.step = DecodeStep(model, self.cache, options, positions=new_positions, backend=engine.backend)
+        self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.capturable else None
         self.stops = torch.tensor([special.eos, special.pad], device=device)
         self.in_flight = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
-        # Per request: the ordered answers, the shuffled ones; None until they are finished.
-        self.answers: list[tuple[list[Completion | None], list[Completion | None]]] = [
+        # For each request: the ordered and the shuffled completions; None until they are finished.
+        self.completions: list[tuple[list[Completion | None], list[Completion | None]]] = [
             ([None] * r.ordered.count, [None] * (r.shuffled.count if r.shuffled else 0)) for r in requests
         ]
 
-    def answer(self) -> Rollout:
+    def generate(self) -> Rollout:
+        """Prefill and decode until no branch is waiting or in flight."""
         while True:
-            self._drop()
+            self._drop_unneeded()
             if admitted := self.scheduler.admit():
                 for jobs in greedy_batches(admitted, lambda job: job.length, PREFILL_TOKENS):
                     self._prefill(jobs)
@@ -129,17 +133,17 @@ class Run:
         groups: list[Group | None] = [
             Group(
                 request.prompt,
-                tuple(answer for answer in ordered if answer is not None),
-                tuple(answer for answer in shuffled if answer is not None),
+                tuple(completion for completion in ordered if completion is not None),
+                tuple(completion for completion in shuffled if completion is not None),
                 request.shuffled.permutation if request.shuffled else None,
                 len(shuffled),
             )
-            for request, (ordered, shuffled) in zip(self.requests, self.answers, strict=True)
+            for request, (ordered, shuffled) in zip(self.requests, self.completions, strict=True)
         ]
         return Rollout(groups, self.stats)
 
     def _prefill(self, jobs: Sequence[Job]) -> None:
-        """The prompts of new branches, once each, and the first token of their answers."""
+        """Prefill the prompt of each new branch once, and sample the first token of its sequences."""
         model = self.model
         prompts = [job.request.prompt for job in jobs]
         positions, firsts = zip(*(self.positions[job.number] for job in jobs), strict=True)
@@ -152,64 +156,65 @@ class Run:
             [job.branch.features for job in jobs if job.branch.features is not None],
         )
         ends = torch.tensor(layout.prompt_lengths, device=model.device).cumsum(0) - 1
-        new, since = [sequence for job in jobs for sequence in job.sequences], len(self.in_flight)
+        new, start = [sequence for job in jobs for sequence in job.sequences], len(self.in_flight)
         counts = torch.tensor([len(job.sequences) for job in jobs])
         uniform = torch.stack([*map(self._uniform, new)])
-        self.in_flight.enter(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
-        # The head sees one position a branch: all its sequences draw from the same logits.
+        self.in_flight.add(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
+        # The head computes one position per branch: all its sequences draw their first token from the same logits.
         logits = self.step.logits(hidden[ends]).repeat_interleave(counts.to(model.device), 0)
-        self._record(since, *self.step.draw(logits, self.in_flight.uniform[self.in_flight.places[since:], 0]))
+        self._record(start, *self.step.draw(logits, self.in_flight.uniform[self.in_flight.buffer_rows[start:], 0]))
 
     def _decode(self) -> None:
-        """One more token of every sequence in flight."""
-        rows = len(self.in_flight)
-        size = self.graphs.size(rows) if self.graphs else rows
+        """Sample one more token of every sequence in flight."""
+        count = len(self.in_flight)
+        size = self.graphs.size(count) if self.graphs else count
         tokens, logp = (self.graphs or self.step)(self.in_flight.inputs(size))
         self.stats.decode_steps += 1
-        self.stats.row_steps += rows
-        self._record(0, tokens[:rows], logp[:rows])
+        self.stats.row_steps += count
+        self._record(0, tokens[:count], logp[:count])
 
-    def _record(self, since: int, tokens: Tensor, logp: Tensor) -> None:
-        """What the sequences from ``since`` on have drawn; those that have ended leave."""
-        in_flight, most = self.in_flight, self.options.max_new_tokens
-        in_flight.record(since, tokens, logp)
+    def _record(self, start: int, tokens: Tensor, logp: Tensor) -> None:
+        """Record the sampled tokens of the sequences from index ``start`` on, and remove those that have ended."""
+        in_flight, limit = self.in_flight, self.options.max_new_tokens
+        in_flight.record(start, tokens, logp)
         self.stats.tokens += len(tokens)
-        # One wait for the device a step.
-        stopped, lengths = torch.stack([torch.isin(tokens, self.stops).long(), in_flight.counts[since:]]).tolist()
-        going = [not stop and length < most for stop, length in zip(stopped, lengths, strict=True)]
-        if not all(going):
-            ended = [i for i, go in enumerate(going) if not go]
+        # Both tensors are copied to the host together, so that a step waits for the device only once.
+        stopped, lengths = torch.stack([torch.isin(tokens, self.stops).long(), in_flight.counts[start:]]).tolist()
+        running = [not stop and length < limit for stop, length in zip(stopped, lengths, strict=True)]
+        if not all(running):
+            ended = [i for i, runs in enumerate(running) if not runs]
             self._finish(
-                [in_flight.sequences[since + i] for i in ended],
+                [in_flight.sequences[start + i] for i in ended],
                 [lengths[i] for i in ended],
                 [bool(stopped[i]) for i in ended],
             )
-            in_flight.keep([True] * since + going)
+            in_flight.keep([True] * start + running)
 
     def _finish(self, ended: Sequence[RunningSequence], lengths: Sequence[int], stopped: Sequence[bool]) -> None:
-        """The answers of sequences that have ended, told to their groups' judges."""
-        places = torch.tensor([sequence.place for sequence in ended], device=self.model.device)
-        drawn, logp = self.in_flight.drawn[places].cpu(), self.in_flight.logp[places].cpu()
+        """Store the completions of sequences that have ended, and report them to the judges of their groups."""
+        rows = torch.tensor([sequence.buffer_row for sequence in ended], device=self.model.device)
+        tokens, logp = self.in_flight.sampled[rows].cpu(), self.in_flight.logp[rows].cpu()
         for i, sequence in enumerate(ended):
-            job, ids = sequence.job, drawn[i, : lengths[i]].clone()
+            job, ids = sequence.job, tokens[i, : lengths[i]].clone()
             text = self.model.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-            answer = Completion(ids, logp[i, : lengths[i]].clone(), stopped[i], text)
-            self.answers[job.number][job.shuffled][sequence.index] = answer
+            completion = Completion(ids, logp[i, : lengths[i]].clone(), stopped[i], text)
+            self.completions[job.number][job.shuffled][sequence.index] = completion
             self.scheduler.leave(sequence)
             if job.request.judge is not None:
-                (job.request.judge.shuffled_done if job.shuffled else job.request.judge.ordered_done)(answer)
+                (job.request.judge.shuffled_done if job.shuffled else job.request.judge.ordered_done)(completion)
 
-    def _drop(self) -> None:
-        """Shuffled answers that can no longer change the advantages: not started, or stopped."""
+    def _drop_unneeded(self) -> None:
+        """Skip or stop the shuffled completions that can no longer change the advantages."""
         waiting, running = self.scheduler.drop()
         self.stats.shuffled_skipped += sum(job.branch.count for job in waiting)
         if running:
-            gone = {id(job) for job in running}
-            going = [id(sequence.job) not in gone for sequence in self.in_flight.sequences]
-            self.stats.shuffled_stopped += going.count(False)
-            self.in_flight.keep(going)
+            dropped = {id(job) for job in running}
+            needed = [id(sequence.job) not in dropped for sequence in self.in_flight.sequences]
+            self.stats.shuffled_stopped += needed.count(False)
+            self.in_flight.keep(needed)
 
     def _uniform(self, sequence: RunningSequence) -> Tensor:
+        """Return all the uniform random numbers that a sequence may need, fp32 [max_new_tokens]."""
         job = sequence.job
         source = generator(job.request.seed, *job.branch.names, sequence.index)
         return torch.rand(self.options.max_new_tokens, generator=source)

@@ -1,7 +1,7 @@
-"""The KV cache of a rollout: how large it may be, where a prompt and its answers lie, the memory itself.
+"""The KV cache of a rollout: its capacity, the allocation of prompts in it, and its memory.
 
-A prompt's keys and values are stored once for all its answers, in a span of one pool of tokens; each answer in flight
-owns a slot for its own tokens. Everything is allocated once per rollout, before the first token.
+A prompt's keys and values are stored once for all its sequences, in a span of one pool of tokens. Each sequence in
+flight has a slot for its sampled tokens. All memory is allocated once per rollout, before the first token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Capacity:
-    """Room for ``slots`` answers of up to ``new_tokens`` tokens, and for ``prefix_tokens`` tokens of prompts."""
+    """The size of a cache: ``slots`` sequences of up to ``new_tokens`` tokens, ``prefix_tokens`` tokens of prompts."""
 
     slots: int
     prefix_tokens: int
@@ -33,7 +33,7 @@ class Capacity:
 
 
 def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     heads, dim = text_config.num_key_value_heads, text_config.hidden_size // text_config.num_attention_heads
     return 2 * text_config.num_hidden_layers * heads * dim * dtype.itemsize
 
@@ -41,15 +41,18 @@ def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
 def plan_capacity(
     branches: Sequence[tuple[int, int]], new_tokens: int, token_bytes: int, *, max_rows: int, budget: int | None = None
 ) -> Capacity:
-    """The cache for ``branches``, (prompt tokens, answers) each, of which as many as fit are in flight.
+    """Plan the capacity of the cache, from which follows how many branches fit in flight.
 
     Args:
-        new_tokens: of an answer at most.
-        max_rows: answers in flight at most; a branch's are never split, so one larger branch still runs.
-        budget: bytes; None: ``max_rows`` alone bounds.
+        branches: (prompt tokens, number of sequences) of each branch.
+        new_tokens: most sampled tokens of a sequence.
+        token_bytes: bytes of one token's keys and values in all layers.
+        max_rows: most sequences in flight; those of a branch always run together, so that a larger branch still runs.
+        budget: bytes of memory; None: only ``max_rows`` limits the capacity.
 
     Raises:
-        ConfigError: the budget is too small for the longest prompt with the most answers; says what they need.
+        ConfigError: the budget is too small for the longest prompt with the most sequences; the message says what
+            they need.
     """
     longest, most = (max(column) for column in zip(*branches, strict=True))
     need = (longest + most * new_tokens) * token_bytes
@@ -59,18 +62,18 @@ def plan_capacity(
             f"{need / MIB:.4g} MiB of KV cache ({token_bytes} bytes a token), the budget is {budget / MIB:.4g} MiB; "
             "raise it, or lower max_completion_length, num_generations or the prompt's pixels"
         )
-    prompts, answers = (sum(column) for column in zip(*branches, strict=True))
-    whole = Capacity(answers, prompts, new_tokens, token_bytes)
-    if answers <= max_rows and (budget is None or whole.bytes <= budget):
-        return whole
+    prompts, sequences = (sum(column) for column in zip(*branches, strict=True))
+    everything = Capacity(sequences, prompts, new_tokens, token_bytes)
+    if sequences <= max_rows and (budget is None or everything.bytes <= budget):
+        return everything
     count = max(1, max_rows // most)  # branches in flight
     if budget is not None:
         count = min(count, budget // need)
-    return Capacity(min(answers, count * most), min(prompts, count * longest), new_tokens, token_bytes)
+    return Capacity(min(sequences, count * most), min(prompts, count * longest), new_tokens, token_bytes)
 
 
 def default_budget(device: torch.device) -> int | None:
-    """60% of what a GPU has free, memory that torch holds unused included; None elsewhere."""
+    """Return 60% of a GPU's free memory, in bytes, including memory that torch holds unused; None on a CPU."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -78,13 +81,13 @@ def default_budget(device: torch.device) -> int | None:
 
 
 class Spans:
-    """First-fit allocation of spans of [0, size)."""
+    """A first-fit allocator of spans of [0, size)."""
 
     def __init__(self, size: int) -> None:
-        self._free = [(0, size)] if size else []  # (start, length), in order, never touching
+        self._free = [(0, size)] if size else []  # (start, length) in order; adjacent ones are always merged
 
     def take(self, length: int) -> int | None:
-        """Start of a free span of ``length``, now taken; None if there is none."""
+        """Allocate a span of ``length`` and return its start; None if no free span is long enough."""
         for i, (start, room) in enumerate(self._free):
             if room >= length:
                 self._free[i : i + 1] = [(start + length, room - length)] if room > length else []
@@ -92,7 +95,7 @@ class Spans:
         return None
 
     def give(self, start: int, length: int) -> None:
-        """Free a span that was taken."""
+        """Free a span that was allocated."""
         merged: list[tuple[int, int]] = []
         for begin, room in sorted([*self._free, (start, length)]):
             if merged and sum(merged[-1]) == begin:
@@ -103,9 +106,9 @@ class Spans:
 
 
 class KVCache:
-    """Per layer: prompts [Tp, Hkv, D] and answers [S, C, Hkv, D], keys and values.
+    """The cache's memory: for each layer, keys and values of prompts [Tp, Hkv, D] and of sequences [S, C, Hkv, D].
 
-    On a CPU the heads lie outermost in memory: the products of a key head then read one block.
+    On a CPU the heads are outermost in memory, so that the products of one key head read one block.
     """
 
     def __init__(self, capacity: Capacity, text_config: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""Which branches are in flight: continuous batching within the KV cache's room. No tensors here.
+"""Continuous batching: which branches are in flight, within the capacity of the KV cache. No tensors here.
 
-A branch (all answers to one order of one prompt's frames) enters whole, so that its prompt is prefilled once; its
-sequences leave one by one and free their slots at once. The prompt's tokens are freed with the last of them.
+A branch (the completions of a prompt that see its frames in one order) is admitted whole, so that its prompt is
+prefilled once. Its sequences leave one by one and free their slots at once; the last also frees the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from videor1.rollout.protocol import Branch, Request
 
 @dataclass(eq=False)
 class RunningSequence:
-    """One answer in flight: an entry of the decode batch, with a slot of the KV cache."""
+    """A completion in flight: an entry of the decode batch, with a slot of the KV cache."""
 
     job: Job
     index: int  # in its branch
     slot: int
-    place: int  # of its tokens in the rollout's buffers
+    buffer_row: int  # index of its tokens in the rollout's buffers
 
 
 @dataclass(eq=False)
 class Job:
-    """One branch of one request."""
+    """One branch of one request, as the scheduler handles it."""
 
-    number: int  # of the request
+    number: int  # index of the request
     request: Request
     branch: Branch
     shuffled: bool
-    start: int = -1  # of its prompt in the pool, once it has entered
-    sequences: list[RunningSequence] = field(default_factory=list)  # in flight
+    start: int = -1  # start of its prompt in the cache's pool, once it is admitted
+    sequences: list[RunningSequence] = field(default_factory=list)  # those in flight
 
     @property
     def length(self) -> int:
@@ -44,12 +44,12 @@ class Job:
 
 
 class Scheduler:
-    """Branches wait in the order of the requests, ordered ones and those known to matter first.
+    """Admits waiting branches in the order of the requests; ordered ones and those known to be needed come first.
 
     Args:
-        eager: let shuffled branches of which it is not known yet whether they matter enter where there is room; else
-            they enter only when nothing else is left to do. The first is right where a decode step costs the same for
-            a few more sequences, the second where each one costs.
+        eager: whether shuffled branches that may turn out unneeded are admitted as soon as there is room. Otherwise
+            they are admitted only when nothing else is left to do. The first is right where a decode step costs the
+            same for a few more sequences (a GPU), the second where each sequence adds to its cost.
     """
 
     def __init__(self, requests: Sequence[Request], capacity: Capacity, *, eager: bool) -> None:
@@ -63,38 +63,39 @@ class Scheduler:
             if branch is not None
         ]
         self.running: list[Job] = []
-        self._places = 0
+        self._buffer_rows = 0
 
     def drop(self) -> tuple[list[Job], list[Job]]:
-        """Branches that no longer matter, (waiting, in flight); both are removed."""
-        useless = [job for job in self.waiting if job.needed is False]
+        """Remove the branches that are not needed any more, and return them: (waiting, in flight)."""
+        skipped = [job for job in self.waiting if job.needed is False]
         stopped = [job for job in self.running if job.needed is False]
-        for job in useless:
+        for job in skipped:
             self.waiting.remove(job)
         for job in stopped:
             for sequence in list(job.sequences):
                 self.leave(sequence)
-        return useless, stopped
+        return skipped, stopped
 
     def admit(self) -> list[Job]:
-        """Branches that enter now, in the order of their priority; the first that does not fit ends the search."""
+        """Admit waiting branches in the order of their priority until one does not fit, and return them."""
         admitted: list[Job] = []
-        for wanted in (True, None):
-            if wanted is None and not self._eager and (self.running or self.waiting_for(True)):
+        for needed in (True, None):
+            if needed is None and not self._eager and (self.running or self.waiting_for(True)):
                 break
-            for job in self.waiting_for(wanted):
-                if not self._enter(job):
+            for job in self.waiting_for(needed):
+                if not self._allocate(job):
                     return admitted
                 admitted.append(job)
-                if wanted is None and not self._eager:
-                    break  # what it gives may decide the next
+                if needed is None and not self._eager:
+                    break  # The completions of this branch may show that others are not needed.
         return admitted
 
     def waiting_for(self, needed: bool | None) -> list[Job]:
+        """Return the waiting branches whose ``needed`` is the given value."""
         return [job for job in self.waiting if job.needed is needed]
 
     def leave(self, sequence: RunningSequence) -> None:
-        """The sequence has ended: its slot is free, and with the last of its branch its prompt's tokens."""
+        """Free the slot of a sequence that has ended and, with the last of its branch, the prompt's tokens."""
         job = sequence.job
         job.sequences.remove(sequence)
         self._slots.append(sequence.slot)
@@ -102,7 +103,8 @@ class Scheduler:
             self._spans.give(job.start, job.length)
             self.running.remove(job)
 
-    def _enter(self, job: Job) -> bool:
+    def _allocate(self, job: Job) -> bool:
+        """Give a branch its slots and its prompt's span, if both are free; return whether they were."""
         if len(self._slots) < job.branch.count:
             return False
         start = self._spans.take(job.length)
@@ -110,8 +112,8 @@ class Scheduler:
             return False
         job.start = start
         for index in range(job.branch.count):
-            job.sequences.append(RunningSequence(job, index, self._slots.pop(), self._places))
-            self._places += 1
+            job.sequences.append(RunningSequence(job, index, self._slots.pop(), self._buffer_rows))
+            self._buffer_rows += 1
         self.waiting.remove(job)
         self.running.append(job)
         return True

@@ -1,1 +1,1 @@
-"""The engine that asks a server which speaks OpenAI's API."""
+"""The rollout engine that samples from a server with OpenAI's API."""

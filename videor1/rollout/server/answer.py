@@ -1,4 +1,4 @@
-"""A chat completion as JSON, checked and made a Completion."""
+"""Checking a server's chat completion (JSON) and converting it to a Completion."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from videor1.types import Completion, Prompt
 
 
 class AnswerReader:
-    """Reads the answers of one server."""
+    """Converts the replies of one server to completions."""
 
     def __init__(self, tokenizer: Any, special: SpecialIds, options: SamplingOptions) -> None:
         self._tokenizer, self._special = tokenizer, special
         self._stops = (special.eos, special.pad)
-        # Servers give log-probs at temperature 1, ours are at the temperature (1 where that is 0).
-        self.wants_logp = options.temperature in (0.0, 1.0)
+        # Servers return log-probs at temperature 1; the trainer's are at the sampling temperature (or 1 where it is 0).
+        self.logp_usable = options.temperature in (0.0, 1.0)
         self._warned = False
 
     def read(self, reply: Any, prompt: Prompt) -> Completion:
-        """The one answer of a reply; token_ids end with EOS (appended where the server leaves it out) if it finished.
+        """Return the completion in a reply.
 
-        Raises RequestFailed for a reply that is no whole answer, and RolloutError where the server has read another
-        prompt than ours.
+        If it finished, its token_ids end with EOS, which is appended where the server leaves it out.
+
+        Raises:
+            RequestFailed: the reply is not one complete, valid completion.
+            RolloutError: the server has read another prompt than the one that was sent.
         """
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -51,7 +54,7 @@ class AnswerReader:
 
     def _token_ids(self, choice: dict[str, Any]) -> list[int]:
         ids = next((choice[k] for k in ("token_ids", "response_token_ids") if choice.get(k) is not None), None)
-        if ids is not None:  # vLLM's name, SGLang's
+        if ids is not None:  # The first name is vLLM's, the second is SGLang's.
             if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
                 raise RequestFailed(f"expected token ids, got {quoted(ids)}")
             return ids
@@ -69,9 +72,9 @@ class AnswerReader:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _logp(self, choice: dict[str, Any], count: int) -> list[float]:
-        """One number a token; NaN where the server gave none."""
+        """Return one log-prob per token; NaN where the server returned none."""
         logprobs = choice.get("logprobs")
-        if not self.wants_logp or logprobs is None:
+        if not self.logp_usable or logprobs is None:
             return [math.nan] * count
         try:
             logp = [float(entry["logprob"]) for entry in logprobs["content"]]
@@ -89,7 +92,13 @@ class AnswerReader:
             raise RequestFailed("the answer goes on after a token that ends it")
 
     def _check_prompt(self, seen: list[int], prompt: Prompt) -> None:
-        """Media tokens are compared in number alone: SGLang puts hashes in their place."""
+        """Check that the server has read this prompt.
+
+        Only the number of media tokens is compared, since SGLang replaces their ids by hashes.
+
+        Raises:
+            RolloutError: it has not.
+        """
         ours, pads = prompt.input_ids.tolist(), (self._special.video_pad, self._special.image_pad)
         media = sum(i in pads for i in ours)
         differs = [at for at, (a, b) in enumerate(zip(seen, ours, strict=False)) if a != b and b not in pads]

@@ -1,4 +1,4 @@
-"""One server of the OpenAI protocol over HTTP: requests, retries, and what went wrong in a sentence."""
+"""A client of one server with OpenAI's API: requests over HTTP, retries, and error messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _QUOTED = 400  # characters of an error's body that a message shows
 
 
 class RequestFailed(Exception):
-    """A request that failed for good, its retries included. Says what came back."""
+    """A request failed, as did its retries. The message says what was received."""
 
 
 class ServerClient:
-    """A connection pool for the time of a ``with`` block, in one event loop.
+    """A connection pool that is open within an ``async with`` block, in one event loop.
 
     The ``openai`` client retries connection errors, timeouts, 408, 409, 429 and 5xx, waiting 0.5 s, 1 s, 2 s, ... or as
     long as the server asks; any other 4xx is final.
@@ -43,7 +43,7 @@ class ServerClient:
 
     async def __aenter__(self) -> ServerClient:
         openai = self._openai
-        # The hook sees every attempt, those of requests that fail in the end or are cancelled too.
+        # The hook is called for every attempt, also for those of requests that fail in the end or are cancelled.
         http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]})
         timeout = openai.Timeout(self._timeout, connect=min(self._timeout, 10.0))
         self._client = openai.AsyncOpenAI(
@@ -57,7 +57,7 @@ class ServerClient:
         await self._client.close()
 
     async def models(self) -> list[str]:
-        """Names of the models that the server serves."""
+        """Return the names of the models that the server serves."""
         reply = await self._send(self._client.get("/models", cast_to=object))
         try:
             return [str(model["id"]) for model in reply["data"]]
@@ -65,17 +65,21 @@ class ServerClient:
             raise RequestFailed(f"/models gave no list of models: {quoted(reply)}") from None
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The decoded reply. Raises RequestFailed."""
+        """Send a request and return the decoded reply.
+
+        Raises:
+            RequestFailed: the request and its retries failed.
+        """
         return await self._send(self._client.post(path, cast_to=object, body=body))
 
     async def control(self, path: str, body: dict[str, Any]) -> Any:
-        """As :meth:`post`, to a path beside the API's ``/v1``."""
+        """Send a request as :meth:`post` does, to a path that is not below the API's ``/v1``."""
         return await self.post(self.url.removesuffix("/v1") + path, body)
 
-    def dead(self, what: str, why: object) -> RolloutError:
-        """The error of a call that cannot go on."""
+    def fatal_error(self, problem: str, reason: object) -> RolloutError:
+        """Return the error to raise where the engine cannot go on."""
         return RolloutError(
-            f"{self.url}: {what}: {why}\n"
+            f"{self.url}: {problem}: {reason}\n"
             f"Each request was tried {self._retries + 1} times at most, {self._timeout:g} s each. Check that it "
             f"runs and is reached from here (curl {self.url}/models), and its log"
         )
@@ -99,7 +103,7 @@ class ServerClient:
 
 
 def quoted(reply: object) -> str:
-    """The start of what a server sent."""
+    """Return the beginning of what a server sent, for an error message."""
     text = reply if isinstance(reply, str) else json.dumps(reply, default=str)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 

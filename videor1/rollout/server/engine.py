@@ -1,19 +1,22 @@
-"""Answers from a server of the OpenAI protocol that holds a copy of the policy. For vLLM 0.19 or newer::
+"""The rollout engine that samples from a server with OpenAI's API, which holds a copy of the policy.
+
+Start vLLM, 0.19 or newer, like this::
 
     VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-VL-7B-Instruct --trust-request-mm-kwargs
 
-Development mode opens /collective_rpc and the cache resets, by which new weights reach the server; it lets whoever
-reaches the port run code, so keep that port private. --trust-request-mm-kwargs (0.31 and newer; earlier ones need no
-flag) lets a request say that frames are neither resampled nor resized, and how many seconds lie between them.
-VLLM_BATCH_INVARIANT=1 makes a row's tokens independent of its batch mates where the GPU supports it. Take neither
---reasoning-parser nor --video-pruning-rate.
+Development mode opens /collective_rpc and the cache resets, by which the server gets new weights. It also lets anyone
+who can reach the port run code, so keep the port private. --trust-request-mm-kwargs (0.31 and newer; earlier versions
+need no flag) lets a request say that frames are neither resampled nor resized, and how many seconds lie between them.
+VLLM_BATCH_INVARIANT=1 makes a completion's tokens independent of the other sequences of its batch where the GPU
+supports it. Use neither --reasoning-parser nor --video-pruning-rate.
 
-What the server samples from is not bit for bit the policy that is trained: its kernels round otherwise. The trainer
-computes log-probs anew. vLLM and SGLang number text after a video by the rule ``paper`` of
-:mod:`videor1.model.positions`; under ``transformers`` their answers to longer clips come from another policy, up to
-several nats a token away.
+The server does not sample from bit for bit the policy that is trained, since its kernels round differently. The trainer
+therefore computes log-probs anew. vLLM and SGLang number text after a video by the rule ``paper`` of
+:mod:`videor1.model.positions`; under ``transformers`` their completions of prompts with longer clips come from another
+policy, up to several nats per token away.
 
-SGLang serves prompts of images and text alike; it takes no list of frames, and its weights only with ``sync="none"``.
+SGLang serves prompts with images and text prompts in the same way. It takes no list of frames, and cannot be given new
+weights: use ``sync="none"``.
 """
 
 from __future__ import annotations
@@ -49,23 +52,25 @@ _T = TypeVar("_T")
 
 
 class ServerEngine(RolloutEngine):
-    """One request per answer, each with its own seed, so that a row's tokens hang on its batch mates only through the
-    server's rounding. Media travel with every request; the server encodes them once.
+    """Samples each completion by one request to a server.
+
+    Each request has its own seed, so that the tokens of a completion depend on the other sequences of its batch only
+    through the server's rounding. Media are sent with every request; the server encodes them once.
 
     Args:
         url: base of the API, such as ``http://host:8000/v1``.
-        model: its name at the server; None: the only one served.
-        tokenizer, special: the policy's.
-        options: how answers are drawn.
+        model: the model's name at the server; None: the only one served.
+        tokenizer, special: those of the policy.
+        options: how completions are sampled.
         shuffle_unit: what permutations are of, "frame" or "temporal_patch".
-        timeout: seconds one attempt at an answer may take, or at loading weights.
+        timeout: seconds that one attempt at a completion, or at loading weights, may take.
         retries: attempts after the first.
-        concurrency: requests in flight at most.
+        concurrency: most requests in flight.
         api_key: None: environment OPENAI_API_KEY, or "EMPTY".
         save_weights: writes the policy to a folder, in Hugging Face's format.
-        sync_dir: where that folder is; the server must see it under the same path. It holds one at a time.
-        sync: "vllm": :meth:`weights_changed` hands the weights over. "none": it does nothing, for a policy that does
-            not change: the answers to one that does are off-policy.
+        sync_dir: folder for the weights, one copy at a time; the server must see it under the same path.
+        sync: "vllm": :meth:`weights_changed` has the server load the weights. "none": it does nothing, which is right
+            only for a policy that does not change; completions of one that does are off-policy.
     """
 
     needs_features = False
@@ -93,105 +98,113 @@ class ServerEngine(RolloutEngine):
         check_number("ServerEngine", "retries", retries, at_least=0)
         check_number("ServerEngine", "concurrency", concurrency, at_least=1)
         self._connect = lambda: ServerClient(url, timeout=timeout, retries=retries, api_key=api_key)
-        self._connect()  # a bad URL or a missing package shows now
+        self._connect()  # Raises now for a bad URL or a missing package.
         self._model, self._options, self._unit, self._concurrency = model, options, shuffle_unit, concurrency
         self._save_weights, self._sync_dir, self._sync = save_weights, sync_dir.absolute(), sync
         self._special, self._reader = special, AnswerReader(tokenizer, special, options)
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
-        """All answers. A group of which a row fails, its retries included, is given up alone. Raises RolloutError where
-        all of them are, or where the server reads another prompt than ours.
+        """Sample the completions of all requests.
 
-        ``stats.tokens`` leaves out those of stopped answers, which a server does not tell.
+        If a completion and its retries fail, only its request fails. ``stats.tokens`` does not count the tokens of
+        stopped completions, which a server does not report.
+
+        Raises:
+            RolloutError: all requests failed, or the server has read another prompt than the one that was sent.
         """
         return _run(self._generate(requests)) if requests else Rollout([])
 
     def weights_changed(self) -> None:
-        """Hand the policy's weights over, and have the server forget what it computed with the old ones."""
+        """Have the server load the policy's weights, and empty the caches that it computed with the old ones."""
         if self._sync == "vllm":
-            _run(self._hand_over(self._write_weights()))
+            _run(self._load_weights(self._write_weights()))
 
     def close(self) -> None:
-        """Nothing outlives a call."""
+        """Do nothing: the engine holds no resources between calls."""
 
     async def _generate(self, requests: Sequence[Request]) -> Rollout:
         stats = RolloutStats()
-        groups = [_Group(request) for request in requests]
+        groups = [_PendingGroup(request) for request in requests]
         async with self._connect() as client:
             try:
-                self._model = self._model or _only(await client.models())
+                self._model = self._model or _only_model(await client.models())
             except RequestFailed as failure:
-                raise client.dead("no model to ask", failure) from None
-            await self._answer_all(client, groups)
+                raise client.fatal_error("no model to ask", failure) from None
+            await self._sample_all(client, groups)
             stats.retries = client.retried
             failed = {i: group.failed for i, group in enumerate(groups) if group.failed}
             if len(failed) == len(groups):
-                raise client.dead(f"none of {len(groups)} prompts was answered. The first", failed[0])
-        for row in (row for group in groups for row in group.rows):
-            stats.tokens += len(row.answer.token_ids) if row.answer else 0
-            if row.shuffled:
+                raise client.fatal_error(f"none of {len(groups)} prompts was answered. The first", failed[0])
+        for pending in (pending for group in groups for pending in group.pending):
+            stats.tokens += len(pending.completion.token_ids) if pending.completion else 0
+            if pending.shuffled:
                 stats.shuffled_asked += 1
-                stats.shuffled_skipped += not row.started
-                stats.shuffled_stopped += row.stopped
+                stats.shuffled_skipped += not pending.started
+                stats.shuffled_stopped += pending.stopped
         return Rollout([None if group.failed else group.result() for group in groups], stats, failed)
 
-    async def _answer_all(self, client: ServerClient, groups: Sequence[_Group]) -> None:
-        """Keep ``concurrency`` rows in flight, the most wanted first, until none is wanted."""
-        waiting = sorted((row for group in groups for row in group.rows), key=lambda row: row.shuffled)
-        running: dict[asyncio.Task[Completion], _Row] = {}
+    async def _sample_all(self, client: ServerClient, groups: Sequence[_PendingGroup]) -> None:
+        """Keep ``concurrency`` requests in flight, in the order of their priority, until no completion is needed."""
+        waiting = sorted((p for group in groups for p in group.pending), key=lambda pending: pending.shuffled)
+        running: dict[asyncio.Task[Completion], _PendingCompletion] = {}
         try:
             while True:
-                unwanted = [task for task, row in running.items() if not row.wanted]
-                await _cancel(unwanted)
-                for task in unwanted:
+                unneeded = [task for task, pending in running.items() if not pending.needed]
+                await _cancel(unneeded)
+                for task in unneeded:
                     running.pop(task).stopped = True
-                waiting = [row for row in waiting if row.wanted]
+                waiting = [pending for pending in waiting if pending.needed]
                 while waiting and len(running) < self._concurrency:
-                    row = min(waiting, key=_Row.priority)
-                    waiting.remove(row)
-                    row.started = True
-                    running[asyncio.create_task(self._answer(client, row))] = row
+                    pending = min(waiting, key=_PendingCompletion.priority)
+                    waiting.remove(pending)
+                    pending.started = True
+                    running[asyncio.create_task(self._sample(client, pending))] = pending
                 if not running:
                     return
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in [task for task in running if task.done()]:
-                    row = running.pop(task)
+                    pending = running.pop(task)
                     try:
-                        row.done(task.result())
+                        pending.done(task.result())
                     except RequestFailed as failure:
-                        row.group.failed = row.group.failed or f"{row.name}: {failure}"
+                        pending.group.failed = pending.group.failed or f"{pending.name}: {failure}"
         finally:
             await _cancel(running)
 
-    async def _answer(self, client: ServerClient, row: _Row) -> Completion:
-        options, request, special = self._options, row.group.request, self._special
+    async def _sample(self, client: ServerClient, pending: _PendingCompletion) -> Completion:
+        """Request one completion from the server."""
+        options, request, special = self._options, pending.group.request, self._special
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": row.group.content(row, self._unit)}],
+            "messages": [{"role": "user", "content": pending.group.content(pending, self._unit)}],
             "max_completion_tokens": options.max_new_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
             "top_k": options.top_k or -1,
-            # A model's generation_config.json must not have a say: Qwen2.5-VL's penalises repetition.
+            # These override the model's generation_config.json: that of Qwen2.5-VL penalises repetition.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "seed": derive_seed(request.seed, *row.branch.names, row.number) % 2**31,
+            "seed": derive_seed(request.seed, *pending.branch.names, pending.number) % 2**31,
             "logit_bias": {str(token): -100 for token in special.vision},
             "stop_token_ids": [special.eos, special.pad],
-            "logprobs": self._reader.wants_logp,
+            "logprobs": self._reader.logp_usable,
             "return_token_ids": True,
             **media_fields(request.prompt.media),
         }
         return self._reader.read(await client.post("/chat/completions", body), request.prompt)
 
     def _write_weights(self) -> Path:
-        """A new folder under a new name: a half-written one is never seen, nor one taken for the last."""
+        """Write the weights to a folder with a new name, and return it.
+
+        The name is given once the folder is complete, and is never used twice, so that the server can neither read an
+        incomplete folder nor mistake it for the last one.
+        """
         try:
             self._sync_dir.mkdir(parents=True, exist_ok=True)
             for old in (self._sync_dir / "next", *self._sync_dir.glob("weights-[0-9]*")):
-                shutil.rmtree(old, ignore_errors=True)  # loaded long ago, or left by a run that was killed
+                shutil.rmtree(old, ignore_errors=True)  # The server has loaded it, or a killed run has left it.
             self._save_weights(self._sync_dir / "next")
             folder = self._sync_dir / f"weights-{time.time_ns()}"
             os.replace(self._sync_dir / "next", folder)
@@ -199,9 +212,10 @@ class ServerEngine(RolloutEngine):
             raise RolloutError(f"rollout server: cannot write the weights to {self._sync_dir}: {error}") from error
         return folder
 
-    async def _hand_over(self, folder: Path) -> None:
-        # Answers computed with old keys, values or vision features would be off-policy; nothing but stray rows that
-        # were cancelled can be running.
+    async def _load_weights(self, folder: Path) -> None:
+        """Have the server load the weights in ``folder`` and empty its caches."""
+        # Completions that use old keys, values or vision features would be off-policy. Only requests that were
+        # cancelled can still be running.
         steps: tuple[tuple[str, dict[str, Any]], ...] = (
             ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
             ("/reset_prefix_cache?reset_running_requests=true", {}),
@@ -214,90 +228,100 @@ class ServerEngine(RolloutEngine):
                     if isinstance(reply, dict) and reply.get("success") is False:
                         raise RequestFailed(f"it was refused: {quoted(reply)}")
                 except RequestFailed as failure:
-                    what = f"the weights in {folder} were not handed over: POST {path}"
-                    raise client.dead(what, f"{failure} (it takes vLLM with VLLM_SERVER_DEV_MODE=1)") from None
+                    problem = f"the weights in {folder} were not handed over: POST {path}"
+                    reason = f"{failure} (it takes vLLM with VLLM_SERVER_DEV_MODE=1)"
+                    raise client.fatal_error(problem, reason) from None
 
 
 @dataclass(eq=False)
-class _Row:
-    """One answer wanted."""
+class _PendingCompletion:
+    """A completion to sample, and its state."""
 
-    group: _Group
+    group: _PendingGroup
     branch: Branch
-    number: int  # of the branch's rows
+    number: int  # index in its branch
     shuffled: bool
     started: bool = False
     stopped: bool = False
-    answer: Completion | None = None
+    completion: Completion | None = None
 
     @property
     def name(self) -> str:
+        """The completion's name in error messages."""
         return f"{'shuffled' if self.shuffled else 'ordered'} answer {self.number + 1} of {self.branch.count}"
 
     @property
-    def wanted(self) -> bool:
+    def needed(self) -> bool:
+        """Whether its group has not failed, and it may still change the advantages."""
         return not self.group.failed and not (self.shuffled and self.group.needs_shuffled is False)
 
     def priority(self) -> int:
-        """Ordered answers first; then shuffled ones that matter, then those that may."""
+        """Return 0 for ordered completions, 1 for shuffled ones that are needed, 2 for those that may be."""
         return 0 if not self.shuffled else 1 if self.group.needs_shuffled else 2
 
-    def done(self, answer: Completion) -> None:
-        self.answer = answer
+    def done(self, completion: Completion) -> None:
+        """Store the completion and report it to the group's judge."""
+        self.completion = completion
         if judge := self.group.request.judge:
-            (judge.shuffled_done if self.shuffled else judge.ordered_done)(answer)
+            (judge.shuffled_done if self.shuffled else judge.ordered_done)(completion)
 
 
 @dataclass(eq=False)
-class _Group:
-    """A request and its rows."""
+class _PendingGroup:
+    """A request and its completions, those from ordered frames first."""
 
     request: Request
-    failed: str | None = None  # why
-    rows: list[_Row] = field(default_factory=list)
+    failed: str | None = None  # the reason
+    pending: list[_PendingCompletion] = field(default_factory=list)
     _content: dict[bool, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for branch in (self.request.ordered, self.request.shuffled):
             if branch is not None:
                 shuffled = branch is self.request.shuffled
-                self.rows += [_Row(self, branch, i, shuffled) for i in range(branch.count)]
+                self.pending += [_PendingCompletion(self, branch, i, shuffled) for i in range(branch.count)]
 
     @property
     def needs_shuffled(self) -> bool | None:
         return self.request.judge.needed if self.request.judge else True
 
-    def content(self, row: _Row, unit: str) -> list[dict[str, Any]]:
-        """The user turn as the row's branch sees it: media, then text. Encoded once, kept until the last row has it."""
-        prompt, kept = self.request.prompt, self._content
-        if row.shuffled not in kept:
-            media = [media_part(prompt.media, row.branch.permutation, unit)] if prompt.media else []
-            kept[row.shuffled] = [*media, {"type": "text", "text": question_text(prompt.sample)}]
-        return kept.pop(row.shuffled) if row.number == row.branch.count - 1 else kept[row.shuffled]
+    def content(self, pending: _PendingCompletion, unit: str) -> list[dict[str, Any]]:
+        """Return the user turn of a completion's branch: media, then text.
+
+        It is encoded once per branch, and kept until the last completion of the branch is requested.
+        """
+        prompt, cache, shuffled = self.request.prompt, self._content, pending.shuffled
+        if shuffled not in cache:
+            media = [media_part(prompt.media, pending.branch.permutation, unit)] if prompt.media else []
+            cache[shuffled] = [*media, {"type": "text", "text": question_text(prompt.sample)}]
+        return cache.pop(shuffled) if pending.number == pending.branch.count - 1 else cache[shuffled]
 
     def result(self) -> Group:
-        ordered, shuffled = (tuple(r.answer for r in self.rows if r.shuffled is s and r.answer) for s in (False, True))
+        """Return the request's prompt with the completions that were sampled to their end."""
+        ordered, shuffled = (
+            tuple(p.completion for p in self.pending if p.shuffled is s and p.completion) for s in (False, True)
+        )
         branch = self.request.shuffled
         if branch is None:
             return Group(self.request.prompt, ordered)
         return Group(self.request.prompt, ordered, shuffled, branch.permutation, branch.count)
 
 
-def _only(models: list[str]) -> str:
+def _only_model(models: list[str]) -> str:
     if len(models) != 1:
         raise RequestFailed(f"the server has {len(models)} models ({', '.join(models)}): name one")
     return models[0]
 
 
 async def _cancel(tasks: Any) -> None:
-    """Stop requests; their connections are closed, by which the server knows."""
+    """Cancel requests; closing their connections tells the server to stop."""
     for task in (tasks := list(tasks)):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
-    """``work`` to its end: in this thread, or in another where this one's event loop runs (a notebook)."""
+    """Run ``work`` to its end: in this thread, or in another one if an event loop runs in this one (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,6 +1,6 @@
-"""Media as a server of the OpenAI protocol takes them: 8-bit patches back to frames, sent without loss.
+"""Media as a server with OpenAI's API takes them: 8-bit patches converted back to frames and sent without loss.
 
-A server that does with them what :func:`media_fields` asks sees the very patches that the trainer trains on.
+A server that follows the fields of :func:`media_fields` computes exactly the patches that the trainer trains on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ _TOKENS_PER_SECOND = 2  # tokens_per_second of every Qwen2.5-VL's vision config
 
 
 def media_frames(media: Media, permutation: tuple[int, ...] | None = None, unit: str = "frame") -> Tensor:
-    """uint8 RGB frames [2T, height, width, 3] of which ``media.patches`` were cut; an image's are one frame, [1, ...].
+    """Return the frames from which ``media.patches`` were cut: uint8 RGB [2T, height, width, 3]; of an image [1, ...].
 
-    ``permutation`` of the frames or temporal patches, as ``unit`` says, is applied first; None: in order.
+    Args:
+        permutation: applied first, to the frames or temporal patches; None: in order.
+        unit: what ``permutation`` is of, "frame" or "temporal_patch".
     """
     T, h, w = media.grid_thw
     patches = media.patches if permutation is None else shuffled_patches(media, permutation, unit)
@@ -33,7 +35,7 @@ def media_frames(media: Media, permutation: tuple[int, ...] | None = None, unit:
 
 
 def media_part(media: Media, permutation: tuple[int, ...] | None = None, unit: str = "frame") -> dict[str, Any]:
-    """The content part of a chat message: an image as PNG, a video as a list of frames, each a PNG.
+    """Return the content part of a chat message: an image as PNG, or a video as a list of frames, each a PNG.
 
     vLLM names such a list ``video/jpeg`` whatever the frames' format: each is opened with Pillow, so PNG passes and
     nothing is lost (``VideoMediaIO.load_base64`` in vllm/multimodal/media/video.py).
@@ -45,8 +47,11 @@ def media_part(media: Media, permutation: tuple[int, ...] | None = None, unit: s
 
 
 def media_fields(media: Media | None) -> dict[str, Any]:
-    """Fields of a request by which vLLM neither resamples nor resizes, and spaces a video's positions in time as
-    :func:`videor1.model.positions.prompt_positions` does: its seconds per temporal patch are 2 / fps."""
+    """Return the request fields by which vLLM leaves the frames unchanged and gives them the trainer's positions.
+
+    It then neither resamples nor resizes, and spaces a video's positions in time as
+    :func:`videor1.model.positions.prompt_positions` does: its seconds per temporal patch are 2 / fps.
+    """
     if media is None:
         return {}
     fields: dict[str, Any] = {"mm_processor_kwargs": {"do_resize": False}}
@@ -58,23 +63,24 @@ def media_fields(media: Media | None) -> dict[str, Any]:
 
 
 def _sixteen_bit_seconds(seconds: float, T: int) -> float:
-    """A bfloat16 number beside ``seconds`` that puts the T temporal patches at the same integer positions.
+    """Return a bfloat16 number close to ``seconds`` that puts the T temporal patches at the same integer positions.
 
-    vLLM rounds the seconds per temporal patch to the model's dtype: 7/12 s becomes 0.582 s, and patch 6 then sits at
-    position 6 instead of 7. Where no neighbour keeps them all (only beyond T = 8 or 4 s), the nearest: off by 1 or so.
+    vLLM rounds the seconds per temporal patch to the model's dtype: 7/12 s becomes 0.582 s, and patch 6 is then at
+    position 6 instead of 7. Where none of the three closest numbers keeps all positions (only beyond T = 8 or 4 s), the
+    closest one is returned, and positions are off by about 1.
     """
 
     def times(x: Tensor) -> list[int]:
         return (torch.arange(T) * (_TOKENS_PER_SECOND * x.float())).long().tolist()
 
-    nearest = torch.tensor(seconds, dtype=torch.bfloat16)
-    around = [nearest, *(torch.nextafter(nearest, torch.tensor(side).bfloat16()) for side in (torch.inf, 0.0))]
+    closest = torch.tensor(seconds, dtype=torch.bfloat16)
+    candidates = [closest, *(torch.nextafter(closest, torch.tensor(side).bfloat16()) for side in (torch.inf, 0.0))]
     exact = times(torch.tensor(seconds))
-    return float(next((x for x in around if times(x) == exact), nearest))
+    return float(next((x for x in candidates if times(x) == exact), closest))
 
 
 def _png(frame: Tensor) -> str:
-    """Base64 of a uint8 frame [height, width, 3]."""
+    """Return a uint8 frame [height, width, 3] as a PNG file in base64."""
     file = io.BytesIO()
     Image.fromarray(frame.numpy()).save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")

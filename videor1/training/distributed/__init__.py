@@ -1,4 +1,4 @@
-"""Several processes in one run: ``ranks.py`` says who takes part and what they do together."""
+"""Distributed training: the ranks of a run, and the operations that they do together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from videor1.training.distributed.ranks import Ranks
 
 
 def make_ranks(config: CommonConfig) -> Ranks:
-    """The ranks that ``distributed.engine`` asks for.
+    """Return the ranks that ``distributed.engine`` asks for.
 
     Raises:
-        ConfigError: started by a launcher without an engine, or the engine's package is missing.
+        ConfigError: a launcher started several processes but no engine is configured, or its package is missing.
     """
     if config.distributed.engine == "deepspeed":
         from videor1.training.distributed.zero import ZeroRanks

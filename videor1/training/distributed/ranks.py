@@ -1,7 +1,7 @@
-"""Who takes part in a run: this process alone (``Ranks``), or many on DeepSpeed's ZeRO (``zero.py``).
+"""The processes of a run: this one alone (``Ranks``), or several on DeepSpeed's ZeRO (``zero.py``).
 
-Every rank draws other samples, answers them with the whole weights, and adds its rows to the gradient of one step. All
-ranks take the same decisions: what one of them knows is gathered before it decides anything.
+Every rank draws different samples, samples completions with the whole weights, and adds its rows to the gradient of one
+step. All ranks take the same decisions: anything that a decision depends on is gathered from all ranks first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class Update(NamedTuple):
-    """What became of a step."""
+    """The result of an optimizer step."""
 
-    loss: float  # of all ranks
+    loss: float  # sum over all ranks
     grad_norm: float  # before clipping; NaN where the loss was not finite
-    finite: bool  # False: nothing was changed
+    finite: bool  # False: a loss or gradient was not finite, and no weight was changed
 
 
 class Ranks:
@@ -42,15 +42,15 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
+        """Return the value of every rank, in the order of ranks."""
         return [value]
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value on every rank."""
         return self.gather(value)[0]
 
     def on_every_rank(self, call: Callable[[], T]) -> T:
-        """Call it on every rank; what one of them raises, all raise."""
+        """Call ``call`` on every rank; if it raises on one of them, all ranks raise that exception."""
         try:
             outcome, error = call(), None
         except Exception as caught:
@@ -61,29 +61,32 @@ class Ranks:
         return outcome  # type: ignore[return-value]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """Call it on rank 0; every rank has what it returns, or raises what it raises."""
+        """Call ``call`` on rank 0; every rank returns its result, or raises its exception."""
         return self.broadcast(self.on_every_rank(lambda: call() if self.is_main else None))  # type: ignore[return-value]
 
     def prepare(self, hf: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        """Take over a model and its optimizer, once, before the first step."""
+        """Set the model and its optimizer; called once, before the first step."""
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
 
     def gathered_parameters(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, every parameter is whole on this rank, and no rank waits for another; for inference only."""
+        """Return a context in which every parameter is whole on this rank, and no rank waits for another.
+
+        It is for inference only.
+        """
         return contextlib.nullcontext()
 
     def update(
         self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor],
         parameters: dict[str, nn.Parameter], rate: float,
     ) -> Update:  # fmt: skip
-        """One optimizer step from the sum of all ranks' losses.
+        """Make one optimizer step on the sum of all ranks' losses.
 
         Args:
-            losses: of this rank's rows, computed one by one as they are asked for.
-            count: how many.
-            dummy_loss: a loss that touches every trained parameter and weighs nothing, for ranks with fewer rows.
-            parameters: the trained ones.
+            losses: the losses of this rank's rows, each computed when the iterator reaches it.
+            count: number of ``losses``.
+            dummy_loss: returns a loss of 0 that depends on every trained parameter, for ranks with fewer rows.
+            parameters: the trained parameters by name.
             rate: learning rate.
         """
         total = 0.0
@@ -98,24 +101,31 @@ class Ranks:
         return Update(total, norm, finite)
 
     def trainer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The optimizer's state that this rank writes, as ``optim.state_tensors`` names it."""
+        """Return the part of the optimizer's state that this rank writes, named as by ``optim.state_tensors``."""
         return state_tensors(self._optimizer, parameters)
 
     def load_trainer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-        """The inverse, from all ranks' tensors."""
+        """Load the optimizer's state from the :meth:`trainer_tensors` of all ranks together."""
         moments = {key: value for key, value in tensors.items() if not key.endswith("/master")}
         load_state_tensors(self._optimizer, parameters, moments)
 
     def close(self, *, failed: bool) -> None:
-        """Leave the group; the others end too if this rank has failed."""
+        """Leave the run; if this rank has ``failed``, the other ranks end too."""
 
 
-def start_of(saved: Any, shard: tuple[int, int]) -> Any:
-    """Where a rank's source begins: what it saved itself, or its part of what another number of ranks had drawn."""
+def start_position(saved: Any, shard: tuple[int, int]) -> Any:
+    """Return the position at which a rank's source begins in a resumed run.
+
+    It is what this rank saved itself or, where the number of ranks has changed, its share of all draws so far.
+
+    Args:
+        saved: the checkpoint's position: one, or a list with one per rank.
+        shard: (rank, number of ranks) of this process.
+    """
     rank, world = shard
     positions = saved if isinstance(saved, list) else [saved]
     if len(positions) == world:
         return positions[rank]
     if not all(isinstance(position, int) for position in positions):
-        return positions[0]  # of a stream, which says that it cannot go on with another number of ranks
+        return positions[0]  # A stream's position: the stream itself refuses another number of ranks.
     return (sum(positions) - rank + world - 1) // world
