@@ -33,9 +33,13 @@ def cases(device: torch.device) -> list[Case]:
     return [
         _case("16 frames of 20 s, a key frame every 2 s", "made 360p", functools.partial(made_video, 360, 20, gop=60)),
         *(_case("sampled frames", path.name, functools.partial(Path, path)) for path in real if _readable(path)),
-        _case("16 frames of 10 minutes, a key frame every 2 s", "made 1080p, 12 frames a second",
-              functools.partial(made_video, 1080, 600, gop=24, rate=12), slow=True),
-    ]  # fmt: skip
+        _case(
+            "16 frames of 10 minutes, a key frame every 2 s",
+            "made 1080p, 12 frames a second",
+            functools.partial(made_video, 1080, 600, gop=24, rate=12),
+            slow=True,
+        ),
+    ]
 
 
 def _case(title: str, name: str, make: Callable[[], Path], *, slow: bool = False) -> Case:

@@ -53,9 +53,16 @@ def _from_logits(size: Size, *, compiled: bool) -> Case:
 
 def _loss(logp: Tensor, inputs: HeadInputs) -> Tensor:
     return grpo_loss(
-        logp, inputs.advantages, inputs.cu_seqlens, old_logp=inputs.old_logp, ref_logp=inputs.ref_logp,
-        loss_type="grpo", beta=inputs.beta, clip_low=oracle.CLIP, clip_high=oracle.CLIP,
-    ).loss  # fmt: skip
+        logp,
+        inputs.advantages,
+        inputs.cu_seqlens,
+        old_logp=inputs.old_logp,
+        ref_logp=inputs.ref_logp,
+        loss_type="grpo",
+        beta=inputs.beta,
+        clip_low=oracle.CLIP,
+        clip_high=oracle.CLIP,
+    ).loss
 
 
 def _ours_from_logp(inputs: HeadInputs) -> Step:

@@ -47,10 +47,19 @@ def _case(size: Size, *, zero: bool = False, few: bool = False, compiled: bool =
 def _ours(inputs: HeadInputs) -> Step:
     def step() -> Mapping[str, Tensor]:
         out = linear_grpo_loss(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.advantages, inputs.cu_seqlens,
-            old_logp=inputs.old_logp, ref_logp=inputs.ref_logp, loss_type="grpo", beta=inputs.beta,
-            clip_low=oracle.CLIP, clip_high=oracle.CLIP, temperature=shapes.TEMPERATURE,
-        )  # fmt: skip
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            inputs.advantages,
+            inputs.cu_seqlens,
+            old_logp=inputs.old_logp,
+            ref_logp=inputs.ref_logp,
+            loss_type="grpo",
+            beta=inputs.beta,
+            clip_low=oracle.CLIP,
+            clip_high=oracle.CLIP,
+            temperature=shapes.TEMPERATURE,
+        )
         gradients = peers.head_gradients(out.loss, inputs)
         return {"loss": out.loss.detach(), "logp": out.logp, **gradients}
 

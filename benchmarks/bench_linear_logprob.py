@@ -46,9 +46,7 @@ def _case(size: Size, *, backward: bool = False, few: bool = False, slow: bool =
 def _ours(inputs: HeadInputs, *, backward: bool) -> Step:
     def forward() -> Mapping[str, Tensor]:
         with torch.no_grad():
-            logp, entropy = linear_logprob(
-                inputs.hidden, inputs.weight, inputs.labels, temperature=shapes.TEMPERATURE
-            )
+            logp, entropy = linear_logprob(inputs.hidden, inputs.weight, inputs.labels, temperature=shapes.TEMPERATURE)
         return {"logp": logp, "entropy": entropy}
 
     def forward_backward() -> Mapping[str, Tensor]:

@@ -73,10 +73,14 @@ def _case(size: Size, *, backward: bool) -> Case:
             Contender("torch SDPA, repeated rows", lambda x: build(x, _repeated(x)), does="every prompt G times"),
             Contender("torch SDPA, mask of the row", lambda x: build(x, _masked(x)), does="all T x T scores"),
             Contender("torch.compile FlexAttention, block mask", lambda x: build(x, _flex(x)), _flex_missing),
-            Contender("flash-attn varlen, repeated rows", lambda x: build(x, _flash_rows(x)),
-                      missing("flash-attn", "flash_attn", gpu=True), does="every prompt G times"),
+            Contender(
+                "flash-attn varlen, repeated rows",
+                lambda x: build(x, _flash_rows(x)),
+                missing("flash-attn", "flash_attn", gpu=True),
+                does="every prompt G times",
+            ),
         ),
-    )  # fmt: skip
+    )
 
 
 def attention_inputs(size: Size, device: torch.device) -> AttentionInputs:
@@ -149,9 +153,12 @@ def _sees(layout: PrefixLayout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
     """mask_mod of FlexAttention for a row of one group."""
     prompt = layout.prompt_lengths[0]
     owner = torch.zeros(layout.total_tokens, dtype=torch.int64, device=layout.device)
-    owner[prompt:] = torch.arange(len(layout.completion_lengths[0]), device=layout.device).repeat_interleave(
-        torch.tensor(layout.completion_lengths[0], device=layout.device)
-    ) + 1  # fmt: skip
+    owner[prompt:] = (
+        torch.arange(len(layout.completion_lengths[0]), device=layout.device).repeat_interleave(
+            torch.tensor(layout.completion_lengths[0], device=layout.device)
+        )
+        + 1
+    )
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & ((key < prompt) | (owner[query] == owner[key]))

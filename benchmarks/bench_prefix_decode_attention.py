@@ -80,12 +80,21 @@ def _case(size: Size) -> Case:
         work=_work,
         contenders=(
             Contender(OURS, lambda x: _step(lambda: _ours(x)), graph=True),
-            Contender("torch SDPA, repeated prefix", lambda x: _step(_repeated(x)), does="every prefix in each row",
-                      graph=True),
-            Contender("flash-attn with KV cache, repeated prefix", lambda x: _step(_flash_cache(x)),
-                      missing("flash-attn", "flash_attn", gpu=True), does="every prefix in each row", graph=True),
+            Contender(
+                "torch SDPA, repeated prefix",
+                lambda x: _step(_repeated(x)),
+                does="every prefix in each row",
+                graph=True,
+            ),
+            Contender(
+                "flash-attn with KV cache, repeated prefix",
+                lambda x: _step(_flash_cache(x)),
+                missing("flash-attn", "flash_attn", gpu=True),
+                does="every prefix in each row",
+                graph=True,
+            ),
         ),
-    )  # fmt: skip
+    )
 
 
 def decode_inputs(size: Size, device: torch.device) -> DecodeInputs:
@@ -99,11 +108,13 @@ def decode_inputs(size: Size, device: torch.device) -> DecodeInputs:
 
     q_heads, kv_heads = size.heads
     return DecodeInputs(
-        size, layout, normal(rows, q_heads),
+        size,
+        layout,
+        normal(rows, q_heads),
         *(normal(prefixes * size.prefix, kv_heads) for _ in range(2)),
         *(normal(rows, size.capacity, kv_heads) for _ in range(2)),
         torch.full((rows,), size.suffix, dtype=torch.int32, device=device),
-    )  # fmt: skip
+    )
 
 
 def _step(attention: Attention) -> Step:

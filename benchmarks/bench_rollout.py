@@ -52,8 +52,13 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
         op="rollout",
         uses=("prefix_attention", "prefix_decode_attention", "sample_tokens"),
         title=f"{ORDERED} answers from ordered, {SHUFFLED} from shuffled frames, top_p {TOP_P}, top_k {TOP_K}",
-        size={"model": sizes.model, "prompts": sizes.prompts, "P": sizes.group.prompt, "C": sizes.new_tokens,
-              "dtype": str(sizes.dtype).removeprefix("torch.")},
+        size={
+            "model": sizes.model,
+            "prompts": sizes.prompts,
+            "P": sizes.group.prompt,
+            "C": sizes.new_tokens,
+            "dtype": str(sizes.dtype).removeprefix("torch."),
+        },
         dtype=sizes.dtype,
         inputs=functools.partial(rollout_inputs, sizes),
         expected=functools.partial(_expected, sizes),
@@ -65,7 +70,7 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
         against=GENERATE,
         slow=sizes.model != "tiny" and sizes.prompts > 1,  # minutes, in generate
         rounds=5 if sizes.model == "tiny" else 3 if sizes.prompts == 1 else 1,
-    )  # fmt: skip
+    )
 
 
 def _work(weights: bool | None, inputs: RolloutInputs) -> Work:
@@ -76,8 +81,9 @@ def _work(weights: bool | None, inputs: RolloutInputs) -> Work:
 def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
     """The number of tokens of every answer; of ours, what its build has compared."""
     lengths = torch.full((sizes.rows,), float(sizes.new_tokens), dtype=torch.float64)
-    difference = Expected("logp", "logp", torch.zeros((), dtype=torch.float64), ours_only=True,
-                          bound=BOUNDS[sizes.dtype])  # fmt: skip
+    difference = Expected(
+        "logp", "logp", torch.zeros((), dtype=torch.float64), ours_only=True, bound=BOUNDS[sizes.dtype]
+    )
     return [Expected("tokens", "tokens", lengths, bound=0.0), difference]
 
 
@@ -103,10 +109,16 @@ def _generate(inputs: RolloutInputs) -> Step:
 
     def rows(number: int, tokens: int) -> GenerationConfig:
         return GenerationConfig(
-            do_sample=True, temperature=1.0, top_p=TOP_P, top_k=TOP_K, num_return_sequences=number,
-            max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None,
+            do_sample=True,
+            temperature=1.0,
+            top_p=TOP_P,
+            top_k=TOP_K,
+            num_return_sequences=number,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            eos_token_id=None,
             pad_token_id=inputs.plain.generation_config.pad_token_id,
-        )  # fmt: skip
+        )
 
     def answer(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
         lengths: list[int] = []
@@ -168,10 +180,13 @@ def _check_greedy(inputs: RolloutInputs) -> None:
     """GateFailure where a greedy answer of ours is not generate's, token for token; neither says a vision token."""
     new, found = inputs.sizes.new_tokens, branches(inputs)
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        eos_token_id=None,
         bad_words_ids=[[token] for token in inputs.model.special.vision],
         pad_token_id=inputs.plain.generation_config.pad_token_id,
-    )  # fmt: skip
+    )
     for group in _local(inputs, SamplingOptions(new, temperature=0.0)).generate(requests(inputs)).groups:
         assert group is not None
         for kind, answers in (("ordered", group.ordered), ("shuffled", group.shuffled)):

@@ -81,9 +81,13 @@ def _ours(inputs: SampleInputs) -> Step:
 
     def step() -> Mapping[str, Tensor]:
         tokens, logp = sample_tokens(
-            inputs.logits, inputs.uniform, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+            inputs.logits,
+            inputs.uniform,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
             banned=inputs.banned,
-        )  # fmt: skip
+        )
         return {"tokens": tokens, "logp": logp, DRAWN: tokens}
 
     return step

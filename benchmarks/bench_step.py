@@ -22,8 +22,14 @@ from videor1_kernels import tgrpo_advantages
 
 TRL = "TRL GRPOTrainer"
 BOUNDS = {False: 1e-4, True: 5e-2}  # by bf16: rms of log-probs, and of the loss, between the two ways
-USES = ("prefix_attention", "prefix_decode_attention", "sample_tokens", "linear_logprob", "linear_grpo_loss",
-        "tgrpo_advantages")  # fmt: skip
+USES = (
+    "prefix_attention",
+    "prefix_decode_attention",
+    "sample_tokens",
+    "linear_logprob",
+    "linear_grpo_loss",
+    "tgrpo_advantages",
+)
 
 
 def cases(device: torch.device) -> list[StepCase]:
@@ -103,18 +109,30 @@ def _check_reference(runner: ReferenceStep) -> dict[str, float]:
         accuracy, form, shuffled = update.rewards
         lengths = torch.full((1, setting.generations), setting.completion)
         scored = tgrpo_advantages(
-            accuracy[None], form[None], lengths, shuffled[None] if len(shuffled) else None, rule=config.temporal.rule,
-            alpha=config.temporal.alpha, mu=config.temporal.mu, apply=config.temporal_apply,
-            length_bonus=config.reward.length_bonus, length_range=config.reward.length_range,
-            eps=config.advantage_eps, backend="reference",
-        )  # fmt: skip
+            accuracy[None],
+            form[None],
+            lengths,
+            shuffled[None] if len(shuffled) else None,
+            rule=config.temporal.rule,
+            alpha=config.temporal.alpha,
+            mu=config.temporal.mu,
+            apply=config.temporal_apply,
+            length_bonus=config.reward.length_bonus,
+            length_range=config.reward.length_range,
+            eps=config.advantage_eps,
+            backend="reference",
+        )
         (prompt,) = update.packed.prompts
         assert prompt.media is not None
         prompts = (dataclasses.replace(prompt, media=as_8_bit(prompt.media)),)
         ours = tgrpo_loss(
-            model, dataclasses.replace(update.packed, prompts=prompts), update.advantages, config,
-            num_tokens=len(update.logp), ref_logp=update.ref_logp,
-        )  # fmt: skip
+            model,
+            dataclasses.replace(update.packed, prompts=prompts),
+            update.advantages,
+            config,
+            num_tokens=len(update.logp),
+            ref_logp=update.ref_logp,
+        )
         found = {
             "advantages": (scored.advantages[0] - update.advantages.cpu()).abs().max().item(),
             "logp": (ours.logp - update.logp).square().mean().sqrt().item(),

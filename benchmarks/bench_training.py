@@ -45,8 +45,13 @@ def training(shape: Shape, group: Group, *, checkpointing: bool | None = None) -
     """Forward and backward of one group; ``checkpointing`` None: as the shape has it."""
     on = shape.checkpointing if checkpointing is None else checkpointing
     dtype = str(shape.dtype).removeprefix("torch.")
-    size = {"model": f"{shape.name} ({shape.hidden} x {shape.layers})", "P": group.prompt, "G": group.generations,
-            "C": group.completion, "dtype": dtype}  # fmt: skip
+    size = {
+        "model": f"{shape.name} ({shape.hidden} x {shape.layers})",
+        "P": group.prompt,
+        "G": group.generations,
+        "C": group.completion,
+        "dtype": dtype,
+    }
     return Case(
         op="training step",
         uses=("prefix_attention", "linear_grpo_loss"),
@@ -78,9 +83,13 @@ def _repeated(name: str, head: Head, tower: Tower) -> Contender:
 def _shared(inputs: StepInputs) -> Step:
     def loss() -> GrpoLoss:
         return tgrpo_loss(
-            inputs.model, inputs.packed, inputs.advantages, inputs.config, num_tokens=len(inputs.ref_logp),
+            inputs.model,
+            inputs.packed,
+            inputs.advantages,
+            inputs.config,
+            num_tokens=len(inputs.ref_logp),
             ref_logp=inputs.ref_logp,
-        )  # fmt: skip
+        )
 
     return lambda: _backward(inputs, loss())
 
@@ -120,19 +129,27 @@ def _expected(dtype: torch.dtype, outputs: Mapping[str, Tensor]) -> Sequence[Exp
     """The baseline's results."""
     value, gradient = BOUNDS[dtype]
     return [
-        Expected(name, name, output.double(), gradient=name.startswith("d_"),
-                 bound=gradient if name.startswith("d_") else value)
+        Expected(
+            name,
+            name,
+            output.double(),
+            gradient=name.startswith("d_"),
+            bound=gradient if name.startswith("d_") else value,
+        )
         for name, output in outputs.items()
-    ]  # fmt: skip
+    ]
 
 
 def _shared_work(inputs: StepInputs) -> Work:
     layout, config = inputs.packed.layout, inputs.model.hf.config
     group = inputs.group
     flops = step_flops.forward(
-        config, tokens=layout.total_tokens, head_positions=len(inputs.packed.labels), grids=[group.grid],
+        config,
+        tokens=layout.total_tokens,
+        head_positions=len(inputs.packed.labels),
+        grids=[group.grid],
         pairs=step_flops.shared_pairs(group.prompt, layout.completion_lengths[0]),
-    )  # fmt: skip
+    )
     return _work(flops, inputs, layout.total_tokens)
 
 
@@ -141,10 +158,12 @@ def _rows_work(head: Head, tower: Tower, inputs: StepInputs) -> Work:
     length = group.prompt + group.completion
     tokens = group.generations * length
     flops = step_flops.forward(
-        config, tokens=tokens, pairs=group.generations * step_flops.causal_pairs(length),
+        config,
+        tokens=tokens,
+        pairs=group.generations * step_flops.causal_pairs(length),
         head_positions=tokens if head == "all" else len(inputs.packed.labels),
         grids=[group.grid] * (group.generations if tower == "row" else 1),
-    )  # fmt: skip
+    )
     return _work(flops, inputs, tokens)
 
 

@@ -57,8 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=whole_number, help="times that each is measured (default: by its length)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out the rest after this long")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
-    parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
-                        help="write the JSON file (default folder: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write the JSON file (default folder: benchmarks/results)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves")
     options = parser.parse_args(arguments)
     on_card = options.device.type == "cuda"
@@ -66,18 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     base = dataclasses.replace(
         bench_step.setting_of(options.shape or ("7b" if on_card else "tiny"), options.prompts, options.device),
-        frames=options.frames, generations=options.generations,
+        frames=options.frames,
+        generations=options.generations,
         completion=options.completion or (256 if on_card else 64),
-    )  # fmt: skip
+    )
     cases = [
-        point(axis, value, base)
-        for axis in options.axis for value in AXES[axis] if value <= (options.most or value)
-    ]  # fmt: skip
+        point(axis, value, base) for axis in options.axis for value in AXES[axis] if value <= (options.most or value)
+    ]
     everything = [(case, contender) for case in cases for contender in case.contenders]
     record = run_part(
-        "growth", options.device, out=options.record, seconds=options.seconds, rounds=options.rounds,
+        "growth",
+        options.device,
+        out=options.record,
+        seconds=options.seconds,
+        rounds=options.rounds,
         everything=everything,
-    )  # fmt: skip
+    )
     if options.plot:
         draw(record.to_json(), options.plot)
     print()

@@ -304,9 +304,20 @@ def _liger_triton(inputs: LogitInputs) -> Step:
 
     def step() -> Mapping[str, Tensor]:
         loss, _ = triton_grpo_loss(
-            logits, old, ref, labels, head.advantages, mask, temperature=TEMPERATURE, beta=head.beta, eps_low=CLIP,
-            eps_high=CLIP, inplace=False, loss_type="grpo", reduce=True,
-        )  # fmt: skip
+            logits,
+            old,
+            ref,
+            labels,
+            head.advantages,
+            mask,
+            temperature=TEMPERATURE,
+            beta=head.beta,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            inplace=False,
+            loss_type="grpo",
+            reduce=True,
+        )
         (d_logits,) = torch.autograd.grad(loss, logits)
         return {"loss": loss.detach(), "d_logits": d_logits[:, :-1]}
 

@@ -24,8 +24,23 @@ from videor1.atomic import write_atomic
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers", "pytest-benchmark")
-REQUIRED = ("schema", "part", "card", "driver", "cuda", "python", "torch", "packages", "commit", "dirty", "date",
-            "tests", "complete", "ceilings", "rows")  # fmt: skip
+REQUIRED = (
+    "schema",
+    "part",
+    "card",
+    "driver",
+    "cuda",
+    "python",
+    "torch",
+    "packages",
+    "commit",
+    "dirty",
+    "date",
+    "tests",
+    "complete",
+    "ceilings",
+    "rows",
+)
 
 
 @dataclass

@@ -140,10 +140,16 @@ class ReferenceStep:
         if media.kind == "video":
             arguments["second_per_grid_ts"] = torch.tensor([media.second_per_grid] * number)
         options = GenerationConfig(
-            do_sample=True, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-            max_new_tokens=new, min_new_tokens=new, eos_token_id=None, pad_token_id=0,
+            do_sample=True,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
             suppress_tokens=list(self.model.special.vision),
-        )  # fmt: skip
+        )
         hf.eval()  # in training mode checkpointing would switch the KV cache off
         with torch.no_grad(), self.model.autocast():
             rows = hf.generate(**arguments, generation_config=options)

@@ -39,24 +39,69 @@ HEAD = """\
 
 """
 COLUMNS = (
-    "implementation", "ms", "TF/s", "GB/s", "% of ceiling", "peak MiB", "rms error", "gradient error", "computes",
-)  # fmt: skip
+    "implementation",
+    "ms",
+    "TF/s",
+    "GB/s",
+    "% of ceiling",
+    "peak MiB",
+    "rms error",
+    "gradient error",
+    "computes",
+)
 SUMMARY_COLUMNS = (
-    "Prompts per hour, whole steps", "Machine", "videor1", REFERENCE_STEP, "TRL", "times faster", "times less memory",
-)  # fmt: skip
+    "Prompts per hour, whole steps",
+    "Machine",
+    "videor1",
+    REFERENCE_STEP,
+    "TRL",
+    "times faster",
+    "times less memory",
+)
 STEP_COLUMNS = (
-    "implementation", "tokens", "TFLOP", "s (calls)", "s / ours", "CPU s", "CPU s / ours", "peak MiB", "MiB / ours",
-    "TF/s", "% of ceiling", "rms error", "gradient error", "computes",
-)  # fmt: skip
-WHOLE_COLUMNS = (
-    "implementation", "s a step", "prompts / hour", "s / ours", "CPU s", "CPU s / ours", "% of the limit", "peak MiB",
+    "implementation",
+    "tokens",
+    "TFLOP",
+    "s (calls)",
+    "s / ours",
+    "CPU s",
+    "CPU s / ours",
+    "peak MiB",
     "MiB / ours",
-    *PHASES, "computes",
-)  # fmt: skip
+    "TF/s",
+    "% of ceiling",
+    "rms error",
+    "gradient error",
+    "computes",
+)
+WHOLE_COLUMNS = (
+    "implementation",
+    "s a step",
+    "prompts / hour",
+    "s / ours",
+    "CPU s",
+    "CPU s / ours",
+    "% of the limit",
+    "peak MiB",
+    "MiB / ours",
+    *PHASES,
+    "computes",
+)
 ROLLOUT_COLUMNS = (
-    "implementation", "tokens", "s (calls)", "CPU s", "tokens/s", "x generate's tokens/s", "decode steps",
-    "ms / decode step", "ms to read the weights", "ms / these", "peak MiB", "rms error", "computes",
-)  # fmt: skip
+    "implementation",
+    "tokens",
+    "s (calls)",
+    "CPU s",
+    "tokens/s",
+    "x generate's tokens/s",
+    "decode steps",
+    "ms / decode step",
+    "ms to read the weights",
+    "ms / these",
+    "peak MiB",
+    "rms error",
+    "computes",
+)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -301,8 +346,9 @@ def _growth(record: Mapping[str, Any]) -> list[str]:
         lines.append(_row([f"{axis}: exponent", "", *exponents, "", *[f"{exponent(peak):.2f}" for peak in peaks]]))
     notes = [
         f"Not measured: {row['title']} {row['size']}: {row['implementation']}: {row['reason']}"
-        for row in record["rows"] if row["seconds"] is None
-    ]  # fmt: skip
+        for row in record["rows"]
+        if row["seconds"] is None
+    ]
     return [f"Growth of a step ({fixed}):", "", *lines, *([""] if notes else []), *notes]
 
 
@@ -364,9 +410,10 @@ def _case_order(rows: Sequence[Mapping[str, Any]]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
-        "--write", action="store_true",
+        "--write",
+        action="store_true",
         help=f"write the page and its pictures, and the table between {BEGIN} and {END} of the README",
-    )  # fmt: skip
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded runs")
     parser.add_argument("--page", type=Path, default=PAGE, help="page of results; the pictures stand beside it")
     parser.add_argument("--readme", type=Path, default=README)

@@ -22,14 +22,24 @@ from videor1.config.cli import run_main
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
-    parser.add_argument("--shape", nargs="+", choices=MODELS,
-                        help="models, with random weights (default: 7b and 3b on a card, else tiny)")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        choices=MODELS,
+        help="models, with random weights (default: 7b and 3b on a card, else tiny)",
+    )
     parser.add_argument("--prompts", nargs="+", type=whole_number, help="default: 1 and 16 on a card, else 1 and 4")
     parser.add_argument("--completion", type=whole_number, help="tokens of each answer (default: 256 or 64)")
     parser.add_argument("--rounds", type=whole_number, help="timed calls of each (default: by the length)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
-    parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
-                        help="write the JSON file (default folder: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write the JSON file (default folder: benchmarks/results)",
+    )
     rollout_skipping.add_options(parser)
     options = parser.parse_args(arguments)
     if options.skipping:

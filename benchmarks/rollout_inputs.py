@@ -95,11 +95,13 @@ def requests(inputs: RolloutInputs) -> list[Request]:
         ordered, shuffled = inputs.model.vision_features(media), inputs.model.vision_features(media, moved)
     return [
         Request(
-            prompt, SEED, Branch(ORDERED, ("ordered", prompt.draw), one),
+            prompt,
+            SEED,
+            Branch(ORDERED, ("ordered", prompt.draw), one),
             Branch(SHUFFLED, ("shuffled", prompt.draw), other, order),
         )
         for prompt, one, other, order in zip(inputs.prompts, ordered, shuffled, inputs.orders, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def branches(inputs: RolloutInputs) -> Iterator[tuple[Prompt, Tensor, int]]:

@@ -22,9 +22,18 @@ from videor1.types import Group, Prompt
 
 RULES = (("margin", "advantage"), ("margin", "reward"), ("threshold", "reward"), ("reference", "reward"))
 COLUMNS = (
-    "checkpoint", "rule", "apply", "shuffled asked", "skipped", "stopped", "row steps", "without skipping", "saved",
-    "answers that differ", "advantages differ by",
-)  # fmt: skip
+    "checkpoint",
+    "rule",
+    "apply",
+    "shuffled asked",
+    "skipped",
+    "stopped",
+    "row steps",
+    "without skipping",
+    "saved",
+    "answers that differ",
+    "advantages differ by",
+)
 BOUND = 1e-6  # between the advantages of the same answers: they come from other sums
 
 
@@ -46,8 +55,12 @@ class Measured:
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("skipping", "a trained model: where no answer is right, all is skipped")
     group.add_argument("--skipping", action="store_true", help="measure the skipping of shuffled answers instead")
-    group.add_argument("--run", type=Path, metavar="FOLDER",
-                       help="a finished demonstration's (python -m videor1.train): all its checkpoints")  # fmt: skip
+    group.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="a finished demonstration's (python -m videor1.train): all its checkpoints",
+    )
     group.add_argument("--model", type=Path, nargs="+", metavar="FOLDER", help="checkpoints, instead of a run's")
     group.add_argument("--data", type=Path, metavar="FILE", help="training data, instead of the run's")
     group.add_argument("--batches", type=whole_number, default=4, help="of the demonstration's 24 prompts")
@@ -119,8 +132,16 @@ def _compare(trainer: Trainer, prompts: Sequence[Prompt], measured: Measured) ->
 
 def _config(model: Path, data: Path, device: str, folder: Path) -> TrainConfig:
     """The demonstration's; no reference model, no evaluation."""
-    flags = {"model_name_or_path": model, "dataset_name": data, "output_dir": folder, "device": device, "beta": 0,
-             "eval_steps": 0, "data.workers": 0, "disable_tqdm": "true"}  # fmt: skip
+    flags = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": folder,
+        "device": device,
+        "beta": 0,
+        "eval_steps": 0,
+        "data.workers": 0,
+        "disable_tqdm": "true",
+    }
     arguments = ["--config=demo", *(f"--{name}={value}" for name, value in flags.items())]
     return parse(TrainConfig, arguments, prog="python -m benchmarks.rollout --skipping", description="")
 
@@ -132,9 +153,15 @@ def _ids(groups: Sequence[Group]) -> list[list[int]]:
 def _cells(measured: Measured) -> list[Any]:
     with_, without = measured.skipping, measured.plain
     return [
-        with_["shuffled_asked"], with_["shuffled_skipped"], with_["shuffled_stopped"], with_["row_steps"],
-        without["row_steps"], f"{measured.saved:.1%}", measured.answers, f"{measured.difference:.1e}",
-    ]  # fmt: skip
+        with_["shuffled_asked"],
+        with_["shuffled_skipped"],
+        with_["shuffled_stopped"],
+        with_["row_steps"],
+        without["row_steps"],
+        f"{measured.saved:.1%}",
+        measured.answers,
+        f"{measured.difference:.1e}",
+    ]
 
 
 def _short(model: Path) -> str:

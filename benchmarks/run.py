@@ -21,8 +21,14 @@ from benchmarks.whole_step import StepCase, measure_steps
 
 PARTS = {
     "kernels": (
-        "linear_logprob", "linear_grpo_loss", "selective_log_softmax", "grpo_loss", "group_advantage",
-        "prefix_attention", "prefix_decode_attention", "sample_tokens",
+        "linear_logprob",
+        "linear_grpo_loss",
+        "selective_log_softmax",
+        "grpo_loss",
+        "group_advantage",
+        "prefix_attention",
+        "prefix_decode_attention",
+        "sample_tokens",
     ),
     "video": ("frames_to_patches", "decode"),
     "step": ("step",),
@@ -50,9 +56,16 @@ def part_pairs(part: str, device: torch.device) -> list[tuple[Case, Contender]]:
 
 
 def run_part(
-    part: str, device: torch.device, *, only: str = "", seconds: float = float("inf"), tests: str = "not run",
-    out: Path | None = None, rounds: int | None = None, everything: Sequence[tuple[Case, Contender]] | None = None,
-) -> Record:  # fmt: skip
+    part: str,
+    device: torch.device,
+    *,
+    only: str = "",
+    seconds: float = float("inf"),
+    tests: str = "not run",
+    out: Path | None = None,
+    rounds: int | None = None,
+    everything: Sequence[tuple[Case, Contender]] | None = None,
+) -> Record:
     """Measure a part; after ``seconds`` the remaining implementations of others are left out, and the rows say so.
     Writes the file after every row, so that a run that is cut off leaves what it had. ``everything`` replaces the
     part's own cases."""
@@ -109,13 +122,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
     parser.add_argument("--only", default="", metavar="REGEX", help="what to measure, by 'case: implementation'")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out others' rest after this long")
-    parser.add_argument("--tests", default="not run", choices=["passed", "failed", "not run"],
-                        help="how the kernels' tests ended on this machine")  # fmt: skip
-    parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
-                        help="write the JSON file (default folder: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--tests",
+        default="not run",
+        choices=["passed", "failed", "not run"],
+        help="how the kernels' tests ended on this machine",
+    )
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write the JSON file (default folder: benchmarks/results)",
+    )
     options = parser.parse_args(arguments)
-    record = run_part(options.part, options.device, only=options.only, seconds=options.seconds, tests=options.tests,
-                      out=options.record)  # fmt: skip
+    record = run_part(
+        options.part,
+        options.device,
+        only=options.only,
+        seconds=options.seconds,
+        tests=options.tests,
+        out=options.record,
+    )
     print()
     print(table(record.to_json()))
     return 1 if failures(record.rows) else 0

@@ -27,9 +27,13 @@ CHECKPOINTING = {"on": True, "off": False, "shape": None}
 def step(options: argparse.Namespace) -> list[Case]:
     """Every named model and number of prompts; without names, the settings that are recorded."""
     given = {
-        "frames": options.frames, "generations": options.generations, "completion": options.completion,
-        "lora": options.lora, "checkpointing": CHECKPOINTING[options.checkpointing], "media": options.media,
-    }  # fmt: skip
+        "frames": options.frames,
+        "generations": options.generations,
+        "completion": options.completion,
+        "lora": options.lora,
+        "checkpointing": CHECKPOINTING[options.checkpointing],
+        "media": options.media,
+    }
     wanted = {name: value for name, value in given.items() if value is not None}
     base = bench_step.settings(options.device)
     if options.shape or options.prompts or wanted:
@@ -56,20 +60,40 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Case]]] = {"step": step, "t
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--part", choices=sorted(PARTS), default="step")
-    parser.add_argument("--shape", nargs="+", choices=sorted({*MODELS, *SHAPES}),
-                        help="models, with random weights (default: 7b, of training 3b too, on a card; else tiny, of "
-                        "training cpu)")  # fmt: skip
-    parser.add_argument("--generations", type=whole_number, help="answers from ordered frames; half as many from "
-                        "shuffled ones (default: 8)")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        choices=sorted({*MODELS, *SHAPES}),
+        help="models, with random weights (default: 7b, of training 3b too, on a card; else tiny, of training cpu)",
+    )
+    parser.add_argument(
+        "--generations",
+        type=whole_number,
+        help="answers from ordered frames; half as many from shuffled ones (default: 8)",
+    )
     parser.add_argument("--completion", type=whole_number, help="tokens of each answer (default: 768; tiny: 64, 128)")
-    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="shape",
-                        help="gradient checkpointing; shape: on for 3b and 7b")  # fmt: skip
+    parser.add_argument(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        default="shape",
+        help="gradient checkpointing; shape: on for 3b and 7b",
+    )
     parser.add_argument("--rounds", type=whole_number, help="times that each way is measured (default: by its length)")
-    parser.add_argument("--threads", type=whole_number, help="of torch, on a CPU (default: 1 for steps, which are then "
-                        "not slowed by what else the machine does; all for training)")  # fmt: skip
+    parser.add_argument(
+        "--threads",
+        type=whole_number,
+        help="of torch, on a CPU (default: 1 for steps, which are then "
+        "not slowed by what else the machine does; all for training)",
+    )
     parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda where there is one")
-    parser.add_argument("--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
-                        help="write the JSON file (default folder: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write the JSON file (default folder: benchmarks/results)",
+    )
     whole = parser.add_argument_group("whole steps")
     whole.add_argument(
         "--prompts", nargs="+", type=whole_number, help="of an optimizer step (default: 1 and 4 on a card)"

@@ -83,9 +83,7 @@ def _tower(vision: Any, grids: Sequence[Grid]) -> float:
 
 def _tower_attention(vision: Any, grids: Sequence[Grid]) -> float:
     full = len(vision.fullatt_block_indexes)
-    pairs = sum(
-        T * (full * (h * w) ** 2 + (vision.depth - full) * _window_pairs(h, w, vision)) for T, h, w in grids
-    )
+    pairs = sum(T * (full * (h * w) ** 2 + (vision.depth - full) * _window_pairs(h, w, vision)) for T, h, w in grids)
     return 4.0 * vision.hidden_size * pairs
 
 

@@ -129,24 +129,39 @@ def model_config(shape: Shape, tokenizer: Any) -> Qwen2_5_VLConfig:
     quarter = shape.hidden // shape.heads // 8
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 32768,
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "max_position_embeddings": 32768,
             "rope_parameters": {
-                "rope_type": "default", "mrope_section": [quarter, quarter * 3 // 2, quarter * 3 // 2],
+                "rope_type": "default",
+                "mrope_section": [quarter, quarter * 3 // 2, quarter * 3 // 2],
                 "rope_theta": 1000000.0,
             },
-            "bos_token_id": None, "eos_token_id": ids.eos, "pad_token_id": ids.pad,
+            "bos_token_id": None,
+            "eos_token_id": ids.eos,
+            "pad_token_id": ids.pad,
             "tie_word_embeddings": shape.tied,
         },
         vision_config={
-            "depth": shape.vision_depth, "hidden_size": shape.vision_hidden, "num_heads": shape.vision_heads,
-            "intermediate_size": shape.vision_intermediate, "out_hidden_size": shape.hidden,
-            "fullatt_block_indexes": list(shape.vision_full), "window_size": 112, "tokens_per_second": 2,
+            "depth": shape.vision_depth,
+            "hidden_size": shape.vision_hidden,
+            "num_heads": shape.vision_heads,
+            "intermediate_size": shape.vision_intermediate,
+            "out_hidden_size": shape.hidden,
+            "fullatt_block_indexes": list(shape.vision_full),
+            "window_size": 112,
+            "tokens_per_second": 2,
         },
-        image_token_id=ids.image_pad, video_token_id=ids.video_pad, vision_start_token_id=ids.vision_start,
-        vision_end_token_id=ids.vision_end, tie_word_embeddings=shape.tied,
-    )  # fmt: skip
+        image_token_id=ids.image_pad,
+        video_token_id=ids.video_pad,
+        vision_start_token_id=ids.vision_start,
+        vision_end_token_id=ids.vision_end,
+        tie_word_embeddings=shape.tied,
+    )
 
 
 def video_prompt(model: VideoLM, group: Group) -> Prompt:

@@ -57,18 +57,28 @@ class TRLStep:
             self.model.hf.config._name_or_path = str(folder)
         folder.mkdir(exist_ok=True)
         processor = PROCESSOR_FILES["preprocessor_config.json"] | {
-            "min_pixels": config.video.image_min_pixels, "max_pixels": config.video.image_max_pixels,
-        }  # fmt: skip
+            "min_pixels": config.video.image_min_pixels,
+            "max_pixels": config.video.image_max_pixels,
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         banned = {*self.model.special.vision, tokenizer.eos_token_id, tokenizer.pad_token_id}
         arguments = GRPOConfig(
-            output_dir=str(inputs.folder / "trl"), report_to=[], use_cpu=inputs.device.type == "cpu", bf16=setting.bf16,
-            per_device_train_batch_size=setting.generations, gradient_accumulation_steps=setting.prompts,
-            num_generations=setting.generations, max_completion_length=setting.completion, beta=config.beta,
-            loss_type="grpo", temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+            output_dir=str(inputs.folder / "trl"),
+            report_to=[],
+            use_cpu=inputs.device.type == "cpu",
+            bf16=setting.bf16,
+            per_device_train_batch_size=setting.generations,
+            gradient_accumulation_steps=setting.prompts,
+            num_generations=setting.generations,
+            max_completion_length=setting.completion,
+            beta=config.beta,
+            loss_type="grpo",
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
             gradient_checkpointing=setting.checkpointing,
             generation_kwargs={"min_new_tokens": setting.completion, "suppress_tokens": sorted(banned - {None})},
-        )  # fmt: skip
+        )
         rows = [
             {"prompt": [{"role": "user", "content": question_text(sample)}], "image": str(sample.path), "number": i}
             for i, sample in enumerate(inputs.samples)
@@ -76,9 +86,12 @@ class TRLStep:
         dataset = Dataset.from_list(rows).with_transform(_opened)
         self._lengths: list[int] = []
         self.trainer: Any = GRPOTrainer(
-            model=self.model.peft or self.model.hf, reward_funcs=self._reward, args=arguments, train_dataset=dataset,
+            model=self.model.peft or self.model.hf,
+            reward_funcs=self._reward,
+            args=arguments,
+            train_dataset=dataset,
             processing_class=_ImageProcessor(AutoImageProcessor.from_pretrained(folder), tokenizer),
-        )  # fmt: skip
+        )
         self.trainer.current_gradient_accumulation_steps = setting.prompts
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.frozen = None if self.trainer.ref_model is None else _Named(self.trainer.ref_model)
@@ -96,9 +109,11 @@ class TRLStep:
             self.trainer.training_step(self.trainer.model, batch, None)
         with self.phases("optimizer"):
             guarded_step(
-                self.optimizer, self.model.trainable(), self.inputs.config.learning_rate,
+                self.optimizer,
+                self.model.trainable(),
+                self.inputs.config.learning_rate,
                 self.inputs.config.max_grad_norm,
-            )  # fmt: skip
+            )
 
     def lengths(self) -> list[int]:
         """Tokens of every answer of the last step."""
@@ -111,8 +126,9 @@ class TRLStep:
         while True:
             yield from self.trainer.get_train_dataloader()
 
-    def _reward(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], number: Sequence[int],
-                **_: Any) -> list[float]:  # fmt: skip
+    def _reward(
+        self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], number: Sequence[int], **_: Any
+    ) -> list[float]:
         self._lengths += [len(ids) for ids in completion_ids]
         texts = [completion[0]["content"] for completion in completions]
         accuracy, form = score(texts, [self.inputs.samples[i] for i in number], self.inputs.config.reward)

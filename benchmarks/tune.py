@@ -137,9 +137,18 @@ def attention_variants(inputs: AttentionInputs) -> Iterator[Variant]:
 
 def _loss(inputs: HeadInputs) -> Tensor:
     result = linear_grpo_loss(
-        inputs.hidden, inputs.weight, inputs.labels, inputs.advantages, inputs.cu_seqlens, old_logp=inputs.old_logp,
-        ref_logp=inputs.ref_logp, beta=inputs.beta, clip_low=0.2, clip_high=0.2, backend="triton",
-    )  # fmt: skip
+        inputs.hidden,
+        inputs.weight,
+        inputs.labels,
+        inputs.advantages,
+        inputs.cu_seqlens,
+        old_logp=inputs.old_logp,
+        ref_logp=inputs.ref_logp,
+        beta=inputs.beta,
+        clip_low=0.2,
+        clip_high=0.2,
+        backend="triton",
+    )
     result.loss.backward()
     inputs.hidden.grad = inputs.weight.grad = None
     return result.logp

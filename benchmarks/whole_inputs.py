@@ -59,8 +59,15 @@ class Setting:
         frames = {"frames": self.frames} if self.media == "video" else {"media": "image"}
         answers = f"{self.generations} + {self.shuffled}"
         trained = f"LoRA {self.lora}" if self.lora else "everything"
-        return {"model": self.model, "prompts": self.prompts, **frames, "G": answers, "C": self.completion,
-                "trained": trained, "dtype": "bfloat16" if self.bf16 else "float32"}  # fmt: skip
+        return {
+            "model": self.model,
+            "prompts": self.prompts,
+            **frames,
+            "G": answers,
+            "C": self.completion,
+            "trained": trained,
+            "dtype": "bfloat16" if self.bf16 else "float32",
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +89,13 @@ class WholeInputs:
         else:
             made = random_model(dataclasses.replace(SHAPES[setting.model], dtype=dtype), self.device)
         model = VideoLM(
-            made.hf, made.tokenizer, device=self.device, bf16=setting.bf16, source=setting.model,
+            made.hf,
+            made.tokenizer,
+            device=self.device,
+            bf16=setting.bf16,
+            source=setting.model,
             position_rule=COMPARED_RULE,
-        )  # fmt: skip
+        )
         model.special = dataclasses.replace(model.special, eos=-1, pad=-1)
         make_trainable(model, self.config)
         return model
@@ -146,9 +157,16 @@ def _write_data(setting: Setting, folder: Path) -> Path:
         path = folder / f"{number}{source.suffix}"
         shutil.copy(source, path)
         entries.append(
-            {"problem_id": number, "problem": question, "data_type": setting.media, "problem_type": "free-form",
-             "solution": "<answer>a book, with the left hand</answer>", "path": path.name, "data_source": "made"}
-        )  # fmt: skip
+            {
+                "problem_id": number,
+                "problem": question,
+                "data_type": setting.media,
+                "problem_type": "free-form",
+                "solution": "<answer>a book, with the left hand</answer>",
+                "path": path.name,
+                "data_source": "made",
+            }
+        )
     data = folder / "data.json"
     data.write_text(json.dumps(entries))
     return data

@@ -89,8 +89,13 @@ class _Taken(NamedTuple):
 
 
 def _round(
-    case: StepCase, contender: Contender, row: StepMeasurement, inputs: WholeInputs, floor: dict[str, float],
-    *, first: bool,
+    case: StepCase,
+    contender: Contender,
+    row: StepMeasurement,
+    inputs: WholeInputs,
+    floor: dict[str, float],
+    *,
+    first: bool,
 ) -> _Taken:
     device, phases = inputs.device, Phases(inputs.device)
     # Every round writes a run folder of its own.

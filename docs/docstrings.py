@@ -27,6 +27,8 @@ def documented(folder: Path = HERE) -> dict[str, str]:
     """Last part of a documented name -> the whole name."""
     text = "".join((folder / page).read_text(encoding="utf-8") for page in PAGES)
     return {name.rpartition(".")[2]: name for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+
+
 RETURNS = re.compile(r"(?<=^Returns:\n) [^:\n]*: ", re.MULTILINE)  # griffe would take what stands before for a type
 SOURCE = re.compile(r"^Source:\n((?: +.*\n?)+)", re.MULTILINE)
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")

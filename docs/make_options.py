@@ -25,12 +25,17 @@ from videor1.config.fields import SHORTHANDS, collect_options, options_table  # 
 
 FOLDER = ROOT / "docs" / "options"
 CONFIGS = {
-    "train": (TrainConfig, "trains with T-GRPO. Without a model and data it runs the demonstration; with `--plan` it "
-              "prints what the run would take of a GPU's memory, and exits."),
+    "train": (
+        TrainConfig,
+        "trains with T-GRPO. Without a model and data it runs the demonstration; with `--plan` it "
+        "prints what the run would take of a GPU's memory, and exits.",
+    ),
     "sft": (SFTConfig, "makes the cold start: supervised training on chain-of-thought data."),
-    "evaluate": (EvaluateConfig, "asks a model the questions of benchmarks or of a data file, from frames in order and "
-                 "from shuffled frames."),
-}  # fmt: skip
+    "evaluate": (
+        EvaluateConfig,
+        "asks a model the questions of benchmarks or of a data file, from frames in order and from shuffled frames.",
+    ),
+}
 PARSERS = ("report", "doctor", "plan")
 NOTE = "<!-- Made by python docs/make_options.py --write: mend the docstrings of the options, not this page. -->"
 HOW = """\
@@ -113,8 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python docs/make_options.py", description="Make the pages of docs/options.")
     parser.add_argument("--write", action="store_true", help="write them; without it, list what is not current")
     write = parser.parse_args(argv).write
-    stale = [name for name, text in pages().items() if not (FOLDER / name).is_file()
-             or (FOLDER / name).read_text(encoding="utf-8") != text]  # fmt: skip
+    stale = [
+        name
+        for name, text in pages().items()
+        if not (FOLDER / name).is_file() or (FOLDER / name).read_text(encoding="utf-8") != text
+    ]
     for name in stale:
         if write:
             FOLDER.mkdir(exist_ok=True)

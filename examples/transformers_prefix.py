@@ -26,9 +26,15 @@ COMPLETION_LENGTHS = [[12, 30, 7, 21], [9, 25, 16]]
 def make_model(attention: str) -> Qwen2ForCausalLM:
     """A tiny decoder, the same weights each time; yours: ``from_pretrained(..., attn_implementation=attention)``."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, attn_implementation=attention,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        attn_implementation=attention,
+    )
     torch.manual_seed(0)
     return Qwen2ForCausalLM(config)
 
@@ -43,9 +49,11 @@ def packed_logp(model: Qwen2ForCausalLM, prompts: list[Tensor], completions: lis
         # Every completion counts on from the end of its own prompt.
         positions += [torch.arange(len(prompt)), *(len(prompt) + torch.arange(len(c)) for c in group)]
     hidden = model.model(
-        input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None], use_cache=False,
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
+        use_cache=False,
         videor1_context=PackedRow(layout),
-    ).last_hidden_state[0]  # fmt: skip
+    ).last_hidden_state[0]
     labels = torch.cat(ids)[layout.completion_index]
     # A prompt's last hidden state predicts the first token of each of its completions: it is picked once for each.
     logp, _ = linear_logprob(hidden[layout.predict_index], model.lm_head.weight, labels)
@@ -85,8 +93,10 @@ def main() -> tuple[float, float, float]:
     pairs = zip(packed.parameters(), plain.parameters(), strict=True)
     gradient = max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs if b.grad.norm() > 1e-6)
     print(f"attention {packed.config._attn_implementation} on the backend {last_backend('prefix_attention')}")
-    print(f"tokens: {tokens} in one packed row, {repeated} in {sum(map(len, completions))} repeated rows "
-          f"({repeated / tokens:.1f} times as many)")  # fmt: skip
+    print(
+        f"tokens: {tokens} in one packed row, {repeated} in {sum(map(len, completions))} repeated rows "
+        f"({repeated / tokens:.1f} times as many)"
+    )
     print(f"{len(ours)} log-probabilities: largest difference {logp:.1e} nats; gradients: {gradient:.1e} relative")
     return logp, gradient, repeated / tokens
 

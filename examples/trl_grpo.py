@@ -33,9 +33,16 @@ def make_model() -> Qwen2ForCausalLM:
     """A decoder of 0.1 M random parameters."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -54,11 +61,21 @@ def main(steps: int = 16) -> tuple[list[float], str | None]:
             reward_funcs=share_of_yes,
             train_dataset=Dataset.from_dict({"prompt": prompts * 8}),
             args=GRPOConfig(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=32, num_generations=8,
-                max_completion_length=8, learning_rate=5e-3, lr_scheduler_type="constant", logging_steps=1,
-                report_to="none", save_strategy="no", disable_tqdm=True, bf16=torch.cuda.is_available(), seed=0,
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=32,
+                num_generations=8,
+                max_completion_length=8,
+                learning_rate=5e-3,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                bf16=torch.cuda.is_available(),
+                seed=0,
             ),
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)  # this script prints a summary of its own
         trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]

@@ -19,9 +19,14 @@ from videor1.rollout import Request, Rollout, SamplingOptions
 from videor1.types import Completion, Group
 
 TINY: dict[str, Any] = {
-    "data.workers": 0, "video.max_pixels": 3136, "video.min_pixels": 3136, "video.image_max_pixels": 3136,
-    "max_completion_length": 4, "disable_tqdm": True, "device": "cpu",
-}  # fmt: skip
+    "data.workers": 0,
+    "video.max_pixels": 3136,
+    "video.min_pixels": 3136,
+    "video.image_max_pixels": 3136,
+    "max_completion_length": 4,
+    "disable_tqdm": True,
+    "device": "cpu",
+}
 
 
 def write_benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:

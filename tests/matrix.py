@@ -32,43 +32,86 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMERIC_KERNELS = tuple(
     f"tests/kernels/test_{name}.py"
     for name in (
-        "frames_to_patches", "group_advantage", "grpo_loss", "integration_liger", "integration_openrlhf",
-        "integration_transformers", "integration_trl", "integration_verl", "linear_grpo_loss", "linear_logprob",
-        "native_prefix_decode", "prefix_attention", "prefix_attention_work", "prefix_decode_attention", "prefix_rows",
-        "sample_tokens", "selective_log_softmax",
+        "frames_to_patches",
+        "group_advantage",
+        "grpo_loss",
+        "integration_liger",
+        "integration_openrlhf",
+        "integration_transformers",
+        "integration_trl",
+        "integration_verl",
+        "linear_grpo_loss",
+        "linear_logprob",
+        "native_prefix_decode",
+        "prefix_attention",
+        "prefix_attention_work",
+        "prefix_decode_attention",
+        "prefix_rows",
+        "sample_tokens",
+        "selective_log_softmax",
     )
-)  # fmt: skip
+)
 NUMERIC = (
     *NUMERIC_KERNELS,
     *(
         f"tests/{name}.py"
         for name in (
-            "model/test_libraries", "model/test_lm", "rewards/test_advantages", "rewards/test_judge",
-            "rollout/local/test_answers", "training/test_checkpoint", "training/test_optim", "training/test_passes",
-            "training/test_rows", "training/test_sft", "training/test_shared_prefix", "video/test_patches",
+            "model/test_libraries",
+            "model/test_lm",
+            "rewards/test_advantages",
+            "rewards/test_judge",
+            "rollout/local/test_answers",
+            "training/test_checkpoint",
+            "training/test_optim",
+            "training/test_passes",
+            "training/test_rows",
+            "training/test_sft",
+            "training/test_shared_prefix",
+            "video/test_patches",
         )
     ),
-)  # fmt: skip
+)
 MODEL = tuple(
     f"tests/{name}.py"
     for name in (
-        "evaluation/test_lmms_eval", "kernels/test_integration_transformers", "model/test_libraries", "model/test_lm",
-        "model/test_position_rule", "model/test_positions", "model/test_prompts", "rollout/local/test_answers",
-        "rollout/local/test_engine", "training/test_checkpoint", "training/test_passes", "training/test_sft",
+        "evaluation/test_lmms_eval",
+        "kernels/test_integration_transformers",
+        "model/test_libraries",
+        "model/test_lm",
+        "model/test_position_rule",
+        "model/test_positions",
+        "model/test_prompts",
+        "rollout/local/test_answers",
+        "rollout/local/test_engine",
+        "training/test_checkpoint",
+        "training/test_passes",
+        "training/test_sft",
         "training/test_shared_prefix",
     )
 )
 VIDEO = (
-    "tests/video", "tests/data/test_prefetch.py", "tests/data/test_prefetch_cache.py", "tests/demo/test_assets.py",
-    "tests/test_bad_input.py", "tests/test_real_videos.py", "tests/kernels/test_frames_to_patches.py",
+    "tests/video",
+    "tests/data/test_prefetch.py",
+    "tests/data/test_prefetch_cache.py",
+    "tests/demo/test_assets.py",
+    "tests/test_bad_input.py",
+    "tests/test_real_videos.py",
+    "tests/kernels/test_frames_to_patches.py",
     "tests/kernels/test_native_frames.py",
-)  # fmt: skip
+)
 ARRAYS = (
-    *VIDEO, "tests/evaluation/test_intervals.py", "tests/report/test_charts.py", "tests/report/test_curves.py",
-    "tests/report/test_report.py", "tests/rewards/test_scoring.py", "tests/training/test_sft.py",
-    "tests/kernels/test_triton_grpo_loss.py", "tests/kernels/test_triton_group_advantage.py",
-    "tests/kernels/test_triton_prefix_decode.py", "tests/kernels/test_triton_sample_tokens.py",
-)  # fmt: skip
+    *VIDEO,
+    "tests/evaluation/test_intervals.py",
+    "tests/report/test_charts.py",
+    "tests/report/test_curves.py",
+    "tests/report/test_report.py",
+    "tests/rewards/test_scoring.py",
+    "tests/training/test_sft.py",
+    "tests/kernels/test_triton_grpo_loss.py",
+    "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_triton_prefix_decode.py",
+    "tests/kernels/test_triton_sample_tokens.py",
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +136,7 @@ class Cell:
 CELLS = {
     "default": Cell("the machine as it is"),
     "onednn-avx2": Cell("oneDNN's products without AVX-512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "onednn-avx512": Cell(
-        "oneDNN's products with AVX-512 and without its bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
-    ),
+    "onednn-avx512": Cell("oneDNN's products with AVX-512 and without its bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "aten-default": Cell("torch's own operators without vector instructions", {"ATEN_CPU_CAPABILITY": "default"}),
     "aten-avx2": Cell("torch's own operators with AVX2 at most", {"ATEN_CPU_CAPABILITY": "avx2"}),
     "mkl-compatible": Cell("MKL's oldest code path, equal on all CPUs", {"MKL_CBWR": "COMPATIBLE"}),

@@ -95,8 +95,16 @@ def insert_noise(data: bytearray, rng: random.Random) -> None:
 
 
 MUTATIONS = (
-    flip_bits, damage_header, extreme_number, cut_end, cut_start, remove_block, repeat_block, zero_block, insert_noise,
-)  # fmt: skip
+    flip_bits,
+    damage_header,
+    extreme_number,
+    cut_end,
+    cut_start,
+    remove_block,
+    repeat_block,
+    zero_block,
+    insert_noise,
+)
 
 
 @dataclass(frozen=True)

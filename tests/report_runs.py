@@ -29,17 +29,37 @@ LOGPS = [-0.01, -0.3, -1.5, -3.1, -7.25, None, -0.02, 0.0, -0.4, -0.001, -0.0001
 def step_row(step: int) -> dict[str, Any]:
     """A line of metrics.jsonl about a T-GRPO step."""
     return {
-        "step": step, "loss": -0.1 + step / 1000, "grad_norm": 1.0 + step % 3, "learning_rate": 1e-6 * step,
-        "epoch": step / 100, "num_tokens": 1000 * step, "nonfinite_steps": 0, "failed_checkpoints": 0,
-        "reward": 1 + step / 100, "rewards/accuracy/mean": 0.4 + step / 200, "rewards/format/mean": 0.9,
-        "frac_reward_zero_std": 0.3, "kl": step / 1000, "entropy": 1.0 - step / 200,
-        "completions/mean_length": 100 + step, "completions/max_length": 200 + step,
-        "completions/clipped_ratio": 0.01, "temporal/p": 0.5 + step / 200,
-        "temporal/p_shuffled": None if step % 5 == 0 else 0.3, "temporal/bonus": 0.1, "temporal/rewarded": 0.6,
-        "rollout/shuffled_asked": 40, "rollout/shuffled_skipped": 10, "rollout/shuffled_stopped": 4,
-        "time/data": 0.1, "time/rollout": 2.0, "time/reward": 0.05, "time/reference": 0.5, "time/update": 1.5,
+        "step": step,
+        "loss": -0.1 + step / 1000,
+        "grad_norm": 1.0 + step % 3,
+        "learning_rate": 1e-6 * step,
+        "epoch": step / 100,
+        "num_tokens": 1000 * step,
+        "nonfinite_steps": 0,
+        "failed_checkpoints": 0,
+        "reward": 1 + step / 100,
+        "rewards/accuracy/mean": 0.4 + step / 200,
+        "rewards/format/mean": 0.9,
+        "frac_reward_zero_std": 0.3,
+        "kl": step / 1000,
+        "entropy": 1.0 - step / 200,
+        "completions/mean_length": 100 + step,
+        "completions/max_length": 200 + step,
+        "completions/clipped_ratio": 0.01,
+        "temporal/p": 0.5 + step / 200,
+        "temporal/p_shuffled": None if step % 5 == 0 else 0.3,
+        "temporal/bonus": 0.1,
+        "temporal/rewarded": 0.6,
+        "rollout/shuffled_asked": 40,
+        "rollout/shuffled_skipped": 10,
+        "rollout/shuffled_stopped": 4,
+        "time/data": 0.1,
+        "time/rollout": 2.0,
+        "time/reward": 0.05,
+        "time/reference": 0.5,
+        "time/update": 1.5,
         "time/tokens_per_second": 900.0,
-    }  # fmt: skip
+    }
 
 
 def eval_row(step: int) -> dict[str, Any]:
@@ -51,18 +71,33 @@ def rollout_row(step: int, path: Path | None, **changes: Any) -> dict[str, Any]:
     kind = "text" if path is None else "image" if path.suffix == ".png" else "video"
     video = kind == "video"
     return {
-        "step": step, "draw": step - 1, "problem_id": str(900 + step), "path": path, "data_type": kind,
-        "problem": f"What comes first in {step}?", "options": ["A. red", "B. blue"],
+        "step": step,
+        "draw": step - 1,
+        "problem_id": str(900 + step),
+        "path": path,
+        "data_type": kind,
+        "problem": f"What comes first in {step}?",
+        "options": ["A. red", "B. blue"],
         "prompt": f"<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>What comes first?<|im_end|>\n"
         "<|im_start|>assistant\n",
-        "solution": "<answer>B</answer>", "permutation": [3, 0, 2, 1] if video else None,
-        "completions": ["<think>café it</think>\n<answer>B</answer>", HOSTILE], "finished": [True, False],
-        "lengths": [len(TOKENS), 7], "accuracy": [1.0, 0.0], "format": [1.0, 0.5], "rewards": [2.2, 0.5],
-        "advantages": [0.7071, -0.7071], "temporal": 0.2 if video else 0.0, "p": 0.5, "p_shuffled": None,
-        "shuffled_asked": 2 if video else 0, "shuffled_completions": ["<answer>A</answer>"] if video else [],
+        "solution": "<answer>B</answer>",
+        "permutation": [3, 0, 2, 1] if video else None,
+        "completions": ["<think>café it</think>\n<answer>B</answer>", HOSTILE],
+        "finished": [True, False],
+        "lengths": [len(TOKENS), 7],
+        "accuracy": [1.0, 0.0],
+        "format": [1.0, 0.5],
+        "rewards": [2.2, 0.5],
+        "advantages": [0.7071, -0.7071],
+        "temporal": 0.2 if video else 0.0,
+        "p": 0.5,
+        "p_shuffled": None,
+        "shuffled_asked": 2 if video else 0,
+        "shuffled_completions": ["<answer>A</answer>"] if video else [],
         "shuffled_accuracy": [0.0 if video else None, None],
-        "tokens": [TOKENS, ["x", HOSTILE]], "logps": [LOGPS, [-0.5, -9.0]],
-    } | changes  # fmt: skip
+        "tokens": [TOKENS, ["x", HOSTILE]],
+        "logps": [LOGPS, [-0.5, -9.0]],
+    } | changes
 
 
 def make_run(

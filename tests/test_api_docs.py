@@ -88,8 +88,12 @@ def test_everything_public_is_on_a_page() -> None:
         assert f"videor1_kernels.integrations.{host}.use" in FUNCTIONS
     records = {thing for thing in vars(videor1.types).values() if getattr(thing, "__module__", "") == "videor1.types"}
     assert {thing for thing in records if inspect.isclass(thing)} <= set(ENTRIES.values())
-    assert {"videor1.rewards.accuracy_reward", "videor1.rewards.format_reward", "videor1.video.read_frames",
-            "videor1.rollout.protocol.RolloutEngine"} < set(ENTRIES)  # fmt: skip
+    assert {
+        "videor1.rewards.accuracy_reward",
+        "videor1.rewards.format_reward",
+        "videor1.video.read_frames",
+        "videor1.rollout.protocol.RolloutEngine",
+    } < set(ENTRIES)
     assert len(FUNCTIONS) >= 20
 
 

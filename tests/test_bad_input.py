@@ -61,9 +61,14 @@ def test_every_kind_of_broken_file_is_skipped_and_reported(
     root = Path("/")
     data = write_data(tmp_path / "data.json", [*bad, good, image])
     run = trainer(
-        assets, tmp_path / "run", dataset_name=data, data__root=root, data__shuffle=False, data__workers=workers,
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__root=root,
+        data__shuffle=False,
+        data__workers=workers,
         max_steps=3,
-    )  # fmt: skip
+    )
     run.train()
     lines = run_lines(tmp_path / "run", "skipped.jsonl")
     first_pass = [line for line in lines if line["draw"] < len(bad)]
@@ -72,8 +77,9 @@ def test_every_kind_of_broken_file_is_skipped_and_reported(
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped"] == len(lines) == 2 * len(bad)  # the third step begins another pass
     counted = {key: value for key, value in row.items() if key.startswith("data/skipped/")}
-    assert counted == {f"data/skipped/{kind}": sum(line["kind"] == kind for line in lines)
-                       for kind in {line["kind"] for line in lines}}  # fmt: skip
+    assert counted == {
+        f"data/skipped/{kind}": sum(line["kind"] == kind for line in lines) for kind in {line["kind"] for line in lines}
+    }
     assert counted["data/skipped/missing_file"] == 2
     screen = capfd.readouterr().err
     assert all(str(path) in screen for path in broken.values())
@@ -122,9 +128,14 @@ def test_a_prompt_that_is_too_long_is_skipped_whole(assets: Assets, tmp_path: Pa
     long = good | {"problem": "Which shape comes first? " * 200, "problem_id": "long"}
     data = write_data(tmp_path / "data.json", [long, good])
     run = trainer(
-        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_prompt_length=400,
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__root="/",
+        data__shuffle=False,
+        max_prompt_length=400,
         max_steps=2,
-    )  # fmt: skip
+    )
     run.train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped/too_long"] == row["data/skipped"] == 2
@@ -142,9 +153,15 @@ def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_
     wordy = good | {"problem": "Which shape comes first? " * 60}
     data = write_data(tmp_path / "data.json", [*bad, no_thought, long, wordy, good])
     run = sft_trainer(
-        assets, tmp_path / "run", dataset_name=data, data__root="/", data__shuffle=False, max_length=500,
-        max_prompt_length=200, max_steps=1,
-    )  # fmt: skip
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__root="/",
+        data__shuffle=False,
+        max_length=500,
+        max_prompt_length=200,
+        max_steps=1,
+    )
     run.train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped"] == len(bad) + 3
@@ -266,13 +283,17 @@ def test_a_reward_that_is_no_number_names_its_function(assets: Assets, tmp_path:
         run.train()
 
 
-def test_an_evaluation_with_bad_samples_reports_them(
-    assets: Assets, broken: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_evaluation_with_bad_samples_reports_them(assets: Assets, broken: dict[str, Path], tmp_path: Path) -> None:
     dev = entries(assets.dev)
     data = write_data(tmp_path / "dev.json", [*dev, dev[0] | {"path": str(broken["missing"])}])
-    run = trainer(assets, tmp_path / "run", data__eval_path=data, data__root="/", dataset_name=write_data(
-        tmp_path / "train.json", entries(assets.train)), max_steps=1)  # fmt: skip
+    run = trainer(
+        assets,
+        tmp_path / "run",
+        data__eval_path=data,
+        data__root="/",
+        dataset_name=write_data(tmp_path / "train.json", entries(assets.train)),
+        max_steps=1,
+    )
     run.train()
     rows = run_lines(tmp_path / "run", "metrics.jsonl")
     assert rows[-1]["eval/skipped"] == 1

@@ -66,18 +66,30 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     for block in pages.blocks(page.read_text(encoding="utf-8"), "python"):
         variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            [sys.executable, "-c", block],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
             env={**os.environ, **variables},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_page_is_found(tmp_path: Path) -> None:
     for line in (
-        "python -m videor1.nothing", "python -m videor1.train --learing_rate 1", "python -m videor1.report R --to X",
-        "python -m videor1.plan --check --devise cpu", "pytest nowhere", "pytest --slow", "benchmarks/gpu.sh none",
-        "benchmarks/none.sh step", "pip install -e '.[none]'", "python docs/none.py", "A=1 python -m benchmarks.steps",
-    ):  # fmt: skip
+        "python -m videor1.nothing",
+        "python -m videor1.train --learing_rate 1",
+        "python -m videor1.report R --to X",
+        "python -m videor1.plan --check --devise cpu",
+        "pytest nowhere",
+        "pytest --slow",
+        "benchmarks/gpu.sh none",
+        "benchmarks/none.sh step",
+        "pip install -e '.[none]'",
+        "python docs/none.py",
+        "A=1 python -m benchmarks.steps",
+    ):
         (words,) = pages.shell_commands(f"```bash\n{line}\n```\n")
         with pytest.raises((AssertionError, ValueError, ModuleNotFoundError, SystemExit)):
             pages.check_command(words)
@@ -132,7 +144,8 @@ def test_the_site_can_be_built(tmp_path: Path) -> None:
     assert "row position whose hidden state predicts each completion token" in api  # a comment beside a field
     assert not list(tmp_path.rglob("*.py"))
     remote = [
-        url for path in tmp_path.rglob("*.html")
+        url
+        for path in tmp_path.rglob("*.html")
         for url in re.findall(r'<(?:link|script|img)[^>]* (?:href|src)="(https?://[^"]+)"', path.read_text())
-    ]  # fmt: skip
+    ]
     assert not remote

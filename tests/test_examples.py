@@ -26,9 +26,13 @@ def run_example(name: str, folder: Path) -> str:
     variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name], capture_output=True, text=True, cwd=folder, timeout=PATIENCE,
+        [sys.executable, EXAMPLES / name],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=PATIENCE,
         env={**os.environ, **variables},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS

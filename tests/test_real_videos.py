@@ -34,9 +34,17 @@ def test_three_steps_on_real_videos(assets: Assets, tmp_path: Path) -> None:
         )
     )
     run = trainer(
-        assets, tmp_path / "run", dataset_name=data, data__root=paths[0].parent, max_steps=3, data__workers=1,
-        video__max_pixels=100352, video__min_pixels=100352, per_device_train_batch_size=2, data__shuffle=False,
-    )  # fmt: skip
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__root=paths[0].parent,
+        max_steps=3,
+        data__workers=1,
+        video__max_pixels=100352,
+        video__min_pixels=100352,
+        per_device_train_batch_size=2,
+        data__shuffle=False,
+    )
     final = run.train()
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]

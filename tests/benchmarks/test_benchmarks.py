@@ -42,9 +42,15 @@ def _quick(monkeypatch):
 
 def logprob_case(*contenders):
     return Case(
-        "linear_logprob", "forward", TINY.described(), TINY.dtype, contenders,
-        lambda device: shapes.head_inputs(TINY, device), oracle.logprob, lambda inputs: Work(2e6, 1e3, "2NHV"),
-    )  # fmt: skip
+        "linear_logprob",
+        "forward",
+        TINY.described(),
+        TINY.dtype,
+        contenders,
+        lambda device: shapes.head_inputs(TINY, device),
+        oracle.logprob,
+        lambda inputs: Work(2e6, 1e3, "2NHV"),
+    )
 
 
 def measured(build, name=OURS, missing=lambda device: None):
@@ -240,18 +246,47 @@ def test_files_that_are_no_record_are_named(tmp_path):
 
 def made_up(**changes):
     row = {
-        "op": "linear_logprob", "title": "forward", "size": {"head": "made up", "N": 8}, "dtype": "bfloat16",
-        "implementation": OURS, "status": "measured", "reason": None, "backend": "triton", "does": "", "count": "2NHV",
-        "flops": 2e12, "bytes": 1e9, "ceiling": "gemm", "seconds": 0.25, "spread": 0.0, "rounds": 7, "timing": "wall",
-        "tflops": 8.0, "gbps": 4.0, "percent": 80.0, "peak_mib": 12.5, "errors": {"logp": 1e-6, "d_hidden": 2e-3},
-    }  # fmt: skip
+        "op": "linear_logprob",
+        "title": "forward",
+        "size": {"head": "made up", "N": 8},
+        "dtype": "bfloat16",
+        "implementation": OURS,
+        "status": "measured",
+        "reason": None,
+        "backend": "triton",
+        "does": "",
+        "count": "2NHV",
+        "flops": 2e12,
+        "bytes": 1e9,
+        "ceiling": "gemm",
+        "seconds": 0.25,
+        "spread": 0.0,
+        "rounds": 7,
+        "timing": "wall",
+        "tflops": 8.0,
+        "gbps": 4.0,
+        "percent": 80.0,
+        "peak_mib": 12.5,
+        "errors": {"logp": 1e-6, "d_hidden": 2e-3},
+    }
     absent = {**row, "implementation": "Other", "status": "not run", "reason": "it is not there", "seconds": None}
     record = {
-        "schema": 1, "part": "kernels", "card": "Imaginary Card 0", "driver": "0.0", "cuda": "0.0", "python": "3.12.0",
-        "torch": "2.11.0", "packages": {"triton": "3.6.0", "trl": None}, "commit": "c0ffee" * 6, "dirty": False,
-        "date": "2000-01-01", "tests": "passed", "complete": True, "ceilings": CEILINGS.to_json(),
+        "schema": 1,
+        "part": "kernels",
+        "card": "Imaginary Card 0",
+        "driver": "0.0",
+        "cuda": "0.0",
+        "python": "3.12.0",
+        "torch": "2.11.0",
+        "packages": {"triton": "3.6.0", "trl": None},
+        "commit": "c0ffee" * 6,
+        "dirty": False,
+        "date": "2000-01-01",
+        "tests": "passed",
+        "complete": True,
+        "ceilings": CEILINGS.to_json(),
         "rows": [row, absent],
-    }  # fmt: skip
+    }
     assert set(record) == set(REQUIRED)
     return {**record, **changes}
 
@@ -330,9 +365,11 @@ def test_pytest_benchmarks(tmp_path):
 
 def test_gpu_script_without_a_card():
     done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks/gpu.sh"), "kernels"], capture_output=True, text=True,
+        ["bash", str(ROOT / "benchmarks/gpu.sh"), "kernels"],
+        capture_output=True,
+        text=True,
         env={"PATH": os.environ["PATH"], "PYTHON": "false", "OUT": "/tmp"},
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert "expected a CUDA device" in done.stderr
 
@@ -355,9 +392,11 @@ def test_the_sweeps_variants_compute_the_same() -> None:
     inputs = shapes.head_inputs(shapes.Size("tiny", 16, 8, 70, 8, torch.float16), CPU)
     packed = attention_inputs(AttentionSize("tiny", 20, 2, 10, (2, 1), 16, torch.float32), CPU)
     for variants in (
-        tune.forward_variants(inputs), tune.loss_variants(inputs, (4,)), tune.row_variants(inputs),
+        tune.forward_variants(inputs),
+        tune.loss_variants(inputs, (4,)),
+        tune.row_variants(inputs),
         tune.attention_variants(packed),
-    ):  # fmt: skip
+    ):
         rows = tune.sweep(itertools.islice(variants, 3), 1.0, CPU, 1)
         assert not any("failed" in row for row in rows)
         assert len(rows) >= 2

@@ -218,10 +218,18 @@ def made_up_case(log: list[tuple[str, bool]], *, bytes_: float = 0.0, late: bool
 
     contenders = [Contender(name, lambda _, name=name: build(name, 1.0)) for name in ("ours", "naive", "other")]
     return RolloutCase(
-        op="rollout", uses=(), title="made up", size={"P": 1}, dtype=torch.float32, inputs=lambda device: log,
+        op="rollout",
+        uses=(),
+        title="made up",
+        size={"P": 1},
+        dtype=torch.float32,
+        inputs=lambda device: log,
         expected=lambda outputs: [Expected("out", "out", outputs["out"].double(), bound=0.0)],
-        work=lambda _: Work(0.0, bytes_, "", 7), contenders=contenders, against="naive", rounds=2,
-    )  # fmt: skip
+        work=lambda _: Work(0.0, bytes_, "", 7),
+        contenders=contenders,
+        against="naive",
+        rounds=2,
+    )
 
 
 def test_calls_whose_memory_is_watched_are_not_timed() -> None:
@@ -275,8 +283,11 @@ def test_cases_by_device() -> None:
     ]
     on_card = bench_rollout.cases(torch.device("cuda"))
     assert [(c.size["model"], c.size["prompts"], c.slow) for c in on_card] == [
-        ("7b", 1, False), ("3b", 1, False), ("7b", 16, True), ("3b", 16, True),
-    ]  # fmt: skip
+        ("7b", 1, False),
+        ("3b", 1, False),
+        ("7b", 16, True),
+        ("3b", 16, True),
+    ]
     assert {(c.size["P"], c.size["C"], c.size["dtype"]) for c in on_card} == {(1224, 256, "bfloat16")}
     assert [contender.ours for _, contender in run.part_pairs("rollout", CPU)] == [True, True, False, False]
 

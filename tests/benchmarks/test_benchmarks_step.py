@@ -179,8 +179,15 @@ def test_it_runs_the_tower_once_a_row_and_we_once_a_pass(inputs: WholeInputs) ->
     assert passes(OurStep(dataclasses.replace(inputs, config=config), Phases(CPU))) == 4
 
 
-@pytest.mark.parametrize("setting", [SMALL, dataclasses.replace(SMALL, lora=2), dataclasses.replace(SMALL, bf16=True),
-                                     dataclasses.replace(SMALL, checkpointing=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, lora=2),
+        dataclasses.replace(SMALL, bf16=True),
+        dataclasses.replace(SMALL, checkpointing=True),
+    ],
+)
 def test_both_ways_pass_the_gate(setting: Setting) -> None:
     rows = measured(setting)
     assert {name: (row["status"], row["reason"]) for name, row in rows.items()} == dict.fromkeys(
@@ -290,8 +297,15 @@ def test_the_command_records_a_table_and_a_picture(tmp_path: Path, capsys) -> No
     data = json.loads((tmp_path / "cpu-step.json").read_text())
     assert (data["part"], len(data["rows"])) == ("step", 2)
     ours, other = data["rows"]
-    assert ours["size"] == {"model": "tiny", "prompts": 1, "frames": 4, "G": "2 + 1", "C": 3, "trained": "everything",
-                            "dtype": "float32"}  # fmt: skip
+    assert ours["size"] == {
+        "model": "tiny",
+        "prompts": 1,
+        "frames": 4,
+        "G": "2 + 1",
+        "C": 3,
+        "trained": "everything",
+        "dtype": "float32",
+    }
     lines = out.strip().splitlines()
     assert lines[-2].startswith(f"| {OUR_STEP} (")
     assert f"| {other['seconds'] / ours['seconds']:.2f} |" in lines[-1]
@@ -344,8 +358,11 @@ def test_growth_has_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "growth.png").stat().st_size > 5000
     # Without options all of it is asked for.
     assert {axis: (sizes[0], sizes[-1]) for axis, sizes in growth.AXES.items()} == {
-        "frames": (8, 64), "completion": (256, 4096), "generations": (4, 32), "prompts": (1, 32),
-    }  # fmt: skip
+        "frames": (8, 64),
+        "completion": (256, 4096),
+        "generations": (4, 32),
+        "prompts": (1, 32),
+    }
 
 
 def test_growth_says_what_it_left_out(capsys) -> None:

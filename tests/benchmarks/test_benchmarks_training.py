@@ -59,10 +59,12 @@ def test_flops_of_repeated_rows_are_what_torch_counts(inputs: StepInputs, head: 
     length = GROUP.prompt + GROUP.completion
     tokens = GROUP.generations * length
     flops = step_flops.forward(
-        inputs.model.hf.config, tokens=tokens, pairs=GROUP.generations * length**2,  # torch counts masked ones too
+        inputs.model.hf.config,
+        tokens=tokens,
+        pairs=GROUP.generations * length**2,  # torch counts masked ones too
         head_positions=tokens if head == "all" else GROUP.generations * GROUP.completion,
         grids=[GROUP.grid] * (GROUP.generations if tower == "row" else 1),
-    )  # fmt: skip
+    )
     forward = counted(lambda: rows.logp(inputs.packed))
     assert forward["linear"] == flops.linear + flops.head + flops.tower
     assert forward["attention"] == flops.attention + flops.tower_attention
@@ -112,9 +114,12 @@ def test_the_cpu_shape_divides_its_work_as_the_7b_does() -> None:
     shares = {}
     for name in ("cpu", "7b"):
         flops = step_flops.forward(
-            model_config(SHAPES[name], make_tokenizer()), tokens=7368, head_positions=6144, grids=[group.grid],
+            model_config(SHAPES[name], make_tokenizer()),
+            tokens=7368,
+            head_positions=6144,
+            grids=[group.grid],
             pairs=step_flops.shared_pairs(1224, [768] * 8),
-        )  # fmt: skip
+        )
         total = flops.linear + flops.attention + flops.head + flops.tower + flops.tower_attention + flops.patches
         vision = flops.tower + flops.tower_attention + flops.patches
         shares[name] = [part / total for part in (vision, flops.head, flops.attention)]
@@ -170,10 +175,17 @@ def test_every_parameter_is_in_the_gate(inputs: StepInputs) -> None:
 
 def made_up_case(*contenders: Contender, log: list[str] | None = None) -> Case:
     return Case(
-        op="training step", uses=(), title="made up", size={"P": 1}, dtype=torch.float32, inputs=lambda device: log,
+        op="training step",
+        uses=(),
+        title="made up",
+        size={"P": 1},
+        dtype=torch.float32,
+        inputs=lambda device: log,
         expected=lambda outputs: [Expected("out", "out", outputs["out"].double(), bound=1e-6)],
-        work=lambda _: Work(1e6, 0.0, "", 7), contenders=contenders, against="naive",
-    )  # fmt: skip
+        work=lambda _: Work(1e6, 0.0, "", 7),
+        contenders=contenders,
+        against="naive",
+    )
 
 
 def giving(name: str, value: float) -> Contender:

@@ -18,20 +18,47 @@ from videor1.errors import ConfigError, DataError, TrainingStopped
 RECIPES = sorted(files.RECIPES.glob("*.yaml"))
 # Video-R1's values, read off its launch script and its trainer, for every option that they have.
 VIDEO_R1 = {
-    "num_generations": 8, "max_completion_length": 768, "max_prompt_length": 16384,
-    "temperature": 1.0, "top_p": 0.95, "top_k": 50,
-    "temporal.enabled": True, "temporal.rule": "reference", "temporal.alpha": 0.3, "temporal.mu": 0.8,
-    "temporal.apply": "reward", "temporal.shuffle_unit": "frame", "temporal.num_generations": None,
-    "len_control": True, "reward.length_bonus": 0.2, "reward.length_range": (320, 512),
-    "reward.correct_above": 0.1, "reward.lenient": False, "reward.format_weight": 1.0,
-    "normalize": "std", "advantage_eps": 1e-4,
-    "loss_type": "grpo", "importance_level": "token", "beta": 0.04, "kl_clamp": 10.0,
-    "clip_low": None, "clip_high": None, "num_iterations": 1,
-    "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 5.0,
-    "freeze_vision": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-    "video.max_frames": 16, "video.fps": 2.0, "video.max_pixels": 128 * 28 * 28,
-    "video.min_pixels": None, "video.image_max_pixels": 256 * 28 * 28,
-}  # fmt: skip
+    "num_generations": 8,
+    "max_completion_length": 768,
+    "max_prompt_length": 16384,
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 50,
+    "temporal.enabled": True,
+    "temporal.rule": "reference",
+    "temporal.alpha": 0.3,
+    "temporal.mu": 0.8,
+    "temporal.apply": "reward",
+    "temporal.shuffle_unit": "frame",
+    "temporal.num_generations": None,
+    "len_control": True,
+    "reward.length_bonus": 0.2,
+    "reward.length_range": (320, 512),
+    "reward.correct_above": 0.1,
+    "reward.lenient": False,
+    "reward.format_weight": 1.0,
+    "normalize": "std",
+    "advantage_eps": 1e-4,
+    "loss_type": "grpo",
+    "importance_level": "token",
+    "beta": 0.04,
+    "kl_clamp": 10.0,
+    "clip_low": None,
+    "clip_high": None,
+    "num_iterations": 1,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "max_grad_norm": 5.0,
+    "freeze_vision": False,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "video.max_frames": 16,
+    "video.fps": 2.0,
+    "video.max_pixels": 128 * 28 * 28,
+    "video.min_pixels": None,
+    "video.image_max_pixels": 256 * 28 * 28,
+}
 
 
 def parse(*argv: str, config_class: type = TrainConfig):
@@ -261,9 +288,22 @@ def test_every_shipped_recipe_reads(path):
 
 def test_the_7b_recipe_holds_the_launch_values():
     config = cli.load_config(TrainConfig, "qwen2_5_vl_7b")
-    for name in ("lr_scheduler_type", "weight_decay", "max_grad_norm", "beta", "num_generations",
-                 "max_completion_length", "max_prompt_length", "temperature", "top_p", "len_control",
-                 "temporal.enabled", "video.max_frames", "video.fps", "video.max_pixels"):  # fmt: skip
+    for name in (
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+        "beta",
+        "num_generations",
+        "max_completion_length",
+        "max_prompt_length",
+        "temperature",
+        "top_p",
+        "len_control",
+        "temporal.enabled",
+        "video.max_frames",
+        "video.fps",
+        "video.max_pixels",
+    ):
         assert get(config, name) == VIDEO_R1[name], name
     assert (config.bf16, config.gradient_checkpointing, config.save_steps) == (True, True, 100)
     assert (config.lora.rank, config.learning_rate) == (64, 1e-5)  # adapters, so that it fits one GPU

@@ -15,8 +15,13 @@ from videor1.errors import ConfigError
 
 # Numbers of which every finite value means something; length_range's two ends are held to each other.
 ANY_VALUE = {
-    "seed", "lora.alpha", "reward.correct_above", "reward.format_weight", "reward.length_bonus", "reward.length_range",
-}  # fmt: skip
+    "seed",
+    "lora.alpha",
+    "reward.correct_above",
+    "reward.format_weight",
+    "reward.length_bonus",
+    "reward.length_range",
+}
 
 
 def is_number(option: Option) -> bool:

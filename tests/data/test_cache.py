@@ -46,8 +46,10 @@ def assert_same(found: Media | None, expected: Media) -> None:
     assert found is not None
     assert torch.equal(found.patches, expected.patches)
     assert (found.kind, found.grid_thw, found.second_per_grid) == (
-        expected.kind, expected.grid_thw, expected.second_per_grid,
-    )  # fmt: skip
+        expected.kind,
+        expected.grid_thw,
+        expected.second_per_grid,
+    )
 
 
 def entries(folder: Path) -> list[Path]:
@@ -181,9 +183,14 @@ def test_other_settings_kinds_and_formats_find_nothing(tmp_path: Path) -> None:
     base.write(key(), media())
     defaults = VideoConfig()
     others = {
-        "max_frames": 8, "fps": 1.0, "max_pixels": 784, "min_pixels": 784, "image_max_pixels": 784,
-        "image_min_pixels": 784, "backend": "pyav",
-    }  # fmt: skip
+        "max_frames": 8,
+        "fps": 1.0,
+        "max_pixels": 784,
+        "min_pixels": 784,
+        "image_max_pixels": 784,
+        "image_min_pixels": 784,
+        "backend": "pyav",
+    }
     assert vars(defaults).keys() >= others.keys()
     for name, value in others.items():
         other = disk_cache(folder, 1, VideoConfig(**{name: value}))  # type: ignore[arg-type]
@@ -244,9 +251,11 @@ def test_a_whole_file_that_says_something_else_is_damaged(what: str, disk: DiskC
         about = json.loads(file.metadata()["videor1"])
     patches = media().patches
     about |= {
-        "other media": {"name": ["video", "/data/9.mp4"]}, "grid": {"grid_thw": [1, 4, 6]}, "kind": {"kind": "sound"},
+        "other media": {"name": ["video", "/data/9.mp4"]},
+        "grid": {"grid_thw": [1, 4, 6]},
+        "kind": {"kind": "sound"},
         "seconds": {"second_per_grid": float("nan")},
-    }.get(what, {})  # fmt: skip
+    }.get(what, {})
     metadata = {} if what == "foreign" else {"videor1": json.dumps(about)}
     save_file({"patches": patches.view(torch.int8) if what == "dtype" else patches}, path, metadata)
     failure = disk.read(key()).failure

@@ -46,9 +46,14 @@ def test_what_is_held_whole_and_what_is_a_stream(tmp_path: Path, monkeypatch: py
     (tmp_path / "large.json").write_text(json.dumps([row(i) for i in range(100)]))
     (tmp_path / "[x],y.jsonl").write_bytes(lines(range(2)))  # a name, no wildcard and no list
     for name, stream in {
-        "small.jsonl": False, "large.jsonl": True, "list.jsonl": False, "large.json": False, "[x],y.jsonl": False,
-        "small*.jsonl": True, "": True,
-    }.items():  # fmt: skip
+        "small.jsonl": False,
+        "large.jsonl": True,
+        "list.jsonl": False,
+        "large.json": False,
+        "[x],y.jsonl": False,
+        "small*.jsonl": True,
+        "": True,
+    }.items():
         if name:
             opened = open_dataset(str(tmp_path / name), DataConfig())
             assert isinstance(opened, RowStream if stream else Dataset), name

@@ -39,8 +39,10 @@ def all_lines(path: Path) -> list[tuple[int, Any]]:
 @settings(max_examples=300, deadline=None)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["\n", "\r\n", "\n\n", " \n"])), max_size=20),
-    block=st.integers(4, 40), bom=st.booleans(), last=st.integers(0, 30),
-)  # fmt: skip
+    block=st.integers(4, 40),
+    bom=st.booleans(),
+    last=st.integers(0, 30),
+)
 def test_blocks_hold_every_line_once(
     parts: list[tuple[int, str]], block: int, bom: bool, last: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -109,9 +111,13 @@ def test_all_shards_empty(tmp_path: Path) -> None:
 
 
 BAD = [
-    row(1, solution=...), row(2, data_type="videos"), [3], row(4, problem=" "), row(5, data_type="video", path="../x"),
+    row(1, solution=...),
+    row(2, data_type="videos"),
+    [3],
+    row(4, problem=" "),
+    row(5, data_type="video", path="../x"),
     row(6, problem_type="multiple choice"),
-]  # fmt: skip
+]
 
 
 def test_bad_rows_are_the_errors_of_a_data_file(tmp_path: Path) -> None:
@@ -131,9 +137,12 @@ def test_bad_rows_are_the_errors_of_a_data_file(tmp_path: Path) -> None:
 
 
 FULL = [
-    row(0), row("a", data_type="video", path="clips/a.mp4", data_source="made"), row(2, problem_id=...),
-    row(3, problem_type="multiple choice", options=["A. red", "B. é"]), row(4, process="<think>x</think>"),
-]  # fmt: skip
+    row(0),
+    row("a", data_type="video", path="clips/a.mp4", data_source="made"),
+    row(2, problem_id=...),
+    row(3, problem_type="multiple choice", options=["A. red", "B. é"]),
+    row(4, process="<think>x</think>"),
+]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "saved", "memory"])

@@ -178,9 +178,14 @@ def test_metrics_of_a_run_that_lost_nothing(assets: Assets, tmp_path: Path, capf
     quiet = {"data/changed_files": 0, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0}
     assert {name: row[name] for name in quiet} == quiet
     assert times.keys() == {
-        "time/data", "time/data_share", "time/data_decoded", "time/data_decoded/pillow", "time/data_decoded/pyav",
-        "time/data_memory_hits", "time/data_disk_hits",
-    }  # fmt: skip
+        "time/data",
+        "time/data_share",
+        "time/data_decoded",
+        "time/data_decoded/pillow",
+        "time/data_decoded/pyav",
+        "time/data_memory_hits",
+        "time/data_disk_hits",
+    }
     assert times["time/data_decoded/pyav"] + times["time/data_decoded/pillow"] == 4
     assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (4, 2, 0)
     shares = [line["time/data_share"] for line in run_lines(tmp_path / "one", "metrics.jsonl")]

@@ -149,8 +149,9 @@ def test_a_source_of_a_stream(workers: int, tmp_path: Path) -> None:
     whole, reader = take(25)
     assert len(reader.skips) == reader.source.skipped.total() == reader.source.position - 25
     assert {skip[1:] for skip in reader.skips} == {
-        ("solution", str(tmp_path / "a.jsonl")), ("missing_file", str(tmp_path.resolve() / "gone.png"))
-    }  # fmt: skip
+        ("solution", str(tmp_path / "a.jsonl")),
+        ("missing_file", str(tmp_path.resolve() / "gone.png")),
+    }
     assert [draw for draw, _ in whole] == sorted({*range(reader.source.position)} - {s[0] for s in reader.skips})
     assert reader.source.epoch == pytest.approx(reader.source.position // 12)
     for taken in (1, 9, 10, 11, 24):

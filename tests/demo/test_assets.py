@@ -25,9 +25,7 @@ from videor1.rewards import accuracy_reward, format_reward
 from videor1.video import read_frames
 from videor1.video.media import load_media
 
-SIZES = Sizes(
-    sft_videos=24, sft_images=4, train_videos=16, train_images=2, dev_videos=4, test_videos=16, test_images=2
-)
+SIZES = Sizes(sft_videos=24, sft_images=4, train_videos=16, train_images=2, dev_videos=4, test_videos=16, test_images=2)
 SPLITS = ("sft", "train", "dev", "test")
 VIDEO = VideoConfig(max_frames=8, fps=2.0, max_pixels=56 * 56, min_pixels=56 * 56)
 OPTIONS = {"color": ["blue", "green", "red", "yellow"], "shape": ["circle", "cross", "square", "triangle"]}

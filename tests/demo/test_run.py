@@ -22,9 +22,15 @@ from videor1.model import load_model
 from videor1.training.sft import SFTTrainer
 
 SMALL = Sizes(
-    sft_videos=16, sft_images=2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6,
+    sft_videos=16,
+    sft_images=2,
+    train_videos=8,
+    train_images=2,
+    dev_videos=4,
+    dev_images=0,
+    test_videos=6,
     test_images=2,
-)  # fmt: skip
+)
 
 
 @pytest.fixture

@@ -293,8 +293,12 @@ def test_a_checkpoint_that_was_trained_otherwise_is_told_of(
     assert told("no run") == ""
     sides = {"video.max_pixels": 3136, "video.min_pixels": 3136}
     images = {"video.image_max_pixels": 3136, "video.image_min_pixels": 3136}
-    alike = cli.parse(TrainConfig, [f"--{k}={v}" for k, v in (sides | images | {"max_completion_length": 4}).items()],
-                      prog="", description="")  # fmt: skip
+    alike = cli.parse(
+        TrainConfig,
+        [f"--{k}={v}" for k, v in (sides | images | {"max_completion_length": 4}).items()],
+        prog="",
+        description="",
+    )
     cli.save_config(alike, file)
     assert told("alike") == ""
     video = dataclasses.replace(alike.video, max_frames=4, min_pixels=None)

@@ -114,9 +114,13 @@ def test_known_answers_give_known_accuracy(model: VideoLM, dataset: Dataset, ora
         swapped = evaluator.run(model)
     assert (swapped.ordered, swapped.shuffled) == (0.0, 1.0)
     assert result.metrics() == {
-        "eval/ordered": 1.0, "eval/shuffled": 0.0, "eval/gap": 1.0, "eval/samples": 5, "eval/skipped": 0,
+        "eval/ordered": 1.0,
+        "eval/shuffled": 0.0,
+        "eval/gap": 1.0,
+        "eval/samples": 5,
+        "eval/skipped": 0,
         "eval/image": 1.0,
-    }  # fmt: skip
+    }
     assert swapped.metrics()["eval/image"] == 0.0
     assert [a.sample for a in result.answers] == dataset.samples
     assert [a.shuffled for a in result.answers] == [0.0 if s.data_type == "video" else None for s in dataset.samples]

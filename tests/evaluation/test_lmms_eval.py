@@ -79,8 +79,14 @@ def model_class() -> Iterator[type]:
     if REAL:
         yield importlib.import_module("videor1.evaluation.lmms_eval.model").VideoR1
         return
-    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.instance", "lmms_eval.models",
-             "lmms_eval.models.registry_v2")  # fmt: skip
+    names = (
+        "lmms_eval",
+        "lmms_eval.api",
+        "lmms_eval.api.model",
+        "lmms_eval.api.instance",
+        "lmms_eval.models",
+        "lmms_eval.models.registry_v2",
+    )
     modules = {name: types.ModuleType(name) for name in names}
     modules["lmms_eval.api.model"].lmms = StandInModel  # type: ignore[attr-defined]
     instance = modules["lmms_eval.api.instance"]
@@ -184,9 +190,10 @@ def test_answers_come_back_in_order(make, engine, video: Path, tmp_path: Path) -
     contents = [
         [clip(video), text("Which?\nA. one\nB. two")],
         [{"type": "image", "url": Image.new("L", (40, 40))}, text("What?")],
-        [text("2 + 2?")], [{"type": "image", "url": str(picture)}, text("And this?")],
+        [text("2 + 2?")],
+        [{"type": "image", "url": str(picture)}, text("And this?")],
         [clip(video, start_time=1.0, end_time=2.0), text("Here?")],
-    ]  # fmt: skip
+    ]
     results = model.generate_until(requests(model, contents))
     assert [result.text for result in results] == 5 * ["B"]  # the answer tag's text
     assert [result.token_counts.output_tokens for result in results] == 5 * [7]
@@ -350,8 +357,12 @@ def test_lmms_evals_own_evaluator_runs_it(assets: Assets, video: Path, tmp_path:
     )
     models.MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
     found = evaluator.simple_evaluate(
-        model="videor1", model_args=f"pretrained={assets.model},max_pixels=3136,workers=0,max_new_tokens=6",
-        tasks=["videor1_toy"], device="cpu", batch_size=1, cli_args=None,
+        model="videor1",
+        model_args=f"pretrained={assets.model},max_pixels=3136,workers=0,max_new_tokens=6",
+        tasks=["videor1_toy"],
+        device="cpu",
+        batch_size=1,
+        cli_args=None,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="videor1"),
-    )  # fmt: skip
+    )
     assert found["results"]["videor1_toy"]["acc,none"] == 1.0

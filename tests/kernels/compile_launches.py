@@ -100,9 +100,13 @@ def _head(tile: Tile, *, full: bool) -> Iterator[str]:
         else:
             hidden, weight = (memory(n, size, dtype=dtype) for n in (rows, vocabulary))
         product_statistics(
-            hidden, weight, memory(rows, dtype=torch.int64), None if bias is None else memory(vocabulary, dtype=bias),
-            memory(rows), tile,
-        )  # fmt: skip
+            hidden,
+            weight,
+            memory(rows, dtype=torch.int64),
+            None if bias is None else memory(vocabulary, dtype=bias),
+            memory(rows),
+            tile,
+        )
 
     yield "7B head, odd N, bf16"
     launch((16383, *MODEL[1:]), BF16, ALIGNED, None)
@@ -116,14 +120,15 @@ def _head(tile: Tile, *, full: bool) -> Iterator[str]:
 
 
 def _statistics() -> Iterator[str]:
-    def launch(
-        logits: Tensor, entries: int, memory: Memory, *, entropy: bool, bias: torch.dtype | None = None
-    ) -> None:
+    def launch(logits: Tensor, entries: int, memory: Memory, *, entropy: bool, bias: torch.dtype | None = None) -> None:
         rows, vocabulary = logits.shape
         row_statistics(
-            logits, memory(rows, entries, dtype=torch.int64), None if bias is None else memory(vocabulary, dtype=bias),
-            memory(rows), entropy=entropy,
-        )  # fmt: skip
+            logits,
+            memory(rows, entries, dtype=torch.int64),
+            None if bias is None else memory(vocabulary, dtype=bias),
+            memory(rows),
+            entropy=entropy,
+        )
 
     yield "chunk of fp32 logits, entropy"
     launch(_chunk(4096, 152064, FP32), 1, ALIGNED, entropy=True)
@@ -139,17 +144,29 @@ def _statistics() -> Iterator[str]:
 
 def _gradients() -> Iterator[str]:
     def launch(
-        logits: Tensor, out: Tensor, entries: int, memory: Memory, *, entropy: bool = False,
-        bias: torch.dtype | None = None, moved: bool = False,
-    ) -> None:  # fmt: skip
+        logits: Tensor,
+        out: Tensor,
+        entries: int,
+        memory: Memory,
+        *,
+        entropy: bool = False,
+        bias: torch.dtype | None = None,
+        moved: bool = False,
+    ) -> None:
         rows, vocabulary = logits.shape
         row_gradient(
-            logits, out, memory(rows, entries, dtype=torch.int64),
-            None if bias is None else memory(vocabulary, dtype=bias), memory(rows), memory(rows), memory(rows),
-            memory(rows, entries), entropy=memory(rows) if entropy else None,
+            logits,
+            out,
+            memory(rows, entries, dtype=torch.int64),
+            None if bias is None else memory(vocabulary, dtype=bias),
+            memory(rows),
+            memory(rows),
+            memory(rows),
+            memory(rows, entries),
+            entropy=memory(rows) if entropy else None,
             grad_entropy=memory(rows) if entropy else None,
             source=memory(rows, dtype=torch.int64) if moved else None,
-        )  # fmt: skip
+        )
 
     yield "fp32 logits to bf16 in place, moved"
     buffer = logits_buffer(4096, 152064, torch.device("cpu"))
@@ -174,16 +191,31 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 def _terms() -> Iterator[str]:
     def launch(
-        completions: int, memory: Memory, loss_type: str, level: str, *, dtype: torch.dtype = FP32, old: bool = True,
-        low: float | None = 0.2, high: float | None = 0.2, beta: float = 0.0, masked: bool = False,
-    ) -> None:  # fmt: skip
+        completions: int,
+        memory: Memory,
+        loss_type: str,
+        level: str,
+        *,
+        dtype: torch.dtype = FP32,
+        old: bool = True,
+        low: float | None = 0.2,
+        high: float | None = 0.2,
+        beta: float = 0.0,
+        masked: bool = False,
+    ) -> None:
         options = grpo_loss.GrpoLossOptions(loss_type, beta, low, high, 10.0, level, 768, 6144.0)
         terms(
-            memory(6144, dtype=dtype), memory(6144, dtype=dtype) if old else None,
-            memory(6144, dtype=dtype) if beta else None, memory(6144, dtype=torch.bool) if masked else None,
-            tuple(memory(completions, dtype=torch.int64) for _ in range(3)), memory(completions),
-            memory(completions, dtype=torch.int64), memory(1, dtype=torch.int64)[0], options, memory(6144),
-        )  # fmt: skip
+            memory(6144, dtype=dtype),
+            memory(6144, dtype=dtype) if old else None,
+            memory(6144, dtype=dtype) if beta else None,
+            memory(6144, dtype=torch.bool) if masked else None,
+            tuple(memory(completions, dtype=torch.int64) for _ in range(3)),
+            memory(completions),
+            memory(completions, dtype=torch.int64),
+            memory(1, dtype=torch.int64)[0],
+            options,
+            memory(6144),
+        )
 
     yield "on policy, KL"
     launch(16, ALIGNED, "grpo", "token", old=False, low=None, high=None, beta=0.04)
@@ -199,9 +231,16 @@ def _terms() -> Iterator[str]:
 
 def _advantages() -> Iterator[str]:
     def launch(
-        prompts: int, size: int, others: int | None, rule: str, *, dtype: torch.dtype = FP32,
-        lengths: torch.dtype = torch.int64, normalize: str = "std", apply: str = "reward",
-    ) -> None:  # fmt: skip
+        prompts: int,
+        size: int,
+        others: int | None,
+        rule: str,
+        *,
+        dtype: torch.dtype = FP32,
+        lengths: torch.dtype = torch.int64,
+        normalize: str = "std",
+        apply: str = "reward",
+    ) -> None:
         options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), normalize, 1e-4, apply)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
@@ -219,13 +258,20 @@ def _advantages() -> Iterator[str]:
 
 def _samples() -> Iterator[str]:
     def launch(
-        rows: int, vocabulary: int, dtype: torch.dtype, memory: Memory, *options: float, banned: int = 0,
+        rows: int,
+        vocabulary: int,
+        dtype: torch.dtype,
+        memory: Memory,
+        *options: float,
+        banned: int = 0,
         uniform: torch.dtype = FP32,
-    ) -> None:  # fmt: skip
+    ) -> None:
         sample_tokens(
-            memory(rows, vocabulary, dtype=dtype), memory(rows, dtype=uniform),
-            memory(banned, dtype=torch.int64) if banned else None, SampleTokensOptions(*options),
-        )  # fmt: skip
+            memory(rows, vocabulary, dtype=dtype),
+            memory(rows, dtype=uniform),
+            memory(banned, dtype=torch.int64) if banned else None,
+            SampleTokensOptions(*options),
+        )
 
     for dtype in (BF16, FP32):
         yield f"12 rows of {dtype}"
@@ -247,9 +293,7 @@ def _samples() -> Iterator[str]:
 
 
 def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
-    def launch(
-        layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory
-    ) -> None:
+    def launch(layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory) -> None:
         rows = layout.total_tokens
         q, grad = (memory(rows, heads[0], size, dtype=dtype) for _ in range(2))
         k, v = (memory(rows, heads[1], size, dtype=dtype) for _ in range(2))
@@ -267,9 +311,17 @@ def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
 
 def _decode(block: Block, *, full: bool) -> Iterator[str]:
     def launch(
-        groups: list[int], prefix: int, capacity: int, heads: tuple[int, int], size: int, dtype: torch.dtype,
-        memory: Memory, *, lengths: torch.dtype = torch.int32, slots: bool = False,
-    ) -> None:  # fmt: skip
+        groups: list[int],
+        prefix: int,
+        capacity: int,
+        heads: tuple[int, int],
+        size: int,
+        dtype: torch.dtype,
+        memory: Memory,
+        *,
+        lengths: torch.dtype = torch.int32,
+        slots: bool = False,
+    ) -> None:
         row_group = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
         rows = len(row_group)
         starts = torch.arange(len(groups) + 1) * prefix
@@ -278,9 +330,16 @@ def _decode(block: Block, *, full: bool) -> Iterator[str]:
         suffix_k, suffix_v = (memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2))
         suffix_lengths = memory(rows, dtype=lengths).zero_()
         triton_decode.prefix_decode_attention(
-            memory(rows, heads[0], size, dtype=dtype), prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, layout,
-            0.1, block,
-        )  # fmt: skip
+            memory(rows, heads[0], size, dtype=dtype),
+            prefix_k,
+            prefix_v,
+            suffix_k,
+            suffix_v,
+            suffix_lengths,
+            layout,
+            0.1,
+            block,
+        )
 
     yield "7B decode, 12 rows, bf16"
     launch([8, 4], 1224, 768, (28, 4), 128, BF16, ALIGNED)

@@ -1,7 +1,7 @@
 """What the package's Triton kernels compile to, for GPUs that need not be there.
 
-    python tests/kernels/compile_report.py            a Markdown table
-    python tests/kernels/compile_report.py --json 90  the kernels for sm_90 as JSON
+python tests/kernels/compile_report.py            a Markdown table
+python tests/kernels/compile_report.py --json 90  the kernels for sm_90 as JSON
 """
 
 from __future__ import annotations
@@ -198,17 +198,28 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
             integers[name] = "multiple of 16" if kernel.src.attrs.get((i,)) else "any"
     counts, ordered = release_order(kernel.asm["ptx"])
     return Kernel(
-        name=f"{function.__module__}.{function.__name__}", capability=capability, launch=launch,
-        flags={name: value for name, value in constants.items() if name in declared}, integers=integers,
-        num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages, registers=usage["REG"],
-        shared=kernel.metadata.shared, stack=usage["STACK"], local=usage["LOCAL"], spills=_count(r"STL|LDL", sass),
+        name=f"{function.__module__}.{function.__name__}",
+        capability=capability,
+        launch=launch,
+        flags={name: value for name, value in constants.items() if name in declared},
+        integers=integers,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        registers=usage["REG"],
+        shared=kernel.metadata.shared,
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        spills=_count(r"STL|LDL", sass),
         matrix=matrix,
         instructions={
-            "wgmma": _count("HGMMA", sass), "tcgen05": _count("UTCHMMA", sass), "mma": _count("HMMA", sass),
+            "wgmma": _count("HGMMA", sass),
+            "tcgen05": _count("UTCHMMA", sass),
+            "mma": _count("HMMA", sass),
             "TMA": _count("UTMALDG", sass),
         },
-        counts=counts, ordered=ordered,
-    )  # fmt: skip
+        counts=counts,
+        ordered=ordered,
+    )
 
 
 def release_order(ptx: str) -> tuple[int, bool]:

@@ -41,8 +41,11 @@ def emulated(folder):
     launch = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*)\);")
     kernels, count = launch.subn(r"emulation::launch([&] { \1(\3); }, \2);", kernels)
     assert count == kernels.count("emulation::launch") == 2, "a launch was not found"
-    kernels, count = re.subn(r"extern __shared__ float4 memory\[\];", "float4* const memory = "
-                             "reinterpret_cast<float4*>(emulation::shared_memory);", kernels)  # fmt: skip
+    kernels, count = re.subn(
+        r"extern __shared__ float4 memory\[\];",
+        "float4* const memory = reinterpret_cast<float4*>(emulation::shared_memory);",
+        kernels,
+    )
     assert count == 1
     kernels += """
 void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
@@ -53,12 +56,24 @@ void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
     torch_folder = Path(torch.__file__).parent
     library = folder / "emulated.so"
     command = [
-        *extension._compiler(), "-O1", "-std=c++17", "-fPIC", "-shared", "-w", extension.STABLE_ABI,
-        f"-I{Path(__file__).parent / 'cuda_on_cpu'}", f"-I{CSRC}", f"-I{CSRC / 'include'}",
+        *extension._compiler(),
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-w",
+        extension.STABLE_ABI,
+        f"-I{Path(__file__).parent / 'cuda_on_cpu'}",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
         f"-I{torch_folder / 'include'}",
-        str(folder / "bindings.cpp"), str(folder / "kernels.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
-        "-o", str(library),
-    ]  # fmt: skip
+        str(folder / "bindings.cpp"),
+        str(folder / "kernels.cpp"),
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     torch.ops.load_library(str(library))
     return torch.ops.videor1_emulated
@@ -74,10 +89,13 @@ def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotatio
     out_height, out_width = size if rotation % 180 == 0 else size[::-1]
     shape = (math.ceil(count / 2) * size[0] * size[1] // 196, 1176)
     poison = 7 if dtype == torch.uint8 else float("nan")
-    ordered, permuted = (torch.full(shape, poison, dtype=dtype, device=device) if wanted else None
-                         for wanted in (permutation is None or both, permutation is not None))  # fmt: skip
-    tables = [operators.resample_table(torch.empty(0), *sizes, align)
-              for sizes in ((height, out_height), (width, out_width))]  # fmt: skip
+    ordered, permuted = (
+        torch.full(shape, poison, dtype=dtype, device=device) if wanted else None
+        for wanted in (permutation is None or both, permutation is not None)
+    )
+    tables = [
+        operators.resample_table(torch.empty(0), *sizes, align) for sizes in ((height, out_height), (width, out_width))
+    ]
     tables = [(first.to(device), weights.to(device), taps) for first, weights, taps in tables]
     slots = None if permutation is None else native._slots(permutation, device)
     levels = native._levels(dtype, device)

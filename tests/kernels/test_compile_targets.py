@@ -74,15 +74,18 @@ def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
         for shipped in (tile, TILES[80]) if tile.descriptors else (tile,):
             for biased in (False, True):
                 shape = {
-                    "BLOCK_N": shipped.block_n, "BLOCK_H": shipped.block_h, "HAS_BIAS": biased,
+                    "BLOCK_N": shipped.block_n,
+                    "BLOCK_H": shipped.block_h,
+                    "HAS_BIAS": biased,
                     "BLOCK_V": (shipped.bias_block_v if biased else None) or shipped.block_v,
-                }  # fmt: skip
+                }
                 assert any(
-                    k.capability == capability and k.name == (DESCRIPTORS if shipped.descriptors else POINTERS)
+                    k.capability == capability
+                    and k.name == (DESCRIPTORS if shipped.descriptors else POINTERS)
                     and shape.items() <= k.flags.items()
                     and (k.num_warps, k.num_stages) == (shipped.num_warps, shipped.num_stages)
                     for k in products
-                ), f"sm_{capability}: {shipped}, {shape}"  # fmt: skip
+                ), f"sm_{capability}: {shipped}, {shape}"
 
 
 def test_every_shipped_block_is_compiled(compiled: Report) -> None:
@@ -90,11 +93,13 @@ def test_every_shipped_block_is_compiled(compiled: Report) -> None:
         for name in ("forward", "query_gradient", "key_gradients"):
             block = getattr(blocks, name)
             assert any(
-                k.capability == capability and k.name.endswith(f".prefix_{name}") and k.flags["D"] == 128
+                k.capability == capability
+                and k.name.endswith(f".prefix_{name}")
+                and k.flags["D"] == 128
                 and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
                 and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
                 for k in compiled.kernels
-            ), f"sm_{capability}: {name}, {block}"  # fmt: skip
+            ), f"sm_{capability}: {name}, {block}"
 
 
 @pytest.mark.parametrize(("heads", "size"), [(7, 128), (8, 128), (2, 64)])
@@ -103,11 +108,13 @@ def test_every_decode_block_is_compiled(compiled: Report, heads: int, size: int)
     for capability, block in triton_decode.BLOCKS.items():
         if capability in ARCHITECTURES or (heads, size) == (7, 128):
             assert any(
-                k.capability == capability and k.name == DECODE and (k.num_warps, k.num_stages)
-                == (block.num_warps, block.num_stages) and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
+                k.capability == capability
+                and k.name == DECODE
+                and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
+                and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
                 and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
                 for k in compiled.kernels
-            ), f"sm_{capability}: {block}"  # fmt: skip
+            ), f"sm_{capability}: {block}"
 
 
 def test_decode_programs_share_a_multiprocessor(compiled: Report) -> None:
@@ -210,7 +217,8 @@ def test_a_product_without_tensor_cores_is_seen(compiled: Report, capability: in
 
 def test_kernels_are_found_in_sources(tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "__init__.py").write_text(textwrap.dedent("""
+    (tmp_path / "part" / "__init__.py").write_text(
+        textwrap.dedent("""
         @triton.autotune([], key=[])
         @triton.jit
         def tuned(x, later):
@@ -222,8 +230,10 @@ def test_kernels_are_found_in_sources(tmp_path: Path) -> None:
 
         def launch(grid):
             both[grid](1)
-    """))
-    (tmp_path / "rest.py").write_text(textwrap.dedent("""
+    """)
+    )
+    (tmp_path / "rest.py").write_text(
+        textwrap.dedent("""
         @triton.jit
         def helper(x):
             return combine(x, part.both)
@@ -238,7 +248,8 @@ def test_kernels_are_found_in_sources(tmp_path: Path) -> None:
 
         def plain(x):
             pass
-    """))
+    """)
+    )
     assert kernel_names(tmp_path, "package") == ["package.part.both", "package.part.tuned", "package.rest.later"]
 
 

@@ -101,9 +101,7 @@ def test_nothing_is_multiplied_or_converted_twice(way, monkeypatch):
     with Work() as forward:
         _, entropy, lse = reference.forward(hidden, weight, labels, None, 1.0)
     with Work() as backward:
-        reference.backward(
-            torch.ones(rows), None, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False)
-        )
+        reference.backward(torch.ones(rows), None, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False))
     passes = -(-vocab // tiles.tile_sizes(rows, weight, torch.float32)[1])
     assert passes == 7
     product, converted = rows * hidden_size * vocab, vocab * hidden_size + passes * rows * hidden_size

@@ -21,9 +21,15 @@ from videor1_kernels.testing import (
 )
 
 OPERATIONS = (
-    "linear_logprob", "selective_log_softmax", "linear_grpo_loss", "grpo_loss", "tgrpo_advantages",
-    "prefix_attention", "prefix_decode_attention", "frames_to_patches",
-)  # fmt: skip
+    "linear_logprob",
+    "selective_log_softmax",
+    "linear_grpo_loss",
+    "grpo_loss",
+    "tgrpo_advantages",
+    "prefix_attention",
+    "prefix_decode_attention",
+    "frames_to_patches",
+)
 
 
 @pytest.fixture
@@ -31,6 +37,7 @@ def operation(monkeypatch):
     """An operation with a fast backend that needs CUDA and a reference."""
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     monkeypatch.setattr(dispatch, "_last", {})
+
     def unavailable(device, dtype):
         return None if device.type == "cuda" else "it needs CUDA"
 

@@ -286,10 +286,19 @@ def no_bf16_instructions(patch, folder):
 @pytest.mark.parametrize(
     "why",
     [
-        turned_off, no_compiler, missing_compiler, unquoted_compiler, failing_compiler, useless_compiler,
-        silent_compiler, no_source, no_cache, no_avx512, no_bf16_instructions,
+        turned_off,
+        no_compiler,
+        missing_compiler,
+        unquoted_compiler,
+        failing_compiler,
+        useless_compiler,
+        silent_compiler,
+        no_source,
+        no_cache,
+        no_avx512,
+        no_bf16_instructions,
     ],
-)  # fmt: skip
+)
 def test_without_it_fp32_takes_its_place_and_says_so_once(why, fp32_result, monkeypatch, tmp_path, caplog):
     looks_supported(monkeypatch)
     reason = why(monkeypatch, tmp_path)
@@ -308,13 +317,19 @@ def compiler(tmp_path, monkeypatch):
     libm = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libm" in line)
     notes = tmp_path / "notes"
     notes.touch()
-    monkeypatch.setenv("CXX", script(tmp_path, f"""
+    monkeypatch.setenv(
+        "CXX",
+        script(
+            tmp_path,
+            f"""
 [ "$1" = --version ] && echo "${{FAKE_VERSION:-1}}" && exit
 echo made >> {notes}
 sleep 0.05
 for last; do :; done
 cp {libm} "$last"
-"""))
+""",
+        ),
+    )
     return lambda: len(notes.read_text().splitlines())
 
 

@@ -24,9 +24,23 @@ def leaf(*values):
     return tokens(*values).requires_grad_()
 
 
-def naive(logp, advantages, cu_seqlens, *, old_logp=None, ref_logp=None, mask=None, loss_type="grpo", beta=0.04,
-          clip_low=None, clip_high=None, kl_clamp=10.0, importance_level="token", max_completion_length=None,
-          num_tokens=None):  # fmt: skip
+def naive(
+    logp,
+    advantages,
+    cu_seqlens,
+    *,
+    old_logp=None,
+    ref_logp=None,
+    mask=None,
+    loss_type="grpo",
+    beta=0.04,
+    clip_low=None,
+    clip_high=None,
+    kl_clamp=10.0,
+    importance_level="token",
+    max_completion_length=None,
+    num_tokens=None,
+):
     completions, kept_tokens, kls, clipped = [], 0, [], 0
     for s in range(len(cu_seqlens) - 1):
         kept = [t for t in range(int(cu_seqlens[s]), int(cu_seqlens[s + 1])) if mask is None or mask[t]]
@@ -81,8 +95,12 @@ def random_case(seed=0, lengths=(4, 1, 0, 7, 3), masked=False):
 def test_equals_naive(loss, level, clip_low, clip_high, beta, masked):
     logp, case = random_case(masked=masked)
     options = loss | {
-        "importance_level": level, "clip_low": clip_low, "clip_high": clip_high, "beta": beta, "kl_clamp": 2.0,
-    }  # fmt: skip
+        "importance_level": level,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "beta": beta,
+        "kl_clamp": 2.0,
+    }
     ours = grpo_loss(logp, **case, **options)
     loss_value, kl, clip_fraction = naive(logp, **case, **options)
     assert_matches(ours.loss, loss_value, name="loss")
@@ -174,9 +192,15 @@ def test_kl_clamp_by_hand():
 def test_clip_by_hand(ratio, advantage, clip_low, clip_high, loss, clipped, level):
     logp = leaf(-1)
     out = grpo_loss(
-        logp, tokens(advantage), torch.tensor([0, 1]), old_logp=tokens(-1 - math.log(ratio)), beta=0,
-        clip_low=clip_low, clip_high=clip_high, importance_level=level,
-    )  # fmt: skip
+        logp,
+        tokens(advantage),
+        torch.tensor([0, 1]),
+        old_logp=tokens(-1 - math.log(ratio)),
+        beta=0,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        importance_level=level,
+    )
     assert out.loss.item() == pytest.approx(loss, abs=BY_HAND)
     assert out.clip_fraction.item() == float(clipped)
     out.loss.backward()
@@ -276,9 +300,15 @@ def test_no_tokens(loss, level, completions):
     logp = torch.empty(0, requires_grad=True)
     nothing = torch.empty(0)
     out = grpo_loss(
-        logp, torch.ones(completions), torch.zeros(completions + 1, dtype=torch.int32), old_logp=nothing,
-        ref_logp=nothing, clip_low=0.2, importance_level=level, **loss,
-    )  # fmt: skip
+        logp,
+        torch.ones(completions),
+        torch.zeros(completions + 1, dtype=torch.int32),
+        old_logp=nothing,
+        ref_logp=nothing,
+        clip_low=0.2,
+        importance_level=level,
+        **loss,
+    )
     assert out.loss.item() == out.kl.item() == out.clip_fraction.item() == out.skipped_rows == 0
     out.loss.backward()
     assert logp.grad.shape == (0,)
@@ -294,9 +324,13 @@ def test_masked_tokens_are_as_if_absent():
         options = {"clip_low": 0.2, "clip_high": 0.2, "importance_level": level}
         masked = grpo_loss(dirty, **(case | poison), **options)
         short = grpo_loss(
-            logp[keep], case["advantages"], counts[case["cu_seqlens"].long()], old_logp=case["old_logp"][keep],
-            ref_logp=case["ref_logp"][keep], **options,
-        )  # fmt: skip
+            logp[keep],
+            case["advantages"],
+            counts[case["cu_seqlens"].long()],
+            old_logp=case["old_logp"][keep],
+            ref_logp=case["ref_logp"][keep],
+            **options,
+        )
         assert_matches(masked.loss, short.loss)
         assert masked.kl.item() == pytest.approx(short.kl.item())
         assert masked.clip_fraction.item() == pytest.approx(short.clip_fraction.item())
@@ -310,9 +344,15 @@ def test_masked_tokens_are_as_if_absent():
 def test_masked_tokens_of_a_clipped_sequence_are_not_counted():
     # Of 3 tokens one is masked; the other two form a sequence of ratio e^0.5, clipped.
     out = grpo_loss(
-        leaf(-1, -9, -2), tokens(2), torch.tensor([0, 3]), old_logp=tokens(-2, -1, -2), beta=0, clip_high=0.2,
-        importance_level="sequence", mask=torch.tensor([True, False, True]),
-    )  # fmt: skip
+        leaf(-1, -9, -2),
+        tokens(2),
+        torch.tensor([0, 3]),
+        old_logp=tokens(-2, -1, -2),
+        beta=0,
+        clip_high=0.2,
+        importance_level="sequence",
+        mask=torch.tensor([True, False, True]),
+    )
     assert out.clip_fraction.item() == 1.0
     assert out.loss.item() == pytest.approx(-2.4)
     assert out.skipped_rows == 3
@@ -338,9 +378,14 @@ def test_completion_order_does_not_matter():
     for level in ("token", "sequence"):
         first = grpo_loss(logp, **case, **options, importance_level=level)
         other = grpo_loss(
-            logp[index], case["advantages"][order], cu, old_logp=case["old_logp"][index],
-            ref_logp=case["ref_logp"][index], **options, importance_level=level,
-        )  # fmt: skip
+            logp[index],
+            case["advantages"][order],
+            cu,
+            old_logp=case["old_logp"][index],
+            ref_logp=case["ref_logp"][index],
+            **options,
+            importance_level=level,
+        )
         assert_matches(first.loss, other.loss)
         assert_matches(*(torch.autograd.grad(x.loss, logp)[0] for x in (first, other)))
 
@@ -348,9 +393,13 @@ def test_completion_order_does_not_matter():
 def test_an_overflowing_ratio_that_is_clipped_stays_finite():
     logp = torch.tensor([-1.0, -1.0], requires_grad=True)
     out = grpo_loss(
-        logp, torch.tensor([1.0, 0.0]), torch.tensor([0, 1, 2]), old_logp=torch.tensor([-200.0, -200.0]), beta=0,
+        logp,
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([0, 1, 2]),
+        old_logp=torch.tensor([-200.0, -200.0]),
+        beta=0,
         clip_high=0.2,
-    )  # fmt: skip
+    )
     assert out.loss.item() == pytest.approx(-0.6)
     out.loss.backward()
     assert logp.grad.tolist() == [0, 0]

@@ -188,9 +188,11 @@ def test_what_masked_positions_hold_does_not_matter():
     loss, _, grads = run(Ours, inputs)
     out = inputs["attention_mask"] == 0
     for name, poison in (
-        ("_input", torch.nan), ("selected_token_ids", -100), ("old_per_token_logps", torch.inf),
+        ("_input", torch.nan),
+        ("selected_token_ids", -100),
+        ("old_per_token_logps", torch.inf),
         ("ref_per_token_logps", torch.nan),
-    ):  # fmt: skip
+    ):
         inputs[name][out] = poison
     poisoned, _, poisoned_grads = run(Ours, inputs)
     assert torch.equal(loss, poisoned)
@@ -214,11 +216,23 @@ def test_the_call_of_trl():
     results = []
     for loss_class in (Ours, Theirs):
         loss_fn = loss_class(
-            beta=0.04, epsilon_low=0.2, epsilon_high=0.28, temperature=0.9, use_ref_model=True, loss_type="dapo",
-            max_completion_length=T, importance_sampling_level="token", delta=None, use_bias_correction_kl=False,
-            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
-            vespo_k_neg=3.0, vespo_lambda_neg=2.0,
-        )  # fmt: skip
+            beta=0.04,
+            epsilon_low=0.2,
+            epsilon_high=0.28,
+            temperature=0.9,
+            use_ref_model=True,
+            loss_type="dapo",
+            max_completion_length=T,
+            importance_sampling_level="token",
+            delta=None,
+            use_bias_correction_kl=False,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
+        )
         if loss_class is Theirs:
             loss_fn.compiled = False
         loss, metrics = loss_fn(

@@ -81,8 +81,10 @@ def test_use_puts_it_into_openrlhf_and_back(monkeypatch):
     def theirs(logits, labels, temperature=1.0):
         raise AssertionError("not called")
 
-    modules = {name: types.ModuleType(name) for name in
-               ("openrlhf", "openrlhf.models", "openrlhf.models.utils", "openrlhf.models.actor")}  # fmt: skip
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("openrlhf", "openrlhf.models", "openrlhf.models.utils", "openrlhf.models.actor")
+    }
     for name, module in modules.items():
         module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)

@@ -21,9 +21,16 @@ def make_model(attention: str) -> Qwen2ForCausalLM:
     """A text model of another family than the trainer's: the attention is for any decoder."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, initializer_range=0.3, attn_implementation=attention, use_sliding_window=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        initializer_range=0.3,
+        attn_implementation=attention,
+        use_sliding_window=False,
+    )
     return Qwen2ForCausalLM(config).eval()
 
 

@@ -235,9 +235,17 @@ def test_use_without_trl(monkeypatch):
 def save_model(folder):
     """A tiny model in ``folder``; -> its tokenizer."""
     config = Qwen2Config(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, V)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -253,13 +261,23 @@ def train(folder, tokenizer, **options):
         train_dataset=Dataset.from_dict({"prompt": ["w2 w3 w4", "w5 w6", "w7", "w8 w9 w3"]}),
         processing_class=tokenizer,
         args=GRPOConfig(
-            output_dir=str(folder / "run"), max_steps=2, per_device_train_batch_size=4, num_generations=4,
-            max_completion_length=20, logging_steps=1, learning_rate=0.02, report_to="none", save_strategy="no",
-            use_cpu=True, bf16=False, disable_tqdm=True, seed=3,
+            output_dir=str(folder / "run"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=20,
+            logging_steps=1,
+            learning_rate=0.02,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            seed=3,
             optim="sgd",  # Adam would divide rounding differences by gradients near zero
             **options,
         ),
-    )  # fmt: skip
+    )
     trainer.train()
     names = ("loss", "grad_norm", "entropy", "kl")
     logs = [[entry[n] for n in names if n in entry] for entry in trainer.state.log_history if "loss" in entry]

@@ -68,9 +68,13 @@ def test_equals_the_two_steps(level, loss_type):
     case["labels"][::5] = -100
     hidden, weight, bias = inputs
     options = {
-        "loss_type": loss_type, "importance_level": level, "clip_high": 0.2, "num_tokens": 30, "beta": 0.1,
+        "loss_type": loss_type,
+        "importance_level": level,
+        "clip_high": 0.2,
+        "num_tokens": 30,
+        "beta": 0.1,
         "max_completion_length": 12,
-    }  # fmt: skip
+    }
     ours = linear_grpo_loss(hidden, weight, **case, bias=bias, **options)
     labels = case.pop("labels")
     logp, entropy = linear_logprob(hidden, weight, labels, bias=bias)
@@ -91,9 +95,11 @@ def test_gradcheck(level):
     inputs, case = make(hidden_size=2, vocab=4)
     case["labels"][3] = -100
     assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_grpo_loss(
-            h, w, **case, bias=b, clip_low=0.2, clip_high=0.2, importance_level=level, temperature=1.3
-        ).loss,
+        lambda h, w, b: (
+            linear_grpo_loss(
+                h, w, **case, bias=b, clip_low=0.2, clip_high=0.2, importance_level=level, temperature=1.3
+            ).loss
+        ),
         inputs,
     )
 
@@ -153,9 +159,18 @@ def below_the_operator(hidden, weight, labels, advantages, cu_seqlens):
     """The reference itself, with gradients: what runs inside an operator is hidden from a dispatch mode."""
     options = reference.GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None)
     return reference.linear_grpo_loss(
-        hidden.detach(), weight.detach(), labels, advantages, cu_seqlens, None, None, None, 1.0, options,
+        hidden.detach(),
+        weight.detach(),
+        labels,
+        advantages,
+        cu_seqlens,
+        None,
+        None,
+        None,
+        1.0,
+        options,
         [True, True, False],
-    )  # fmt: skip
+    )
 
 
 def test_gradients_multiply_only_the_live_rows():
@@ -174,9 +189,7 @@ def test_full_logits_are_never_made(monkeypatch):
     hidden, weight = torch.randn(rows, 8), torch.randn(vocab, 8)
     monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", 64 * 1024)
     with LargestTensor() as seen:
-        below_the_operator(
-            hidden, weight, torch.randint(vocab, (rows,)), torch.randn(2), torch.tensor([0, 100, rows])
-        )
+        below_the_operator(hidden, weight, torch.randint(vocab, (rows,)), torch.randn(2), torch.tensor([0, 100, rows]))
     assert seen.numel == 64 * 1024 // 4, seen.operation
 
 
@@ -240,8 +253,12 @@ def test_row_temperature():
 )
 def test_errors(change, message):
     arguments = {
-        "hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(3).long(),
-        "advantages": torch.zeros(2), "cu_seqlens": torch.tensor([0, 2, 3]), "beta": 0,
-    } | change  # fmt: skip
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(5, 4),
+        "labels": torch.zeros(3).long(),
+        "advantages": torch.zeros(2),
+        "cu_seqlens": torch.tensor([0, 2, 3]),
+        "beta": 0,
+    } | change
     with pytest.raises(ValueError, match=f"linear_grpo_loss: {message}"):
         linear_grpo_loss(**arguments)

@@ -49,17 +49,21 @@ def make(shape, hidden_size, vocab, dtype=torch.float64, seed=0, ignored=True):
 def gradients(outputs, inputs, seed=1):
     """Gradients of a random combination of logp and entropy."""
     generator = torch.Generator().manual_seed(seed)
-    total = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in outputs
-    )
+    total = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in outputs)
     return torch.autograd.grad(total, inputs)
 
 
 @pytest.mark.parametrize(
     ("shape", "hidden_size", "vocab"),
     [
-        ((1,), 1, 1), ((1,), 3, 2), ((17,), 5, 33), ((65,), 16, 129),
-        ((2, 3), 4, 7), ((), 4, 9), ((0,), 4, 7), ((2, 0), 4, 7),
+        ((1,), 1, 1),
+        ((1,), 3, 2),
+        ((17,), 5, 33),
+        ((65,), 16, 129),
+        ((2, 3), 4, 7),
+        ((), 4, 9),
+        ((0,), 4, 7),
+        ((2, 0), 4, 7),
     ],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -310,11 +314,14 @@ def test_full_logits_are_never_made(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "shape", "dtype"),
     [
-        (4096, (32768, 1024), torch.float32), (16384, (152064, 3584), torch.float32),
-        (4096, (152064, 3584), torch.float64), (1, (152064, 3584), torch.float32),
-        (0, (7, 3), torch.float32), (5, (1, 10**9), torch.float32),
+        (4096, (32768, 1024), torch.float32),
+        (16384, (152064, 3584), torch.float32),
+        (4096, (152064, 3584), torch.float64),
+        (1, (152064, 3584), torch.float32),
+        (0, (7, 3), torch.float32),
+        (5, (1, 10**9), torch.float32),
     ],
-)  # fmt: skip
+)
 def test_tiles_are_bounded(rows, shape, dtype):
     n, m = tiles.tile_sizes(rows, torch.empty(shape, device="meta", dtype=torch.bfloat16), dtype)
     assert 1 <= n <= max(1, rows)

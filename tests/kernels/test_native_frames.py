@@ -235,10 +235,13 @@ def test_less_than_a_tenth_of_the_memory():
     root = Path(videor1_kernels.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     ours, chain = (
-        int(subprocess.run([sys.executable, "-c", PEAK, which], check=True, capture_output=True, text=True,
-                           env=environment).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, which], check=True, capture_output=True, text=True, env=environment
+            ).stdout
+        )
         for which in ("native", "chain")
-    )  # fmt: skip
+    )
     out = 3840 * 1176 * 2 // 1024
     assert chain > 350_000, "KiB; 16 frames of 1080p in fp32 are 398 MB"
     assert ours - out < chain / 10
@@ -250,8 +253,20 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
 @pytest.mark.parametrize("target", TARGETS)
 def test_cuda_compiles_without_spills(target, tmp_path):
-    command = ["nvcc", "-O3", "-std=c++17", f"-arch={target}", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'include'}",
-               "-c", str(CSRC / "frames_to_patches.cu"), "-o", str(tmp_path / "kernels.o")]  # fmt: skip
+    command = [
+        "nvcc",
+        "-O3",
+        "-std=c++17",
+        f"-arch={target}",
+        "-Xptxas",
+        "-v",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+        "-c",
+        str(CSRC / "frames_to_patches.cu"),
+        "-o",
+        str(tmp_path / "kernels.o"),
+    ]
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said.stderr)
@@ -266,8 +281,19 @@ def test_cuda_compiles_without_spills(target, tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
 def test_the_bindings_compile_for_cuda(tmp_path):
     include = Path(torch.__file__).parent / "include"
-    command = ["nvcc", "-std=c++17", extension.STABLE_ABI, "-DVIDEOR1_CUDA", "-DUSE_CUDA", f"-I{CSRC}",
-               f"-I{CSRC / 'include'}", f"-I{include}", "-c", str(CSRC / "bindings.cpp"),
-               "-o", str(tmp_path / "bindings.o")]  # fmt: skip
+    command = [
+        "nvcc",
+        "-std=c++17",
+        extension.STABLE_ABI,
+        "-DVIDEOR1_CUDA",
+        "-DUSE_CUDA",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+        f"-I{include}",
+        "-c",
+        str(CSRC / "bindings.cpp"),
+        "-o",
+        str(tmp_path / "bindings.o"),
+    ]
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr

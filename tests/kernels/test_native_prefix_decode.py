@@ -49,8 +49,9 @@ def test_equals_naive_fp64(native, name, heads, dim):
 
 
 def test_long_prefixes_and_many_rows(native):
-    tensors, index = make([700, 333, 1], [0] * 9 + [1] * 5 + [2, 0], [1 + 7 * i for i in range(16)], 120, dim=64,
-                          dtype=torch.float32)  # fmt: skip
+    tensors, index = make(
+        [700, 333, 1], [0] * 9 + [1] * 5 + [2, 0], [1 + 7 * i for i in range(16)], 120, dim=64, dtype=torch.float32
+    )
     oracle = naive(*(x.double() for x in tensors), **index)
     bound = rounding(64 + 700 + 1 + 7 * 15)  # of a score, and keys of the longest row; values are of order 1
     torch.testing.assert_close(native(*tensors, **index).double(), oracle, rtol=bound, atol=bound)
@@ -69,8 +70,10 @@ def test_large_and_equal_scores(native):
     zero = torch.zeros_like(q)
     torch.testing.assert_close(
         native(zero, pk, pv, sk, sv, **index).double(),
-        naive(*(x.double() for x in (zero, pk, pv, sk, sv)), **index), rtol=0, atol=rounding(5 + 4),
-    )  # fmt: skip
+        naive(*(x.double() for x in (zero, pk, pv, sk, sv)), **index),
+        rtol=0,
+        atol=rounding(5 + 4),
+    )
 
 
 def test_same_bits_for_any_threads_and_memory(native, monkeypatch):

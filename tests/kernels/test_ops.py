@@ -73,9 +73,16 @@ def loss(backend, level="token"):
 
     def call(logp):
         out = vk.grpo_loss(
-            logp, advantages, CU, old_logp=other, ref_logp=other, clip_low=0.2, clip_high=0.2, importance_level=level,
+            logp,
+            advantages,
+            CU,
+            old_logp=other,
+            ref_logp=other,
+            clip_low=0.2,
+            clip_high=0.2,
+            importance_level=level,
             backend=backend,
-        )  # fmt: skip
+        )
         return out.loss, (out.logp, out.kl, out.clip_fraction, out.skipped_rows)
 
     return call, (logp,)
@@ -88,9 +95,18 @@ def fused(backend):
 
     def call(hidden, weight, bias):
         out = vk.linear_grpo_loss(
-            hidden, weight, labels, advantages, CU, old_logp=other, ref_logp=other, bias=bias, clip_low=0.2,
-            temperature=0.9, backend=backend,
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            advantages,
+            CU,
+            old_logp=other,
+            ref_logp=other,
+            bias=bias,
+            clip_low=0.2,
+            temperature=0.9,
+            backend=backend,
+        )
         return 2 * out.loss, (out.logp, out.entropy, out.kl, out.clip_fraction, out.skipped_rows)
 
     return call, (hidden, weight, bias)
@@ -122,8 +138,10 @@ CALLS = {
 
 def flat(outputs):
     value, extra = outputs
-    return [value.detach(), *(x.detach() if isinstance(x, torch.Tensor) else x for x in
-            (extra if isinstance(extra, tuple) else (extra,)))]  # fmt: skip
+    return [
+        value.detach(),
+        *(x.detach() if isinstance(x, torch.Tensor) else x for x in (extra if isinstance(extra, tuple) else (extra,))),
+    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -170,9 +188,7 @@ def test_advantages_compile(backend):
 
 def test_values_are_checked_inside_a_compiled_graph():
     (hidden, weight, _), labels = case()
-    compiled = torch.compile(
-        lambda y: vk.linear_logprob(hidden, weight, y)[0], fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda y: vk.linear_logprob(hidden, weight, y)[0], fullgraph=True, backend="aot_eager")
     compiled(labels)
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 21\)"):
         compiled(labels.masked_fill(labels == labels[0], 21))
@@ -200,11 +216,31 @@ def test_opcheck(backend):
         (linear_logprob_op, (hidden, weight.detach(), labels, None, temperatures, 1.0, backend)),
         (
             linear_logprob_backward_op,
-            (lp, None, hidden.detach(), weight.detach(), labels, bias.detach(), None, 0.8, lp, lp.double(),
-             [True, False, True], backend),
+            (
+                lp,
+                None,
+                hidden.detach(),
+                weight.detach(),
+                labels,
+                bias.detach(),
+                None,
+                0.8,
+                lp,
+                lp.double(),
+                [True, False, True],
+                backend,
+            ),
         ),
-        (selective_op, (torch.randn(4, 7, device=DEVICE, requires_grad=True),
-                        torch.randint(7, (4, 2), device=DEVICE), None, 0.8, backend)),
+        (
+            selective_op,
+            (
+                torch.randn(4, 7, device=DEVICE, requires_grad=True),
+                torch.randint(7, (4, 2), device=DEVICE),
+                None,
+                0.8,
+                backend,
+            ),
+        ),
         (grpo_loss_op, (lp.clone().requires_grad_(), advantages, CU, lp, lp, labels != -100, *OPTIONS, backend)),
         (
             linear_grpo_loss_op,
@@ -212,17 +248,43 @@ def test_opcheck(backend):
         ),
         (
             linear_grpo_loss_op,
-            (hidden, weight.detach(), labels, advantages, CU, None, lp, None, temperatures, 1.0, *OPTIONS,
-             [True, False, False], backend),
+            (
+                hidden,
+                weight.detach(),
+                labels,
+                advantages,
+                CU,
+                None,
+                lp,
+                None,
+                temperatures,
+                1.0,
+                *OPTIONS,
+                [True, False, False],
+                backend,
+            ),
         ),
         (
             tgrpo_advantages_op,
-            (torch.rand(2, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE),
-             torch.randint(9, (2, 3), device=DEVICE), torch.rand(2, 2, device=DEVICE),
-             "margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4,
-             "reward", backend),
+            (
+                torch.rand(2, 3, device=DEVICE),
+                torch.rand(2, 3, device=DEVICE),
+                torch.randint(9, (2, 3), device=DEVICE),
+                torch.rand(2, 2, device=DEVICE),
+                "margin",
+                0.3,
+                0.8,
+                0.1,
+                0.2,
+                3.0,
+                6.0,
+                "std",
+                1e-4,
+                "reward",
+                backend,
+            ),
         ),
-    ]  # fmt: skip
+    ]
     _, (q, k, v) = attention(backend)
     numbers = ([5, 3], [2, 1], [2, 4, 3], 0.3, backend)
     checks.append((prefix_attention_op, (q, k, v, *numbers)))

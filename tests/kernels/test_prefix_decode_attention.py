@@ -31,9 +31,11 @@ def make(prefixes, row_group, suffix_lengths, capacity, heads=(4, 2), dim=8, dty
     rows, total = len(row_group), sum(prefixes)
     tensors = (
         normal(rows, heads[0], dim),
-        normal(total, heads[1], dim), normal(total, heads[1], dim),
-        normal(rows, capacity, heads[1], dim), normal(rows, capacity, heads[1], dim),
-    )  # fmt: skip
+        normal(total, heads[1], dim),
+        normal(total, heads[1], dim),
+        normal(rows, capacity, heads[1], dim),
+        normal(rows, capacity, heads[1], dim),
+    )
     index = {
         "suffix_lengths": torch.tensor(suffix_lengths, dtype=torch.int64),
         "cu_prefix": torch.tensor([0, *torch.tensor(prefixes).cumsum(0).tolist()], dtype=torch.int32),
@@ -106,9 +108,15 @@ def test_equals_the_last_position_of_prefix_attention():
         for x in (k, v)
     )
     out = prefix_decode_attention(
-        q[ends], k[layout.prompt_index], v[layout.prompt_index], suffix_k, suffix_v,
-        suffix_lengths=lengths, cu_prefix=torch.tensor([0, 5, 8]), row_group=torch.tensor([0, 0, 1]),
-    )  # fmt: skip
+        q[ends],
+        k[layout.prompt_index],
+        v[layout.prompt_index],
+        suffix_k,
+        suffix_v,
+        suffix_lengths=lengths,
+        cu_prefix=torch.tensor([0, 5, 8]),
+        row_group=torch.tensor([0, 0, 1]),
+    )
     assert_matches(out, prefix_attention(q, k, v, layout)[ends])
 
 
@@ -184,10 +192,13 @@ def scattered(tensors, index, prefix_starts, slots, gap=float("nan")):
 @pytest.mark.parametrize(
     ("name", "starts", "slots"),
     [
-        ("rows scattered", [12, 0, 2], [5, 1, 8, 0, 3, 4]), ("rows in order", [0, 5], [0, 1, 2, 3]),
-        ("rows in order", [3, 0], [3, 2, 1, 0]), ("spare capacity", [1], [1, 0]), ("one row", [0], [2]),
+        ("rows scattered", [12, 0, 2], [5, 1, 8, 0, 3, 4]),
+        ("rows in order", [0, 5], [0, 1, 2, 3]),
+        ("rows in order", [3, 0], [3, 2, 1, 0]),
+        ("spare capacity", [1], [1, 0]),
+        ("one row", [0], [2]),
     ],
-)  # fmt: skip
+)
 def test_prefixes_and_suffixes_anywhere_in_memory(name, starts, slots, dtype):
     tensors, index = make(*CASES[name], dim=16, dtype=dtype)
     expected = naive(*(x.double() for x in tensors), **index)
@@ -206,6 +217,9 @@ def test_memory_too_small_for_the_layout():
         prefix_decode_attention(q, pk[:6], pv[:6], sk, sv, suffix_lengths=index["suffix_lengths"], layout=layout)
     with pytest.raises(ValueError, match="suffix_k: expected at least the 7 slots of the layout, got 6"):
         prefix_decode_attention(q, pk, pv, sk[:6], sv[:6], suffix_lengths=index["suffix_lengths"], layout=layout)
-    for change, message in (({"prefix_starts": torch.tensor([-1, 2])}, "prefix_starts"), ({"suffix_slots": torch.tensor([0, 1, -2, 3])}, "suffix_slots")):  # noqa: E501
+    for change, message in (
+        ({"prefix_starts": torch.tensor([-1, 2])}, "prefix_starts"),
+        ({"suffix_slots": torch.tensor([0, 1, -2, 3])}, "suffix_slots"),
+    ):
         with pytest.raises(ValueError, match=f"{message}: expected 0 or more, got -"):
             DecodeLayout(index["cu_prefix"], index["row_group"], **change)

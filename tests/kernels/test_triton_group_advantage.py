@@ -217,9 +217,11 @@ def make_in_float32(*shape):
 
 
 GOOD = {
-    "accuracy": torch.zeros(2, 3), "format": torch.zeros(2, 3), "lengths": torch.zeros(2, 3),
+    "accuracy": torch.zeros(2, 3),
+    "format": torch.zeros(2, 3),
+    "lengths": torch.zeros(2, 3),
     "shuffled_accuracy": torch.zeros(2, 2),
-}  # fmt: skip
+}
 
 
 def with_value(shape, value):
@@ -231,19 +233,36 @@ def with_value(shape, value):
 @pytest.mark.parametrize(
     "change",
     [
-        {"accuracy": with_value((2, 3), math.nan)}, {"accuracy": with_value((2, 3), math.inf)},
-        {"accuracy": with_value((2, 3), -math.inf)}, {"format": with_value((2, 3), math.nan)},
-        {"format": with_value((2, 3), math.inf)}, {"shuffled_accuracy": with_value((2, 2), math.inf)},
-        {"shuffled_accuracy": with_value((2, 2), -math.inf)}, {"accuracy": torch.zeros(3)},
-        {"accuracy": torch.zeros(2, 0)}, {"accuracy": torch.zeros(2, 3).long()}, {"format": torch.zeros(2, 4)},
-        {"format": torch.zeros(2, 3, device="meta")}, {"lengths": torch.zeros(3, 2)},
-        {"lengths": torch.zeros(2, 3) > 0}, {"shuffled_accuracy": torch.zeros(3, 2)},
-        {"shuffled_accuracy": torch.zeros(2)}, {"rule": "margins"}, {"normalize": "mean"}, {"apply": "rewards"},
-        {"alpha": -1.0}, {"alpha": math.nan}, {"mu": -1.0}, {"eps": -1.0}, {"correct_above": math.inf},
-        {"length_bonus": math.nan}, {"length_range": (5, 4)}, {"length_range": (1, 2, 3)},
+        {"accuracy": with_value((2, 3), math.nan)},
+        {"accuracy": with_value((2, 3), math.inf)},
+        {"accuracy": with_value((2, 3), -math.inf)},
+        {"format": with_value((2, 3), math.nan)},
+        {"format": with_value((2, 3), math.inf)},
+        {"shuffled_accuracy": with_value((2, 2), math.inf)},
+        {"shuffled_accuracy": with_value((2, 2), -math.inf)},
+        {"accuracy": torch.zeros(3)},
+        {"accuracy": torch.zeros(2, 0)},
+        {"accuracy": torch.zeros(2, 3).long()},
+        {"format": torch.zeros(2, 4)},
+        {"format": torch.zeros(2, 3, device="meta")},
+        {"lengths": torch.zeros(3, 2)},
+        {"lengths": torch.zeros(2, 3) > 0},
+        {"shuffled_accuracy": torch.zeros(3, 2)},
+        {"shuffled_accuracy": torch.zeros(2)},
+        {"rule": "margins"},
+        {"normalize": "mean"},
+        {"apply": "rewards"},
+        {"alpha": -1.0},
+        {"alpha": math.nan},
+        {"mu": -1.0},
+        {"eps": -1.0},
+        {"correct_above": math.inf},
+        {"length_bonus": math.nan},
+        {"length_range": (5, 4)},
+        {"length_range": (1, 2, 3)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_errors_are_the_references(change):
     given = {
         name: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x

@@ -109,10 +109,11 @@ def test_the_ends_of_clip_and_clamp():
     """A gap of exactly the clamp has a gradient, one beyond has not; an overflowing ratio of advantage 0 is nothing."""
     logp = leaf(torch.tensor([-12.0, -21.0, -1.0, -1.0, 0.0], device=DEVICE))
     case = {
-        "advantages": torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0], device=DEVICE), "cu_seqlens": cumulative([1] * 5),
+        "advantages": torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0], device=DEVICE),
+        "cu_seqlens": cumulative([1] * 5),
         "ref_logp": torch.tensor([-2.0, -1.0, -21.0, -1.0, 0.0], device=DEVICE),
         "old_logp": torch.tensor([-12.0, -21.0, -2.0, 0.0, -200.0], device=DEVICE),
-    }  # fmt: skip
+    }
     ours, grad = check(logp, case, beta=1.0, **BOTH)
     assert (grad != 0).tolist() == [True, False, False, False, False]
     assert ours.skipped_rows == 4

@@ -30,9 +30,11 @@ MIXES = [
     ({**loss, "importance_level": level, "beta": beta, "clip_low": low, "clip_high": high}, old)
     for i, (loss, level) in enumerate(itertools.product(LOSSES, ("token", "sequence")))
     for beta, old, (low, high) in (
-        (0.0, i % 2 == 0, CLIPS[i % 4]), (0.04, True, CLIPS[3 - i % 4]), (0.04 * (i % 2), False, CLIPS[3])
+        (0.0, i % 2 == 0, CLIPS[i % 4]),
+        (0.04, True, CLIPS[3 - i % 4]),
+        (0.04 * (i % 2), False, CLIPS[3]),
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,9 +54,12 @@ def test_shapes_and_temperatures(dtype, temperature, rows, vocab, size):
     value = torch.linspace(0.3, 2, rows, device=DEVICE) if temperature == "row" else temperature
     with torch.no_grad():
         exact = head.oracle()
-        case["old_logp"] = 0.1 + linear_logprob(
-            exact.hidden, exact.weight, exact.labels, temperature=value, backend="reference"
-        )[0].float()  # fmt: skip
+        case["old_logp"] = (
+            0.1
+            + linear_logprob(exact.hidden, exact.weight, exact.labels, temperature=value, backend="reference")[
+                0
+            ].float()
+        )
     check_linear(head, case, temperature=value, **BOTH)
 
 
@@ -67,9 +72,10 @@ def test_no_worse_than_plain_torch(dtype):
     logp = (head.hidden @ head.weight.T).float().log_softmax(-1).gather(-1, head.labels[:, None])[:, 0]
     r = (logp - case["old_logp"]).exp()
     x = case["ref_logp"] - logp
-    a, share = (torch.repeat_interleave(v, torch.tensor(lengths, device=DEVICE)) for v in (
-        case["advantages"], 1 / torch.tensor([float(4 * n) for n in lengths], device=DEVICE)
-    ))  # fmt: skip
+    a, share = (
+        torch.repeat_interleave(v, torch.tensor(lengths, device=DEVICE))
+        for v in (case["advantages"], 1 / torch.tensor([float(4 * n) for n in lengths], device=DEVICE))
+    )
     plain = (share * (-torch.minimum(r * a, r.clamp(0.5, 1.5) * a) + 0.04 * (x.exp() - x - 1))).sum()
     plain_grads = torch.autograd.grad(plain, head.leaves)
     terms = 48 + 300 + sum(lengths)
@@ -103,12 +109,15 @@ def test_fused_on_policy_ratio_is_exactly_one(dtype, level):
 @pytest.mark.parametrize(
     "loss",
     [
-        {"loss_type": "dapo", "num_tokens": 2e7}, {"loss_type": "dapo", "num_tokens": 1e-5},
-        {"loss_type": "dr_grpo", "max_completion_length": 1e7}, {"loss_type": "dr_grpo", "max_completion_length": 1e-5},
-        {"loss_type": "bnpo"}, {"loss_type": "grpo"},
+        {"loss_type": "dapo", "num_tokens": 2e7},
+        {"loss_type": "dapo", "num_tokens": 1e-5},
+        {"loss_type": "dr_grpo", "max_completion_length": 1e7},
+        {"loss_type": "dr_grpo", "max_completion_length": 1e-5},
+        {"loss_type": "bnpo"},
+        {"loss_type": "grpo"},
     ],
     ids=lambda x: "-".join(map(str, x.values())),
-)  # fmt: skip
+)
 def test_coefficients_outside_the_range_of_fp16(dtype, loss):
     """Of 1e-8 or 1e5: gradients are right where the incoming gradient brings them back into the range."""
     head, case = make_linear(dtype, (9, 0, 7))
@@ -173,13 +182,19 @@ def test_autocast_and_default_dtype_change_nothing(dtype):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("hidden", "weight"), [(torch.float16, torch.float32), (torch.float32, torch.float16),
-                                                (torch.bfloat16, torch.float16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
+)
 def test_mixed_dtypes(hidden, weight):
     head, case = make_linear(torch.float16, ignored=True)
     mixed = replace(head, hidden=leaf(head.hidden.to(hidden)), weight=leaf(head.weight.to(weight)))
-    case |= {"old_logp": case["old_logp"].to(torch.float64), "ref_logp": case["ref_logp"].half(),
-             "advantages": case["advantages"].half(), "cu_seqlens": case["cu_seqlens"].long()}  # fmt: skip
+    case |= {
+        "old_logp": case["old_logp"].to(torch.float64),
+        "ref_logp": case["ref_logp"].half(),
+        "advantages": case["advantages"].half(),
+        "cu_seqlens": case["cu_seqlens"].long(),
+    }
     check_linear(mixed, case)
 
 
@@ -231,11 +246,19 @@ def test_no_tokens(dtype, lengths, level):
 
 
 BAD_HEAD = [
-    {"hidden": torch.zeros(1, 3, 4)}, {"hidden": torch.zeros(3, 0)}, {"labels": torch.zeros(4).long()},
-    {"labels": torch.tensor([0, 1, 5])}, {"labels": torch.tensor([0, 1, -1])}, {"labels": torch.zeros(3).int()},
-    {"weight": torch.zeros(5, 3)}, {"weight": torch.zeros(5, 4, device="meta")}, {"bias": torch.zeros(4)},
-    {"temperature": 0}, {"temperature": torch.tensor([1.0, -1.0, 1.0])}, {"temperature": torch.ones(2)},
-]  # fmt: skip
+    {"hidden": torch.zeros(1, 3, 4)},
+    {"hidden": torch.zeros(3, 0)},
+    {"labels": torch.zeros(4).long()},
+    {"labels": torch.tensor([0, 1, 5])},
+    {"labels": torch.tensor([0, 1, -1])},
+    {"labels": torch.zeros(3).int()},
+    {"weight": torch.zeros(5, 3)},
+    {"weight": torch.zeros(5, 4, device="meta")},
+    {"bias": torch.zeros(4)},
+    {"temperature": 0},
+    {"temperature": torch.tensor([1.0, -1.0, 1.0])},
+    {"temperature": torch.ones(2)},
+]
 
 
 @pytest.mark.parametrize("change", BAD_HEAD + BAD, ids=str)

@@ -81,9 +81,11 @@ def test_packing_order_changes_nothing(dtype, level):
     rows = torch.tensor([t for s in order for t in range(first[s], first[s + 1])], device=DEVICE)
     shuffled = replace(head, hidden=leaf(head.hidden[rows]), labels=head.labels[rows])
     moved = {
-        "advantages": case["advantages"][order], "cu_seqlens": cumulative([LONG[s] for s in order]),
-        "old_logp": case["old_logp"][rows], "ref_logp": case["ref_logp"][rows],
-    }  # fmt: skip
+        "advantages": case["advantages"][order],
+        "cu_seqlens": cumulative([LONG[s] for s in order]),
+        "old_logp": case["old_logp"][rows],
+        "ref_logp": case["ref_logp"][rows],
+    }
     a, (a_hidden, a_weight) = run(head, case, importance_level=level, **BOTH)
     b, (b_hidden, b_weight) = run(shuffled, moved, importance_level=level, **BOTH)
     assert_matches(b.loss, a.loss)
@@ -156,9 +158,11 @@ def test_clipped_rows_take_no_part(dtype):
     rest = (~dead).nonzero()[:, 0]
     left = replace(head, hidden=leaf(head.hidden[rest]), labels=head.labels[rest])
     per_token = {
-        "advantages": case["advantages"].repeat_interleave(6)[rest], "cu_seqlens": cumulative([1] * len(rest)),
-        "old_logp": case["old_logp"][rest], "ref_logp": None,
-    }  # fmt: skip
+        "advantages": case["advantages"].repeat_interleave(6)[rest],
+        "cu_seqlens": cumulative([1] * len(rest)),
+        "old_logp": case["old_logp"][rest],
+        "ref_logp": None,
+    }
     _, alone = run(left, per_token, beta=0, loss_type="dapo", num_tokens=12)
     assert_matches(grads[0][rest], alone[0])
     assert_matches(grads[1], alone[1])

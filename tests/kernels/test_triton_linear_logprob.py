@@ -39,10 +39,15 @@ def plain(head: Head, temperature=1.0):
 @pytest.mark.parametrize(
     ("rows", "vocab", "size", "bias", "temperature"),
     [
-        (1, 1, 1, True, 1.0), (1, 131, 8, False, 0.3), (2, 2, 3, False, 1.0), (5, 64, 32, True, 2.0),
-        (33, 257, 40, False, 1.0), (40, 300, 17, True, 0.3), (32, 128, 48, False, 2.0),
+        (1, 1, 1, True, 1.0),
+        (1, 131, 8, False, 0.3),
+        (2, 2, 3, False, 1.0),
+        (5, 64, 32, True, 2.0),
+        (33, 257, 40, False, 1.0),
+        (40, 300, 17, True, 0.3),
+        (32, 128, 48, False, 2.0),
     ],
-)  # fmt: skip
+)
 def test_equals_fp64(dtype, rows, vocab, size, bias, temperature):
     check(make_head(rows, vocab, size, dtype, bias=bias), temperature)
 
@@ -94,9 +99,8 @@ def test_logits_of_ten_thousand(dtype):
     weight[:, 0], hidden[:, 0] = 100.0, torch.tensor([100.0, -100.0]).repeat(6)
     weight[75:, 0] = -100.0
     head = Head(
-        leaf(hidden.to(DEVICE, dtype)), leaf(weight.to(DEVICE, dtype)),
-        torch.tensor([0, 149] * 6, device=DEVICE),
-    )  # fmt: skip
+        leaf(hidden.to(DEVICE, dtype)), leaf(weight.to(DEVICE, dtype)), torch.tensor([0, 149] * 6, device=DEVICE)
+    )
     logits = hidden @ weight.T
     assert logits.max() > 9990
     assert logits.min() < -9990
@@ -201,8 +205,12 @@ def test_banned_tokens(dtype, banned):
     """A bias of -inf: whole tiles of it too, at either end."""
     head = make_head(7, 300, 16, dtype, bias=True)
     bias = head.bias.detach().clone()
-    where = {"some": slice(1, None, 3), "first tiles": slice(0, 200), "last tiles": slice(60, None),
-             "all but one": slice(0, None)}[banned]  # fmt: skip
+    where = {
+        "some": slice(1, None, 3),
+        "first tiles": slice(0, 200),
+        "last tiles": slice(60, None),
+        "all but one": slice(0, None),
+    }[banned]
     bias[where] = -torch.inf
     head.labels.fill_(0)
     if banned == "all but one":
@@ -235,11 +243,13 @@ def test_a_banned_label_has_no_probability(dtype):
 @pytest.mark.parametrize(
     ("hidden", "weight", "bias"),
     [
-        (torch.float16, torch.float32, torch.float16), (torch.float32, torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.float32),
         (torch.float16, torch.float16, torch.float32),
     ],
-)  # fmt: skip
+)
 def test_mixed_dtypes(hidden, weight, bias):
     head = make_head(9, 70, 16, bias=True)
     head = Head(leaf(head.hidden.to(hidden)), leaf(head.weight.to(weight)), head.labels, leaf(head.bias.to(bias)))
@@ -318,18 +328,31 @@ GOOD = {"hidden": torch.zeros(12, 4), "weight": torch.zeros(9, 4), "labels": tor
 @pytest.mark.parametrize(
     "change",
     [
-        {"labels": torch.tensor([0] * 11 + [9])}, {"labels": torch.tensor([0] * 11 + [-1])},
-        {"labels": torch.tensor([0] * 11 + [2**40])}, {"labels": torch.zeros(12).int()},
-        {"labels": torch.zeros(11).long()}, {"labels": torch.zeros(12, 1).long()},
-        {"weight": torch.zeros(9, 5)}, {"weight": torch.zeros(0, 4)}, {"weight": torch.zeros(9, 4).long()},
-        {"weight": torch.zeros(9, 4, device="meta")}, {"hidden": torch.zeros(12, 0)}, {"hidden": [[0.0]]},
-        {"bias": torch.zeros(8)}, {"bias": torch.zeros(9).int()}, {"temperature": 0.0}, {"temperature": -1.0},
-        {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": torch.ones(11)},
-        {"temperature": torch.linspace(-1, 1, 12)}, {"temperature": torch.full((12,), math.nan)},
+        {"labels": torch.tensor([0] * 11 + [9])},
+        {"labels": torch.tensor([0] * 11 + [-1])},
+        {"labels": torch.tensor([0] * 11 + [2**40])},
+        {"labels": torch.zeros(12).int()},
+        {"labels": torch.zeros(11).long()},
+        {"labels": torch.zeros(12, 1).long()},
+        {"weight": torch.zeros(9, 5)},
+        {"weight": torch.zeros(0, 4)},
+        {"weight": torch.zeros(9, 4).long()},
+        {"weight": torch.zeros(9, 4, device="meta")},
+        {"hidden": torch.zeros(12, 0)},
+        {"hidden": [[0.0]]},
+        {"bias": torch.zeros(8)},
+        {"bias": torch.zeros(9).int()},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": torch.ones(11)},
+        {"temperature": torch.linspace(-1, 1, 12)},
+        {"temperature": torch.full((12,), math.nan)},
         {"temperature": torch.ones(12, requires_grad=True)},
     ],
     ids=lambda change: "-".join(f"{k} {getattr(v, 'shape', v)}" for k, v in change.items()),
-)  # fmt: skip
+)
 def test_errors_are_the_references(change):
     given = {
         name: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x

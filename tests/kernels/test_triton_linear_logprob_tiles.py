@@ -33,12 +33,44 @@ def test_gradients_have_the_strides_that_compiled_code_expects(backend):
     head = make_head(6, 9, 4)
     hidden, weight = (leaf(LAYOUTS["column-major"](x.detach())) for x in (head.hidden, head.weight))
     cu = torch.tensor([0, 2, 6], device=DEVICE)
-    loss = (hidden, weight, head.labels, torch.ones(2, device=DEVICE), cu, None, None, None, None, 1.0, "grpo", 0.0,
-            None, None, 10.0, "token", None, None, [True, True, False], backend)  # fmt: skip
+    loss = (
+        hidden,
+        weight,
+        head.labels,
+        torch.ones(2, device=DEVICE),
+        cu,
+        None,
+        None,
+        None,
+        None,
+        1.0,
+        "grpo",
+        0.0,
+        None,
+        None,
+        10.0,
+        "token",
+        None,
+        None,
+        [True, True, False],
+        backend,
+    )
     torch.library.opcheck(torch.ops.videor1.linear_grpo_loss, loss, test_utils="test_faketensor")
     ones = torch.ones(6, device=DEVICE)
-    gradient = (ones, ones, hidden.detach(), weight.detach(), head.labels, None, None, 1.0, ones, ones.double(),
-                [True, True, False], backend)  # fmt: skip
+    gradient = (
+        ones,
+        ones,
+        hidden.detach(),
+        weight.detach(),
+        head.labels,
+        None,
+        None,
+        1.0,
+        ones,
+        ones.double(),
+        [True, True, False],
+        backend,
+    )
     torch.library.opcheck(torch.ops.videor1.linear_logprob_backward, gradient, test_utils="test_faketensor")
 
 
@@ -141,10 +173,14 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("tile", "rows", "vocab", "size", "bias"),
     [
-        (SHAPES[0], 37, 33, 24, True), (SHAPES[1], 37, 130, 40, True), (SHAPES[2], 70, 50, 40, False),
-        (SHAPES[3], 37, 130, 72, False), (SHAPES[3], 1, 5, 8, True), (SHAPES[1], 16, 64, 32, False),
+        (SHAPES[0], 37, 33, 24, True),
+        (SHAPES[1], 37, 130, 40, True),
+        (SHAPES[2], 70, 50, 40, False),
+        (SHAPES[3], 37, 130, 72, False),
+        (SHAPES[3], 1, 5, 8, True),
+        (SHAPES[1], 16, 64, 32, False),
     ],
-)  # fmt: skip
+)
 def test_product_statistics(dtype, descriptors, tile, rows, vocab, size, bias):
     head = make_head(rows, vocab, size, dtype, bias=bias)
     hidden, weight, offset = (None if x is None else x.detach() for x in (head.hidden, head.weight, head.bias))
@@ -166,11 +202,15 @@ def test_both_product_kernels_agree(dtype):
     head = make_head(37, 130, 40, dtype)
     results = [
         product_statistics(
-            head.hidden.detach(), head.weight.detach(), head.labels, None, torch.ones(37, device=DEVICE),
+            head.hidden.detach(),
+            head.weight.detach(),
+            head.labels,
+            None,
+            torch.ones(37, device=DEVICE),
             Tile(32, 64, 32, num_warps=4, num_stages=1, group_n=2, descriptors=descriptors),
         )
         for descriptors in (False, True)
-    ]  # fmt: skip
+    ]
     for a, b in zip(*results, strict=True):
         assert_matches(a, b.double()) if CUDA else torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -205,9 +245,18 @@ def test_in_place_row_gradient(step, narrow, entropy, entries):
 
     def into(given, out, source=None):
         row_gradient(
-            given, out, index, bias, scale, top, log_total, grad, entropy=spread if entropy else None,
-            grad_entropy=grad_entropy, source=source,
-        )  # fmt: skip
+            given,
+            out,
+            index,
+            bias,
+            scale,
+            top,
+            log_total,
+            grad,
+            entropy=spread if entropy else None,
+            grad_entropy=grad_entropy,
+            source=source,
+        )
 
     apart = torch.full((rows + 2, vocab + 9), 7.0, dtype=narrow, device=DEVICE)
     into(logits, apart[1 : rows + 1, 4 : 4 + vocab])

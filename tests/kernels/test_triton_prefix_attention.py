@@ -39,6 +39,7 @@ def oracle(inputs, layout, grad, **options):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     return run(exact, layout, grad.double(), "reference", **options)
 
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on the padding of interpreted kernels
 
 
@@ -71,8 +72,9 @@ def test_scale_and_large_scores():
     inputs = [(x.detach() * factor).requires_grad_() for x, factor in ((q, 80), (k, 80), (v, 1))]
     assert (inputs[0][:, 0].float() @ inputs[1][:, 0].float().T).max() > 1e4
     assert_matches(run(inputs, layout, grad)[0], oracle(inputs, layout, grad)[0])
-    for actual, exact in zip(run((q, k, v), layout, grad, scale=1.3), oracle((q, k, v), layout, grad, scale=1.3),
-                             strict=True):  # fmt: skip
+    for actual, exact in zip(
+        run((q, k, v), layout, grad, scale=1.3), oracle((q, k, v), layout, grad, scale=1.3), strict=True
+    ):
         assert_matches(actual, exact)
 
 

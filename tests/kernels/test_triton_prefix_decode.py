@@ -57,10 +57,11 @@ class Case:
                 x[self.prefix[group]] = torch.randn(tokens[group], heads[1], dim).to(DEVICE, dtype)
         self.clean = [torch.randn(slots, capacity, heads[1], dim).to(DEVICE, dtype) for _ in range(2)]
         self.layout = DecodeLayout(
-            self.cu, torch.tensor(self.row_group, dtype=torch.int64, device=DEVICE),
+            self.cu,
+            torch.tensor(self.row_group, dtype=torch.int64, device=DEVICE),
             torch.tensor(self.starts, device=DEVICE) if scattered else None,
             torch.tensor(self.slots, device=DEVICE) if scattered else None,
-        )  # fmt: skip
+        )
         self.set_lengths(lengths)
 
     def set_lengths(self, lengths):
@@ -215,9 +216,11 @@ def test_a_row_depends_on_its_own_keys_alone():
     out = case()
     order = [4, 2, 5, 0, 3, 1]
     layout = DecodeLayout(
-        case.cu, torch.tensor(case.row_group, device=DEVICE)[order], torch.tensor(case.starts, device=DEVICE),
+        case.cu,
+        torch.tensor(case.row_group, device=DEVICE)[order],
+        torch.tensor(case.starts, device=DEVICE),
         torch.tensor(case.slots, device=DEVICE)[order],
-    )  # fmt: skip
+    )
     q, lengths = case.q[order], case.lengths[order]
     moved = prefix_decode_attention(
         q, case.pk, case.pv, case.sk, case.sv, suffix_lengths=lengths, layout=layout, backend="triton"

@@ -18,9 +18,15 @@ pytestmark = pytest.mark.filterwarnings(
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no product of matrices: the interpreter is right in bf16 too
 TILES = {"shipped": (64, 32), "small": (4, 8)}  # 2048 candidates are listed, or 32: then bounds are bisected first
 OPTIONS = [
-    {"temperature": 0.7}, {"top_k": 5}, {}, {"temperature": 0.0}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9},
-    {"top_k": 45, "temperature": 2.0}, {"top_p": 0.97, "temperature": 1.5},
-]  # fmt: skip
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {},
+    {"temperature": 0.0},
+    {"top_p": 0.8},
+    {"top_k": 20, "top_p": 0.9},
+    {"top_k": 45, "temperature": 2.0},
+    {"top_p": 0.97, "temperature": 1.5},
+]
 
 
 @pytest.fixture
@@ -273,9 +279,14 @@ if not CUDA:  # calls inside a kernel can be counted where it is interpreted
         tile("shipped")
         peaked = 6 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
         for options, want in (
-            ({}, 2), ({"temperature": 0}, 2), ({"top_k": 5000}, 2), ({"top_k": 50}, 3), ({"top_p": 0.95}, 3),
-            ({"top_k": 50, "top_p": 0.9}, 3), ({"temperature": 0, "top_k": 50, "top_p": 0.9}, 2),
-        ):  # fmt: skip
+            ({}, 2),
+            ({"temperature": 0}, 2),
+            ({"top_k": 5000}, 2),
+            ({"top_k": 50}, 3),
+            ({"top_p": 0.95}, 3),
+            ({"top_k": 50, "top_p": 0.9}, 3),
+            ({"temperature": 0, "top_k": 50, "top_p": 0.9}, 2),
+        ):
             assert passes(monkeypatch, peaked, **options) == (want, 0), options
         tile("small")
         for logits in (torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)):
@@ -322,14 +333,25 @@ GOOD = {"logits": torch.zeros(2, 4), "uniform": torch.zeros(2), "banned": torch.
 @pytest.mark.parametrize(
     "change",
     [
-        {"logits": torch.zeros(4)}, {"logits": torch.zeros(2, 0)}, {"logits": torch.zeros(2, 4).long()},
-        {"uniform": torch.zeros(3)}, {"uniform": torch.zeros(2).half()}, {"uniform": torch.zeros(2, device="meta")},
-        {"banned": torch.tensor([4])}, {"banned": torch.tensor([-1])}, {"banned": torch.arange(4)},
-        {"banned": torch.tensor(1)}, {"banned": torch.zeros(1)}, {"temperature": -1.0}, {"top_p": 0.0},
-        {"top_p": 1.5}, {"top_k": -2}, {"top_k": 1.5},
+        {"logits": torch.zeros(4)},
+        {"logits": torch.zeros(2, 0)},
+        {"logits": torch.zeros(2, 4).long()},
+        {"uniform": torch.zeros(3)},
+        {"uniform": torch.zeros(2).half()},
+        {"uniform": torch.zeros(2, device="meta")},
+        {"banned": torch.tensor([4])},
+        {"banned": torch.tensor([-1])},
+        {"banned": torch.arange(4)},
+        {"banned": torch.tensor(1)},
+        {"banned": torch.zeros(1)},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"top_k": 1.5},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_errors_are_the_references(change):
     given = {
         name: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x

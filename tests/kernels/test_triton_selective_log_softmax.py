@@ -47,10 +47,15 @@ def make_logits(rows, vocab, entries, dtype):
 @pytest.mark.parametrize(
     ("rows", "vocab", "entries", "temperature"),
     [
-        (1, 1, 1, 1.0), (5, 2, 5, 0.3), (4, 300, 1, 2.0), (5, 300, 3, 0.3), (3, 128, 6, 2.0), (3, 70, 0, 0.3),
+        (1, 1, 1, 1.0),
+        (5, 2, 5, 0.3),
+        (4, 300, 1, 2.0),
+        (5, 300, 3, 0.3),
+        (3, 128, 6, 2.0),
+        (3, 70, 0, 0.3),
         (0, 5, 2, 0.3),
     ],
-)  # fmt: skip
+)
 def test_selective_equals_fp64(dtype, rows, vocab, entries, temperature, monkeypatch):
     monkeypatch.setattr(triton_rows, "BLOCK", 128)
     check_selective(*make_logits(rows, vocab, entries, dtype), temperature)
@@ -116,11 +121,17 @@ def test_selective_rows_without_gradient_are_zero_whatever_they_hold(dtype):
 @pytest.mark.parametrize(
     ("index", "temperature"),
     [
-        (torch.tensor([0, 1, 2]), 1.0), (torch.tensor([[[0]], [[1]]]), 1.0), (torch.tensor([0, 4]), 1.0),
-        (torch.tensor([-100, 0]), 1.0), (torch.tensor([[0, 1], [2, -1]]), 1.0), (torch.tensor([0.0, 1.0]), 1.0),
-        (torch.tensor([0, 1]), 0.0), (torch.tensor([0, 1]), torch.tensor([1.0, 0.0])), (torch.tensor(0), 1.0),
+        (torch.tensor([0, 1, 2]), 1.0),
+        (torch.tensor([[[0]], [[1]]]), 1.0),
+        (torch.tensor([0, 4]), 1.0),
+        (torch.tensor([-100, 0]), 1.0),
+        (torch.tensor([[0, 1], [2, -1]]), 1.0),
+        (torch.tensor([0.0, 1.0]), 1.0),
+        (torch.tensor([0, 1]), 0.0),
+        (torch.tensor([0, 1]), torch.tensor([1.0, 0.0])),
+        (torch.tensor(0), 1.0),
     ],
-)  # fmt: skip
+)
 def test_selective_errors_are_the_references(index, temperature):
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.to(DEVICE)

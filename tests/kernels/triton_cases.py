@@ -51,9 +51,15 @@ def leaf(values: Tensor) -> Tensor:
 
 
 def make_head(
-    rows: int, vocab: int, size: int, dtype: torch.dtype = torch.float32, *, bias: bool = False, ignored: bool = False,
+    rows: int,
+    vocab: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: bool = False,
     seed: int = 0,
-) -> Head:  # fmt: skip
+) -> Head:
     """Logits of order 1; the labels hold both ends of the vocabulary, and with ``ignored`` every third is -100."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,15 +67,17 @@ def make_head(
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     labels = torch.randint(vocab, (rows,), generator=generator)
-    labels[: 1] = vocab - 1
-    labels[1 : 2] = 0
+    labels[:1] = vocab - 1
+    labels[1:2] = 0
     if ignored:
         labels[2::3] = -100
     hidden, weight, offset = normal(rows, size), normal(vocab, size) / size**0.5, normal(vocab)
     return Head(
-        leaf(hidden.to(DEVICE, dtype)), leaf(weight.to(DEVICE, dtype)), labels.to(DEVICE),
+        leaf(hidden.to(DEVICE, dtype)),
+        leaf(weight.to(DEVICE, dtype)),
+        labels.to(DEVICE),
         leaf(offset.to(DEVICE, dtype)) if bias else None,
-    )  # fmt: skip
+    )
 
 
 def upstream(*shape: int, seed: int = 1, zeros: bool = True) -> Tensor:

@@ -76,9 +76,13 @@ def check_linear(head, case, *, factor=1.0, **options):
 
 
 GOOD = {
-    "hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(3).long(),
-    "advantages": torch.zeros(2), "cu_seqlens": torch.tensor([0, 2, 3]), "beta": 0,
-}  # fmt: skip
+    "hidden": torch.zeros(3, 4),
+    "weight": torch.zeros(5, 4),
+    "labels": torch.zeros(3).long(),
+    "advantages": torch.zeros(2),
+    "cu_seqlens": torch.tensor([0, 2, 3]),
+    "beta": 0,
+}
 BAD = [
     {"beta": 0.1}, {"beta": -1}, {"beta": math.nan}, {"advantages": torch.zeros(1)}, {"advantages": torch.zeros(2, 1)},
     {"advantages": torch.zeros(2).long()}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"}, {"loss_type": "gpo"},

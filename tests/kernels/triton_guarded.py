@@ -121,16 +121,37 @@ def head(dtype: torch.dtype, rows: int, vocab: int, size: int) -> None:
     def loss(level: str, beta: float):  # type: ignore[no-untyped-def]
         def call(hidden, weight, bias, labels, temperature, advantages, cu, old, ref):  # type: ignore[no-untyped-def]
             out = linear_grpo_loss(
-                hidden, weight, labels, advantages, cu, bias=bias, temperature=temperature, old_logp=old, ref_logp=ref,
-                beta=beta, clip_low=0.2, clip_high=0.2, importance_level=level, backend="triton",
-            )  # fmt: skip
+                hidden,
+                weight,
+                labels,
+                advantages,
+                cu,
+                bias=bias,
+                temperature=temperature,
+                old_logp=old,
+                ref_logp=ref,
+                beta=beta,
+                clip_low=0.2,
+                clip_high=0.2,
+                importance_level=level,
+                backend="triton",
+            )
             return [out.loss, out.logp, out.entropy, *torch.autograd.grad(out.loss, (hidden, weight, bias))]
 
         return call
 
     for level, beta in (("token", 0.0), ("sequence", 0.04)):
-        run(f"linear_grpo_loss {dtype} {rows} {vocab} {size} {level}", loss(level, beta), *leaves, labels, temperature,
-            advantages, cu, old, ref)  # fmt: skip
+        run(
+            f"linear_grpo_loss {dtype} {rows} {vocab} {size} {level}",
+            loss(level, beta),
+            *leaves,
+            labels,
+            temperature,
+            advantages,
+            cu,
+            old,
+            ref,
+        )
 
 
 def main() -> None:
@@ -159,8 +180,14 @@ def main() -> None:
 
     for dim, layout in ((16, PrefixLayout([20, 1], [[18, 3], []])), (20, PrefixLayout([17], [[16]]))):
         rows = layout.total_tokens
-        run(f"prefix_attention {dim}", attend(layout), leaf(rows, 2, dim), leaf(rows, 1, dim), leaf(rows, 1, dim),
-            torch.randn(rows, 2, dim))  # fmt: skip
+        run(
+            f"prefix_attention {dim}",
+            attend(layout),
+            leaf(rows, 2, dim),
+            leaf(rows, 1, dim),
+            leaf(rows, 1, dim),
+            torch.randn(rows, 2, dim),
+        )
 
     triton_decode.INTERPRETED, triton_decode.INTERPRETED_PROGRAMS = triton.Block(16, 16, 4, 1), 24
 
@@ -179,27 +206,55 @@ def main() -> None:
         prefixes = [torch.randn(38, heads[1], dim).to(dtype) for _ in range(2)]
         suffixes = [torch.randn(12, 37, heads[1], dim).to(dtype) for _ in range(2)]
         lengths = torch.tensor([37, 1, 0, 40, 16, 33, 32, 2, 37, 37, 37])  # 0 and 40 are out of range
-        run(f"prefix_decode_attention {dim}", decode, torch.randn(11, heads[0], dim).to(dtype), *prefixes, *suffixes,
-            lengths, torch.tensor([0, 37, 38]), torch.tensor([0] * 9 + [1, 0]),
-            torch.tensor([11, 0, 5, 3, 2, 1, 4, 6, 7, 10, 9]))  # fmt: skip
+        run(
+            f"prefix_decode_attention {dim}",
+            decode,
+            torch.randn(11, heads[0], dim).to(dtype),
+            *prefixes,
+            *suffixes,
+            lengths,
+            torch.tensor([0, 37, 38]),
+            torch.tensor([0] * 9 + [1, 0]),
+            torch.tensor([11, 0, 5, 3, 2, 1, 4, 6, 7, 10, 9]),
+        )
 
-    run("selective_log_softmax", select, leaf(3, 137, dtype=torch.float16), torch.tensor([[0, 136, 136]] * 3),
-        torch.randn(3, 3))  # fmt: skip
+    run(
+        "selective_log_softmax",
+        select,
+        leaf(3, 137, dtype=torch.float16),
+        torch.tensor([[0, 136, 136]] * 3),
+        torch.randn(3, 3),
+    )
 
     def from_logp(logp, advantages, cu, old, ref, mask):  # type: ignore[no-untyped-def]
-        out = grpo_loss(logp, advantages, cu, old_logp=old, ref_logp=ref, mask=mask, backend="triton",
-                        importance_level="sequence")  # fmt: skip
+        out = grpo_loss(
+            logp, advantages, cu, old_logp=old, ref_logp=ref, mask=mask, backend="triton", importance_level="sequence"
+        )
         return [out.loss, out.kl, *torch.autograd.grad(out.loss, logp)]
 
-    run("grpo_loss", from_logp, leaf(1030), torch.randn(3), torch.tensor([0, 1027, 1027, 1030]), torch.randn(1030),
-        torch.randn(1030), torch.rand(1030) > 0.2)  # fmt: skip
+    run(
+        "grpo_loss",
+        from_logp,
+        leaf(1030),
+        torch.randn(3),
+        torch.tensor([0, 1027, 1027, 1030]),
+        torch.randn(1030),
+        torch.randn(1030),
+        torch.rand(1030) > 0.2,
+    )
 
     def advantages(accuracy, format, lengths, shuffled):  # type: ignore[no-untyped-def]
         out = tgrpo_advantages(accuracy, format, lengths, shuffled, backend="triton")
         return [out.advantages, out.rewards, out.temporal, out.p, out.p_shuffled]
 
-    run("tgrpo_advantages", advantages, torch.rand(70, 5), torch.rand(70, 5), torch.randint(600, (70, 5)),
-        torch.rand(70, 3))  # fmt: skip
+    run(
+        "tgrpo_advantages",
+        advantages,
+        torch.rand(70, 5),
+        torch.rand(70, 5),
+        torch.randint(600, (70, 5)),
+        torch.rand(70, 3),
+    )
 
     sampling.SEGMENTS, sampling.COLUMNS = 4, 8
 
@@ -210,8 +265,13 @@ def main() -> None:
         return call
 
     for options in ({}, {"temperature": 0}, {"top_k": 9}, {"top_k": 60, "top_p": 0.9}):  # 60: more than are listed
-        run(f"sample_tokens {options}", sample(**options), torch.randn(3, 137).half(), torch.rand(3),
-            torch.tensor([136, 0]))  # fmt: skip
+        run(
+            f"sample_tokens {options}",
+            sample(**options),
+            torch.randn(3, 137).half(),
+            torch.rand(3),
+            torch.tensor([136, 0]),
+        )
 
 
 if __name__ == "__main__":

@@ -34,14 +34,30 @@ def test_a_line_is_json_with_step_first_and_sorted_keys(tmp_path):
 
 def test_tensors_arrays_and_nested_values(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.log(3, {
-            "a": torch.tensor(1.5, requires_grad=True), "b": torch.tensor([1.0, float("nan")]), "c": np.float32(0.5),
-            "d": np.int64(7), "e": [(1, float("-inf"))], "f": {"x": None, "y": [True]}, "g": tmp_path,
-        })  # fmt: skip
+        writer.log(
+            3,
+            {
+                "a": torch.tensor(1.5, requires_grad=True),
+                "b": torch.tensor([1.0, float("nan")]),
+                "c": np.float32(0.5),
+                "d": np.int64(7),
+                "e": [(1, float("-inf"))],
+                "f": {"x": None, "y": [True]},
+                "g": tmp_path,
+            },
+        )
     assert read_jsonl(tmp_path / "metrics.jsonl") == [
-        {"step": 3, "a": 1.5, "b": [1.0, None], "c": 0.5, "d": 7, "e": [[1, None]], "f": {"x": None, "y": [True]},
-         "g": str(tmp_path)}
-    ]  # fmt: skip
+        {
+            "step": 3,
+            "a": 1.5,
+            "b": [1.0, None],
+            "c": 0.5,
+            "d": 7,
+            "e": [[1, None]],
+            "f": {"x": None, "y": [True]},
+            "g": str(tmp_path),
+        }
+    ]
 
 
 def test_values_that_are_not_data_are_a_bug(tmp_path):
@@ -116,8 +132,10 @@ def test_truncate_after_keeps_writing(tmp_path):
     writer.write(2, {"prompt": "again"})
     writer.close()
     assert [(row["step"], row["prompt"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")] == [
-        (1, "p"), (1, "p"), (2, "again"),
-    ]  # fmt: skip
+        (1, "p"),
+        (1, "p"),
+        (2, "again"),
+    ]
 
 
 def test_a_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):

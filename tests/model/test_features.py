@@ -16,8 +16,14 @@ from videor1.types import Prompt
 from videor1.video.shuffle import draw_permutation
 
 # 32, 16, none, 64, 32 and 16 patches.
-GRIDS = [("video", (2, 4, 4)), ("image", (1, 4, 4)), None, ("video", (4, 4, 4)), ("video", (2, 4, 4)),
-         ("image", (1, 4, 4))]  # fmt: skip
+GRIDS = [
+    ("video", (2, 4, 4)),
+    ("image", (1, 4, 4)),
+    None,
+    ("video", (4, 4, 4)),
+    ("video", (2, 4, 4)),
+    ("image", (1, 4, 4)),
+]
 BOUNDS = {1: [32, 16, 64, 32, 16], 48: [48, 64, 48], 64: [48, 64, 48], 96: [48, 96, 16], 10**6: [160]}
 UNITS = ("frame", "temporal_patch")
 

@@ -126,9 +126,13 @@ def test_greedy_answers_equal_generate_token_for_token() -> None:
     longest = 0
     for prompt, group in zip(prompts, answers, strict=True):
         out = plain.generate(
-            **hf_inputs(model, prompt), max_new_tokens=24, do_sample=False, bad_words_ids=banned,
-            eos_token_id=[model.special.eos, model.special.pad], pad_token_id=model.special.pad,
-        )[0, len(prompt.input_ids) :]  # fmt: skip
+            **hf_inputs(model, prompt),
+            max_new_tokens=24,
+            do_sample=False,
+            bad_words_ids=banned,
+            eos_token_id=[model.special.eos, model.special.pad],
+            pad_token_id=model.special.pad,
+        )[0, len(prompt.input_ids) :]
         longest = max(longest, len(out))
         for completion in group:
             assert completion.token_ids.tolist() == out.tolist()

@@ -41,8 +41,15 @@ def bare_prompt(
     pad = model.special.video_pad if kind == "video" else model.special.image_pad
     count = grid[0] * grid[1] * grid[2] // 4
     text = torch.arange(100)
-    ids = torch.cat([text[:before], torch.tensor([model.special.vision_start]), torch.full((count,), pad),
-                     torch.tensor([model.special.vision_end]), text[:after]])  # fmt: skip
+    ids = torch.cat(
+        [
+            text[:before],
+            torch.tensor([model.special.vision_start]),
+            torch.full((count,), pad),
+            torch.tensor([model.special.vision_end]),
+            text[:after],
+        ]
+    )
     media = Media(kind, torch.empty(0, 1176, dtype=torch.uint8), grid, seconds, 0.0)  # type: ignore[arg-type]
     return Prompt(Sample(0, "0", "?", kind, "numerical", "<answer>1</answer>"), ids, media, 0)  # type: ignore[arg-type]
 
@@ -145,8 +152,7 @@ def test_sixteen_frames_of_a_long_clip(model: VideoLM, minutes: int, largest: in
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.integers(1, 5)
-        | st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 40)),
+        st.integers(1, 5) | st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 40)),
         max_size=8,
     )
 )
@@ -178,10 +184,12 @@ def hf_logits(model: VideoLM, prompt: Prompt, answer: Tensor, positions: Tensor)
     try:
         with torch.no_grad():
             logits = model.hf(
-                input_ids=ids[None], position_ids=positions[:, None], video_grid_thw=torch.tensor([media.grid_thw]),
+                input_ids=ids[None],
+                position_ids=positions[:, None],
+                video_grid_thw=torch.tensor([media.grid_thw]),
                 pixel_values_videos=normalize_patches(pixels, torch.float64),
                 attention_mask=torch.ones_like(ids)[None],
-            ).logits[0]  # fmt: skip
+            ).logits[0]
     finally:
         model.hf.model.language_model.set_attn_implementation(attention.register())
     return logits[len(prompt.input_ids) - 1 : -1]

@@ -58,8 +58,15 @@ def test_question_text_of_other_types_has_no_options(problem_type, word):
 
 def test_special_ids():
     ids = special_ids(make_tokenizer())
-    names = ["<|im_end|>", "<|endoftext|>", "<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
-             "<|vision_pad|>"]  # fmt: skip
+    names = [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|video_pad|>",
+        "<|image_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+    ]
     values = [ids.eos, ids.pad, ids.video_pad, ids.image_pad, ids.vision_start, ids.vision_end, ids.vision_pad]
     assert make_tokenizer().convert_ids_to_tokens(values) == names
     assert set(ids.vision) == set(values[2:])

@@ -62,8 +62,12 @@ def test_where_the_seconds_go(tmp_path: Path) -> None:
     rows = [step_row(step) for step in range(1, 31)]
     made = report(make_run(tmp_path / "run", rows=rows))
     assert [trace["name"] for trace in made.figures["times"]["data"]] == [
-        "waiting for data", "rollout", "rewards", "reference policy", "update",
-    ]  # fmt: skip
+        "waiting for data",
+        "rollout",
+        "rewards",
+        "reference policy",
+        "update",
+    ]
     assert "not the whole step" in made.words
     # Two updates a rollout: its time is shared by them. And the whole step was measured.
     again = [row | {"time/step": 4.0} for row in rows]

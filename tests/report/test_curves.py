@@ -14,11 +14,19 @@ from videor1.logs.jsonl import JsonlWriter
 from videor1.report.curves import draw_curves
 
 STEP = {
-    "temporal/p": 0.5, "temporal/p_shuffled": 0.3, "reward": 1.4,
-    "rewards/accuracy/mean": 0.5, "rewards/format/mean": 0.9,
-    "kl": 0.01, "entropy": 1.1, "completions/mean_length": 22.5, "completions/max_length": 40,
-    "time/rollout": 0.6, "time/update": 0.4, "time/data": 0.0,
-}  # fmt: skip
+    "temporal/p": 0.5,
+    "temporal/p_shuffled": 0.3,
+    "reward": 1.4,
+    "rewards/accuracy/mean": 0.5,
+    "rewards/format/mean": 0.9,
+    "kl": 0.01,
+    "entropy": 1.1,
+    "completions/mean_length": 22.5,
+    "completions/max_length": 40,
+    "time/rollout": 0.6,
+    "time/update": 0.4,
+    "time/data": 0.0,
+}
 EVAL = {"eval/ordered": 0.7, "eval/shuffled": 0.3}
 
 

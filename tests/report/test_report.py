@@ -30,15 +30,35 @@ def test_a_run_in_one_page(tmp_path: Path) -> None:
     assert write_report(run) == run / "report.html"
     made = Page(run / "report.html")
     for words in (
-        "a run T-GRPO", "finished: 30 of 30 steps", "Held-out accuracy, frames in order 0.550 → 0.650",
-        "Held-out accuracy, frames shuffled 0.300 → 0.300", "Temporal gap, held out 0.250 → 0.350 step 10 → 30",
-        "Seconds a step 4.15", "Tokens seen 30,000", "beta 0.2 0.04", "video.max_frames 4 16", "max_steps 30 -1",
-    ):  # fmt: skip
+        "a run T-GRPO",
+        "finished: 30 of 30 steps",
+        "Held-out accuracy, frames in order 0.550 → 0.650",
+        "Held-out accuracy, frames shuffled 0.300 → 0.300",
+        "Temporal gap, held out 0.250 → 0.350 step 10 → 30",
+        "Seconds a step 4.15",
+        "Tokens seen 30,000",
+        "beta 0.2 0.04",
+        "video.max_frames 4 16",
+        "max_steps 30 -1",
+    ):
         assert words in made.words
     assert list(made.figures) == [
-        "held-out", "accuracy", "reward", "bonus", "kl", "entropy", "length", "clipped", "skipped", "variance", "loss",
-        "grad", "rate", "speed", "times",
-    ]  # fmt: skip
+        "held-out",
+        "accuracy",
+        "reward",
+        "bonus",
+        "kl",
+        "entropy",
+        "length",
+        "clipped",
+        "skipped",
+        "variance",
+        "loss",
+        "grad",
+        "rate",
+        "speed",
+        "times",
+    ]
     assert len(made.rollouts["cards"]) == 3
     assert "Nothing was logged" not in made.words
 
@@ -144,9 +164,11 @@ def test_values_that_are_missing_null_or_nan(tmp_path: Path) -> None:
 
 def test_without_videos_or_a_reference(tmp_path: Path) -> None:
     rows = [
-        step_row(step) | {"temporal/p_shuffled": None, "temporal/p": None, "rollout/shuffled_asked": 0}
-        | {"rollout/shuffled_skipped": 0, "rollout/shuffled_stopped": 0, "kl": 0.0} for step in range(1, 31)
-    ]  # fmt: skip
+        step_row(step)
+        | {"temporal/p_shuffled": None, "temporal/p": None, "rollout/shuffled_asked": 0}
+        | {"rollout/shuffled_skipped": 0, "rollout/shuffled_stopped": 0, "kl": 0.0}
+        for step in range(1, 31)
+    ]
     made = report(make_run(tmp_path / "run", rows=rows, beta=0.0, rollouts=[rollout_row(1, None)]))
     assert {"accuracy", "skipped", "held-out"}.isdisjoint(made.figures)
     (card,) = made.rollouts["cards"]

@@ -31,9 +31,17 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 SHOTS = os.environ.get("VIDEOR1_SCREENSHOTS")  # a folder to keep screenshots in, to look at
 
 
@@ -224,10 +232,21 @@ def test_filters(one: Window) -> None:
 
 def test_a_rollout(one: Window) -> None:
     for words in (
-        "What comes first in 10?", "✓ B. blue solution", "Frames in order", "Frames shuffled", "✓ correct", "✗ wrong",
-        "1 of 2 correct", "reward 2.20", "advantage +0.71", "advantage −0.71", "tokens 7 (cut at the limit)",
-        "1 of 2 were skipped or stopped", "not known", "<answer>A</answer>",
-    ):  # fmt: skip
+        "What comes first in 10?",
+        "✓ B. blue solution",
+        "Frames in order",
+        "Frames shuffled",
+        "✓ correct",
+        "✗ wrong",
+        "1 of 2 correct",
+        "reward 2.20",
+        "advantage +0.71",
+        "advantage −0.71",
+        "tokens 7 (cut at the limit)",
+        "1 of 2 were skipped or stopped",
+        "not known",
+        "<answer>A</answer>",
+    ):
         assert words in one.card
     ordered, shuffled = one.all(".frames")
     numbers = [
@@ -331,9 +350,16 @@ def test_the_dark(browser: Any, folder: Path) -> None:
         WebDriverWait(browser, 10).until(lambda _, expected=expected: window.js(grid) == expected)
         shot = window.shot("dark" if dark else "back_to_light")
         colours.append(shot.getpixel((3, 3)))
-        for text, back in (("--text", "--card"), ("--quiet", "--card"), ("--quiet", "--page"), ("--accent", "--page"),
-                           ("--good", "--good-back"), ("--bad", "--bad-back"), ("--warn", "--warn-back"),
-                           *(("--token-text", f"--t{i}") for i in (1, 2, 3, 4))):  # fmt: skip
+        for text, back in (
+            ("--text", "--card"),
+            ("--quiet", "--card"),
+            ("--quiet", "--page"),
+            ("--accent", "--page"),
+            ("--good", "--good-back"),
+            ("--bad", "--bad-back"),
+            ("--warn", "--warn-back"),
+            *(("--token-text", f"--t{i}") for i in (1, 2, 3, 4)),
+        ):
             assert contrast(window, text, back) >= 4.5, (dark, text, back)
     assert sum(colours[0]) > 600
     assert sum(colours[1]) < 120

@@ -112,8 +112,11 @@ def test_how_many_rollouts(tmp_path: Path) -> None:
     assert [card["step"] for card in report(run, rollouts=5).rollouts["cards"]] == [1, 21, 41, 61, 81]
     assert report(run, rollouts=0).rollouts["cards"] == []
     assert [(c["run"], c["step"]) for c in report(run, other, rollouts=4).rollouts["cards"]] == [
-        (0, 1), (0, 51), (1, 1), (1, 3),
-    ]  # fmt: skip
+        (0, 1),
+        (0, 51),
+        (1, 1),
+        (1, 3),
+    ]
     assert len(report(run).rollouts["cards"]) == 40
     none = make_run(tmp_path / "none")  # leaves its share to the other
     assert [(c["run"], c["step"]) for c in report(none, run, rollouts=2).rollouts["cards"]] == [(1, 1), (1, 51)]

@@ -30,9 +30,15 @@ def lengthened(group: tuple[Completion, ...], lengths: list[int]) -> tuple[Compl
 def make_group(ordered: tuple[Completion, ...], shuffled: tuple[Completion, ...] = (), media: object = VIDEO) -> Group:
     prompt = make_prompt(media)  # type: ignore[arg-type]
     sample = prompt.sample.__class__(
-        0, "0", "Which?", prompt.sample.data_type, "multiple choice", "<answer>A</answer>", prompt.sample.path,
+        0,
+        "0",
+        "Which?",
+        prompt.sample.data_type,
+        "multiple choice",
+        "<answer>A</answer>",
+        prompt.sample.path,
         options=("A. red", "B. blue"),
-    )  # fmt: skip
+    )
     return Group(prompt.__class__(sample, prompt.input_ids, prompt.media, 0), ordered, shuffled)
 
 

@@ -176,9 +176,15 @@ def test_an_answer_is_scored_once_in_a_step(
 
     monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", counted)
     trainer(
-        assets, tmp_path, temporal__skip_shuffled=skip, num_generations=3, temporal__num_generations=2,
-        per_device_train_batch_size=4, num_iterations=1, max_steps=2,
-    ).train()  # fmt: skip
+        assets,
+        tmp_path,
+        temporal__skip_shuffled=skip,
+        num_generations=3,
+        temporal__num_generations=2,
+        per_device_train_batch_size=4,
+        num_iterations=1,
+        max_steps=2,
+    ).train()
     lines = run_lines(tmp_path, "rollouts.jsonl")
     groups = [(line["completions"] + line["shuffled_completions"], line["solution"]) for line in lines]
     assert calls == Counter((text, solution) for texts, solution in groups for text in set(texts))
@@ -201,9 +207,14 @@ def test_a_run_is_the_same_with_and_without(
         folder = tmp_path / str(skip)
         options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__num_generations": 3, "max_steps": 6}
         run = trainer(
-            assets, folder, temporal__skip_shuffled=skip, num_generations=3, per_device_train_batch_size=4,
-            num_iterations=1, **options,
-        )  # fmt: skip
+            assets,
+            folder,
+            temporal__skip_shuffled=skip,
+            num_generations=3,
+            per_device_train_batch_size=4,
+            num_iterations=1,
+            **options,
+        )
         ends.append(weights(run.train()))
         lines.append(run_lines(folder, "rollouts.jsonl"))
         rows.append(metrics(folder))

@@ -196,9 +196,19 @@ def test_where_every_group_has_variance_nothing_changes(assets: Assets, tmp_path
 def test_killed_then_resumed(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shuffled data, shuffled answers, skipping, micro-batches in one row: all as without the interruption."""
     chosen = options(
-        assets, tmp_path, "dead", "live", "dead", "live", "dead", data__shuffle=True, max_steps=6, save_steps=2,
-        dynamic_sampling=2, per_device_train_batch_size=2,
-    )  # fmt: skip
+        assets,
+        tmp_path,
+        "dead",
+        "live",
+        "dead",
+        "live",
+        "dead",
+        data__shuffle=True,
+        max_steps=6,
+        save_steps=2,
+        dynamic_sampling=2,
+        per_device_train_batch_size=2,
+    )
     trainer(assets, tmp_path / "whole", **chosen).train()
     with monkeypatch.context() as patch:
         kill_at(patch, Loop, "optimizer_step", 4)

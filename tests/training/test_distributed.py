@@ -42,8 +42,11 @@ def launch(flags: list[str], *, ranks: int = 2, module: str = "videor1.train", e
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *place, "-m", module, *flags],
         env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finished(process: Any, timeout: float = PATIENCE) -> str:
@@ -69,18 +72,30 @@ def assert_same_runs(one: Path, other: Path, start: Path, step: int) -> None:
             if name in row and row[name] is not None:
                 assert given[name] == pytest.approx(row[name], rel=TOLERANCE, abs=TOLERANCE), (row["step"], name)
     answers = [
-        {(line["step"], line["draw"]): line["completions"] for folder in sorted(run.glob("**/rollouts.jsonl"))
-         for line in run_lines(folder.parent, "rollouts.jsonl")}
+        {
+            (line["step"], line["draw"]): line["completions"]
+            for folder in sorted(run.glob("**/rollouts.jsonl"))
+            for line in run_lines(folder.parent, "rollouts.jsonl")
+        }
         for run in (one, other)
-    ]  # fmt: skip
+    ]
     assert answers[0] == answers[1]
     assert_moved_alike(weights(one, step), weights(other, step), load_file(start / "model.safetensors"), step)
 
 
 NAMES = (
-    "loss", "grad_norm", "reward", "kl", "entropy", "temporal/p", "completions/mean_length", "num_tokens", "data/draws",
-    "pass/tokens", "rewards/accuracy/std",
-)  # fmt: skip
+    "loss",
+    "grad_norm",
+    "reward",
+    "kl",
+    "entropy",
+    "temporal/p",
+    "completions/mean_length",
+    "num_tokens",
+    "data/draws",
+    "pass/tokens",
+    "rewards/accuracy/std",
+)
 OPTIONS = {"max_steps": 3, "learning_rate": 3e-4, "save_steps": 2, "beta": 0.04, "eval_steps": 2, "eval_samples": 3}
 
 
@@ -135,10 +150,25 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(assets: A
     folder, port = tmp_path / "run", free_port()
     flags = train_flags(assets, folder, max_steps=500, save_steps=2, distributed__timeout=10.0, **ZERO)
     machines = [
-        launch(flags, extra=("--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", "--max_restarts", "0",
-                             "--master_addr", "127.0.0.1", "--master_port", str(port)))
+        launch(
+            flags,
+            extra=(
+                "--nnodes",
+                "2",
+                "--node_rank",
+                str(node),
+                "--nproc_per_node",
+                "1",
+                "--max_restarts",
+                "0",
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                str(port),
+            ),
+        )
         for node in (0, 1)
-    ]  # fmt: skip
+    ]
     wait_for_lines(machines[0], folder / "metrics.jsonl", 5)
     (rank_0,), (rank_1,) = (children(machine.pid) for machine in machines)
     for process in (machines[1].pid, rank_1):
@@ -165,9 +195,17 @@ def test_ranks_stay_together_whatever_one_meets(assets: Assets, tmp_path: Path, 
     data = Path(assets.train).parent / f"with-bad-{stage}.json"
     data.write_text(json.dumps([bad, *samples]))
     flags = train_flags(
-        assets, tmp_path, dataset_name=data, max_steps=4, save_steps=0, beta=0.0, distributed__zero_stage=stage,
-        reward__functions="toy_rewards:sometimes", per_device_train_batch_size=2, **ZERO,
-    )  # fmt: skip
+        assets,
+        tmp_path,
+        dataset_name=data,
+        max_steps=4,
+        save_steps=0,
+        beta=0.0,
+        distributed__zero_stage=stage,
+        reward__functions="toy_rewards:sometimes",
+        per_device_train_batch_size=2,
+        **ZERO,
+    )
     finished(launch(flags, module="out_of_memory"))
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

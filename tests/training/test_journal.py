@@ -46,9 +46,12 @@ def test_the_share_waited_is_of_the_step(lines: JsonlWriter, monkeypatch: pytest
     made.attach(fake)
     made.start_batch()
     assert made.data_times() == {
-        "time/step": 10.0, "time/data_share": 0.2, "time/data_decoded": 1,
-        "time/data_memory_hits": 2, "time/data_disk_hits": 3,
-    }  # fmt: skip
+        "time/step": 10.0,
+        "time/data_share": 0.2,
+        "time/data_decoded": 1,
+        "time/data_memory_hits": 2,
+        "time/data_disk_hits": 3,
+    }
     assert made.data_times()["time/data_share"] == 0
 
 
@@ -64,9 +67,15 @@ def test_a_resumed_run_counts_on(lines: JsonlWriter, capsys: pytest.CaptureFixtu
     second.attach(source(changed_files=2))
     second._source.skipped["decode"] += 1
     assert second.data_counts() == {
-        "data/draws": 0, "data/skipped": 4, "data/skipped/bad_json": 2, "data/skipped/decode": 2,
-        "data/changed_files": 3, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0,
-    }  # fmt: skip
+        "data/draws": 0,
+        "data/skipped": 4,
+        "data/skipped/bad_json": 2,
+        "data/skipped/decode": 2,
+        "data/changed_files": 3,
+        "data/worker_deaths": 0,
+        "data/cache_errors": 0,
+        "data/cache_damaged": 0,
+    }
     assert second.counters == {"nonfinite_steps": 1, "failed_checkpoints": 0, "num_tokens": 70}
     assert (second.rows, second.accuracy, second.evaluated_at) == ([{"loss": 0.5}], 0.25, 3)
     row = {"loss": math.inf, "grad_norm": math.nan}

@@ -163,6 +163,7 @@ def test_a_full_disk_while_saving(
         before = contents(tmp_path / "checkpoints")
         with monkeypatch.context() as patch:
             if place == "model":  # some of it is written
+
                 def half(model: Any, folder: Path) -> None:
                     (folder / "model.safetensors").write_bytes(b"half")
                     raise full
@@ -173,12 +174,14 @@ def test_a_full_disk_while_saving(
                 with largest_file(6_000_000):
                     original(**how)
             elif place == "state":
+
                 def fail(*_: Any, **__: Any) -> str:
                     raise full
 
                 patch.setattr(videor1.training.checkpoint.json, "dumps", fail)
                 original(**how)
             else:
+
                 def no_sync(_: Path) -> None:
                     raise full
 
@@ -196,9 +199,7 @@ def test_a_full_disk_while_saving(
     assert "checkpoint step-4 could not be written" in capfd.readouterr().err
 
 
-def test_a_full_disk_at_the_last_checkpoint(
-    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_at_the_last_checkpoint(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with largest_file(1_000_000):
         code = run_main(main, train_flags(assets, tmp_path, max_steps=2))
     assert code == 1
@@ -271,9 +272,7 @@ def test_a_second_ctrl_c_ends_at_once(assets: Assets, tmp_path: Path, monkeypatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_that_cannot_save_says_so(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_that_cannot_save_says_so(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(assets, tmp_path, max_steps=3)
     original = run.train_batch
 

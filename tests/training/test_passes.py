@@ -176,9 +176,14 @@ def test_value_and_gradients_of_a_naive_loss(
     model = wrap(plain)
     packed = pack(model, PROMPTS, ANSWERS)
     got = tgrpo_loss(
-        model, packed, ADVANTAGES, config, num_tokens=num_tokens,
-        old_logp=None if old is None else torch.cat(old), ref_logp=None if ref is None else torch.cat(ref),
-    )  # fmt: skip
+        model,
+        packed,
+        ADVANTAGES,
+        config,
+        num_tokens=num_tokens,
+        old_logp=None if old is None else torch.cat(old),
+        ref_logp=None if ref is None else torch.cat(ref),
+    )
     got.loss.backward()
 
     assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)

@@ -125,9 +125,13 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_anywhere_then_resumed(
-    place: str, assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    place: str,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     expected, chosen = whole("full"), options(mixed, "train")
     with monkeypatch.context() as patch:
         kill_at(patch, *PLACES[place])
@@ -139,9 +143,13 @@ def test_killed_anywhere_then_resumed(
 
 @pytest.mark.parametrize("variant", ["lora", "bf16"])
 def test_killed_twice(
-    variant: str, assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    variant: str,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     expected, chosen = whole(variant), options(mixed, "train", **VARIANTS[variant])
     for resume, place in ((False, (Loop, "optimizer_step", 5)), (True, (LocalEngine, "generate", 2))):
         with monkeypatch.context() as patch:
@@ -165,9 +173,12 @@ def test_the_runs_do_something(whole: Callable[[str], Path]) -> None:
 
 
 def test_sft_killed_then_resumed(
-    assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     with monkeypatch.context() as patch:
         kill_at(patch, SFTTrainer, "optimizer_step", 6)
         with pytest.raises(Killed):
@@ -188,9 +199,12 @@ def test_resume_of_a_finished_run_changes_nothing(
 
 
 def test_back_to_an_earlier_checkpoint(
-    assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The later checkpoints go once the new continuation has one of its own, which is not deleted as the oldest."""
     chosen = options(mixed, "train") | {"save_total_limit": 3}
     trainer(assets, tmp_path, **chosen).train()
@@ -225,9 +239,13 @@ def test_sigkill(assets: Assets, mixed: dict[str, Path], whole: Callable[[str], 
 
 @pytest.mark.parametrize(("number", "module"), [(signal.SIGINT, "videor1.train"), (signal.SIGTERM, "videor1.sft")])
 def test_signals_save_and_exit_130(
-    number: signal.Signals, module: str, assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path],
+    number: signal.Signals,
+    module: str,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     train = module == "videor1.train"
     if train:
         flags = train_flags(assets, tmp_path, **options(mixed, "train", data__workers=1, save_steps=0))
@@ -255,9 +273,12 @@ def test_signals_save_and_exit_130(
 
 
 def test_ctrl_c_during_the_last_step(
-    assets: Assets, mixed: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path,
+    assets: Assets,
+    mixed: dict[str, Path],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The last evaluation is made up for once, however often the run is resumed after that."""
     run = trainer(assets, tmp_path, **options(mixed, "train"))
     original = run.train_batch
@@ -334,5 +355,3 @@ def test_a_damaged_checkpoint_is_named(assets: Assets, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="step-1: a damaged checkpoint"):
         trainer(assets, tmp_path, max_steps=2, beta=0, resume="auto").train()
-
-

@@ -45,9 +45,15 @@ def test_gradients_do_not_depend_on_the_micro_batches(
     """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved.
     And in rows under a bound, which the groups of one micro-batch share or which cuts them."""
     run = trainer(
-        assets, tmp_path, loss_type=loss_type, importance_level=importance, num_generations=3, beta=0.2,
-        max_completion_length=16, max_steps=20,
-    )  # fmt: skip
+        assets,
+        tmp_path,
+        loss_type=loss_type,
+        importance_level=importance,
+        num_generations=3,
+        beta=0.2,
+        max_completion_length=16,
+        max_steps=20,
+    )
     with torch.no_grad():
         assert run.frozen is not None
         for parameter in run.frozen.hf.parameters():
@@ -64,9 +70,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
 
 def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -> None:
     """bnpo divides by the tokens of each micro-batch: cutting the batch differently is another loss."""
-    run = trainer(
-        assets, tmp_path, loss_type="bnpo", num_generations=3, max_completion_length=16, max_steps=20, beta=0
-    )
+    run = trainer(assets, tmp_path, loss_type="bnpo", num_generations=3, max_completion_length=16, max_steps=20, beta=0)
     with Opened(run):
         prompts = run.source.take(4)
         groups = cut_unequally(run.rollout(prompts)[0].groups)

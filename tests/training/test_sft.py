@@ -102,10 +102,20 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, cap
     found = entries(assets.sft)[:2]
     data = write_data(tmp_path / "two.json", found)
     run = sft_trainer(
-        assets, tmp_path / "run", dataset_name=data, data__eval_path=data, data__root="/", eval_steps=10,
-        stop_at_accuracy=0.9, max_steps=200, per_device_train_batch_size=2, learning_rate=3e-3, logging_steps=7,
-        max_completion_length=32, lr_scheduler_type="constant",
-    )  # fmt: skip
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__eval_path=data,
+        data__root="/",
+        eval_steps=10,
+        stop_at_accuracy=0.9,
+        max_steps=200,
+        per_device_train_batch_size=2,
+        learning_rate=3e-3,
+        logging_steps=7,
+        max_completion_length=32,
+        lr_scheduler_type="constant",
+    )
     assert run.title() == "sft until accuracy 0.9"
     final = run.train()
     assert f"sft until accuracy 0.9: reached at step {run.step}, {run.accuracy:.3f}" in capsys.readouterr().err
@@ -119,9 +129,16 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, cap
     assert last_metrics(tmp_path / "run")["loss"] < rows[0]["loss"] - 1
     # A finished run that is asked to go on sees that it is finished.
     again = sft_trainer(
-        assets, tmp_path / "run", dataset_name=data, data__eval_path=data, data__root="/", eval_steps=10,
-        stop_at_accuracy=0.9, max_steps=200, resume="auto",
-    )  # fmt: skip
+        assets,
+        tmp_path / "run",
+        dataset_name=data,
+        data__eval_path=data,
+        data__root="/",
+        eval_steps=10,
+        stop_at_accuracy=0.9,
+        max_steps=200,
+        resume="auto",
+    )
     assert again.train() == final
     assert metrics(tmp_path / "run") == rows
 
@@ -135,9 +152,7 @@ def test_entries_without_a_thought_are_no_sft_data(assets: Assets, tmp_path: Pat
         sft_trainer(assets, tmp_path / "run", stop_at_accuracy=0.5)
 
 
-def test_the_command_says_what_comes_next(
-    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_comes_next(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main(main, sft_flags(assets, tmp_path, max_steps=1)) == 0
     final = tmp_path / "checkpoints" / "step-1"
     shown = capfd.readouterr().out

@@ -257,10 +257,20 @@ def test_twenty_steps_of_the_demo_do_not_depend_on_sharing(
     """Ten rollouts of two updates each, videos and images, clipping and a KL term; beside each pass repeated rows,
     whole logits and a tower pass per row, for the policy and for the reference."""
     options: dict[str, Any] = {
-        "max_steps": 20, "num_iterations": 2, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.1, "learning_rate": 3e-4,
-        "num_generations": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weight_decay": 0.0,
-        "max_completion_length": 12, "top_p": 1.0, "model.positions": COMPARED_RULE,
-    }  # fmt: skip
+        "max_steps": 20,
+        "num_iterations": 2,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "beta": 0.1,
+        "learning_rate": 3e-4,
+        "num_generations": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "weight_decay": 0.0,
+        "max_completion_length": 12,
+        "top_p": 1.0,
+        "model.positions": COMPARED_RULE,
+    }
     beside = Beside(monkeypatch)
     end = weights(trainer(assets, tmp_path / "run", **options).train())
     assert beside.losses >= 20

@@ -93,9 +93,12 @@ def test_steps_follow_from_the_epochs_where_rows_are_counted(
 
 
 def test_large_row_groups_are_told_on_the_screen(
-    assets: Assets, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    assets: Assets,
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     run = trainer(assets, tmp_path / "run", **options(dataset_name=shards["train"], max_steps=1))
     assert isinstance(run.dataset, videor1.data.stream.RowStream)
     run.dataset.large_blocks = "too large"

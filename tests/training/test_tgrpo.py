@@ -102,9 +102,14 @@ def test_identity_permutation_makes_both_branches_equal(
     branch = videor1.training.tgrpo.Branch
     same_names = lambda count, names, *rest: branch(count, ("both", names[1]), *rest)  # noqa: E731
     run = trainer(
-        assets, tmp_path, num_generations=3, temporal__num_generations=3, temporal__shuffle_unit=unit,
-        max_completion_length=12, temporal__skip_shuffled=False,
-    )  # fmt: skip
+        assets,
+        tmp_path,
+        num_generations=3,
+        temporal__num_generations=3,
+        temporal__shuffle_unit=unit,
+        max_completion_length=12,
+        temporal__skip_shuffled=False,
+    )
     with Opened(run):
         prompts = run.source.take(4)
     real = groups_of(run, prompts)
@@ -135,9 +140,7 @@ def answers(completions: Any) -> list[list[int]]:
 
 
 def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(
-        assets, tmp_path, num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False
-    )
+    run = trainer(assets, tmp_path, num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False)
     with Opened(run):
         groups = groups_of(run, run.source.take(4))
         assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
@@ -230,9 +233,17 @@ def test_rollout_and_training_log_probs_agree(assets: Assets, tmp_path: Path) ->
 def test_learning_raises_the_reward(assets: Assets, tmp_path: Path) -> None:
     """The whole loop points uphill: answers become shorter where that is what pays."""
     run = trainer(
-        assets, tmp_path, reward__functions="toy_rewards:brief", num_generations=8, max_steps=25, learning_rate=2e-3,
-        max_completion_length=12, beta=0, temporal__enabled=False, lr_scheduler_type="constant",
-    )  # fmt: skip
+        assets,
+        tmp_path,
+        reward__functions="toy_rewards:brief",
+        num_generations=8,
+        max_steps=25,
+        learning_rate=2e-3,
+        max_completion_length=12,
+        beta=0,
+        temporal__enabled=False,
+        lr_scheduler_type="constant",
+    )
     run.train()
     rewards = [row["reward"] for row in metrics(tmp_path)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
@@ -284,12 +295,32 @@ def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_
     trainer(assets, tmp_path, max_steps=1).train()
     row = last_metrics(tmp_path)
     names = {
-        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean",
-        "rewards/accuracy/std", "rewards/format/mean", "rewards/format/std", "kl", "entropy", "clip_ratio/region_mean",
-        "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
-        "sampling/sampling_logp_difference/max", "temporal/p", "temporal/p_shuffled",
-        "temporal/bonus", "sampling/sampling_logp_difference/mean", "data/draws", "data/skipped", "nonfinite_steps",
-    }  # fmt: skip
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/accuracy/mean",
+        "rewards/accuracy/std",
+        "rewards/format/mean",
+        "rewards/format/std",
+        "kl",
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "sampling/sampling_logp_difference/max",
+        "temporal/p",
+        "temporal/p_shuffled",
+        "temporal/bonus",
+        "sampling/sampling_logp_difference/mean",
+        "data/draws",
+        "data/skipped",
+        "nonfinite_steps",
+    }
     assert names <= row.keys()
 
 
@@ -300,9 +331,14 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
     operations = KERNELS
     options: dict[str, Any] = {
-        "max_steps": 3, "num_iterations": 3, "clip_low": 0.2, "clip_high": 0.2, "importance_level": importance_level,
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 if importance_level == "token" else 1,
-    }  # fmt: skip
+        "max_steps": 3,
+        "num_iterations": 3,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "importance_level": importance_level,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2 if importance_level == "token" else 1,
+    }
     ends = {}
     for kernels in ("reference", "triton"):
         final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()

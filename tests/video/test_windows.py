@@ -147,9 +147,14 @@ def test_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
     assert len(names) == 4
     for memory in (2**20, 0):
         with Prefetcher(
-            functools.partial(load_media, video=VIDEO), workers=0, depth=4, timeout=10, cache_bytes=memory,
-            key=media_key, disk=disk_cache(str(tmp_path / "cache"), 16, VIDEO),
-        ) as prefetcher:  # fmt: skip
+            functools.partial(load_media, video=VIDEO),
+            workers=0,
+            depth=4,
+            timeout=10,
+            cache_bytes=memory,
+            key=media_key,
+            disk=disk_cache(str(tmp_path / "cache"), 16, VIDEO),
+        ) as prefetcher:
             for _, got, expected in zip(
                 *zip(*prefetcher.iterate(samples + samples), strict=True), fresh + fresh, strict=True
             ):

@@ -157,9 +157,12 @@ def _build_parser(options: dict[str, Option], prog: str, description: str) -> Ar
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action="append", type=str, metavar="FILE",
+        "--config",
+        action="append",
+        type=str,
+        metavar="FILE",
         help="YAML file of options, or the name of a recipe; may be repeated, later files win",
-    )  # fmt: skip
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resulting options as YAML and exit")
     groups: dict[str, Any] = {}
     for option in options.values():

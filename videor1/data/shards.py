@@ -26,9 +26,7 @@ BLOCK_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
 # Only these columns are read, because others may be large.
-FIELDS = (
-    "problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process",
-)  # fmt: skip
+FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process")
 _BOM = b"\xef\xbb\xbf"
 
 

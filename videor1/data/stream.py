@@ -129,10 +129,15 @@ class RowStream:
         self.blocks = self._ends[-1]
         largest, room = max(shard.block_bytes for shard in self.shards), data.shuffle_mb * 2**20
         self.window_blocks = min(max(1, room // max(1, largest)), MAX_WINDOW_BLOCKS)
-        self.large_blocks = "" if largest <= 4 * room else (
-            f"{name}: its largest block, which is held whole, takes about {largest >> 20} MiB; write smaller row groups"
-            " or shards for less memory and a better shuffle"
-        )  # fmt: skip
+        self.large_blocks = (
+            ""
+            if largest <= 4 * room
+            else (
+                f"{name}: its largest block, which is held whole, takes about {largest >> 20} MiB; write smaller row"
+                " groups"
+                " or shards for less memory and a better shuffle"
+            )
+        )
         self.errors: list[SampleError] = []  # always empty: the error of a row is drawn in the row's place
         self._check = EntryChecker(name, root, require_process)
 

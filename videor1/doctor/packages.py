@@ -27,10 +27,25 @@ DEVELOPMENT = ("test", "bench", "lint")  # extras for work on videor1 itself
 # These are compiled against one version of torch and may fail to load although they are installed.
 IMPORTED = {"flash-attn": "flash_attn"}
 REPORTED = (
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "VIDEOR1_NATIVE", "XDG_CACHE_HOME", "CXX", "CC", "TRITON_INTERPRET",
-    "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME",
-    "HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_PROJECT", "TRACKIO_PROJECT",
-)  # fmt: skip
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "VIDEOR1_NATIVE",
+    "XDG_CACHE_HOME",
+    "CXX",
+    "CC",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "WANDB_PROJECT",
+    "TRACKIO_PROJECT",
+)
 SECRET = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")  # reported as set, never with their values
 
 

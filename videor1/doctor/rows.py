@@ -98,6 +98,10 @@ def _verdict(found: Sequence[Problem]) -> str:
 
 def _wrapped(head: str, value: str) -> str:
     return textwrap.fill(
-        value, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        value,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
         break_on_hyphens=False,
-    )  # fmt: skip
+    )

@@ -138,9 +138,13 @@ def _two_completions(cast: Cast) -> dict[str, Any]:
     old, reference = cast(-3 + 0.1 * _randn(3, 6)), cast(-3 + 0.1 * _randn(4, 6))
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=old.device)
     return {
-        "advantages": cast(torch.tensor([1.0, -0.5])), "cu_seqlens": cu_seqlens, "old_logp": old,
-        "ref_logp": reference, "clip_low": 5.0, "clip_high": 5.0,
-    }  # fmt: skip
+        "advantages": cast(torch.tensor([1.0, -0.5])),
+        "cu_seqlens": cu_seqlens,
+        "old_logp": old,
+        "ref_logp": reference,
+        "clip_low": 5.0,
+        "clip_high": 5.0,
+    }
 
 
 def _linear_grpo_loss(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -189,9 +193,16 @@ def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
     suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, 32)) for i in range(2))
     index = partial(torch.tensor, device=q.device)
     out = kernels.prefix_decode_attention(
-        q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths=index([1, 4, 2]), cu_prefix=index([0, 5, 8]),
-        row_group=index([0, 0, 1]), backend=backend,
-    )  # fmt: skip
+        q,
+        prefix_k,
+        prefix_v,
+        suffix_k,
+        suffix_v,
+        suffix_lengths=index([1, 4, 2]),
+        cu_prefix=index([0, 5, 8]),
+        row_group=index([0, 0, 1]),
+        backend=backend,
+    )
     return {"output": out}
 
 

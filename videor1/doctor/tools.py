@@ -144,9 +144,16 @@ def _choice(name: str, clip: tuple[int, int, int], device: str) -> Finding:
 
     width, height, frames = clip
     info = VideoInfo(
-        num_frames=frames, fps=30.0, width=width, height=height, rotation=0, codec="h264", pix_fmt="yuv420p",
-        seconds=tuple(i / 30 for i in range(frames)), key_frames=tuple(range(0, frames, 250)),
-    )  # fmt: skip
+        num_frames=frames,
+        fps=30.0,
+        width=width,
+        height=height,
+        rotation=0,
+        codec="h264",
+        pix_fmt="yuv420p",
+        seconds=tuple(i / 30 for i in range(frames)),
+        key_frames=tuple(range(0, frames, 250)),
+    )
     chosen = decide(info, range(0, frames, frames // 16), device, "auto")
     taken = {"cpu": "pyav on the CPU", "nvdec": "pyav on NVDEC"}[chosen.where]
     return Finding(name, f"{taken} ({chosen.reason}), for {frames // 30} s of {width}x{height} H.264")

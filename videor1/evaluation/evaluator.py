@@ -186,11 +186,13 @@ def _answer_prompts(
         shuffled = shuffled_features(model, prompts, orders, unit=unit)
     requests = [
         Request(
-            p, config.seed, Branch(count, ("eval", p.draw), features),
+            p,
+            config.seed,
+            Branch(count, ("eval", p.draw), features),
             None if order is None else Branch(count, ("eval-shuffled", p.draw), from_shuffled, order),
         )
         for p, features, from_shuffled, order in zip(prompts, ordered, shuffled, orders, strict=True)
-    ]  # fmt: skip
+    ]
     answers = []
     for group in engine.generate(requests).groups:
         assert group is not None, "this engine never fails a single request"

@@ -31,9 +31,15 @@ from videor1.types import SampleError
 
 # Options whose values in training a checkpoint should also be evaluated with.
 _TRAINING_OPTIONS = (
-    "max_completion_length", "video.max_frames", "video.fps", "video.max_pixels", "video.min_pixels",
-    "video.image_max_pixels", "video.image_min_pixels", "model.positions",
-)  # fmt: skip
+    "max_completion_length",
+    "video.max_frames",
+    "video.fps",
+    "video.max_pixels",
+    "video.min_pixels",
+    "video.image_max_pixels",
+    "video.image_min_pixels",
+    "model.positions",
+)
 
 
 def run(config: EvaluateConfig) -> int:
@@ -70,10 +76,7 @@ def run(config: EvaluateConfig) -> int:
             for loaded in benchmarks:
                 _answer(config, loaded, model, answers, skipped, shown)
     except (KeyboardInterrupt, OSError) as error:
-        done = (
-            f"{answers.count} of {total} questions are answered; go on with: "
-            f"{resume_command('evaluate', run_dir)}"
-        )
+        done = f"{answers.count} of {total} questions are answered; go on with: {resume_command('evaluate', run_dir)}"
         if isinstance(error, OSError):
             raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
         raise KeyboardInterrupt(done) from None
@@ -168,8 +171,10 @@ def _report_training_options(config: EvaluateConfig) -> None:
     }
     if different:
         options = " ".join(f"--{name} {'null' if value is None else value}" for name, value in different.items())
-        print(f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{config.model_name_or_path} was trained otherwise; to ask it as in its training: {options}",
+            file=sys.stderr,
+        )
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -186,9 +191,13 @@ def _selected_questions(loaded: Loaded, config: EvaluateConfig) -> list[Any]:
 
 
 def _answer(
-    config: EvaluateConfig, loaded: Loaded, model: VideoLM, answers: JsonlWriter, skipped: JsonlWriter,
+    config: EvaluateConfig,
+    loaded: Loaded,
+    model: VideoLM,
+    answers: JsonlWriter,
+    skipped: JsonlWriter,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Answer the questions of a benchmark that have no answer yet, and append the answers to their file."""
 
     questions = {question.sample.index: question for question in _selected_questions(loaded, config)}
@@ -199,10 +208,13 @@ def _answer(
         return
     samples = [question.sample for question in questions.values()]
     with Evaluator(
-        Dataset(samples, [], Path(loaded.name), Path()), config, top_p=config.eval_top_p, count=config.eval_num_samples,
+        Dataset(samples, [], Path(loaded.name), Path()),
+        config,
+        top_p=config.eval_top_p,
+        count=config.eval_num_samples,
         score=lambda text, sample: questions[sample.index].score(text),
         on_skip=lambda error: progress.write(f"not answered: {error}"),
-    ) as evaluator:  # fmt: skip
+    ) as evaluator:
         for block in evaluator.answer(model, done):
             rows = [
                 answer_row(loaded.name, questions[sample.index], outcome)

@@ -44,9 +44,14 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._plain = not disabled and not self._stream.isatty()
         self._bar = tqdm(
-            total=total, initial=initial, desc=description or None, file=self._stream,
-            disable=disabled or self._plain, dynamic_ncols=True, unit=unit,
-        )  # fmt: skip
+            total=total,
+            initial=initial,
+            desc=description or None,
+            file=self._stream,
+            disable=disabled or self._plain,
+            dynamic_ncols=True,
+            unit=unit,
+        )
 
     def update(self, values: Mapping[str, float | None], steps: int = 1) -> None:
         """Advance by ``steps`` and show ``values`` by label, e.g. ``{"loss": 0.1, "p~": None}``.
@@ -81,10 +86,15 @@ class Progress:
         """Print the progress and the values as a plain line."""
         self._last_line = time.monotonic()
         line = tqdm.format_meter(
-            self._done, self._total, self._last_line - self._start, initial=self._initial,
-            unit=self._unit, prefix=self._description and f"{self._description}: ", postfix=shown,
+            self._done,
+            self._total,
+            self._last_line - self._start,
+            initial=self._initial,
+            unit=self._unit,
+            prefix=self._description and f"{self._description}: ",
+            postfix=shown,
             bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-        )  # fmt: skip
+        )
         print(line, file=self._stream, flush=True)
 
 

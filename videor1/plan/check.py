@@ -63,9 +63,13 @@ def measured(
     options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
     kv_mib = config.rollout.kv_mib
     engine = LocalEngine(
-        model, options, max_rows=config.rollout_batch_size, kv_bytes=None if kv_mib is None else kv_mib * MIB,
-        cuda_graphs=config.rollout.cuda_graphs, backend=config.kernels,
-    )  # fmt: skip
+        model,
+        options,
+        max_rows=config.rollout_batch_size,
+        kv_bytes=None if kv_mib is None else kv_mib * MIB,
+        cuda_graphs=config.rollout.cuda_graphs,
+        backend=config.kernels,
+    )
 
     def answer(ordered: Sequence[Tensor], shuffled: Sequence[Tensor]) -> None:
         requests = []

@@ -192,9 +192,19 @@ class Ledger(TorchDispatchMode):
             return out.contiguous(), lse
 
     def _attention_backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, prompts: Any, counts: Any,
-        completions: Any, scale: float, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        prompts: Any,
+        counts: Any,
+        completions: Any,
+        scale: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layout = attention_ops._layout(prompts, counts, completions, q.device)
         with self:
             if self._uses_attention_kernel(q, k, v):
@@ -219,9 +229,15 @@ class Ledger(TorchDispatchMode):
         return kernel
 
     def _logprob(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Any, temperatures: Any, temperature: float,
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Any,
+        temperatures: Any,
+        temperature: float,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with self, self.part("head and loss"), _without_pointers():
             if not self.cuda:
                 return head_reference.forward(hidden, weight, labels, bias, temperature)
@@ -234,9 +250,19 @@ class Ledger(TorchDispatchMode):
             return logp, entropy, hidden.new_empty(rows, dtype=torch.float64)
 
     def _loss(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, cu_seqlens: Tensor, old_logp: Any,
-        ref_logp: Any, bias: Any, temperatures: Any, temperature: float, *options: Any,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        advantages: Tensor,
+        cu_seqlens: Tensor,
+        old_logp: Any,
+        ref_logp: Any,
+        bias: Any,
+        temperatures: Any,
+        temperature: float,
+        *options: Any,
+    ) -> tuple[Any, ...]:
         needs: Sequence[bool] = options[-2]
         with self, self.part("head and loss"), _without_pointers():
             scalars = [hidden.new_empty((), dtype=torch.float32) for _ in range(4)]
@@ -247,9 +273,17 @@ class Ledger(TorchDispatchMode):
                 d_hidden, d_weight = _loss_reference(hidden, weight, labels, bias, temperature, needs)
             nothing = hidden.new_empty(0)
             return (
-                scalars[0], logp, entropy, scalars[1], scalars[2], 0, nothing if d_hidden is None else d_hidden,
-                nothing if d_weight is None else d_weight, nothing, scalars[3],
-            )  # fmt: skip
+                scalars[0],
+                logp,
+                entropy,
+                scalars[1],
+                scalars[2],
+                0,
+                nothing if d_hidden is None else d_hidden,
+                nothing if d_weight is None else d_weight,
+                nothing,
+                scalars[3],
+            )
 
     def _loss_kernel(
         self, hidden: Tensor, weight: Tensor, needs: Sequence[bool]

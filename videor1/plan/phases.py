@@ -66,8 +66,8 @@ def run_step(step: TrainingStep, phase: Callable[[str], AbstractContextManager[N
     with phase("policy"):
         for _ in range(min(2, step.work.rows)):  # From the second pass on, gradients are allocated before the pass.
             result = tgrpo_loss(
-                model, row, advantages, config, num_tokens=step.work.batch_tokens, ref_logp=ref_logp, features=features,
-            )  # fmt: skip
+                model, row, advantages, config, num_tokens=step.work.batch_tokens, ref_logp=ref_logp, features=features
+            )
             result.loss.backward()
     for parameter in model.trainable().values():
         if parameter.grad is None:

@@ -213,9 +213,12 @@ def _capacity(config: TrainConfig, model: VideoLM, work: Work) -> Capacity:
     branches = [(len(prompt.input_ids), count) for prompt in work.prompts for count in counts]
     kv_mib = config.rollout.kv_mib
     return plan_capacity(
-        branches, config.max_completion_length, bytes_per_token(model.hf.config.text_config, model.compute_dtype),
-        max_rows=config.rollout_batch_size, budget=None if kv_mib is None else kv_mib * MIB,
-    )  # fmt: skip
+        branches,
+        config.max_completion_length,
+        bytes_per_token(model.hf.config.text_config, model.compute_dtype),
+        max_rows=config.rollout_batch_size,
+        budget=None if kv_mib is None else kv_mib * MIB,
+    )
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,28 @@ def _qwen(
 ) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads,
-            "max_position_embeddings": 128000, "tie_word_embeddings": tied,
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "max_position_embeddings": 128000,
+            "tie_word_embeddings": tied,
             "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
         },
         vision_config={
-            "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": hidden,
-            "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112, "tokens_per_second": 2,
+            "depth": 32,
+            "hidden_size": 1280,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "window_size": 112,
+            "tokens_per_second": 2,
         },
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -245,9 +256,12 @@ def make_work(
     completion = torch.full((config.max_completion_length,), 5)
     row = pack(model, [prompts[p.group] for p in longest_row], [[completion] * len(p.completions) for p in longest_row])
     return Work(
-        prompts, row, tuple(p.group for p in longest_row), len(rows) * config.gradient_accumulation_steps,
+        prompts,
+        row,
+        tuple(p.group for p in longest_row),
+        len(rows) * config.gradient_accumulation_steps,
         count * sum(completion_lengths),
-    )  # fmt: skip
+    )
 
 
 def largest_grid(config: TrainConfig) -> tuple[int, int, int]:

@@ -21,13 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder (the output_dir of a training run)")
     parser.add_argument(
-        "--out", metavar="FILE",
+        "--out",
+        metavar="FILE",
         help="the page to write; default: RUN/report.html, of several runs report.html in the current folder",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--rollouts", type=int, default=40, metavar="N",
+        "--rollouts",
+        type=int,
+        default=40,
+        metavar="N",
         help="prompts with their answers to show, of all runs together, evenly over the steps; 0: none (default: 40)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(argv)
     print(write_report(options.runs, options.out, rollouts=options.rollouts))
     return 0

@@ -65,9 +65,14 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
     completions = []
     for i, (form, length, reward, advantage) in enumerate(zip(*columns, strict=True)):
         completion: dict[str, Any] = {
-            "accuracy": accuracy[i], "right": accuracy[i] > above, "format": form, "length": length, "reward": reward,
-            "advantage": advantage, "cut": finished[i] is False,
-        }  # fmt: skip
+            "accuracy": accuracy[i],
+            "right": accuracy[i] > above,
+            "format": form,
+            "length": length,
+            "reward": reward,
+            "advantage": advantage,
+            "cut": finished[i] is False,
+        }
         if tokens[i] is None:
             completion["text"] = visible(texts[i])
         else:

@@ -128,14 +128,24 @@ def _line(
     if averaged:
         raw = series.thinned(most)
         figure.add_scatter(
-            x=_steps(raw), y=_values(raw), mode="lines", line={"color": line["color"], "width": 1}, opacity=0.3,
-            hoverinfo="skip", **names | {"showlegend": False},
-        )  # fmt: skip
+            x=_steps(raw),
+            y=_values(raw),
+            mode="lines",
+            line={"color": line["color"], "width": 1},
+            opacity=0.3,
+            hoverinfo="skip",
+            **names | {"showlegend": False},
+        )
     shown = (series.smoothed() if averaged else series).spread(most)
     figure.add_scatter(
-        x=_steps(shown), y=_values(shown), mode="lines" if series.smooths else "lines+markers",
-        line={"width": 2.2, **line}, marker={"size": 7}, hovertemplate="%{y:.4g}", **names,
-    )  # fmt: skip
+        x=_steps(shown),
+        y=_values(shown),
+        mode="lines" if series.smooths else "lines+markers",
+        line={"width": 2.2, **line},
+        marker={"size": 7},
+        hovertemplate="%{y:.4g}",
+        **names,
+    )
 
 
 def _shade(figure: go.Figure, upper: Series, lower: Series, color: str, run: str, most: int) -> None:
@@ -162,9 +172,10 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
         return None
     medians = {
         (run.name, phase): float(sorted(values)[len(values) // 2])
-        for run in runs for phase in phases
+        for run in runs
+        for phase in phases
         if len(values := run.metrics[f"seconds/{phase}"].values)
-    }  # fmt: skip
+    }
     note = "Smoothed, stacked." if len(runs) == 1 else "Medians over the steps."
     if "other" not in phases:
         note += " Only what these phases took was measured, not the whole step."
@@ -174,15 +185,23 @@ def step_times(runs: Sequence[Run]) -> dict[str, Any] | None:
         if len(runs) == 1:
             series = runs[0].metrics[f"seconds/{phase}"].smoothed().spread(points(1))
             figure.add_scatter(
-                x=_steps(series), y=_values(series), name=name, stackgroup="step", mode="lines",
-                line={"color": color, "width": 1}, hovertemplate="%{y:.3g} s",
-            )  # fmt: skip
+                x=_steps(series),
+                y=_values(series),
+                name=name,
+                stackgroup="step",
+                mode="lines",
+                line={"color": color, "width": 1},
+                hovertemplate="%{y:.3g} s",
+            )
         else:
             figure.add_bar(
-                y=[_escaped_name(run) for run in runs], x=[medians.get((run.name, phase)) for run in runs], name=name,
-                orientation="h", hovertemplate="%{x:.3g} s",
+                y=[_escaped_name(run) for run in runs],
+                x=[medians.get((run.name, phase)) for run in runs],
+                name=name,
+                orientation="h",
+                hovertemplate="%{x:.3g} s",
                 marker={"color": color, "pattern": PATTERN | {"shape": ("", "/", ".", "x", "\\", "-")[i % 6]}},
-            )  # fmt: skip
+            )
     if len(runs) > 1:
         figure.update_layout(barmode="stack", hovermode="closest")
         figure.update_xaxes(title_text="seconds a step")

@@ -24,7 +24,9 @@ class Panel:
 
 PANELS = (
     Panel(
-        "Accuracy while training", ("temporal/p", "temporal/p_shuffled"), gap=True,
+        "Accuracy while training",
+        ("temporal/p", "temporal/p_shuffled"),
+        gap=True,
         labels={"temporal/p_shuffled": "p~, shuffled, where known"},
     ),
     Panel("Held-out accuracy", ("eval/ordered", "eval/shuffled"), gap=True, labels={"eval/shuffled": "shuffled"}),
@@ -32,10 +34,11 @@ PANELS = (
     Panel("KL to the reference, entropy (nats)", ("kl", "entropy")),
     Panel("Answer length (tokens)", ("completions/mean_length", "completions/max_length")),
     Panel(
-        "Seconds a step", ("time/rollout", "time/update", "time/data"),
+        "Seconds a step",
+        ("time/rollout", "time/update", "time/data"),
         labels={f"time/{phase}": PHASE_LABELS.get(phase, phase) for phase in ("rollout", "update", "data")},
     ),
-)  # fmt: skip
+)
 
 
 def draw_curves(run_dir: Path) -> Path:

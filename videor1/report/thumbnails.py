@@ -65,9 +65,10 @@ class Thumbnails:
         try:
             # Every backend returns the same frames, so the one that is always installed is used here.
             clip = (
-                read_image(path) if kind == "image"
+                read_image(path)
+                if kind == "image"
                 else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1)
-            )  # fmt: skip
+            )
             frames = small_jpegs(clip)
         except SampleError as error:
             return self.note(path, f"{error.message} [{error.kind}]")

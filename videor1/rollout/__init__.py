@@ -49,12 +49,24 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
                 stacklevel=2,
             )
         return ServerEngine(
-            url=rollout.url, model=rollout.model, tokenizer=model.tokenizer, special=model.special, options=options,
-            shuffle_unit=config.temporal.shuffle_unit, timeout=rollout.timeout, retries=rollout.retries,
-            concurrency=rollout.concurrency, save_weights=lambda folder: save_model(model, folder),
-            sync_dir=run_dir / "policy", sync=rollout.sync,
-        )  # fmt: skip
+            url=rollout.url,
+            model=rollout.model,
+            tokenizer=model.tokenizer,
+            special=model.special,
+            options=options,
+            shuffle_unit=config.temporal.shuffle_unit,
+            timeout=rollout.timeout,
+            retries=rollout.retries,
+            concurrency=rollout.concurrency,
+            save_weights=lambda folder: save_model(model, folder),
+            sync_dir=run_dir / "policy",
+            sync=rollout.sync,
+        )
     return LocalEngine(
-        model, options, max_rows=config.rollout_batch_size, backend=config.kernels, cuda_graphs=rollout.cuda_graphs,
+        model,
+        options,
+        max_rows=config.rollout_batch_size,
+        backend=config.kernels,
+        cuda_graphs=rollout.cuda_graphs,
         kv_bytes=None if rollout.kv_mib is None else rollout.kv_mib * MIB,
-    )  # fmt: skip
+    )

@@ -99,8 +99,10 @@ def save(
 
 def _optimizer_file(ranks: Ranks) -> str:
     """Return the name of the file with this rank's part of the optimizer's state."""
-    return "optimizer.safetensors" if ranks.world == 1 else (
-        f"optimizer-{ranks.rank + 1:05}-of-{ranks.world:05}.safetensors"
+    return (
+        "optimizer.safetensors"
+        if ranks.world == 1
+        else (f"optimizer-{ranks.rank + 1:05}-of-{ranks.world:05}.safetensors")
     )
 
 
@@ -163,9 +165,7 @@ def _save_trainer(folder: Path, model: VideoLM, state: dict[str, Any]) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def read_trainer(
-    folder: Path, model: VideoLM, fixed: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_trainer(folder: Path, model: VideoLM, fixed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore the trained weights from a checkpoint, and read the trainer's state.
 
     Args:

@@ -178,9 +178,13 @@ class Loop(ABC, Generic[C]):
         return bool(self._stop)
 
     def optimizer_step(
-        self, losses: Iterator[Tensor], metrics: Callable[[], dict[str, Any]], *, count: int,
+        self,
+        losses: Iterator[Tensor],
+        metrics: Callable[[], dict[str, Any]],
+        *,
+        count: int,
         dummy_loss: Callable[[], Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Update the model once, from the losses of the packed rows.
 
         If the loss or a gradient is NaN or Inf, the step changes no weight: it is skipped and counted, and the run
@@ -283,9 +287,7 @@ class Loop(ABC, Generic[C]):
         optimizer = None if self.config.save_only_model else self.optimizer
         try:
             keep = self.config.save_total_limit
-            path = save(
-                self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep, ranks=self.ranks
-            )
+            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep, ranks=self.ranks)
         except CheckpointError as error:
             if required:
                 raise TrainingStopped(f"{error}; {self.describe_last_checkpoint()}") from error
@@ -348,15 +350,21 @@ class Loop(ABC, Generic[C]):
             save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
             self.metrics = stack.enter_context(
                 MetricsWriter(
-                    self.folder, report_to=self.config.report_to if self.ranks.is_main else [],
-                    run_name=self.config.run_name, config=self.config, resume_step=self._resume_step,
+                    self.folder,
+                    report_to=self.config.report_to if self.ranks.is_main else [],
+                    run_name=self.config.run_name,
+                    config=self.config,
+                    resume_step=self._resume_step,
                 )
-            )  # fmt: skip
+            )
             skips = self.open_jsonl("skipped.jsonl")
             self.progress = stack.enter_context(
                 Progress(
-                    self.total_steps, initial=self.step, description=self.title(),
-                    disabled=self.config.disable_tqdm or not self.ranks.is_main, silent=not self.ranks.is_main,
+                    self.total_steps,
+                    initial=self.step,
+                    description=self.title(),
+                    disabled=self.config.disable_tqdm or not self.ranks.is_main,
+                    silent=not self.ranks.is_main,
                 )
             )
             self.journal = Journal(state, skips, self.progress, left_out=self.dataset.error_counts())

@@ -57,9 +57,12 @@ class SFTTrainer(Loop[SFTConfig]):
     def make_source(self, start: int) -> Source[Example]:
         def build(sample: Sample, media: Media | None, draw: int) -> Example:
             ids, mask = build_sft_ids(
-                self.model.tokenizer, sample, media, self.config.max_length,
+                self.model.tokenizer,
+                sample,
+                media,
+                self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
-            )  # fmt: skip
+            )
             length = len(ids) - int(mask.sum())
             return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
 

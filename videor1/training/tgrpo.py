@@ -36,9 +36,13 @@ from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
 
 KERNELS = (
-    "prefix_attention", "prefix_decode_attention", "sample_tokens", "linear_logprob", "linear_grpo_loss",
+    "prefix_attention",
+    "prefix_decode_attention",
+    "sample_tokens",
+    "linear_logprob",
+    "linear_grpo_loss",
     "tgrpo_advantages",
-)  # fmt: skip
+)
 
 # Steps in a row without any nonzero advantage after which the user is told.
 NO_SIGNAL_STEPS = 5
@@ -176,11 +180,14 @@ class Trainer(Loop[TrainConfig]):
         judges = [self._judge(p) if skip and order else None for p, order in zip(prompts, orders, strict=True)]
         requests = [
             Request(
-                p, config.seed, Branch(config.num_generations, ("ordered", p.draw), features),
-                None if order is None else Branch(config.num_shuffled, ("shuffled", p.draw), moved, order), judge,
+                p,
+                config.seed,
+                Branch(config.num_generations, ("ordered", p.draw), features),
+                None if order is None else Branch(config.num_shuffled, ("shuffled", p.draw), moved, order),
+                judge,
             )
             for p, features, moved, order, judge in zip(prompts, ordered, shuffled, orders, judges, strict=True)
-        ]  # fmt: skip
+        ]
         if self.weights_are_new:
             self.engine.weights_changed()
             self.weights_are_new = False
@@ -225,9 +232,15 @@ class Trainer(Loop[TrainConfig]):
         advantages = scored.result.advantages.flatten()
         for row, old_logp, ref_logp, features in zip(rows, old_logps, ref_logps, row_features, strict=True):
             result = tgrpo_loss(
-                self.model, row.packed, advantages[row.completions], self.config, num_tokens=tokens,
-                old_logp=old_logp, ref_logp=ref_logp, features=features,
-            )  # fmt: skip
+                self.model,
+                row.packed,
+                advantages[row.completions],
+                self.config,
+                num_tokens=tokens,
+                old_logp=old_logp,
+                ref_logp=ref_logp,
+                features=features,
+            )
             # Detached, since the list would otherwise keep the row's graph alive.
             results.append(dataclasses.replace(result, loss=result.loss.detach()))
             loss = result.loss * row.weight

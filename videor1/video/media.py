@@ -28,9 +28,13 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
         raise SampleError("missing_file", f"a sample of data_type {sample.data_type} has no path")
     started = time.perf_counter()
     frames: dict[str, Any] = {
-        "max_frames": video.max_frames, "fps": video.fps, "max_pixels": video.max_pixels,
-        "min_pixels": video.min_pixels, "start": sample.start, "end": sample.end,
-    }  # fmt: skip
+        "max_frames": video.max_frames,
+        "fps": video.fps,
+        "max_pixels": video.max_pixels,
+        "min_pixels": video.min_pixels,
+        "start": sample.start,
+        "end": sample.end,
+    }
     if sample.data_type == "image":
         clip = read_image(sample.path, max_pixels=video.image_max_pixels, min_pixels=video.image_min_pixels)
     elif sample.frames_per_second is not None:

@@ -123,9 +123,7 @@ def read_frames(
     )
 
 
-def read_image(
-    path: str | Path, *, max_pixels: int = IMAGE_MAX_PIXELS, min_pixels: int = IMAGE_MIN_PIXELS
-) -> Clip:
+def read_image(path: str | Path, *, max_pixels: int = IMAGE_MAX_PIXELS, min_pixels: int = IMAGE_MIN_PIXELS) -> Clip:
     """Read a still image as a clip of one frame with fps 0.
 
     The EXIF orientation is applied, transparency is shown on white, and palette, grey (8 and 16 bit) and CMYK images
@@ -163,9 +161,7 @@ def read_rgb(path: Path) -> np.ndarray:
         raise SampleError("image", f"cannot read the image: {error}", path) from error
 
 
-def smart_resize(
-    height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = FACTOR
-) -> tuple[int, int]:
+def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = FACTOR) -> tuple[int, int]:
     """Return Qwen2-VL's target size (height, width) for a frame.
 
     Both sides are multiples of ``factor``, the number of pixels is within the bounds, and the aspect ratio is about

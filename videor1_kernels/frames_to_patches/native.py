@@ -62,10 +62,17 @@ def frames_to_patches(
     ordered = torch.empty(shape, dtype=dtype, device=device) if permutation is None or both else None
     permuted = torch.empty(shape, dtype=dtype, device=device) if permutation is not None else None
     torch.ops.videor1_csrc.frames_to_patches(
-        planes, matrix, full_range, *_table(height, out_height, device), *_table(width, out_width, device),
-        rotation // 90, _levels(dtype, device), None if permutation is None else _slots(permutation, device),
-        ordered, permuted,
-    )  # fmt: skip
+        planes,
+        matrix,
+        full_range,
+        *_table(height, out_height, device),
+        *_table(width, out_width, device),
+        rotation // 90,
+        _levels(dtype, device),
+        None if permutation is None else _slots(permutation, device),
+        ordered,
+        permuted,
+    )
     if ordered is not None and permuted is not None:
         return ordered, permuted
     made = permuted if ordered is None else ordered

@@ -117,7 +117,20 @@ def tgrpo_advantages(
     low, high = length_range
     return Advantages(
         *tgrpo_advantages_op(
-            accuracy.detach(), format.detach(), lengths, shuffled_accuracy, rule, alpha, mu, correct_above,
-            length_bonus, low, high, normalize, eps, apply, backend,
+            accuracy.detach(),
+            format.detach(),
+            lengths,
+            shuffled_accuracy,
+            rule,
+            alpha,
+            mu,
+            correct_above,
+            length_bonus,
+            low,
+            high,
+            normalize,
+            eps,
+            apply,
+            backend,
         )
-    )  # fmt: skip
+    )

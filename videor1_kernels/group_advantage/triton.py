@@ -14,10 +14,34 @@ ELEMENTS = 512  # of one program: prompts times the width of a group
 
 
 @triton.jit
-def advantage_kernel(accuracy, format, lengths, shuffled, advantages, rewards_out, temporal_out, p_out, p_shuffled_out,
-                     unusable, P, G, Gs, alpha, mu, correct_above, length_bonus, low, high, eps, RULE: tl.constexpr,
-                     STD: tl.constexpr, IN_REWARD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
-                     BLOCK_S: tl.constexpr):  # fmt: skip
+def advantage_kernel(
+    accuracy,
+    format,
+    lengths,
+    shuffled,
+    advantages,
+    rewards_out,
+    temporal_out,
+    p_out,
+    p_shuffled_out,
+    unusable,
+    P,
+    G,
+    Gs,
+    alpha,
+    mu,
+    correct_above,
+    length_bonus,
+    low,
+    high,
+    eps,
+    RULE: tl.constexpr,
+    STD: tl.constexpr,
+    IN_REWARD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """accuracy, format, lengths [P, G], shuffled [P, Gs] -> advantages, rewards [P, G] and [P] of the rest.
 
     RULE: the place in RULES. unusable [P]: 1 where an input must not be used (NaN or infinite).
@@ -102,13 +126,34 @@ def tgrpo_advantages(
     if prompts:
         low, high = (_rounded(bound, lengths.dtype) for bound in options.length_range)
         advantage_kernel[(triton.cdiv(prompts, block_p),)](
-            accuracy.contiguous(), format.contiguous(), lengths.contiguous(),
-            accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous(), advantages, rewards, temporal,
-            p, p_shuffled, unusable, prompts, size, others, options.alpha, options.mu,
-            _rounded(options.correct_above, accuracy.dtype), options.length_bonus, low, high, options.eps,
-            RULE=RULES.index(options.rule), STD=options.normalize == "std", IN_REWARD=options.apply == "reward",
-            BLOCK_P=block_p, BLOCK_G=block_g, BLOCK_S=block_s, num_warps=4,
-        )  # fmt: skip
+            accuracy.contiguous(),
+            format.contiguous(),
+            lengths.contiguous(),
+            accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous(),
+            advantages,
+            rewards,
+            temporal,
+            p,
+            p_shuffled,
+            unusable,
+            prompts,
+            size,
+            others,
+            options.alpha,
+            options.mu,
+            _rounded(options.correct_above, accuracy.dtype),
+            options.length_bonus,
+            low,
+            high,
+            options.eps,
+            RULE=RULES.index(options.rule),
+            STD=options.normalize == "std",
+            IN_REWARD=options.apply == "reward",
+            BLOCK_P=block_p,
+            BLOCK_G=block_g,
+            BLOCK_S=block_s,
+            num_warps=4,
+        )
         if not capturing(accuracy) and bool(unusable.any()):
             check_values(accuracy, format, shuffled_accuracy)
     return advantages, rewards, temporal, p, p_shuffled

@@ -105,14 +105,32 @@ def grpo_loss(
     if mask is not None:
         check_tensor(op, "mask", mask, logp.shape, (torch.bool,), logp.device)
     options = check_options(
-        op, len(logp), logp.device, advantages, cu_seqlens, old_logp, ref_logp, loss_type=loss_type, beta=beta,
-        clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
-        max_completion_length=max_completion_length, num_tokens=num_tokens,
-    )  # fmt: skip
+        op,
+        len(logp),
+        logp.device,
+        advantages,
+        cu_seqlens,
+        old_logp,
+        ref_logp,
+        loss_type=loss_type,
+        beta=beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_clamp=kl_clamp,
+        importance_level=importance_level,
+        max_completion_length=max_completion_length,
+        num_tokens=num_tokens,
+    )
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-        logp, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), mask, *astuple(options),
+        logp,
+        advantages.detach(),
+        cu_seqlens,
+        _detached(old_logp),
+        _detached(ref_logp),
+        mask,
+        *astuple(options),
         backend,
-    )  # fmt: skip
+    )
     return GrpoLoss(loss, shown.detach(), None, kl.detach(), clip_fraction.detach(), skipped)
 
 
@@ -180,15 +198,38 @@ def linear_grpo_loss(
     check_head(op, hidden, weight, labels, bias)
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     options = check_options(
-        op, len(hidden), hidden.device, advantages, cu_seqlens, old_logp, ref_logp, loss_type=loss_type, beta=beta,
-        clip_low=clip_low, clip_high=clip_high, kl_clamp=kl_clamp, importance_level=importance_level,
-        max_completion_length=max_completion_length, num_tokens=num_tokens,
-    )  # fmt: skip
+        op,
+        len(hidden),
+        hidden.device,
+        advantages,
+        cu_seqlens,
+        old_logp,
+        ref_logp,
+        loss_type=loss_type,
+        beta=beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_clamp=kl_clamp,
+        importance_level=importance_level,
+        max_completion_length=max_completion_length,
+        num_tokens=num_tokens,
+    )
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
-        hidden, weight, labels, advantages.detach(), cu_seqlens, _detached(old_logp), _detached(ref_logp), bias,
-        temperatures, scalar, *astuple(options), needs, backend,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels,
+        advantages.detach(),
+        cu_seqlens,
+        _detached(old_logp),
+        _detached(ref_logp),
+        bias,
+        temperatures,
+        scalar,
+        *astuple(options),
+        needs,
+        backend,
+    )
     return GrpoLoss(loss, logp.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
 
 

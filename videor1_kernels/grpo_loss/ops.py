@@ -116,9 +116,18 @@ def linear_grpo_loss_op(
     )
     with dispatch.running_on(hidden):
         result = run.linear_grpo_loss(
-            hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias,
-            temperature if temperatures is None else temperatures, options, needs,
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            advantages,
+            cu_seqlens,
+            old_logp,
+            ref_logp,
+            bias,
+            temperature if temperatures is None else temperatures,
+            options,
+            needs,
+        )
     # Contiguous, as the fake kernel says; a gradient may have come out in the layout of its input.
     laid_out = (value.contiguous() if isinstance(value, Tensor) else value for value in result)
     return tuple(hidden.new_empty(0) if value is None else value for value in laid_out)  # type: ignore[return-value]

@@ -108,9 +108,7 @@ def linear_grpo_loss(
     )
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if any(needs):
-        gradients = head.backward(
-            coefficient, None, hidden, weight, labels, bias, temperature, entropy, lse, needs
-        )
+        gradients = head.backward(coefficient, None, hidden, weight, labels, bias, temperature, entropy, lse, needs)
     return LinearResult(loss, logp, entropy, kl, clip_fraction, skipped, *gradients, torch.ones_like(loss))
 
 

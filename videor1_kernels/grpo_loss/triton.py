@@ -52,9 +52,17 @@ def grpo_loss(
     coefficient = logp.new_empty(len(logp), dtype=torch.float32)
     segments = (boundaries[:-1], boundaries[1:], torch.arange(len(tokens), device=logp.device))
     sums = terms(
-        logp.contiguous(), _contiguous(old_logp), _contiguous(ref_logp), _contiguous(mask), segments,
-        advantages.contiguous(), tokens, whole, options, coefficient,
-    ).sum(1)  # fmt: skip
+        logp.contiguous(),
+        _contiguous(old_logp),
+        _contiguous(ref_logp),
+        _contiguous(mask),
+        segments,
+        advantages.contiguous(),
+        tokens,
+        whole,
+        options,
+        coefficient,
+    ).sum(1)
     shown = logp.detach().to(torch.float32, copy=True)
     if mask is not None:
         shown.masked_fill_(~mask, 0.0)
@@ -93,9 +101,17 @@ class _Rows:
         segments = torch.tensor(cuts, dtype=torch.int64).reshape(-1, 3).T.contiguous().to(logp.device)
         old, ref = (None if v is None else v[first:stop] for v in (self.old_logp, self.ref_logp))
         sums += terms(
-            logp[first:stop], old, ref, None, (segments[0], segments[1], segments[2]), self.advantages, self.tokens,
-            self.whole, self.options, coefficient[first:stop],
-        ).sum(1)  # fmt: skip
+            logp[first:stop],
+            old,
+            ref,
+            None,
+            (segments[0], segments[1], segments[2]),
+            self.advantages,
+            self.tokens,
+            self.whole,
+            self.options,
+            coefficient[first:stop],
+        ).sum(1)
 
 
 def linear_grpo_loss(
@@ -129,11 +145,20 @@ def linear_grpo_loss(
         return values.contiguous() if as_given else values[order]
 
     rows = _Rows(
-        head_hidden if as_given else head_hidden[order], head_weight, bias, ordered(labels),
-        ordered(inverse(temperature, labels)), None if old_logp is None else ordered(old_logp),
-        None if ref_logp is None else ordered(ref_logp), advantages.contiguous(), tokens, tokens.sum(), spans, live,
+        head_hidden if as_given else head_hidden[order],
+        head_weight,
+        bias,
+        ordered(labels),
+        ordered(inverse(temperature, labels)),
+        None if old_logp is None else ordered(old_logp),
+        None if ref_logp is None else ordered(ref_logp),
+        advantages.contiguous(),
+        tokens,
+        tokens.sum(),
+        spans,
+        live,
         options,
-    )  # fmt: skip
+    )
     logp, entropy, coefficient = (torch.zeros(len(order), dtype=torch.float32, device=device) for _ in range(3))
     gradients = HeadGradients(rows.hidden, head_weight, needs)
     norm = _norm(rows)
@@ -151,15 +176,28 @@ def linear_grpo_loss(
             d_hidden = torch.zeros_like(head_hidden).index_copy_(0, order, d_hidden)
     share = rows.whole.clamp(min=1)
     return LinearResult(
-        sums[0].clone(), logp, entropy, sums[1] / share, sums[2] / share, size - with_gradient, d_hidden,
-        gradients.d_weight, gradients.d_bias, norm,
-    )  # fmt: skip
+        sums[0].clone(),
+        logp,
+        entropy,
+        sums[1] / share,
+        sums[2] / share,
+        size - with_gradient,
+        d_hidden,
+        gradients.d_weight,
+        gradients.d_bias,
+        norm,
+    )
 
 
 def _gradients(
-    rows: _Rows, gradients: HeadGradients, norm: Tensor, logp: Tensor, entropy: Tensor, coefficient: Tensor,
+    rows: _Rows,
+    gradients: HeadGradients,
+    norm: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    coefficient: Tensor,
     sums: Tensor,
-) -> int:  # fmt: skip
+) -> int:
     """Fill logp, entropy and coefficient [n], add to the sums and the gradients -> rows with a gradient."""
     vocabulary, found = len(rows.weight), 0
     # Ratios of 1 and no KL: every coefficient is the advantage's, known not to be 0, and the host need not wait.

@@ -23,10 +23,34 @@ def _expm1(x):
 
 
 @triton.jit
-def terms_kernel(logp, old_logp, ref_logp, mask, starts, stops, completions, advantages, tokens, whole, coefficient,
-                 sums, segments, clip_low, clip_high, kl_clamp, beta, denominator, HAS_OLD: tl.constexpr,
-                 HAS_MASK: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr, KL: tl.constexpr,
-                 SEQUENCE: tl.constexpr, PER_COMPLETION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def terms_kernel(
+    logp,
+    old_logp,
+    ref_logp,
+    mask,
+    starts,
+    stops,
+    completions,
+    advantages,
+    tokens,
+    whole,
+    coefficient,
+    sums,
+    segments,
+    clip_low,
+    clip_high,
+    kl_clamp,
+    beta,
+    denominator,
+    HAS_OLD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    KL: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    PER_COMPLETION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Tokens starts[i] to stops[i] - 1 of completions[i] -> coefficient [N], and sums [3, segments]: loss, KL, clipped.
 
     tokens [S]: unmasked tokens of each completion. A token weighs 1 / (its completion's tokens * denominator) with
@@ -121,12 +145,32 @@ def terms(
     }[options.loss_type]
     only_constant = options.loss_type in ("dr_grpo", "dapo")
     terms_kernel[(len(starts),)](
-        logp, logp if old_logp is None else old_logp, logp if ref_logp is None else ref_logp,
-        logp if mask is None else mask.view(torch.uint8), starts, stops, completions, advantages, tokens,
-        torch.ones_like(whole) if only_constant else whole, coefficient, sums, len(starts), options.clip_low or 0.0,
-        options.clip_high or 0.0, options.kl_clamp, options.beta, denominator, HAS_OLD=old_logp is not None,
-        HAS_MASK=mask is not None, CLIP_LOW=options.clip_low is not None, CLIP_HIGH=options.clip_high is not None,
-        KL=options.beta > 0, SEQUENCE=options.importance_level == "sequence",
-        PER_COMPLETION=options.loss_type == "grpo", BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+        logp,
+        logp if old_logp is None else old_logp,
+        logp if ref_logp is None else ref_logp,
+        logp if mask is None else mask.view(torch.uint8),
+        starts,
+        stops,
+        completions,
+        advantages,
+        tokens,
+        torch.ones_like(whole) if only_constant else whole,
+        coefficient,
+        sums,
+        len(starts),
+        options.clip_low or 0.0,
+        options.clip_high or 0.0,
+        options.kl_clamp,
+        options.beta,
+        denominator,
+        HAS_OLD=old_logp is not None,
+        HAS_MASK=mask is not None,
+        CLIP_LOW=options.clip_low is not None,
+        CLIP_HIGH=options.clip_high is not None,
+        KL=options.beta > 0,
+        SEQUENCE=options.importance_level == "sequence",
+        PER_COMPLETION=options.loss_type == "grpo",
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
     return sums

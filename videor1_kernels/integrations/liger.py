@@ -197,14 +197,21 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             return packed
         if ref_input is None or ref_weight is None:
             raise fail(
-                OP, "ref_per_token_logps", f"a tensor, or ref_input and ref_weight, as beta is {self.beta:g} and "
-                "use_ref_model is True", None,
-            )  # fmt: skip
+                OP,
+                "ref_per_token_logps",
+                f"a tensor, or ref_input and ref_weight, as beta is {self.beta:g} and use_ref_model is True",
+                None,
+            )
         check_tensor(OP, "ref_input", ref_input, (*keep.shape, "H"), device=keep.device)
         with torch.no_grad():
             hidden, weight, bias = autocast_like_linear(ref_input[keep], ref_weight, ref_bias)
             logp, _ = videor1_kernels.linear_logprob(
-                hidden, weight, labels, bias=bias, temperature=self.temperature, backend=self.backend  # type: ignore[arg-type]
+                hidden,  # type: ignore[arg-type]
+                weight,  # type: ignore[arg-type]
+                labels,
+                bias=bias,
+                temperature=self.temperature,
+                backend=self.backend,
             )
         return logp
 
@@ -228,7 +235,22 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
 
 CONSTRUCTOR = (
-    "beta", "compiled", "use_ref_model", "chunk_size", "epsilon_low", "epsilon_high", "loss_type",
-    "max_completion_length", "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg", "temperature",
-    "delta", "use_bias_correction_kl", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
-)  # fmt: skip
+    "beta",
+    "compiled",
+    "use_ref_model",
+    "chunk_size",
+    "epsilon_low",
+    "epsilon_high",
+    "loss_type",
+    "max_completion_length",
+    "importance_sampling_level",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "temperature",
+    "delta",
+    "use_bias_correction_kl",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+)

@@ -42,9 +42,7 @@ def use(*, backend: str = "auto") -> ExitStack:
     return replace("openrlhf", ["openrlhf"], [entry])
 
 
-def log_probs_from_logits(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, *, backend: str = "auto"
-) -> Tensor:
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:
     """Log-probability of each label under softmax(logits / temperature), in nats.
 
     Args:

@@ -47,9 +47,16 @@ def use(*, backend: str = "auto") -> ExitStack:
     ours = functools.partial(selective_log_softmax, backend=backend)
     softmax = ("logits", "index", "temperature", "row_mask")
     head = (
-        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
         "outputs",
-    )  # fmt: skip
+    )
     return replace(
         "trl",
         ["trl"],
@@ -121,9 +128,11 @@ class FusedHead:
         op = "trl fused head"
         if final_logit_softcapping is not None:
             raise fail(
-                op, "final_logit_softcapping", "None (train models with capped logits without use())",
+                op,
+                "final_logit_softcapping",
+                "None (train models with capped logits without use())",
                 final_logit_softcapping,
-            )  # fmt: skip
+            )
         if unknown := [name for name in outputs if name not in HEAD_OUTPUTS]:
             raise fail(op, "outputs", f"of {', '.join(HEAD_OUTPUTS)} (run this trainer without use())", unknown)
         if hasattr(weight, "ds_id"):

@@ -88,14 +88,21 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     check_choice(op, "reduction", reduction.lower(), REDUCTIONS)
     if dist_process_group is not None and (size := torch.distributed.get_world_size(dist_process_group)) > 1:
-        raise fail(op, "dist_process_group", "None or one process (a weight sliced over processes needs verl's own)",
-                   f"{size} processes")  # fmt: skip
+        raise fail(
+            op,
+            "dist_process_group",
+            "None or one process (a weight sliced over processes needs verl's own)",
+            f"{size} processes",
+        )
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(-1)
     logp, entropy = videor1_kernels.linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]), weight, _int64(labels).reshape(-1), temperature=temperature,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        _int64(labels).reshape(-1),
+        temperature=temperature,
         backend=backend,
-    )  # fmt: skip
+    )
     if reduction.lower() != "none":
         logp = logp.sum() if reduction.lower() == "sum" else logp.mean()
     return logp, entropy

@@ -68,9 +68,17 @@ def linear_logprob_backward_op(
     run = dispatch.resolve("linear_logprob", backend, hidden.device, compute_dtype(hidden, weight, bias))
     with dispatch.running_on(hidden):
         gradients = run.backward(
-            grad_logp, grad_entropy, hidden, weight, labels, bias,
-            temperature if temperatures is None else temperatures, entropy, lse, needs,
-        )  # fmt: skip
+            grad_logp,
+            grad_entropy,
+            hidden,
+            weight,
+            labels,
+            bias,
+            temperature if temperatures is None else temperatures,
+            entropy,
+            lse,
+            needs,
+        )
     # Contiguous, as the fake kernel says; a gradient may have come out in the layout of its input.
     return tuple(hidden.new_empty(0) if g is None else g.contiguous() for g in gradients)  # type: ignore[return-value]
 
@@ -92,9 +100,19 @@ def _differentiate(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | No
     hidden, weight, labels, bias, temperatures, entropy, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = linear_logprob_backward_op(
-        grad_logp, grad_entropy, hidden, weight, labels, bias, temperatures, ctx.temperature, entropy, lse, needs,
+        grad_logp,
+        grad_entropy,
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperatures,
+        ctx.temperature,
+        entropy,
+        lse,
+        needs,
         ctx.backend,
-    )  # fmt: skip
+    )
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, None, None, None
 
@@ -163,9 +181,7 @@ def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _differentiate_selective(ctx: Any, grad: Tensor, grad_statistics: Any) -> tuple[Any, ...]:
     logits, index, temperatures, statistics = ctx.saved_tensors
-    d_logits = selective_backward_op(
-        grad, logits, index, temperatures, ctx.temperature, statistics, ctx.backend
-    )
+    d_logits = selective_backward_op(grad, logits, index, temperatures, ctx.temperature, statistics, ctx.backend)
     return d_logits, None, None, None, None
 
 

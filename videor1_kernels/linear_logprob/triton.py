@@ -97,10 +97,17 @@ def backward(
         d_logits = narrow_rows(buffer, len(rows), len(weight), x.dtype)
         g = torch.zeros_like(t) if grad_logp is None else grad_logp[rows].float() / norm
         row_gradient(
-            logits, d_logits, chosen, bias, t, top, log_total, g[:, None],
+            logits,
+            d_logits,
+            chosen,
+            bias,
+            t,
+            top,
+            log_total,
+            g[:, None],
             entropy=None if grad_entropy is None else spread,
             grad_entropy=None if grad_entropy is None else grad_entropy[rows].float() / norm,
-        )  # fmt: skip
+        )
         gradients.add(rows, x, d_logits)
     return (
         scaled(gradients.d_hidden, norm, hidden.dtype),
@@ -112,9 +119,7 @@ def backward(
 def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """logits [R, V], index [R, K] -> (logp [R, K], stats [2, R]: the maximum, and the log of the sum above it)."""
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
-    logp, _, top, log_total = row_statistics(
-        rows, index, None, inverse(temperature, logits), entropy=False
-    )
+    logp, _, top, log_total = row_statistics(rows, index, None, inverse(temperature, logits), entropy=False)
     return logp, torch.stack([top, log_total])
 
 
@@ -124,9 +129,7 @@ def selective_backward(
     """grad [R, K] -> d_logits [R, V] of the logits' dtype."""
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    row_gradient(
-        rows, out, index, None, inverse(temperature, logits), stats[0], stats[1], grad.float()
-    )  # fmt: skip
+    row_gradient(rows, out, index, None, inverse(temperature, logits), stats[0], stats[1], grad.float())
     return out
 
 

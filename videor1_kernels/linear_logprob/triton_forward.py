@@ -63,10 +63,12 @@ def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
 
 def _addressable(*operands: Tensor) -> bool:
     return all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+        x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.stride(1) == 1
         and x.stride(0) >= x.shape[1]  # not rows that overlap: an expanded one
         for x in operands
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -79,8 +81,22 @@ def _tile_at(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N: tl.constexpr,
-                BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def _statistics(
+    z,
+    tile_n,
+    tile_v,
+    bias,
+    labels,
+    scale,
+    parts,
+    label_logit,
+    N,
+    V,
+    plane,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """z [BLOCK_N, BLOCK_V] -> parts [3, tiles of V, N], and label_logit [N] where the label is in this tile.
 
     plane: tiles of V times N, by the host: an argument of 1 is a compile-time constant, on which no cast works.
@@ -108,28 +124,62 @@ def _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V
 
 
 @triton.jit
-def product_descriptors(hidden, weight, bias, labels, scale, parts, label_logit, N, V, H, plane,
-                        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_N: tl.constexpr,
-                        HAS_BIAS: tl.constexpr, FLATTEN: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
+def product_descriptors(
+    hidden,
+    weight,
+    bias,
+    labels,
+    scale,
+    parts,
+    label_logit,
+    N,
+    V,
+    H,
+    plane,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
     """Persistent: each program takes every num_programs-th tile. hidden, weight: descriptors of [N, H] and [V, H]."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN,
-                         warp_specialize=WARP_SPECIALIZE):  # fmt: skip
+    for tile in tl.range(
+        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
         tile_n, tile_v = _tile_at(tile, tiles_n, tiles_v, GROUP_N)
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for h in range(0, H, BLOCK_H):
             x = hidden.load([tile_n * BLOCK_N, h])  # [BLOCK_N, BLOCK_H]
             w = weight.load([tile_v * BLOCK_V, h])  # [BLOCK_V, BLOCK_H]
             z = tl.dot(x, w.T, z, input_precision="ieee")
-        _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V,
-                    HAS_BIAS)  # fmt: skip
+        _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
 @triton.jit
-def product_pointers(hidden, weight, bias, labels, scale, parts, label_logit, N, V, H, plane, hidden_stride,
-                     weight_stride, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-                     GROUP_N: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def product_pointers(
+    hidden,
+    weight,
+    bias,
+    labels,
+    scale,
+    parts,
+    label_logit,
+    N,
+    V,
+    H,
+    plane,
+    hidden_stride,
+    weight_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """One tile a program. hidden [N, H], weight [V, H], unit stride in H."""
     tile_n, tile_v = _tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     # Rows past the end read the first ones again: their results are not stored.
@@ -145,13 +195,13 @@ def product_pointers(hidden, weight, bias, labels, scale, parts, label_logit, N,
         z = tl.dot(x, w.T, z, input_precision="ieee")
         x_at += BLOCK_H
         w_at += BLOCK_H
-    _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V,
-                    HAS_BIAS)  # fmt: skip
+    _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
 @triton.jit
-def merge_tiles(parts, label_logit, scale, logp, entropy, lse, N, tiles_v, plane, BLOCK_N: tl.constexpr,
-                BLOCK_T: tl.constexpr):  # fmt: skip
+def merge_tiles(
+    parts, label_logit, scale, logp, entropy, lse, N, tiles_v, plane, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """parts [3, tiles_v, N], label_logit [N] -> logp, entropy, lse [N], nats."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     here = rows < N
@@ -196,25 +246,51 @@ def product_statistics(
     tiles_n, tiles_v = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, block_v)
     parts = hidden.new_empty((3, tiles_v, rows), dtype=torch.float32)
     label_logit, logp, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(4))
-    shared = (weight if bias is None else bias, labels, scale, parts, label_logit, rows, vocabulary, size,
-              tiles_v * rows)  # fmt: skip
+    shared = (
+        weight if bias is None else bias,
+        labels,
+        scale,
+        parts,
+        label_logit,
+        rows,
+        vocabulary,
+        size,
+        tiles_v * rows,
+    )
     options = {
-        "BLOCK_N": tile.block_n, "BLOCK_V": block_v, "BLOCK_H": tile.block_h, "GROUP_N": tile.group_n,
-        "HAS_BIAS": bias is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": block_v,
+        "BLOCK_H": tile.block_h,
+        "GROUP_N": tile.group_n,
+        "HAS_BIAS": bias is not None,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
     if tile.descriptors:
         grid = min(tiles_n * tiles_v, _processors(hidden.device))
         product_descriptors[(grid,)](
             TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h]),
             TensorDescriptor.from_tensor(weight, [block_v, tile.block_h]),
-            *shared, **options, FLATTEN=tile.flatten, WARP_SPECIALIZE=tile.warp_specialize,
-        )  # fmt: skip
+            *shared,
+            **options,
+            FLATTEN=tile.flatten,
+            WARP_SPECIALIZE=tile.warp_specialize,
+        )
     else:
         product_pointers[(tiles_n * tiles_v,)](hidden, weight, *shared, hidden.stride(0), weight.stride(0), **options)
     merge_tiles[(triton.cdiv(rows, MERGE_ROWS),)](
-        parts, label_logit, scale, logp, entropy, lse, rows, tiles_v, tiles_v * rows, BLOCK_N=MERGE_ROWS,
+        parts,
+        label_logit,
+        scale,
+        logp,
+        entropy,
+        lse,
+        rows,
+        tiles_v,
+        tiles_v * rows,
+        BLOCK_N=MERGE_ROWS,
         BLOCK_T=MERGE_TILES,
-    )  # fmt: skip
+    )
     return logp, entropy, lse
 
 

@@ -18,9 +18,23 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def row_statistics_kernel(logits, index, bias, scale, logp, entropy, top_out, log_total_out, stride, V, K,
-                          HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-                          BLOCK_K: tl.constexpr):  # fmt: skip
+def row_statistics_kernel(
+    logits,
+    index,
+    bias,
+    scale,
+    logp,
+    entropy,
+    top_out,
+    log_total_out,
+    stride,
+    V,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One program a row: logits [R, V], index [R, K] -> logp [R, K], entropy [R], top [R], log_total [R]."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
@@ -58,9 +72,28 @@ def row_statistics_kernel(logits, index, bias, scale, logp, entropy, top_out, lo
 
 
 @triton.jit
-def row_gradient_kernel(logits, out, index, bias, scale, top, log_total, grad, entropy, grad_entropy, source, stride,
-                        out_stride, V, K, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, MOVED: tl.constexpr,
-                        BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def row_gradient_kernel(
+    logits,
+    out,
+    index,
+    bias,
+    scale,
+    top,
+    log_total,
+    grad,
+    entropy,
+    grad_entropy,
+    source,
+    stride,
+    out_stride,
+    V,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MOVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One program a row: d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)), written to ``out``.
 
     With MOVED, program i reads row source[i] and writes row i. ``out`` may be the same memory as ``logits``, in a
@@ -133,10 +166,23 @@ def row_statistics(
     spread, top, log_total = (logits.new_empty(n, dtype=torch.float32) for n in (rows if entropy else 0, rows, rows))
     if rows:
         row_statistics_kernel[(rows,)](
-            logits, index, logits if bias is None else bias, scale, logp, spread, top, log_total, logits.stride(0),
-            vocabulary, entries, HAS_BIAS=bias is not None, ENTROPY=entropy, BLOCK=block_for(vocabulary),
-            BLOCK_K=triton.next_power_of_2(min(max(entries, 1), 1024)), num_warps=NUM_WARPS,
-        )  # fmt: skip
+            logits,
+            index,
+            logits if bias is None else bias,
+            scale,
+            logp,
+            spread,
+            top,
+            log_total,
+            logits.stride(0),
+            vocabulary,
+            entries,
+            HAS_BIAS=bias is not None,
+            ENTROPY=entropy,
+            BLOCK=block_for(vocabulary),
+            BLOCK_K=triton.next_power_of_2(min(max(entries, 1), 1024)),
+            num_warps=NUM_WARPS,
+        )
     return logp, spread, top, log_total
 
 
@@ -164,12 +210,28 @@ def row_gradient(
         return
     index, bias, grad = index.contiguous(), None if bias is None else bias.contiguous(), grad.contiguous()
     row_gradient_kernel[(len(out),)](
-        logits, out, index, logits if bias is None else bias, scale, top, log_total, grad,
-        scale if entropy is None else entropy, scale if grad_entropy is None else grad_entropy,
-        index if source is None else source, logits.stride(0), out.stride(0), logits.shape[1], entries,
-        HAS_BIAS=bias is not None, ENTROPY=grad_entropy is not None, MOVED=source is not None,
-        BLOCK=block_for(logits.shape[1]), BLOCK_K=triton.next_power_of_2(max(entries, 1)), num_warps=NUM_WARPS,
-    )  # fmt: skip
+        logits,
+        out,
+        index,
+        logits if bias is None else bias,
+        scale,
+        top,
+        log_total,
+        grad,
+        scale if entropy is None else entropy,
+        scale if grad_entropy is None else grad_entropy,
+        index if source is None else source,
+        logits.stride(0),
+        out.stride(0),
+        logits.shape[1],
+        entries,
+        HAS_BIAS=bias is not None,
+        ENTROPY=grad_entropy is not None,
+        MOVED=source is not None,
+        BLOCK=block_for(logits.shape[1]),
+        BLOCK_K=triton.next_power_of_2(max(entries, 1)),
+        num_warps=NUM_WARPS,
+    )
 
 
 def block_for(vocabulary: int) -> int:

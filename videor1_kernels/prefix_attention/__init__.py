@@ -135,8 +135,13 @@ def prefix_decode_attention(
     check_tensor(op, "prefix_v", prefix_v, prefix_k.shape, device=q.device)
     if len(prefix_k) < layout.prefix_tokens:
         raise fail(op, "prefix_k", f"at least the {layout.prefix_tokens} tokens of the layout", len(prefix_k))
-    check_tensor(op, "suffix_k", suffix_k, (q.shape[0] if layout.suffix_slots is None else "S", "C", heads, q.shape[2]),
-                 device=q.device)
+    check_tensor(
+        op,
+        "suffix_k",
+        suffix_k,
+        (q.shape[0] if layout.suffix_slots is None else "S", "C", heads, q.shape[2]),
+        device=q.device,
+    )
     check_tensor(op, "suffix_v", suffix_v, suffix_k.shape, device=q.device)
     if len(suffix_k) < layout.slots:
         raise fail(op, "suffix_k", f"at least the {layout.slots} slots of the layout", len(suffix_k))

@@ -108,9 +108,11 @@ class PrefixLayout:
         op, groups = "PrefixLayout.text_positions", len(self.prompt_lengths)
         if len(prompt_positions) != groups or len(next_position) != groups:
             raise fail(
-                op, "prompt_positions, next_position", f"{groups} entries each",
+                op,
+                "prompt_positions, next_position",
+                f"{groups} entries each",
                 f"{len(prompt_positions)} and {len(next_position)}",
-            )  # fmt: skip
+            )
         parts = []
         for i, (prompt, first) in enumerate(zip(prompt_positions, next_position, strict=True)):
             check_tensor(op, f"prompt_positions[{i}]", prompt, (3, self.prompt_lengths[i]), INTEGERS)

@@ -67,9 +67,15 @@ def prefix_decode_attention(
     q = q.contiguous()
     out = torch.empty_like(q)
     numbers = (ctypes.c_int64 * 14)(
-        rows, suffix_k.shape[2], heads // suffix_k.shape[2], dim, *prefix_k.stride()[:2], *prefix_v.stride()[:2],
-        *suffix_k.stride()[:3], *suffix_v.stride()[:3],
-    )  # fmt: skip
+        rows,
+        suffix_k.shape[2],
+        heads // suffix_k.shape[2],
+        dim,
+        *prefix_k.stride()[:2],
+        *prefix_v.stride()[:2],
+        *suffix_k.stride()[:3],
+        *suffix_v.stride()[:3],
+    )
     grain = max(1, GRAIN // (numbers[2] * dim * 2 * (layout.longest_prefix + max(known, default=0)) + 1))
     pointers = (x.data_ptr() for x in (q, prefix_k, prefix_v, suffix_k, suffix_v, out, layout.table, lengths))
     error = call(*pointers, numbers, scale, grain, extension.torch_parallel_for())

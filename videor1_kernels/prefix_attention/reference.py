@@ -49,9 +49,7 @@ def backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
     def part(rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return softmax.backward(
-            grad[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], scale, causal=causal
-        )
+        return softmax.backward(grad[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], scale, causal=causal)
 
     for prompt, completions in _segments(layout):
         dq[prompt], dk[prompt], dv[prompt] = part(prompt, prompt, causal=True)

@@ -51,9 +51,10 @@ def plan_rows(
     sized = [
         (tokens, part)
         for whole in everything
-        for tokens, part in _split(whole, prompt_lengths[whole.group], completion_lengths[whole.group],
-                                   max_tokens_per_row)
-    ]  # fmt: skip
+        for tokens, part in _split(
+            whole, prompt_lengths[whole.group], completion_lengths[whole.group], max_tokens_per_row
+        )
+    ]
     for tokens, part in sorted(sized, key=lambda entry: -entry[0]):
         fitting = next((i for i, (used, _) in enumerate(bins) if used + tokens <= max_tokens_per_row), None)
         if fitting is None:

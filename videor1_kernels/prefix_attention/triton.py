@@ -80,9 +80,16 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: PrefixLayout, scale: float,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: PrefixLayout,
+    scale: float,
     blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of the gradient of ``out``, each in its input's dtype."""
     blocks, dtypes = blocks or blocks_for(q), (q.dtype, k.dtype, v.dtype)
     width = q.shape[2]
@@ -130,10 +137,14 @@ def _strides(*operands: Tensor) -> list[int]:
 
 def _options(block: Block, q: Tensor, k: Tensor) -> dict[str, object]:
     return {
-        "D": q.shape[2], "REPEAT": q.shape[1] // k.shape[1], "BLOCK_M": block.m, "BLOCK_N": block.n,
+        "D": q.shape[2],
+        "REPEAT": q.shape[1] // k.shape[1],
+        "BLOCK_M": block.m,
+        "BLOCK_N": block.n,
         "BLOCK_D": _columns(q.shape[2]),
-        "num_warps": block.num_warps, "num_stages": block.num_stages,
-    }  # fmt: skip
+        "num_warps": block.num_warps,
+        "num_stages": block.num_stages,
+    }
 
 
 def _columns(size: int) -> int:

@@ -15,7 +15,7 @@ from videor1_kernels.prefix_attention.triton_forward import LOG2E, load_rows
 
 
 @triton.jit
-def _query_gradient(q, grad, high, delta, k_block, v_block, seen, factor, acc, MASKED: tl.constexpr):  # fmt: skip
+def _query_gradient(q, grad, high, delta, k_block, v_block, seen, factor, acc, MASKED: tl.constexpr):
     """acc + dS k of one block of keys, without the scale."""
     weights = tl.exp2(tl.dot(q, k_block.T) * factor - high[:, None])
     if MASKED:
@@ -26,9 +26,33 @@ def _query_gradient(q, grad, high, delta, k_block, v_block, seen, factor, acc, M
 
 
 @triton.jit
-def prefix_query_gradient(q, k, v, grad, lse, delta, out, dq, tiles, q_row, q_head, k_row, k_head, v_row, v_head, g_row,
-                          g_head, o_row, T, scale, D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_M: tl.constexpr,
-                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def prefix_query_gradient(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    out,
+    dq,
+    tiles,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    g_row,
+    g_head,
+    o_row,
+    T,
+    scale,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """dq [T, Hq, D] and delta fp32 [Hq, T]; o_row: stride of the rows of out and dq. Loops as in the forward kernel."""
     tile = tiles + tl.program_id(0) * 5
     head = tl.program_id(1)
@@ -74,9 +98,34 @@ def prefix_query_gradient(q, k, v, grad, lse, delta, out, dq, tiles, q_row, q_he
 
 
 @triton.jit
-def prefix_key_gradients(q, k, v, grad, lse, delta, dk_out, dv_out, parts, items, q_row, q_head, k_row, k_head, v_row,
-                         v_head, g_row, g_head, dk_row, T, scale, D: tl.constexpr, REPEAT: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def prefix_key_gradients(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dk_out,
+    dv_out,
+    parts,
+    items,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    g_row,
+    g_head,
+    dk_row,
+    T,
+    scale,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """dk, dv [T, Hkv, D], or a partial result in parts fp32 [slots, 2, Hkv, BLOCK_N, D]; items: work.key_items.
 
     The query heads of a key head are summed in registers.
@@ -123,8 +172,17 @@ def prefix_key_gradients(q, k, v, grad, lse, delta, dk_out, dv_out, parts, items
 
 
 @triton.jit
-def prefix_sum_parts(parts, dk_out, dv_out, sums, dk_row, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def prefix_sum_parts(
+    parts,
+    dk_out,
+    dv_out,
+    sums,
+    dk_row,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Partial results of BLOCK_N keys, added in order: BLOCK of the keys per program."""
     entry = sums + tl.program_id(0) * 4
     key_head, key_heads = tl.program_id(1), tl.num_programs(1)

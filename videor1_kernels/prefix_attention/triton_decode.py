@@ -55,9 +55,24 @@ def _inside(lengths, capacity):
 
 
 @triton.jit
-def _merge(sums, tops, totals, out, row, kv_head, q_heads, prefix_parts, suffix_parts, prefix_splits, splits,
-           D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-           BLOCK_S: tl.constexpr):  # fmt: skip
+def _merge(
+    sums,
+    tops,
+    totals,
+    out,
+    row,
+    kv_head,
+    q_heads,
+    prefix_parts,
+    suffix_parts,
+    prefix_splits,
+    splits,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """out[row, kv_head * REPEAT + i] from the parts of its softmax. ``.cg``: other processors wrote them."""
     columns = tl.arange(0, BLOCK_D)
     parts = prefix_parts + suffix_parts
@@ -76,8 +91,10 @@ def _merge(sums, tops, totals, out, row, kv_head, q_heads, prefix_parts, suffix_
             own = tl.load(totals + at, mask=there, other=0.0, cache_modifier=".cg")
             values = tl.load(
                 sums + at[:, :, None] * D + columns[None, None, :],
-                mask=there[:, :, None] & (columns < D)[None, None, :], other=0.0, cache_modifier=".cg",
-            )  # [BLOCK_S, BLOCK_H, BLOCK_D]  # fmt: skip
+                mask=there[:, :, None] & (columns < D)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )  # [BLOCK_S, BLOCK_H, BLOCK_D]
             new = tl.maximum(high, tl.max(top, 0))
             shrink = tl.exp2(high - new)
             weights = tl.exp2(top - new[None, :])
@@ -91,12 +108,51 @@ def _merge(sums, tops, totals, out, row, kv_head, q_heads, prefix_parts, suffix_
 
 # Sizes that change as answers end are not worth a compilation each.
 @triton.jit(do_not_specialize=["R", "C", "prefix_splits", "suffix_splits", "early"])
-def prefix_decode(q, prefix_k, prefix_v, suffix_k, suffix_v, out, sums, tops, totals, arrived, tiles, prefix_lengths,
-                  suffix_lengths, suffix_slots, q_row, q_head, pk_row, pk_head, pv_row, pv_head, sk_slot, sk_row,
-                  sk_head, sv_slot, sv_row, sv_head, kv_heads, R, C, prefix_splits, suffix_splits, early, scale,
-                  D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SLOTS: tl.constexpr,
-                  TILE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def prefix_decode(
+    q,
+    prefix_k,
+    prefix_v,
+    suffix_k,
+    suffix_v,
+    out,
+    sums,
+    tops,
+    totals,
+    arrived,
+    tiles,
+    prefix_lengths,
+    suffix_lengths,
+    suffix_slots,
+    q_row,
+    q_head,
+    pk_row,
+    pk_head,
+    pv_row,
+    pv_head,
+    sk_slot,
+    sk_row,
+    sk_head,
+    sv_slot,
+    sv_row,
+    sv_head,
+    kv_heads,
+    R,
+    C,
+    prefix_splits,
+    suffix_splits,
+    early,
+    scale,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Grid: R * (prefix_splits + suffix_splits) * kv_heads, heads next to each other; blocks of BLOCK_M of a tile's
     TILE_ROWS * BLOCK_R queries, BLOCK_R: the REPEAT query heads of a row, padded to a power of 2. First the prefixes of
     ``early`` tiles, the longest work where many rows share them; then the suffixes; then the other tiles, most of which
@@ -181,10 +237,23 @@ def prefix_decode(q, prefix_k, prefix_v, suffix_k, suffix_v, out, sums, tops, to
             chosen = last & (slots == i)
             if tl.max(chosen.to(tl.int32), 0) > 0:
                 _merge(
-                    sums, tops, totals, out, tl.sum(tl.where(chosen, rows, 0), 0), kv_head, q_heads,
-                    tl.sum(tl.where(chosen, prefix_parts, 0), 0), tl.sum(tl.where(chosen, suffix_parts, 0), 0),
-                    prefix_splits, splits, D, REPEAT, BLOCK_D, BLOCK_H, BLOCK_S,
-                )  # fmt: skip
+                    sums,
+                    tops,
+                    totals,
+                    out,
+                    tl.sum(tl.where(chosen, rows, 0), 0),
+                    kv_head,
+                    q_heads,
+                    tl.sum(tl.where(chosen, prefix_parts, 0), 0),
+                    tl.sum(tl.where(chosen, suffix_parts, 0), 0),
+                    prefix_splits,
+                    splits,
+                    D,
+                    REPEAT,
+                    BLOCK_D,
+                    BLOCK_H,
+                    BLOCK_S,
+                )
 
 
 @dataclass(frozen=True)
@@ -271,16 +340,40 @@ def prefix_decode_attention(
     padded = triton.next_power_of_2(repeat)
     grid = (rows * sum(splits) * kv_heads, triton.cdiv(TILE_ROWS * padded, block.m))
     prefix_decode[grid](
-        q, prefix_k, prefix_v, suffix_k, suffix_v, out, space.sums, space.tops, space.totals, space.arrived,
-        layout.tiles, layout.prefix_lengths, suffix_lengths.contiguous(),
+        q,
+        prefix_k,
+        prefix_v,
+        suffix_k,
+        suffix_v,
+        out,
+        space.sums,
+        space.tops,
+        space.totals,
+        space.arrived,
+        layout.tiles,
+        layout.prefix_lengths,
+        suffix_lengths.contiguous(),
         None if layout.suffix_slots is None else layout.suffix_slots.contiguous(),
         *(stride for x in (q, prefix_k, prefix_v, suffix_k, suffix_v) for stride in x.stride()[:-1]),
-        kv_heads, rows, capacity, *splits, triton.cdiv(rows, 4), scale,
-        D=size, REPEAT=repeat, BLOCK_R=padded, HAS_SLOTS=layout.suffix_slots is not None, TILE_ROWS=TILE_ROWS,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_D=triton.next_power_of_2(max(size, 16)),
-        BLOCK_H=min(MERGED_HEADS, padded), BLOCK_S=MERGED_SPLITS,
-        num_warps=block.num_warps, num_stages=block.num_stages,
-    )  # fmt: skip
+        kv_heads,
+        rows,
+        capacity,
+        *splits,
+        triton.cdiv(rows, 4),
+        scale,
+        D=size,
+        REPEAT=repeat,
+        BLOCK_R=padded,
+        HAS_SLOTS=layout.suffix_slots is not None,
+        TILE_ROWS=TILE_ROWS,
+        BLOCK_M=block.m,
+        BLOCK_N=block.n,
+        BLOCK_D=triton.next_power_of_2(max(size, 16)),
+        BLOCK_H=min(MERGED_HEADS, padded),
+        BLOCK_S=MERGED_SPLITS,
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
+    )
     return out.to(dtype)
 
 

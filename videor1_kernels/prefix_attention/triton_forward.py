@@ -27,8 +27,7 @@ def load_rows(at, first, stop, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLO
 
 @triton.jit
 def _fold(q, k_block, v_block, seen, scale, high, total, acc, MASKED: tl.constexpr):
-    """One block of keys into the running softmax: high = max score, total = sum exp2(score - high), acc = their values.
-    """
+    """One block of keys into the running softmax: high = max score, total = sum exp2(score - high), acc = values."""
     scores = tl.dot(q, k_block.T) * scale
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
@@ -41,9 +40,28 @@ def _fold(q, k_block, v_block, seen, scale, high, total, acc, MASKED: tl.constex
 
 
 @triton.jit
-def prefix_forward(q, k, v, out, lse, tiles, q_row, q_head, k_row, k_head, v_row, v_head, o_row, T, scale,
-                   D: tl.constexpr, REPEAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_D: tl.constexpr):  # fmt: skip
+def prefix_forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    tiles,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    o_row,
+    T,
+    scale,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """q, k, v with these strides of rows and heads; out [T, Hq, D]; lse fp32 [Hq, T], nats; tiles: work.query_tiles."""
     tile = tiles + tl.program_id(0) * 5
     head = tl.program_id(1)

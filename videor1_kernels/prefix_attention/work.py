@@ -60,11 +60,7 @@ def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
     seen by all of its group: their queries are split over several items, which a row of ``sums`` names: first key, end
     of its segment, first partial result, number of them.
     """
-    tiles = [
-        (first, stop, seen)
-        for start, stop, seen in _key_segments(layout)
-        for first in range(start, stop, block)
-    ]
+    tiles = [(first, stop, seen) for start, stop, seen in _key_segments(layout) for first in range(start, stop, block)]
     total = sum(seen - first for first, _, seen in tiles)
     part = max(LEAST_PART, -(-total // PARTS))
     items, sums, slots = [], [], 0

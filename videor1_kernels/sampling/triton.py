@@ -47,9 +47,31 @@ REGISTERS = 128  # all that a thread of 16 warps can have; unless told so, the c
 
 
 @triton.jit
-def sample_kernel(logits, uniform, banned, tokens, logp, listed, counts, stride, V, L, K, scale, temperature, reach,
-                  top_k, top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BANNED: tl.constexpr,
-                  UNITS: tl.constexpr, S: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def sample_kernel(
+    logits,
+    uniform,
+    banned,
+    tokens,
+    logp,
+    listed,
+    counts,
+    stride,
+    V,
+    L,
+    K,
+    scale,
+    temperature,
+    reach,
+    top_k,
+    top_p,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+):
     """logits [R, V], uniform [R], banned [K] -> tokens, logp [R].
 
     listed int32 [R, 2, S * C], counts int32 [R]: scratch.
@@ -95,13 +117,34 @@ def sample_kernel(logits, uniform, banned, tokens, logp, listed, counts, stride,
         token = tl.min(tl.where(lanes == top, first, V - 1))
     elif TOP_K or TOP_P:
         token = draw_truncated(
-            base, V, L, banned, K, marks, listed + row * (2 * S * C), counts + row, lanes, tl.sum(eligible), floor,
-            total, u, top, scale, top_k, top_p, TOP_K, TOP_P, S, C, BANNED, UNITS,
-        )  # fmt: skip
+            base,
+            V,
+            L,
+            banned,
+            K,
+            marks,
+            listed + row * (2 * S * C),
+            counts + row,
+            lanes,
+            tl.sum(eligible),
+            floor,
+            total,
+            u,
+            top,
+            scale,
+            top_k,
+            top_p,
+            TOP_K,
+            TOP_P,
+            S,
+            C,
+            BANNED,
+            UNITS,
+        )
     else:
         token = first_in_row(
             base, V, L, banned, K, parts, aim(u, total), float("-inf"), -1, top, scale, False, S, C, BANNED, UNITS
-        )  # fmt: skip
+        )
 
     share = tl.exp2((top - crest) * scale).to(tl.float64)  # 1, unless a banned one is the crest
     norm = total.to(tl.float64) * (1.0 / UNITS) * share + banned_sum
@@ -131,11 +174,30 @@ def sample_tokens(
         temperature = options.temperature or 1.0
         scale = math.log2(math.e) / temperature
         sample_kernel[(rows,)](
-            logits, uniform.contiguous(), tokens if banned is None else banned.contiguous(), tokens, logp, listed,
-            counts, logits.stride(0), vocabulary, triton.cdiv(vocabulary, size) * COLUMNS,
-            0 if banned is None else len(banned), scale, temperature, 64 / scale, options.top_k,
-            max(int(options.top_p * REACHED * 2**62), 2**32), GREEDY=greedy, TOP_K=by_count, TOP_P=by_weight,
-            BANNED=banned is not None, UNITS=2.0 ** min(44, 62 - vocabulary.bit_length()), S=SEGMENTS, C=COLUMNS,
-            num_warps=NUM_WARPS, maxnreg=REGISTERS,
-        )  # fmt: skip
+            logits,
+            uniform.contiguous(),
+            tokens if banned is None else banned.contiguous(),
+            tokens,
+            logp,
+            listed,
+            counts,
+            logits.stride(0),
+            vocabulary,
+            triton.cdiv(vocabulary, size) * COLUMNS,
+            0 if banned is None else len(banned),
+            scale,
+            temperature,
+            64 / scale,
+            options.top_k,
+            max(int(options.top_p * REACHED * 2**62), 2**32),
+            GREEDY=greedy,
+            TOP_K=by_count,
+            TOP_P=by_weight,
+            BANNED=banned is not None,
+            UNITS=2.0 ** min(44, 62 - vocabulary.bit_length()),
+            S=SEGMENTS,
+            C=COLUMNS,
+            num_warps=NUM_WARPS,
+            maxnreg=REGISTERS,
+        )
     return tokens, logp

@@ -63,8 +63,9 @@ def first_listed(ids, amounts, target, V):
 
 
 @triton.jit
-def candidates(base, V, L, banned, K, marks, listed, count, low, high, S: tl.constexpr, C: tl.constexpr,
-               BANNED: tl.constexpr):  # fmt: skip
+def candidates(
+    base, V, L, banned, K, marks, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr
+):
     """List the scores whose image is in [low, high), at most S * C of them -> their number.
 
     listed int32 [2, S * C], count int32 [1]: this program's own.
@@ -94,9 +95,28 @@ def read_list(listed, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def cut(base, V, L, banned, K, marks, listed, count, number, whole, low, high, need, top, scale,
-        BY_WEIGHT: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr,
-        UNITS: tl.constexpr):  # fmt: skip
+def cut(
+    base,
+    V,
+    L,
+    banned,
+    K,
+    marks,
+    listed,
+    count,
+    number,
+    whole,
+    low,
+    high,
+    need,
+    top,
+    scale,
+    BY_WEIGHT: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """Find the greatest threshold in [low, high) from which on the row holds ``need``: weight, or scores.
 
     From ``low`` on it does, and has ``number`` scores; from ``high`` on it has none. whole: all these are listed.
@@ -113,7 +133,7 @@ def cut(base, V, L, banned, K, marks, listed, count, number, whole, low, high, n
             middle = tl.where((step < HALVINGS) & (halfway > low) & (halfway < high), halfway, middle)
             n, w, least, others = count_above(
                 base, V, L, banned, K, marks, value(middle), top, scale, S, C, BANNED, UNITS
-            )  # fmt: skip
+            )
             reached = (w if BY_WEIGHT else n) >= need
             low = tl.where(reached, image(least), low)
             number = tl.where(reached, n, number)
@@ -134,9 +154,12 @@ def cut(base, V, L, banned, K, marks, listed, count, number, whole, low, high, n
     over = scores > bound
     ties = tl.where(single, number - number_beyond, tl.sum((scores == bound).to(tl.int64)))
     return (
-        threshold, number_beyond + tl.sum(over.to(tl.int64)), weight_beyond + tl.sum(tl.where(over, weights, 0)), ties,
+        threshold,
+        number_beyond + tl.sum(over.to(tl.int64)),
+        weight_beyond + tl.sum(tl.where(over, weights, 0)),
+        ties,
         whole,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -146,9 +169,31 @@ def share(total, top_p):
 
 
 @triton.jit
-def draw_truncated(base, V, L, banned, K, marks, listed, count, lanes, eligible, floor, total, u, top, scale, top_k,
-                   top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-                   BANNED: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+def draw_truncated(
+    base,
+    V,
+    L,
+    banned,
+    K,
+    marks,
+    listed,
+    count,
+    lanes,
+    eligible,
+    floor,
+    total,
+    u,
+    top,
+    scale,
+    top_k,
+    top_p,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """-> the token that ``u`` draws from what top_k, then top_p keep.
 
     lanes [S, C]: the largest score at each place of a tile; where these alone hold what is needed, so does the row.
@@ -162,18 +207,54 @@ def draw_truncated(base, V, L, banned, K, marks, listed, count, lanes, eligible,
         low = climb(lanes, weight(lanes, top, scale, UNITS), need, image(floor), high)
     number = candidates(base, V, L, banned, K, marks, listed, count, low, high, S, C, BANNED)
     threshold, above, kept, ties, whole = cut(
-        base, V, L, banned, K, marks, listed, count, number, number <= S * C, low, high, need, top, scale, not TOP_K,
-        S, C, BANNED, UNITS,
-    )  # fmt: skip
+        base,
+        V,
+        L,
+        banned,
+        K,
+        marks,
+        listed,
+        count,
+        number,
+        number <= S * C,
+        low,
+        high,
+        need,
+        top,
+        scale,
+        not TOP_K,
+        S,
+        C,
+        BANNED,
+        UNITS,
+    )
     each = weight(value(threshold), top, scale, UNITS)
     if TOP_K:
         take = need - above  # of the ties, lower ids first
         if TOP_P:
             need = share(kept + take * each, top_p)
             threshold, above, kept, ties, whole = cut(
-                base, V, L, banned, K, marks, listed, count, above + ties, whole, threshold, high, need, top, scale,
-                True, S, C, BANNED, UNITS,
-            )  # fmt: skip
+                base,
+                V,
+                L,
+                banned,
+                K,
+                marks,
+                listed,
+                count,
+                above + ties,
+                whole,
+                threshold,
+                high,
+                need,
+                top,
+                scale,
+                True,
+                S,
+                C,
+                BANNED,
+                UNITS,
+            )
             each = weight(value(threshold), top, scale, UNITS)
     if TOP_P:
         take = (need - kept + each - 1) // tl.maximum(each, 1)
@@ -191,9 +272,7 @@ def draw_truncated(base, V, L, banned, K, marks, listed, count, lanes, eligible,
             sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, True, S, C, BANNED, UNITS)
             last = first_in_row(
                 base, V, L, banned, K, sums, take - 1, bound, last, top, scale, True, S, C, BANNED, UNITS
-            )  # fmt: skip
+            )
         sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, False, S, C, BANNED, UNITS)
-        token = first_in_row(
-            base, V, L, banned, K, sums, target, bound, last, top, scale, False, S, C, BANNED, UNITS
-        )  # fmt: skip
+        token = first_in_row(base, V, L, banned, K, sums, target, bound, last, top, scale, False, S, C, BANNED, UNITS)
     return token

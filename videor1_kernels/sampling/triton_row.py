@@ -72,8 +72,21 @@ def tile(base, i, V, L, banned, K, marks, S: tl.constexpr, C: tl.constexpr, BANN
 
 
 @triton.jit
-def count_above(base, V, L, banned, K, marks, bound, top, scale, S: tl.constexpr, C: tl.constexpr,
-                BANNED: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+def count_above(
+    base,
+    V,
+    L,
+    banned,
+    K,
+    marks,
+    bound,
+    top,
+    scale,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """-> the number and the weight of the scores from ``bound`` on, the least of them, the greatest of the others."""
     counts = tl.zeros((S, C), tl.int32)
     weights = tl.zeros((S, C), tl.int64)
@@ -99,8 +112,23 @@ def amounts(score, ids, threshold, last, top, scale, TIES: tl.constexpr, UNITS: 
 
 
 @triton.jit
-def segment_sums(base, V, L, banned, K, marks, threshold, last, top, scale, TIES: tl.constexpr, S: tl.constexpr,
-                 C: tl.constexpr, BANNED: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+def segment_sums(
+    base,
+    V,
+    L,
+    banned,
+    K,
+    marks,
+    threshold,
+    last,
+    top,
+    scale,
+    TIES: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """-> the sum of amounts of each segment, int64 [S]."""
     sums = tl.zeros((S, C), tl.int64)
     for i in tl.range(0, L // C, num_stages=STAGES):
@@ -110,8 +138,24 @@ def segment_sums(base, V, L, banned, K, marks, threshold, last, top, scale, TIES
 
 
 @triton.jit
-def first_in_row(base, V, L, banned, K, sums, target, threshold, last, top, scale, TIES: tl.constexpr, S: tl.constexpr,
-                 C: tl.constexpr, BANNED: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+def first_in_row(
+    base,
+    V,
+    L,
+    banned,
+    K,
+    sums,
+    target,
+    threshold,
+    last,
+    top,
+    scale,
+    TIES: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """-> the first id at which the sum of amounts exceeds ``target``; ``sums``: those of the segments."""
     segment = tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32))
     passed = tl.sum(tl.where(tl.arange(0, S) < segment, sums, 0))

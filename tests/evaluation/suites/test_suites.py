@@ -106,10 +106,14 @@ def test_vsibench_says_what_is_wrong_with_a_row(one) -> None:
     folder = one("vsibench")
     row = json.loads((folder / "test.jsonl").read_text().splitlines()[1])
     bad = [
-        row | {"question_type": "object_rel_directions"}, row | {"ground_truth": "D"}, row | {"options": None},
-        {k: v for k, v in row.items() if k != "question"}, row | {"question": 3},
-        row | {"scene_name": "../../../etc/x"}, row | {"question_type": "object_counting", "ground_truth": "many"},
-    ]  # fmt: skip
+        row | {"question_type": "object_rel_directions"},
+        row | {"ground_truth": "D"},
+        row | {"options": None},
+        {k: v for k, v in row.items() if k != "question"},
+        row | {"question": 3},
+        row | {"scene_name": "../../../etc/x"},
+        row | {"question_type": "object_counting", "ground_truth": "many"},
+    ]
     lines = [json.dumps(entry) for entry in [row, *bad]]
     (folder / "test.jsonl").write_text("\n".join([*lines, "{not json"]))
     loaded = load_suite("vsibench", folder.parent)
@@ -145,8 +149,12 @@ def test_mvbench(root: Path) -> None:
     assert all(sample.options == ("A. red", "B. blue", "C. green") for sample in by_task.values())
     clipped = {task for task, sample in by_task.items() if sample.start is not None}
     assert clipped == {
-        "action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"
-    }  # fmt: skip
+        "action_sequence",
+        "action_prediction",
+        "object_interaction",
+        "action_localization",
+        "episodic_reasoning",
+    }
     assert (by_task["action_sequence"].start, by_task["action_sequence"].end) == (0.5, 1.25)
     assert by_task["object_interaction"].path
     assert "data0613/star" in str(by_task["object_interaction"].path)
@@ -313,9 +321,21 @@ def test_options_are_lettered_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B. a big dog", 1), ("A big dog.", 1), ("a  big dog", 1), ("A", 0),
-     ("A big dog and a cat", 0), ("", 0), ("A) or B)", 0), ("dog", 0)],
-)  # fmt: skip
+    [
+        ("B", 1),
+        ("b", 1),
+        ("(B)", 1),
+        ("B.", 1),
+        ("B. a big dog", 1),
+        ("A big dog.", 1),
+        ("a  big dog", 1),
+        ("A", 0),
+        ("A big dog and a cat", 0),
+        ("", 0),
+        ("A) or B)", 0),
+        ("dog", 0),
+    ],
+)
 def test_choice(text: str, right: int) -> None:
     assert score_choice(answer(text), letter="B", text="a big dog") == right
 
@@ -329,13 +349,32 @@ def test_choice_counts_the_answer_tag_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "truth", "score"),
     [
-        ("4", 4, 1.0), ("4.0", 4, 1.0), ("4.", 4, 1.0), ("4 chairs", 4, 1.0), ("1,000", 1000, 1.0), ("four", 4, 0.0),
-        ("", 4, 0.0), ("-4", 4, 0.0), ("8", 4, 0.0), ("2", 4, 0.1), ("6", 4, 0.1), ("1e400", 4, 0.0),
-        ("95", 100, 1.0), ("94.9", 100, 0.9), ("90", 100, 0.9), ("89.9", 100, 0.8), ("50", 100, 0.1),
+        ("4", 4, 1.0),
+        ("4.0", 4, 1.0),
+        ("4.", 4, 1.0),
+        ("4 chairs", 4, 1.0),
+        ("1,000", 1000, 1.0),
+        ("four", 4, 0.0),
+        ("", 4, 0.0),
+        ("-4", 4, 0.0),
+        ("8", 4, 0.0),
+        ("2", 4, 0.1),
+        ("6", 4, 0.1),
+        ("1e400", 4, 0.0),
+        ("95", 100, 1.0),
+        ("94.9", 100, 0.9),
+        ("90", 100, 0.9),
+        ("89.9", 100, 0.8),
+        ("50", 100, 0.1),
         ("49.9", 100, 0.0),
-        ("0", 0, 1.0), ("1", 0, 0.0), ("nan", 4, 0.0), ("inf", 4, 0.0), ("+3.9m", 4, 0.0), ("3.9 m", 4, 1.0),
+        ("0", 0, 1.0),
+        ("1", 0, 0.0),
+        ("nan", 4, 0.0),
+        ("inf", 4, 0.0),
+        ("+3.9m", 4, 0.0),
+        ("3.9 m", 4, 1.0),
     ],
-)  # fmt: skip
+)
 def test_mean_relative_accuracy(text: str, truth: float, score: float) -> None:
     assert score_mra(answer(text), truth=truth) == pytest.approx(score)
 
@@ -351,12 +390,24 @@ def test_mean_relative_accuracy_equals_the_formula() -> None:
 @pytest.mark.parametrize(
     ("text", "truth", "right"),
     [
-        ("12.5", "12.50", 1), ("about 12.499", "12.5", 1), ("12", "12.5", 0), ("1,250", "1250", 1), ("x = -3", "-3", 1),
-        ("the red curve", "red", 1), ("RED", "red", 1), ("blue", "red", 0), ("", "red", 0), ("m", "m", 1),
-        ("5 m", "m", 1), ("metre", "m", 0), ("8", "['8', 'eight']", 1), ("Eight.", "['8', 'eight']", 1),
-        ("seven", "['8', 'eight']", 0), ("[x]", "[x", 1),
+        ("12.5", "12.50", 1),
+        ("about 12.499", "12.5", 1),
+        ("12", "12.5", 0),
+        ("1,250", "1250", 1),
+        ("x = -3", "-3", 1),
+        ("the red curve", "red", 1),
+        ("RED", "red", 1),
+        ("blue", "red", 0),
+        ("", "red", 0),
+        ("m", "m", 1),
+        ("5 m", "m", 1),
+        ("metre", "m", 0),
+        ("8", "['8', 'eight']", 1),
+        ("Eight.", "['8', 'eight']", 1),
+        ("seven", "['8', 'eight']", 0),
+        ("[x]", "[x", 1),
     ],
-)  # fmt: skip
+)
 def test_open_questions(text: str, truth: str, right: int) -> None:
     assert score_open(answer(text), truth=truth) == right
 

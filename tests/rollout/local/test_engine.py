@@ -63,8 +63,11 @@ TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of K and V, 2 layers, 2 heads of 16, fp32
 @pytest.mark.parametrize(
     "engine",
     [
-        {"max_rows": 1}, {"max_rows": 6}, {"max_rows": 7, "eager": True},
-        {"kv_bytes": 190 * TOKEN}, {"kv_bytes": 400 * TOKEN},
+        {"max_rows": 1},
+        {"max_rows": 6},
+        {"max_rows": 7, "eager": True},
+        {"kv_bytes": 190 * TOKEN},
+        {"kv_bytes": 400 * TOKEN},
     ],
     ids=str,
 )
@@ -209,7 +212,8 @@ def test_graphed_steps_answer_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> 
     start = DecodeStep.__init__
     monkeypatch.setattr(DecodeStep, "__init__", capturable)
     monkeypatch.setattr(
-        videor1.rollout.local.engine, "GraphedSteps",
+        videor1.rollout.local.engine,
+        "GraphedSteps",
         lambda step: GraphedSteps(step, functools.partial(fake_capture, sizes)),
     )
     graphed = engine().generate(requests)

@@ -62,10 +62,16 @@ def make_engine(server: FakeServer, tmp_path: Path | None = None, **changes: Any
         (folder / "model.safetensors").write_bytes(b"weights")
 
     settings: dict[str, Any] = {
-        "url": server.url, "tokenizer": TOKENIZER, "special": SPECIAL, "options": SamplingOptions(64),
-        "timeout": PATIENCE, "retries": 2, "save_weights": save, "sync_dir": tmp_path or Path("unused"),
+        "url": server.url,
+        "tokenizer": TOKENIZER,
+        "special": SPECIAL,
+        "options": SamplingOptions(64),
+        "timeout": PATIENCE,
+        "retries": 2,
+        "save_weights": save,
+        "sync_dir": tmp_path or Path("unused"),
         "sync": "vllm" if tmp_path else "none",
-    }  # fmt: skip
+    }
     return ServerEngine(**{**settings, **changes})
 
 
@@ -132,8 +138,11 @@ def test_a_request_says_all_that_the_sampling_hangs_on(server: FakeServer) -> No
     (body,) = server.asked
     assert body["model"] == "policy"
     assert {k: body[k] for k in ("max_completion_tokens", "temperature", "top_p", "top_k")} == {
-        "max_completion_tokens": 33, "temperature": 0.7, "top_p": 0.9, "top_k": 40
-    }  # fmt: skip
+        "max_completion_tokens": 33,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
+    }
     assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"], body["min_p"]) == (
         1,
         0,
@@ -410,7 +419,7 @@ def doomed(body: Body) -> bool:
 
 
 FAILURES: dict[str, tuple[Callable[[Body], Reply | Body], int, str]] = {
-    "400": (lambda b: Reply(400, {"error": {"message": "context length is 8"}}), 1, 'HTTP 400: .*context length is 8'),
+    "400": (lambda b: Reply(400, {"error": {"message": "context length is 8"}}), 1, "HTTP 400: .*context length is 8"),
     "404": (lambda b: Reply(404, "no such model"), 1, "HTTP 404: no such model"),
     "429": (lambda b: Reply(429, "slow down"), 3, "HTTP 429: slow down"),
     "500": (lambda b: Reply(500, "engine dead"), 3, "HTTP 500: engine dead"),
@@ -431,7 +440,7 @@ FAILURES: dict[str, tuple[Callable[[Body], Reply | Body], int, str]] = {
     "log-probs": (lambda b: completion(b, logprobs={"content": [None]}), 1, "expected log-probs"),
     "vision": (lambda b: completion(b, token_ids=[5, SPECIAL.video_pad, SPECIAL.eos]), 1, r"holds <\|video_pad\|>"),
     "after the end": (lambda b: completion(b, token_ids=[5, SPECIAL.pad, 5, SPECIAL.eos]), 1, "goes on after"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FAILURES)

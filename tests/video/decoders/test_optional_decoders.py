@@ -430,9 +430,18 @@ def torchcodec(monkeypatch, *, more=0, shift=0, drop=0, late=0.0, by_time=True, 
 
     class VideoDecoder:
         def __init__(
-            self, source, *, stream_index=None, dimension_order="NCHW", num_ffmpeg_threads=1, device=None,
-            seek_mode="exact", transforms=None, output_dtype=torch.uint8, custom_frame_mappings=None,
-        ):  # fmt: skip
+            self,
+            source,
+            *,
+            stream_index=None,
+            dimension_order="NCHW",
+            num_ffmpeg_threads=1,
+            device=None,
+            seek_mode="exact",
+            transforms=None,
+            output_dtype=torch.uint8,
+            custom_frame_mappings=None,
+        ):
             if error is not None:
                 raise error
             assert (stream_index, dimension_order, seek_mode, device) == (0, "NHWC", "exact", "cpu")
@@ -547,10 +556,20 @@ def pynvvideocodec(monkeypatch, *, unshown=None, repeat_last=0, late=0, drop=0, 
 
     class SimpleDecoder:
         def __init__(
-            self, enc_file_path, gpu_id=0, cuda_context=0, cuda_stream=0, use_device_memory=True, max_width=0,
-            max_height=0, need_scanned_stream_metadata=0, decoder_cache_size=4,
-            output_color_type=OutputColorType.NATIVE, bWaitForSessionWarmUp=False, enableDecodeStats=False,
-        ):  # fmt: skip
+            self,
+            enc_file_path,
+            gpu_id=0,
+            cuda_context=0,
+            cuda_stream=0,
+            use_device_memory=True,
+            max_width=0,
+            max_height=0,
+            need_scanned_stream_metadata=0,
+            decoder_cache_size=4,
+            output_color_type=OutputColorType.NATIVE,
+            bWaitForSessionWarmUp=False,
+            enableDecodeStats=False,
+        ):
             if error is not None:
                 raise error
             assert (gpu_id, use_device_memory, need_scanned_stream_metadata) == (0, True, True)

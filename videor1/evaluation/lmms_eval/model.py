@@ -126,10 +126,15 @@ class VideoR1(_lmms):
             image_max_pixels=image_max_pixels,
         )
         self.config = EvaluateConfig(
-            model_name_or_path=pretrained, video=video, data=DataConfig(workers=workers, timeout=timeout), seed=seed,
-            kernels=kernels, device=device or "auto", max_prompt_length=max_prompt_length,
+            model_name_or_path=pretrained,
+            video=video,
+            data=DataConfig(workers=workers, timeout=timeout),
+            seed=seed,
+            kernels=kernels,
+            device=device or "auto",
+            max_prompt_length=max_prompt_length,
             model=ModelConfig(positions=positions),
-        )  # fmt: skip
+        )
         self.model = load_model(self.config)
         self.device = self.model.device
 
@@ -198,9 +203,13 @@ class VideoR1(_lmms):
 
         data = self.config.data
         with Prefetcher(
-            functools.partial(load_media, video=self.config.video), workers=data.workers, depth=data.prefetch,
-            timeout=data.timeout, cache_bytes=data.cache_mb * 2**20, key=media_key,
-        ) as prefetcher:  # fmt: skip
+            functools.partial(load_media, video=self.config.video),
+            workers=data.workers,
+            depth=data.prefetch,
+            timeout=data.timeout,
+            cache_bytes=data.cache_mb * 2**20,
+            key=media_key,
+        ) as prefetcher:
             for _, outcome in prefetcher.iterate(samples()):
                 question = pending.popleft()
                 yield question, outcome if question.image is None else self._image(question.image)
@@ -287,9 +296,13 @@ class VideoR1(_lmms):
             message = f"{sample.problem_id}: expected {int(media is not None)} media tokens, got {found}"
             raise SampleError("special_token", message, sample.path)
         return expand_media(
-            special, ids, sample, media, max_prompt_length=self.config.max_prompt_length,
+            special,
+            ids,
+            sample,
+            media,
+            max_prompt_length=self.config.max_prompt_length,
             options="max_pixels, image_max_pixels or max_frames",
-        )  # fmt: skip
+        )
 
     def _image(self, image: Image.Image) -> Media | SampleError:
         """Resize an image in memory as the trainer does with files, and cut it into patches."""

@@ -197,9 +197,14 @@ class Reader:
         return "/".join([*parts[:-1], ends[0]])
 
     def _question(
-        self, check: EntryChecker, index: int, where: str, row: Any, fields: Sequence[str],
+        self,
+        check: EntryChecker,
+        index: int,
+        where: str,
+        row: Any,
+        fields: Sequence[str],
         make: Callable[[dict[str, Any]], Draft],
-    ) -> Question:  # fmt: skip
+    ) -> Question:
         def bad(kind: str, message: str) -> SampleError:
             return SampleError(kind, f"{where}: {message}", check.data_file)
 

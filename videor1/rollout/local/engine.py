@@ -96,9 +96,7 @@ class Run:
         ]
         token_bytes = bytes_per_token(config, model.compute_dtype)
         budget = default_budget(device) if engine.kv_bytes is None else engine.kv_bytes
-        capacity = plan_capacity(
-            branches, options.max_new_tokens, token_bytes, max_rows=engine.max_rows, budget=budget
-        )
+        capacity = plan_capacity(branches, options.max_new_tokens, token_bytes, max_rows=engine.max_rows, budget=budget)
         self.cache = KVCache(capacity, config, model.compute_dtype, device)
         self.scheduler = Scheduler(requests, capacity, eager=engine.eager)
         self.stats = RolloutStats(

@@ -77,9 +77,13 @@ class Ranks:
         return contextlib.nullcontext()
 
     def update(
-        self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor],
-        parameters: dict[str, nn.Parameter], rate: float,
-    ) -> Update:  # fmt: skip
+        self,
+        losses: Iterator[Tensor],
+        count: int,
+        dummy_loss: Callable[[], Tensor],
+        parameters: dict[str, nn.Parameter],
+        rate: float,
+    ) -> Update:
         """Make one optimizer step on the sum of all ranks' losses.
 
         Args:

@@ -110,9 +110,13 @@ class ZeroRanks(Ranks):
                 offload._register_deepspeed_module(offload.module)
 
     def update(
-        self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor],
-        parameters: dict[str, nn.Parameter], rate: float,
-    ) -> Update:  # fmt: skip
+        self,
+        losses: Iterator[Tensor],
+        count: int,
+        dummy_loss: Callable[[], Tensor],
+        parameters: dict[str, nn.Parameter],
+        rate: float,
+    ) -> Update:
         with _report_lost_rank():
             return self._update(losses, count, dummy_loss, rate)
 
