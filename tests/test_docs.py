@@ -45,6 +45,7 @@ def test_commands_can_be_parsed(page: Path) -> None:
 @every_page
 def test_options_exist(page: Path) -> None:
     known = {"config", "help", "print_config", "plan", "check", "json", "out", "rollouts", "no_local_rank", "write"}
+    known |= {"list", "only", "numeric", "random"}  # of tests.matrix, and --random-order of pytest
     for config, _ in pages.make_options.CONFIGS.values():
         known |= set(collect_options(config))
     for span in pages.spans(page.read_text(encoding="utf-8")):
