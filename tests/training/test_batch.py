@@ -149,7 +149,7 @@ def options(assets: Assets, tmp_path: Path, *kinds: str, **more: Any) -> dict[st
         "max_steps": 3,
         "gradient_accumulation_steps": 2,
     }
-    return own | {"reward__functions": "test_dynamic_sampling:some", "num_generations": 3} | more
+    return own | {"reward__functions": "test_batch:some", "num_generations": 3} | more
 
 
 def drawn(run_dir: Path) -> list[tuple[int, int]]:
