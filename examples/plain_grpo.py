@@ -19,16 +19,8 @@ VOCABULARY, END, PROMPTS, GROUP, LENGTH = 16, 0, 16, 8, 6
 def main(steps: int = 60, device: str = "cuda" if torch.cuda.is_available() else "cpu") -> list[float]:
     """Train, print, and return the mean reward of each step."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
+    config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=END, pad_token_id=END)  # fmt: skip
     model = Qwen2ForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rewards = []
@@ -46,9 +38,8 @@ def main(steps: int = 60, device: str = "cuda" if torch.cuda.is_available() else
 
         hidden = model.model(rows).last_hidden_state[:, prompts.shape[1] - 1 : -1]  # position t predicts token t + 1
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        result = linear_grpo_loss(
-            hidden[mask], model.lm_head.weight, answers[mask], advantages.flatten(), cu_seqlens, beta=0.0
-        )
+        result = linear_grpo_loss(hidden[mask], model.lm_head.weight, answers[mask],
+                                  advantages.flatten(), cu_seqlens, beta=0.0)  # fmt: skip
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()

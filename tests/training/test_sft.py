@@ -24,7 +24,8 @@ from videor1.video.patches import normalize_patches
 
 @pytest.fixture(scope="module")
 def examples(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> tuple[SFTTrainer, list[Example]]:
-    run = sft_trainer(assets, tmp_path_factory.mktemp("sft"), data__shuffle=False, max_steps=1)
+    folder = tmp_path_factory.mktemp("sft")
+    run = sft_trainer(assets, folder, data__shuffle=False, max_steps=1, model__positions="transformers")
     with Opened(run):  # type: ignore[arg-type]
         return run, run.source.take(6)
 

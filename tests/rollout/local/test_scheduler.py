@@ -51,7 +51,7 @@ def test_everything_enters_where_there_is_room() -> None:
     assert sorted((job.start, job.length) for job in entered) == [(0, 5), (5, 5), (10, 3)]
     slots = [sequence.slot for job in entered for sequence in job.sequences]
     assert sorted(slots) == [0, 1, 2, 3, 4]
-    assert [sequence.place for job in entered for sequence in job.sequences] == [0, 1, 2, 3, 4]
+    assert [sequence.buffer_row for job in entered for sequence in job.sequences] == [0, 1, 2, 3, 4]
     assert [[sequence.index for sequence in job.sequences] for job in entered] == [[0, 1], [0], [0, 1]]
     assert scheduler.admit() == []
 
