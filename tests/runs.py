@@ -35,11 +35,7 @@ TINY = {
     "disable_tqdm": True,
     "device": "cpu",
 }
-TINY_TRAIN = TINY | {
-    "num_generations": 2,
-    "temporal.num_generations": 1,
-    "reward.functions": "toy_rewards:uneven",
-}
+TINY_TRAIN = TINY | {"num_generations": 2, "temporal.num_generations": 1, "reward.functions": "toy_rewards:uneven"}
 
 
 class Killed(BaseException):

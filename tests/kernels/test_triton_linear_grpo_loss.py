@@ -7,18 +7,7 @@ import pytest
 import torch
 from grpo_options import CLIPS, LOSSES
 from triton_cases import DEVICE, DTYPES, HALF, QUIET, Head, error_of, leaf, make_head
-from triton_grpo_cases import (
-    BAD,
-    BOTH,
-    GOOD,
-    LENGTHS,
-    check_linear,
-    cumulative,
-    double,
-    given,
-    make_linear,
-    run,
-)
+from triton_grpo_cases import BAD, BOTH, GOOD, LENGTHS, check_linear, cumulative, double, given, make_linear, run
 
 from videor1_kernels import linear_grpo_loss, linear_logprob
 from videor1_kernels.testing import assert_matches, assert_no_worse

@@ -118,8 +118,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize(
-    ("heads", "dim"),
-    [((4, 4), 16), ((7, 1), 20), ((6, 2), 64), ((3, 1), 80), ((2, 1), 128), ((20, 1), 3), ((1, 1), 1)],
+    ("heads", "dim"), [((4, 4), 16), ((7, 1), 20), ((6, 2), 64), ((3, 1), 80), ((2, 1), 128), ((20, 1), 3), ((1, 1), 1)]
 )
 def test_heads_and_head_dims(heads, dim):
     """Of 20 query heads a key head, a row takes two blocks of 16; of 3, four rows share one."""

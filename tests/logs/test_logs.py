@@ -246,8 +246,7 @@ def test_trackio(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tracker", "module"),
-    [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")],
+    ("tracker", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")]
 )
 def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch, tracker, module):
     monkeypatch.setitem(sys.modules, module, None)  # import fails

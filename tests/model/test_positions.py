@@ -128,11 +128,7 @@ def test_a_video_by_hand(model: VideoLM, as_transformers: VideoLM) -> None:
     # Two temporal patches, 1.5 s apart, at 2 positions a second, of 1 x 2 tokens each.
     prompt = bare_prompt(model, "video", (2, 2, 4), 1.5, before=2, after=1)
     positions, first = model.positions(prompt)
-    assert positions.tolist() == [
-        [0, 1, 2, 3, 3, 6, 6, 7, 8],
-        [0, 1, 2, 3, 3, 3, 3, 7, 8],
-        [0, 1, 2, 3, 4, 3, 4, 7, 8],
-    ]
+    assert positions.tolist() == [[0, 1, 2, 3, 3, 6, 6, 7, 8], [0, 1, 2, 3, 3, 3, 3, 7, 8], [0, 1, 2, 3, 4, 3, 4, 7, 8]]
     assert first == 9
     positions, first = as_transformers.positions(prompt)
     assert positions[:, 7:].tolist() == [[5, 6]] * 3

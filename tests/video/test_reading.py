@@ -9,16 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import (
-    cut,
-    frame_numbers,
-    numbered_frames,
-    real_video,
-    set_matrix,
-    shift_edit_list,
-    write_sound,
-    write_video,
-)
+from media import cut, frame_numbers, numbered_frames, real_video, set_matrix, shift_edit_list, write_sound, write_video
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 

@@ -4,7 +4,4 @@ from __future__ import annotations
 
 from videor1.data.samples import Dataset, load_samples
 
-__all__ = [
-    "Dataset",
-    "load_samples",
-]
+__all__ = ["Dataset", "load_samples"]

@@ -106,10 +106,7 @@ def _declared_by_checkout() -> Declared:
 def versions() -> list[Finding]:
     """List videor1, Python, and every package that training needs."""
     needs = declared()
-    rows = [
-        Finding("videor1", f"{needs.version}; ranges from {needs.source}"),
-        _python(needs.python),
-    ]
+    rows = [Finding("videor1", f"{needs.version}; ranges from {needs.source}"), _python(needs.python)]
     order = {name: place for place, name in enumerate(FIRST)}
     for requirement in sorted(needs.needed, key=lambda r: (order.get(r.name.lower(), len(order)), r.name.lower())):
         rows.append(_needed(requirement))

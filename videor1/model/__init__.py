@@ -5,7 +5,4 @@ from __future__ import annotations
 from videor1.model.lm import VideoLM
 from videor1.model.load import load_model
 
-__all__ = [
-    "VideoLM",
-    "load_model",
-]
+__all__ = ["VideoLM", "load_model"]

@@ -98,11 +98,7 @@ class VideoLM:
         )
 
     def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        context: attention.AttentionContext,
-        features: Sequence[Tensor] = (),
+        self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, features: Sequence[Tensor] = ()
     ) -> Tensor:
         """Compute the last hidden states [T, H] of one packed row, in the compute dtype.
 

@@ -34,10 +34,7 @@ LONGEST_SECONDS = 7200.0  # longest video; its duration sets the largest positio
 FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # usual frame sizes (height, width)
 
 # (hidden size, layers, heads, key heads, intermediate size, vocabulary, whether the head is tied to the embedding)
-SIZES = {
-    "3b": (2048, 36, 16, 2, 11008, 151936, True),
-    "7b": (3584, 28, 28, 4, 18944, 152064, False),
-}
+SIZES = {"3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
 KNOWN = {"Qwen/Qwen2.5-VL-3B-Instruct": "3b", "Qwen/Qwen2.5-VL-7B-Instruct": "7b"}
 
 

@@ -4,10 +4,4 @@ from __future__ import annotations
 
 from videor1.rewards.scoring import accuracy_of, accuracy_reward, format_reward, load_reward, score
 
-__all__ = [
-    "accuracy_of",
-    "accuracy_reward",
-    "format_reward",
-    "load_reward",
-    "score",
-]
+__all__ = ["accuracy_of", "accuracy_reward", "format_reward", "load_reward", "score"]

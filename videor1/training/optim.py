@@ -14,10 +14,7 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: CommonConfig) ->
     """Return an AdamW optimizer with weight decay on matrices only, as usual (biases and norms have none)."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
 
@@ -31,11 +28,9 @@ def learning_rate(step: int, total_steps: int, config: CommonConfig) -> float:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     span = max(1, total_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / span)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[config.lr_scheduler_type]
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        config.lr_scheduler_type
+    ]
     return config.learning_rate * factor
 
 

@@ -15,23 +15,12 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-from videor1_kernels.linear_logprob.tiles import (
-    FAR_BELOW,
-    RunningSoftmax,
-    operand_dtype,
-    product,
-    spans,
-    tile_sizes,
-)
+from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, operand_dtype, product, spans, tile_sizes
 
 
 @torch.no_grad()
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [N, H], weight [V, H], labels [N], bias [V], temperature a float or [N] -> (logp, entropy, lse), each [N].
 

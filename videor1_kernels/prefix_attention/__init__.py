@@ -25,13 +25,7 @@ dispatch.register("prefix_decode_attention", "reference", reference_decode)
 
 
 def prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """Attention over one packed row of shared-prefix groups, [prompt | completion 1 | ... | completion G] each.
 

@@ -17,9 +17,7 @@ class RowPart:
 
 
 def plan_rows(
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[Sequence[int]],
-    max_tokens_per_row: int | None = None,
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], max_tokens_per_row: int | None = None
 ) -> list[list[RowPart]]:
     """Share the groups out over as few packed rows as first-fit decreasing finds, none longer than the bound.
 

@@ -30,16 +30,7 @@ from torch import Tensor
 
 from videor1_kernels.sampling.reference import REACHED, SampleTokensOptions
 from videor1_kernels.sampling.triton_list import draw_truncated
-from videor1_kernels.sampling.triton_row import (
-    LARGEST,
-    STAGES,
-    aim,
-    first_in_row,
-    marked,
-    marks_of,
-    tile,
-    weight,
-)
+from videor1_kernels.sampling.triton_row import LARGEST, STAGES, aim, first_in_row, marked, marks_of, tile, weight
 
 SEGMENTS, COLUMNS = 64, 32  # of a tile; with twice as many the compiler spills registers
 NUM_WARPS = 16

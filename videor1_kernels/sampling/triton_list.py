@@ -10,15 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from videor1_kernels.sampling.triton_row import (
-    STAGES,
-    aim,
-    count_above,
-    first_in_row,
-    segment_sums,
-    tile,
-    weight,
-)
+from videor1_kernels.sampling.triton_row import STAGES, aim, count_above, first_in_row, segment_sums, tile, weight
 
 HALVINGS = tl.constexpr(12)  # of the interval of scores, which soon leaves few; then of that of images, which must end
 

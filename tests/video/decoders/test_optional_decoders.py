@@ -350,8 +350,7 @@ class NoSuchPackage:
 
 
 @pytest.mark.parametrize(
-    ("decoder", "module"),
-    [(TorchcodecDecoder, "torchcodec"), (PyNvVideoCodecDecoder, "PyNvVideoCodec")],
+    ("decoder", "module"), [(TorchcodecDecoder, "torchcodec"), (PyNvVideoCodecDecoder, "PyNvVideoCodec")]
 )
 def test_a_package_that_does_not_load_says_why(tmp_path, monkeypatch, decoder, module):
     package = tmp_path / module

@@ -15,11 +15,7 @@ __all__ = ["BACKENDS", "Decoder", "Frames", "FramesChangedError", "VideoInfo", "
 
 # Class of each optional backend. Its module in this package and the extra that installs its library have the backend's
 # name.
-_OPTIONAL = {
-    "decord": "DecordDecoder",
-    "torchcodec": "TorchcodecDecoder",
-    "pynvvideocodec": "PyNvVideoCodecDecoder",
-}
+_OPTIONAL = {"decord": "DecordDecoder", "torchcodec": "TorchcodecDecoder", "pynvvideocodec": "PyNvVideoCodecDecoder"}
 BACKENDS = ("auto", "pyav", "pyav-nvdec", *_OPTIONAL)
 
 

@@ -132,10 +132,7 @@ def empty_planes(layout: Layout, count: int, device: torch.device | str = "cpu")
     H, W = layout.height, layout.width
     half = (count, -(-H // 2), -(-W // 2))
     dtype = torch.uint16 if layout.kind in ("i420-10", "p010") else torch.uint8
-    shapes: dict[Kind, tuple[tuple[int, ...], ...]] = {
-        "rgb": ((count, H, W, 3),),
-        "i420": ((count, H, W), half, half),
-    }
+    shapes: dict[Kind, tuple[tuple[int, ...], ...]] = {"rgb": ((count, H, W, 3),), "i420": ((count, H, W), half, half)}
     return tuple(
         torch.empty(shape, dtype=dtype, device=device) for shape in shapes.get(layout.kind, ((count, H, W), (*half, 2)))
     )
