@@ -124,20 +124,6 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path, bad):
     assert path.read_bytes().count(b"\n") == 3  # not touched
 
 
-def test_truncate_after_keeps_writing(tmp_path):
-    writer = JsonlWriter(tmp_path / "rollouts.jsonl")
-    for step in (1, 1, 2, 3):
-        writer.write(step, {"prompt": "p"})
-    writer.truncate_after(1)
-    writer.write(2, {"prompt": "again"})
-    writer.close()
-    assert [(row["step"], row["prompt"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")] == [
-        (1, "p"),
-        (1, "p"),
-        (2, "again"),
-    ]
-
-
 def test_a_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.jsonl"
     old = b'{"step": 1}\n{"step": 2}\n'

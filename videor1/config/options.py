@@ -396,7 +396,7 @@ class EvaluateConfig(EvalOptions):
     """Benchmarks to evaluate, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass,
     videomme, videommmu, vsibench; or give dataset_name."""
     max_completion_length: Annotated[int, at_least(1)] = 1024
-    """Maximum number of tokens of an answer."""
+    """Maximum number of tokens of a completion."""
     eval_samples: Annotated[int, at_least(0)] = 0
     """Number of questions to use (of each benchmark), from the top; 0: all."""
     eval_top_p: Annotated[float, UP_TO_ONE] = 1.0

@@ -58,12 +58,6 @@ class JsonlWriter:
         """
         self.append([{"step": int(step)} | {key: json_value(row[key]) for key in sorted(row) if key != "step"}])
 
-    def truncate_after(self, step: int) -> None:
-        """Remove the lines whose step is above ``step``."""
-        self._file.close()
-        self._rewrite(step)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-
     def close(self) -> None:
         self._file.close()
 

@@ -192,7 +192,7 @@ def build_sft_ids(
     if length > max_length:
         raise SampleError(
             "too_long",
-            f"problem {sample.problem_id}: {length} tokens ({len(prompt)} prompt, {len(completion)} answer), the limit "
+            f"problem {sample.problem_id}: {length} tokens ({len(prompt)} prompt, {len(completion)} completion), the limit "
             f"is {max_length}",
             sample.path,
         )
