@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if not trainer.ranks.is_main:
         return 0
     picture = draw_curves(trainer.run_dir)
-    print(f"Saved {final}. Curves: {picture}. Answers: {trainer.run_dir / 'rollouts.jsonl'}")
+    print(f"Saved {final}. Curves: {picture}. Completions: {trainer.run_dir / 'rollouts.jsonl'}")
     print(report_line(trainer.run_dir))
     return 0
 

@@ -80,7 +80,7 @@ def test_where_the_seconds_go(tmp_path: Path) -> None:
     assert "not the whole step" not in made.words
 
 
-def test_shuffled_answers_left_out_as_shares(tmp_path: Path) -> None:
+def test_shuffled_completions_left_out_as_shares(tmp_path: Path) -> None:
     made = report(make_run(tmp_path / "run"))
     assert drawn(made.figures["skipped"], "skipped: never started")[1] == pytest.approx([0.25] * 30)
     assert drawn(made.figures["skipped"], "stopped: begun and left")[1] == pytest.approx([0.1] * 30)

@@ -72,7 +72,7 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
 
 
 def test_text_is_never_markup(tmp_path: Path) -> None:
-    """Answers, questions, options, paths, reasons and names as an attacker would have them."""
+    """Completions, questions, options, paths, reasons and names as an attacker would have them."""
     hostile = dict.fromkeys(["problem", "solution", "problem_id"], HOSTILE)
     row = rollout_row(1, None, **hostile, options=[HOSTILE, "B"], prompt=HOSTILE)
     run = make_run(
@@ -91,7 +91,7 @@ def test_text_is_never_markup(tmp_path: Path) -> None:
         assert "[U+202E]right to left[U+202C] [U+0000][U+0007] [U+2028]" in made.text
         assert all(ord(character) >= 32 or character in "\n\t" for character in made.text)
         (card,) = made.rollouts["cards"]
-        assert card["answers"][1]["tokens"] == ["x", visible(HOSTILE)]
+        assert card["completions"][1]["tokens"] == ["x", visible(HOSTILE)]
         assert card["question"] == card["problem"] == visible(HOSTILE)
         names = {t["name"] for figure in made.figures.values() for t in figure["data"]}
         assert not any("<" in name for name in names)  # plotly reads tags in names
@@ -109,7 +109,7 @@ def test_what_the_trainers_write_is_read(assets: Assets, tmp_path: Path) -> None
     cards, media = made.rollouts["cards"], made.rollouts["media"]
     assert [card["step"] for card in cards] == [1, 2]
     for card in cards:
-        assert all(len(answer["tokens"]) == len(answer["logps"]) for answer in card["answers"])
+        assert all(len(completion["tokens"]) == len(completion["logps"]) for completion in card["completions"])
         assert len(card["permutation"]) == len(media[card["media"]]["frames"])
         assert card["asked"] == len(card["shuffled"]) == 1
         assert card["p_shuffled"] is not None

@@ -285,13 +285,13 @@ def test_times_of_long_videos_leave_the_rows_even(phone: bool, browser: Any, tmp
     window.clean()
 
 
-def test_shuffled_answers_of_which_none_was_run(browser: Any, tmp_path: Path) -> None:
+def test_shuffled_completions_of_which_none_was_run(browser: Any, tmp_path: Path) -> None:
     """Nor has any prompt a bonus: the first is shown."""
     none = {"shuffled_completions": [], "shuffled_accuracy": [None, None], "temporal": 0.0}
     rows = [rollout_row(step, small_video(tmp_path / "one.mp4"), **none) for step in (1, 2)]
     window = Window(browser, write_report(make_run(tmp_path / "run", rollouts=rows), tmp_path / "page.html"))
     assert "Step 1 ·" in window.card
-    assert "Answers from shuffled frames: none was run to its end" in window.card
+    assert "Completions from shuffled frames: none was run to its end" in window.card
     assert "2 of 2 were skipped or stopped" in window.card
     assert "0 of 0" not in window.card
     window.clean()
@@ -407,7 +407,7 @@ def test_several_runs(browser: Any, folder: Path) -> None:
     assert "Frames shuffled, in pairs" in window.card
     assert frame_numbers(window.all(".frames")[1]) == ["3", "4", "1", "2"]
     window.click(window.find("#next"))
-    assert "Answers from the text: 1 of 2 correct" in window.card
+    assert "Completions from the text: 1 of 2 correct" in window.card
     window.click(window.find("#next"))
     assert "The run shuffled 6 frames, but the file gives 4 now" in window.card
     window.clean()

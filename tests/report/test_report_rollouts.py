@@ -25,7 +25,7 @@ def test_a_rollout_says_everything(tmp_path: Path) -> None:
     video = small_video(tmp_path / "clips" / "one.mp4")
     made = report(make_run(tmp_path / "run", rollouts=[rollout_row(7, video)]))
     (card,) = made.rollouts["cards"]
-    first, second = card["answers"]
+    first, second = card["completions"]
     assert (first["tokens"], first["logps"]) == (TOKENS, LOGPS)
     assert "text" not in first
     assert (first["accuracy"], first["reward"], first["advantage"], first["length"]) == (1.0, 2.2, 0.7071, 11)
@@ -33,7 +33,7 @@ def test_a_rollout_says_everything(tmp_path: Path) -> None:
     assert (card["step"], card["question"], card["solution"]) == (7, "What comes first in 7?", "B")
     assert (card["right"], card["count"], card["bonus"]) == ("some", [1, 2], 0.2)
     assert (card["p"], card["p_shuffled"], card["asked"]) == (0.5, None, 2)  # one of two was skipped
-    assert [answer["text"] for answer in card["shuffled"]] == ["<answer>A</answer>"]
+    assert [completion["text"] for completion in card["shuffled"]] == ["<answer>A</answer>"]
     assert card["permutation"] == [3, 0, 2, 1]
 
 
@@ -130,13 +130,13 @@ def test_rows_that_are_not_rollouts_are_counted(tmp_path: Path) -> None:
 
 
 def test_rollouts_of_an_older_run(tmp_path: Path) -> None:
-    """Without tokens, question, options, and the number of shuffled answers."""
+    """Without tokens, question, options, and the number of shuffled completions."""
     new = ("tokens", "logps", "problem", "options", "data_type", "finished", "p", "p_shuffled", "shuffled_asked")
     row = {name: value for name, value in rollout_row(1, Path("x.mp4")).items() if name not in new}
     (card,) = report(make_run(tmp_path / "run", rollouts=[row])).rollouts["cards"]
     assert card["question"] == "What comes first?"
     assert (card["asked"], card["kind"], card["tokens"]) == (2, "video", False)
-    assert card["answers"][1]["text"] == visible(HOSTILE)
+    assert card["completions"][1]["text"] == visible(HOSTILE)
 
 
 def test_lines_with_tokens_are_preferred(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_steps_that_teach_nothing_are_told_of_once(
 ) -> None:
     trainer(assets, tmp_path / "run", max_steps=7, reward__functions=f"toy_rewards:{reward}").train()
     said = capsys.readouterr().err
-    assert said.count("step 5: in the last 5 steps all answers to a question earned the same reward") == told
+    assert said.count("step 5: in the last 5 steps all completions of a question earned the same reward") == told
     assert said.count("the same reward") == told
 
 

@@ -83,7 +83,7 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
     print("1/4  making clips, questions, a tokenizer and a tiny Qwen2.5-VL", flush=True)
     assets = make_assets(run_dir / "demo", seed=config.seed, progress=not config.disable_tqdm)
 
-    print("2/4  SFT cold start, which stops while answers are partly right", flush=True)
+    print("2/4  SFT cold start, which stops while completions are partly right", flush=True)
     cold_start = SFTTrainer(_sft_config(config, assets, run_dir)).train()
 
     print("3/4  T-GRPO (p, p~: accuracy from frames in order, shuffled; —: not known)", flush=True)
@@ -111,7 +111,7 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
     print(f"\n{_table(before, after, assets.chance)}\n")
     print(f"{trainer.step} T-GRPO steps, {summary['seconds']:.0f} seconds in all. Run folder: {run_dir}")
     print(report_line(run_dir))
-    print("  curves.png (curves)  rollouts.jsonl (every answer)  metrics.jsonl  checkpoints/  demo/ (the made data)")
+    print("  curves.png  rollouts.jsonl (every completion)  metrics.jsonl  checkpoints/  demo/ (the made data)")
     print("Next, your own data:")
     print("  python -m videor1.train --config qwen2_5_vl_7b --model_name_or_path MODEL --dataset_name DATA.json")
     return 0

@@ -192,8 +192,8 @@ def build_sft_ids(
     if length > max_length:
         raise SampleError(
             "too_long",
-            f"problem {sample.problem_id}: {length} tokens ({len(prompt)} prompt, {len(completion)} completion), the limit "
-            f"is {max_length}",
+            f"problem {sample.problem_id}: {length} tokens ({len(prompt)} prompt, {len(completion)} completion), the "
+            f"limit is {max_length}",
             sample.path,
         )
     return torch.cat([prompt, completion]), torch.arange(length) >= len(prompt)

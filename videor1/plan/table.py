@@ -43,7 +43,7 @@ def table(made: Plan) -> str:
         f"Memory plan of {made.model}: {made.settings}",
         f"parameters: {sum(made.parameters.values()):,} ({counts}); trained: {made.trainable:,}",
         f"a step: {made.prompts} prompts of {made.prompt_tokens:,} tokens ({made.media_tokens:,} of video), "
-        f"{ordered} + {shuffled} answers of {made.answer_tokens:,} tokens to each; "
+        f"{ordered} + {shuffled} completions of {made.answer_tokens:,} tokens to each; "
         f"{made.rows} packed rows of up to {made.row_tokens:,} tokens",
         "",
         "GiB".ljust(width) + "".join(phase.name.rjust(11) for phase in made.phases),

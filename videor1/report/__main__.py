@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m videor1.report",
         description="Write one HTML page about a run, finished or in progress, or about several to compare them: "
-        "charts of its metrics, and rollouts to look through, with frames, answers, rewards and log-probs. "
+        "charts of its metrics, and rollouts to look through, with frames, completions, rewards and log-probs. "
         "The page needs no network.",
         epilog="Example: python -m videor1.report runs/one runs/other --out compared.html",
         allow_abbrev=False,
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=40,
         metavar="N",
-        help="prompts with their answers to show, of all runs together, evenly over the steps; 0: none (default: 40)",
+        help="prompts to show with their completions, spread evenly over the steps of all runs; 0: none (default: 40)",
     )
     options = parser.parse_args(argv)
     print(write_report(options.runs, options.out, rollouts=options.rollouts))

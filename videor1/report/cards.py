@@ -90,7 +90,7 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
         "options": [visible(option) for option in row.get("options") or []],
         "solution": visible(extract_answer(row["solution"]) or row["solution"]),
         "permutation": None if order is None else [int(i) for i in order],
-        "answers": completions,
+        "completions": completions,
         "right": "all" if right == count else "some" if right else "none",
         "count": [right, count],
         "above": above,

@@ -32,7 +32,7 @@ PANELS = (
     Panel("Held-out accuracy", ("eval/ordered", "eval/shuffled"), gap=True, labels={"eval/shuffled": "shuffled"}),
     Panel("Reward", ("reward", "rewards/accuracy/mean", "rewards/format/mean")),
     Panel("KL to the reference, entropy (nats)", ("kl", "entropy")),
-    Panel("Answer length (tokens)", ("completions/mean_length", "completions/max_length")),
+    Panel("Completion length (tokens)", ("completions/mean_length", "completions/max_length")),
     Panel(
         "Seconds a step",
         ("time/rollout", "time/update", "time/data"),

@@ -102,8 +102,8 @@
   }
 
   function cardOf(card) {
-    const right = card.answers.filter((answer) => answer.right).length;
-    const above = [...card.answers, ...card.shuffled].some(partly) ? ` (accuracy above ${plain(card.above)})` : "";
+    const right = card.completions.filter((completion) => completion.right).length;
+    const above = [...card.completions, ...card.shuffled].some(partly) ? ` (accuracy above ${plain(card.above)})` : "";
     const head = [`Step ${card.step}`, `problem ${card.problem}`, `draw ${card.draw}`];
     if (runs.length > 1) head.unshift(runs[card.run]);
     const node = el("article", { class: coloured ? "card" : "card plain", "aria-label": `Rollout of step ${card.step}` },
@@ -115,22 +115,22 @@
     }
     if (card.media !== null) node.append(branches(card, media[card.media]));
     node.append(means(card));
-    node.append(el("h4", {}, `Answers from ${card.permutation ? "frames in order" : card.kind === "text" ? "the text" : `the ${card.kind}`}: ${right} of ${card.answers.length} correct${above}`));
+    node.append(el("h4", {}, `Completions from ${card.permutation ? "frames in order" : card.kind === "text" ? "the text" : `the ${card.kind}`}: ${right} of ${card.completions.length} correct${above}`));
     if (card.tokens) node.append(legend(node));
     else node.append(el("p", { class: "note" }, "Tokens and log-probs of this prompt were not recorded (option log_tokens)."));
-    node.append(el("div", { class: "answers" }, ...card.answers.map((answer, i) => answerOf(answer, `${i + 1}`))));
+    node.append(el("div", { class: "completions" }, ...card.completions.map((completion, i) => completionCard(completion, `${i + 1}`))));
     if (card.asked) {
       const left = card.asked - card.shuffled.length;
-      const correct = card.shuffled.filter((answer) => answer.right).length;
+      const correct = card.shuffled.filter((completion) => completion.right).length;
       const result = card.shuffled.length ? `${correct} of ${card.shuffled.length} correct${above}` : "none was run to its end";
-      node.append(el("h4", {}, `Answers from shuffled frames: ${result}`));
+      node.append(el("h4", {}, `Completions from shuffled frames: ${result}`));
       if (left) node.append(el("p", { class: "note" }, `${left} of ${card.asked} were skipped or stopped: they could no longer change the advantages.`));
-      node.append(el("div", { class: "answers" }, ...card.shuffled.map((answer, i) => answerOf(answer, `shuffled ${i + 1}`))));
+      node.append(el("div", { class: "completions" }, ...card.shuffled.map((completion, i) => completionCard(completion, `shuffled ${i + 1}`))));
     }
     return node;
   }
 
-  const partly = (answer) => answer.right && answer.accuracy < 1;
+  const partly = (completion) => completion.right && completion.accuracy < 1;
   const isSolution = (option, card) => option === card.solution || option.startsWith(`${card.solution}.`);
 
   function choices(card) {
@@ -171,19 +171,19 @@
     return el("section", {}, el("h4", {}, name), el("ol", { class: count > 1 ? "frames" : "frames one" }, ...frames));
   }
 
-  function answerOf(answer, name) {
-    const verdict = !answer.right ? "✗ wrong" : partly(answer) ? "◐ partly correct" : "✓ correct";
-    const head = el("p", {}, el("span", { class: "verdict" }, verdict), `answer ${name}`);
-    const figures = [["accuracy", plain(answer.accuracy)]];
-    if ("reward" in answer) {
-      figures.push(["format", plain(answer.format)], ["tokens", `${answer.length}${answer.cut ? " (cut at the limit)" : ""}`]);
-      figures.push(["reward", number(answer.reward)], ["advantage", signed(answer.advantage)]);
+  function completionCard(completion, name) {
+    const verdict = !completion.right ? "✗ wrong" : partly(completion) ? "◐ partly correct" : "✓ correct";
+    const head = el("p", {}, el("span", { class: "verdict" }, verdict), `completion ${name}`);
+    const figures = [["accuracy", plain(completion.accuracy)]];
+    if ("reward" in completion) {
+      figures.push(["format", plain(completion.format)], ["tokens", `${completion.length}${completion.cut ? " (cut at the limit)" : ""}`]);
+      figures.push(["reward", number(completion.reward)], ["advantage", signed(completion.advantage)]);
     }
     for (const [label, value] of figures) head.append(el("span", {}, `${label} `, el("b", {}, value)));
-    if ("reward" in answer) head.append(bar(answer.advantage || 0));
-    const node = el("article", { class: answer.right ? "answer right" : "answer", "aria-label": `Answer ${name}` }, head);
-    if (answer.tokens) node.append(...tokens(answer));
-    else node.append(text(answer.text.length, {}, answer.text));
+    if ("reward" in completion) head.append(bar(completion.advantage || 0));
+    const node = el("article", { class: completion.right ? "completion right" : "completion", "aria-label": `Completion ${name}` }, head);
+    if (completion.tokens) node.append(...tokens(completion));
+    else node.append(text(completion.text.length, {}, completion.text));
     return node;
   }
 
@@ -214,11 +214,11 @@
       el("span", {}, "Point at or tap a token for its own."));
   }
 
-  function tokens(answer) {
+  function tokens(completion) {
     const info = el("p", { class: "token-info", role: "status" });
-    const length = answer.tokens.reduce((sum, token) => sum + token.length, 0);
-    const line = text(length, { class: "tokens" }, ...answer.tokens.map((token, i) => {
-      const logp = answer.logps[i];
+    const length = completion.tokens.reduce((sum, token) => sum + token.length, 0);
+    const line = text(length, { class: "tokens" }, ...completion.tokens.map((token, i) => {
+      const logp = completion.logps[i];
       const said = logp === null ? "log-prob not known" : `log-prob ${number(logp, 4)}, p ${Math.exp(logp).toPrecision(3)}`;
       const name = token === "" ? "part of a character" : JSON.stringify(token);
       const span = el("span", { class: logp === null ? "tx" : `t${level(logp)}`, title: `${name}: ${said}`, "data-token": i }, ...shown(token));
@@ -229,7 +229,7 @@
       if (!span) return;
       line.querySelectorAll(".chosen").forEach((other) => other.classList.remove("chosen"));
       span.classList.add("chosen");
-      info.textContent = `Token ${Number(span.dataset.token) + 1} of ${answer.tokens.length}, ${span.title}`;
+      info.textContent = `Token ${Number(span.dataset.token) + 1} of ${completion.tokens.length}, ${span.title}`;
     });
     return [line, info];
   }

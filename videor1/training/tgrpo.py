@@ -279,7 +279,7 @@ class Trainer(Loop[TrainConfig]):
         self.steps_without_signal = 0 if signal else self.steps_without_signal + 1
         if self.steps_without_signal == NO_SIGNAL_STEPS:
             self.progress.write(
-                f"step {self.step}: in the last {NO_SIGNAL_STEPS} steps all answers to a question earned the same "
+                f"step {self.step}: in the last {NO_SIGNAL_STEPS} steps all completions of a question earned the same "
                 f"reward, so their advantages are 0 and nothing is learned from them; accuracy is now "
                 f"{metrics['rewards/accuracy/mean']:.2f}. A model that is never right needs an SFT cold "
                 "start (python -m videor1.sft) or easier questions, one that always is needs harder ones"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from videor1.video.decoders import check_backend
 from videor1.video.reading import (
-    check_backend,
     frames_between,
     read_frames,
     read_image,

@@ -23,21 +23,9 @@ from torch import Tensor
 from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS
 from videor1.errors import ConfigError
 from videor1.types import Clip, SampleError
-from videor1.video.decoders import Decoder, Frames, FramesChangedError, VideoInfo, check_backend, open_decoder
+from videor1.video.decoders import Decoder, Frames, FramesChangedError, VideoInfo, open_decoder
 from videor1.video.decoders.index import check_file
 from videor1_kernels.frames_to_patches import YuvFrames
-
-__all__ = [
-    "check_backend",
-    "frames_between",
-    "read_frames",
-    "read_image",
-    "read_rgb",
-    "sample_indices",
-    "smart_resize",
-    "target_size",
-    "video_pixel_cap",
-]
 
 FACTOR = 28  # pixels: a patch has sides of 14, and the model merges 2 x 2 patches into one token
 MIN_FRAMES = 4  # the reference's lower bound on sampled frames, for files that have as many

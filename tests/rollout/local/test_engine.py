@@ -128,7 +128,9 @@ def test_the_cache_takes_the_shared_amount() -> None:
 def test_a_budget_too_small_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_lm()
     monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", lambda *_: pytest.fail("memory was taken"))
-    needs = r"kv_mib: 8 answers of up to 9 tokens to a prompt of \d+ tokens need 0\.1\d+ MiB .* budget is 0\.009537 MiB"
+    needs = (
+        r"kv_mib: 8 completions of up to 9 tokens to a prompt of \d+ tokens need 0\.1\d+ MiB .* budget is 0\.009537 MiB"
+    )
     with pytest.raises(ConfigError, match=needs):
         LocalEngine(model, OPTIONS, kv_bytes=10_000).generate([ask(model, VIDEO, 8)])
 

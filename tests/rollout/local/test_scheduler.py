@@ -182,6 +182,6 @@ def test_budgets() -> None:
 
 
 def test_a_budget_too_small_for_one_branch_says_what_is_needed() -> None:
-    needs = r"kv_mib: 8 answers of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
+    needs = r"kv_mib: 8 completions of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
     with pytest.raises(ConfigError, match=needs):
         plan_capacity([(1224, 8), (1000, 4)], 768, 57344, max_rows=64, budget=400 * 2**20)

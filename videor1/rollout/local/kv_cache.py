@@ -58,7 +58,7 @@ def plan_capacity(
     need = (longest + most * new_tokens) * token_bytes
     if budget is not None and need > budget:
         raise ConfigError(
-            f"rollout.kv_mib: {most} answers of up to {new_tokens} tokens to a prompt of {longest} tokens need "
+            f"rollout.kv_mib: {most} completions of up to {new_tokens} tokens to a prompt of {longest} tokens need "
             f"{need / MIB:.4g} MiB of KV cache ({token_bytes} bytes a token), the budget is {budget / MIB:.4g} MiB; "
             "raise it, or lower max_completion_length, num_generations or the prompt's pixels"
         )
