@@ -52,17 +52,7 @@ def _from_logits(size: Size, *, compiled: bool) -> Case:
 
 
 def _loss(logp: Tensor, inputs: HeadInputs) -> Tensor:
-    return grpo_loss(
-        logp,
-        inputs.advantages,
-        inputs.cu_seqlens,
-        old_logp=inputs.old_logp,
-        ref_logp=inputs.ref_logp,
-        loss_type="grpo",
-        beta=inputs.beta,
-        clip_low=oracle.CLIP,
-        clip_high=oracle.CLIP,
-    ).loss
+    return grpo_loss(logp, inputs.advantages, inputs.cu_seqlens, **oracle.loss_options(inputs)).loss
 
 
 def _ours_from_logp(inputs: HeadInputs) -> Step:
@@ -84,5 +74,5 @@ def _ours_from_logits(inputs: LogitInputs) -> Step:
     return step
 
 
-def test_grpo_loss(run_pair):
-    run_pair()
+def test_grpo_loss(run_case):
+    run_case()

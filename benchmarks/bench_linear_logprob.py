@@ -64,5 +64,5 @@ def _work(inputs: HeadInputs, *, backward: bool) -> Work:
     return Work(2 * product, operands + 2 * inputs.labels.nbytes, "2NHV")
 
 
-def test_linear_logprob(run_pair):
-    run_pair()
+def test_linear_logprob(run_case):
+    run_case()

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.cases import OURS, Contender, Step, Work
-from benchmarks.measure import Clock, synchronize
+from benchmarks.measure import synchronize
+from benchmarks.options import check_choice
 from benchmarks.oracle import Expected, GateFailure
 from benchmarks.rollout_inputs import (
+    MODELS,
     ORDERED,
     SHUFFLED,
     RolloutInputs,
@@ -38,11 +40,22 @@ TOP_P, TOP_K = 0.95, 50
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # rms of the log-probs against the training pass's, nats
 
 
-def cases(device: torch.device) -> list[RolloutCase]:
-    """What ``pytest benchmarks`` and ``benchmarks.run rollout`` measure and record."""
-    if device.type == "cuda":
-        return [rollout(Rollouts(name, n, 256, torch.bfloat16)) for n in (1, 16) for name in ("7b", "3b")]
-    return [rollout(Rollouts("tiny", prompts, 64)) for prompts in (1, 4)]
+def cases(
+    device: torch.device, *, shape: Sequence[str] = (), prompts: Sequence[int] = (), completion: int | None = None
+) -> list[RolloutCase]:
+    """Each number of prompts to each model."""
+    on_card = device.type == "cuda"
+    for name in shape:
+        check_choice("shape", name, MODELS, "rollout")
+    return [
+        rollout(Rollouts(name, number, completion or (256 if on_card else 64), _dtype(name, device)))
+        for number in prompts or ((1, 16) if on_card else (1, 4))
+        for name in shape or (("7b", "3b") if on_card else ("tiny",))
+    ]
+
+
+def _dtype(model: str, device: torch.device) -> torch.dtype:
+    return torch.float32 if model == "tiny" and device.type == "cpu" else torch.bfloat16
 
 
 def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
@@ -68,6 +81,7 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
             Contender(GENERATE, _generate, does=f"{ORDERED}, then {SHUFFLED} rows of one prompt at a time"),
         ),
         against=GENERATE,
+        turns=measure_rollout,
         slow=sizes.model != "tiny" and sizes.prompts > 1,  # minutes, in generate
         rounds=5 if sizes.model == "tiny" else 3 if sizes.prompts == 1 else 1,
     )
@@ -218,12 +232,6 @@ def _logp_difference(inputs: RolloutInputs) -> Tensor:
                 logp = completion_logp(model, packed, features=[branch.features])
             differences.append(logp.cpu() - torch.cat([answer.logp for answer in answers]))
     return torch.cat(differences).double().square().mean().sqrt()
-
-
-def test_small_rollout_passes_its_gate():
-    device = torch.device("cpu")
-    for row in measure_rollout(rollout(Rollouts("tiny", 2, 5)), device, Clock(device), 1):
-        assert row.status == "measured", f"{row.implementation}: {row.reason}"
 
 
 def test_rollout(run_case):

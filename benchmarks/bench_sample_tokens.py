@@ -163,5 +163,5 @@ def _least_kept(logits: Tensor, inputs: SampleInputs) -> Tensor:
     return kept.gather(1, count - 1)[:, 0]
 
 
-def test_sample_tokens(run_pair):
-    run_pair()
+def test_sample_tokens(run_case):
+    run_case()

@@ -55,5 +55,5 @@ def _work(inputs: LogitInputs, *, backward: bool) -> Work:
     return Work(0.0, (3 if backward else 1) * inputs.logits.nbytes + 2 * inputs.head.labels.nbytes, "")
 
 
-def test_selective_log_softmax(run_pair):
-    run_pair()
+def test_selective_log_softmax(run_case):
+    run_case()

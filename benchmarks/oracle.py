@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,12 @@ def grpo_of(logp: Tensor, inputs: HeadInputs) -> Tensor:
         gap = inputs.ref_logp.to(logp.dtype).view(inputs.rows) - rows
         loss = loss + inputs.beta * (gap.exp() - gap - 1)
     return loss.mean(1).mean()
+
+
+def loss_options(inputs: HeadInputs) -> dict[str, Any]:
+    """The options of our losses for :func:`grpo_of`."""
+    log_probs = {"old_logp": inputs.old_logp, "ref_logp": inputs.ref_logp}
+    return log_probs | {"loss_type": "grpo", "beta": inputs.beta, "clip_low": CLIP, "clip_high": CLIP}
 
 
 def policy_logp(inputs: HeadInputs) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import whole_number
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
 from videor1.logs.progress import summary_table
@@ -64,13 +65,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", type=Path, nargs="+", metavar="FOLDER", help="checkpoints, instead of a run's")
     group.add_argument("--data", type=Path, metavar="FILE", help="training data, instead of the run's")
     group.add_argument("--batches", type=whole_number, default=4, help="of the demonstration's 24 prompts")
-
-
-def whole_number(text: str) -> int:
-    """An argument of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

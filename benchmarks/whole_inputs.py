@@ -28,7 +28,6 @@ from videor1.model import VideoLM
 from videor1.model.load import make_trainable
 from videor1.types import Sample
 
-MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's
 SECONDS = 20  # of a made video
 # Of tiny's frames: 16 of them and the question are 1.5 times the 128 tokens of an answer, about as Video-R1's of
 # 1,224 tokens are to its answers of 768.
@@ -40,7 +39,7 @@ QUESTION = "What does the person put on the table after the cup, and which hand 
 class Setting:
     """Sizes of a step. Every answer has ``completion`` tokens, from ordered and from shuffled frames alike."""
 
-    model: str = "tiny"  # of MODELS
+    model: str = "tiny"  # of rollout_inputs.MODELS
     media: Literal["video", "image"] = "video"
     frames: int = 16
     prompts: int = 4  # of one optimizer step

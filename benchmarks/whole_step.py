@@ -38,7 +38,6 @@ class StepCase(Case):
     check: Callable[[Runner], dict[str, float]] = lambda _: {}  # errors by name; GateFailure where one is too large
     floor: Callable[[Runner], dict[str, float]] = lambda _: {}  # least seconds of each phase; empty: it cannot tell
     steps: int = 1  # that are timed together
-    rounds: int = 3
     memory: bool = True  # whether it is watched
     cold: frozenset[str] = frozenset()  # contenders whose first step is timed already: nothing in them has to get going
 
