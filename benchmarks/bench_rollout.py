@@ -1,5 +1,5 @@
 """Answers to video prompts, from ordered and from shuffled frames: our engine, and transformers' ``generate`` called as
-the reference code of T-GRPO calls it. Every answer has the same number of tokens."""
+the reference code of T-GRPO calls it. Every completion has the same number of tokens."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
 
 def _work(weights: bool | None, inputs: RolloutInputs) -> Work:
     bound = inputs.model.device.type == "cuda" if weights is None else weights
-    return Work(0.0, weight_bytes(inputs.model) if bound else 0, "", inputs.sizes.rows * inputs.sizes.new_tokens)
+    return Work(0.0, weight_bytes(inputs.model) if bound else 0, "", inputs.sizes.sequences * inputs.sizes.new_tokens)
 
 
 def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
-    """The number of tokens of every answer; of ours, what its build has compared."""
-    lengths = torch.full((sizes.rows,), float(sizes.new_tokens), dtype=torch.float64)
+    """Every completion has its number of tokens; of ours also what its build has compared."""
+    lengths = torch.full((sizes.sequences,), float(sizes.new_tokens), dtype=torch.float64)
     difference = Expected(
         "logp", "logp", torch.zeros((), dtype=torch.float64), ours_only=True, bound=BOUNDS[sizes.dtype]
     )
@@ -102,7 +102,7 @@ def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
 
 
 def _engine(inputs: RolloutInputs) -> Step:
-    """Ours. Building it is the gate."""
+    """Our engine. Building it is the gate."""
     if _exact(inputs.sizes):
         _check_greedy(inputs)
     difference = _logp_difference(inputs)
@@ -117,7 +117,7 @@ def _engine(inputs: RolloutInputs) -> Step:
 
 
 def _generate(inputs: RolloutInputs) -> Step:
-    """One prompt after the other, ordered rows, then shuffled ones."""
+    """Take one prompt after the other, first with its ordered frames, then with its shuffled ones."""
     new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs)
     prefilled.watch(inputs.plain)
 
@@ -134,7 +134,7 @@ def _generate(inputs: RolloutInputs) -> Step:
             pad_token_id=inputs.plain.generation_config.pad_token_id,
         )
 
-    def answer(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
+    def generated(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
         lengths: list[int] = []
         seconds, steps = 0.0, 0
         for prompt, patches, number in found:
@@ -146,8 +146,8 @@ def _generate(inputs: RolloutInputs) -> Step:
             steps += lengths[-1] - 1  # the prefill gives the first token
         return _outputs(lengths, seconds, steps)
 
-    answer(itertools.islice(branches(inputs), 2), 2)  # libraries load and choose their kernels
-    return lambda: answer(branches(inputs), new)
+    generated(itertools.islice(branches(inputs), 2), 2)  # libraries load and choose their kernels
+    return lambda: generated(branches(inputs), new)
 
 
 class _Prefill:
@@ -178,7 +178,7 @@ def _outputs(lengths: Sequence[int], seconds: float, steps: int) -> dict[str, Te
 
 
 def _local(inputs: RolloutInputs, options: SamplingOptions) -> LocalEngine:
-    return LocalEngine(inputs.model, options, max_rows=inputs.sizes.rows)
+    return LocalEngine(inputs.model, options, max_rows=inputs.sizes.sequences)
 
 
 def _lengths(done: Rollout) -> list[int]:
@@ -186,12 +186,12 @@ def _lengths(done: Rollout) -> list[int]:
 
 
 def _exact(sizes: Rollouts) -> bool:
-    """Whether greedy answers are to be those of generate: in bf16 two likely tokens often tie."""
+    """Whether greedy completions must be those of generate. In bf16 two likely tokens often tie."""
     return sizes.dtype == torch.float32
 
 
 def _check_greedy(inputs: RolloutInputs) -> None:
-    """GateFailure where a greedy answer of ours is not generate's, token for token; neither says a vision token."""
+    """GateFailure where a greedy completion of ours is not generate's, token for token; neither says a vision token."""
     new, found = inputs.sizes.new_tokens, branches(inputs)
     greedy = GenerationConfig(
         do_sample=False,
@@ -203,34 +203,34 @@ def _check_greedy(inputs: RolloutInputs) -> None:
     )
     for group in _local(inputs, SamplingOptions(new, temperature=0.0)).generate(requests(inputs)).groups:
         assert group is not None
-        for kind, answers in (("ordered", group.ordered), ("shuffled", group.shuffled)):
+        for kind, completions in (("ordered", group.ordered), ("shuffled", group.shuffled)):
             prompt, patches, _ = next(found)
             out = inputs.plain.generate(**generate_inputs(inputs, prompt, patches), generation_config=greedy)
             expected = out[0, len(prompt.input_ids) :].tolist()
-            for row, answer in enumerate(answers):
-                ids = answer.token_ids.tolist()
+            for number, completion in enumerate(completions):
+                ids = completion.token_ids.tolist()
                 if ids != expected:
                     same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
                     raise GateFailure(
-                        f"greedy answers: expected those of {GENERATE} token for token, got others from token {same} "
-                        f"of row {row} on, in the {kind} branch of prompt {prompt.draw}"
+                        f"greedy completions: expected those of {GENERATE} token for token, got others from token "
+                        f"{same} of sequence {number} on, in the {kind} branch of prompt {prompt.draw}"
                     )
 
 
 def _logp_difference(inputs: RolloutInputs) -> Tensor:
-    """Rms of what our engine says of its tokens' log-probs, against the training pass's, over all answers."""
+    """The rms difference between our engine's log-probs of its tokens and the training pass's, over all completions."""
     options = SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)
     asked, model = requests(inputs), inputs.model
     differences = []
     for request, group in zip(asked, _local(inputs, options).generate(asked).groups, strict=True):
         assert group is not None
         assert request.shuffled is not None
-        for branch, answers in ((request.ordered, group.ordered), (request.shuffled, group.shuffled)):
+        for branch, completions in ((request.ordered, group.ordered), (request.shuffled, group.shuffled)):
             assert branch.features is not None
-            packed = pack(model, [request.prompt], [[answer.token_ids for answer in answers]])
+            packed = pack(model, [request.prompt], [[completion.token_ids for completion in completions]])
             with model.inference():
                 logp = completion_logp(model, packed, features=[branch.features])
-            differences.append(logp.cpu() - torch.cat([answer.logp for answer in answers]))
+            differences.append(logp.cpu() - torch.cat([completion.logp for completion in completions]))
     return torch.cat(differences).double().square().mean().sqrt()
 
 

@@ -1,5 +1,5 @@
 """Whole T-GRPO steps, from video files to updated weights: the trainer, beside the algorithm as the reference code
-computes it and, on images, beside TRL's GRPOTrainer. Every answer has the same number of tokens."""
+computes it and, on images, beside TRL's GRPOTrainer. Every completion has the same number of tokens."""
 
 from __future__ import annotations
 
@@ -105,28 +105,29 @@ def step(setting: Setting, *, steps: int = 1) -> StepCase:
 
 
 def _floor(runner: Any) -> dict[str, float]:
-    """By the first prompt of the step that was made."""
+    """The least seconds of each phase, by the first prompt of the step that was made."""
     if isinstance(runner, TRLStep):
         return {}
     return floor_seconds(runner.model, runner.first_prompt(), runner.inputs.setting, ceilings(runner.inputs.device))
 
 
 def _check(runner: Any) -> dict[str, float]:
-    """What the first step of a runner computed. GateFailure where it is not the step that was asked for."""
+    """The errors of a runner's first step. GateFailure where it is not the step that was asked for."""
     if isinstance(runner, ReferenceStep):
         return _check_reference(runner)
     setting, lengths = runner.inputs.setting, runner.lengths()
     wanted = [setting.completion] * (setting.prompts * (setting.generations + setting.shuffled))
     if sorted(lengths) != wanted:
         raise GateFailure(
-            f"answers: expected {len(wanted)} of {setting.completion} tokens, got {len(lengths)}, of "
+            f"completions: expected {len(wanted)} of {setting.completion} tokens, got {len(lengths)}, of "
             f"{min(lengths, default=0)} to {max(lengths, default=0)}"
         )
     return {}
 
 
 def _check_reference(runner: ReferenceStep) -> dict[str, float]:
-    """Its log-probs, loss and advantages are those that our passes give to its answers, with the first weights."""
+    """Compare its log-probs, loss and advantages with those that our passes give to its completions, with the first
+    weights."""
     model, config, setting = runner.inputs.make_model(), runner.config, runner.inputs.setting
     worst = dict.fromkeys(("advantages", "logp", "loss"), 0.0)
     for update in runner.updates:

@@ -70,21 +70,21 @@ def check(
 
 
 def logprob(inputs: HeadInputs) -> list[Expected]:
-    """linear_logprob, forward."""
+    """What linear_logprob must give forward."""
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
     logp, entropy, _ = statistics(inputs, rows)
     return [Expected("logp", "logp", logp, rows), Expected("entropy", "entropy", entropy, rows, ours_only=True)]
 
 
 def logprob_gradients(inputs: HeadInputs) -> list[Expected]:
-    """linear_logprob, forward and the backward of the sum of logp * old_logp."""
+    """What linear_logprob must give forward, and backward from the sum of logp * old_logp."""
     logp, _, lse = statistics(inputs)
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
     return [Expected("logp", "logp", logp), *gradients(inputs, rows, lse, inputs.old_logp.double())]
 
 
 def grpo(inputs: HeadInputs) -> list[Expected]:
-    """linear_grpo_loss, forward and backward."""
+    """What linear_grpo_loss must give forward and backward."""
     logp, _, lse = statistics(inputs)
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs), logp)
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
@@ -96,19 +96,19 @@ def grpo(inputs: HeadInputs) -> list[Expected]:
 
 
 def grpo_from_logp(inputs: HeadInputs) -> list[Expected]:
-    """grpo_loss of :func:`policy_logp`, forward and backward."""
+    """What grpo_loss of :func:`policy_logp` must give forward and backward."""
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs), policy_logp(inputs).detach().double())
     return [Expected("loss", "loss", loss), Expected("d_logp", "d_logp", coefficient, gradient=True)]
 
 
 def selected(inputs: LogitInputs) -> list[Expected]:
-    """selective_log_softmax, forward."""
+    """What selective_log_softmax must give forward."""
     rows = sample(len(inputs.logits), SAMPLED_ROWS, inputs.logits.device)
     return [Expected("logp", "logp", _label_logp(inputs, rows)[0], rows)]
 
 
 def selected_gradients(inputs: LogitInputs) -> list[Expected]:
-    """selective_log_softmax, forward and the backward of the sum of logp * old_logp."""
+    """What selective_log_softmax must give forward, and backward from the sum of logp * old_logp."""
     rows = sample(len(inputs.logits), SAMPLED_ROWS, inputs.logits.device)
     logp, probs = _label_logp(inputs, rows)
     slope = _d_scores(probs, inputs.head.labels[rows], inputs.head.old_logp[rows].double())
@@ -116,7 +116,7 @@ def selected_gradients(inputs: LogitInputs) -> list[Expected]:
 
 
 def grpo_from_logits(inputs: LogitInputs) -> list[Expected]:
-    """The loss of whole logits, forward and backward."""
+    """What the loss of whole logits must give forward and backward."""
     everything = torch.arange(len(inputs.logits), device=inputs.logits.device)
     logp = torch.cat([_label_logp(inputs, rows)[0] for rows in everything.split(BLOCK_ROWS)])
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs.head), logp)

@@ -50,7 +50,7 @@ CUT = missing("cut-cross-entropy", "cut_cross_entropy", gpu=True)
 
 
 def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
-    """For linear_logprob. TRL's function and plain torch give the entropy too, cut-cross-entropy does not."""
+    """The others beside linear_logprob. TRL's function and plain torch give the entropy too."""
     form = functools.partial(_logprob_step, backward=backward)
     work = ("6NHV", "8NHV") if backward else ("", "")
     return (
@@ -64,7 +64,7 @@ def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
 
 
 def grpo_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For linear_grpo_loss. The loss behind each log-prob is the formula, in plain torch."""
+    """The others beside linear_grpo_loss. The loss behind each log-prob is the formula, in plain torch."""
     compile_ = Contender("torch.compile, whole logits", _compiled_loss_step, does="6NHV")
     return (
         Contender("torch, whole logits", lambda x: _loss_step(x, _torch_logp(x)), does="6NHV"),
@@ -79,7 +79,7 @@ def grpo_peers(*, compiled: bool) -> tuple[Contender, ...]:
 
 
 def selective_peers(*, backward: bool, compiled: bool) -> tuple[Contender, ...]:
-    """For selective_log_softmax."""
+    """The others beside selective_log_softmax."""
     form = functools.partial(_selective_step, backward=backward)
     compile_ = Contender("torch.compile", lambda x: form(x, torch.compile(_torch_selective)))
     return (
@@ -91,7 +91,7 @@ def selective_peers(*, backward: bool, compiled: bool) -> tuple[Contender, ...]:
 
 
 def logits_loss_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For the loss of whole logits."""
+    """The others beside the loss of whole logits."""
     compile_ = Contender("torch.compile", lambda x: _logits_loss_step(x, torch.compile(_torch_selective)))
     return (
         Contender("torch log_softmax, gather + loss", lambda x: _logits_loss_step(x, _torch_selective)),
@@ -102,7 +102,7 @@ def logits_loss_peers(*, compiled: bool) -> tuple[Contender, ...]:
 
 
 def loss_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For grpo_loss."""
+    """The others beside grpo_loss."""
     compile_ = Contender("torch.compile", lambda x: _logp_loss(x, compiled=True))
     return (Contender("torch", _logp_loss), *((compile_,) if compiled else ()))
 

@@ -1,8 +1,8 @@
 """The naive training pass: every completion in a row of its own behind a copy of its prompt, padded to one batch.
 
 What the reference code of T-GRPO does, by transformers' own model and attention, on the weights of a
-:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.training.passes` and answers in their order,
-so that the two ways can be compared, timed, and put in each other's place.
+:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.training.passes` and gives log-probs in their
+order, so that the two ways can be compared, timed, and put in each other's place.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_bf16_passes_the_gate_with_room() -> None:
 @pytest.mark.parametrize(
     ("temperature", "words"),
     [
-        (0.0, "greedy answers: .* from token 2 of row 0 on, in the ordered branch of prompt 0"),
+        (0.0, "greedy completions: .* from token 2 of sequence 0 on, in the ordered branch of prompt 0"),
         (1.0, "rms error 2.*bound 1e-04"),
     ],
 )
@@ -120,7 +120,7 @@ def test_answers_that_end_early_are_no_result(monkeypatch: pytest.MonkeyPatch) -
     case = dataclasses.replace(bench_rollout.rollout(SMALL), inputs=lambda device: ending(SMALL, device))
     ours, generate = measured(case)
     assert (ours.status, generate.status) == ("failed", "measured")
-    assert "greedy answers" in (ours.reason or "")
+    assert "greedy completions" in (ours.reason or "")
     shorter = dataclasses.replace(SMALL, new_tokens=5)
     case = dataclasses.replace(bench_rollout.rollout(SMALL), inputs=lambda device: rollout_inputs(shorter, device))
     ours, generate = measured(case)
