@@ -4,7 +4,7 @@ holds the prompt once, and on repeated rows."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,32 +95,19 @@ def _repeated(name: str, head: Head, tower: Tower) -> Contender:
 
 
 def _shared(inputs: StepInputs) -> Step:
-    def loss() -> GrpoLoss:
-        return tgrpo_loss(
-            inputs.model,
-            inputs.packed,
-            inputs.advantages,
-            inputs.config,
-            num_tokens=len(inputs.ref_logp),
-            ref_logp=inputs.ref_logp,
-        )
-
-    return lambda: _backward(inputs, loss())
+    return lambda: _pass(inputs, functools.partial(tgrpo_loss, inputs.model))
 
 
 def _rows(head: Head, tower: Tower, inputs: StepInputs) -> Step:
     rows = RepeatedRows(inputs.model, head=head, tower=tower)
-
-    def loss() -> GrpoLoss:
-        return rows.loss(
-            inputs.packed, inputs.advantages, inputs.config, num_tokens=len(inputs.ref_logp), ref_logp=inputs.ref_logp
-        )
-
-    return lambda: _backward(inputs, loss())
+    return lambda: _pass(inputs, rows.loss)
 
 
-def _backward(inputs: StepInputs, result: GrpoLoss) -> Mapping[str, Tensor]:
-    """Gradients are added to those that are there, as they are between optimizer steps; these start from 0."""
+def _pass(inputs: StepInputs, loss_of: Callable[..., GrpoLoss]) -> Mapping[str, Tensor]:
+    """Forward and backward. Gradients are added to those that are there, as they are between optimizer steps; these
+    start from 0."""
+    log_probs = {"num_tokens": len(inputs.ref_logp), "ref_logp": inputs.ref_logp}
+    result = loss_of(inputs.packed, inputs.advantages, inputs.config, **log_probs)
     parameters = dict(inputs.model.hf.named_parameters())
     torch._foreach_zero_([p.grad for p in parameters.values()])  # type: ignore[arg-type]
     result.loss.backward()
