@@ -120,27 +120,14 @@ def _generate(inputs: RolloutInputs) -> Step:
     """Take one prompt after the other, first with its ordered frames, then with its shuffled ones."""
     new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs)
     prefilled.watch(inputs.plain)
-
-    def rows(number: int, tokens: int) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=TOP_P,
-            top_k=TOP_K,
-            num_return_sequences=number,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            eos_token_id=None,
-            pad_token_id=inputs.plain.generation_config.pad_token_id,
-        )
+    drawn = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": TOP_K}
 
     def generated(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
         lengths: list[int] = []
         seconds, steps = 0.0, 0
         for prompt, patches, number in found:
-            out = inputs.plain.generate(
-                **generate_inputs(inputs, prompt, patches), generation_config=rows(number, tokens)
-            )
+            options = _options(inputs, tokens, num_return_sequences=number, **drawn)
+            out = inputs.plain.generate(**generate_inputs(inputs, prompt, patches), generation_config=options)
             seconds += prefilled.seconds_since()
             lengths += [out.shape[1] - len(prompt.input_ids)] * len(out)
             steps += lengths[-1] - 1  # the prefill gives the first token
@@ -148,6 +135,12 @@ def _generate(inputs: RolloutInputs) -> Step:
 
     generated(itertools.islice(branches(inputs), 2), 2)  # libraries load and choose their kernels
     return lambda: generated(branches(inputs), new)
+
+
+def _options(inputs: RolloutInputs, tokens: int, **more: Any) -> GenerationConfig:
+    """The options of ``generate`` for completions of exactly ``tokens`` tokens."""
+    pad = inputs.plain.generation_config.pad_token_id
+    return GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=pad, **more)
 
 
 class _Prefill:
@@ -193,14 +186,8 @@ def _exact(sizes: Rollouts) -> bool:
 def _check_greedy(inputs: RolloutInputs) -> None:
     """GateFailure where a greedy completion of ours is not generate's, token for token; neither says a vision token."""
     new, found = inputs.sizes.new_tokens, branches(inputs)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        eos_token_id=None,
-        bad_words_ids=[[token] for token in inputs.model.special.vision],
-        pad_token_id=inputs.plain.generation_config.pad_token_id,
-    )
+    banned = [[token] for token in inputs.model.special.vision]
+    greedy = _options(inputs, new, do_sample=False, bad_words_ids=banned)
     for group in _local(inputs, SamplingOptions(new, temperature=0.0)).generate(requests(inputs)).groups:
         assert group is not None
         for kind, completions in (("ordered", group.ordered), ("shuffled", group.shuffled)):
