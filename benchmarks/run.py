@@ -74,10 +74,10 @@ def sizes_of(module: ModuleType) -> set[str]:
 def units(cases: Sequence[Case], only: str = "") -> list[tuple[Case, Contender]]:
     """What is measured at once, in order: each implementation by itself; of a case that is measured in turns the first
     that ``only`` finds, which stands for all."""
-    found: dict[Any, tuple[Case, Contender]] = {}
+    found: dict[tuple[Case, str | None], tuple[Case, Contender]] = {}
     for case, contender in pairs(cases):
         if re.search(only, f"{case.name}: {contender.name}"):
-            found.setdefault(case if case.against else (case, contender), (case, contender))
+            found.setdefault((case, None if case.against else contender.name), (case, contender))
     return list(found.values())
 
 

@@ -358,7 +358,7 @@ def run_pytest(*words):
 @pytest.mark.parametrize(
     ("words", "file", "op", "threads"),
     [
-        (["benchmarks", "-m", "kernels", "-k", "group_advantage"], "cpu-kernels.json", "tgrpo_advantages", 2),
+        (["benchmarks/bench_group_advantage.py", "-m", "kernels"], "cpu-kernels.json", "tgrpo_advantages", 2),
         (["benchmarks/bench_growth.py", "--axis", "prompts", "--most", "1"], "cpu-growth.json", "growth", 1),
     ],
     ids=["one by one", "in turns, with sizes"],
