@@ -1,5 +1,6 @@
-"""Speed, memory and accuracy of the kernels beside other public implementations: ``pytest benchmarks``, or
-``python -m benchmarks.run kernels`` where pytest-benchmark is not installed."""
+"""Speed, memory and accuracy beside other public implementations: ``pytest benchmarks``, or ``python -m benchmarks.run
+PART`` where pytest-benchmark is not installed. A file bench_<name>.py holds cases and what is measured in them, run.py
+runs them, options.py has the options, record.py writes the runs and report.py the tables."""
 
 import os
 

@@ -135,5 +135,5 @@ _in_bytes = Contender(
 )
 
 
-def test_frames_to_patches(run_pair):
-    run_pair()
+def test_frames_to_patches(run_case):
+    run_case()

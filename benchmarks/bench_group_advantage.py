@@ -76,5 +76,5 @@ def _expected(inputs: Inputs) -> list[Expected]:
     return [Expected(name, name, value, bound=1e-5) for name, value in zip(OUTPUTS, values, strict=True)]
 
 
-def test_group_advantage(run_pair):
-    run_pair()
+def test_group_advantage(run_case):
+    run_case()

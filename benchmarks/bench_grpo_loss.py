@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from benchmarks import oracle, peers, shapes
-from benchmarks.cases import OURS, Case, Contender, Step, Work
-from benchmarks.shapes import HeadInputs, LogitInputs, Size
-from videor1_kernels import grpo_loss, selective_log_softmax
+from benchmarks.bench_selective_log_softmax import selected
+from benchmarks.cases import OURS, Case, Contender, Work
+from benchmarks.shapes import HeadInputs, Size
+from videor1_kernels import grpo_loss
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -30,7 +30,7 @@ def _from_logp(size: Size, *, compiled: bool) -> Case:
         inputs=functools.partial(shapes.head_inputs, size),
         expected=oracle.grpo_from_logp,
         work=lambda inputs: Work(0.0, 4 * inputs.old_logp.nbytes, ""),
-        contenders=(Contender(OURS, _ours_from_logp), *peers.loss_peers(compiled=compiled)),
+        contenders=(Contender(OURS, lambda x: peers.logp_loss_step(x, _loss)), *peers.loss_peers(compiled=compiled)),
     )
 
 
@@ -44,7 +44,9 @@ def _from_logits(size: Size, *, compiled: bool) -> Case:
         expected=oracle.grpo_from_logits,
         work=lambda inputs: Work(0.0, 3 * inputs.logits.nbytes, ""),
         contenders=(
-            Contender(f"{OURS} (selective_log_softmax + grpo_loss)", _ours_from_logits),
+            Contender(
+                f"{OURS} (selective_log_softmax + grpo_loss)", lambda x: peers.logits_loss_step(x, selected, _loss)
+            ),
             *peers.logits_loss_peers(compiled=compiled),
         ),
         uses=("selective_log_softmax",),
@@ -52,37 +54,8 @@ def _from_logits(size: Size, *, compiled: bool) -> Case:
 
 
 def _loss(logp: Tensor, inputs: HeadInputs) -> Tensor:
-    return grpo_loss(
-        logp,
-        inputs.advantages,
-        inputs.cu_seqlens,
-        old_logp=inputs.old_logp,
-        ref_logp=inputs.ref_logp,
-        loss_type="grpo",
-        beta=inputs.beta,
-        clip_low=oracle.CLIP,
-        clip_high=oracle.CLIP,
-    ).loss
+    return grpo_loss(logp, inputs.advantages, inputs.cu_seqlens, **oracle.loss_options(inputs)).loss
 
 
-def _ours_from_logp(inputs: HeadInputs) -> Step:
-    logp = oracle.policy_logp(inputs)
-
-    def step() -> Mapping[str, Tensor]:
-        loss = _loss(logp, inputs)
-        return {"loss": loss.detach(), "d_logp": torch.autograd.grad(loss, logp)[0]}
-
-    return step
-
-
-def _ours_from_logits(inputs: LogitInputs) -> Step:
-    def step() -> Mapping[str, Tensor]:
-        logp = selective_log_softmax(inputs.logits, inputs.head.labels, temperature=shapes.TEMPERATURE)
-        loss = _loss(logp, inputs.head)
-        return {"loss": loss.detach(), "d_logits": torch.autograd.grad(loss, inputs.logits)[0]}
-
-    return step
-
-
-def test_grpo_loss(run_pair):
-    run_pair()
+def test_grpo_loss(run_case):
+    run_case()

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import oracle, peers, shapes
 from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.shapes import HeadInputs, Size
-from videor1_kernels import linear_grpo_loss
+from videor1_kernels import GrpoLoss, linear_grpo_loss
 
 DOES = {"reference": "2NHV + 6NHV of the rows that are not zero", "triton": "2NHV + 4NHV of the rows that are not zero"}
 ZERO_SHARE = 0.625  # of the completions; with the clipped tokens about 63% of the rows have no coefficient
@@ -44,22 +44,15 @@ def _case(size: Size, *, zero: bool = False, few: bool = False, compiled: bool =
     )
 
 
+def call(inputs: HeadInputs, backend: str = "auto") -> GrpoLoss:
+    operands = (inputs.hidden, inputs.weight, inputs.labels, inputs.advantages, inputs.cu_seqlens)
+    options = oracle.loss_options(inputs)
+    return linear_grpo_loss(*operands, **options, temperature=shapes.TEMPERATURE, backend=backend)
+
+
 def _ours(inputs: HeadInputs) -> Step:
     def step() -> Mapping[str, Tensor]:
-        out = linear_grpo_loss(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            inputs.advantages,
-            inputs.cu_seqlens,
-            old_logp=inputs.old_logp,
-            ref_logp=inputs.ref_logp,
-            loss_type="grpo",
-            beta=inputs.beta,
-            clip_low=oracle.CLIP,
-            clip_high=oracle.CLIP,
-            temperature=shapes.TEMPERATURE,
-        )
+        out = call(inputs)
         gradients = peers.head_gradients(out.loss, inputs)
         return {"loss": out.loss.detach(), "logp": out.logp, **gradients}
 
@@ -81,5 +74,5 @@ def _logp(inputs: HeadInputs) -> Tensor:
     return oracle.statistics(inputs)[0]
 
 
-def test_linear_grpo_loss(run_pair):
-    run_pair()
+def test_linear_grpo_loss(run_case):
+    run_case()

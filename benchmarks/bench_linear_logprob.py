@@ -44,16 +44,11 @@ def _case(size: Size, *, backward: bool = False, few: bool = False, slow: bool =
 
 
 def _ours(inputs: HeadInputs, *, backward: bool) -> Step:
-    def forward() -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            logp, entropy = linear_logprob(inputs.hidden, inputs.weight, inputs.labels, temperature=shapes.TEMPERATURE)
+    def call() -> Mapping[str, Tensor]:
+        logp, entropy = linear_logprob(inputs.hidden, inputs.weight, inputs.labels, temperature=shapes.TEMPERATURE)
         return {"logp": logp, "entropy": entropy}
 
-    def forward_backward() -> Mapping[str, Tensor]:
-        logp, _ = linear_logprob(inputs.hidden, inputs.weight, inputs.labels, temperature=shapes.TEMPERATURE)
-        return {"logp": logp.detach(), **peers.head_gradients((logp * inputs.old_logp).sum(), inputs)}
-
-    return forward_backward if backward else forward
+    return peers.logprob_step(inputs, call, backward=backward)
 
 
 def _work(inputs: HeadInputs, *, backward: bool) -> Work:
@@ -64,5 +59,5 @@ def _work(inputs: HeadInputs, *, backward: bool) -> Work:
     return Work(2 * product, operands + 2 * inputs.labels.nbytes, "2NHV")
 
 
-def test_linear_logprob(run_pair):
-    run_pair()
+def test_linear_logprob(run_case):
+    run_case()

@@ -209,5 +209,5 @@ def _flash_rows(inputs: AttentionInputs) -> Attention:
     return attention
 
 
-def test_prefix_attention(run_pair):
-    run_pair()
+def test_prefix_attention(run_case):
+    run_case()

@@ -169,5 +169,5 @@ def _flash_cache(inputs: DecodeInputs) -> Attention:
     return lambda: flash_attn_with_kvcache(q, keys, values, cache_seqlens=lengths)[:, 0]
 
 
-def test_prefix_decode_attention(run_pair):
-    run_pair()
+def test_prefix_decode_attention(run_case):
+    run_case()

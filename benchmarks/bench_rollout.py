@@ -1,5 +1,5 @@
 """Answers to video prompts, from ordered and from shuffled frames: our engine, and transformers' ``generate`` called as
-the reference code of T-GRPO calls it. Every answer has the same number of tokens."""
+the reference code of T-GRPO calls it. Every completion has the same number of tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.cases import OURS, Contender, Step, Work
-from benchmarks.measure import Clock, synchronize
+from benchmarks.measure import synchronize
+from benchmarks.options import check_choice
 from benchmarks.oracle import Expected, GateFailure
 from benchmarks.rollout_inputs import (
+    MODELS,
     ORDERED,
     SHUFFLED,
     RolloutInputs,
@@ -38,11 +40,22 @@ TOP_P, TOP_K = 0.95, 50
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # rms of the log-probs against the training pass's, nats
 
 
-def cases(device: torch.device) -> list[RolloutCase]:
-    """What ``pytest benchmarks`` and ``benchmarks.run rollout`` measure and record."""
-    if device.type == "cuda":
-        return [rollout(Rollouts(name, n, 256, torch.bfloat16)) for n in (1, 16) for name in ("7b", "3b")]
-    return [rollout(Rollouts("tiny", prompts, 64)) for prompts in (1, 4)]
+def cases(
+    device: torch.device, *, shape: Sequence[str] = (), prompts: Sequence[int] = (), completion: int | None = None
+) -> list[RolloutCase]:
+    """Each number of prompts to each model."""
+    on_card = device.type == "cuda"
+    for name in shape:
+        check_choice("shape", name, MODELS, "rollout")
+    return [
+        rollout(Rollouts(name, number, completion or (256 if on_card else 64), _dtype(name, device)))
+        for number in prompts or ((1, 16) if on_card else (1, 4))
+        for name in shape or (("7b", "3b") if on_card else ("tiny",))
+    ]
+
+
+def _dtype(model: str, device: torch.device) -> torch.dtype:
+    return torch.float32 if model == "tiny" and device.type == "cpu" else torch.bfloat16
 
 
 def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
@@ -68,6 +81,7 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
             Contender(GENERATE, _generate, does=f"{ORDERED}, then {SHUFFLED} rows of one prompt at a time"),
         ),
         against=GENERATE,
+        turns=measure_rollout,
         slow=sizes.model != "tiny" and sizes.prompts > 1,  # minutes, in generate
         rounds=5 if sizes.model == "tiny" else 3 if sizes.prompts == 1 else 1,
     )
@@ -75,12 +89,12 @@ def rollout(sizes: Rollouts, *, weights: bool | None = None) -> RolloutCase:
 
 def _work(weights: bool | None, inputs: RolloutInputs) -> Work:
     bound = inputs.model.device.type == "cuda" if weights is None else weights
-    return Work(0.0, weight_bytes(inputs.model) if bound else 0, "", inputs.sizes.rows * inputs.sizes.new_tokens)
+    return Work(0.0, weight_bytes(inputs.model) if bound else 0, "", inputs.sizes.sequences * inputs.sizes.new_tokens)
 
 
 def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
-    """The number of tokens of every answer; of ours, what its build has compared."""
-    lengths = torch.full((sizes.rows,), float(sizes.new_tokens), dtype=torch.float64)
+    """Every completion has its number of tokens; of ours also what its build has compared."""
+    lengths = torch.full((sizes.sequences,), float(sizes.new_tokens), dtype=torch.float64)
     difference = Expected(
         "logp", "logp", torch.zeros((), dtype=torch.float64), ours_only=True, bound=BOUNDS[sizes.dtype]
     )
@@ -88,7 +102,7 @@ def _expected(sizes: Rollouts, _: Mapping[str, Tensor]) -> Sequence[Expected]:
 
 
 def _engine(inputs: RolloutInputs) -> Step:
-    """Ours. Building it is the gate."""
+    """Our engine. Building it is the gate."""
     if _exact(inputs.sizes):
         _check_greedy(inputs)
     difference = _logp_difference(inputs)
@@ -103,37 +117,30 @@ def _engine(inputs: RolloutInputs) -> Step:
 
 
 def _generate(inputs: RolloutInputs) -> Step:
-    """One prompt after the other, ordered rows, then shuffled ones."""
+    """Take one prompt after the other, first with its ordered frames, then with its shuffled ones."""
     new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs)
     prefilled.watch(inputs.plain)
+    drawn = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": TOP_K}
 
-    def rows(number: int, tokens: int) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=TOP_P,
-            top_k=TOP_K,
-            num_return_sequences=number,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            eos_token_id=None,
-            pad_token_id=inputs.plain.generation_config.pad_token_id,
-        )
-
-    def answer(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
+    def generated(found: Iterable[tuple[Prompt, Tensor, int]], tokens: int) -> Mapping[str, Tensor]:
         lengths: list[int] = []
         seconds, steps = 0.0, 0
         for prompt, patches, number in found:
-            out = inputs.plain.generate(
-                **generate_inputs(inputs, prompt, patches), generation_config=rows(number, tokens)
-            )
+            options = _options(inputs, tokens, num_return_sequences=number, **drawn)
+            out = inputs.plain.generate(**generate_inputs(inputs, prompt, patches), generation_config=options)
             seconds += prefilled.seconds_since()
             lengths += [out.shape[1] - len(prompt.input_ids)] * len(out)
             steps += lengths[-1] - 1  # the prefill gives the first token
         return _outputs(lengths, seconds, steps)
 
-    answer(itertools.islice(branches(inputs), 2), 2)  # libraries load and choose their kernels
-    return lambda: answer(branches(inputs), new)
+    generated(itertools.islice(branches(inputs), 2), 2)  # libraries load and choose their kernels
+    return lambda: generated(branches(inputs), new)
+
+
+def _options(inputs: RolloutInputs, tokens: int, **more: Any) -> GenerationConfig:
+    """The options of ``generate`` for completions of exactly ``tokens`` tokens."""
+    pad = inputs.plain.generation_config.pad_token_id
+    return GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=pad, **more)
 
 
 class _Prefill:
@@ -164,7 +171,7 @@ def _outputs(lengths: Sequence[int], seconds: float, steps: int) -> dict[str, Te
 
 
 def _local(inputs: RolloutInputs, options: SamplingOptions) -> LocalEngine:
-    return LocalEngine(inputs.model, options, max_rows=inputs.sizes.rows)
+    return LocalEngine(inputs.model, options, max_rows=inputs.sizes.sequences)
 
 
 def _lengths(done: Rollout) -> list[int]:
@@ -172,58 +179,46 @@ def _lengths(done: Rollout) -> list[int]:
 
 
 def _exact(sizes: Rollouts) -> bool:
-    """Whether greedy answers are to be those of generate: in bf16 two likely tokens often tie."""
+    """Whether greedy completions must be those of generate. In bf16 two likely tokens often tie."""
     return sizes.dtype == torch.float32
 
 
 def _check_greedy(inputs: RolloutInputs) -> None:
-    """GateFailure where a greedy answer of ours is not generate's, token for token; neither says a vision token."""
+    """GateFailure where a greedy completion of ours is not generate's, token for token; neither says a vision token."""
     new, found = inputs.sizes.new_tokens, branches(inputs)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        eos_token_id=None,
-        bad_words_ids=[[token] for token in inputs.model.special.vision],
-        pad_token_id=inputs.plain.generation_config.pad_token_id,
-    )
+    banned = [[token] for token in inputs.model.special.vision]
+    greedy = _options(inputs, new, do_sample=False, bad_words_ids=banned)
     for group in _local(inputs, SamplingOptions(new, temperature=0.0)).generate(requests(inputs)).groups:
         assert group is not None
-        for kind, answers in (("ordered", group.ordered), ("shuffled", group.shuffled)):
+        for kind, completions in (("ordered", group.ordered), ("shuffled", group.shuffled)):
             prompt, patches, _ = next(found)
             out = inputs.plain.generate(**generate_inputs(inputs, prompt, patches), generation_config=greedy)
             expected = out[0, len(prompt.input_ids) :].tolist()
-            for row, answer in enumerate(answers):
-                ids = answer.token_ids.tolist()
+            for number, completion in enumerate(completions):
+                ids = completion.token_ids.tolist()
                 if ids != expected:
                     same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
                     raise GateFailure(
-                        f"greedy answers: expected those of {GENERATE} token for token, got others from token {same} "
-                        f"of row {row} on, in the {kind} branch of prompt {prompt.draw}"
+                        f"greedy completions: expected those of {GENERATE} token for token, got others from token "
+                        f"{same} of sequence {number} on, in the {kind} branch of prompt {prompt.draw}"
                     )
 
 
 def _logp_difference(inputs: RolloutInputs) -> Tensor:
-    """Rms of what our engine says of its tokens' log-probs, against the training pass's, over all answers."""
+    """The rms difference between our engine's log-probs of its tokens and the training pass's, over all completions."""
     options = SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)
     asked, model = requests(inputs), inputs.model
     differences = []
     for request, group in zip(asked, _local(inputs, options).generate(asked).groups, strict=True):
         assert group is not None
         assert request.shuffled is not None
-        for branch, answers in ((request.ordered, group.ordered), (request.shuffled, group.shuffled)):
+        for branch, completions in ((request.ordered, group.ordered), (request.shuffled, group.shuffled)):
             assert branch.features is not None
-            packed = pack(model, [request.prompt], [[answer.token_ids for answer in answers]])
+            packed = pack(model, [request.prompt], [[completion.token_ids for completion in completions]])
             with model.inference():
                 logp = completion_logp(model, packed, features=[branch.features])
-            differences.append(logp.cpu() - torch.cat([answer.logp for answer in answers]))
+            differences.append(logp.cpu() - torch.cat([completion.logp for completion in completions]))
     return torch.cat(differences).double().square().mean().sqrt()
-
-
-def test_small_rollout_passes_its_gate():
-    device = torch.device("cpu")
-    for row in measure_rollout(rollout(Rollouts("tiny", 2, 5)), device, Clock(device), 1):
-        assert row.status == "measured", f"{row.implementation}: {row.reason}"
 
 
 def test_rollout(run_case):

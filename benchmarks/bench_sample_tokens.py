@@ -47,7 +47,7 @@ class SampleInputs:
 def cases(device: torch.device) -> list[Case]:
     if device.type != "cuda":
         return [_case(Size("small", 48, 8192), name) for name in SAMPLERS]
-    # The answers of one prompt, and of 16.
+    # The completions of one prompt, and of 16.
     return [_case(Size("7B", rows, 152064), name) for name in SAMPLERS for rows in (12, 192)]
 
 
@@ -163,5 +163,5 @@ def _least_kept(logits: Tensor, inputs: SampleInputs) -> Tensor:
     return kept.gather(1, count - 1)[:, 0]
 
 
-def test_sample_tokens(run_pair):
-    run_pair()
+def test_sample_tokens(run_case):
+    run_case()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from benchmarks import oracle, peers, shapes
-from benchmarks.cases import OURS, Case, Contender, Step, Work
+from benchmarks.cases import OURS, Case, Contender, Work
 from benchmarks.shapes import LogitInputs
 from videor1_kernels import selective_log_softmax
 
@@ -29,25 +28,15 @@ def _case(device: torch.device, *, backward: bool) -> Case:
         expected=oracle.selected_gradients if backward else oracle.selected,
         work=functools.partial(_work, backward=backward),
         contenders=(
-            Contender(OURS, functools.partial(_ours, backward=backward)),
+            Contender(OURS, lambda x: peers.selective_step(x, selected, backward=backward)),
             *peers.selective_peers(backward=backward, compiled=device.type == "cuda"),
         ),
     )
 
 
-def _ours(inputs: LogitInputs, *, backward: bool) -> Step:
-    labels, weights = inputs.head.labels, inputs.head.old_logp
-
-    def forward() -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            return {"logp": selective_log_softmax(inputs.logits, labels, temperature=shapes.TEMPERATURE)}
-
-    def forward_backward() -> Mapping[str, Tensor]:
-        logp = selective_log_softmax(inputs.logits, labels, temperature=shapes.TEMPERATURE)
-        (d_logits,) = torch.autograd.grad(logp, inputs.logits, weights)
-        return {"logp": logp.detach(), "d_logits": d_logits}
-
-    return forward_backward if backward else forward
+def selected(logits: Tensor, labels: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Ours, as :mod:`benchmarks.peers` calls all of them."""
+    return selective_log_softmax(logits, labels, temperature=shapes.TEMPERATURE)
 
 
 def _work(inputs: LogitInputs, *, backward: bool) -> Work:
@@ -55,5 +44,5 @@ def _work(inputs: LogitInputs, *, backward: bool) -> Work:
     return Work(0.0, (3 if backward else 1) * inputs.logits.nbytes + 2 * inputs.head.labels.nbytes, "")
 
 
-def test_selective_log_softmax(run_pair):
-    run_pair()
+def test_selective_log_softmax(run_case):
+    run_case()

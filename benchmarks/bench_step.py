@@ -1,40 +1,63 @@
 """Whole T-GRPO steps, from video files to updated weights: the trainer, beside the algorithm as the reference code
-computes it and, on images, beside TRL's GRPOTrainer. Every answer has the same number of tokens."""
+computes it and, on images, beside TRL's GRPOTrainer. Every completion has the same number of tokens."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.cases import OUR_STEP, REFERENCE_STEP, Contender
-from benchmarks.measure import Clock, ceilings
+from benchmarks.measure import ceilings
+from benchmarks.options import check_choice
 from benchmarks.oracle import GateFailure
 from benchmarks.our_step import OurStep
 from benchmarks.reference_step import ReferenceStep, as_8_bit
+from benchmarks.rollout_inputs import MODELS
 from benchmarks.step_floor import floor_seconds
 from benchmarks.trl_step import TRLStep, missing
 from benchmarks.whole_inputs import Setting
 from benchmarks.whole_step import StepCase, measure_steps
 from videor1.training.passes import tgrpo_loss
+from videor1.training.tgrpo import KERNELS
 from videor1_kernels import tgrpo_advantages
 
 TRL = "TRL GRPOTrainer"
 BOUNDS = {False: 1e-4, True: 5e-2}  # by bf16: rms of log-probs, and of the loss, between the two ways
-USES = (
-    "prefix_attention",
-    "prefix_decode_attention",
-    "sample_tokens",
-    "linear_logprob",
-    "linear_grpo_loss",
-    "tgrpo_advantages",
-)
 
 
-def cases(device: torch.device) -> list[StepCase]:
-    """What ``pytest benchmarks`` and ``benchmarks.run step`` measure and record."""
-    return [step(setting) for setting in settings(device)]
+def cases(
+    device: torch.device,
+    *,
+    shape: Sequence[str] = (),
+    prompts: Sequence[int] = (),
+    frames: int | None = None,
+    generations: int | None = None,
+    completion: int | None = None,
+    media: str | None = None,
+    lora: int | None = None,
+    checkpointing: bool | None = None,
+    steps: int = 1,
+) -> list[StepCase]:
+    """Every named model and number of prompts; without names, the settings that are recorded."""
+    for name in shape:
+        check_choice("shape", name, MODELS, "step")
+    given = {
+        "frames": frames,
+        "generations": generations,
+        "completion": completion,
+        "media": media,
+        "lora": lora,
+        "checkpointing": checkpointing,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = settings(device)
+    if shape or prompts or changes:
+        last = chosen[-1]
+        chosen = [setting_of(name, n, device) for name in shape or [last.model] for n in prompts or [last.prompts]]
+    return [step(dataclasses.replace(setting, **changes), steps=steps) for setting in chosen]
 
 
 def settings(device: torch.device) -> list[Setting]:
@@ -63,12 +86,13 @@ def step(setting: Setting, *, steps: int = 1) -> StepCase:
         contenders.append(Contender(TRL, TRLStep, missing, does="generate, prompt per row; media decoded in the step"))
     return StepCase(
         op="step",
-        uses=USES,
+        uses=KERNELS,
         title=title + (", gradient checkpointing on" if setting.checkpointing else ""),
         size=setting.described(),
         dtype=torch.bfloat16 if setting.bf16 else torch.float32,
         contenders=tuple(contenders),
         against=REFERENCE_STEP,
+        turns=measure_steps,
         setting=setting,
         check=_check,
         floor=_floor,
@@ -81,28 +105,29 @@ def step(setting: Setting, *, steps: int = 1) -> StepCase:
 
 
 def _floor(runner: Any) -> dict[str, float]:
-    """By the first prompt of the step that was made."""
+    """The least seconds of each phase, by the first prompt of the step that was made."""
     if isinstance(runner, TRLStep):
         return {}
     return floor_seconds(runner.model, runner.first_prompt(), runner.inputs.setting, ceilings(runner.inputs.device))
 
 
 def _check(runner: Any) -> dict[str, float]:
-    """What the first step of a runner computed. GateFailure where it is not the step that was asked for."""
+    """The errors of a runner's first step. GateFailure where it is not the step that was asked for."""
     if isinstance(runner, ReferenceStep):
         return _check_reference(runner)
     setting, lengths = runner.inputs.setting, runner.lengths()
     wanted = [setting.completion] * (setting.prompts * (setting.generations + setting.shuffled))
     if sorted(lengths) != wanted:
         raise GateFailure(
-            f"answers: expected {len(wanted)} of {setting.completion} tokens, got {len(lengths)}, of "
+            f"completions: expected {len(wanted)} of {setting.completion} tokens, got {len(lengths)}, of "
             f"{min(lengths, default=0)} to {max(lengths, default=0)}"
         )
     return {}
 
 
 def _check_reference(runner: ReferenceStep) -> dict[str, float]:
-    """Its log-probs, loss and advantages are those that our passes give to its answers, with the first weights."""
+    """Compare its log-probs, loss and advantages with those that our passes give to its completions, with the first
+    weights."""
     model, config, setting = runner.inputs.make_model(), runner.config, runner.inputs.setting
     worst = dict.fromkeys(("advantages", "logp", "loss"), 0.0)
     for update in runner.updates:
@@ -144,14 +169,6 @@ def _check_reference(runner: ReferenceStep) -> dict[str, float]:
         if not error <= bound:
             raise GateFailure(f"{REFERENCE_STEP}: {name}: error {error:.2e} against ours, bound {bound:.0e}")
     return worst
-
-
-def test_small_step_passes_its_gate():
-    device = torch.device("cpu")
-    for media in ("video", "image"):
-        case = step(Setting(media=media, frames=4, prompts=2, generations=2, completion=4), steps=1)
-        for row in measure_steps(case, device, Clock(device), 1):
-            assert row.status == "measured", f"{row.implementation}: {row.reason}"
 
 
 def test_step(run_case):

@@ -4,7 +4,7 @@ holds the prompt once, and on repeated rows."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import step_flops
 from benchmarks.cases import OURS, Case, Contender, Step, Work
-from benchmarks.measure import Clock, measure_in_turns
+from benchmarks.options import check_choice
 from benchmarks.oracle import Expected
 from benchmarks.repeated_rows import Head, RepeatedRows, Tower
 from benchmarks.step_inputs import SHAPES, Group, Shape, StepInputs, step_inputs
@@ -29,11 +29,25 @@ FAMILIES = {"d_tower": "visual.", "d_embedding": "embed_tokens", "d_head": "lm_h
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 5e-2)}
 
 
-def cases(device: torch.device) -> list[Case]:
-    """What ``pytest benchmarks`` and ``benchmarks.run training`` measure and record."""
-    if device.type == "cuda":
-        return [training(SHAPES[name], Group(prompt, 8, 768)) for name in ("3b", "7b") for prompt in (1224, 2248)]
-    return [training(SHAPES["cpu"], Group(1224, 8, 768))]
+def cases(
+    device: torch.device,
+    *,
+    shape: Sequence[str] = (),
+    prompt: int | None = None,
+    generations: int = 8,
+    completion: int = 768,
+    checkpointing: bool | None = None,
+) -> list[Case]:
+    """Each model on one group of each length of the prompt."""
+    on_card = device.type == "cuda"
+    for name in shape:
+        check_choice("shape", name, SHAPES, "training")
+    lengths = (1224, 2248) if on_card else (1224,)
+    groups = [Group(length, generations, completion) for length in (lengths if prompt is None else (prompt,))]
+    for group in groups:
+        group.grid  # noqa: B018 (refuses a prompt that leaves no whole video)
+    names = shape or (("3b", "7b") if on_card else ("cpu",))
+    return [training(SHAPES[name], group, checkpointing=checkpointing) for name in names for group in groups]
 
 
 def small_training(*, checkpointing: bool = False) -> Case:
@@ -81,32 +95,19 @@ def _repeated(name: str, head: Head, tower: Tower) -> Contender:
 
 
 def _shared(inputs: StepInputs) -> Step:
-    def loss() -> GrpoLoss:
-        return tgrpo_loss(
-            inputs.model,
-            inputs.packed,
-            inputs.advantages,
-            inputs.config,
-            num_tokens=len(inputs.ref_logp),
-            ref_logp=inputs.ref_logp,
-        )
-
-    return lambda: _backward(inputs, loss())
+    return lambda: _pass(inputs, functools.partial(tgrpo_loss, inputs.model))
 
 
 def _rows(head: Head, tower: Tower, inputs: StepInputs) -> Step:
     rows = RepeatedRows(inputs.model, head=head, tower=tower)
-
-    def loss() -> GrpoLoss:
-        return rows.loss(
-            inputs.packed, inputs.advantages, inputs.config, num_tokens=len(inputs.ref_logp), ref_logp=inputs.ref_logp
-        )
-
-    return lambda: _backward(inputs, loss())
+    return lambda: _pass(inputs, rows.loss)
 
 
-def _backward(inputs: StepInputs, result: GrpoLoss) -> Mapping[str, Tensor]:
-    """Gradients are added to those that are there, as they are between optimizer steps; these start from 0."""
+def _pass(inputs: StepInputs, loss_of: Callable[..., GrpoLoss]) -> Mapping[str, Tensor]:
+    """Forward and backward. Gradients are added to those that are there, as they are between optimizer steps; these
+    start from 0."""
+    log_probs = {"num_tokens": len(inputs.ref_logp), "ref_logp": inputs.ref_logp}
+    result = loss_of(inputs.packed, inputs.advantages, inputs.config, **log_probs)
     parameters = dict(inputs.model.hf.named_parameters())
     torch._foreach_zero_([p.grad for p in parameters.values()])  # type: ignore[arg-type]
     result.loss.backward()
@@ -169,12 +170,6 @@ def _rows_work(head: Head, tower: Tower, inputs: StepInputs) -> Work:
 
 def _work(flops: step_flops.Flops, inputs: StepInputs, tokens: int) -> Work:
     return Work(flops.training(checkpointing=inputs.checkpointing), 0.0, "", tokens)
-
-
-def test_small_step_passes_its_gate():
-    device = torch.device("cpu")
-    for row in measure_in_turns(small_training(), device, Clock(device), 1):
-        assert row.status == "measured", f"{row.implementation}: {row.reason}"
 
 
 def test_step(run_case):

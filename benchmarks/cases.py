@@ -80,6 +80,9 @@ class Case:
     # Name of the contender whose results the others must have: all are measured in turns, and ``expected`` takes its
     # outputs in place of the inputs.
     against: str | None = None
+    # What measures them, where ``measure_in_turns`` does not: (case, device, clock, rounds) -> rows.
+    turns: Callable[..., list[Measurement]] | None = None
+    rounds: int = 3  # of ``turns``, unless the options say how many
 
     @property
     def ops(self) -> tuple[str, ...]:

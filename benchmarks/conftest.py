@@ -1,29 +1,26 @@
-"""``pytest benchmarks``: one test per case and implementation, timed by pytest-benchmark; the table at the end."""
+"""``pytest benchmarks``: one test for each thing that is measured by itself, and the tables at the end. ``-m`` chooses
+parts, ``-k`` and ids choose cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from benchmarks.cases import Case, Contender, Measurement, pairs
-from benchmarks.measure import Clock, ceilings, measure
-from benchmarks.record import RESULTS, Record
+from benchmarks.cases import Case, Contender
+from benchmarks.measure import Clock
+from benchmarks.options import add_options, given_sizes
 from benchmarks.report import table
-from benchmarks.run import PARTS, default_device, in_turns, part_of, part_pairs
+from benchmarks.run import PARTS, Run, module_cases, part_cases, part_of, sizes_of, units
 
-DEVICE = default_device()
-CLOCK = Clock(DEVICE)
-RECORDS = pytest.StashKey[dict[str, Record]]()
+CLOCK = pytest.StashKey[Clock]()
+RUNS = pytest.StashKey[dict[str, Run]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("videor1_kernels benchmarks")
-    group.addoption(
-        "--record", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="write a JSON file per part"
-    )
-    group.addoption("--slow", action="store_true", help="also the cases that take minutes on a CPU")
+    group.addoption("--slow", action="store_true", help="also what takes minutes on a CPU, or hours in all: growth")
+    add_options(group.addoption)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -34,90 +31,77 @@ def pytest_configure(config: pytest.Config) -> None:
             "or measure without it: python -m benchmarks.run kernels"
         )
     config.option.benchmark_quiet = True  # its tables hold no rates, memory or peers that did not run: -v shows them
-    config.stash[RECORDS] = {}
+    config.stash[CLOCK], config.stash[RUNS] = Clock(config.option.device), {}
+    for part, names in PARTS.items():
+        config.addinivalue_line("markers", f"{part}: benchmarks of {', '.join(names)}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if not {"pair", "case"} & set(metafunc.fixturenames):
+    """A module that does not take a given size measures nothing; a size that is given asks for slow cases too."""
+    if "pair" not in metafunc.fixturenames:
         return
-    slow = metafunc.config.getoption("slow")
-    cases = [case for case in metafunc.module.cases(DEVICE) if slow or not case.slow]
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
-    else:
-        chosen = pairs(cases)
-        names = [f"{case.title}, {case.described}: {contender.name}" for case, contender in chosen]
-        metafunc.parametrize("pair", chosen, ids=names)
+    options, sizes = metafunc.config.option, given_sizes(metafunc.config.option)
+    known = sizes.keys() <= sizes_of(metafunc.module)
+    cases = module_cases(metafunc.module, options.device, sizes) if known else []
+    chosen = units([case for case in cases if options.slow or sizes or not case.slow], options.only)
+    metafunc.parametrize("pair", chosen, ids=[_id(*pair) for pair in chosen])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _id(case: Case, contender: Contender) -> str:
+    return f"{case.title}, {case.described}" + ("" if case.against else f": {contender.name}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        item.add_marker(getattr(pytest.mark, part_of(item.module.__name__)))  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.benchmark(timer=config.stash[CLOCK]))
         item.add_marker(pytest.mark.timeout(0))
     items.sort(key=_position)
 
 
 def _position(item: pytest.Item) -> tuple[int, int, int]:
-    """Stage by stage, each in the order of the part; parts in their order."""
-    pair = getattr(item, "callspec", None) and item.callspec.params.get("pair")  # type: ignore[attr-defined]
-    name = item.module.__name__.rpartition("bench_")[2]  # type: ignore[attr-defined]
-    part = part_of(name)
-    return list(PARTS).index(part), pair[1].stage if pair else 0, PARTS[part].index(name)
+    """Part by part; within each stage by stage, module by module."""
+    module = item.module.__name__  # type: ignore[attr-defined]
+    part, pair = part_of(module), item.callspec.params["pair"]  # type: ignore[attr-defined]
+    stage = pair[1].stage if isinstance(pair, tuple) else 0  # no pair: nothing of the module is measured
+    return list(PARTS).index(part), stage, PARTS[part].index(module.rpartition("bench_")[2])
 
 
 @pytest.fixture
-def run_pair(pair: tuple[Case, Contender], benchmark, request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Gate, then time and memory; the row goes into the table."""
+def run_case(pair: tuple[Case, Contender], request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Gate, then time and memory: of one implementation, timed by pytest-benchmark, or of all by turns."""
+    case, contender = pair
+    options, runs = request.config.option, request.config.stash[RUNS]
+    part = part_of(request.module.__name__)
+    if part not in runs:
+        runs[part] = Run(part, part_cases(part, options.device, given_sizes(options)), options)
+
+    def run() -> None:
+        if case.against:
+            rows = runs[part].measure(case, contender)
+        else:
+            benchmark = request.getfixturevalue("benchmark")
+            benchmark.group = case.name
+            rows = runs[part].measure(case, contender, stopwatch)
+            benchmark.skipped = rows[0].seconds is None
+            benchmark.extra_info.update(rows[0].to_json())
+        wrong = [f"{row.implementation}: {row.reason}" for row in rows if row.status == "failed"]
+        if wrong:
+            pytest.fail("\n".join(wrong), pytrace=False)
+        if all(row.status == "not run" for row in rows):
+            pytest.skip(f"not run: {rows[0].reason}")
 
     def stopwatch(target, setup, rounds):
+        benchmark = request.getfixturevalue("benchmark")
         benchmark.pedantic(target, setup=setup, rounds=rounds)
         return list(benchmark.stats.stats.data)
 
-    def run() -> None:
-        case, contender = pair
-        benchmark.group = case.name
-        row = measure(case, contender, DEVICE, stopwatch, CLOCK)
-        benchmark.skipped = row.seconds is None
-        benchmark.extra_info.update(row.to_json())
-        _record(request, [row])
-        _judge(row)
-
     return run
-
-
-@pytest.fixture
-def run_case(case: Case, request: pytest.FixtureRequest) -> Callable[[], None]:
-    """All contenders of a case by turns; each call is checked, timed, and its memory watched."""
-
-    def run() -> None:
-        rows = in_turns(case, DEVICE, CLOCK)
-        _record(request, rows)
-        for row in rows:
-            if row.status == "failed":
-                _judge(row)
-
-    return run
-
-
-def _record(request: pytest.FixtureRequest, rows: Sequence[Measurement]) -> None:
-    part = part_of(request.module.__name__)
-    records = request.config.stash[RECORDS]
-    if part not in records:
-        records[part] = Record(part, DEVICE, ceilings(DEVICE), len(part_pairs(part, DEVICE)))
-    records[part].rows += rows
-
-
-def _judge(row: Measurement) -> None:
-    if row.status == "failed":
-        pytest.fail(row.reason or "", pytrace=False)
-    if row.status == "not run":
-        pytest.skip(f"not run: {row.reason}")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    for record in config.stash[RECORDS].values():
-        terminalreporter.write_line("")
-        terminalreporter.write_line(table(record.to_json()))
-        folder = config.getoption("record")
-        if folder is not None:
-            terminalreporter.write_line(f"\nrecorded: {record.save(folder).name}")
+    for run in config.stash[RUNS].values():
+        terminalreporter.write_line(f"\n{table(run.record.to_json())}")
+        if config.option.record is not None:
+            terminalreporter.write_line(f"\nrecorded: {run.record.path}")

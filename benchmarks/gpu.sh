@@ -4,9 +4,9 @@
 #   benchmarks/gpu.sh step      whole T-GRPO steps of the 7B's shapes, from video files to updated weights, ours beside the
 #                               algorithm as the reference code computes it
 #   benchmarks/gpu.sh training  the training pass of the 3B's and the 7B's shapes, ours beside repeated rows
-#   benchmarks/gpu.sh growth    how both grow with frames, tokens of an answer, answers and prompts, by the 3B's shapes
-#   benchmarks/gpu.sh rollout   answers of the 7B's and the 3B's shapes, our engine beside transformers' generate, to 1 and
-#                               to 16 prompts; generate takes minutes for these, and the 3B's are left out if time is up
+#   benchmarks/gpu.sh growth    how both grow with frames, length and number of completions, prompts, by the 3B's shapes
+#   benchmarks/gpu.sh rollout   rollouts of the 7B's and the 3B's shapes, our engine beside transformers' generate, of 1 and
+#                               of 16 prompts; generate takes minutes for these, and the 3B's are left out if time is up
 #   benchmarks/gpu.sh video     frames to patches beside the chain in torch; decoding by NVDEC and by the CPU, 360p to 1080p
 #                               (needs PyAV: pip install av)
 #   benchmarks/gpu.sh tune      sweeps the tile sizes instead: no tests, no other libraries

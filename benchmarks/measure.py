@@ -76,9 +76,13 @@ class Ceilings:
         return asdict(self)
 
 
-@functools.cache
 def ceilings(device: torch.device) -> Ceilings:
-    """Measure them, once per process and device, on random data."""
+    """Measure them, once per process, device and number of torch's threads, on random data."""
+    return _ceilings(device, torch.get_num_threads())
+
+
+@functools.cache
+def _ceilings(device: torch.device, threads: int) -> Ceilings:
     on_gpu = device.type == "cuda"
     n, h, v, dtype = (8192, 3584, 152064, torch.bfloat16) if on_gpu else (1024, 512, 8192, torch.float32)
     mib = 4096 if on_gpu else 256

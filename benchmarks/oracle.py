@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,21 +70,21 @@ def check(
 
 
 def logprob(inputs: HeadInputs) -> list[Expected]:
-    """linear_logprob, forward."""
+    """What linear_logprob must give forward."""
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
     logp, entropy, _ = statistics(inputs, rows)
     return [Expected("logp", "logp", logp, rows), Expected("entropy", "entropy", entropy, rows, ours_only=True)]
 
 
 def logprob_gradients(inputs: HeadInputs) -> list[Expected]:
-    """linear_logprob, forward and the backward of the sum of logp * old_logp."""
+    """What linear_logprob must give forward, and backward from the sum of logp * old_logp."""
     logp, _, lse = statistics(inputs)
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
     return [Expected("logp", "logp", logp), *gradients(inputs, rows, lse, inputs.old_logp.double())]
 
 
 def grpo(inputs: HeadInputs) -> list[Expected]:
-    """linear_grpo_loss, forward and backward."""
+    """What linear_grpo_loss must give forward and backward."""
     logp, _, lse = statistics(inputs)
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs), logp)
     rows = sample(inputs.size.tokens, SAMPLED_ROWS, inputs.labels.device)
@@ -95,19 +96,19 @@ def grpo(inputs: HeadInputs) -> list[Expected]:
 
 
 def grpo_from_logp(inputs: HeadInputs) -> list[Expected]:
-    """grpo_loss of :func:`policy_logp`, forward and backward."""
+    """What grpo_loss of :func:`policy_logp` must give forward and backward."""
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs), policy_logp(inputs).detach().double())
     return [Expected("loss", "loss", loss), Expected("d_logp", "d_logp", coefficient, gradient=True)]
 
 
 def selected(inputs: LogitInputs) -> list[Expected]:
-    """selective_log_softmax, forward."""
+    """What selective_log_softmax must give forward."""
     rows = sample(len(inputs.logits), SAMPLED_ROWS, inputs.logits.device)
     return [Expected("logp", "logp", _label_logp(inputs, rows)[0], rows)]
 
 
 def selected_gradients(inputs: LogitInputs) -> list[Expected]:
-    """selective_log_softmax, forward and the backward of the sum of logp * old_logp."""
+    """What selective_log_softmax must give forward, and backward from the sum of logp * old_logp."""
     rows = sample(len(inputs.logits), SAMPLED_ROWS, inputs.logits.device)
     logp, probs = _label_logp(inputs, rows)
     slope = _d_scores(probs, inputs.head.labels[rows], inputs.head.old_logp[rows].double())
@@ -115,7 +116,7 @@ def selected_gradients(inputs: LogitInputs) -> list[Expected]:
 
 
 def grpo_from_logits(inputs: LogitInputs) -> list[Expected]:
-    """The loss of whole logits, forward and backward."""
+    """What the loss of whole logits must give forward and backward."""
     everything = torch.arange(len(inputs.logits), device=inputs.logits.device)
     logp = torch.cat([_label_logp(inputs, rows)[0] for rows in everything.split(BLOCK_ROWS)])
     loss, coefficient = differentiate(lambda x: grpo_of(x, inputs.head), logp)
@@ -134,6 +135,12 @@ def grpo_of(logp: Tensor, inputs: HeadInputs) -> Tensor:
         gap = inputs.ref_logp.to(logp.dtype).view(inputs.rows) - rows
         loss = loss + inputs.beta * (gap.exp() - gap - 1)
     return loss.mean(1).mean()
+
+
+def loss_options(inputs: HeadInputs) -> dict[str, Any]:
+    """The options of our losses for :func:`grpo_of`."""
+    log_probs = {"old_logp": inputs.old_logp, "ref_logp": inputs.ref_logp}
+    return log_probs | {"loss_type": "grpo", "beta": inputs.beta, "clip_low": CLIP, "clip_high": CLIP}
 
 
 def policy_logp(inputs: HeadInputs) -> Tensor:

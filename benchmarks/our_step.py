@@ -47,12 +47,12 @@ class OurStep(Trainer):
         self.train_batch()
 
     def lengths(self) -> list[int]:
-        """Tokens of every answer of the last step."""
+        """Tokens of every completion of the last step."""
         assert self.last is not None
         return [len(a.token_ids) for group in self.last.groups if group for a in (*group.ordered, *group.shuffled)]
 
     def first_prompt(self) -> Prompt:
-        """Of the last step."""
+        """The first prompt of the last step."""
         assert self.last is not None
         return next(group.prompt for group in self.last.groups if group)
 

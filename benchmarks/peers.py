@@ -1,4 +1,5 @@
-"""The implementations measured beside ours, each set to compute the same numbers. Imports happen when one is built.
+"""The implementations measured beside ours, each set to compute the same numbers. Imports happen when one is built. The
+steps around the calls, which serve ours too, have public names.
 
 Token gradients are taken with ``torch.autograd.grad`` into the hidden states and the head's weight (or the logits).
 """
@@ -19,6 +20,7 @@ from benchmarks.cases import Contender, Step
 from benchmarks.oracle import CLIP, grpo_of, policy_logp
 from benchmarks.shapes import TEMPERATURE, HeadInputs, LogitInputs
 
+LossOf = Callable[[Tensor, HeadInputs], Tensor]  # of log-probs
 TORCH_CHUNK = 2048  # rows of logits that plain torch holds at once in its chunked form
 VERL = "not part of the bench extra: verl brings Ray and a training stack of its own"
 
@@ -50,8 +52,8 @@ CUT = missing("cut-cross-entropy", "cut_cross_entropy", gpu=True)
 
 
 def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
-    """For linear_logprob. TRL's function and plain torch give the entropy too, cut-cross-entropy does not."""
-    form = functools.partial(_logprob_step, backward=backward)
+    """The others beside linear_logprob. TRL's function and plain torch give the entropy too."""
+    form = functools.partial(logprob_step, backward=backward)
     work = ("6NHV", "8NHV") if backward else ("", "")
     return (
         Contender("torch, whole logits", lambda x: form(x, _torch_logp_entropy(x)), does=work[0]),
@@ -64,7 +66,7 @@ def logprob_peers(*, backward: bool) -> tuple[Contender, ...]:
 
 
 def grpo_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For linear_grpo_loss. The loss behind each log-prob is the formula, in plain torch."""
+    """The others beside linear_grpo_loss. The loss behind each log-prob is the formula, in plain torch."""
     compile_ = Contender("torch.compile, whole logits", _compiled_loss_step, does="6NHV")
     return (
         Contender("torch, whole logits", lambda x: _loss_step(x, _torch_logp(x)), does="6NHV"),
@@ -79,8 +81,8 @@ def grpo_peers(*, compiled: bool) -> tuple[Contender, ...]:
 
 
 def selective_peers(*, backward: bool, compiled: bool) -> tuple[Contender, ...]:
-    """For selective_log_softmax."""
-    form = functools.partial(_selective_step, backward=backward)
+    """The others beside selective_log_softmax."""
+    form = functools.partial(selective_step, backward=backward)
     compile_ = Contender("torch.compile", lambda x: form(x, torch.compile(_torch_selective)))
     return (
         Contender("torch log_softmax, gather", lambda x: form(x, _torch_selective)),
@@ -91,20 +93,20 @@ def selective_peers(*, backward: bool, compiled: bool) -> tuple[Contender, ...]:
 
 
 def logits_loss_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For the loss of whole logits."""
-    compile_ = Contender("torch.compile", lambda x: _logits_loss_step(x, torch.compile(_torch_selective)))
+    """The others beside the loss of whole logits."""
+    compile_ = Contender("torch.compile", lambda x: logits_loss_step(x, torch.compile(_torch_selective)))
     return (
-        Contender("torch log_softmax, gather + loss", lambda x: _logits_loss_step(x, _torch_selective)),
+        Contender("torch log_softmax, gather + loss", lambda x: logits_loss_step(x, _torch_selective)),
         *((compile_,) if compiled else ()),
-        Contender("TRL selective_log_softmax + loss", lambda x: _logits_loss_step(x, _trl_selective()), TRL),
+        Contender("TRL selective_log_softmax + loss", lambda x: logits_loss_step(x, _trl_selective()), TRL),
         Contender("Liger triton_grpo_loss, not in place", _liger_triton, LIGER_GPU),
     )
 
 
 def loss_peers(*, compiled: bool) -> tuple[Contender, ...]:
-    """For grpo_loss."""
-    compile_ = Contender("torch.compile", lambda x: _logp_loss(x, compiled=True))
-    return (Contender("torch", _logp_loss), *((compile_,) if compiled else ()))
+    """The others beside grpo_loss."""
+    compile_ = Contender("torch.compile", lambda x: logp_loss_step(x, torch.compile(grpo_of)))
+    return (Contender("torch", logp_loss_step), *((compile_,) if compiled else ()))
 
 
 def head_gradients(loss: Tensor, inputs: HeadInputs) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ def head_gradients(loss: Tensor, inputs: HeadInputs) -> dict[str, Tensor]:
     return {"d_hidden": d_hidden, "d_weight": d_weight}
 
 
-def _logprob_step(inputs: HeadInputs, call: Callable[[], Mapping[str, Tensor]], *, backward: bool) -> Step:
+def logprob_step(inputs: HeadInputs, call: Callable[[], Mapping[str, Tensor]], *, backward: bool) -> Step:
     def forward() -> Mapping[str, Tensor]:
         with torch.no_grad():
             return call()
@@ -250,7 +252,7 @@ def _liger_fused(inputs: HeadInputs) -> Step:
     return step
 
 
-def _selective_step(inputs: LogitInputs, select: Callable[..., Tensor], *, backward: bool) -> Step:
+def selective_step(inputs: LogitInputs, select: Callable[..., Tensor], *, backward: bool) -> Step:
     head = inputs.head
 
     def forward() -> Mapping[str, Tensor]:
@@ -265,11 +267,11 @@ def _selective_step(inputs: LogitInputs, select: Callable[..., Tensor], *, backw
     return forward_backward if backward else forward
 
 
-def _logits_loss_step(inputs: LogitInputs, select: Callable[..., Tensor]) -> Step:
+def logits_loss_step(inputs: LogitInputs, select: Callable[..., Tensor], loss_of: LossOf = grpo_of) -> Step:
     head = inputs.head
 
     def step() -> Mapping[str, Tensor]:
-        loss = grpo_of(select(inputs.logits, head.labels, head.rows).view(-1), head)
+        loss = loss_of(select(inputs.logits, head.labels, head.rows).view(-1), head)
         (d_logits,) = torch.autograd.grad(loss, inputs.logits)
         return {"loss": loss.detach(), "d_logits": d_logits}
 
@@ -324,9 +326,8 @@ def _liger_triton(inputs: LogitInputs) -> Step:
     return step
 
 
-def _logp_loss(inputs: HeadInputs, *, compiled: bool = False) -> Step:
+def logp_loss_step(inputs: HeadInputs, loss_of: LossOf = grpo_of) -> Step:
     logp = policy_logp(inputs)
-    loss_of = torch.compile(grpo_of) if compiled else grpo_of
 
     def step() -> Mapping[str, Tensor]:
         loss = loss_of(logp, inputs)

@@ -53,16 +53,16 @@ class Record:
     expected_rows: int  # of the whole part: a run of fewer says that it is not complete
     tests: str = "not run"  # of tests/kernels, just before on the same machine: passed, failed or not run
     rows: list[Measurement] = field(default_factory=list)
+    card: str = field(init=False)  # with the number of torch's threads now
+
+    def __post_init__(self) -> None:
+        self.card = card_name(self.device)
 
     @property
     def path(self) -> str:
         """File name: the card's name and the part."""
         card = "cpu" if self.device.type == "cpu" else self.card.lower()
         return f"{re.sub('[^a-z0-9]+', '-', card).strip('-')}-{self.part}.json"
-
-    @property
-    def card(self) -> str:
-        return card_name(self.device)
 
     def to_json(self) -> dict[str, Any]:
         commit, dirty = revision()

@@ -1,10 +1,10 @@
-"""A T-GRPO step as the reference code computes it: one prompt after the other, each answered by transformers'
+"""A T-GRPO step as the reference code computes it: one prompt after the other, its completions by transformers'
 ``generate`` in rows that repeat it, each row through the whole model again, padded, with the logits of all positions.
 
-Written from the algorithm, on the same model, data, options and answers' lengths as ours. Where the code could be read
-either way it is taken at its fastest: the frames are decoded once for both orders, answers are generated with a KV
-cache and without checkpointing, the optimizer steps once for all prompts. The rows of ``generate`` are repeated before
-it, with their pixels, as ``generate`` repeated them when that code was written; today it encodes them first.
+Written from the algorithm, on the same model, data, options and lengths of completions as ours. Where the code could be
+read either way it is taken at its fastest: the frames are decoded once for both orders, completions are generated with
+a KV cache and without checkpointing, the optimizer steps once for all prompts. The rows of ``generate`` are repeated
+before it, with their pixels, as ``generate`` repeated them when that code was written; today it encodes them first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from videor1_kernels.frames_to_patches.reference import MEAN, STD
 
 @dataclass(frozen=True)
 class Update:
-    """What a prompt's answers became: for the gate."""
+    """What became of a prompt's completions, which the gate compares with ours."""
 
     packed: Packed
     advantages: Tensor  # [G]
@@ -65,7 +65,7 @@ class ReferenceStep:
             guarded_step(self.optimizer, self.model.trainable(), self.config.learning_rate, self.config.max_grad_norm)
 
     def first_prompt(self) -> Prompt:
-        """Of the last step."""
+        """The first prompt of the last step."""
         return self.updates[0].packed.prompts[0]
 
     def close(self) -> None:
@@ -86,12 +86,12 @@ class ReferenceStep:
         config, model, setting = self.config, self.model, self.inputs.setting
         prompt, shuffled = self.prompt_of(sample, draw)
         with self.phases("prefill"):  # the hook says when it becomes the rollout
-            answers = self._generate(prompt, prompt.media, setting.generations)
+            completions = self._generate(prompt, prompt.media, setting.generations)
         others: list[Tensor] = []
         if shuffled is not None:
             with self.phases("prefill"):
                 others = self._generate(prompt, shuffled, setting.shuffled)
-        packed = pack(model, [prompt], [answers])
+        packed = pack(model, [prompt], [completions])
         with self.phases("policy"):
             logp = self.rows.logp(packed, temperature=config.temperature)
         ref_logp = None
@@ -99,8 +99,8 @@ class ReferenceStep:
             with self.phases("reference"):
                 ref_logp = self._reference_logp(packed)
         with self.phases("rewards"):
-            rewards = self._rewards(sample, answers, others)
-            advantages = self._advantages(*rewards, lengths=[len(answer) for answer in answers]).to(logp.device)
+            rewards = self._rewards(sample, completions, others)
+            advantages = self._advantages(*rewards, lengths=[len(ids) for ids in completions]).to(logp.device)
         with self.phases("policy"):
             loss = self._loss(logp, ref_logp, advantages) / setting.prompts
             loss.backward()
@@ -166,9 +166,11 @@ class ReferenceStep:
             with self.rows.peft.disable_adapter():
                 return self.rows.logp(packed, temperature=self.config.temperature)
 
-    def _rewards(self, sample: Sample, answers: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _rewards(
+        self, sample: Sample, completions: list[Tensor], others: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         decode = self.model.tokenizer.batch_decode
-        texts = decode([answer.tolist() for answer in answers], skip_special_tokens=True)
+        texts = decode([completion.tolist() for completion in completions], skip_special_tokens=True)
         accuracy, form = score(texts, [sample] * len(texts), self.config.reward)
         shuffled = [
             accuracy_reward(text, sample.solution, sample.problem_type)
@@ -187,7 +189,7 @@ class ReferenceStep:
         return (total - total.mean()) / (total.std() + config.advantage_eps)
 
     def _loss(self, logp: Tensor, ref_logp: Tensor | None, advantages: Tensor) -> Tensor:
-        """All answers are of one length: a mean over their tokens, then over them."""
+        """All completions are of one length: a mean over their tokens, then over them."""
         own = logp.unflatten(0, (len(advantages), -1))
         tokens = (own - own.detach()).exp() * advantages[:, None]
         if ref_logp is not None:

@@ -1,8 +1,8 @@
 """The naive training pass: every completion in a row of its own behind a copy of its prompt, padded to one batch.
 
 What the reference code of T-GRPO does, by transformers' own model and attention, on the weights of a
-:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.training.passes` and answers in their order,
-so that the two ways can be compared, timed, and put in each other's place.
+:class:`~videor1.model.VideoLM`. It takes the packed rows of :mod:`videor1.training.passes` and gives log-probs in their
+order, so that the two ways can be compared, timed, and put in each other's place.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from videor1_kernels import GrpoLoss, grpo_loss
 
 Head = Literal["all", "completions"]
 Tower = Literal["row", "prompt"]
+# The options of the loss that the trainer's have the same names for.
+LOSS_OPTIONS = ("loss_type", "beta", "clip_low", "clip_high", "kl_clamp", "importance_level", "max_completion_length")
 
 
 @dataclass(frozen=True)
@@ -96,33 +98,13 @@ class RepeatedRows:
             scores = [_selected(x, y, temperature) for x, y in zip(every, batch.ids[:, 1:], strict=True)]
             return torch.stack(scores)[rows, columns]
 
-    def loss(
-        self,
-        packed: Packed,
-        advantages: Tensor,
-        config: TrainConfig,
-        *,
-        num_tokens: int,
-        old_logp: Tensor | None = None,
-        ref_logp: Tensor | None = None,
-    ) -> GrpoLoss:
-        """What :func:`videor1.training.passes.tgrpo_loss` gives of the same row, but for the entropy."""
-        return grpo_loss(
-            self.logp(packed, temperature=config.temperature),
-            advantages.to(self.model.device),
-            packed.layout.cu_completions,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            loss_type=config.loss_type,
-            beta=config.beta,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_clamp=config.kl_clamp,
-            importance_level=config.importance_level,
-            max_completion_length=config.max_completion_length,
-            num_tokens=num_tokens,
-            backend=config.kernels,
-        )
+    def loss(self, packed: Packed, advantages: Tensor, config: TrainConfig, **given: Any) -> GrpoLoss:
+        """What :func:`videor1.training.passes.tgrpo_loss` gives of the same row, but for the entropy; ``given``: its
+        num_tokens, old_logp and ref_logp."""
+        logp = self.logp(packed, temperature=config.temperature)
+        options = {name: getattr(config, name) for name in LOSS_OPTIONS}
+        options |= {"backend": config.kernels, **given}
+        return grpo_loss(logp, advantages.to(self.model.device), packed.layout.cu_completions, **options)
 
     def _inputs(self, batch: Batch, packed: Packed) -> dict[str, Any]:
         """Keyword arguments of transformers' model for the rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -122,7 +123,9 @@ def table(record: Mapping[str, Any]) -> str:
         counted = f"; {count} counted" if count else ""
         lines += ["", f"**{op}**, {title}: {size}{counted}", ""]
         lines += [_row(columns), _row(["---", *["---:"] * (len(columns) - 2), "---"])]
-        lines += [_row(cells(entry, entries)) for entry in entries]
+        for entry in entries:
+            not_run = [entry["implementation"], f"{entry['status']}: {entry['reason']}", *[""] * (len(columns) - 2)]
+            lines.append(_row(not_run if entry["seconds"] is None else cells(entry, entries)))
     return "\n".join(lines)
 
 
@@ -255,8 +258,6 @@ def _commit(record: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
-    if row["seconds"] is None:
-        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * 7]
     graph = ", graph" if row["timing"] == "graph" else ""
     return [
         _name(row),
@@ -272,13 +273,7 @@ def _cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[st
 
 def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
     """Time and memory also as multiples of ours."""
-    if row["seconds"] is None:
-        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(STEP_COLUMNS) - 2)]
-    ours = next(entry for entry in case if entry["implementation"].startswith(OURS))
-
-    def ratio(field: str) -> str:
-        return f"{row[field] / ours[field]:.2f}" if row[field] and ours[field] else ""
-
+    ratio = functools.partial(_times_ours, row, case)
     return [
         _name(row),
         str(row["tokens"]),
@@ -298,12 +293,7 @@ def _step_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> li
 
 def _whole_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
     """A phase: its milliseconds, and behind the bar its peak of memory in MiB; both memories beyond what is held."""
-    if row["seconds"] is None:
-        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(WHOLE_COLUMNS) - 2)]
-    ours = next(entry for entry in case if entry["implementation"].startswith(OURS))
-
-    def ratio(field: str) -> str:
-        return f"{row[field] / ours[field]:.2f}" if row[field] and ours[field] else ""
+    ratio, ours = functools.partial(_times_ours, row, case), _ours(case)
 
     def phase(name: str) -> str:
         found = row["phases"].get(name, {})
@@ -354,8 +344,6 @@ def _growth(record: Mapping[str, Any]) -> list[str]:
 
 def _rollout_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) -> list[str]:
     """Time per sampled token and, behind the prefill, per decode step; the floor of the latter is in ``percent``."""
-    if row["seconds"] is None:
-        return [row["implementation"], f"{row['status']}: {row['reason']}", *[""] * (len(ROLLOUT_COLUMNS) - 2)]
     other = next(entry for entry in case if not entry["implementation"].startswith(OURS))
     step = row["decode_seconds"] / row["decode_steps"] * 1e3 if row["decode_steps"] else None
     floor = row["percent"] / 100 if row["percent"] else None
@@ -374,6 +362,15 @@ def _rollout_cells(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]]) ->
         _errors(row)[0],
         row["does"],
     ]
+
+
+def _ours(case: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(entry for entry in case if entry["implementation"].startswith(OURS))
+
+
+def _times_ours(row: Mapping[str, Any], case: Sequence[Mapping[str, Any]], field: str) -> str:
+    ours = _ours(case)
+    return f"{row[field] / ours[field]:.2f}" if row[field] and ours[field] else ""
 
 
 def _name(row: Mapping[str, Any]) -> str:

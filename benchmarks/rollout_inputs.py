@@ -22,13 +22,13 @@ from videor1.video.patches import normalize_patches
 from videor1.video.shuffle import draw_permutation, shuffled_patches
 
 MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's
-ORDERED, SHUFFLED = 8, 4  # answers to a prompt
-SEED = 4  # with it the two likeliest tokens of a greedy answer of tiny are never within 1e-3: rounding changes none
+ORDERED, SHUFFLED = 8, 4  # completions to a prompt
+SEED = 4  # with it the two likeliest tokens of a greedy completion of tiny are never within 1e-3: rounding changes none
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Sizes: prompts of the same length, C new tokens of every answer."""
+    """The sizes of a rollout. All prompts have one length, all completions ``new_tokens`` tokens."""
 
     model: str  # of MODELS
     prompts: int
@@ -43,13 +43,13 @@ class Rollouts:
         return Group(1224, ORDERED, self.new_tokens)
 
     @property
-    def rows(self) -> int:
+    def sequences(self) -> int:
         return self.prompts * (ORDERED + SHUFFLED)
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutInputs:
-    """No token ends an answer of ``model``."""
+    """What a rollout works on. No token ends a completion of ``model``."""
 
     sizes: Rollouts
     model: VideoLM
@@ -59,7 +59,7 @@ class RolloutInputs:
 
 
 def rollout_inputs(sizes: Rollouts, device: torch.device) -> RolloutInputs:
-    """The same for the same arguments."""
+    """Make what a rollout works on; the same arguments give the same."""
     model = demo_model(sizes.dtype, device) if sizes.model == "tiny" else random_model(_shape(sizes), device)
     model.hf.eval().requires_grad_(False)
     first = video_prompt(model, sizes.group)
@@ -80,7 +80,7 @@ def demo_model(dtype: torch.dtype, device: torch.device) -> VideoLM:
 
 
 def plain_copy(model: VideoLM) -> Any:
-    """transformers' modules copied, the parameters shared; its answers do not end either."""
+    """A copy of transformers' modules that shares their parameters. Its completions do not end either."""
     plain: Any = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in model.hf.parameters()})
     plain.set_attn_implementation("sdpa")
     plain.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=model.special.pad)
@@ -88,7 +88,8 @@ def plain_copy(model: VideoLM) -> Any:
 
 
 def requests(inputs: RolloutInputs) -> list[Request]:
-    """Two passes of the vision tower, as in the trainer: over all ordered and over all shuffled frames."""
+    """Make the engine's requests by two passes of the vision tower, as the trainer does: one over all ordered frames,
+    one over all shuffled ones."""
     media = [_media(prompt) for prompt in inputs.prompts]
     moved = [shuffled_patches(m, order, "frame") for m, order in zip(media, inputs.orders, strict=True)]
     with inputs.model.inference():
@@ -105,7 +106,8 @@ def requests(inputs: RolloutInputs) -> list[Request]:
 
 
 def branches(inputs: RolloutInputs) -> Iterator[tuple[Prompt, Tensor, int]]:
-    """(prompt, 8-bit patches in the branch's order, answers): a prompt's ordered branch, then its shuffled one."""
+    """Yield (prompt, 8-bit patches in the branch's order, number of completions), of each prompt first the ordered
+    branch, then the shuffled one."""
     for prompt, order in zip(inputs.prompts, inputs.orders, strict=True):
         media = _media(prompt)
         yield prompt, media.patches, ORDERED

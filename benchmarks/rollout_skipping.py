@@ -1,4 +1,5 @@
-"""The trainer's rollout with and without skipping shuffled answers: what it saves, and that advantages are equal."""
+"""The trainer's rollout with and without skipping shuffled completions: what it saves, and that the advantages are
+equal."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import whole_number
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
 from videor1.logs.progress import summary_table
@@ -31,10 +33,10 @@ COLUMNS = (
     "row steps",
     "without skipping",
     "saved",
-    "answers that differ",
+    "completions that differ",
     "advantages differ by",
 )
-BOUND = 1e-6  # between the advantages of the same answers: they come from other sums
+BOUND = 1e-6  # between the advantages of the same completions: they come from other sums
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Measured:
 
     skipping: Counter[str]  # sums of RolloutStats
     plain: Counter[str]
-    answers: int = 0  # ordered ones that are not the same tokens: rounding differs with the rows that are in flight
+    completions: int = 0  # ordered ones with other tokens: rounding differs with the sequences that are in flight
     difference: float = 0.0  # largest, between the advantages
 
     @property
@@ -53,8 +55,8 @@ class Measured:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("skipping", "a trained model: where no answer is right, all is skipped")
-    group.add_argument("--skipping", action="store_true", help="measure the skipping of shuffled answers instead")
+    group = parser.add_argument_group("skipping", "a trained model: where no completion is right, all is skipped")
+    group.add_argument("--skipping", action="store_true", help="measure the skipping of shuffled completions instead")
     group.add_argument(
         "--run",
         type=Path,
@@ -66,15 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batches", type=whole_number, default=4, help="of the demonstration's 24 prompts")
 
 
-def whole_number(text: str) -> int:
-    """An argument of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """The command: prints the table, returns the exit code."""
+    """Measure, print the table, and return the exit code."""
     models, data = options.model or found_checkpoints(options.run), options.data
     if data is None and options.run is not None:
         data = options.run / "demo" / "train.json"
@@ -92,7 +87,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def found_checkpoints(run_folder: Path | None) -> list[Path]:
-    """Of a demonstration: the cold start that T-GRPO began with, then its own, oldest first."""
+    """Return a demonstration's checkpoints: the cold start that T-GRPO began with, then T-GRPO's own, oldest first."""
     if run_folder is None:
         return []
     cold = [path for _, path in checkpoints(run_folder / "sft")][-1:]
@@ -100,7 +95,7 @@ def found_checkpoints(run_folder: Path | None) -> list[Path]:
 
 
 def measure(model: Path, data: Path, batches: int, device: str) -> dict[tuple[str, str], Measured]:
-    """The first batches of the demonstration's recipe, answered by the model as it is, under each rule."""
+    """Roll out the first batches of the demonstration's recipe under each rule; the model stays as it is."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(_config(model, data, device, Path(folder)))
@@ -116,7 +111,7 @@ def measure(model: Path, data: Path, batches: int, device: str) -> dict[tuple[st
 
 
 def _compare(trainer: Trainer, prompts: Sequence[Prompt], measured: Measured) -> None:
-    """One batch, twice with the same seeds."""
+    """Roll a batch out twice with the same seeds, with and without skipping."""
     config, both = trainer.config, []
     for skip, sums in ((True, measured.skipping), (False, measured.plain)):
         config.temporal = dataclasses.replace(config.temporal, skip_shuffled=skip)
@@ -125,13 +120,13 @@ def _compare(trainer: Trainer, prompts: Sequence[Prompt], measured: Measured) ->
         groups = [group for group in done.groups if group is not None]
         both.append((groups, score_groups(groups, config, trainer.model.device).result.advantages))
     (groups, advantages), (other_groups, others) = both
-    measured.answers += sum(a != b for a, b in zip(_ids(groups), _ids(other_groups), strict=True))
+    measured.completions += sum(a != b for a, b in zip(_ids(groups), _ids(other_groups), strict=True))
     difference = float((advantages - others).abs().max())
     measured.difference = math.nan if math.isnan(difference) else max(measured.difference, difference)
 
 
 def _config(model: Path, data: Path, device: str, folder: Path) -> TrainConfig:
-    """The demonstration's; no reference model, no evaluation."""
+    """The demonstration's options, without a reference model and without evaluations."""
     flags = {
         "model_name_or_path": model,
         "dataset_name": data,
@@ -147,7 +142,7 @@ def _config(model: Path, data: Path, device: str, folder: Path) -> TrainConfig:
 
 
 def _ids(groups: Sequence[Group]) -> list[list[int]]:
-    return [answer.token_ids.tolist() for group in groups for answer in group.ordered]
+    return [completion.token_ids.tolist() for group in groups for completion in group.ordered]
 
 
 def _cells(measured: Measured) -> list[Any]:
@@ -159,7 +154,7 @@ def _cells(measured: Measured) -> list[Any]:
         with_["row_steps"],
         without["row_steps"],
         f"{measured.saved:.1%}",
-        measured.answers,
+        measured.completions,
         f"{measured.difference:.1e}",
     ]
 

@@ -23,8 +23,6 @@ class RolloutCase(Case):
     """Its contenders' calls give DECODE_SECONDS and DECODE_STEPS, scalars; ``Work.bytes`` are those that one decode
     step has to read, 0 where that bounds nothing."""
 
-    rounds: int = 3  # of timed calls
-
 
 @dataclass
 class RolloutMeasurement(Measurement):

@@ -37,7 +37,7 @@ def floor_seconds(model: VideoLM, prompt: Prompt, setting: Setting, ceilings: Ce
         return step_flops.forward(config, tokens=tokens, pairs=pairs, head_positions=head, grids=media)
 
     prefill = flops(orders * P, orders * step_flops.causal_pairs(P), orders, orders * grids).total
-    seen = (C - 1) * P + step_flops.causal_pairs(C - 1)  # (query, key) pairs of an answer behind its first token
+    seen = (C - 1) * P + step_flops.causal_pairs(C - 1)  # (query, key) pairs of a completion behind its first token
     decode = flops(every * (C - 1), every * seen, every * (C - 1), []).total
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

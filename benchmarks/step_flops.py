@@ -18,7 +18,7 @@ PATCH_COLUMNS = 1176  # pixel values of a patch: 3 colours, 2 frames, 14 x 14
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one forward pass."""
+    """The operations of one forward pass."""
 
     linear: float  # of the language model's layers
     attention: float
@@ -63,12 +63,12 @@ def forward(config: Any, *, tokens: int, pairs: int, head_positions: int, grids:
 
 
 def causal_pairs(length: int) -> int:
-    """Pairs in a row of its own."""
+    """Pairs of a sequence by itself, in which each position sees those up to its own."""
     return length * (length + 1) // 2
 
 
 def shared_pairs(prompt: int, completions: Sequence[int]) -> int:
-    """Pairs in a packed group: the prompt once, and each completion over the prompt and itself."""
+    """Pairs of a packed group, in which the prompt stands once and each completion sees the prompt and itself."""
     return causal_pairs(prompt) + sum(n * prompt + causal_pairs(n) for n in completions)
 
 

@@ -1,4 +1,4 @@
-"""Models of Qwen2.5-VL's shapes with random weights, and a group of answers to one video for them."""
+"""Models of Qwen2.5-VL's shapes with random weights, and a group of completions to one video for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from videor1.model.prompts import special_ids
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 
-# Of positions: what the library is compared with are the installed transformers' classes, which follow this one.
+# The rule of positions of the installed transformers' classes, which the library is compared with.
 COMPARED_RULE: PositionRule = "transformers"
 
 
@@ -96,7 +96,7 @@ class StepInputs:
 
 
 def step_inputs(shape: Shape, group: Group, checkpointing: bool, device: torch.device) -> StepInputs:
-    """The same for the same arguments."""
+    """Make what a step works on; the same arguments give the same."""
     model = random_model(shape, device)
     set_checkpointing(model.hf, checkpointing)
     model.hf.train()

@@ -39,9 +39,9 @@ class _ImageProcessor(Qwen2_5_VLProcessor):
 
 
 class TRLStep:
-    """Call it for an optimizer step: TRL's own batches, generation, scoring and ``training_step``, one prompt's answers
-    in a micro-batch; then the update that the other ways make. Its phase ``reference`` also holds its image processing,
-    its phase ``rollout`` the prefill."""
+    """Call it for an optimizer step: TRL's own batches, generation, scoring and ``training_step``, with the completions
+    of one prompt in a micro-batch; then the update that the other ways make. Its phase ``reference`` also holds its
+    image processing, its phase ``rollout`` the prefill."""
 
     def __init__(self, inputs: WholeInputs, phases: Phases) -> None:
         from datasets import Dataset
@@ -116,7 +116,7 @@ class TRLStep:
             )
 
     def lengths(self) -> list[int]:
-        """Tokens of every answer of the last step."""
+        """Tokens of every completion of the last step."""
         return list(self._lengths)
 
     def close(self) -> None:

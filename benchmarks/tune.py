@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.bench_linear_grpo_loss import call as call_loss
 from benchmarks.bench_prefix_attention import AttentionInputs
 from benchmarks.bench_prefix_attention import cases as attention_cases
 from benchmarks.measure import Clock, ceilings, l2_flush, plain_stopwatch
-from benchmarks.run import default_device
+from benchmarks.options import default_device
 from benchmarks.shapes import HeadInputs, Size, head_inputs, qwen_7b
-from videor1_kernels import linear_grpo_loss
 from videor1_kernels.linear_logprob import products, triton_forward, triton_rows
 from videor1_kernels.linear_logprob.triton_forward import Tile, product_statistics
 from videor1_kernels.prefix_attention import triton as attention
@@ -136,19 +136,7 @@ def attention_variants(inputs: AttentionInputs) -> Iterator[Variant]:
 
 
 def _loss(inputs: HeadInputs) -> Tensor:
-    result = linear_grpo_loss(
-        inputs.hidden,
-        inputs.weight,
-        inputs.labels,
-        inputs.advantages,
-        inputs.cu_seqlens,
-        old_logp=inputs.old_logp,
-        ref_logp=inputs.ref_logp,
-        beta=inputs.beta,
-        clip_low=0.2,
-        clip_high=0.2,
-        backend="triton",
-    )
+    result = call_loss(inputs, "triton")
     result.loss.backward()
     inputs.hidden.grad = inputs.weight.grad = None
     return result.logp

@@ -12,7 +12,7 @@ import numpy as np
 
 @functools.cache
 def folder() -> Path:
-    """Gone with the process."""
+    """A temporary folder, deleted when the process ends."""
     kept = tempfile.TemporaryDirectory(prefix="videor1-benchmark-")
     folder.kept = kept  # type: ignore[attr-defined]
     return Path(kept.name)

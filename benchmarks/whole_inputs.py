@@ -28,19 +28,18 @@ from videor1.model import VideoLM
 from videor1.model.load import make_trainable
 from videor1.types import Sample
 
-MODELS = ("tiny", "3b", "7b")  # tiny: the demonstration's
 SECONDS = 20  # of a made video
-# Of tiny's frames: 16 of them and the question are 1.5 times the 128 tokens of an answer, about as Video-R1's of
-# 1,224 tokens are to its answers of 768.
+# Pixels of a frame for tiny: 16 frames and the question are then 1.5 times the 128 tokens of a completion. Video-R1's
+# prompts of 1,224 tokens are about as much longer than its completions of 768.
 TINY_PIXELS = 112 * 112
 QUESTION = "What does the person put on the table after the cup, and which hand is used for it? "
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a step. Every answer has ``completion`` tokens, from ordered and from shuffled frames alike."""
+    """Sizes of a step. Every completion has ``completion`` tokens, from ordered and from shuffled frames alike."""
 
-    model: str = "tiny"  # of MODELS
+    model: str = "tiny"  # of rollout_inputs.MODELS
     media: Literal["video", "image"] = "video"
     frames: int = 16
     prompts: int = 4  # of one optimizer step
@@ -57,13 +56,13 @@ class Setting:
     def described(self) -> dict[str, Any]:
         """As the table and the JSON file name it."""
         frames = {"frames": self.frames} if self.media == "video" else {"media": "image"}
-        answers = f"{self.generations} + {self.shuffled}"
+        completions = f"{self.generations} + {self.shuffled}"
         trained = f"LoRA {self.lora}" if self.lora else "everything"
         return {
             "model": self.model,
             "prompts": self.prompts,
             **frames,
-            "G": answers,
+            "G": completions,
             "C": self.completion,
             "trained": trained,
             "dtype": "bfloat16" if self.bf16 else "float32",
@@ -81,7 +80,7 @@ class WholeInputs:
     samples: tuple[Sample, ...]
 
     def make_model(self) -> VideoLM:
-        """The same weights at each call, ready to train, as the trainer would load them; no token ends an answer."""
+        """The same weights at each call, ready to train, as the trainer would load them; no token ends a completion."""
         setting = self.setting
         dtype = torch.bfloat16 if setting.bf16 and setting.lora else torch.float32
         if setting.model == "tiny":
@@ -103,7 +102,7 @@ class WholeInputs:
 
 @contextlib.contextmanager
 def whole_inputs(setting: Setting, device: torch.device) -> Iterator[WholeInputs]:
-    """The files are gone afterwards."""
+    """Write the files of a setting, which are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="videor1-step-") as name:
         folder = Path(name)
         data = _write_data(setting, folder)
@@ -112,7 +111,7 @@ def whole_inputs(setting: Setting, device: torch.device) -> Iterator[WholeInputs
 
 
 def spread(completions: list[str], samples: Sequence[Sample]) -> list[float]:
-    """A reward of 0 or 1 by the text: answers of random weights are all wrong, and nothing would be left to learn."""
+    """A reward of 0 or 1 by the text: completions of random weights are all wrong, which would leave no advantage."""
     return [float(zlib.crc32(text.encode()) % 2) for text in completions]
 
 
@@ -125,7 +124,7 @@ def _options(setting: Setting, device: torch.device, folder: Path, data: Path) -
         "device": device,
         "bf16": setting.bf16,
         "max_steps": 10**6,
-        "gradient_accumulation_steps": setting.prompts,  # answered together, trained on one after the other
+        "gradient_accumulation_steps": setting.prompts,  # one rollout of all, then a backward pass for each
         "num_generations": setting.generations,
         "max_completion_length": setting.completion,
         "rollout_batch_size": max(64, setting.prompts * (setting.generations + setting.shuffled)),
@@ -134,7 +133,7 @@ def _options(setting: Setting, device: torch.device, folder: Path, data: Path) -
         "lora.alpha": max(1, 2 * setting.lora),
         "freeze_vision": bool(setting.lora),
         "temporal.enabled": setting.media == "video",
-        "temporal.skip_shuffled": False,  # all answers of random weights are wrong: all would be left out
+        "temporal.skip_shuffled": False,  # all completions of random weights are wrong: all would be left out
         "reward.functions": f"{__name__}:{spread.__name__}",
         "video.max_frames": setting.frames,
         "video.fps": max(2.0, 1.01 * setting.frames / SECONDS),

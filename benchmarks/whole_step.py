@@ -20,7 +20,7 @@ from benchmarks.whole_inputs import Setting, WholeInputs, whole_inputs
 
 
 class Runner(Protocol):
-    """One way to make steps."""
+    """A way to make steps."""
 
     inputs: WholeInputs
 
@@ -38,7 +38,6 @@ class StepCase(Case):
     check: Callable[[Runner], dict[str, float]] = lambda _: {}  # errors by name; GateFailure where one is too large
     floor: Callable[[Runner], dict[str, float]] = lambda _: {}  # least seconds of each phase; empty: it cannot tell
     steps: int = 1  # that are timed together
-    rounds: int = 3
     memory: bool = True  # whether it is watched
     cold: frozenset[str] = frozenset()  # contenders whose first step is timed already: nothing in them has to get going
 
@@ -78,7 +77,7 @@ def measure_steps(case: StepCase, device: torch.device, clock: Clock, rounds: in
 
 
 class _Taken(NamedTuple):
-    """By one step."""
+    """What one step took."""
 
     phases: dict[str, float]  # seconds
     processor: float  # seconds of this process and of its decode workers
@@ -150,7 +149,7 @@ def _processor_seconds() -> float:
 
 
 def _fill(row: StepMeasurement, taken: list[_Taken], floor: Mapping[str, float], setting: Setting) -> None:
-    """The round of the median time is shown."""
+    """Fill in the figures of the rounds. The phases are those of the round with the median time."""
     totals = [one.seconds for one in taken]
     row.seconds, row.rounds, row.timing = statistics.median_low(totals), len(taken), "wall"
     row.cpu_seconds = statistics.median(one.processor for one in taken)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from benchmarks.options import add_options
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
 
@@ -107,13 +108,13 @@ def check_extras(words: Sequence[str]) -> None:
 
 def check_pytest(words: Sequence[str]) -> None:
     parser, paths = argparse.ArgumentParser(exit_on_error=False), [word for word in words if (ROOT / word).exists()]
-    for option in ("-n", "--dist"):
+    for option in ("-n", "--dist", "-m", "-k"):
         parser.add_argument(option)
     parser.add_argument("--random-order", action="store_true")
     parser.add_argument("paths", nargs="*")
-    own = re.findall(r'addoption\(\s*"(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text())
-    for option in own if "benchmarks" in paths else ():
-        parser.add_argument(option, nargs="?")
+    if any(path.startswith("benchmarks") for path in paths):
+        parser.add_argument("--slow", action="store_true")
+        add_options(parser.add_argument)
     assert parser.parse_args(words).paths == paths
 
 

@@ -22,6 +22,8 @@ from videor1.errors import ConfigError
 from videor1.train import main
 from videor1.training.checkpoint import checkpoints
 
+IN_ORDER = {"data__root": "/", "data__shuffle": False}
+
 
 @pytest.fixture(scope="module")
 def broken(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -127,15 +129,7 @@ def test_a_prompt_that_is_too_long_is_skipped_whole(assets: Assets, tmp_path: Pa
     good = entries(assets.train)[0]
     long = good | {"problem": "Which shape comes first? " * 200, "problem_id": "long"}
     data = write_data(tmp_path / "data.json", [long, good])
-    run = trainer(
-        assets,
-        tmp_path / "run",
-        dataset_name=data,
-        data__root="/",
-        data__shuffle=False,
-        max_prompt_length=400,
-        max_steps=2,
-    )
+    run = trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, max_prompt_length=400, max_steps=2)
     run.train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped/too_long"] == row["data/skipped"] == 2
@@ -152,16 +146,8 @@ def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_
     long = good | {"process": "<think>" + "red " * 600 + "</think>"}
     wordy = good | {"problem": "Which shape comes first? " * 60}
     data = write_data(tmp_path / "data.json", [*bad, no_thought, long, wordy, good])
-    run = sft_trainer(
-        assets,
-        tmp_path / "run",
-        dataset_name=data,
-        data__root="/",
-        data__shuffle=False,
-        max_length=500,
-        max_prompt_length=200,
-        max_steps=1,
-    )
+    limits = {"max_length": 500, "max_prompt_length": 200}
+    run = sft_trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, **limits, max_steps=1)
     run.train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped"] == len(bad) + 3

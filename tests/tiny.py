@@ -151,6 +151,18 @@ def installed_seconds(seconds: float) -> float:
     return float(int(seconds)) if _transformers_truncates_seconds() else seconds
 
 
+# Makers of prompts of every kind.
+PROMPTS = {
+    "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
+    "slow video": lambda: make_prompt(
+        make_media("video", (4, 4, 4), seconds=installed_seconds(3.7), seed=2), "And last?", draw=2
+    ),
+    "tall video": lambda: make_prompt(make_media("video", (2, 12, 4), seconds=installed_seconds(0.3), seed=3), draw=3),
+    "image": lambda: make_prompt(make_media("image", (1, 8, 4), seed=4), "What is this? Say it in full.", draw=4),
+    "text": lambda: make_prompt(None, "What is two and two?", draw=5),
+}
+
+
 def hf_inputs(model: VideoLM, prompt: Prompt, completion: Tensor | None = None) -> dict[str, Tensor]:
     """What transformers' own forward takes for a prompt, with a completion appended."""
     ids = prompt.input_ids if completion is None else torch.cat([prompt.input_ids, completion])

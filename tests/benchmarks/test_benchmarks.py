@@ -15,26 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import CEILINGS, CPU, cpu_options
 
 from benchmarks import bench_sample_tokens, measure, oracle, peers, report, run, shapes, tune
 from benchmarks.bench_prefix_attention import Size as AttentionSize
 from benchmarks.bench_prefix_attention import attention_inputs
 from benchmarks.cases import OURS, Case, Contender, Work, pairs
-from benchmarks.measure import Ceilings, Clock, GateFailure, plain_stopwatch
+from benchmarks.measure import Clock, GateFailure, plain_stopwatch
 from benchmarks.record import REQUIRED, Record, load
 from videor1_kernels import dispatch, linear_logprob
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 TINY = shapes.Size("tiny", 48, 16, 80, 6, torch.float32)
-CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setitem(measure.BUDGET, "cpu", 0.001)
-    monkeypatch.setattr(measure, "ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(run, "ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(shapes, "small", lambda: TINY)
     yield
     measure.prepare.cache_clear()
@@ -173,7 +170,7 @@ def test_cases_pass_their_gates(name):
 
 
 def test_every_operation_is_measured():
-    modules = [importlib.import_module(f"benchmarks.bench_{name}") for names in run.PARTS.values() for name in names]
+    modules = [module for part in run.PARTS for module in run.part_modules(part)]
     assert {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} == {m.__name__[11:] for m in modules}
     measured = {case.op for module in modules for case in module.cases(CPU)}
     assert measured > set(dispatch._registry)
@@ -214,19 +211,21 @@ def test_oracle_gradients_are_those_of_autograd():
 
 
 def test_the_record_holds_what_a_reader_needs(tmp_path):
-    record = run.run_part("kernels", CPU, only="tgrpo_advantages.*videor1_kernels$", out=tmp_path)
+    words = ["--only", "tgrpo_advantages.*videor1_kernels$", "--device", "cpu", "--record", str(tmp_path)]
+    assert run.main(["kernels", *words]) == 0
     data = load(tmp_path / "cpu-kernels.json")
     assert set(data) == set(REQUIRED)
     assert (data["complete"], data["cuda"], data["driver"], data["tests"]) == (False, None, None, "not run")
     assert data["card"].startswith("CPU: ")
     assert data["ceilings"] == CEILINGS.to_json()
-    assert [row["op"] for row in data["rows"]] == ["tgrpo_advantages"] == [row.op for row in record.rows]
+    assert [row["op"] for row in data["rows"]] == ["tgrpo_advantages"]
     assert str(ROOT) not in json.dumps(data)
     assert "tgrpo_advantages" in report.table(data)
 
 
 def test_others_are_left_out_when_the_time_is_spent():
-    record = run.run_part("kernels", CPU, only="selective_log_softmax, forward,", seconds=0)
+    chosen = cpu_options("--only", "selective_log_softmax, forward,", "--seconds", "0")
+    record = run.run_cases("kernels", run.part_cases("kernels", CPU), chosen)
     others = [row for row in record.rows if not row.implementation.startswith((OURS, "torch"))]
     assert others
     assert all(row.reason == "left out after 0 s of this run" for row in others)
@@ -349,18 +348,61 @@ def test_file_names():
     assert record.path == "cpu-kernels.json"
 
 
-def test_pytest_benchmarks(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_group_advantage.py", "--record", str(tmp_path)]
+def run_pytest(*words):
     # pytest-benchmark does not time in a process of pytest-xdist.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "pytest", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "2"})
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "op"),
+    [
+        (["bench_group_advantage.py", "-m", "kernels", "--threads", "1"], "cpu-kernels.json", "tgrpo_advantages"),
+        (["bench_growth.py", "--axis", "prompts", "--most", "1"], "cpu-growth.json", "growth"),
+    ],
+    ids=["one by one", "in turns, with sizes"],
+)
+def test_pytest_benchmarks(words, file, op, tmp_path):
+    sizes = ["--frames", "4", "--completion", "3", "--generations", "2", "--rounds", "1"] if op == "growth" else []
+    done = run_pytest(f"benchmarks/{words[0]}", *words[1:], *sizes, "--device", "cpu", "--record", str(tmp_path))
     if find_spec("pytest_benchmark") is None:
         assert "expected the plugin pytest-benchmark" in done.stderr
         return
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*-kernels.json")
-    assert {row["op"] for row in load(path)["rows"]} == {"tgrpo_advantages"}
+    data = load(tmp_path / file)
+    assert {row["op"] for row in data["rows"]} == {op}
+    assert {row["status"] for row in data["rows"]} <= {"measured", "not run"}
+    assert report.table(data) in done.stdout
+    assert data["card"].endswith(", 1 thread")  # of the process's two
+
+
+def test_the_kernels_are_measured_without_pytest_and_the_trainers_packages():
+    """As on a machine with a card that has torch and triton alone."""
+    absent = ("pytest", "pytest_benchmark", "transformers", "av", "PIL", "psutil", "jsonargparse", "matplotlib")
+    words = ["kernels", "--device", "cpu", "--only", "tgrpo_advantages.*videor1_kernels$"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); from benchmarks import run; run.main({words})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "| videor1_kernels (" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["kernels", "--frames", "4"], "--frames: no option of kernels, which takes none of the sizes"),
+        (["training", "--frames", "4"], "--frames: no option of training, which takes --checkpointing, --completion"),
+        (["step", "--shape", "cpu"], "--shape: step takes tiny, 3b, 7b, got cpu"),
+        (["training", "--prompt", "200"], "--prompt: expected 200 tokens of text and a multiple of 8 of video"),
+        (["growth", "--axis", "time"], "--axis: growth takes frames, completion, generations, prompts, got time"),
+        (["growth", "--prompts", "1", "2"], "--prompts: growth takes one, got 1, 2"),
+        (["step", "--checkpointing", "yes"], "--checkpointing: expected on, off, shape, got 'yes'"),
+    ],
+)
+def test_sizes_that_a_part_does_not_have_are_refused(words, error, capsys):
+    with pytest.raises(SystemExit):
+        run.main(words)
+    assert error in capsys.readouterr().err
 
 
 def test_gpu_script_without_a_card():

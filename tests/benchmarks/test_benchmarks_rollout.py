@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import CPU, cpu_options, made_up_case
 from tiny import hf_inputs
 from torch import Tensor
 
 import videor1.rewards
 import videor1.rewards.scoring
-from benchmarks import bench_rollout, measure, report, rollout, rollout_skipping, rollout_turns, run
+from benchmarks import bench_rollout, report, rollout, rollout_skipping, run
 from benchmarks.bench_rollout import ENGINE, GENERATE
-from benchmarks.cases import Contender, Measurement, Work
-from benchmarks.measure import Ceilings, Clock
-from benchmarks.oracle import Expected
+from benchmarks.cases import Contender, Measurement, Work, pairs
+from benchmarks.measure import Clock
 from benchmarks.record import load
 from benchmarks.rollout_inputs import (
     RolloutInputs,
@@ -42,15 +42,7 @@ from videor1.model import VideoLM
 from videor1.rewards.judge import TemporalJudge
 from videor1.rollout.local.step import DecodeStep
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
 SMALL = Rollouts("tiny", 2, 6)
-
-
-@pytest.fixture(autouse=True)
-def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (measure, run, rollout_turns):
-        monkeypatch.setattr(module, "ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +82,7 @@ def test_bf16_passes_the_gate_with_room() -> None:
 @pytest.mark.parametrize(
     ("temperature", "words"),
     [
-        (0.0, "greedy answers: .* from token 2 of row 0 on, in the ordered branch of prompt 0"),
+        (0.0, "greedy completions: .* from token 2 of sequence 0 on, in the ordered branch of prompt 0"),
         (1.0, "rms error 2.*bound 1e-04"),
     ],
 )
@@ -128,7 +120,7 @@ def test_answers_that_end_early_are_no_result(monkeypatch: pytest.MonkeyPatch) -
     case = dataclasses.replace(bench_rollout.rollout(SMALL), inputs=lambda device: ending(SMALL, device))
     ours, generate = measured(case)
     assert (ours.status, generate.status) == ("failed", "measured")
-    assert "greedy answers" in (ours.reason or "")
+    assert "greedy completions" in (ours.reason or "")
     shorter = dataclasses.replace(SMALL, new_tokens=5)
     case = dataclasses.replace(bench_rollout.rollout(SMALL), inputs=lambda device: rollout_inputs(shorter, device))
     ours, generate = measured(case)
@@ -203,60 +195,47 @@ def test_decode_time_begins_after_the_last_prefill(
     assert int(outputs[DECODE_STEPS]) == (5 if number == 0 else 20)
 
 
-def made_up_case(log: list[tuple[str, bool]], *, bytes_: float = 0.0, late: bool = False) -> RolloutCase:
+def watched_case(log: list[tuple[str, bool]], *, bytes_: float = 0.0, late: bool = False) -> RolloutCase:
     """Contenders that note whether their memory is being watched."""
 
-    def build(name: str, value: float) -> Any:
+    def build(name: str) -> Any:
         def call() -> dict[str, Tensor]:
             watched = torch.autograd._profiler_enabled()
             log.append((name, watched))
             if late and name == "other" and not watched:
                 raise torch.OutOfMemoryError("no")
-            return {"out": torch.tensor(value), DECODE_SECONDS: torch.tensor(0.5), DECODE_STEPS: torch.tensor(5)}
+            return {"out": torch.ones(()), DECODE_SECONDS: torch.tensor(0.5), DECODE_STEPS: torch.tensor(5)}
 
         return call
 
-    contenders = [Contender(name, lambda _, name=name: build(name, 1.0)) for name in ("ours", "naive", "other")]
-    return RolloutCase(
-        op="rollout",
-        uses=(),
-        title="made up",
-        size={"P": 1},
-        dtype=torch.float32,
-        inputs=lambda device: log,
-        expected=lambda outputs: [Expected("out", "out", outputs["out"].double(), bound=0.0)],
-        work=lambda _: Work(0.0, bytes_, "", 7),
-        contenders=contenders,
-        against="naive",
-        rounds=2,
-    )
+    contenders = [Contender(name, lambda _, name=name: build(name)) for name in ("ours", "naive", "other")]
+    return made_up_case(contenders, Work(0.0, bytes_, "", 7), log, RolloutCase, turns=measure_rollout, rounds=2)
 
 
 def test_calls_whose_memory_is_watched_are_not_timed() -> None:
     log: list[tuple[str, bool]] = []
-    rows = run.in_turns(made_up_case(log), CPU, Clock(CPU))
+    rows = run.in_turns(watched_case(log), CPU, Clock(CPU))
     assert log == [(name, True) for name in ("naive", "ours", "other")] + [
         (name, False) for name in ("ours", "naive", "other") * 2
     ]
     assert [row.implementation for row in rows] == ["ours", "naive", "other"]
     assert [row.rounds for row in rows] == [2] * 3
-    assert len(run.in_turns(made_up_case(log), CPU, Clock(CPU), 3)) == 3
+    assert len(run.in_turns(watched_case(log), CPU, Clock(CPU), 3)) == 3
     assert len(log) == 9 + 12
 
 
 def test_a_late_failure_takes_the_time_back() -> None:
-    ours, _, other = measured(made_up_case([], late=True), 2)
+    ours, _, other = measured(watched_case([], late=True), 2)
     assert ours.status == "measured"
     assert (other.status, other.reason) == ("not run", "does not fit in the device's memory")
     assert other.seconds is other.peak_mib is other.cpu_seconds is None
-    case = made_up_case([], late=True)
-    record = run.run_part("rollout", CPU, everything=[(case, contender) for contender in case.contenders])
+    record = run.run_cases("rollout", [watched_case([], late=True)], cpu_options())
     assert "| other | not run: does not fit in the device's memory |" in report.table(record.to_json())
 
 
 def test_the_floor_is_reading_the_weights_once_a_step() -> None:
     """5 steps in 0.5 s that read 2 GB each, where 100 GB/s were measured."""
-    ours, *_ = measured(made_up_case([], bytes_=2e9))
+    ours, *_ = measured(watched_case([], bytes_=2e9))
     assert ours.gbps == pytest.approx(20)
     assert ours.percent == pytest.approx(20)
 
@@ -289,7 +268,7 @@ def test_cases_by_device() -> None:
         ("3b", 16, True),
     ]
     assert {(c.size["P"], c.size["C"], c.size["dtype"]) for c in on_card} == {(1224, 256, "bfloat16")}
-    assert [contender.ours for _, contender in run.part_pairs("rollout", CPU)] == [True, True, False, False]
+    assert [contender.ours for _, contender in pairs(run.part_cases("rollout", CPU))] == [True, True, False, False]
 
 
 def test_the_command_measures_records_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

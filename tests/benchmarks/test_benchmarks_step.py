@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import CEILINGS, CPU
 
-from benchmarks import bench_step, growth, growth_curves, measure, report, run, step, step_floor, whole_step
+from benchmarks import bench_growth, bench_step, growth, growth_curves, report, step, step_floor, whole_step
 from benchmarks.cases import OUR_STEP, REFERENCE_STEP
-from benchmarks.measure import Ceilings, Clock
+from benchmarks.measure import Clock
 from benchmarks.our_step import OurStep
 from benchmarks.phases import OTHER, PHASES, Phases
 from benchmarks.reference_step import ReferenceStep, as_8_bit
@@ -23,17 +24,9 @@ from videor1.video.media import load_media
 from videor1.video.patches import permute_frames
 from videor1.video.shuffle import draw_permutation
 
-CPU = torch.device("cpu")
 SMALL = Setting(frames=4, prompts=2, generations=2, completion=4)
 GRID = (2, 6, 10)  # of a video in patches
-CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (bench_step, measure, run):
-        monkeypatch.setattr(module, "ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +280,8 @@ def test_the_floor_is_of_operations_and_bytes(inputs: WholeInputs) -> None:
 
 
 def test_the_command_records_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
-    threads = torch.get_num_threads()
     sizes = ["--frames", "4", "--prompts", "1", "--generations", "2", "--completion", "3", "--rounds", "1"]
-    try:
-        assert step.main([*sizes, "--record", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert step.main([*sizes, "--record", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     data = json.loads((tmp_path / "cpu-step.json").read_text())
     assert (data["part"], len(data["rows"])) == ("step", 2)
@@ -327,12 +316,6 @@ def test_the_command_records_a_table_and_a_picture(tmp_path: Path, capsys) -> No
     assert readme.read_text().endswith(f"{report.NOT_ON_A_GPU}\n{report.END}\n")
 
 
-def test_shapes_belong_to_a_part(capsys) -> None:
-    with pytest.raises(SystemExit):
-        step.main(["--shape", "cpu"])
-    assert "--part step takes tiny, 3b, 7b, got cpu" in capsys.readouterr().err
-
-
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
     assert growth_curves.exponent({n: 3.0 * n**1.5 for n in (2, 4, 8, 16)}) == pytest.approx(1.5)
     assert growth_curves.exponent(dict.fromkeys((1, 5), 7.0)) == pytest.approx(0.0)
@@ -340,13 +323,9 @@ def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
 
 
 def test_growth_has_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
-    threads = torch.get_num_threads()
     sizes = ["--frames", "4", "--completion", "3", "--generations", "2", "--rounds", "1"]
-    try:
-        arguments = [*sizes, "--axis", "prompts", "--most", "2", "--plot", str(tmp_path / "growth.png")]
-        assert growth.main([*arguments, "--record", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    arguments = [*sizes, "--axis", "prompts", "--most", "2", "--plot", str(tmp_path / "growth.png")]
+    assert growth.main([*arguments, "--record", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "cpu-growth.json").read_text())
     found = growth_curves.curves(data["rows"])
     assert {axis: {way: list(points) for way, points in ways.items()} for axis, ways in found.items()} == {
@@ -357,7 +336,7 @@ def test_growth_has_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
     assert lines[-1] == f"| prompts: exponent |  | {exponents[0]} | {exponents[1]} |  |"
     assert (tmp_path / "growth.png").stat().st_size > 5000
     # Without options all of it is asked for.
-    assert {axis: (sizes[0], sizes[-1]) for axis, sizes in growth.AXES.items()} == {
+    assert {axis: (sizes[0], sizes[-1]) for axis, sizes in bench_growth.AXES.items()} == {
         "frames": (8, 64),
         "completion": (256, 4096),
         "generations": (4, 32),
@@ -366,9 +345,5 @@ def test_growth_has_a_table_and_a_picture(tmp_path: Path, capsys) -> None:
 
 
 def test_growth_says_what_it_left_out(capsys) -> None:
-    threads = torch.get_num_threads()
-    try:
-        assert growth.main(["--axis", "prompts", "--most", "1", "--seconds", "0"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert growth.main(["--axis", "prompts", "--most", "1", "--seconds", "0"]) == 0
     assert "Not measured: prompts" in capsys.readouterr().out

@@ -10,30 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import CPU, cpu_options, made_up_case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import bench_training, measure, report, run, step, step_flops
+from benchmarks import bench_training, report, run, step, step_flops
 from benchmarks.cases import OURS, Case, Contender, Work
-from benchmarks.measure import Ceilings, Clock, GateFailure, measure_in_turns
-from benchmarks.oracle import Expected
+from benchmarks.measure import Clock, GateFailure, measure_in_turns
 from benchmarks.record import load
 from benchmarks.repeated_rows import RepeatedRows
 from benchmarks.step_inputs import SHAPES, Group, StepInputs, model_config, step_inputs
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.training.passes import predicting_states
 
-CPU = torch.device("cpu")
 TOY = SHAPES["toy"]
 GROUP = Group(40, 3, 12, text=24, temporal=2)
-CEILINGS = Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1)
-
-
-@pytest.fixture(autouse=True)
-def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (measure, run):
-        monkeypatch.setattr(module, "ceilings", lambda device: CEILINGS)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +130,6 @@ def test_a_prompt_is_text_and_a_video(prompt: int, grid: tuple[int, int, int]) -
 def test_a_prompt_without_a_whole_video_is_refused(prompt: int) -> None:
     with pytest.raises(ValueError, match=f"200 tokens of text and a multiple of 8 of video, got {prompt}"):
         Group(prompt, 8, 768).grid  # noqa: B018
-    with pytest.raises(SystemExit, match="--prompt: expected"):
-        step.main(["--part", "training", "--shape", "toy", "--prompt", str(prompt)])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -173,19 +163,8 @@ def test_every_parameter_is_in_the_gate(inputs: StepInputs) -> None:
         assert any(not torch.equal(wrong[key], right[key]) for key in right if key.startswith("d_")), name
 
 
-def made_up_case(*contenders: Contender, log: list[str] | None = None) -> Case:
-    return Case(
-        op="training step",
-        uses=(),
-        title="made up",
-        size={"P": 1},
-        dtype=torch.float32,
-        inputs=lambda device: log,
-        expected=lambda outputs: [Expected("out", "out", outputs["out"].double(), bound=1e-6)],
-        work=lambda _: Work(1e6, 0.0, "", 7),
-        contenders=contenders,
-        against="naive",
-    )
+def case_of(*contenders: Contender, log: list[str] | None = None) -> Case:
+    return made_up_case(contenders, Work(1e6, 0.0, "", 7), log)
 
 
 def giving(name: str, value: float) -> Contender:
@@ -216,7 +195,7 @@ def failing(name: str, error: Exception, after: int = 0) -> Contender:
 
 def test_contenders_take_turns_and_warm_up_is_not_counted() -> None:
     log: list[str] = []
-    case = made_up_case(giving("ours", 1.0), giving("naive", 1.0), giving("other", 1.0), log=log)
+    case = case_of(giving("ours", 1.0), giving("naive", 1.0), giving("other", 1.0), log=log)
     rows = measure_in_turns(case, CPU, Clock(CPU), 2, warm_up=1)
     assert log == ["naive", "ours", "other"] * 3
     assert [row.implementation for row in rows] == ["ours", "naive", "other"]
@@ -226,7 +205,7 @@ def test_contenders_take_turns_and_warm_up_is_not_counted() -> None:
 
 def test_a_wrong_result_has_no_time_and_is_not_called_again() -> None:
     log: list[str] = []
-    case = made_up_case(giving("naive", 1.0), giving(OURS, 1.001), giving("other", float("nan")), log=log)
+    case = case_of(giving("naive", 1.0), giving(OURS, 1.001), giving("other", float("nan")), log=log)
     naive, ours, other = measure_in_turns(case, CPU, Clock(CPU), 3)
     assert naive.status == "measured"
     assert (ours.status, other.status) == ("failed", "failed")
@@ -237,7 +216,7 @@ def test_a_wrong_result_has_no_time_and_is_not_called_again() -> None:
 
 
 def test_a_late_failure_takes_the_time_back() -> None:
-    case = made_up_case(giving("naive", 1.0), failing("other", torch.OutOfMemoryError("no"), after=1))
+    case = case_of(giving("naive", 1.0), failing("other", torch.OutOfMemoryError("no"), after=1))
     naive, other = measure_in_turns(case, CPU, Clock(CPU), 2)
     assert naive.status == "measured"
     assert (other.status, other.seconds, other.peak_mib) == ("not run", None, None)
@@ -245,7 +224,7 @@ def test_a_late_failure_takes_the_time_back() -> None:
 
 
 def test_nothing_is_measured_without_what_to_compare_with() -> None:
-    case = made_up_case(failing("naive", GateFailure("broken")), giving(OURS, 1.0))
+    case = case_of(failing("naive", GateFailure("broken")), giving(OURS, 1.0))
     naive, ours = measure_in_turns(case, CPU, Clock(CPU), 1)
     assert (naive.status, ours.status) == ("failed", "failed")
     assert ours.reason == "naive gave no results to compare with"
@@ -285,9 +264,8 @@ def test_the_table_has_ratios_to_ours(tmp_path: Path) -> None:
 
 def test_cases_of_a_part_are_left_out_when_the_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     case = bench_training.small_training()
-    everything = [(case, contender) for contender in case.contenders]
-    record = run.run_part("training", CPU, seconds=0, everything=everything)
+    record = run.run_cases("training", [case], cpu_options("--seconds", "0"))
     assert [row.reason for row in record.rows] == ["left out after 0 s of this run"] * 4
-    record = run.run_part("training", CPU, rounds=1, everything=everything)
+    record = run.run_cases("training", [case], cpu_options("--rounds", "1"))
     assert [row.status for row in record.rows] == ["measured"] * 4
     assert record.to_json()["complete"]

@@ -4,19 +4,12 @@ import dataclasses
 import functools
 
 import pytest
-import torch
+from made_up import CPU
 
 from benchmarks import bench_decode, bench_frames_to_patches, measure, run
-from benchmarks.measure import Ceilings, Clock, plain_stopwatch
+from benchmarks.measure import Clock, plain_stopwatch
 from benchmarks.video_files import made_video
 from videor1.video.decoders.index import read_index
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _ceilings(monkeypatch):
-    monkeypatch.setattr(measure, "ceilings", lambda device: Ceilings(2.0, "[1, 1] x [1, 1]", "float32", 100.0, 1))
 
 
 @pytest.fixture

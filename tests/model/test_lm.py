@@ -9,17 +9,7 @@ import peft
 import pytest
 import torch
 from rollouts import answer, ask
-from tiny import (
-    GRADIENT_ROUNDING,
-    hf_inputs,
-    installed_seconds,
-    log_prob_rounding,
-    make_lm,
-    make_media,
-    make_model,
-    make_prompt,
-    make_tokenizer,
-)
+from tiny import GRADIENT_ROUNDING, PROMPTS, hf_inputs, log_prob_rounding, make_lm, make_model, make_tokenizer
 from torch import Tensor
 
 import videor1.rollout
@@ -33,16 +23,6 @@ from videor1.rollout import SamplingOptions
 from videor1.training.passes import completion_logp, pack, predicting_states
 from videor1.types import Prompt
 from videor1_kernels import chosen_backend, prefix_attention
-
-PROMPTS = {
-    "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
-    "slow video": lambda: make_prompt(
-        make_media("video", (4, 4, 4), seconds=installed_seconds(3.7), seed=2), "And last?", draw=2
-    ),
-    "tall video": lambda: make_prompt(make_media("video", (2, 12, 4), seconds=installed_seconds(0.3), seed=3), draw=3),
-    "image": lambda: make_prompt(make_media("image", (1, 8, 4), seed=4), "What is this? Say it in full.", draw=4),
-    "text": lambda: make_prompt(None, "What is two and two?", draw=5),
-}
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

@@ -102,15 +102,12 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, cap
     """Few samples that are also the held-out ones: learnt by heart well before the last step."""
     found = entries(assets.sft)[:2]
     data = write_data(tmp_path / "two.json", found)
+    options = {"dataset_name": data, "data__eval_path": data, "data__root": "/"}
+    options |= {"eval_steps": 10, "stop_at_accuracy": 0.9, "max_steps": 200}
     run = sft_trainer(
         assets,
         tmp_path / "run",
-        dataset_name=data,
-        data__eval_path=data,
-        data__root="/",
-        eval_steps=10,
-        stop_at_accuracy=0.9,
-        max_steps=200,
+        **options,
         per_device_train_batch_size=2,
         learning_rate=3e-3,
         logging_steps=7,
@@ -129,18 +126,7 @@ def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, cap
     assert last_metrics(tmp_path / "run")["step"] == run.step  # the steps since the last full line too
     assert last_metrics(tmp_path / "run")["loss"] < rows[0]["loss"] - 1
     # A finished run that is asked to go on sees that it is finished.
-    again = sft_trainer(
-        assets,
-        tmp_path / "run",
-        dataset_name=data,
-        data__eval_path=data,
-        data__root="/",
-        eval_steps=10,
-        stop_at_accuracy=0.9,
-        max_steps=200,
-        resume="auto",
-    )
-    assert again.train() == final
+    assert sft_trainer(assets, tmp_path / "run", **options, resume="auto").train() == final
     assert metrics(tmp_path / "run") == rows
 
 

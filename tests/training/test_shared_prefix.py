@@ -9,17 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import metrics, trainer, weights
-from tiny import (
-    GRADIENT_ROUNDING,
-    LOG_PROB_TERMS,
-    installed_seconds,
-    log_prob_rounding,
-    make_lm,
-    make_media,
-    make_model,
-    make_prompt,
-    make_tokenizer,
-)
+from tiny import GRADIENT_ROUNDING, LOG_PROB_TERMS, PROMPTS, log_prob_rounding, make_lm, make_model, make_tokenizer
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
@@ -35,14 +25,6 @@ from videor1.training.passes import Packed, completion_logp, pack, tgrpo_loss
 from videor1_kernels import GrpoLoss
 from videor1_kernels.testing import rounding
 
-PROMPTS = {
-    "video": lambda: make_prompt(make_media("video", (3, 4, 8), seconds=1.0, seed=1), draw=1),
-    "slow video": lambda: make_prompt(
-        make_media("video", (4, 4, 4), seconds=installed_seconds(3.7), seed=2), "And last?", draw=2
-    ),
-    "image": lambda: make_prompt(make_media("image", (1, 8, 4), seed=4), "What is this? Say it in full.", draw=4),
-    "text": lambda: make_prompt(None, "What is two and two?", draw=5),
-}
 LAYOUTS = {
     "mixed groups": (("video", "image", "text"), ([5, 1, 9], [4, 6], [2, 7, 3])),
     "two videos": (("video", "slow video"), ([8, 3], [1, 6, 2])),
