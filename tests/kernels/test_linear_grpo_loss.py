@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from videor1_kernels import grpo_loss, linear_grpo_loss, linear_logprob
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.linear_logprob import tiles
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, poisoned_memory
 
 LENGTHS = (5, 1, 0, 8, 3)
@@ -158,19 +159,9 @@ def test_rows_without_a_coefficient_do_no_gradient_work():
 def below_the_operator(hidden, weight, labels, advantages, cu_seqlens):
     """The reference itself, with gradients: what runs inside an operator is hidden from a dispatch mode."""
     options = reference.GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None)
-    return reference.linear_grpo_loss(
-        hidden.detach(),
-        weight.detach(),
-        labels,
-        advantages,
-        cu_seqlens,
-        None,
-        None,
-        None,
-        1.0,
-        options,
-        [True, True, False],
-    )
+    inputs = HeadInputs(hidden.detach(), weight.detach(), labels, None, 1.0)
+    completions = reference.Completions(advantages, cu_seqlens, None, None)
+    return reference.linear_grpo_loss(inputs, completions, options, [True, True, False])
 
 
 def test_gradients_multiply_only_the_live_rows():

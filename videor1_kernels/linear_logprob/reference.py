@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, operand_dtype, product, spans, tile_sizes
 
 
 @torch.no_grad()
-def forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], bias [V], temperature a float or [N] -> (logp, entropy, lse), each [N].
+def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logp, entropy, lse), each [N].
 
-    All three are 0 in ignored rows, whose ``hidden`` is never read. lse = log sum_v exp z_v is fp64 always: what it
-    is rounded by, every probability of its row is wrong by in the backward pass.
+    All three are 0 in ignored rows, whose hidden state is never read. lse = log sum_v exp z_v is always fp64, because
+    the backward pass makes the rounding error of lse a relative error of every probability in its row.
     """
+    hidden, weight, labels, bias, temperature = inputs
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
     n, m = tile_sizes(len(live), weight, dtype)
@@ -53,24 +53,22 @@ def forward(
 
 @torch.no_grad()
 def backward(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
+    inputs: HeadInputs, grads: Sequence[Tensor | None], entropy: Tensor, lse: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients through what :func:`forward` returned -> (d_hidden, d_weight, d_bias), each None where not needed.
+    """Return the gradients of hidden, weight and bias, None for each that ``needs`` leaves out.
 
     Each has the dtype of its input and is rounded to it once. Rows whose incoming gradients are 0 are left out.
+
+    Args:
+        grads: the incoming gradients [N] of logp and of entropy, each a tensor or None.
+        entropy, lse: what :func:`forward` returned.
+        needs: which of the three gradients are wanted.
     """
+    hidden, weight, labels, bias, temperature = inputs
+    grad_logp, grad_entropy = grads
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden, weight, bias)
-    live = _rows_with_gradient(labels, grad_logp, grad_entropy)
+    live = _rows_with_gradient(labels, grads)
     n, m = tile_sizes(len(live), weight, dtype)
     operand = operand_dtype(hidden, weight, dtype)
     lse_high = lse.to(dtype)
@@ -143,7 +141,7 @@ def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return here, (labels - columns.start).masked_fill_(~here, 0)[:, None]
 
 
-def _rows_with_gradient(labels: Tensor, *grads: Tensor | None) -> Tensor:
+def _rows_with_gradient(labels: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
     active = torch.zeros_like(labels, dtype=torch.bool)
     for grad in grads:
         if grad is not None:

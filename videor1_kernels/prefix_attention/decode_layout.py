@@ -1,4 +1,4 @@
-"""Which rows of a decode batch read which prefix, and where each row's suffix lies."""
+"""What decode attention reads: the tensors, which row reads which prefix, and where each row's suffix lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from torch import Tensor
 from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, check_tensor, fail
 
 TILE_ROWS = 8  # rows of one prefix that the kernel works on together
+
+
+class DecodeInputs(NamedTuple):
+    """The checked tensors of a decode step. R rows, Hq query heads, Hkv key heads, D head dim."""
+
+    q: Tensor  # [R, Hq, D]
+    prefix_k: Tensor  # [Tp, Hkv, D]
+    prefix_v: Tensor  # [Tp, Hkv, D]
+    suffix_k: Tensor  # [S, C, Hkv, D]
+    suffix_v: Tensor  # [S, C, Hkv, D]
+    suffix_lengths: Tensor  # int32 or int64 [R]: valid entries of each row's suffix
 
 
 @dataclass(frozen=True, eq=False)
