@@ -5,18 +5,12 @@ import math
 import pytest
 import torch
 from bounds import BY_HAND
+from same_bits import assert_same_bits
 
 from videor1_kernels import linear_logprob
 from videor1_kernels.linear_logprob import reference, tiles
 from videor1_kernels.linear_logprob.inputs import HeadInputs
-from videor1_kernels.testing import (
-    LargestTensor,
-    assert_matches,
-    assert_no_worse,
-    oracle_inputs,
-    poisoned_memory,
-    rounding,
-)
+from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, oracle_inputs, rounding
 
 
 def dense(hidden, weight, labels, bias=None, temperature=1.0):
@@ -409,11 +403,7 @@ def test_same_bits_every_time_and_in_poisoned_memory():
         outputs = linear_logprob(hidden, weight, labels, bias=bias)
         return *outputs, *gradients(outputs, (hidden, weight, bias))
 
-    first = once()
-    with poisoned_memory():
-        second = once()
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(once)
 
 
 def test_threads_change_nothing_beyond_rounding():

@@ -1,4 +1,4 @@
-"""The GRPO family of losses: from log-probabilities, or from hidden states through the linear head."""
+"""The losses of the GRPO family, from log-probabilities or from hidden states through the linear head."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ for _op in ("grpo_loss", "linear_grpo_loss"):
 
 @dataclass(frozen=True)
 class GrpoLoss:
-    """What a loss call returns. N tokens; all but ``loss`` are detached."""
+    """What a loss call returns, for N tokens; all but ``loss`` are detached."""
 
     loss: Tensor  # scalar, differentiable
     logp: Tensor  # [N] nats; 0 at masked tokens
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped_rows: int  # tokens of coefficient d loss / d logp exactly 0: no gradient work (torch.compile: symbolic)
+    skipped_rows: int  # tokens with d loss / d logp of exactly 0, which cost nothing (under torch.compile a symbol)
 
 
 def grpo_loss(
@@ -138,14 +138,13 @@ def linear_grpo_loss(
 ) -> GrpoLoss:
     """GRPO loss of packed completions from the hidden states that predict their tokens.
 
-    :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas.
-    The logits are never whole in memory, and a token whose coefficient
-    d loss / d logp is exactly 0 (masked, clipped, or of zero advantage without a KL term) takes no part in the
-    gradient's products.
+    It is :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`; see there for the
+    formulas. The logits are never whole in memory. A token whose coefficient d loss / d logp is exactly 0 (it is masked
+    or clipped, or its advantage is 0 and there is no KL term) takes no part in the products of the gradient.
 
-    The gradients are formed in this call, of those of ``hidden``, ``weight`` and ``bias`` that require one (none under
-    ``torch.no_grad()``), and ``loss.backward()`` only scales them: with C the rows that have a coefficient, the kernels
-    do 2NHV + 4CHV operations, 2NHV + 2CHV for a frozen head. Between the two calls d_weight is held in fp32.
+    This call already computes the gradients of ``hidden``, ``weight`` and ``bias``, as far as they require one and not
+    under ``torch.no_grad()``; ``loss.backward()`` only scales them. If C rows have a coefficient other than 0, the
+    kernels do 2NHV + 4CHV operations, or 2NHV + 2CHV for a frozen head. Between the two calls d_weight is kept in fp32.
     The loss is differentiable once.
 
     Args:

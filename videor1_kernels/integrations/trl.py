@@ -86,7 +86,7 @@ def selective_log_softmax(
 
 
 class FusedHead:
-    """What TRL's fused LM head calls, ``apply`` as on its autograd function."""
+    """Takes the place of the autograd function of TRL's fused LM head, which TRL calls by its ``apply``."""
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend

@@ -1,10 +1,10 @@
-"""Reference in plain torch: the logits in tiles, folded into a running softmax, recomputed in the backward pass.
+"""Reference in plain torch: tiles of logits go into a running softmax, and the backward pass computes them again.
 
 N rows, H hidden, V vocabulary. z = (x W^T + b) / t, p = softmax(z), E = -sum p log p. With incoming gradients g (of
 logp) and e (of E):  dz_v = g (1[v = label] - p_v) - e p_v (log p_v + E),  dx = dz W / t,  dW = (dz / t)^T x.
 
-The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are converted, tile by tile. bf16
-logits alone may be multiplied without conversion, where a CPU does so exactly and sums in fp32.
+The compute dtype is fp64 if an input is fp64, else fp32. 16-bit inputs are converted tile by tile. Only the product
+that gives the logits may take bf16 operands as they are, on a CPU that multiplies them exactly and sums in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
 from videor1_kernels.linear_logprob.inputs import HeadInputs
-from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, operand_dtype, product, spans, tile_sizes
+from videor1_kernels.linear_logprob.tiles import (
+    FAR_BELOW,
+    RunningSoftmax,
+    at_rows,
+    operand_dtype,
+    product,
+    spans,
+    tile_sizes,
+)
 
 
 @torch.no_grad()
@@ -85,16 +93,16 @@ def backward(
         for block in spans(len(live), n):
             rows = block if len(live) == len(labels) else live[block]
             x = hidden[rows].to(operand)
-            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: z, then log p, then dz / t
+            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: first z, then log p, then dz / t
             scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
             probs = torch.exp(scores, out=scratch[: scores.numel()].view_as(scores))
-            g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / _at(temperature, rows)
+            g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / at_rows(temperature, rows)
             if grad_entropy is None:
                 assert g is not None  # or no row would be live
                 torch.mul(probs, -g, out=scores)
             else:
                 scores.clamp_(min=FAR_BELOW).add_(entropy[rows, None])
-                scores.mul_(-grad_entropy[rows, None].to(dtype) / _at(temperature, rows))
+                scores.mul_(-grad_entropy[rows, None].to(dtype) / at_rows(temperature, rows))
                 if g is not None:
                     scores.sub_(g)
                 scores.mul_(probs)
@@ -124,19 +132,11 @@ def _logits(
     logits = product(x, head)  # [n, m]
     if bias is not None:
         logits += bias[columns].to(logits.dtype)
-    return _divide(logits, _at(temperature, rows))
-
-
-def _divide(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
-
-
-def _at(temperature: float | Tensor, rows: slice | Tensor) -> float | Tensor:
-    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(at_rows(temperature, rows))
 
 
 def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Of labels [n]: which lie in these columns [n], and a column [n, 1] to use: theirs, or any."""
+    """Which labels lie in these columns, [n], and the column of each label, [n, 1]; any column for the others."""
     here = (labels >= columns.start) & (labels < columns.stop)
     return here, (labels - columns.start).masked_fill_(~here, 0)[:, None]
 

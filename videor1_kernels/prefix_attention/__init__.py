@@ -1,4 +1,4 @@
-"""Attention in which the completions of a group share their prompt: packed (training, prefill) and decode."""
+"""Attention of completions that share their prompt: over a packed row (training, prefill), and for decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
-MOST_D = 128  # head dim of the Triton kernels
+MOST_D = 128  # the largest head dim of the Triton kernels
 
 __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_attention", "prefix_decode_attention"]
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videor1_kernels.checks import capturing, fail
+from videor1_kernels.dispatch import nearest_capability
 from videor1_kernels.prefix_attention.decode_layout import TILE_ROWS, DecodeInputs, DecodeLayout
 from videor1_kernels.prefix_attention.triton import Block
 from videor1_kernels.prefix_attention.triton_forward import LOG2E, fold, load_rows
@@ -297,8 +298,7 @@ def block_for(q: Tensor) -> Block:
     """The configuration for q's device."""
     if q.device.type != "cuda":
         return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return BLOCKS[max((known for known in BLOCKS if known <= 10 * major + minor), default=80)]
+    return BLOCKS[nearest_capability(BLOCKS, q.device)]
 
 
 def splits_for(
