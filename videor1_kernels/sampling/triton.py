@@ -83,13 +83,13 @@ def sample_kernel(
     marks = tl.zeros((), tl.int64)
     if BANNED:
         marks = marks_of(banned, K, V, L, C)
-    row = Row(logits + number * stride, V, L, banned, K, marks, S, C, BANNED)
+    row = Row(logits + number * stride, V, L, banned, K, marks)
 
     lanes = tl.full((S, C), float("-inf"), tl.float32)  # the largest score at each place of a tile
     first = tl.zeros((S, C), tl.int32)
     highest = tl.full((S, C), float("-inf"), tl.float32)  # of all, banned ones too; +inf for what has no log-prob
     for i in tl.range(0, L // C, num_stages=STAGES):
-        ids, z, score = tile(row, i)
+        ids, z, score = tile(row, i, S, C, BANNED)
         if GREEDY:
             first = tl.where(score > lanes, ids, first)
         lanes = tl.maximum(lanes, score)
@@ -103,7 +103,7 @@ def sample_kernel(
     eligible = tl.zeros((S, C), tl.int32)  # for top_k: those whose weight may not be 0
     banned_sum = 0.0  # relative to the crest, which may be far above the top
     for i in tl.range(0, L // C, num_stages=STAGES):
-        ids, z, score = tile(row, i)
+        ids, z, score = tile(row, i, S, C, BANNED)
         sums += weight(score, weighing)
         if TOP_K:
             eligible += (score >= floor).to(tl.int32)
@@ -132,9 +132,12 @@ def sample_kernel(
             top_p,
             TOP_K,
             TOP_P,
+            S,
+            C,
+            BANNED,
         )
     else:
-        token = first_in_row(row, parts, aim(u, total), float("-inf"), -1, weighing, False)
+        token = first_in_row(row, parts, aim(u, total), float("-inf"), -1, weighing, False, S, C, BANNED)
 
     share = tl.exp2((top - crest) * scale).to(tl.float64)  # 1, unless a banned one is the crest
     norm = total.to(tl.float64) * (1.0 / UNITS) * share + banned_sum

@@ -56,22 +56,21 @@ def first_listed(ids, amounts, target, V):
 
 
 @triton.jit
-def candidates(row, listed, count, low, high):
+def candidates(row, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
     """List the scores whose image is in [low, high), at most S * C of them. Returns their number.
 
     listed int32 [2, S * C] and count int32 [1] belong to this program.
     """
-    size: tl.constexpr = row.S * row.C
     tl.debug_barrier()  # other threads may still be reading an earlier list
     tl.store(count, 0)
     tl.debug_barrier()
-    for i in tl.range(0, row.L // row.C, num_stages=STAGES):
-        ids, _, score = tile(row, i)
+    for i in tl.range(0, row.L // C, num_stages=STAGES):
+        ids, _, score = tile(row, i, S, C, BANNED)
         inside = (score >= value(low)) & (score < value(high))
-        place = tl.atomic_add(count + tl.zeros((row.S, row.C), tl.int32), 1, mask=inside, sem="relaxed", scope="cta")
-        room = inside & (place < size)
+        place = tl.atomic_add(count + tl.zeros((S, C), tl.int32), 1, mask=inside, sem="relaxed", scope="cta")
+        room = inside & (place < S * C)
         tl.store(listed + place, score.to(tl.int32, bitcast=True), mask=room)
-        tl.store(listed + size + place, ids, mask=room)
+        tl.store(listed + S * C + place, ids, mask=room)
     tl.debug_barrier()
     return tl.load(count).to(tl.int64)
 
@@ -90,23 +89,36 @@ def read_list(listed, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def cut(row, listed, count, number, whole, low, high, need, weighing, BY_WEIGHT: tl.constexpr):
+def cut(
+    row,
+    listed,
+    count,
+    number,
+    whole,
+    low,
+    high,
+    need,
+    weighing,
+    BY_WEIGHT: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+):
     """Find the greatest threshold in [low, high) from which on the row holds ``need``, a weight or a number of scores.
 
     From ``low`` on the row holds that much, in ``number`` scores; from ``high`` on it has none. whole: whether all
     these scores are listed. Returns (threshold, number above it, weight above it, number equal to it, whole).
     """
-    size: tl.constexpr = row.S * row.C
     number_beyond = tl.zeros((), tl.int64)  # of the scores from ``high`` on
     weight_beyond = tl.zeros((), tl.int64)
     if not whole:
         end = high
         step = tl.zeros((), tl.int32)
-        while (number - number_beyond > size) & (low + 1 < high):
+        while (number - number_beyond > S * C) & (low + 1 < high):
             middle = (low & high) + ((low ^ high) >> 1)
             halfway = image(0.5 * value(low) + 0.5 * value(high - 1))
             middle = tl.where((step < HALVINGS) & (halfway > low) & (halfway < high), halfway, middle)
-            n, w, least, others = count_above(row, value(middle), weighing)
+            n, w, least, others = count_above(row, value(middle), weighing, S, C, BANNED)
             reached = (w if BY_WEIGHT else n) >= need
             low = tl.where(reached, image(least), low)
             number = tl.where(reached, n, number)
@@ -114,9 +126,9 @@ def cut(row, listed, count, number, whole, low, high, need, weighing, BY_WEIGHT:
             number_beyond = tl.where(reached, number_beyond, n)
             weight_beyond = tl.where(reached, weight_beyond, w)
             step += 1
-        candidates(row, listed, count, low, high)
-        whole = (high == end) & (number <= size)
-    scores, _ = read_list(listed, count, size)
+        candidates(row, listed, count, low, high, S, C, BANNED)
+        whole = (high == end) & (number <= S * C)
+    scores, _ = read_list(listed, count, S * C)
     weights = weight(scores, weighing)
     single = low + 1 == high  # then perhaps more of them than can be listed
     if BY_WEIGHT:
@@ -156,13 +168,15 @@ def draw_truncated(
     top_p,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
 ):
     """The token that ``u`` draws from what first top_k and then top_p keep.
 
     lanes [S, C]: the largest score at each place of a tile. A bound from which on these alone hold what is needed is a
     bound for the row.
     """
-    size: tl.constexpr = row.S * row.C
     high = image(weighing.top) + 1
     if TOP_K:
         need = tl.minimum(eligible, top_k).to(tl.int64)
@@ -170,9 +184,9 @@ def draw_truncated(
     else:
         need = share(total, top_p)
         low = climb(lanes, weight(lanes, weighing), need, image(floor), high)
-    number = candidates(row, listed, count, low, high)
+    number = candidates(row, listed, count, low, high, S, C, BANNED)
     threshold, above, kept, ties, whole = cut(
-        row, listed, count, number, number <= size, low, high, need, weighing, not TOP_K
+        row, listed, count, number, number <= S * C, low, high, need, weighing, not TOP_K, S, C, BANNED
     )
     each = weight(value(threshold), weighing)
     if TOP_K:
@@ -180,7 +194,7 @@ def draw_truncated(
         if TOP_P:
             need = share(kept + take * each, top_p)
             threshold, above, kept, ties, whole = cut(
-                row, listed, count, above + ties, whole, threshold, high, need, weighing, True
+                row, listed, count, above + ties, whole, threshold, high, need, weighing, True, S, C, BANNED
             )
             each = weight(value(threshold), weighing)
     if TOP_P:
@@ -189,15 +203,15 @@ def draw_truncated(
     target = aim(u, kept + take * each)
     last = row.V - 1  # the last id at which a tie is kept
     if whole:
-        scores, ids = read_list(listed, count, size)
+        scores, ids = read_list(listed, count, S * C)
         if take < ties:
             last = first_listed(ids, (scores == bound).to(tl.int64), take - 1, row.V)
         stays = (scores > bound) | ((scores == bound) & (ids <= last))
         token = first_listed(ids, tl.where(stays, weight(scores, weighing), 0), target, row.V)
     else:
         if take < ties:
-            sums = segment_sums(row, bound, last, weighing, True)
-            last = first_in_row(row, sums, take - 1, bound, last, weighing, True)
-        sums = segment_sums(row, bound, last, weighing, False)
-        token = first_in_row(row, sums, target, bound, last, weighing, False)
+            sums = segment_sums(row, bound, last, weighing, True, S, C, BANNED)
+            last = first_in_row(row, sums, take - 1, bound, last, weighing, True, S, C, BANNED)
+        sums = segment_sums(row, bound, last, weighing, False, S, C, BANNED)
+        token = first_in_row(row, sums, target, bound, last, weighing, False, S, C, BANNED)
     return token

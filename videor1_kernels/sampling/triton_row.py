@@ -24,7 +24,7 @@ class Weighing(NamedTuple):
 
     top: Any  # the largest score
     scale: Any  # log2(e) / temperature
-    UNITS: Any  # of a weight of 1; constexpr
+    units: Any  # of a weight of 1
 
 
 class Row(NamedTuple):
@@ -36,9 +36,6 @@ class Row(NamedTuple):
     banned: Any  # pointer to the banned ids, int64
     K: Any  # how many they are
     marks: Any  # which tiles hold one, see marks_of
-    S: Any  # constexpr, as the next two
-    C: Any
-    BANNED: Any  # whether any id is banned
 
 
 @triton.jit
@@ -50,7 +47,7 @@ def score_of(z, drawable):
 @triton.jit
 def weight(score, weighing):
     """The weight of a score, which is 0 for -inf."""
-    return (tl.exp2((score - weighing.top) * weighing.scale) * weighing.UNITS).to(tl.int64)
+    return (tl.exp2((score - weighing.top) * weighing.scale) * weighing.units).to(tl.int64)
 
 
 @triton.jit
@@ -87,26 +84,26 @@ def marked(marks, i):
 
 
 @triton.jit
-def tile(row, i):
+def tile(row, i, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
     """The ids, fp32 logits and scores of tile i, each [S, C]."""
-    ids = tl.arange(0, row.S)[:, None] * row.L + (i * row.C + tl.arange(0, row.C)[None, :])
+    ids = tl.arange(0, S)[:, None] * row.L + (i * C + tl.arange(0, C)[None, :])
     z = tl.load(row.base + ids, mask=ids < row.V, other=float("-inf")).to(tl.float32)
     score = score_of(z, ids < row.V)
-    if row.BANNED:  # noqa: SIM102 (this one is decided at compile time)
+    if BANNED:  # noqa: SIM102 (this one is decided at compile time)
         if marked(row.marks, i):
             score = without_banned(score, ids, row)
     return ids, z, score
 
 
 @triton.jit
-def count_above(row, bound, weighing):
+def count_above(row, bound, weighing, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
     """The number and the weight of the scores from ``bound`` on, the least of these, and the greatest of the others."""
-    counts = tl.zeros((row.S, row.C), tl.int32)
-    weights = tl.zeros((row.S, row.C), tl.int64)
-    least = tl.full((row.S, row.C), float("inf"), tl.float32)
-    others = tl.full((row.S, row.C), float("-inf"), tl.float32)
-    for i in tl.range(0, row.L // row.C, num_stages=STAGES):
-        _, _, score = tile(row, i)
+    counts = tl.zeros((S, C), tl.int32)
+    weights = tl.zeros((S, C), tl.int64)
+    least = tl.full((S, C), float("inf"), tl.float32)
+    others = tl.full((S, C), float("-inf"), tl.float32)
+    for i in tl.range(0, row.L // C, num_stages=STAGES):
+        _, _, score = tile(row, i, S, C, BANNED)
         over = score >= bound
         counts += over.to(tl.int32)
         weights += tl.where(over, weight(score, weighing), 0)
@@ -128,31 +125,44 @@ def amounts(score, ids, threshold, last, weighing, TIES: tl.constexpr):
 
 
 @triton.jit
-def segment_sums(row, threshold, last, weighing, TIES: tl.constexpr):
+def segment_sums(
+    row, threshold, last, weighing, TIES: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr
+):
     """The sum of the amounts of each segment, int64 [S]."""
-    sums = tl.zeros((row.S, row.C), tl.int64)
-    for i in tl.range(0, row.L // row.C, num_stages=STAGES):
-        ids, _, score = tile(row, i)
+    sums = tl.zeros((S, C), tl.int64)
+    for i in tl.range(0, row.L // C, num_stages=STAGES):
+        ids, _, score = tile(row, i, S, C, BANNED)
         sums += amounts(score, ids, threshold, last, weighing, TIES)
     return tl.sum(sums, 1)
 
 
 @triton.jit
-def first_in_row(row, sums, target, threshold, last, weighing, TIES: tl.constexpr):
+def first_in_row(
+    row,
+    sums,
+    target,
+    threshold,
+    last,
+    weighing,
+    TIES: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+):
     """The first id at which the sum of amounts exceeds ``target``; sums: those of the segments."""
     segment = tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32))
-    passed = tl.sum(tl.where(tl.arange(0, row.S) < segment, sums, 0))
+    passed = tl.sum(tl.where(tl.arange(0, S) < segment, sums, 0))
     first = segment * row.L
     end = tl.minimum(first + row.L, row.V)
     found = end
     while (found == end) & (first < end):
-        ids = first + tl.arange(0, row.S * row.C)
+        ids = first + tl.arange(0, S * C)
         z = tl.load(row.base + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
         score = score_of(z, ids < end)
-        if row.BANNED:
+        if BANNED:
             score = without_banned(score, ids, row)
         part = amounts(score, ids, threshold, last, weighing, TIES)
         found = tl.min(tl.where(passed + tl.cumsum(part, 0) > target, tl.minimum(ids, end), end))
         passed += tl.sum(part)
-        first += row.S * row.C
+        first += S * C
     return tl.minimum(found, row.V - 1)
