@@ -122,16 +122,16 @@ def linear_grpo_loss(
     advantages: Tensor,
     cu_seqlens: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
     loss_type: str = "grpo",
     beta: float = 0.04,
     clip_low: float | None = None,
     clip_high: float | None = None,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
+    temperature: float | Tensor = 1.0,
     max_completion_length: int | None = None,
     num_tokens: float | None = None,
     backend: str = "auto",
@@ -153,10 +153,10 @@ def linear_grpo_loss(
         labels: int64 [N] in [0, V); -100 masks the token.
         advantages: [S]; fp64, fp32, bf16 or fp16.
         cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
-        temperature: a number, or a tensor [N] of a float dtype; above 0.
         old_logp, ref_logp: [N], nats, as in :func:`grpo_loss`; fp64, fp32, bf16 or fp16; or None.
         loss_type, beta, clip_low, clip_high, importance_level: as in :func:`grpo_loss`.
         kl_clamp: above 0, nats.
+        temperature: a number, or a tensor [N] of a float dtype; above 0.
         max_completion_length: for dr_grpo, tokens.
         num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
         backend: ``auto``, ``triton``, ``reference``.
