@@ -1,8 +1,8 @@
 """Kernels for reinforcement learning on video language models, each with a reference in plain torch.
 
-Every function takes ``backend="auto"``, which picks the fastest implementation that can run on the inputs' device; a
-named backend is that one or an error. :func:`backends` lists them, :func:`chosen_backend` says what a call would take
-and :func:`last_backend` what the last one took.
+Every function takes ``backend="auto"``, which picks the fastest implementation that can run on the inputs' device. A
+backend that is named is the one that runs, or the call is an error. :func:`backends` lists the backends of a function,
+:func:`chosen_backend` says which one a call would take, and :func:`last_backend` which one the last call took.
 """
 
 from videor1_kernels.dispatch import backends, chosen_backend, last_backend

@@ -1,4 +1,4 @@
-"""Argument checks of every operation. Messages name the operation, the argument, what was expected and what came."""
+"""The argument checks of every operation. A message names the operation, the argument, what was expected and given."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IGNORED = -100
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype the maths runs in: fp64 where any input is fp64 (oracle, gradcheck), else fp32."""
+    """The dtype to compute in: fp64 if any input is fp64 (as for an oracle or a gradcheck), else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def fail(op: str, name: str, expected: str, got: object) -> ValueError:
-    """The error to raise; every check below words its message through here."""
+    """The error to raise. Every check below makes its message here."""
     return ValueError(f"{op}: {name}: expected {expected}, got {got}")
 
 
@@ -32,7 +32,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
 ) -> None:
-    """Check type, dtype, shape and device. A string in ``shape`` is a dimension of any size, shown by that letter."""
+    """Check type, dtype, shape and device. A string in ``shape`` stands for a dimension of any size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -48,7 +48,7 @@ def check_tensor(
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """``value`` is one of ``choices``; the message suggests the nearest."""
+    """Check that ``value`` is one of ``choices``; the message suggests the nearest one."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
@@ -59,7 +59,7 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
 def check_number(
     op: str, name: str, value: object, *, above: float | None = None, at_least: float | None = None
 ) -> None:
-    """``value`` is a finite int or float in range."""
+    """Check that ``value`` is a finite int or float in the range."""
     bound = f" above {above:g}" if above is not None else f" of {at_least:g} or more" if at_least is not None else ""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if good and above is not None:
@@ -71,7 +71,10 @@ def check_number(
 
 
 def check_indices(op: str, name: str, index: Tensor, size: int, *, ignored: int | None = None) -> None:
-    """Every entry lies in [0, size), or equals ``ignored``. Waits for the device once, so not in a CUDA graph."""
+    """Check that every entry lies in [0, size) or equals ``ignored``.
+
+    This waits for the device once, so it is left out while a CUDA graph is captured.
+    """
     if capturing(index):
         return
     bad = (index < 0) | (index >= size)
@@ -85,7 +88,7 @@ def check_indices(op: str, name: str, index: Tensor, size: int, *, ignored: int 
 
 
 def check_temperature(op: str, temperatures: Tensor | None) -> None:
-    """Every entry is finite and above 0. Waits for the device once, so not in a CUDA graph."""
+    """Check that every entry is finite and above 0; left out while a CUDA graph is captured, as it waits."""
     if temperatures is None or capturing(temperatures):
         return
     if not bool(((temperatures > 0) & temperatures.isfinite()).all()):
@@ -93,7 +96,7 @@ def check_temperature(op: str, temperatures: Tensor | None) -> None:
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, *, smallest: int = 0) -> None:
-    """Cumulative lengths: start at 0, steps of ``smallest`` or more, end at ``total``. Waits for the device once."""
+    """Check cumulative lengths: from 0 to ``total`` in steps of ``smallest`` or more. Waits for the device once."""
     check_tensor(op, name, cu_seqlens, ("S+1",), INTEGERS)
     if capturing(cu_seqlens):
         return
@@ -109,7 +112,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, *, smal
 
 
 def capturing(values: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: nothing may wait for the device then, so values go unchecked."""
+    """Whether a CUDA graph is being captured. Nothing may wait for the device then, so values are not checked."""
     return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -1,11 +1,11 @@
-"""Which implementation runs. ``auto`` may choose; an explicit backend is that one or an error, never another."""
+"""The choice of an implementation: ``auto`` takes the fastest that can run, a named backend is that one or an error."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from videor1_kernels.checks import check_choice
 BACKENDS = ("auto", "reference", "triton", "native")
 
 
-# (device, dtype) -> why it cannot run there, None: it can. dtype None: that of no particular call.
+# (device, dtype) -> why it cannot run there, or None if it can. The dtype is None where no particular call is meant.
 Unavailable = Callable[[torch.device, torch.dtype | None], str | None]
 
 
@@ -27,9 +27,9 @@ class Implementation:
     """One backend of one operation."""
 
     backend: str
-    what: Any  # a callable or a module; a string: the name of a module, imported at its first use
+    what: Any  # a callable, a module, or the name of a module to import at its first use
     unavailable: Unavailable
-    only_explicit: Callable[[torch.device], bool]  # can run on this device, but ``auto`` leaves it
+    only_explicit: Callable[[torch.device], bool]  # whether ``auto`` leaves it out on this device
 
 
 _registry: dict[str, list[Implementation]] = {}
@@ -44,7 +44,7 @@ def register(
     unavailable: Unavailable = lambda device, dtype: None,
     only_explicit: Callable[[torch.device], bool] = lambda device: False,
 ) -> None:
-    """Add an implementation of ``op``. ``auto`` takes the first registered that can run: register the fastest first."""
+    """Add an implementation of ``op``. ``auto`` takes the first one that can run, so register the fastest first."""
     check_choice("register", "backend", backend, BACKENDS[1:])
     implementations = _registry.setdefault(op, [])
     if any(known.backend == backend for known in implementations):
@@ -53,7 +53,7 @@ def register(
 
 
 def register_triton(op: str, module: str, *, only_16_bit: bool = False) -> None:
-    """Register ``module``'s kernels: for CUDA tensors, and under TRITON_INTERPRET=1 on request for CPU tensors too."""
+    """Register the kernels of ``module``: for CUDA tensors and, by name with TRITON_INTERPRET=1, for CPU tensors."""
 
     def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
         if only_16_bit and device.type == "cuda" and dtype == torch.float32:
@@ -76,10 +76,10 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str 
 
 
 def resolve(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """The implementation of ``op`` that ``backend`` names on ``device``; remembered for :func:`last_backend`.
+    """The implementation of ``op`` for ``backend`` on ``device``; :func:`last_backend` then names it.
 
-    ``dtype`` is the one the maths runs in. Raises ValueError, saying what can run and why the rest cannot, for an
-    unknown or unavailable backend.
+    ``dtype`` is the compute dtype. An unknown or unavailable backend is a ValueError, which says what can run and why
+    the others cannot.
     """
     chosen = _choose(op, backend, torch.device(device), dtype)
     _last[op] = chosen.backend
@@ -87,22 +87,32 @@ def resolve(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
 
 
 def exactly(values: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtypes of their operands. Leaving autocast takes longer than many a small product, so it is left
-    only where it is on."""
+    """A context in which products run in the dtypes of their operands.
+
+    To disable autocast takes longer than a small product, so it is disabled only where it is on.
+    """
     kind = values.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager
 def running_on(values: Tensor) -> Iterator[None]:
-    """Run an implementation on the device of ``values``, in the dtypes it asks for: autocast would round its products,
-    and Triton launches on the current device."""
+    """A context for an implementation: the device of ``values`` is current, and autocast is off.
+
+    Triton launches on the current device, and autocast would round the products of an implementation.
+    """
     with torch.autocast(values.device.type, enabled=False):
         if values.is_cuda:
             with torch.cuda.device(values.device):
                 yield
         else:
             yield
+
+
+def nearest_capability(known: Collection[int], device: torch.device) -> int:
+    """The largest of the ``known`` compute capabilities that is not above the GPU's, or 80 if all are."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((capability for capability in known if capability <= 10 * major + minor), default=80)
 
 
 def chosen_backend(
@@ -114,7 +124,7 @@ def chosen_backend(
         op: the name of an operation of this package, "linear_logprob" for example.
         device: where its tensors are.
         backend: as the call has it.
-        dtype: the dtype that the maths runs in, ``torch.bfloat16`` for example; None: that of no particular call.
+        dtype: the dtype of the computation, ``torch.bfloat16`` for example; None if no particular call is meant.
 
     Returns:
         "triton", "native" or "reference".

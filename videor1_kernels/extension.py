@@ -1,7 +1,7 @@
 """The C++ of csrc/: compiled at its first use into a library in the user's cache folder, then loaded from there.
 
-Nothing is compiled at installation, and nothing needs the result: who loads a library has another way to compute the
-same, and says so where it is taken. VIDEOR1_NATIVE=0 in the environment turns all of it off.
+Nothing is compiled at installation. No caller depends on a library: each can compute the same without it, and logs a
+warning when it does so. VIDEOR1_NATIVE=0 in the environment turns the compilation off.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """Why a library cannot be used here, in words that follow a colon."""
+    """Says why a library cannot be used here, in words that can follow a colon."""
 
 
 def load(name: str) -> ctypes.CDLL:
-    """The library made of csrc/``name``.cpp, compiled if it is not in the cache. Raises Unavailable."""
+    """The library of csrc/``name``.cpp, compiled if it is not in the cache. Raises Unavailable."""
     _check_wanted()
     return _loaded(_library(name, (f"{name}.cpp",), _compiler(), FLAGS), ctypes.CDLL)
 
@@ -66,7 +66,7 @@ def load_operators(device_type: str) -> None:
 
 @functools.cache
 def torch_parallel_for() -> ctypes.c_void_p | None:
-    """torch's own threads, so that no second pool competes with them. None: this torch does not export them."""
+    """torch's own parallel loop, so that no second pool of threads competes; None if this torch does not export it."""
     import torch
 
     try:
@@ -77,7 +77,7 @@ def torch_parallel_for() -> ctypes.c_void_p | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: videor1 in XDG_CACHE_HOME, or in ~/.cache. May be deleted at any time."""
+    """The folder of the compiled libraries: videor1 in XDG_CACHE_HOME or in ~/.cache. It may be deleted at any time."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache"), "videor1")
 
@@ -92,10 +92,11 @@ def _check_wanted() -> None:
 def _library(
     name: str, sources: Sequence[str], compiler: Sequence[str], flags: Sequence[str], torch_links: Sequence[str] = ()
 ) -> Path:
-    """Compiled if it is not in the cache; with ``torch_links``, against torch's headers and these of its libraries.
+    """The file of a library, compiled if it is not in the cache.
 
-    Its file is named after the sources, the headers, the compiler's version, the flags and the machine, so a change of
-    any makes another one. It ends with the SHA-256 of what precedes it: a damaged file is compiled anew, never loaded.
+    With ``torch_links`` it is compiled against torch's headers and these of torch's libraries. The file's name is a
+    hash of the sources, the headers, the compiler's version, the flags and the machine, so each combination has its own
+    file. It ends with the SHA-256 of its other bytes, so that a damaged file is compiled again and never loaded.
     """
     folder = cache_folder()
     try:
@@ -182,7 +183,10 @@ def _build(path: Path, command: Sequence[str], sources: Sequence[Path]) -> None:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Decode workers start together: one compiles, the others wait. Where a folder cannot be locked, each compiles."""
+    """A lock, since decode workers start together: one compiles while the others wait.
+
+    If the folder cannot be locked, each of them compiles.
+    """
     import fcntl  # there is none on Windows, where nothing is compiled
 
     handle = os.open(folder, os.O_RDONLY)

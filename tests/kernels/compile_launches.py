@@ -21,9 +21,10 @@ from videor1_kernels.grpo_loss import reference as grpo_loss
 from videor1_kernels.grpo_loss.triton_terms import terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
-from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
 from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_decode
 from videor1_kernels.prefix_attention import triton as prefix_attention
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
 from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
@@ -160,10 +161,8 @@ def _gradients() -> Iterator[str]:
             memory(rows, entries, dtype=torch.int64),
             None if bias is None else memory(vocabulary, dtype=bias),
             memory(rows),
-            memory(rows),
-            memory(rows),
+            RowStatistics(memory(rows), memory(rows), memory(rows)),
             memory(rows, entries),
-            entropy=memory(rows) if entropy else None,
             grad_entropy=memory(rows) if entropy else None,
             source=memory(rows, dtype=torch.int64) if moved else None,
         )
@@ -329,17 +328,9 @@ def _decode(block: Block, *, full: bool) -> Iterator[str]:
         prefix_k, prefix_v = (memory(len(groups) * prefix, heads[1], size, dtype=dtype) for _ in range(2))
         suffix_k, suffix_v = (memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2))
         suffix_lengths = memory(rows, dtype=lengths).zero_()
-        triton_decode.prefix_decode_attention(
-            memory(rows, heads[0], size, dtype=dtype),
-            prefix_k,
-            prefix_v,
-            suffix_k,
-            suffix_v,
-            suffix_lengths,
-            layout,
-            0.1,
-            block,
-        )
+        q = memory(rows, heads[0], size, dtype=dtype)
+        inputs = DecodeInputs(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths)
+        triton_decode.prefix_decode_attention(inputs, layout, 0.1, block)
 
     yield "7B decode, 12 rows, bf16"
     launch([8, 4], 1224, 768, (28, 4), 128, BF16, ALIGNED)

@@ -61,6 +61,17 @@ class Oracle:
         return int((self.ends > uniform).nonzero()[0])
 
 
+def without_distribution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows [5, 50] with NaN, with +inf or with nothing finite, and ids that are banned."""
+    bad = torch.randn(5, 50, generator=generator)
+    bad[0] = torch.nan
+    bad[1, 7] = torch.nan
+    bad[2, 9] = torch.inf
+    bad[3] = -torch.inf
+    bad[4, 0] = torch.nan  # banned
+    return bad, torch.tensor([0, 1, 49])
+
+
 def oracle(
     logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Tensor | None = None
 ) -> Oracle:

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from videor1_kernels.linear_logprob import reference, tiles
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 
 ROWS, HIDDEN, VOCAB = 4096, 1024, 32768
 MIB = 2**20
@@ -48,8 +49,8 @@ def test_the_instrument():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_takes_a_tenth_of_the_memory(dtype):
-    hidden, weight, labels = make(ROWS, HIDDEN, VOCAB, dtype)
-    ours = peak_bytes(lambda: reference.forward(hidden, weight, labels, None, 1.0))
+    inputs = HeadInputs(*make(ROWS, HIDDEN, VOCAB, dtype), None, 1.0)
+    ours = peak_bytes(lambda: reference.forward(inputs))
     plain = 2 * ROWS * VOCAB * dtype.itemsize  # logits and their log-softmax
     assert ours + UNSEEN <= plain / 10
     assert ours + UNSEEN <= 40 * MIB
@@ -58,10 +59,9 @@ def test_forward_takes_a_tenth_of_the_memory(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_takes_a_tenth_of_the_memory(dtype):
     hidden, weight, labels = make(ROWS, 64, VOCAB, dtype)
+    inputs = HeadInputs(hidden, weight, labels, None, 1.0)
     grad, entropy, lse = torch.ones(ROWS), torch.ones(ROWS), torch.full((ROWS,), 10.0, dtype=torch.float64)
-    ours = peak_bytes(
-        lambda: reference.backward(grad, grad, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False))
-    )
+    ours = peak_bytes(lambda: reference.backward(inputs, (grad, grad), entropy, lse, (True, True, False)))
     plain = 2 * ROWS * VOCAB * dtype.itemsize  # autograd's log-softmax and its gradient
     assert ours + UNSEEN - hidden.nbytes - weight.nbytes <= plain / 10
 
@@ -98,10 +98,11 @@ def test_nothing_is_multiplied_or_converted_twice(way, monkeypatch):
         monkeypatch.setattr(tiles, "_onednn", lambda: False)
     rows, hidden_size, vocab = 700, 8, 9000
     hidden, weight, labels = make(rows, hidden_size, vocab, torch.bfloat16)
+    inputs = HeadInputs(hidden, weight, labels, None, 1.0)
     with Work() as forward:
-        _, entropy, lse = reference.forward(hidden, weight, labels, None, 1.0)
+        _, entropy, lse = reference.forward(inputs)
     with Work() as backward:
-        reference.backward(torch.ones(rows), None, hidden, weight, labels, None, 1.0, entropy, lse, (True, True, False))
+        reference.backward(inputs, (torch.ones(rows), None), entropy, lse, (True, True, False))
     passes = -(-vocab // tiles.tile_sizes(rows, weight, torch.float32)[1])
     assert passes == 7
     product, converted = rows * hidden_size * vocab, vocab * hidden_size + passes * rows * hidden_size

@@ -20,6 +20,7 @@ import torch
 
 from videor1_kernels import extension, linear_logprob
 from videor1_kernels.linear_logprob import native, reference, tiles
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.testing import rounding
 
 CPU = Path("/proc/cpuinfo")
@@ -201,7 +202,7 @@ def test_other_dtypes_never_ask_for_it(monkeypatch):
         (hidden, weight.double(), None),
         (hidden, weight, torch.zeros(300, dtype=torch.float64)),
     ]:
-        reference.forward(x, w, labels, bias, 1.0)
+        reference.forward(HeadInputs(x, w, labels, bias, 1.0))
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import pytest
 import torch
 from bounds import BY_HAND
 from grpo_options import CLIPS, LOSSES
+from same_bits import assert_same_bits
 
 from videor1_kernels import grpo_loss
-from videor1_kernels.testing import assert_matches, poisoned_memory
+from videor1_kernels.testing import assert_matches
 
 # Two completions, of 2 tokens with advantage 2 and of 1 token with advantage -1: token losses -2, -2, 1.
 ADVANTAGES = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -441,11 +442,7 @@ def test_same_bits_in_poisoned_memory():
         out = grpo_loss(logp, **case, clip_low=0.2, importance_level="sequence")
         return out.loss, out.kl, out.clip_fraction, *torch.autograd.grad(out.loss, logp)
 
-    first = once()
-    with poisoned_memory():
-        second = once()
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(once)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,8 @@ def test_autocast_runs_the_head_in_its_dtype():
 def test_the_call_of_trl():
     """Constructed and called as by GRPOTrainer of TRL 1.12, the last with a Liger loss."""
     inputs = make_inputs()
+    sapo = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+    vespo = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
     results = []
     for loss_class in (Ours, Theirs):
         loss_fn = loss_class(
@@ -226,12 +228,8 @@ def test_the_call_of_trl():
             importance_sampling_level="token",
             delta=None,
             use_bias_correction_kl=False,
-            sapo_temperature_pos=1.0,
-            sapo_temperature_neg=1.05,
-            vespo_k_pos=2.0,
-            vespo_lambda_pos=3.0,
-            vespo_k_neg=3.0,
-            vespo_lambda_neg=2.0,
+            **sapo,
+            **vespo,
         )
         if loss_class is Theirs:
             loss_fn.compiled = False

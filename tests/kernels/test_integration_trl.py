@@ -234,18 +234,10 @@ def test_use_without_trl(monkeypatch):
 
 def save_model(folder):
     """A tiny model in ``folder``; -> its tokenizer."""
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+    sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = Qwen2Config(**sizes, **heads, **special, initializer_range=0.3)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, V)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -255,6 +247,8 @@ def save_model(folder):
 
 def train(folder, tokenizer, **options):
     """Two steps of GRPO; -> what TRL logged, and the trainer."""
+    sizes = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 20}
+    quiet = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     trainer = GRPOTrainer(
         model=str(folder),
         reward_funcs=lambda completions, **_: [math.sin(len(set(text.split())) + len(text)) for text in completions],
@@ -262,17 +256,11 @@ def train(folder, tokenizer, **options):
         processing_class=tokenizer,
         args=GRPOConfig(
             output_dir=str(folder / "run"),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=20,
-            logging_steps=1,
+            **sizes,
+            **quiet,
             learning_rate=0.02,
-            report_to="none",
-            save_strategy="no",
             use_cpu=True,
             bf16=False,
-            disable_tqdm=True,
             seed=3,
             optim="sgd",  # Adam would divide rounding differences by gradients near zero
             **options,

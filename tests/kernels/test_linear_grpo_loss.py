@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from grpo_options import GOOD
+from same_bits import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
 from videor1_kernels import grpo_loss, linear_grpo_loss, linear_logprob
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.linear_logprob import tiles
-from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, poisoned_memory
+from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse
 
 LENGTHS = (5, 1, 0, 8, 3)
 
@@ -158,19 +161,9 @@ def test_rows_without_a_coefficient_do_no_gradient_work():
 def below_the_operator(hidden, weight, labels, advantages, cu_seqlens):
     """The reference itself, with gradients: what runs inside an operator is hidden from a dispatch mode."""
     options = reference.GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None)
-    return reference.linear_grpo_loss(
-        hidden.detach(),
-        weight.detach(),
-        labels,
-        advantages,
-        cu_seqlens,
-        None,
-        None,
-        None,
-        1.0,
-        options,
-        [True, True, False],
-    )
+    inputs = HeadInputs(hidden.detach(), weight.detach(), labels, None, 1.0)
+    completions = reference.Completions(advantages, cu_seqlens, None, None)
+    return reference.linear_grpo_loss(inputs, completions, options, [True, True, False])
 
 
 def test_gradients_multiply_only_the_live_rows():
@@ -224,11 +217,7 @@ def test_frozen_head_and_same_bits():
         out = linear_grpo_loss(hidden, weight, **case, bias=bias)
         return out.loss, out.logp, out.entropy, *torch.autograd.grad(out.loss, hidden)
 
-    first = once()
-    with poisoned_memory():
-        second = once()
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(once)
 
 
 def test_row_temperature():
@@ -252,13 +241,5 @@ def test_row_temperature():
     ],
 )
 def test_errors(change, message):
-    arguments = {
-        "hidden": torch.zeros(3, 4),
-        "weight": torch.zeros(5, 4),
-        "labels": torch.zeros(3).long(),
-        "advantages": torch.zeros(2),
-        "cu_seqlens": torch.tensor([0, 2, 3]),
-        "beta": 0,
-    } | change
     with pytest.raises(ValueError, match=f"linear_grpo_loss: {message}"):
-        linear_grpo_loss(**arguments)
+        linear_grpo_loss(**GOOD | change)

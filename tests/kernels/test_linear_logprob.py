@@ -5,17 +5,12 @@ import math
 import pytest
 import torch
 from bounds import BY_HAND
+from same_bits import assert_same_bits
 
 from videor1_kernels import linear_logprob
 from videor1_kernels.linear_logprob import reference, tiles
-from videor1_kernels.testing import (
-    LargestTensor,
-    assert_matches,
-    assert_no_worse,
-    oracle_inputs,
-    poisoned_memory,
-    rounding,
-)
+from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, oracle_inputs, rounding
 
 
 def dense(hidden, weight, labels, bias=None, temperature=1.0):
@@ -201,7 +196,7 @@ def test_a_far_maximum_leaves_everything_finite(far, monkeypatch):
 
 def test_the_reference_keeps_the_normaliser():
     hidden, weight, labels, bias = (x.detach() for x in make((8,), 4, 50, torch.float32))
-    *_, lse = reference.forward(hidden, weight, labels, bias, 0.5)
+    *_, lse = reference.forward(HeadInputs(hidden, weight, labels, bias, 0.5))
     exact = ((hidden.double() @ weight.double().T + bias.double()) / 0.5).logsumexp(1)
     assert lse.dtype == torch.float64
     bound = rounding(4 + 50, exact.max().item())
@@ -302,12 +297,12 @@ def test_full_logits_are_never_made(monkeypatch):
         sum(x.sum() for x in dense(hidden, weight, labels, bias)).backward()
     assert naive.numel == rows * vocab  # the instrument sees it
     monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", 64 * 1024)
-    tensors = [x.detach() for x in (hidden, weight, labels, bias)]
+    inputs = HeadInputs(*(x.detach() for x in (hidden, weight, labels, bias)), 1.0)
     ones = torch.ones(rows)
     # Below the torch operator, whose inside the instrument does not see.
     with LargestTensor() as seen:
-        _, entropy, lse = reference.forward(*tensors, 1.0)
-        reference.backward(ones, ones, *tensors, 1.0, entropy, lse, (True, True, True))
+        _, entropy, lse = reference.forward(inputs)
+        reference.backward(inputs, (ones, ones), entropy, lse, (True, True, True))
     assert 60 * 1024 // 4 <= seen.numel <= 64 * 1024 // 4, seen.operation
 
 
@@ -408,11 +403,7 @@ def test_same_bits_every_time_and_in_poisoned_memory():
         outputs = linear_logprob(hidden, weight, labels, bias=bias)
         return *outputs, *gradients(outputs, (hidden, weight, bias))
 
-    first = once()
-    with poisoned_memory():
-        second = once()
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(once)
 
 
 def test_threads_change_nothing_beyond_rounding():

@@ -93,20 +93,10 @@ def fused(backend):
     other = -torch.rand(9, device=DEVICE)
     advantages = torch.tensor([1.0, 2.0, -1.0], device=DEVICE)
 
+    options = {"old_logp": other, "ref_logp": other, "clip_low": 0.2, "temperature": 0.9, "backend": backend}
+
     def call(hidden, weight, bias):
-        out = vk.linear_grpo_loss(
-            hidden,
-            weight,
-            labels,
-            advantages,
-            CU,
-            old_logp=other,
-            ref_logp=other,
-            bias=bias,
-            clip_low=0.2,
-            temperature=0.9,
-            backend=backend,
-        )
+        out = vk.linear_grpo_loss(hidden, weight, labels, advantages, CU, bias=bias, **options)
         return 2 * out.loss, (out.logp, out.entropy, out.kl, out.clip_fraction, out.skipped_rows)
 
     return call, (hidden, weight, bias)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sampling_cases import ALMOST_ONE, EDGES, SETTINGS, check, chi_square_p, hard_logits, oracle
+from sampling_cases import ALMOST_ONE, EDGES, SETTINGS, check, chi_square_p, hard_logits, oracle, without_distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videor1_kernels import last_backend, sample_tokens
@@ -212,13 +212,7 @@ def test_rows_with_no_distribution(options):
     """NaN, +inf, or nothing finite: some id that is not banned, and NaN for its log-prob; other rows as ever."""
     generator = torch.Generator().manual_seed(0)
     good = torch.randn(4, 50, generator=generator)
-    bad = torch.randn(5, 50, generator=generator)
-    bad[0] = torch.nan
-    bad[1, 7] = torch.nan
-    bad[2, 9] = torch.inf
-    bad[3] = -torch.inf
-    bad[4, 0] = torch.nan  # banned
-    banned = torch.tensor([0, 1, 49])
+    bad, banned = without_distribution(generator)
     uniform = torch.rand(9, generator=generator)
     uniform[4:8] = torch.tensor([0.0, ALMOST_ONE, 0.3, 0.7])
     tokens, logp = sample_tokens(torch.cat([good, bad]), uniform, banned=banned, **options)

@@ -10,7 +10,7 @@ from triton_logprob_cases import LAYOUTS, NAMES, check, evaluate, strided
 from videor1_kernels import linear_logprob
 from videor1_kernels.linear_logprob import products, triton, triton_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics, tile_for
-from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
 from videor1_kernels.testing import assert_matches, poisoned_memory
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -240,23 +240,11 @@ def test_in_place_row_gradient(step, narrow, entropy, entries):
     grad[dead] = 0.0
     if entropy:
         grad_entropy[dead] = 0.0
-    _, spread, top, log_total = row_statistics(logits, index, bias, scale, entropy=True)
+    _, statistics = row_statistics(logits, index, bias, scale, entropy=True)
     source = torch.tensor([0, 7, 2, 3, 6, 5], device=DEVICE)  # rows 1 and 4 hold the gradients of rows 7 and 6
 
     def into(given, out, source=None):
-        row_gradient(
-            given,
-            out,
-            index,
-            bias,
-            scale,
-            top,
-            log_total,
-            grad,
-            entropy=spread if entropy else None,
-            grad_entropy=grad_entropy,
-            source=source,
-        )
+        row_gradient(given, out, index, bias, scale, statistics, grad, grad_entropy=grad_entropy, source=source)
 
     apart = torch.full((rows + 2, vocab + 9), 7.0, dtype=narrow, device=DEVICE)
     into(logits, apart[1 : rows + 1, 4 : 4 + vocab])
@@ -291,5 +279,6 @@ def test_a_row_without_gradient_becomes_zero_unread():
     logits = torch.full((2, 40), math.nan, device=DEVICE)
     index = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
     ones, zeros = torch.ones(2, device=DEVICE), torch.zeros(2, 1, device=DEVICE)
-    row_gradient(logits, logits, index, None, ones, ones, ones, zeros, entropy=ones, grad_entropy=zeros[:, 0])
+    statistics = RowStatistics(ones, ones, ones)
+    row_gradient(logits, logits, index, None, ones, statistics, zeros, grad_entropy=zeros[:, 0])
     assert (logits == 0).all()

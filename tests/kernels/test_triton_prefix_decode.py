@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_prefix_decode_attention import naive
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import CUDA, DEVICE, HALF, Counter, error_of
+from triton_cases import CUDA, DEVICE, HALF, Counter, Launches, error_of
 
 from videor1_kernels import DecodeLayout, chosen_backend, last_backend, prefix_decode_attention
 from videor1_kernels.prefix_attention import triton_decode
@@ -294,17 +294,6 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-class Launches:
-    """Stands in for a kernel: remembers the grids of its launches, and launches nothing."""
-
-    def __init__(self):
-        self.grids = []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return lambda *args, **options: None
 
 
 def test_one_launch_and_nothing_else(monkeypatch):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from sampling_cases import ALMOST_ONE, EDGES, SETTINGS, check, chi_square_p, hard_logits, oracle
-from triton_cases import CUDA, DEVICE, Counter, error_of
+from sampling_cases import ALMOST_ONE, EDGES, SETTINGS, check, chi_square_p, hard_logits, oracle, without_distribution
+from triton_cases import CUDA, DEVICE, Counter, Launches, shared_error
 
 from videor1_kernels import last_backend, sample_tokens
 from videor1_kernels.sampling import triton, triton_list
@@ -184,13 +184,7 @@ def test_rows_do_not_know_of_each_other(tile):
 def test_rows_with_no_distribution(options, tile):
     tile("small")
     good = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    bad = torch.randn(5, 50, generator=torch.Generator().manual_seed(1))
-    bad[0] = torch.nan
-    bad[1, 7] = torch.nan
-    bad[2, 9] = torch.inf
-    bad[3] = -torch.inf
-    bad[4, 0] = torch.nan  # banned
-    banned = torch.tensor([0, 1, 49])
+    bad, banned = without_distribution(torch.Generator().manual_seed(1))
     logits, uniform = torch.cat([good, bad]), torch.tensor([0.3, 0.6, 0.0, ALMOST_ONE, 0.3, 0.7, 0.5])
     with poisoned_memory():
         tokens, logp = call(logits, uniform, banned, **options)
@@ -299,19 +293,11 @@ if not CUDA:  # calls inside a kernel can be counted where it is interpreted
 
 
 def test_one_launch(monkeypatch):
-    class Kernel:
-        launches = 0
-        kernel = triton.sample_kernel
-
-        def __getitem__(self, grid):
-            Kernel.launches += 1
-            assert grid == (3,)
-            return Kernel.kernel[grid]
-
-    monkeypatch.setattr(triton, "sample_kernel", Kernel())
-    for launches, options in enumerate(OPTIONS, 1):
+    launches = Launches(triton.sample_kernel)
+    monkeypatch.setattr(triton, "sample_kernel", launches)
+    for options in OPTIONS:
         call(torch.randn(3, 40), torch.rand(3), torch.tensor([4]), **options)
-        assert Kernel.launches == launches
+    assert launches.grids == [(3,)] * len(OPTIONS)
 
 
 def test_layouts_and_no_gradient(tile):
@@ -353,16 +339,7 @@ GOOD = {"logits": torch.zeros(2, 4), "uniform": torch.zeros(2), "banned": torch.
     ids=str,
 )
 def test_errors_are_the_references(change):
-    given = {
-        name: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
-        for name, x in (GOOD | change).items()
-    }
-    logits, uniform = given.pop("logits"), given.pop("uniform")
-    messages = [
-        error_of(lambda b=b: sample_tokens(logits, uniform, **given, backend=b)) for b in ("triton", "reference")
-    ]
-    assert messages[0] == messages[1]
-    assert next(iter(change)) in messages[0]
+    assert next(iter(change)) in shared_error(sample_tokens, GOOD | change)
 
 
 def test_fp64_is_refused():

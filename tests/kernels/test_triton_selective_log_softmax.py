@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES, QUIET, assert_all_match, error_of, leaf, upstream
+from triton_cases import DEVICE, DTYPES, QUIET, assert_all_match, leaf, shared_error, upstream
 from triton_logprob_cases import LAYOUTS, strided
 
 from videor1_kernels import last_backend, selective_log_softmax
@@ -133,12 +133,5 @@ def test_selective_rows_without_gradient_are_zero_whatever_they_hold(dtype):
     ],
 )
 def test_selective_errors_are_the_references(index, temperature):
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(DEVICE)
-    logits = torch.zeros(2, 4, device=DEVICE)
-    messages = [
-        error_of(lambda b=b: selective_log_softmax(logits, index.to(DEVICE), temperature=temperature, backend=b))
-        for b in ("triton", "reference")
-    ]
-    assert messages[0] == messages[1]
-    assert "selective_log_softmax" in messages[0]
+    arguments = {"logits": torch.zeros(2, 4), "index": index, "temperature": temperature}
+    assert "selective_log_softmax" in shared_error(selective_log_softmax, arguments)

@@ -6,8 +6,9 @@ products wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,27 @@ def error_of(call: Callable[[], object]) -> str:
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("no error was raised")
+
+
+def shared_error(call: Callable[..., object], arguments: Mapping[str, object]) -> str:
+    """The error of a call with these arguments, which is the same on the Triton backend as in the reference."""
+    given = {
+        name: x.to(DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x for name, x in arguments.items()
+    }
+    ours, theirs = (error_of(lambda b=b: call(**given, backend=b)) for b in ("triton", "reference"))
+    assert ours == theirs
+    return ours
+
+
+class Launches:
+    """Stands in for a kernel: remembers the grids of its launches, and launches it if it is given."""
+
+    def __init__(self, kernel: Any = None) -> None:
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        self.grids.append(grid)
+        return self.kernel[grid] if self.kernel else lambda *args, **options: None
 
 
 class Counter:

@@ -75,14 +75,6 @@ def check_linear(head, case, *, factor=1.0, **options):
     return ours, grads
 
 
-GOOD = {
-    "hidden": torch.zeros(3, 4),
-    "weight": torch.zeros(5, 4),
-    "labels": torch.zeros(3).long(),
-    "advantages": torch.zeros(2),
-    "cu_seqlens": torch.tensor([0, 2, 3]),
-    "beta": 0,
-}
 BAD = [
     {"beta": 0.1}, {"beta": -1}, {"beta": math.nan}, {"advantages": torch.zeros(1)}, {"advantages": torch.zeros(2, 1)},
     {"advantages": torch.zeros(2).long()}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"}, {"loss_type": "gpo"},
@@ -95,10 +87,3 @@ BAD = [
     {"cu_seqlens": torch.tensor([0.0, 2.0, 3.0])}, {"cu_seqlens": torch.tensor([0, 3])},
     {"cu_seqlens": torch.empty(0).int()}, {"cu_seqlens": torch.tensor([[0, 2, 3]])},
 ]  # fmt: skip
-
-
-def given(arguments):
-    return {
-        name: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
-        for name, x in arguments.items()
-    }

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from videor1_kernels.checks import IGNORED
 from videor1_kernels.linear_logprob import reference as head_reference
 from videor1_kernels.linear_logprob import tiles
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import chunk_rows
 from videor1_kernels.prefix_attention import MOST_D
 from videor1_kernels.prefix_attention import ops as attention_ops
@@ -240,7 +241,7 @@ class Ledger(TorchDispatchMode):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self, self.part("head and loss"), _without_pointers():
             if not self.cuda:
-                return head_reference.forward(hidden, weight, labels, bias, temperature)
+                return head_reference.forward(HeadInputs(hidden, weight, labels, bias, temperature))
             rows, vocabulary = len(labels), len(weight)
             if hidden.dtype.itemsize == 2:
                 self.workspace(3 * -(-vocabulary // HEAD_BLOCK) * rows * 4)
@@ -300,13 +301,12 @@ class Ledger(TorchDispatchMode):
 def _loss_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Any, temperature: float, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    _, entropy, lse = head_reference.forward(hidden, weight, labels, bias, temperature)
+    inputs = HeadInputs(hidden, weight, labels, bias, temperature)
+    _, entropy, lse = head_reference.forward(inputs)
     if not any(needs):
         return None, None
     grad_logp = (labels != IGNORED).float()  # Every token has a gradient, which takes the most memory.
-    d_hidden, d_weight, _ = head_reference.backward(
-        grad_logp, None, hidden, weight, labels, bias, temperature, entropy, lse, needs
-    )
+    d_hidden, d_weight, _ = head_reference.backward(inputs, (grad_logp, None), entropy, lse, needs)
     return d_hidden, d_weight
 
 

@@ -33,22 +33,22 @@ register(OP, "reference", frames_to_patches_reference)
 def frames_to_patches(
     frames: Tensor | YuvFrames,
     *,
+    both: Literal[False] = False,
     size: tuple[int, int],
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
-    both: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
 @overload
 def frames_to_patches(
     frames: Tensor | YuvFrames,
     *,
+    both: Literal[True],
     size: tuple[int, int],
     permutation: Sequence[int] | Tensor,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
-    both: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 def frames_to_patches(

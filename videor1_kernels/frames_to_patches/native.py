@@ -1,4 +1,4 @@
-"""frames_to_patches from csrc/: one pass from planes to patches, in C++ on a CPU and in CUDA on a card."""
+"""frames_to_patches of csrc/: one pass from planes to patches, in C++ on a CPU and in CUDA on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _lock = threading.Lock()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why it cannot run there; None: it can. Compiles the library at the first question that hangs on it."""
+    """Why it cannot run there, or None if it can. Compiles the library when the answer first depends on that."""
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CPUs and CUDA devices, not on {device.type}"
     if dtype == torch.float64:
@@ -49,7 +49,7 @@ def frames_to_patches(
     rotation: int,
     both: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``frames_to_patches`` on checked arguments; planes are read where they are, whatever their row strides."""
+    """``frames_to_patches`` for checked arguments. Planes are not copied, whatever the strides of their rows."""
     if isinstance(frames, YuvFrames):
         planes, matrix, full_range = list(frames.planes), MATRICES[frames.matrix], frames.range == "full"
     else:
@@ -81,14 +81,14 @@ def frames_to_patches(
 
 
 def _dense_rows(plane: Tensor) -> Tensor:
-    """Samples of a row next to each other: all that the kernels ask of strides."""
+    """The plane with the samples of a row next to each other, which is all that the kernels require of strides."""
     dense = plane.stride(-1) == 1 and (plane.dim() == 3 or plane.stride(2) == plane.shape[3])
     return plane if dense else plane.contiguous()
 
 
 @functools.lru_cache(maxsize=256)
 def _table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """The resize's first taps and weights; on a card, windows begin at multiples of 4 samples."""
+    """The first taps and the weights of the resize; on a GPU, windows begin at multiples of 4 samples."""
     align = 1 if device.type == "cpu" else 4
     first, weights, taps = torch.ops.videor1_csrc.resample_table(torch.empty(0), size_in, size_out, align)
     return first.to(device), weights.to(device), taps
@@ -96,7 +96,7 @@ def _table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, T
 
 @functools.lru_cache(maxsize=64)
 def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[3, 256]: what is stored for each channel and level; those of ``normalize_patches``, to the bit."""
+    """The stored value of each channel and level, [3, 256]: exactly the values of ``normalize_patches``."""
     levels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, PATCH_COLUMNS)
     stored = levels if dtype == torch.uint8 else normalize_patches(levels.contiguous(), dtype)
     return stored[:, :: PATCH_COLUMNS // 3].T.contiguous().to(device)

@@ -1,6 +1,6 @@
-"""Pure-PyTorch frames_to_patches: the oracle, and the path that runs on any device.
+"""frames_to_patches in plain torch: the oracle of the tests, which runs on any device.
 
-Letters: F frames, T temporal patches (2 frames each), h x w the grid of 14-pixel patches, H x W the output's pixels.
+F frames, T temporal patches of 2 frames each, h x w patches of 14 x 14 pixels in an output of H x W pixels.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ def frames_to_patches_reference(
     both: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``frames_to_patches`` on checked arguments.
+    """``frames_to_patches`` for checked arguments.
 
-    compute_dtype: of the resize and the normalisation; default fp64 where ``dtype`` is, else fp32.
+    The resize and the normalisation run in ``compute_dtype``, by default fp64 if ``dtype`` is fp64, else fp32.
     """
     compute_dtype = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-    stored = size if rotation % 180 == 0 else size[::-1]  # turned once it is small; the filter is symmetric
+    stored = size if rotation % 180 == 0 else size[::-1]  # turned after the resize, whose filter is symmetric
     levels = torch.cat([_resized(group, stored) for group in _float_groups(frames, stored, compute_dtype)])
     levels = torch.rot90(levels, rotation // 90, (2, 3))  # [F, 3, H, W]
     permuted = levels if permutation is None else levels[torch.as_tensor(permutation, device=levels.device)]

@@ -114,23 +114,6 @@ def tgrpo_advantages(
     check_number(op, "eps", eps, at_least=0)
     if len(length_range) != 2 or not length_range[0] <= length_range[1]:
         raise fail(op, "length_range", "(low, high) with low <= high", tuple(length_range))
-    low, high = length_range
-    return Advantages(
-        *tgrpo_advantages_op(
-            accuracy.detach(),
-            format.detach(),
-            lengths,
-            shuffled_accuracy,
-            rule,
-            alpha,
-            mu,
-            correct_above,
-            length_bonus,
-            low,
-            high,
-            normalize,
-            eps,
-            apply,
-            backend,
-        )
-    )
+    options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply)
+    made = tgrpo_advantages_op(accuracy.detach(), format.detach(), lengths, shuffled_accuracy, *options, backend)
+    return Advantages(*made)

@@ -30,7 +30,7 @@ def tgrpo_advantages_op(
     apply: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
+    """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     run = dispatch.resolve("tgrpo_advantages", backend, accuracy.device, dtype)
     options = AdvantageOptions(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)

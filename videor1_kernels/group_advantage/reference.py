@@ -1,4 +1,4 @@
-"""Reference in plain torch. P prompts, G ordered and Gs shuffled completions."""
+"""Reference in plain torch. P prompts, each with G ordered and Gs shuffled completions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdvantageOptions:
 
 
 def check_values(accuracy: Tensor, format: Tensor, shuffled_accuracy: Tensor | None) -> None:
-    """Accuracies and formats are finite; a shuffled accuracy may be NaN. Waits for the device."""
+    """Check that accuracies and formats are finite; a shuffled accuracy may be NaN. Waits for the device."""
     op = "tgrpo_advantages"
     for name, values in (("accuracy", accuracy), ("format", format)):
         if not bool(values.isfinite().all()):
@@ -42,12 +42,12 @@ def check_values(accuracy: Tensor, format: Tensor, shuffled_accuracy: Tensor | N
 def tgrpo_advantages(
     accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: AdvantageOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P])."""
+    """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     check_values(accuracy, format, shuffled_accuracy)
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     correct = accuracy > options.correct_above  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
-    # In fp64: equal accuracies have equal means whatever the two group sizes, and a bonus that all completions of a
-    # group get leaves their advantages as they were.
+    # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
+    # of a group get does not change their advantages.
     accuracy, format = accuracy.double(), format.double()
     p = accuracy.mean(1).to(dtype)
     if shuffled_accuracy is None:
@@ -66,7 +66,7 @@ def tgrpo_advantages(
 
     size = accuracy.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
-    # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
+    # Sums that are equal may differ in their last bits, as 0.1 + 0.2 and 0.3 do. Such a difference is no preference.
     magnitude = (accuracy.abs() + format.abs() + length.abs()).amax(1)
     spread = rewards.amax(1) - rewards.amin(1)
     equal = spread <= 4 * torch.finfo(dtype).eps * magnitude
@@ -81,7 +81,7 @@ def tgrpo_advantages(
 
 
 def temporal_bonus(p: Tensor, p_shuffled: Tensor, options: AdvantageOptions) -> Tensor:
-    """p, p_shuffled [P] -> [P]. A comparison with NaN (no shuffled branch) is false: no bonus."""
+    """The temporal bonus [P] of p and p_shuffled [P]; 0 if p_shuffled is NaN, for want of a shuffled branch."""
     if options.rule == "margin":
         return torch.where(p > p_shuffled, options.alpha * (p - p_shuffled), 0.0)
     bar = options.mu * p_shuffled

@@ -1,4 +1,4 @@
-"""tgrpo_advantages on Triton: all prompts in one launch. P prompts, G ordered and Gs shuffled completions."""
+"""tgrpo_advantages on Triton, in one launch. P prompts, each with G ordered and Gs shuffled completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from videor1_kernels.checks import capturing
 from videor1_kernels.group_advantage.reference import RULES, AdvantageOptions, check_values
 
-ELEMENTS = 512  # of one program: prompts times the width of a group
+ELEMENTS = 512  # in a program: its prompts times the padded size of a group
 
 
 @triton.jit
@@ -42,9 +42,9 @@ def advantage_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """accuracy, format, lengths [P, G], shuffled [P, Gs] -> advantages, rewards [P, G] and [P] of the rest.
+    """Write advantages and rewards [P, G] and the other results [P], from [P, G] inputs and shuffled [P, Gs].
 
-    RULE: the place in RULES. unusable [P]: 1 where an input must not be used (NaN or infinite).
+    RULE is the index in RULES. unusable [P] becomes 1 where an input is NaN or infinite and must not be.
     """
     prompts = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     here = prompts < P
@@ -57,8 +57,8 @@ def advantage_kernel(
     correct = inside & (acc > correct_above)
     infinite = float("inf")
     bad = tl.max((~((tl.abs(acc) < infinite) & (tl.abs(form) < infinite))).to(tl.int32), 1)
-    # In fp64: equal accuracies have equal means whatever the two group sizes, and a bonus that all completions of a
-    # group get leaves their advantages as they were.
+    # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
+    # of a group get does not change their advantages.
     acc, form = acc.to(tl.float64), form.to(tl.float64)
     p = (tl.sum(acc, 1) / G).to(tl.float32)  # [BLOCK_P]
 
@@ -67,7 +67,7 @@ def advantage_kernel(
     second = tl.load(shuffled + prompts.to(tl.int64)[:, None] * Gs + others[None, :], mask=present, other=0.0)
     second = second.to(tl.float32)  # [BLOCK_P, BLOCK_S]
     bad = tl.maximum(bad, tl.max((tl.abs(second) == infinite).to(tl.int32), 1))
-    counted = present & (second == second)  # NaN: no such completion
+    counted = present & (second == second)  # NaN marks a missing completion
     number = tl.sum(counted.to(tl.float64), 1)
     total = tl.sum(tl.where(counted, second, 0.0).to(tl.float64), 1)
     p_shuffled = tl.where(number > 0, total / tl.maximum(number, 1.0), float("nan")).to(tl.float32)
@@ -88,7 +88,7 @@ def advantage_kernel(
 
     mean = tl.sum(rewards, 1) / G
     centred = tl.where(inside, rewards - mean[:, None], 0.0)
-    # Sums of equal parts may differ in their last bits: 0.1 + 0.2 and 0.3. What rounding makes is not a preference.
+    # Sums that are equal may differ in their last bits, as 0.1 + 0.2 and 0.3 do. Such a difference is no preference.
     magnitude = tl.max(tl.abs(acc) + tl.abs(form) + tl.abs(extra), 1)
     top = tl.max(tl.where(inside, rewards, float("-inf")), 1)
     bottom = tl.min(tl.where(inside, rewards, float("inf")), 1)
@@ -111,9 +111,9 @@ def advantage_kernel(
 def tgrpo_advantages(
     accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: AdvantageOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (advantages [P, G], rewards [P, G], temporal [P], p [P], p_shuffled [P]), fp32.
+    """Return advantages and rewards, each fp32 [P, G], and temporal, p and p_shuffled, each fp32 [P].
 
-    Inputs are checked in the same launch; only their verdict is waited for, and not inside a CUDA graph.
+    The same launch checks the inputs. The host waits only for the result of the checks, and not in a CUDA graph.
     """
     prompts, size = accuracy.shape
     others = 0 if shuffled_accuracy is None else shuffled_accuracy.shape[1]

@@ -1,8 +1,8 @@
-"""The GRPO family of losses: from log-probabilities, or from hidden states through the linear head."""
+"""The losses of the GRPO family, from log-probabilities or from hidden states through the linear head."""
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
-from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, GrpoLossOptions
+from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Completions, GrpoLossOptions
 from videor1_kernels.linear_logprob import check_head, split_temperature
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
@@ -23,14 +23,14 @@ for _op in ("grpo_loss", "linear_grpo_loss"):
 
 @dataclass(frozen=True)
 class GrpoLoss:
-    """What a loss call returns. N tokens; all but ``loss`` are detached."""
+    """What a loss call returns, for N tokens; all but ``loss`` are detached."""
 
     loss: Tensor  # scalar, differentiable
     logp: Tensor  # [N] nats; 0 at masked tokens
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped_rows: int  # tokens of coefficient d loss / d logp exactly 0: no gradient work (torch.compile: symbolic)
+    skipped_rows: int  # tokens with d loss / d logp of exactly 0, which cost nothing (under torch.compile a symbol)
 
 
 def grpo_loss(
@@ -40,13 +40,13 @@ def grpo_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
-    mask: Tensor | None = None,
     loss_type: str = "grpo",
     beta: float = 0.04,
     clip_low: float | None = None,
     clip_high: float | None = None,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
+    mask: Tensor | None = None,
     max_completion_length: int | None = None,
     num_tokens: float | None = None,
     backend: str = "auto",
@@ -78,12 +78,12 @@ def grpo_loss(
             so that r is exactly 1.
         ref_logp: [N], nats, under the reference model; fp64, fp32, bf16 or fp16. Needed where ``beta`` is above 0,
             ignored where it is 0.
-        mask: bool [N], False leaves the token out; None: all are in.
         loss_type: "grpo", "bnpo", "dr_grpo" or "dapo", as above.
         beta: factor on the KL term, 0 or more.
         clip_low, clip_high: above 0; None leaves that side unclipped.
         kl_clamp: above 0, nats.
         importance_level: "token" or "sequence".
+        mask: bool [N], False leaves the token out; None: all are in.
         max_completion_length: for dr_grpo, tokens.
         num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
         backend: ``auto``, ``triton``, ``reference``.
@@ -104,32 +104,13 @@ def grpo_loss(
     check_tensor(op, "logp", logp, ("N",))
     if mask is not None:
         check_tensor(op, "mask", mask, logp.shape, (torch.bool,), logp.device)
-    options = check_options(
-        op,
-        len(logp),
-        logp.device,
-        advantages,
-        cu_seqlens,
-        old_logp,
-        ref_logp,
-        loss_type=loss_type,
-        beta=beta,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_clamp=kl_clamp,
-        importance_level=importance_level,
-        max_completion_length=max_completion_length,
-        num_tokens=num_tokens,
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
+    options = GrpoLossOptions(
+        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
+    options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-        logp,
-        advantages.detach(),
-        cu_seqlens,
-        _detached(old_logp),
-        _detached(ref_logp),
-        mask,
-        *astuple(options),
-        backend,
+        logp, *map(_detached, completions), mask, *astuple(options), backend
     )
     return GrpoLoss(loss, shown.detach(), None, kl.detach(), clip_fraction.detach(), skipped)
 
@@ -157,14 +138,13 @@ def linear_grpo_loss(
 ) -> GrpoLoss:
     """GRPO loss of packed completions from the hidden states that predict their tokens.
 
-    :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`: see there for the formulas.
-    The logits are never whole in memory, and a token whose coefficient
-    d loss / d logp is exactly 0 (masked, clipped, or of zero advantage without a KL term) takes no part in the
-    gradient's products.
+    It is :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`; see there for the
+    formulas. The logits are never whole in memory. A token whose coefficient d loss / d logp is exactly 0 (it is masked
+    or clipped, or its advantage is 0 and there is no KL term) takes no part in the products of the gradient.
 
-    The gradients are formed in this call, of those of ``hidden``, ``weight`` and ``bias`` that require one (none under
-    ``torch.no_grad()``), and ``loss.backward()`` only scales them: with C the rows that have a coefficient, the kernels
-    do 2NHV + 4CHV operations, 2NHV + 2CHV for a frozen head. Between the two calls d_weight is held in fp32.
+    This call already computes the gradients of ``hidden``, ``weight`` and ``bias``, as far as they require one and not
+    under ``torch.no_grad()``; ``loss.backward()`` only scales them. If C rows have a coefficient other than 0, the
+    kernels do 2NHV + 4CHV operations, or 2NHV + 2CHV for a frozen head. Between the two calls d_weight is kept in fp32.
     The loss is differentiable once.
 
     Args:
@@ -197,32 +177,17 @@ def linear_grpo_loss(
     check_tensor(op, "hidden", hidden, ("N", "H"))
     check_head(op, hidden, weight, labels, bias)
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
-    options = check_options(
-        op,
-        len(hidden),
-        hidden.device,
-        advantages,
-        cu_seqlens,
-        old_logp,
-        ref_logp,
-        loss_type=loss_type,
-        beta=beta,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_clamp=kl_clamp,
-        importance_level=importance_level,
-        max_completion_length=max_completion_length,
-        num_tokens=num_tokens,
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
+    options = GrpoLossOptions(
+        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
     )
+    options = _checked(op, completions, len(hidden), hidden.device, options)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
         hidden,
         weight,
         labels,
-        advantages.detach(),
-        cu_seqlens,
-        _detached(old_logp),
-        _detached(ref_logp),
+        *map(_detached, completions),
         bias,
         temperatures,
         scalar,
@@ -233,25 +198,12 @@ def linear_grpo_loss(
     return GrpoLoss(loss, logp.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
 
 
-def check_options(
-    op: str,
-    tokens: int,
-    device: torch.device,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    *,
-    loss_type: str,
-    beta: float,
-    clip_low: float | None,
-    clip_high: float | None,
-    kl_clamp: float,
-    importance_level: str,
-    max_completion_length: int | None,
-    num_tokens: float | None,
+def _checked(
+    op: str, completions: Completions, tokens: int, device: torch.device, options: GrpoLossOptions
 ) -> GrpoLossOptions:
-    """Checks of everything but the log-probabilities' source."""
+    """Check everything but where the log-probs come from. Returns the options with numbers of the operator's types."""
+    advantages, cu_seqlens, old_logp, ref_logp = completions
+    beta, num_tokens = options.beta, options.num_tokens
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
     if not len(cu_seqlens):
         raise fail(op, "cu_seqlens", "at least one entry (the leading 0)", "an empty tensor")
@@ -259,35 +211,26 @@ def check_options(
     for name, values in (("old_logp", old_logp), ("ref_logp", ref_logp)):
         if values is not None:
             check_tensor(op, name, values, (tokens,), device=device)
-    check_choice(op, "loss_type", loss_type, LOSS_TYPES)
-    check_choice(op, "importance_level", importance_level, IMPORTANCE_LEVELS)
+    check_choice(op, "loss_type", options.loss_type, LOSS_TYPES)
+    check_choice(op, "importance_level", options.importance_level, IMPORTANCE_LEVELS)
     check_number(op, "beta", beta, at_least=0)
-    check_number(op, "kl_clamp", kl_clamp, above=0)
-    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+    check_number(op, "kl_clamp", options.kl_clamp, above=0)
+    for name, clip in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
         if clip is not None:
             check_number(op, name, clip, above=0)
     if beta > 0 and ref_logp is None:
         raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)
-    if loss_type == "dr_grpo":
-        if max_completion_length is None:
+    if options.loss_type == "dr_grpo":
+        if options.max_completion_length is None:
             raise fail(op, "max_completion_length", "a number of tokens, as loss_type is 'dr_grpo'", None)
-        check_number(op, "max_completion_length", max_completion_length, above=0)
-    if loss_type == "dapo":
+        check_number(op, "max_completion_length", options.max_completion_length, above=0)
+    if options.loss_type == "dapo":
         if num_tokens is None:
             raise fail(op, "num_tokens", "the tokens of the whole accumulated batch, as loss_type is 'dapo'", None)
         if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
             num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
-    return GrpoLossOptions(
-        loss_type=loss_type,
-        beta=float(beta),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_clamp=float(kl_clamp),
-        importance_level=importance_level,
-        max_completion_length=max_completion_length,
-        num_tokens=num_tokens,
-    )
+    return replace(options, beta=float(beta), kl_clamp=float(options.kl_clamp), num_tokens=num_tokens)
 
 
 def _detached(values: Tensor | None) -> Tensor | None:

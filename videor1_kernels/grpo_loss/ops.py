@@ -1,7 +1,8 @@
-"""torch operators of grpo_loss and linear_grpo_loss: opaque to torch.compile, with gradients.
+"""The torch operators of grpo_loss and linear_grpo_loss: opaque to torch.compile, with gradients.
 
-Both know their whole gradient after the forward pass, so the backward pass only multiplies by the incoming gradient of
-the loss. What depends on values is checked inside. The operators are private; the public functions are in the package.
+Both compute their whole gradient in the forward pass, so the backward pass only multiplies it by the incoming gradient
+of the loss. They check what depends on values. They are private; the public functions are in the package. Their schemas
+give the types of their parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
-from videor1_kernels.grpo_loss.reference import GrpoLossOptions
+from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions
+from videor1_kernels.linear_logprob.inputs import head_inputs
 from videor1_kernels.linear_logprob.products import times
 
 
@@ -28,33 +30,28 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
-@torch.library.custom_op("videor1::grpo_loss", mutates_args=())
-def grpo_loss_op(
-    logp: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    loss_type: str,
-    beta: float,
-    clip_low: float | None,
-    clip_high: float | None,
-    kl_clamp: float,
-    importance_level: str,
-    max_completion_length: float | None,
-    num_tokens: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
+_COMPLETIONS = "Tensor advantages, Tensor cu_seqlens, Tensor? old_logp, Tensor? ref_logp"
+_OPTIONS = (
+    "str loss_type, float beta, float? clip_low, float? clip_high, float kl_clamp, str importance_level, "
+    "float? max_completion_length, float? num_tokens"
+)
+
+
+@torch.library.custom_op(
+    "videor1::grpo_loss",
+    mutates_args=(),
+    schema=f"(Tensor logp, {_COMPLETIONS}, Tensor? mask, {_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)",
+)
+def grpo_loss_op(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, *others):
+    """Return (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
     op = "grpo_loss"
+    *options, backend = others
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(logp))
     run = dispatch.resolve(op, backend, logp.device, compute_dtype(logp))
-    options = GrpoLossOptions(
-        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
-    )
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     with dispatch.running_on(logp):
-        return tuple(run.grpo_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options))
+        return tuple(run.grpo_loss(logp, completions, mask, GrpoLossOptions(*options)))
 
 
 @grpo_loss_op.register_fake
@@ -79,58 +76,31 @@ def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ..
 grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("videor1::linear_grpo_loss", mutates_args=())
-def linear_grpo_loss_op(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    loss_type: str,
-    beta: float,
-    clip_low: float | None,
-    clip_high: float | None,
-    kl_clamp: float,
-    importance_level: str,
-    max_completion_length: float | None,
-    num_tokens: float | None,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
-    """-> (loss, logp, entropy, kl, clip_fraction, skipped_rows, d_hidden, d_weight, d_bias, norm).
+@torch.library.custom_op(
+    "videor1::linear_grpo_loss",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, {_COMPLETIONS}, Tensor? bias, Tensor? temperatures,"
+    f" float temperature, {_OPTIONS}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, *others):
+    """Return (loss, logp, entropy, kl, clip_fraction, skipped_rows, d_hidden, d_weight, d_bias, norm).
 
-    The gradients are of loss / norm; an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
+    The gradients are those of loss / norm, an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
     """
     op = "linear_grpo_loss"
+    temperatures, temperature, *options, needs, backend = others
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden))
     check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
     check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
-    options = GrpoLossOptions(
-        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
-    )
+    inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature)
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     with dispatch.running_on(hidden):
-        result = run.linear_grpo_loss(
-            hidden,
-            weight,
-            labels,
-            advantages,
-            cu_seqlens,
-            old_logp,
-            ref_logp,
-            bias,
-            temperature if temperatures is None else temperatures,
-            options,
-            needs,
-        )
-    # Contiguous, as the fake kernel says; a gradient may have come out in the layout of its input.
+        result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs)
+    # The fake kernel promises contiguous results, but a gradient may have the memory layout of its input.
     laid_out = (value.contiguous() if isinstance(value, Tensor) else value for value in result)
-    return tuple(hidden.new_empty(0) if value is None else value for value in laid_out)  # type: ignore[return-value]
+    return tuple(hidden.new_empty(0) if value is None else value for value in laid_out)
 
 
 @linear_grpo_loss_op.register_fake

@@ -1,5 +1,7 @@
-"""Reference in plain torch. The loss is linear in its tokens' terms, so a token's whole gradient is one coefficient
-d loss / d logp that needs only its completion's log-probabilities: it is formed in the forward pass and kept.
+"""Reference in plain torch.
+
+The loss is linear in the terms of its tokens. So the gradient of a token is one coefficient, d loss / d logp, which
+depends only on the log-probs of its completion. The forward pass forms it and keeps it.
 
 N tokens, S completions. Per token, with weight w (see ``_token_weights``), ratio r and x = clamp(ref_logp - logp):
 coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]).
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
 from videor1_kernels.linear_logprob import reference as head
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -35,8 +38,17 @@ class GrpoLossOptions:
     num_tokens: float | None
 
 
+class Completions(NamedTuple):
+    """S completions of N tokens in all, end to end, and what the loss knows of them beside the policy's log-probs."""
+
+    advantages: Tensor  # [S]
+    cu_seqlens: Tensor  # [S+1]: where each completion starts, and N
+    old_logp: Tensor | None  # [N], under the policy that sampled; None: the policy itself
+    ref_logp: Tensor | None  # [N], under the reference model
+
+
 class Terms(NamedTuple):
-    """What a loss call works out from the log-probabilities."""
+    """What the log-probs determine of a loss."""
 
     loss: Tensor  # scalar
     coefficient: Tensor  # [N]: d loss / d logp
@@ -45,7 +57,7 @@ class Terms(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What grpo_loss's implementations return."""
+    """What every implementation of grpo_loss returns."""
 
     loss: Tensor  # scalar
     logp: Tensor  # [N]; 0 at masked tokens
@@ -56,7 +68,7 @@ class Result(NamedTuple):
 
 
 class LinearResult(NamedTuple):
-    """What linear_grpo_loss's implementations return. The gradients are of loss / norm, None where not needed."""
+    """What every implementation of linear_grpo_loss returns. The gradients are those of loss / norm."""
 
     loss: Tensor  # scalar
     logp: Tensor  # [N]
@@ -64,23 +76,15 @@ class LinearResult(NamedTuple):
     kl: Tensor  # scalar
     clip_fraction: Tensor  # scalar
     skipped_rows: int
-    d_hidden: Tensor | None  # [N, H]
+    d_hidden: Tensor | None  # [N, H]; None where it is not needed, as the two below
     d_weight: Tensor | None  # [V, H], in the dtype that it was summed in
-    d_bias: Tensor | None  # [V], likewise
+    d_bias: Tensor | None  # [V], in the dtype that it was summed in
     norm: Tensor  # scalar, a power of two
 
 
-def grpo_loss(
-    logp: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    options: GrpoLossOptions,
-) -> Result:
-    """The loss from log-probabilities [N], and its gradient."""
-    terms = loss_terms(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, options)
+def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
+    """The loss from log-probs [N], and its gradient. mask: bool [N], the tokens that count; None: all."""
+    terms = loss_terms(logp, completions, mask, options)
     shown = logp.to(terms.loss.dtype, copy=True)
     if mask is not None:
         shown.masked_fill_(~mask, 0.0)
@@ -89,54 +93,39 @@ def grpo_loss(
 
 
 def linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    options: GrpoLossOptions,
-    needs: Sequence[bool],
+    inputs: HeadInputs, completions: Completions, options: GrpoLossOptions, needs: Sequence[bool]
 ) -> LinearResult:
-    """The loss from hidden states, and its gradients: rows of zero coefficient are left out of them."""
-    logp, entropy, lse = head.forward(hidden, weight, labels, bias, temperature)
-    loss, _, kl, clip_fraction, coefficient, skipped = grpo_loss(
-        logp, advantages, cu_seqlens, old_logp, ref_logp, labels != IGNORED, options
-    )
+    """The loss from hidden states, and those gradients of hidden, weight and bias that ``needs`` asks for.
+
+    Rows whose coefficient is 0 take no part in the gradients.
+    """
+    logp, entropy, lse = head.forward(inputs)
+    counted = inputs.labels != IGNORED
+    loss, _, kl, clip_fraction, coefficient, skipped = grpo_loss(logp, completions, counted, options)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if any(needs):
-        gradients = head.backward(coefficient, None, hidden, weight, labels, bias, temperature, entropy, lse, needs)
+        gradients = head.backward(inputs, (coefficient, None), entropy, lse, needs)
     return LinearResult(loss, logp, entropy, kl, clip_fraction, skipped, *gradients, torch.ones_like(loss))
 
 
-def loss_terms(
-    logp: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    options: GrpoLossOptions,
-) -> Terms:
-    """The loss, its gradient per token, and the statistics."""
+def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Terms:
+    """The loss, its gradient per token, and the statistics; arguments as for :func:`grpo_loss`."""
     dtype = compute_dtype(logp)
     if mask is None:
         mask = torch.ones_like(logp, dtype=torch.bool)
     # Masked entries may hold anything, NaN included.
     logp = logp.to(dtype).masked_fill(~mask, 0.0)
     old_logp, ref_logp = (
-        None if values is None else values.to(dtype).masked_fill(~mask, 0.0) for values in (old_logp, ref_logp)
+        None if values is None else values.to(dtype).masked_fill(~mask, 0.0)
+        for values in (completions.old_logp, completions.ref_logp)
     )
-    boundaries = cu_seqlens.long()
+    boundaries = completions.cu_seqlens.long()
     lengths = boundaries.diff()  # [S]
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
     counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
     tokens = counted[boundaries[1:]] - counted[boundaries[:-1]]  # [S], unmasked
     weight = _token_weights(tokens, options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
-    advantage = advantages.to(dtype)[sequence]  # [N]
+    advantage = completions.advantages.to(dtype)[sequence]  # [N]
 
     log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp
     if options.importance_level == "sequence" and len(lengths):
@@ -174,7 +163,7 @@ def loss_terms(
 
 
 def _token_weights(tokens: Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
-    """tokens [S] -> [S]: the factor that a completion's token terms have in the loss."""
+    """The factor [S] that the terms of a completion's tokens have in the loss; tokens [S]: how many it has."""
     completions = len(tokens)
     ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)
     if options.loss_type == "grpo":

@@ -1,9 +1,14 @@
 """grpo_loss and linear_grpo_loss on Triton kernels.
 
-linear_grpo_loss forms the gradients in the forward pass (6NHV operations): of a chunk of rows, one product for the
-logits, a row kernel for their statistics, a small one for the coefficients, a row kernel that turns the logits into
-their gradient in place, and a product each for d_hidden and d_weight. A token's coefficient needs only its own
-log-prob (its completion's, for sequence ratios), so nothing is recomputed.
+linear_grpo_loss forms the gradients in the forward pass, a chunk of rows at a time, with 6NHV operations in all:
+
+1. a product gives the logits, and a row kernel their statistics;
+2. a small kernel computes the coefficients;
+3. a row kernel turns the logits into their gradient, in place;
+4. one product gives d_hidden, and another d_weight.
+
+A token's coefficient depends only on its own log-prob, or on those of its completion if ratios are per sequence. So
+nothing is computed twice.
 
 N rows, H hidden, V vocabulary, S completions.
 """
@@ -17,8 +22,9 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED
-from videor1_kernels.grpo_loss.reference import GrpoLossOptions, LinearResult, Result
+from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, LinearResult, Result
 from videor1_kernels.grpo_loss.triton_terms import terms
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
     chunk_rows,
@@ -33,17 +39,9 @@ from videor1_kernels.linear_logprob.triton import inverse, statistics
 from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
 
 
-def grpo_loss(
-    logp: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    options: GrpoLossOptions,
-) -> Result:
-    """-> (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
-    boundaries = cu_seqlens.long().contiguous()
+def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
+    """The loss from log-probs [N], and its gradient."""
+    boundaries = completions.cu_seqlens.long().contiguous()
     tokens = boundaries.diff()  # [S]
     if mask is not None:
         counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
@@ -53,11 +51,11 @@ def grpo_loss(
     segments = (boundaries[:-1], boundaries[1:], torch.arange(len(tokens), device=logp.device))
     sums = terms(
         logp.contiguous(),
-        _contiguous(old_logp),
-        _contiguous(ref_logp),
+        _contiguous(completions.old_logp),
+        _contiguous(completions.ref_logp),
         _contiguous(mask),
         segments,
-        advantages.contiguous(),
+        completions.advantages.contiguous(),
         tokens,
         whole,
         options,
@@ -72,10 +70,7 @@ def grpo_loss(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The unmasked rows of a call with what each needs, completions that can have a gradient first.
-
-    n rows; live: how many of them can have one. spans: (first, stop, completion), in the order of the rows.
-    """
+    """The n unmasked rows of a call and what the loss needs of each; first the rows that may have a gradient."""
 
     hidden: Tensor  # [n, H]
     weight: Tensor  # [V, H], of the same dtype
@@ -87,12 +82,12 @@ class _Rows:
     advantages: Tensor  # [S]
     tokens: Tensor  # int64 [S]
     whole: Tensor  # int64 scalar: n
-    spans: list[tuple[int, int, int]]
-    live: int
+    spans: list[tuple[int, int, int]]  # (first row, end, completion), in the order of the rows
+    live: int  # rows that may have a gradient
     options: GrpoLossOptions
 
     def add_terms(self, first: int, stop: int, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
-        """Coefficients of rows first to stop - 1 from their log-probs; their loss, KL and clips are added to sums."""
+        """Fill in the coefficients of rows first to stop - 1; add their loss, KL and clipped tokens to ``sums``."""
         cuts = [
             (max(low, first) - first, min(high, stop) - first, s)
             for low, high, s in self.spans
@@ -115,19 +110,11 @@ class _Rows:
 
 
 def linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    options: GrpoLossOptions,
-    needs: Sequence[bool],
+    inputs: HeadInputs, completions: Completions, options: GrpoLossOptions, needs: Sequence[bool]
 ) -> LinearResult:
-    """The loss, what is reported with it, and the gradients that ``needs`` names (hidden, weight, bias)."""
+    """The loss from hidden states, and those gradients of hidden, weight and bias that ``needs`` asks for."""
+    hidden, weight, labels, bias, temperature = inputs
+    advantages, cu_seqlens, old_logp, ref_logp = completions
     size, device = len(labels), hidden.device
     head_hidden, head_weight = common_dtype(hidden, weight)
     boundaries = cu_seqlens.long()
@@ -198,7 +185,7 @@ def _gradients(
     coefficient: Tensor,
     sums: Tensor,
 ) -> int:
-    """Fill logp, entropy and coefficient [n], add to the sums and the gradients -> rows with a gradient."""
+    """Fill in logp, entropy and coefficient [n], and add to sums and gradients -> how many rows have a gradient."""
     vocabulary, found = len(rows.weight), 0
     # Ratios of 1 and no KL: every coefficient is the advantage's, known not to be 0, and the host need not wait.
     certain = rows.old_logp is None and rows.options.beta == 0
@@ -213,9 +200,9 @@ def _gradients(
         part = slice(low, high)
         x, y, scale = rows.hidden[part], rows.labels[part, None], rows.scale[part]
         logits = product(x, rows.weight.T, narrow_rows(buffer, high - low, vocabulary, torch.float32))
-        chosen, spread, top, log_total = row_statistics(logits, y, rows.bias, scale, entropy=True)
+        chosen, softmax = row_statistics(logits, y, rows.bias, scale, entropy=True)
         if known is None:
-            logp[part], entropy[part] = chosen[:, 0], spread
+            logp[part], entropy[part] = chosen[:, 0], softmax.entropy
             rows.add_terms(low, high, logp, coefficient, sums)
         elif low == known[0]:  # the first chunk of a completion that no chunk can hold: all of its log-probs first
             whole = slice(*known)
@@ -227,16 +214,15 @@ def _gradients(
         count = high - low if source is None else len(source)
         found += count
         d_logits = narrow_rows(buffer, count, vocabulary, x.dtype)
-        row_gradient(
-            logits, d_logits, y, rows.bias, scale, top, log_total, (coefficient[part] / norm)[:, None], source=source
-        )
+        gradient = (coefficient[part] / norm)[:, None]
+        row_gradient(logits, d_logits, y, rows.bias, scale, softmax, gradient, source=source)
         if count:
             gradients.add(part if source is None else source + low, x if source is None else x[source], d_logits)
     return found
 
 
 def _spans(tokens: list[int], dead: list[bool]) -> tuple[list[tuple[int, int, int]], int]:
-    """Completions of some tokens as (first, stop, completion), those with a gradient first -> spans, rows of those."""
+    """The spans of :class:`_Rows`, without empty completions, and the number of rows that may have a gradient."""
     spans: list[tuple[int, int, int]] = []
     at = live = 0
     for wanted in (False, True):
@@ -249,10 +235,10 @@ def _spans(tokens: list[int], dead: list[bool]) -> tuple[list[tuple[int, int, in
 
 
 def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
-    """(first, stop, completion) of the rows that may have a gradient; completion: see below, else None.
+    """The rows that may have a gradient, as (first, stop, completion) with completion None where not said below.
 
-    A sequence ratio needs a whole completion's log-probs, so chunks then end at its end; a completion longer than a
-    chunk comes in several, each with its (first, stop).
+    A sequence ratio depends on the log-probs of a whole completion, so chunks then end where completions end. A
+    completion longer than a chunk comes in several, each with the completion's own (first, stop).
     """
     if rows.options.importance_level == "token" or rows.old_logp is None:
         size = chunk_rows(rows.live, len(rows.weight))
@@ -275,9 +261,9 @@ def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
 
 
 def _live_first(coefficient: Tensor) -> Tensor:
-    """Rows of non-zero coefficient [k], where those below k keep their place and the others fill the gaps.
+    """The k rows of non-zero coefficient, as source [k]: those below k in their own places, the others in the gaps.
 
-    So the gradient of row source[i] can be written over row i while other rows are still read.
+    So the gradient of row source[i] can be written over row i while other rows are still being read.
     """
     alive = coefficient != 0
     index = alive.nonzero()[:, 0]
@@ -288,13 +274,13 @@ def _live_first(coefficient: Tensor) -> Tensor:
 
 
 def _norm(rows: _Rows) -> Tensor:
-    """What the coefficients are divided by while they pass through 16 bits: fp16 would lose those under 6e-8."""
+    """The number to divide the coefficients by while they are in fp16, which would lose those below 6e-8."""
     one = torch.ones((), dtype=torch.float32, device=rows.hidden.device)
     if rows.hidden.dtype != torch.float16 or not rows.spans:
         return one
     options, completions = rows.options, len(rows.tokens)
     shortest = torch.where(rows.tokens > 0, rows.tokens, rows.whole).min()
-    divisor = {  # the smallest that a token's term has
+    divisor = {  # the smallest by which a token's term is divided
         "grpo": shortest * completions,
         "bnpo": rows.whole,
         "dr_grpo": completions * (options.max_completion_length or 0),

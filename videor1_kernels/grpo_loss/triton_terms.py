@@ -1,6 +1,6 @@
 """The terms of GRPO's loss on Triton: ratio, clip, KL, and the coefficient d loss / d logp of every token.
 
-One program a segment: a completion, or where the ratio is per token a part of one. N tokens, S completions.
+N tokens, S completions. A program takes a segment: a completion, or a part of one if ratios are per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 512  # 1024 takes twice the registers, and some are spilled
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 without cancellation near 0: the series below 1/8, where its fifth term is under fp32's rounding."""
+    """exp(x) - 1 without cancellation near 0: below 1/8 a series, whose next term is less than fp32's rounding."""
     series = x * (1 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))))))
     return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)
 
@@ -51,10 +51,11 @@ def terms_kernel(
     PER_COMPLETION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens starts[i] to stops[i] - 1 of completions[i] -> coefficient [N], and sums [3, segments]: loss, KL, clipped.
+    """Write coefficient [N] and sums [3, segments]: of loss, KL and clipped tokens.
 
-    tokens [S]: unmasked tokens of each completion. A token weighs 1 / (its completion's tokens * denominator) with
-    PER_COMPLETION, else 1 / (whole * denominator).
+    Segment i is tokens starts[i] to stops[i] - 1, of completion completions[i]. tokens [S]: the unmasked tokens of each
+    completion. The weight of a token is 1 / (its completion's tokens * denominator) with PER_COMPLETION, else
+    1 / (whole * denominator).
     """
     segment = tl.program_id(0)
     first = tl.load(starts + segment)
@@ -75,7 +76,7 @@ def terms_kernel(
             new = tl.load(logp + at, mask=here, other=0.0).to(tl.float32)
             gaps += new - tl.load(old_logp + at, mask=here, other=0.0).to(tl.float32)
         mean = tl.sum(gaps, 0) / count
-    # The side on which clipping takes the gradient away: too small a ratio for A < 0, too large a one for A > 0.
+    # Clipping takes the gradient away from a ratio that is too small for A < 0, or too large for A > 0.
     floor = tl.where(advantage < 0, 1 - clip_low, float("-inf")) if CLIP_LOW else float("-inf")
     ceiling = tl.where(advantage > 0, 1 + clip_high, float("inf")) if CLIP_HIGH else float("inf")
     losses = tl.zeros((BLOCK,), tl.float32)
@@ -128,10 +129,10 @@ def terms(
     options: GrpoLossOptions,
     coefficient: Tensor,
 ) -> Tensor:
-    """-> sums fp32 [3, segments] of loss terms, KL and clipped tokens; fills ``coefficient`` fp32 [N].
+    """Return sums fp32 [3, segments] of loss terms, KL and clipped tokens, and fill in ``coefficient`` fp32 [N].
 
     segments: (starts, stops, completions), int64. With importance_level "sequence" a segment is a whole completion.
-    tokens int64 [S]: unmasked tokens of every completion; whole int64 scalar: of all (loss_type "bnpo").
+    tokens int64 [S]: the unmasked tokens of every completion; whole int64 scalar: those of all completions.
     """
     starts, stops, completions = segments
     sums = logp.new_empty((3, len(starts)), dtype=torch.float32)

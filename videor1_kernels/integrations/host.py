@@ -1,4 +1,4 @@
-"""What the integrations share: putting a function where a host library looks up its own, and the host's autocast."""
+"""What the integrations share: how to replace a function of a host library, and how to follow the host's autocast."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Replacement:
-    """One name of a host and what takes its place."""
+    """One name of a host, and what takes its place: the host's own must take the same parameters by position."""
 
-    module: str  # where the host defines the name, dotted
+    module: str  # dotted name of the host's module that defines the name
     name: str
     ours: Any
-    parameters: Sequence[str]  # of the host's own, as this version of videor1_kernels knows them
 
 
 def replace(distribution: str, packages: Sequence[str], replacements: Sequence[Replacement]) -> ExitStack:
     """Set every replacement in all modules of ``packages`` that hold the host's own; closing the result undoes it.
 
-    Modules that import the name later, or did so in between, are covered as well. Nothing is changed unless every name
-    is where it is expected and takes the expected parameters.
+    This covers modules that import the name later too, and those that did so in between. Nothing is changed unless
+    every name is where it is expected and takes the expected parameters.
 
     Raises:
         ImportError: the host is not installed, or its version keeps a name elsewhere or with other parameters.
@@ -70,18 +69,17 @@ def _find(host: str, entry: Replacement) -> Any:
             f"{host} has no {where} ({error}): install a version that has, or call "
             "the function of videor1_kernels.integrations in your own code instead of use()"
         ) from error
-    parameters = _parameters(theirs)
-    if parameters != list(entry.parameters):
+    parameters, expected = _parameters(theirs), _parameters(entry.ours)
+    if parameters != expected:
         raise ImportError(
-            f"{where} of {host} takes ({', '.join(parameters)}), expected ({', '.join(entry.parameters)}): install a "
-            "version that takes these, or call the function of videor1_kernels.integrations in your own code instead "
-            "of use()"
+            f"{where} of {host} takes ({', '.join(parameters)}), expected ({', '.join(expected)}): install a version "
+            "that takes these, or call the function of videor1_kernels.integrations in your own code instead of use()"
         )
     return theirs
 
 
 def _parameters(function: Any) -> list[str]:
-    """Names a caller can pass by position: to a function, a class, an autograd Function or its ``apply``."""
+    """The names that a caller can pass by position to a function, a class, an autograd Function or an ``apply``."""
     owner = getattr(function, "__self__", function)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return list(inspect.signature(owner.forward).parameters)[1:]  # without ctx

@@ -29,10 +29,10 @@ def use(*, backend: str = "auto") -> ExitStack:
     process or for a ``with`` block.
 
     Args:
-        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+        backend: the kernels' backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
-        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
+        An ``ExitStack``. When it is closed or its ``with`` block ends, Liger and TRL have Liger's own loss back.
 
     Raises:
         ImportError: liger-kernel is not installed, or its version has other constructor arguments.
@@ -41,11 +41,8 @@ def use(*, backend: str = "auto") -> ExitStack:
         This library; the names and arguments replaced are Liger-Kernel's (https://github.com/linkedin/Liger-Kernel).
     """
     ours = with_backend(LigerFusedLinearGRPOLoss, backend)
-    return replace(
-        "liger-kernel",
-        ["liger_kernel", "trl"],
-        [Replacement("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", ours, CONSTRUCTOR)],
-    )
+    replacement = Replacement("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", ours)
+    return replace("liger-kernel", ["liger_kernel", "trl"], [replacement])
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
@@ -232,25 +229,3 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 torch.distributed.all_reduce(total)
             num_items_in_batch = total
         return max(float(num_items_in_batch) / processes, 1.0)
-
-
-CONSTRUCTOR = (
-    "beta",
-    "compiled",
-    "use_ref_model",
-    "chunk_size",
-    "epsilon_low",
-    "epsilon_high",
-    "loss_type",
-    "max_completion_length",
-    "importance_sampling_level",
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "temperature",
-    "delta",
-    "use_bias_correction_kl",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)

@@ -25,10 +25,10 @@ def use(*, backend: str = "auto") -> ExitStack:
     """Put this library's ``log_probs_from_logits`` into OpenRLHF, for the rest of the process or for a ``with`` block.
 
     Args:
-        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+        backend: the kernels' backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
-        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
+        An ``ExitStack``. When it is closed or its ``with`` block ends, OpenRLHF has its own function back.
 
     Raises:
         ImportError: OpenRLHF is not installed, or its version keeps the name elsewhere or with other parameters.
@@ -37,9 +37,7 @@ def use(*, backend: str = "auto") -> ExitStack:
         This library; the names and arguments replaced are OpenRLHF's (https://github.com/OpenRLHF/OpenRLHF).
     """
     ours = functools.partial(log_probs_from_logits, backend=backend)
-    parameters = ("logits", "labels", "temperature")
-    entry = Replacement("openrlhf.models.utils", "log_probs_from_logits", ours, parameters)
-    return replace("openrlhf", ["openrlhf"], [entry])
+    return replace("openrlhf", ["openrlhf"], [Replacement("openrlhf.models.utils", "log_probs_from_logits", ours)])
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:

@@ -22,10 +22,10 @@ NAME = "videor1_prefix"
 
 
 class AttentionContext(Protocol):
-    """What one forward pass attends to; called once per layer."""
+    """The attention of one forward pass; ``attend`` is called once per layer."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """q [T, Hq, D], k, v [T, Hkv, D], rotary positions applied -> [T, Hq, D]."""
+        """Return the output [T, Hq, D] for q [T, Hq, D] and k, v [T, Hkv, D], which have rotary positions applied."""
         ...
 
 
@@ -41,7 +41,7 @@ class PackedRow:
 
 
 def register() -> str:
-    """Make :data:`NAME` known to transformers as an attention; again is harmless.
+    """Make :data:`NAME` known to transformers as an attention. A second call does no harm.
 
     Returns:
         ``"videor1_prefix"``, for ``attn_implementation`` or ``set_attn_implementation``. The forward pass then takes

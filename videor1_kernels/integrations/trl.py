@@ -33,10 +33,12 @@ def use(*, backend: str = "auto") -> ExitStack:
     """Put this library's log-probabilities into TRL, for the rest of the process or for a ``with`` block.
 
     Args:
-        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+        backend: ``auto``, ``triton`` or ``reference``, for the kernels of :class:`FusedHead` and of
+            :func:`selective_log_softmax`.
 
     Returns:
-        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
+        An ``ExitStack``. TRL has its own functions back when it is closed, or when its ``with`` block ends. A trainer
+        takes the functions that are in place when it calls them.
 
     Raises:
         ImportError: TRL is not installed, or its version keeps the names elsewhere or with other parameters.
@@ -45,26 +47,11 @@ def use(*, backend: str = "auto") -> ExitStack:
         This library; the names and arguments replaced are TRL's (https://github.com/huggingface/trl).
     """
     ours = functools.partial(selective_log_softmax, backend=backend)
-    softmax = ("logits", "index", "temperature", "row_mask")
-    head = (
-        "hidden",
-        "weight",
-        "bias",
-        "targets",
-        "temperature",
-        "chunk_size",
-        "final_logit_softcapping",
-        "logit_scale",
-        "outputs",
-    )
-    return replace(
-        "trl",
-        ["trl"],
-        [
-            Replacement("trl.trainer.utils", "selective_log_softmax", ours, softmax),
-            Replacement("trl.trainer.utils", "_ChunkedLogProbFunction", FusedHead(backend), head),
-        ],
-    )
+    replacements = [
+        Replacement("trl.trainer.utils", "selective_log_softmax", ours),
+        Replacement("trl.trainer.utils", "_ChunkedLogProbFunction", FusedHead(backend)),
+    ]
+    return replace("trl", ["trl"], replacements)
 
 
 def selective_log_softmax(
@@ -99,7 +86,7 @@ def selective_log_softmax(
 
 
 class FusedHead:
-    """What TRL's fused LM head calls, ``apply`` as on its autograd function."""
+    """Takes the place of the autograd function of TRL's fused LM head, which TRL calls by its ``apply``."""
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend

@@ -2,7 +2,7 @@
 
     from videor1_kernels.integrations.verl import use
 
-    use()           # acts where use_fused_kernels is set, with the torch, triton and liger backends of it alike
+    use()           # takes effect where use_fused_kernels is set, with any of its backends (torch, triton, liger)
 
 Written against verl 0.9.1 (``verl/utils/kernel/linear_cross_entropy.py`` and
 ``verl/utils/experimental/torch_functional.py``).
@@ -30,10 +30,11 @@ def use(*, backend: str = "auto") -> ExitStack:
     for a ``with`` block.
 
     Args:
-        backend: of the kernels: ``auto``, ``triton``, ``reference``.
+        backend: the kernels' backend: ``auto``, ``triton``, ``reference``. verl's own choice of a backend has no effect
+            on it.
 
     Returns:
-        An ``ExitStack``: ``close()`` it, or leave its ``with`` block, and the host has its own back.
+        An ``ExitStack``. When it is closed or its ``with`` block ends, verl has its own back.
 
     Raises:
         ImportError: verl is not installed, or its version keeps the names elsewhere or with other parameters.
@@ -43,18 +44,11 @@ def use(*, backend: str = "auto") -> ExitStack:
     """
     function = functools.partial(linear_cross_entropy, backend=backend)
     module = with_backend(FusedLinearForPPO, backend)
-    parameters = ("hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
-    where = "verl.utils.kernel.linear_cross_entropy"
-    return replace(
-        "verl",
-        ["verl"],
-        [
-            Replacement(where, "linear_cross_entropy", function, parameters),
-            Replacement(
-                "verl.utils.experimental.torch_functional", "FusedLinearForPPO", module, ("chunk_size", "impl_backend")
-            ),
-        ],
-    )
+    replacements = [
+        Replacement("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", function),
+        Replacement("verl.utils.experimental.torch_functional", "FusedLinearForPPO", module),
+    ]
+    return replace("verl", ["verl"], replacements)
 
 
 def linear_cross_entropy(

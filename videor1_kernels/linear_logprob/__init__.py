@@ -1,4 +1,4 @@
-"""Log-probability and entropy of given tokens: from hidden states (logits never whole), or from logits."""
+"""Log-probability and entropy of given tokens, from hidden states without whole logits, or from logits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def selective_log_softmax(
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Checks shared by the operations that start at the linear head."""
+    """The checks of all operations that start at the linear head."""
     check_tensor(op, "hidden", hidden)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise fail(op, "hidden", "shape [..., H] with H of 1 or more", list(hidden.shape))
@@ -115,7 +115,7 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Te
 def split_temperature(
     op: str, temperature: float | Tensor, values: Tensor, *others: Tensor | None
 ) -> tuple[Tensor | None, float]:
-    """``temperature`` as (one per row of ``values`` [..., H], 1.0), or (None, the number)."""
+    """Check ``temperature``, and return (a tensor with one for each row of ``values``, 1.0) or (None, the number)."""
     if not isinstance(temperature, Tensor):
         check_number(op, "temperature", temperature, above=0)
         return None, float(temperature)

@@ -19,9 +19,9 @@ _lock = threading.Lock()
 
 
 def bf16_product() -> Product | None:
-    """a [n, k], b [m, k], bf16 on the CPU -> a b^T [n, m] in fp32, products exact, summed in fp32.
+    """A function that returns a b^T [n, m] in fp32, of bf16 a [n, k] and b [m, k] on the CPU.
 
-    None where it cannot run; the first call in a process then logs why.
+    Products are exact, sums are in fp32. None if this CPU cannot do so; the first call in a process then logs why.
     """
     with _lock:
         return _bf16_product()

@@ -1,7 +1,7 @@
-"""torch operators of linear_logprob and selective_log_softmax: opaque to torch.compile, with gradients.
+"""The torch operators of linear_logprob and selective_log_softmax: opaque to torch.compile, with gradients.
 
-What depends on values (labels in range, temperatures above 0) is checked inside, so that a compiled graph checks it
-too. The operators are private; the public functions are in the package.
+They check what depends on values (labels in range, temperatures above 0), so that a compiled graph checks it too. The
+operators are private; the public functions are in the package. Their schemas give the types of their parameters.
 """
 
 from __future__ import annotations
@@ -13,105 +13,69 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_indices, check_temperature, compute_dtype
+from videor1_kernels.linear_logprob.inputs import head_inputs
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? temperatures, float temperature"
+_LOGITS = "Tensor logits, Tensor index, Tensor? temperatures, float temperature"
 
 
-@torch.library.custom_op("videor1::linear_logprob", mutates_args=())
-def linear_logprob_op(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], temperatures [N] or None -> (logp, entropy, lse) [N], lse fp64."""
+@torch.library.custom_op(
+    "videor1::linear_logprob", mutates_args=(), schema=f"({_HEAD}, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def linear_logprob_op(hidden, weight, labels, bias, temperatures, temperature, backend):
+    """Return (logp, entropy, lse), each [N]; lse is fp64."""
     op = "linear_logprob"
     check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
     check_temperature(op, temperatures)
     dtype = compute_dtype(hidden, weight, bias)
     run = dispatch.resolve(op, backend, hidden.device, dtype)
     with dispatch.running_on(hidden):
-        return run.forward(hidden, weight, labels, bias, temperature if temperatures is None else temperatures)
+        return run.forward(head_inputs(hidden, weight, labels, bias, temperatures, temperature))
 
 
 @linear_logprob_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden, weight, labels, bias, *others):
     logp, entropy = (hidden.new_empty(len(labels), dtype=compute_dtype(hidden, weight, bias)) for _ in range(2))
     return logp, entropy, hidden.new_empty(len(labels), dtype=torch.float64)
 
 
-@torch.library.custom_op("videor1::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward_op(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    entropy: Tensor,
-    lse: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (d_hidden, d_weight, d_bias); an empty tensor for each that ``needs`` leaves out."""
-    run = dispatch.resolve("linear_logprob", backend, hidden.device, compute_dtype(hidden, weight, bias))
-    with dispatch.running_on(hidden):
-        gradients = run.backward(
-            grad_logp,
-            grad_entropy,
-            hidden,
-            weight,
-            labels,
-            bias,
-            temperature if temperatures is None else temperatures,
-            entropy,
-            lse,
-            needs,
-        )
-    # Contiguous, as the fake kernel says; a gradient may have come out in the layout of its input.
-    return tuple(hidden.new_empty(0) if g is None else g.contiguous() for g in gradients)  # type: ignore[return-value]
+@torch.library.custom_op(
+    "videor1::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"(Tensor? grad_logp, Tensor? grad_entropy, {_HEAD}, Tensor entropy, Tensor lse, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def linear_logprob_backward_op(grad_logp, grad_entropy, *others):
+    """Return (d_hidden, d_weight, d_bias), an empty tensor for each that ``needs`` leaves out."""
+    *head, entropy, lse, needs, backend = others
+    inputs = head_inputs(*head)
+    dtype = compute_dtype(inputs.hidden, inputs.weight, inputs.bias)
+    run = dispatch.resolve("linear_logprob", backend, inputs.hidden.device, dtype)
+    with dispatch.running_on(inputs.hidden):
+        gradients = run.backward(inputs, (grad_logp, grad_entropy), entropy, lse, needs)
+    # The fake kernel promises contiguous results, but a gradient may have the memory layout of its input.
+    return tuple(inputs.hidden.new_empty(0) if g is None else g.contiguous() for g in gradients)
 
 
 @linear_logprob_backward_op.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
     _, _, hidden, weight, _, bias, *_, needs, _ = inputs
     shaped = zip(needs, (hidden, weight, bias), strict=True)
     return tuple(x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0) for need, x in shaped)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, temperatures, ctx.temperature, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, temperatures, output[1], output[2])
+    *tensors, ctx.temperature, ctx.backend = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(*tensors, entropy, lse)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Any) -> tuple[Any, ...]:
-    hidden, weight, labels, bias, temperatures, entropy, lse = ctx.saved_tensors
+    *tensors, entropy, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = linear_logprob_backward_op(
-        grad_logp,
-        grad_entropy,
-        hidden,
-        weight,
-        labels,
-        bias,
-        temperatures,
-        ctx.temperature,
-        entropy,
-        lse,
-        needs,
-        ctx.backend,
+        grad_logp, grad_entropy, *tensors, ctx.temperature, entropy, lse, needs, ctx.backend
     )
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, None, None, None
@@ -120,11 +84,11 @@ def _differentiate(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | No
 linear_logprob_op.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("videor1::selective_log_softmax", mutates_args=())
-def selective_op(
-    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """logits [R, V], index [R, K], temperatures [R] or None -> (logp [R, K], what the backend's backward needs)."""
+@torch.library.custom_op(
+    "videor1::selective_log_softmax", mutates_args=(), schema=f"({_LOGITS}, str backend) -> (Tensor, Tensor)"
+)
+def selective_op(logits, index, temperatures, temperature, backend):
+    """Return logp [R, K], and the statistics that the backend's backward pass needs."""
     op = "selective_log_softmax"
     check_indices(op, "index", index, logits.shape[1])
     check_temperature(op, temperatures)
@@ -134,43 +98,28 @@ def selective_op(
 
 
 @selective_op.register_fake
-def _(
-    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(logits, index, temperatures, temperature, backend):
     dtype = compute_dtype(logits)
     chosen = dispatch.chosen_backend("selective_log_softmax", logits.device, backend, dtype)
     kept = (0,) if chosen == "reference" else (2, len(logits))
     return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(kept, dtype=dtype)
 
 
-@torch.library.custom_op("videor1::selective_log_softmax_backward", mutates_args=())
-def selective_backward_op(
-    grad: Tensor,
-    logits: Tensor,
-    index: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    statistics: Tensor,
-    backend: str,
-) -> Tensor:
-    """grad, index [R, K], logits [R, V] -> d_logits [R, V]."""
+@torch.library.custom_op(
+    "videor1::selective_log_softmax_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_LOGITS}, Tensor statistics, str backend) -> Tensor",
+)
+def selective_backward_op(grad, logits, index, temperatures, temperature, statistics, backend):
+    """Return d_logits [R, V] of the incoming gradient [R, K]."""
     run = dispatch.resolve("selective_log_softmax", backend, logits.device, compute_dtype(logits))
+    divisor = temperature if temperatures is None else temperatures
     with dispatch.running_on(logits):
-        return run.selective_backward(
-            grad, logits, index, temperature if temperatures is None else temperatures, statistics
-        )
+        return run.selective_backward(grad, logits, index, divisor, statistics)
 
 
 @selective_backward_op.register_fake
-def _(
-    grad: Tensor,
-    logits: Tensor,
-    index: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    statistics: Tensor,
-    backend: str,
-) -> Tensor:
+def _(grad, logits, *others):
     return logits.new_empty(logits.shape)
 
 

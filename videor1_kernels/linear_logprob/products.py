@@ -1,6 +1,6 @@
-"""The head's matrix products in bounded memory, with fp32 results: logits of some rows, and the three gradients.
+"""The matrix products of the linear head in bounded memory: logits of a chunk of rows, and the three gradients.
 
-N rows, H hidden, V vocabulary. cuBLAS does the products; operands of 16 bits are multiplied as they are.
+N rows, H hidden, V vocabulary. Results are fp32. cuBLAS multiplies; operands of 16 bits are not converted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# An fp32 weight gradient is read and written once a chunk: fewer rows than this would make that traffic show.
+# An fp32 weight gradient is read and written once per chunk. With fewer rows than this, that would take noticeable
+# time.
 MIN_CHUNK_ROWS = 4096
-CHUNK_BYTES = 2_500_000_000  # of fp32 logits, where MIN_CHUNK_ROWS allow; just fits 4096 rows of a 152,064 vocabulary
+# Bound on the fp32 logits of a chunk, unless MIN_CHUNK_ROWS need more: enough for 4096 rows of a vocabulary of 152,064.
+CHUNK_BYTES = 2_500_000_000
 
 
 def most_rows(vocabulary: int) -> int:
@@ -23,23 +25,23 @@ def most_rows(vocabulary: int) -> int:
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows of a chunk of ``rows``: as equal as they can be, so that no chunk is a small rest."""
+    """Rows of a chunk if ``rows`` are cut into chunks of about the same size, none of them a small rest."""
     chunks = max(1, math.ceil(rows / most_rows(vocabulary)))
     return max(1, math.ceil(rows / chunks))
 
 
 def logits_buffer(rows: int, vocabulary: int, device: torch.device) -> Tensor:
-    """fp32 [rows, V rounded up to 64], so that every row starts aligned."""
+    """Memory for fp32 logits [rows, V]; V is rounded up to a multiple of 64, so that every row starts aligned."""
     return torch.empty((rows, _pitch(vocabulary)), dtype=torch.float32, device=device)
 
 
 def narrow_rows(buffer: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """The buffer's first rows as [rows, V] of ``dtype``, each in its own row's memory."""
+    """The first rows of the buffer as [rows, V] of ``dtype``; each stays in the memory of its own row."""
     return buffer.view(dtype)[:rows, :vocabulary]
 
 
 def common_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, that of both where they agree, else fp32; unit stride in H."""
+    """Both in one dtype, their own if they have the same and else fp32, and with unit stride in H."""
     if hidden.dtype != weight.dtype:
         hidden, weight = hidden.float(), weight.float()
     return tuple(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (hidden, weight))  # type: ignore[return-value]
@@ -71,10 +73,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class HeadGradients:
-    """Sums of the head's gradients over chunks of rows. d_hidden [N, H], d_weight fp32 [V, H], d_bias fp32 [V].
+    """The head's gradients, summed over chunks of rows: d_hidden [N, H], d_weight fp32 [V, H], d_bias fp32 [V].
 
-    Gradients arrive divided by ``norm`` (fp32 scalar, so that fp16 keeps their small values); a row's d_hidden is
-    written once, rounded once. What is not needed stays None.
+    A gradient that is not needed stays None. A row of d_hidden is written once, so it is rounded once.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
@@ -86,7 +87,7 @@ class HeadGradients:
         self.d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
 
     def add(self, rows: Tensor | slice, hidden_rows: Tensor, d_logits: Tensor) -> None:
-        """``rows`` of the gradient, hidden_rows [n, H] and d_logits [n, V] of the head's dtype."""
+        """Add the gradients of ``rows``, from their hidden states [n, H] and d_logits [n, V], in the head's dtype."""
         if self.d_hidden is not None:
             self.d_hidden[rows] = product(d_logits, self.weight).to(self.d_hidden.dtype)
         if self.d_weight is not None:
@@ -96,7 +97,7 @@ class HeadGradients:
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """The power of two next to the largest magnitude, fp32 scalar; 1 where all are 0: dividing by it rounds nothing."""
+    """A power of two near the largest magnitude, fp32 scalar, or 1 if all are 0. To divide by it rounds nothing."""
     largest = values.detach().abs().max().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
     used = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     return used / torch.frexp(used)[0]  # exact, unlike a power
@@ -105,8 +106,8 @@ def power_of_two(values: Tensor) -> Tensor:
 def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor (a scalar) in the wider of their dtypes, rounded once to ``dtype``; no second large tensor.
 
-    On CUDA a factor without dimensions would be rounded to a 16-bit gradient's dtype first, where 1e-8 is 0; a CPU
-    keeps it whole, and would make a second tensor for one with dimensions.
+    CUDA would first round a factor without dimensions to the dtype of a 16-bit gradient, in which 1e-8 is 0. A CPU
+    keeps such a factor whole, but would make a second large tensor for one with dimensions.
     """
     if gradient.dtype == dtype and gradient.device.type == "cpu":
         return gradient * factor
@@ -116,7 +117,7 @@ def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product of 16-bit operands to an fp32 matrix: versions differ, and say so by raising."""
+    """Whether this torch can add a product of 16-bit operands to an fp32 matrix; one that cannot raises an error."""
     total = torch.ones((16, 16), dtype=torch.float32, device=device)
     ones = torch.ones((16, 16), dtype=dtype, device=device)
     try:

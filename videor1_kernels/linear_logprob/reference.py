@@ -1,10 +1,10 @@
-"""Reference in plain torch: the logits in tiles, folded into a running softmax, recomputed in the backward pass.
+"""Reference in plain torch: tiles of logits go into a running softmax, and the backward pass computes them again.
 
 N rows, H hidden, V vocabulary. z = (x W^T + b) / t, p = softmax(z), E = -sum p log p. With incoming gradients g (of
 logp) and e (of E):  dz_v = g (1[v = label] - p_v) - e p_v (log p_v + E),  dx = dz W / t,  dW = (dz / t)^T x.
 
-The compute dtype is fp64 where an input is fp64, else fp32: 16-bit inputs are converted, tile by tile. bf16
-logits alone may be multiplied without conversion, where a CPU does so exactly and sums in fp32.
+The compute dtype is fp64 if an input is fp64, else fp32. 16-bit inputs are converted tile by tile. Only the product
+that gives the logits may take bf16 operands as they are, on a CPU that multiplies them exactly and sums in fp32.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
-from videor1_kernels.linear_logprob.tiles import FAR_BELOW, RunningSoftmax, operand_dtype, product, spans, tile_sizes
+from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.linear_logprob.tiles import (
+    FAR_BELOW,
+    RunningSoftmax,
+    at_rows,
+    operand_dtype,
+    product,
+    spans,
+    tile_sizes,
+)
 
 
 @torch.no_grad()
-def forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], bias [V], temperature a float or [N] -> (logp, entropy, lse), each [N].
+def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logp, entropy, lse), each [N].
 
-    All three are 0 in ignored rows, whose ``hidden`` is never read. lse = log sum_v exp z_v is fp64 always: what it
-    is rounded by, every probability of its row is wrong by in the backward pass.
+    All three are 0 in ignored rows, whose hidden state is never read. lse = log sum_v exp z_v is always fp64, because
+    the backward pass makes the rounding error of lse a relative error of every probability in its row.
     """
+    hidden, weight, labels, bias, temperature = inputs
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
     n, m = tile_sizes(len(live), weight, dtype)
@@ -53,24 +61,22 @@ def forward(
 
 @torch.no_grad()
 def backward(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
+    inputs: HeadInputs, grads: Sequence[Tensor | None], entropy: Tensor, lse: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients through what :func:`forward` returned -> (d_hidden, d_weight, d_bias), each None where not needed.
+    """Return the gradients of hidden, weight and bias, None for each that ``needs`` leaves out.
 
     Each has the dtype of its input and is rounded to it once. Rows whose incoming gradients are 0 are left out.
+
+    Args:
+        grads: the incoming gradients [N] of logp and of entropy, each a tensor or None.
+        entropy, lse: what :func:`forward` returned.
+        needs: which of the three gradients are wanted.
     """
+    hidden, weight, labels, bias, temperature = inputs
+    grad_logp, grad_entropy = grads
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden, weight, bias)
-    live = _rows_with_gradient(labels, grad_logp, grad_entropy)
+    live = _rows_with_gradient(labels, grads)
     n, m = tile_sizes(len(live), weight, dtype)
     operand = operand_dtype(hidden, weight, dtype)
     lse_high = lse.to(dtype)
@@ -87,16 +93,16 @@ def backward(
         for block in spans(len(live), n):
             rows = block if len(live) == len(labels) else live[block]
             x = hidden[rows].to(operand)
-            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: z, then log p, then dz / t
+            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: first z, then log p, then dz / t
             scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
             probs = torch.exp(scores, out=scratch[: scores.numel()].view_as(scores))
-            g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / _at(temperature, rows)
+            g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / at_rows(temperature, rows)
             if grad_entropy is None:
                 assert g is not None  # or no row would be live
                 torch.mul(probs, -g, out=scores)
             else:
                 scores.clamp_(min=FAR_BELOW).add_(entropy[rows, None])
-                scores.mul_(-grad_entropy[rows, None].to(dtype) / _at(temperature, rows))
+                scores.mul_(-grad_entropy[rows, None].to(dtype) / at_rows(temperature, rows))
                 if g is not None:
                     scores.sub_(g)
                 scores.mul_(probs)
@@ -126,24 +132,16 @@ def _logits(
     logits = product(x, head)  # [n, m]
     if bias is not None:
         logits += bias[columns].to(logits.dtype)
-    return _divide(logits, _at(temperature, rows))
-
-
-def _divide(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
-
-
-def _at(temperature: float | Tensor, rows: slice | Tensor) -> float | Tensor:
-    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(at_rows(temperature, rows))
 
 
 def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Of labels [n]: which lie in these columns [n], and a column [n, 1] to use: theirs, or any."""
+    """Which labels lie in these columns, [n], and the column of each label, [n, 1]; any column for the others."""
     here = (labels >= columns.start) & (labels < columns.stop)
     return here, (labels - columns.start).masked_fill_(~here, 0)[:, None]
 
 
-def _rows_with_gradient(labels: Tensor, *grads: Tensor | None) -> Tensor:
+def _rows_with_gradient(labels: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
     active = torch.zeros_like(labels, dtype=torch.bool)
     for grad in grads:
         if grad is not None:

@@ -1,6 +1,6 @@
-"""What the reference computes a tile of logits with: the tiles' sizes, the matrix product, and the running softmax.
+"""The parts of the reference that work on one tile of logits: its size, the matrix product, and the running softmax.
 
-n rows and m vocabulary entries of a tile, N rows in all, H hidden.
+A tile has n rows of N and m vocabulary entries of V; H hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from videor1_kernels.linear_logprob.native import bf16_product
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
 WEIGHT_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
 CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
-FAR_BELOW = -1e4  # exp of it is exactly 0 in every dtype; times 0 it is 0, which -inf is not
+FAR_BELOW = -1e4  # its exponential is exactly 0 in every dtype, and its product with 0 is 0, unlike that of -inf
 
 
 def tile_sizes(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
@@ -34,10 +34,15 @@ def spans(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the operands of a product are converted to whose result is of ``dtype``, the compute dtype, and exact to it.
+def at_rows(temperature: float | Tensor, rows: slice | Tensor) -> float | Tensor:
+    """The temperature of these rows: a number, or a tensor [n, 1]."""
+    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
-    Two bf16 matrices on a CPU may stay as they are: their elements multiply exactly, sums are in fp32 all the same.
+
+def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which to multiply, so that the logits are as exact as the compute dtype ``dtype``.
+
+    Two bf16 matrices on a CPU may stay as they are: products of their elements are exact, and sums are in fp32.
     """
     on_cpu = hidden.device.type == weight.device.type == "cpu"
     if on_cpu and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32 and bf16_product():
@@ -46,10 +51,10 @@ def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.d
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k], b [m, k], of one dtype -> a b^T [n, m], of that dtype; of bf16 on a CPU that can: in fp32."""
+    """a b^T [n, m] of a [n, k] and b [m, k], in their dtype; in fp32 if they are bf16 on a CPU that can do so."""
     if a.device.type == "cpu" and a.dtype == torch.bfloat16:
         exact = bf16_product()
-        assert exact is not None  # operand_dtype
+        assert exact is not None  # as operand_dtype has found
         return exact(a, b)
     if a.device.type != "cpu" or a.dtype != torch.float32 or not _onednn():
         with torch.autocast(a.device.type, enabled=False):
@@ -66,9 +71,9 @@ def _onednn() -> bool:
 
 
 class RunningSoftmax:
-    """Log-normaliser and mean logit of N rows whose logits arrive tile by tile.
+    """The softmax statistics of N rows whose logits arrive tile by tile.
 
-    Of the logits z so far a row keeps top = max z, total = sum exp(z - top), weighted = sum exp(z - top) (z - top).
+    Over the logits z so far: top = max z, total = sum exp(z - top), weighted = sum exp(z - top) (z - top).
     """
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -77,7 +82,7 @@ class RunningSoftmax:
         self.weighted = torch.zeros_like(self.top)
 
     def add(self, rows: slice, logits: Tensor, scratch: Tensor) -> None:
-        """Take in ``logits`` [n, m] of ``rows``; overwrites them and ``scratch`` [n, m]."""
+        """Add ``logits`` [n, m] of ``rows``; overwrites them and ``scratch`` [n, m]."""
         top, total, weighted = self.top[rows], self.total[rows], self.weighted[rows]  # views
         new = torch.maximum(top, logits.amax(1))
         shift = new.masked_fill(new == -torch.inf, 0.0)  # every token so far is banned

@@ -1,7 +1,8 @@
 """linear_logprob and selective_log_softmax on Triton kernels.
 
-Forward of 16-bit inputs: one kernel for the product and the statistics. fp32 inputs, and the backward pass, go by
-chunks of rows: cuBLAS logits, row kernels, cuBLAS gradients.
+For 16-bit inputs the forward pass is one kernel that computes the product and the statistics. fp32 inputs and the
+backward pass take a chunk of rows at a time: cuBLAS computes the logits, row kernels work on them, and cuBLAS computes
+the gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED
+from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
     chunk_rows,
@@ -23,13 +25,12 @@ from videor1_kernels.linear_logprob.products import (
     times,
 )
 from videor1_kernels.linear_logprob.triton_forward import product_statistics
-from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], labels [N], temperature a float or [N] -> (logp, entropy, lse) [N], lse fp64."""
+def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logp, entropy, lse), each [N]; lse is fp64."""
+    hidden, weight, labels, bias, temperature = inputs
     rows = (labels != IGNORED).nonzero()[:, 0]
     scale = inverse(temperature, labels)
     if len(rows) == len(labels):
@@ -44,7 +45,7 @@ def forward(
 def statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) of rows that all have labels; scale fp32 [N]: 1 / temperature."""
+    """Return (logp, entropy, lse) of rows that all have labels; scale fp32 [N]: 1 / temperature."""
     hidden, weight = common_dtype(hidden, weight)
     if hidden.dtype != torch.float32 and len(hidden):
         return product_statistics(hidden, weight, labels, bias, scale)
@@ -54,33 +55,25 @@ def statistics(
     for first in range(0, len(labels), size):
         rows = slice(first, first + size)
         logits = product(hidden[rows], weight.T, narrow_rows(buffer, len(hidden[rows]), len(weight), torch.float32))
-        part, entropy[rows], top, log_total = row_statistics(
-            logits, labels[rows, None], bias, scale[rows], entropy=True
-        )
-        logp[rows] = part[:, 0]
-        lse[rows] = top * scale[rows] + log_total
+        part, softmax = row_statistics(logits, labels[rows, None], bias, scale[rows], entropy=True)
+        logp[rows], entropy[rows] = part[:, 0], softmax.entropy
+        lse[rows] = softmax.top * scale[rows] + softmax.log_total
     return logp, entropy, lse
 
 
 def backward(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
+    inputs: HeadInputs, grads: Sequence[Tensor | None], entropy: Tensor, lse: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """-> (d_hidden, d_weight, d_bias) where needed. Rows whose incoming gradients are all 0 are left out.
+    """Gradients of hidden, weight and bias where needed; the arguments are those of the reference.
 
-    The statistics are taken again from the recomputed logits: with saved ones, the rounding of a log-sum-exp of 1e4
-    would be a relative error of 5e-4 in every probability.
+    Rows whose incoming gradients are all 0 are left out. The statistics are computed again from the recomputed
+    logits: if those of the forward pass were used, the rounding of a log-sum-exp of 1e4 would be a relative error of
+    5e-4 in every probability.
     """
+    hidden, weight, labels, bias, temperature = inputs
+    grad_logp, grad_entropy = grads
     head_hidden, head_weight = common_dtype(hidden, weight)
-    incoming = [g.float() for g in (grad_logp, grad_entropy) if g is not None]
+    incoming = [g.float() for g in grads if g is not None]
     active = torch.zeros_like(labels, dtype=torch.bool)
     for grad in incoming:
         active |= grad != 0
@@ -93,21 +86,11 @@ def backward(
     for rows in live.split(size) if len(live) else ():
         x, chosen, t = head_hidden[rows], labels[rows, None], scale[rows]
         logits = product(x, head_weight.T, narrow_rows(buffer, len(rows), len(weight), torch.float32))
-        _, spread, top, log_total = row_statistics(logits, chosen, bias, t, entropy=grad_entropy is not None)
+        _, softmax = row_statistics(logits, chosen, bias, t, entropy=grad_entropy is not None)
         d_logits = narrow_rows(buffer, len(rows), len(weight), x.dtype)
         g = torch.zeros_like(t) if grad_logp is None else grad_logp[rows].float() / norm
-        row_gradient(
-            logits,
-            d_logits,
-            chosen,
-            bias,
-            t,
-            top,
-            log_total,
-            g[:, None],
-            entropy=None if grad_entropy is None else spread,
-            grad_entropy=None if grad_entropy is None else grad_entropy[rows].float() / norm,
-        )
+        e = None if grad_entropy is None else grad_entropy[rows].float() / norm
+        row_gradient(logits, d_logits, chosen, bias, t, softmax, g[:, None], grad_entropy=e)
         gradients.add(rows, x, d_logits)
     return (
         scaled(gradients.d_hidden, norm, hidden.dtype),
@@ -117,19 +100,20 @@ def backward(
 
 
 def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """logits [R, V], index [R, K] -> (logp [R, K], stats [2, R]: the maximum, and the log of the sum above it)."""
+    """Return logp [R, K], and the statistics [2, R]: the largest logit, and the log of the sum of exponentials."""
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
-    logp, _, top, log_total = row_statistics(rows, index, None, inverse(temperature, logits), entropy=False)
-    return logp, torch.stack([top, log_total])
+    logp, softmax = row_statistics(rows, index, None, inverse(temperature, logits), entropy=False)
+    return logp, torch.stack([softmax.top, softmax.log_total])
 
 
 def selective_backward(
     grad: Tensor, logits: Tensor, index: Tensor, temperature: float | Tensor, stats: Tensor
 ) -> Tensor:
-    """grad [R, K] -> d_logits [R, V] of the logits' dtype."""
+    """Return d_logits [R, V], in the logits' dtype, of the incoming gradient [R, K]."""
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    row_gradient(rows, out, index, None, inverse(temperature, logits), stats[0], stats[1], grad.float())
+    softmax = RowStatistics(stats[0], stats[1], entropy=stats.new_empty(0))
+    row_gradient(rows, out, index, None, inverse(temperature, logits), softmax, grad.float())
     return out
 
 
@@ -141,5 +125,5 @@ def inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
 
 
 def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """gradient * factor in fp32, then of ``dtype``."""
+    """gradient * factor, in fp32 and then converted to ``dtype``."""
     return None if gradient is None or dtype is None else times(gradient, factor, dtype)

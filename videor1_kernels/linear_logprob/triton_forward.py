@@ -1,10 +1,11 @@
-"""The head's product with the softmax's statistics taken from its accumulator: logits never reach memory.
+"""The product of the linear head, with the softmax statistics taken from its accumulator: no logits in memory.
 
-N rows, H hidden, V vocabulary. Program tiles of [BLOCK_N, BLOCK_V] logits z = x W^T + b; of each tile and row it keeps
-m = max z, s = sum exp((z - m) / t) and d = sum exp((z - m) / t) (z - m), and the label's logit from the tile that holds
-it. A second kernel merges the tiles of a row. 2NHV operations.
+N rows, H hidden, V vocabulary. A program computes a tile [BLOCK_N, BLOCK_V] of the logits z = x W^T + b. For each row
+of the tile it stores m = max z, s = sum exp((z - m) / t) and d = sum exp((z - m) / t) (z - m), and the logit of the
+label if the tile holds it. A second kernel merges the tiles of a row. 2NHV operations.
 
-The differences z - m are taken before the temperature and log2(e) multiply, so that logits of 1e4 lose nothing.
+The differences z - m are formed before they are multiplied by 1 / t and log2(e), so that logits of 1e4 lose no
+accuracy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from videor1_kernels.dispatch import nearest_capability
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # stands for -inf where differences of it are taken
 MERGE_ROWS = 32
@@ -25,7 +28,7 @@ MERGE_TILES = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """Shapes and launch options of the product kernel on one architecture."""
+    """Block sizes and launch options of the product kernel on one architecture."""
 
     block_n: int
     block_v: int
@@ -36,28 +39,26 @@ class Tile:
     descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
     flatten: bool = False  # overlap the next tile's loads with this tile's statistics
     warp_specialize: bool = False
-    bias_block_v: int | None = None  # instead of block_v where there is a bias
+    bias_block_v: int | None = None  # replaces block_v if there is a bias
 
 
-# By compute capability; others take the nearest below. Capabilities with 99 KiB of shared memory have their own entry.
+# By compute capability; others take the nearest one below. Those with 99 KiB of shared memory have their own entries.
 TILES: dict[int, Tile] = {
     80: Tile(128, 128, 64, num_warps=8, num_stages=3),
     86: Tile(128, 128, 32, num_warps=8, num_stages=4),
     89: Tile(128, 128, 32, num_warps=8, num_stages=4),
     90: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    # With a bias 256 columns would spill: a thread here holds half a row, and needs as many values of the bias.
+    # With a bias, 256 columns would spill registers: a thread holds half a row and needs as many values of the bias.
     100: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, flatten=True, bias_block_v=128),
     120: Tile(128, 128, 32, num_warps=8, num_stages=4),
 }
 
 
 def tile_for(hidden: Tensor, weight: Tensor) -> Tile:
-    """The configuration for the inputs' device; operands that TMA cannot address take the pointer kernel."""
+    """The tile for the inputs' device; operands that TMA cannot address get one for the kernel with pointers."""
     if hidden.device.type != "cuda":  # the interpreter
         return Tile(32, 64, 32, num_warps=4, num_stages=1, group_n=2, descriptors=_addressable(hidden, weight))
-    major, minor = torch.cuda.get_device_capability(hidden.device)
-    capability = max((known for known in TILES if known <= 10 * major + minor), default=80)
-    tile = TILES[capability]
+    tile = TILES[nearest_capability(TILES, hidden.device)]
     return tile if not tile.descriptors or _addressable(hidden, weight) else TILES[80]
 
 
@@ -73,6 +74,7 @@ def _addressable(*operands: Tensor) -> bool:
 
 @triton.jit
 def _tile_at(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
+    """The (row tile, vocabulary tile) of a tile's number: GROUP_N row tiles sweep over the vocabulary together."""
     group_size = GROUP_N * tiles_v
     group = tile // group_size
     first = group * GROUP_N
@@ -97,9 +99,10 @@ def _statistics(
     BLOCK_V: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """z [BLOCK_N, BLOCK_V] -> parts [3, tiles of V, N], and label_logit [N] where the label is in this tile.
+    """Store the statistics of a tile z [BLOCK_N, BLOCK_V] in parts [3, tiles of V, N], and the logits of its labels.
 
-    plane: tiles of V times N, by the host: an argument of 1 is a compile-time constant, on which no cast works.
+    plane is the number of tiles of V times N. The host multiplies, because here an argument of 1 would be a
+    compile-time constant, which cannot be cast.
     """
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -144,7 +147,7 @@ def product_descriptors(
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Persistent: each program takes every num_programs-th tile. hidden, weight: descriptors of [N, H] and [V, H]."""
+    """The product with a persistent grid; hidden and weight are descriptors of [N, H] and [V, H]."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(
@@ -180,9 +183,9 @@ def product_pointers(
     GROUP_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """One tile a program. hidden [N, H], weight [V, H], unit stride in H."""
+    """The product with one tile per program; hidden [N, H] and weight [V, H] have unit stride in H."""
     tile_n, tile_v = _tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
-    # Rows past the end read the first ones again: their results are not stored.
+    # Rows past the end read the first rows again; their results are not stored.
     rows = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
     columns = (tile_v * BLOCK_V + tl.arange(0, BLOCK_V)) % V
     inner = tl.arange(0, BLOCK_H)
@@ -202,7 +205,7 @@ def product_pointers(
 def merge_tiles(
     parts, label_logit, scale, logp, entropy, lse, N, tiles_v, plane, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """parts [3, tiles_v, N], label_logit [N] -> logp, entropy, lse [N], nats."""
+    """Write logp, entropy and lse [N], nats, from parts [3, tiles_v, N] and label_logit [N]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     here = rows < N
     top = tl.full((BLOCK_N,), LOWEST, tl.float32)
@@ -215,7 +218,7 @@ def merge_tiles(
         inside = (tiles < tiles_v)[:, None] & here[None, :]
         m = tl.load(at, mask=inside, other=LOWEST)
         s = tl.load(at + plane, mask=inside, other=0.0)
-        s = tl.where(m > LOWEST, s, 0.0)  # a tile of banned tokens alone: its differences are of LOWEST with itself
+        s = tl.where(m > LOWEST, s, 0.0)  # where all tokens of a tile are banned, its sum is of LOWEST - LOWEST
         d = tl.load(at + plane + plane, mask=inside, other=0.0)
         new = tl.maximum(top, tl.max(m, 0))
         shrink = tl.exp2((top - new) * t * LOG2E)
@@ -223,7 +226,7 @@ def merge_tiles(
         weighted = shrink * (weighted + (top - new) * total) + tl.sum(factor * (d + (m - new[None, :]) * s), 0)
         total = shrink * total + tl.sum(factor * s, 0)
         top = new
-    log_total = tl.where(top > LOWEST, tl.log(total), float("nan"))  # every token banned: no distribution
+    log_total = tl.where(top > LOWEST, tl.log(total), float("nan"))  # no distribution if every token is banned
     label = tl.load(label_logit + rows, mask=here, other=0.0)
     label = tl.where(label > LOWEST, label, float("-inf"))
     tl.store(logp + rows, (label - top) * t - log_total, mask=here)
@@ -234,10 +237,10 @@ def merge_tiles(
 def product_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (logp, entropy, lse), each fp32 [N].
+    """Return (logp, entropy, lse), each fp32 [N], for N of 1 or more.
 
-    hidden [N, H] and weight [V, H] of one dtype, unit stride in H; labels int64 [N] in [0, V); scale fp32 [N]: 1 /
-    temperature. N of 1 or more.
+    hidden [N, H] and weight [V, H] have one dtype and unit stride in H; labels int64 [N] in [0, V); scale fp32 [N]:
+    1 / temperature.
     """
     (rows, size), vocabulary = hidden.shape, weight.shape[0]
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()

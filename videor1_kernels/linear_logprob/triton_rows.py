@@ -1,10 +1,12 @@
-"""Row kernels over logits in memory: softmax statistics, and the gradient, in place where wanted.
+"""Row kernels over logits in memory: the statistics of their softmax, and their gradient, which may replace them.
 
 R rows, V vocabulary, K chosen entries per row. With z the logit (bias included), t = 1 / temperature, m = max z:
 log p = (z - m) t - log sum exp((z - m) t). Differences are taken before the temperature multiplies, as in plain torch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)
-BLOCK = 2048  # with 4096 the statistics' registers are so many that the compiler spills some for occupancy
+BLOCK = 2048  # with 4096 the statistics take so many registers that the compiler spills some for occupancy
 NUM_WARPS = 8
 
 
@@ -35,7 +37,7 @@ def row_statistics_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program a row: logits [R, V], index [R, K] -> logp [R, K], entropy [R], top [R], log_total [R]."""
+    """Write logp [R, K] and entropy, top and log_total [R], of logits [R, V] and index [R, K]; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     t = tl.load(scale + row)
@@ -94,11 +96,11 @@ def row_gradient_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program a row: d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)), written to ``out``.
+    """Write d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)) to ``out``; one program per row.
 
-    With MOVED, program i reads row source[i] and writes row i. ``out`` may be the same memory as ``logits``, in a
-    narrower dtype too, if a row that is read by program i is written by no other: element v of the result then lies at
-    or before element v of the input, so a block may be overwritten once all threads have read it.
+    With MOVED, program i reads row source[i] and writes row i. ``out`` may be the memory of ``logits``, even in a
+    narrower dtype, if no other program writes the row that program i reads: element v of the result then lies at or
+    before element v of the input, so a block may be overwritten once all threads have read it.
     """
     target = tl.program_id(0).to(tl.int64)
     row = tl.load(source + target).to(tl.int64) if MOVED else target
@@ -119,8 +121,8 @@ def row_gradient_kernel(
         spread = tl.load(entropy + row)
         active = active | (e != 0)
     if active:
-        # The chosen entries are read before their block may be overwritten, and written after it. Their names are their
-        # own: a name of one shape before a loop cannot have another in it.
+        # The chosen entries are read before their block may be overwritten, and written after it. They have names of
+        # their own, because in Triton a name cannot change its shape inside a loop.
         z_k = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z_k += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
@@ -153,10 +155,18 @@ def row_gradient_kernel(
             tl.store(result + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=columns < V)
 
 
+class RowStatistics(NamedTuple):
+    """What the softmax of each row needs beside its logits; fp32 [R]."""
+
+    top: Tensor  # the largest logit, bias included
+    log_total: Tensor  # log sum exp((z - top) / temperature)
+    entropy: Tensor  # nats; empty where it was not asked for
+
+
 def row_statistics(
     logits: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor, *, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> (logp [R, K], entropy [R] or empty, top [R], log_total [R]), fp32.
+) -> tuple[Tensor, RowStatistics]:
+    """Log-probs of the chosen entries, fp32 [R, K] in nats, and the statistics of the rows.
 
     logits [R, V], unit stride in V; index int64 [R, K]; scale fp32 [R], contiguous: 1 / temperature.
     """
@@ -183,7 +193,7 @@ def row_statistics(
             BLOCK_K=triton.next_power_of_2(min(max(entries, 1), 1024)),
             num_warps=NUM_WARPS,
         )
-    return logp, spread, top, log_total
+    return logp, RowStatistics(top, log_total, spread)
 
 
 def row_gradient(
@@ -192,19 +202,19 @@ def row_gradient(
     index: Tensor,
     bias: Tensor | None,
     scale: Tensor,
-    top: Tensor,
-    log_total: Tensor,
+    statistics: RowStatistics,
     grad: Tensor,
     *,
-    entropy: Tensor | None = None,
     grad_entropy: Tensor | None = None,
     source: Tensor | None = None,
 ) -> None:
-    """d_logits into ``out`` [len(source) or R, V]; see the kernel for what may share memory.
+    """Write d_logits to ``out`` [len(source) or R, V]; the kernel says what may share memory.
 
-    grad fp32 [R, K]; entropy, grad_entropy fp32 [R], both or none; source int64: the row that each output
-    row is made from. A row whose gradients are all 0 becomes exactly 0 and its logits are not read.
+    The incoming gradients are ``grad`` fp32 [R, K] of the log-probs and ``grad_entropy`` fp32 [R] of the entropy.
+    source int64: the row from which each output row is made. A row whose gradients are all 0 becomes exactly 0, and
+    its logits are not read.
     """
+    top, log_total, entropy = statistics
     entries = index.shape[1]
     if not len(out):
         return
@@ -218,7 +228,7 @@ def row_gradient(
         top,
         log_total,
         grad,
-        scale if entropy is None else entropy,
+        scale if grad_entropy is None else entropy,
         scale if grad_entropy is None else grad_entropy,
         index if source is None else source,
         logits.stride(0),
@@ -235,5 +245,5 @@ def row_gradient(
 
 
 def block_for(vocabulary: int) -> int:
-    """Columns of one step: few programs would be mostly padding on a small vocabulary."""
+    """Columns of one step: fewer for a small vocabulary, where most of a large block would be padding."""
     return min(BLOCK, max(128, triton.next_power_of_2(vocabulary)))

@@ -1,4 +1,4 @@
-"""Attention in which the completions of a group share their prompt: packed (training, prefill) and decode."""
+"""Attention of completions that share their prompt: over a packed row (training, prefill), and for decoding."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.prefix_attention import native_decode, reference, reference_decode
-from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
-MOST_D = 128  # head dim of the Triton kernels
+MOST_D = 128  # the largest head dim of the Triton kernels
 
 __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_attention", "prefix_decode_attention"]
 
@@ -153,11 +153,11 @@ def prefix_decode_attention(
     dtype = q.dtype if len({x.dtype for x in inputs}) == 1 else compute_dtype(*inputs)
     run = dispatch.resolve(op, backend, q.device, dtype)
     with dispatch.running_on(q):
-        return run.prefix_decode_attention(*inputs, suffix_lengths, layout, _scale(op, scale, q))
+        return run.prefix_decode_attention(DecodeInputs(*inputs, suffix_lengths), layout, _scale(op, scale, q))
 
 
 def _within_most_d(op: str, q: Tensor, backend: str) -> str:
-    """On a GPU, the reference for head dims that the Triton kernels do not have."""
+    """The backend, or on a GPU the reference for a head dim that the Triton kernels do not have."""
     if q.shape[2] > MOST_D and backend == "triton":
         raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
     return "reference" if q.shape[2] > MOST_D and backend == "auto" and q.is_cuda else backend

@@ -1,4 +1,4 @@
-"""Which rows of a decode batch read which prefix, and where each row's suffix lies."""
+"""What decode attention reads: the tensors, which row reads which prefix, and where each row's suffix lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,22 @@ from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, ch
 TILE_ROWS = 8  # rows of one prefix that the kernel works on together
 
 
+class DecodeInputs(NamedTuple):
+    """The checked tensors of a decode step. R rows, Hq query heads, Hkv key heads, D head dim."""
+
+    q: Tensor  # [R, Hq, D]
+    prefix_k: Tensor  # [Tp, Hkv, D]
+    prefix_v: Tensor  # [Tp, Hkv, D]
+    suffix_k: Tensor  # [S, C, Hkv, D]
+    suffix_v: Tensor  # [S, C, Hkv, D]
+    suffix_lengths: Tensor  # int32 or int64 [R]: valid entries of each row's suffix
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeLayout:
-    """Indices of :func:`prefix_decode_attention`, to be built once per batch and reused by every step and layer.
+    """The indices of :func:`prefix_decode_attention`, to be built once per batch and reused by every step and layer.
 
-    B prefixes, R rows of which each reads one prefix; a prefix's rows may be scattered.
+    There are B prefixes and R rows, and each row reads one prefix. The rows of a prefix may be scattered.
 
     Args:
         cu_prefix: int32 or int64 [B+1], cumulative prefix lengths in tokens, each 1 or more.
@@ -37,11 +49,11 @@ class DecodeLayout:
     row_group: Tensor
     prefix_starts: Tensor | None = None
     suffix_slots: Tensor | None = None
-    prefix_tokens: int = field(init=False)  # length that prefix_k needs at least
-    slots: int = field(init=False)  # entries that suffix_k needs at least
-    slots_in_order: bool = field(init=False, repr=False)  # row r owns entry r of suffix_k
-    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False)  # per prefix: start and length
-    members: tuple[tuple[int, ...], ...] = field(init=False, repr=False)  # per prefix: its rows
+    prefix_tokens: int = field(init=False)  # the least length of prefix_k
+    slots: int = field(init=False)  # the least number of entries of suffix_k
+    slots_in_order: bool = field(init=False, repr=False)  # whether row r owns entry r of suffix_k
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False)  # start and length of each prefix
+    members: tuple[tuple[int, ...], ...] = field(init=False, repr=False)  # the rows of each prefix
 
     def __post_init__(self) -> None:
         op, device = "prefix_decode_attention", self.cu_prefix.device
@@ -84,10 +96,10 @@ class DecodeLayout:
 
     @cached_property
     def tiles(self) -> Tensor:
-        """int32 [T, 2 + TILE_ROWS]: a prefix's start and length, then up to TILE_ROWS of its rows, then -1.
+        """int32 [T, 2 + TILE_ROWS]: the start and length of a prefix, up to TILE_ROWS of its rows, and -1 for the rest.
 
-        T = R, which no grouping exceeds, so that it does not change with who shares a prefix; spare tiles have length
-        0. A prefix without rows has no tile.
+        T = R, which is enough for every grouping, so it does not depend on which rows share a prefix. Spare tiles have
+        length 0. A prefix without rows has no tile.
         """
         tiles: list[list[int]] = []
         for (start, length), rows in zip(self.spans, self.members, strict=True):
@@ -106,7 +118,7 @@ class DecodeLayout:
 
     @cached_property
     def longest_prefix(self) -> int:
-        """Of those that have rows; 0 without."""
+        """The length of the longest prefix that has rows, or 0 if none has any."""
         return max((length for (_, length), rows in zip(self.spans, self.members, strict=True) if rows), default=0)
 
     @cached_property
@@ -140,7 +152,7 @@ class DecodeLayout:
         """A layout with indices of its own, to be overwritten by :meth:`copy_`."""
         starts, slots = (None if x is None else x.clone() for x in (self.prefix_starts, self.suffix_slots))
         layout = DecodeLayout(self.cu_prefix.clone(), self.row_group.clone(), starts, slots)
-        object.__setattr__(layout, "slots_in_order", False)  # not for long
+        object.__setattr__(layout, "slots_in_order", False)  # copy_ may change the order
         return layout
 
     def copy_(self, other: DecodeLayout) -> None:
@@ -159,21 +171,21 @@ class DecodeLayout:
 
 @dataclass(frozen=True)
 class PaddedPrefixes:
-    """B prefixes of at most L tokens, each read by at most M rows."""
+    """The prefixes padded to one length: B of at most L tokens, each read by at most M rows."""
 
     index: Tensor  # int64 [B, L]: positions in prefix_k; the padding repeats the last
-    start: int | None  # of the first, if they have one length and lie end to end: nothing need be gathered
-    hidden: Tensor | None  # bool [B, L]: the padding; None if all have one length
+    start: int | None  # of the first, if all have one length and lie end to end, so that nothing has to be gathered
+    hidden: Tensor | None  # bool [B, L]: the padding; None if all have the same length
     rows: Tensor  # int64 [B, M]: the rows of a prefix; the padding repeats the first
     place: Tensor  # int64 [R]: where a row lies in the flattened [B * M]
     in_order: bool  # place is 0, 1, ..., B * M - 1
 
     def select(self, tokens: Tensor) -> Tensor:
-        """[Tp, ...] -> [B, L, ...]."""
+        """The tokens [Tp, ...] of the padded prefixes, [B, L, ...]."""
         if self.start is not None:
             return tokens[self.start : self.start + self.index.numel()].unflatten(0, self.index.shape)
         return tokens.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
     def to_rows(self, values: Tensor) -> Tensor:
-        """[Hkv, B * M, ...] -> [Hkv, R, ...]."""
+        """Values [Hkv, B * M, ...] of the padded rows, in the order of the rows: [Hkv, R, ...]."""
         return values if self.in_order else values.index_select(1, self.place)

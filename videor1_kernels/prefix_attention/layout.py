@@ -16,8 +16,8 @@ from videor1_kernels.checks import INTEGERS, check_tensor, fail
 class PrefixLayout:
     """Groups of one prompt and its completions, end to end in one row: [prompt | c1 | ... | cG] [prompt | c1 | ...] ...
 
-    Built once per batch; it owns the order. P groups, T tokens in all, N completion tokens, S completions, numbered
-    group by group. A group may have no completion (prefill only).
+    It is built once per batch and says where each token of the row lies. P groups, T tokens in all, N of them in
+    completions, S completions, numbered group by group. A group may have no completion (prefill only).
 
     Args:
         prompt_lengths: P ints, tokens, 1 or more.

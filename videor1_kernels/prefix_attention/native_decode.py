@@ -12,16 +12,16 @@ from torch import Tensor
 
 from videor1_kernels import extension
 from videor1_kernels.checks import fail
-from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
 
-LANES = 16  # head dims are multiples of it
-GRAIN = 2**15  # products of a query and a key, or a weight and a value, entry by entry, that are worth a thread
+LANES = 16  # the head dim is a multiple of this
+GRAIN = 2**15  # multiplications of single numbers that are worth a thread of their own
 
 _lock = threading.Lock()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why it cannot run there; None: it can. Compiles the library at the first question that it hangs on."""
+    """Why it cannot run there, or None if it can. Compiles the library when the answer first depends on that."""
     if device.type != "cpu":
         return "it runs on a CPU"
     if dtype not in (None, torch.float32):
@@ -42,17 +42,9 @@ def _library() -> Callable[..., int] | str:
     return call
 
 
-def prefix_decode_attention(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
-    layout: DecodeLayout,
-    scale: float,
-) -> Tensor:
-    """q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D], fp32."""
+def prefix_decode_attention(inputs: DecodeInputs, layout: DecodeLayout, scale: float) -> Tensor:
+    """The attention's output, fp32 [R, Hq, D]."""
+    q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths = inputs
     call = _library()
     assert not isinstance(call, str), call
     rows, heads, dim = q.shape

@@ -1,7 +1,8 @@
-"""torch operators of prefix_attention: opaque to torch.compile, with gradients.
+"""The torch operators of prefix_attention: opaque to torch.compile, with gradients.
 
-An operator takes tensors and numbers, so a layout travels as its lengths; inside, the layout of the same lengths and
-device is found again. Private; the public function is in the package.
+An operator takes only tensors and numbers, so a layout is passed as its lengths; the operator then finds the layout of
+these lengths and this device again. The operators are private; the public function is in the package. Their schemas
+give the types of their parameters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from videor1_kernels.checks import compute_dtype
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 
 _OP = "prefix_attention"
+_REST = "SymInt[] prompts, SymInt[] counts, SymInt[] completions, float scale, str backend"
 
 
 def layout_numbers(layout: PrefixLayout) -> tuple[list[int], list[int], list[int]]:
@@ -27,18 +29,11 @@ def layout_numbers(layout: PrefixLayout) -> tuple[list[int], list[int], list[int
     return list(layout.prompt_lengths), [len(group) for group in groups], [n for group in groups for n in group]
 
 
-@torch.library.custom_op("videor1::prefix_attention", mutates_args=())
-def prefix_attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompts: Sequence[int],
-    counts: Sequence[int],
-    completions: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D], lse [Hq, T])."""
+@torch.library.custom_op(
+    "videor1::prefix_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor)"
+)
+def prefix_attention_op(q, k, v, prompts, counts, completions, scale, backend):
+    """Return out [T, Hq, D] and lse [Hq, T], from q [T, Hq, D] and k, v [T, Hkv, D]."""
     run = dispatch.resolve(_OP, backend, q.device, _dtype(q, k, v))
     with dispatch.running_on(q):
         out, lse = run.forward(q, k, v, _layout(prompts, counts, completions, q.device), scale)
@@ -46,37 +41,20 @@ def prefix_attention_op(
 
 
 @prefix_attention_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompts: Sequence[int],
-    counts: Sequence[int],
-    completions: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    chosen = dispatch.chosen_backend(_OP, q.device, backend, _dtype(q, k, v))
+def _(q, k, v, *others):
+    chosen = dispatch.chosen_backend(_OP, q.device, others[-1], _dtype(q, k, v))
     dtype = compute_dtype(q, k, v)
     out = q.new_empty(q.shape, dtype=dtype if chosen == "reference" else _dtype(q, k, v))
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("videor1::prefix_attention_backward", mutates_args=())
-def prefix_attention_backward_op(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    prompts: Sequence[int],
-    counts: Sequence[int],
-    completions: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (dq, dk, dv)."""
+@torch.library.custom_op(
+    "videor1::prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_REST}) -> (Tensor, Tensor, Tensor)",
+)
+def prefix_attention_backward_op(grad, q, k, v, out, lse, prompts, counts, completions, scale, backend):
+    """Return (dq, dk, dv)."""
     run = dispatch.resolve(_OP, backend, q.device, _dtype(q, k, v))
     with dispatch.running_on(q):
         dq, dk, dv = run.backward(grad, q, k, v, out, lse, _layout(prompts, counts, completions, q.device), scale)
@@ -84,7 +62,7 @@ def prefix_attention_backward_op(
 
 
 @prefix_attention_backward_op.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, q, k, v, *others):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -101,7 +79,7 @@ prefix_attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """Theirs where it is one, else that of the maths."""
+    """The dtype of the inputs if they have the same one, else the compute dtype."""
     return q.dtype if q.dtype == k.dtype == v.dtype else compute_dtype(q, k, v)
 
 
@@ -115,7 +93,7 @@ def _layout(
 def _known_layout(
     prompts: tuple[int, ...], counts: tuple[int, ...], completions: tuple[int, ...], device: torch.device
 ) -> PrefixLayout:
-    """Kept for the layers of a model, its backward pass, and as many rows as are in flight between them."""
+    """Cached: all layers of a model and their backward passes ask for a layout, and other rows may come in between."""
     bounds = list(accumulate(counts, initial=0))
     groups = [completions[first:last] for first, last in pairwise(bounds)]
     return PrefixLayout(prompts, groups, device)

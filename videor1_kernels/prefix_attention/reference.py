@@ -1,13 +1,13 @@
-"""Reference in plain torch: each prompt is attended once, and once by all its completions' tokens together.
+"""Reference in plain torch: the tokens of all completions of a group attend to their prompt in one product.
 
-T tokens of a packed row, Hq query heads, Hkv key heads, D head dim. A completion's softmax has two parts, over its
-prompt and over itself. With o_1, l_1 and o_2, l_2 the outputs and the log-sum-exps of the parts,
+T tokens of a packed row, Hq query heads, Hkv key heads, D head dim. The softmax of a completion's token has two parts,
+over the prompt and over the completion itself. With o_1, l_1 and o_2, l_2 their outputs and log-sum-exps,
 
     l = log(exp l_1 + exp l_2),   o = o_1 exp(l_1 - l) + o_2 exp(l_2 - l).
 
-The gradient of either part needs the merged o and l alone: its probabilities are exp(score - l), and the term that
-all scores of a row share, the sum of do * o, belongs to the whole softmax. The compute dtype is fp64 where an input is
-fp64, else fp32.
+The gradient of each part needs only the merged o and l: its probabilities are exp(score - l), and the term that all
+scores of a row share, the sum of do * o, belongs to the whole softmax. The compute dtype is fp64 if an input is fp64,
+else fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from videor1_kernels.prefix_attention.layout import PrefixLayout
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D], lse [Hq, T]), in the compute dtype."""
+    """Return out [T, Hq, D] and lse [Hq, T], in the compute dtype, of q [T, Hq, D] and k, v [T, Hkv, D]."""
     q, k, v = _wide(q, k, v)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
     for prompt, completions in _segments(layout):
@@ -44,7 +44,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float)
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: PrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), each in its input's dtype, from the gradient of ``out``; ``out``, ``lse``: :func:`forward`'s."""
+    """Return (dq, dk, dv), each in its input's dtype, from the gradient of ``out`` and the forward pass's results."""
     inputs, (q, k, v, grad) = (q, k, v), _wide(q, k, v, grad)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 

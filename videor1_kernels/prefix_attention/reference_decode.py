@@ -1,4 +1,4 @@
-"""Reference of decode in plain torch: one softmax over the scores of the group's prefix and of the row's own suffix.
+"""Reference of decode attention in plain torch: one softmax over the scores of a row's prefix and of its own suffix.
 
 R rows, Hq = Hkv * r heads; B prefixes of at most L tokens with at most M rows each; suffixes of at most W tokens.
 """
@@ -10,23 +10,12 @@ from torch import Tensor
 
 from videor1_kernels.checks import compute_dtype, fail
 from videor1_kernels.dispatch import exactly
-from videor1_kernels.prefix_attention.decode_layout import DecodeLayout
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
 
 
-def prefix_decode_attention(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
-    layout: DecodeLayout,
-    scale: float,
-) -> Tensor:
-    """Each prefix is multiplied once with the queries of all its rows.
-
-    q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
-    """
+def prefix_decode_attention(inputs: DecodeInputs, layout: DecodeLayout, scale: float) -> Tensor:
+    """The attention's output [R, Hq, D], in q's dtype. Each prefix is multiplied once with the queries of its rows."""
+    q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths = inputs
     if not len(q):
         return torch.empty_like(q)
     lengths = suffix_lengths.tolist()  # waits for the device

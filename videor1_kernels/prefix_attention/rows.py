@@ -1,4 +1,4 @@
-"""Which groups go into which packed row, under a bound on its tokens."""
+"""The plan of which groups go into which packed row, under a bound on the tokens of a row."""
 
 from __future__ import annotations
 

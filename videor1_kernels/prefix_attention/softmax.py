@@ -1,7 +1,7 @@
-"""Attention of one sequence that also gives its log-sum-exp, so that parts over different keys can be merged.
+"""Attention of one sequence that also returns its log-sum-exp, so that parts over different keys can be merged.
 
-M queries, N keys, Hq query heads, Hkv key heads, R = Hq / Hkv, D head dim. Operands are views of packed rows. On a CPU
-ATen's blocked kernel serves; elsewhere the scores of a block of queries at a time.
+M queries, N keys, Hq query heads, Hkv key heads, R = Hq / Hkv, D head dim. Operands are views of packed rows. A CPU
+runs ATen's blocked kernel; elsewhere the scores of a block of queries are computed at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [M, Hq, D], k, v [N, Hkv, D] of one dtype -> (out [M, Hq, D], lse [Hq, M]). ``causal``: N = M."""
+    """Return out [M, Hq, D] and lse [Hq, M] of q [M, Hq, D] and k, v [N, Hkv, D], in one dtype; N = M if causal."""
     queries, keys, values = (_by_key_head(x, k) for x in (q, k, v))
     run = _flash_forward if _blocked(q) else _plain_forward
     out, lse = run(queries, keys, values, scale, causal)
@@ -28,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> t
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients shaped as q, k and v. ``out`` and ``lse`` may be those of a softmax over more keys than these."""
+    """Return the gradients of q, k and v. ``out`` and ``lse`` may be those of a softmax over more keys than these."""
     grad, queries, keys, values, out = (_by_key_head(x, k) for x in (grad, q, k, v, out))
     lse = lse.unflatten(0, (k.shape[1], -1))
     run = _flash_gradients if _blocked(q) else _plain_gradients
@@ -41,7 +41,7 @@ def _blocked(q: Tensor) -> bool:
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # read by its strides, nothing is copied
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # the kernel reads by strides, so nothing is copied
     return _flash(q, k, v, 0.0, causal, scale=scale)
 
 

@@ -1,7 +1,7 @@
-"""prefix_attention on Triton kernels, for 16-bit inputs: what is launched, in which shapes.
+"""prefix_attention on Triton kernels, for 16-bit inputs: which kernels are launched, with which block sizes.
 
-In fp32 and at D = 128 the registers of a program cannot hold what these kernels keep in them (tried: full precision and
-tf32x3, blocks down to 16 keys); the reference's large products are the better way there.
+In fp32 at D = 128 a program's registers cannot hold what these kernels keep in them, neither in full precision nor in
+tf32x3, with blocks down to 16 keys. The large products of the reference are better there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from videor1_kernels.dispatch import nearest_capability
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.triton_backward import (
     prefix_key_gradients,
@@ -27,7 +28,7 @@ SUM_ROWS = 32
 
 @dataclass(frozen=True)
 class Block:
-    """Queries and keys of one step of a kernel, and its launch options."""
+    """The queries and keys of one step of a kernel, and the kernel's launch options."""
 
     m: int
     n: int
@@ -37,14 +38,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The three kernels of matrix products on one architecture."""
+    """The blocks of the three kernels with matrix products, on one architecture."""
 
     forward: Block
     query_gradient: Block
     key_gradients: Block
 
 
-# By compute capability; others take the nearest below. Larger ones spill registers at D = 128.
+# By compute capability; others take the nearest one below. Larger blocks spill registers at D = 128.
 BLOCKS: dict[int, Blocks] = {
     80: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
     86: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
@@ -60,14 +61,13 @@ def blocks_for(q: Tensor) -> Blocks:
     """The configuration for q's device."""
     if q.device.type != "cuda":  # the interpreter
         return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return BLOCKS[max((known for known in BLOCKS if known <= 10 * major + minor), default=80)]
+    return BLOCKS[nearest_capability(BLOCKS, q.device)]
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k, v [T, Hkv, D] -> (out [T, Hq, D] in q's dtype, lse fp32 [Hq, T])."""
+    """Return out [T, Hq, D] in q's dtype and lse fp32 [Hq, T], of q [T, Hq, D] and k, v [T, Hkv, D]."""
     width, blocks, (q, k, v) = q.shape[2], blocks or blocks_for(q), _operands(q, k, v)
     tokens, heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
@@ -90,7 +90,7 @@ def backward(
     scale: float,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of the gradient of ``out``, each in its input's dtype."""
+    """Return (dq, dk, dv) of the gradient of ``out``, each in its input's dtype."""
     blocks, dtypes = blocks or blocks_for(q), (q.dtype, k.dtype, v.dtype)
     width = q.shape[2]
     q, k, v, grad, out = _operands(q, k, v, grad.to(out.dtype), out)
@@ -120,7 +120,7 @@ def backward(
 
 
 def _operands(*inputs: Tensor) -> list[Tensor]:
-    """Of one dtype, in memory that is read 16 bytes at a time, D padded to a multiple of 16. Other views stay views."""
+    """The inputs in one dtype, aligned to 16 bytes, with D padded to a multiple of 16; views that are so stay views."""
     dtype = inputs[0].dtype if len({x.dtype for x in inputs}) == 1 else torch.float32
     padding = -inputs[0].shape[2] % 16
     operands = (F.pad(x.to(dtype), (0, padding)) if padding else x.to(dtype) for x in inputs)

@@ -2,8 +2,9 @@
 
     dS = P (dP - delta),   dV = P^T dO,   dK = scale dS^T q,   dQ = scale dS k.
 
-dQ goes by tiles of queries, as the forward pass does, and leaves delta. dK and dV go by tiles of keys, whose queries
-may be split over several programs; their partial sums are added in a fixed order: the same bits every time.
+A program of dQ takes a tile of queries, as in the forward pass, and writes delta too. A program of dK and dV takes a
+tile of keys. Their queries may be split over several programs, whose partial sums are added in a fixed order: the same
+bits every time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from videor1_kernels.prefix_attention.triton_forward import LOG2E, load_rows
+from videor1_kernels.prefix_attention.triton_forward import LOG2E, cut_block, load_rows, query_tile, whole_block
 
 
 @triton.jit
 def _query_gradient(q, grad, high, delta, k_block, v_block, seen, factor, acc, MASKED: tl.constexpr):
-    """acc + dS k of one block of keys, without the scale."""
+    """acc + dS k for one block of keys, without the scale."""
     weights = tl.exp2(tl.dot(q, k_block.T) * factor - high[:, None])
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
@@ -53,11 +54,12 @@ def prefix_query_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq [T, Hq, D] and delta fp32 [Hq, T]; o_row: stride of the rows of out and dq. Loops as in the forward kernel."""
-    tile = tiles + tl.program_id(0) * 5
+    """Write dq [T, Hq, D] and delta fp32 [Hq, T], with the loops of the forward kernel.
+
+    o_row is the row stride of out and of dq.
+    """
+    first, stop, prompt, prompt_stop, own = query_tile(tiles)
     head = tl.program_id(1)
-    first, stop = tl.load(tile), tl.load(tile + 1)
-    prompt, prompt_stop, own = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     q += head.to(tl.int64) * q_head
     k += (head // REPEAT).to(tl.int64) * k_head
     v += (head // REPEAT).to(tl.int64) * v_head
@@ -76,9 +78,7 @@ def prefix_query_gradient(
     whole = (prompt_stop - prompt) // BLOCK_N
     earlier = (first + 1 - own) // BLOCK_N
     for i in range(0, whole + earlier):
-        at = tl.where(i < whole, prompt + i * BLOCK_N, own + (i - whole) * BLOCK_N)
-        k_block = load_rows(k, at, at, k_row, D, BLOCK_N, BLOCK_D, False)
-        v_block = load_rows(v, at, at, v_row, D, BLOCK_N, BLOCK_D, False)
+        k_block, v_block = whole_block(k, v, k_row, v_row, i, whole, prompt, own, D, BLOCK_N, BLOCK_D)
         acc = _query_gradient(q_block, g_block, high, row_delta, k_block, v_block, 0, factor, acc, False)
     rest = tl.cdiv(prompt_stop - prompt, BLOCK_N) - whole
     end = tl.minimum(first + BLOCK_M, stop)
@@ -86,10 +86,7 @@ def prefix_query_gradient(
     for i in range(0, rest + near):
         at = tl.where(i < rest, prompt + whole * BLOCK_N, own + (earlier + i - rest) * BLOCK_N)
         last = tl.where(i < rest, prompt_stop, end)
-        keys = at + tl.arange(0, BLOCK_N)
-        seen = (keys < last)[None, :] & (keys[None, :] <= queries[:, None])
-        k_block = load_rows(k, at, last, k_row, D, BLOCK_N, BLOCK_D, True)
-        v_block = load_rows(v, at, last, v_row, D, BLOCK_N, BLOCK_D, True)
+        k_block, v_block, seen = cut_block(k, v, k_row, v_row, at, last, queries, D, BLOCK_N, BLOCK_D)
         acc = _query_gradient(q_block, g_block, high, row_delta, k_block, v_block, seen, factor, acc, True)
 
     columns = tl.arange(0, BLOCK_D)
@@ -126,16 +123,17 @@ def prefix_key_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk, dv [T, Hkv, D], or a partial result in parts fp32 [slots, 2, Hkv, BLOCK_N, D]; items: work.key_items.
+    """Write dk and dv [T, Hkv, D] for the ``items`` of work.key_items.
 
-    The query heads of a key head are summed in registers.
+    A partial result goes into parts fp32 [slots, 2, Hkv, BLOCK_N, D]. The query heads of a key head are summed in
+    registers.
     """
     item = items + tl.program_id(0) * 5
     key_head, key_heads = tl.program_id(1), tl.num_programs(1)
     key, key_stop = tl.load(item), tl.load(item + 1)
     first, stop, slot = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
     keys = key + tl.arange(0, BLOCK_N)
-    seen_from = tl.where(keys < key_stop, keys, stop)  # by queries from here on
+    seen_from = tl.where(keys < key_stop, keys, stop)  # a key is seen by the queries from here on
     factor = scale * LOG2E
     k_block = load_rows(k + key_head.to(tl.int64) * k_head, key, key_stop, k_row, D, BLOCK_N, BLOCK_D, True)
     v_block = load_rows(v + key_head.to(tl.int64) * v_head, key, key_stop, v_row, D, BLOCK_N, BLOCK_D, True)
@@ -183,7 +181,7 @@ def prefix_sum_parts(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Partial results of BLOCK_N keys, added in order: BLOCK of the keys per program."""
+    """Add up the partial results of BLOCK_N keys, in order; a program does BLOCK of these keys."""
     entry = sums + tl.program_id(0) * 4
     key_head, key_heads = tl.program_id(1), tl.num_programs(1)
     key, key_stop, slot, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)

@@ -1,11 +1,11 @@
-"""prefix_decode_attention on a Triton kernel, for 16-bit inputs: one launch, which never waits for the device.
+"""prefix_decode_attention on a Triton kernel, for 16-bit inputs: one launch, and the host never waits for the device.
 
-R rows, Hq query heads, Hkv key heads, D head dim, T = R tiles (:attr:`DecodeLayout.tiles`: a prefix and the rows that
-share it). A program reads some keys and values of one head once, from a tile's prefix for all rows of the tile or from
-a row's suffix, and leaves what it found in memory: unnormalised sums, their maximum and total. Whichever program is the
-last of a row and head to be done (a counter tells) merges what all of them left, in the order of the keys: the same
-bits whatever the order of arrival, and no second launch. The grid is as large as the longest lengths would need, so a
-CUDA graph of a call serves all lengths; a program without keys ends at once.
+R rows, Hq query heads, Hkv key heads, D head dim, T = R tiles (:attr:`DecodeLayout.tiles`: a prefix and rows that share
+it). A program reads a part of the keys and values of one head once: from a tile's prefix for all rows of the tile, or
+from the suffix of one row. It leaves its part of the softmax in memory: unnormalised sums, the maximum and the total. A
+counter tells which program of a row and head finishes last; that one merges all parts, in the order of the keys. So the
+bits do not depend on the order of arrival, and no second launch is needed. The grid has room for the longest lengths,
+so a CUDA graph of a call serves all lengths; a program without keys ends at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from videor1_kernels.checks import capturing, fail
-from videor1_kernels.prefix_attention.decode_layout import TILE_ROWS, DecodeLayout
+from videor1_kernels.dispatch import nearest_capability
+from videor1_kernels.prefix_attention.decode_layout import TILE_ROWS, DecodeInputs, DecodeLayout
 from videor1_kernels.prefix_attention.triton import Block
-from videor1_kernels.prefix_attention.triton_forward import LOG2E, _fold, load_rows
+from videor1_kernels.prefix_attention.triton_forward import LOG2E, fold, load_rows
 
-# By compute capability; others take the nearest below. 64 queries are the fewest of a product on Hopper and Blackwell,
-# and hold a tile's 8 rows of 8 heads. Blocks of keys are small so that two programs or more share a multiprocessor (on
-# Hopper and Blackwell): one starts or merges while another reads. With 4 warps sm_80 spills registers at D = 128.
+# By compute capability; others take the nearest one below. A product on Hopper and Blackwell has at least 64 queries,
+# enough for the 8 rows of a tile with 8 heads each. Blocks of keys are small so that two programs or more share a
+# multiprocessor on Hopper and Blackwell: one starts or merges while another reads. With 4 warps sm_80 spills registers
+# at D = 128.
 BLOCKS: dict[int, Block] = {
     80: Block(64, 32, 8, 3),
     86: Block(64, 32, 8, 2),
@@ -35,15 +37,15 @@ BLOCKS: dict[int, Block] = {
     120: Block(64, 32, 8, 2),
 }
 INTERPRETED = Block(64, 64, 4, 1)
-PROGRAMS = 2  # per multiprocessor, at once
+PROGRAMS = 2  # that run at once on a multiprocessor
 INTERPRETED_PROGRAMS = 8
-MOST_SPLITS = 32  # of a prefix or a suffix
-MERGED_HEADS, MERGED_SPLITS = 8, 8  # at a time
+MOST_SPLITS = 32  # parts of a prefix or a suffix
+MERGED_HEADS, MERGED_SPLITS = 8, 8  # heads and parts that are merged at a time
 
 
 @triton.jit
 def _cut(length, splits, BLOCK_N: tl.constexpr):
-    """(number of parts, keys of each but the last) of ``length`` keys cut into ``splits`` or fewer, of whole blocks."""
+    """Cut ``length`` keys into at most ``splits`` parts of whole blocks -> (parts, keys of each but the last)."""
     blocks = (length + BLOCK_N - 1) // BLOCK_N
     own = (blocks + splits - 1) // splits
     return (blocks + own - 1) // tl.maximum(own, 1), own * BLOCK_N
@@ -51,6 +53,7 @@ def _cut(length, splits, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _inside(lengths, capacity):
+    """The lengths, kept between 1 and the capacity."""
     return tl.minimum(tl.maximum(lengths, 1), capacity).to(tl.int32)
 
 
@@ -73,7 +76,10 @@ def _merge(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[row, kv_head * REPEAT + i] from the parts of its softmax. ``.cg``: other processors wrote them."""
+    """Write out[row, kv_head * REPEAT + i] from the parts of its softmax.
+
+    They are read with ``.cg``, past the L1 cache, because programs on other multiprocessors wrote them.
+    """
     columns = tl.arange(0, BLOCK_D)
     parts = prefix_parts + suffix_parts
     for first_head in range(0, REPEAT, BLOCK_H):
@@ -106,7 +112,7 @@ def _merge(
         tl.store(out + target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-# Sizes that change as answers end are not worth a compilation each.
+# These sizes change as completions end, so the kernel is not compiled anew for their values.
 @triton.jit(do_not_specialize=["R", "C", "prefix_splits", "suffix_splits", "early"])
 def prefix_decode(
     q,
@@ -153,13 +159,13 @@ def prefix_decode(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid: R * (prefix_splits + suffix_splits) * kv_heads, heads next to each other; blocks of BLOCK_M of a tile's
-    TILE_ROWS * BLOCK_R queries, BLOCK_R: the REPEAT query heads of a row, padded to a power of 2. First the prefixes of
-    ``early`` tiles, the longest work where many rows share them; then the suffixes; then the other tiles, most of which
-    are spare.
+    """The grid's first axis is R * (prefix_splits + suffix_splits) * kv_heads, with the heads next to each other. Its
+    second are the blocks of BLOCK_M of a tile's TILE_ROWS * BLOCK_R queries; BLOCK_R is REPEAT, the query heads of a
+    key head, padded to a power of 2. The prefixes of ``early`` tiles come first, as they are the longest work if many
+    rows share them; then the suffixes; then the other tiles, most of which are spare.
 
-    sums fp32 [R, Hq, splits, D], tops (in powers of 2) and totals fp32 [R, Hq, splits], splits = prefix_splits +
-    suffix_splits; arrived int32 [R, Hkv], 0 before and after: per row and key head the programs that are done.
+    With splits = prefix_splits + suffix_splits: sums fp32 [R, Hq, splits, D]; tops, in powers of 2, and totals fp32
+    [R, Hq, splits]. arrived int32 [R, Hkv] counts the programs that are done, and is 0 before and after a launch.
     """
     kv_head = tl.program_id(0) % kv_heads
     item = tl.program_id(0) // kv_heads
@@ -212,7 +218,7 @@ def prefix_decode(
         k_block = load_rows(k, key, stop, k_row, D, BLOCK_N, BLOCK_D, True)
         v_block = load_rows(v, key, stop, v_row, D, BLOCK_N, BLOCK_D, True)
         seen = (key + tl.arange(0, BLOCK_N) < stop)[None, :]
-        high, total, acc = _fold(q_block, k_block, v_block, seen, factor, high, total, acc, True)
+        high, total, acc = fold(q_block, k_block, v_block, seen, factor, high, total, acc, True)
     q_heads = kv_heads * REPEAT
     at = (query_rows.to(tl.int64) * q_heads + query_heads) * splits + split + tl.where(of_suffix, prefix_splits, 0)
     tl.store(sums + at[:, None] * D + columns[None, :], acc, mask=cells)
@@ -225,8 +231,8 @@ def prefix_decode(
     suffixes = _inside(tl.load(suffix_lengths + rows, mask=here, other=1), C)
     suffix_parts, _ = _cut(suffixes, suffix_splits, BLOCK_N)
     counters = arrived + rows.to(tl.int64) * kv_heads + kv_head
-    # Release: the stores of all threads (the barrier) come before the count. Acquire: who finds the count full sees the
-    # stores of all who counted, and after the second barrier so do its program's other threads.
+    # Release: the first barrier puts the stores of all threads before the count. Acquire: the thread that finds the
+    # count complete sees what every counted program stored, and after the second barrier so do the other threads.
     tl.debug_barrier()
     before = tl.atomic_add(counters, tl.full((TILE_ROWS,), 1, tl.int32), mask=here, sem="acq_rel")
     last = here & (before + 1 == (prefix_parts + suffix_parts) * ((BLOCK_R + BLOCK_M - 1) // BLOCK_M))
@@ -258,7 +264,7 @@ def prefix_decode(
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the programs of a launch leave for each other; see :func:`prefix_decode`."""
+    """The memory in which the programs of a launch exchange their parts; see :func:`prefix_decode`."""
 
     sums: Tensor
     tops: Tensor
@@ -270,7 +276,7 @@ _workspaces: WeakKeyDictionary[DecodeLayout, dict[tuple[int, ...], Workspace]] =
 
 
 def workspace(layout: DecodeLayout, q: Tensor, kv_heads: int, splits: int) -> Workspace:
-    """That of a layout, made at its first call and kept as long as the layout; every launch leaves its counters 0."""
+    """The workspace of a layout, made at its first call and kept as long as it; a launch leaves its counters at 0."""
     rows, heads, size = q.shape
     known = _workspaces.setdefault(layout, {})
     key = (heads, kv_heads, splits, size)
@@ -282,7 +288,8 @@ def workspace(layout: DecodeLayout, q: Tensor, kv_heads: int, splits: int) -> Wo
         totals=q.new_empty((rows, heads, splits), dtype=torch.float32),
         arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=q.device),
     )
-    if not capturing(q):  # else its zeros are written by replays of the graph alone: no other call may rely on them
+    # While a graph is being captured, only its replays write the zeros: no other call may rely on them.
+    if not capturing(q):
         known[key] = made
     return made
 
@@ -291,17 +298,16 @@ def block_for(q: Tensor) -> Block:
     """The configuration for q's device."""
     if q.device.type != "cuda":
         return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return BLOCKS[max((known for known in BLOCKS if known <= 10 * major + minor), default=80)]
+    return BLOCKS[nearest_capability(BLOCKS, q.device)]
 
 
 def splits_for(
     rows: int, kv_heads: int, prefix_tokens: int, capacity: int, programs: int, block_n: int
 ) -> tuple[int, int]:
-    """(parts of a prefix, parts of a suffix) that give each of ``programs`` about the same number of keys.
+    """Into how many parts to cut a prefix and a suffix, so that ``programs`` programs have about as many keys each.
 
-    From sizes known without asking the device: ``prefix_tokens`` of the prefixes' memory, taken as one prefix for each
-    TILE_ROWS rows, and ``capacity`` of a suffix.
+    Only sizes that the host knows are used: ``prefix_tokens``, the size of the prefixes' memory, as if every TILE_ROWS
+    rows had a prefix of their own; and ``capacity``, that of a suffix.
     """
     share = max(block_n, -(-kv_heads * (prefix_tokens + rows * capacity) // programs))
     prefix = -(-prefix_tokens // triton.cdiv(rows, TILE_ROWS))
@@ -309,22 +315,15 @@ def splits_for(
 
 
 def prefix_decode_attention(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
-    layout: DecodeLayout,
-    scale: float,
-    block: Block | None = None,
+    inputs: DecodeInputs, layout: DecodeLayout, scale: float, block: Block | None = None
 ) -> Tensor:
-    """q [R, Hq, D], prefix_k/v [Tp, Hkv, D], suffix_k/v [S, C, Hkv, D], suffix_lengths [R] -> [R, Hq, D] in q's dtype.
+    """The attention's output [R, Hq, D], in q's dtype.
 
-    Lengths are the device's own and go unchecked; outside 1 to C they are taken as 1 or C. Of a layout's calls one at a
-    time may run (on one stream, say): they share a workspace. A call that is captured in a CUDA graph needs a call
-    before it with the same layout, and the layout kept as long as the graph.
+    Lengths stay on the device and are not checked: one outside 1 to C is taken as 1 or C. Calls with the same layout
+    share a workspace, so only one of them may run at a time, on one stream for example. Before a call is captured in a
+    CUDA graph, another with the same layout has to run, and the layout has to live as long as the graph.
     """
+    q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths = inputs
     rows, heads, size = q.shape
     kv_heads, capacity = suffix_k.shape[2], suffix_k.shape[1]
     if not rows:
@@ -384,6 +383,6 @@ def _programs(q: Tensor) -> int:
 
 
 def _operands(*inputs: Tensor) -> list[Tensor]:
-    """Of one dtype, with the values of a head side by side; views that are so already stay views."""
+    """The inputs in one dtype, with the numbers of a head side by side; views that are so already stay views."""
     dtype = inputs[0].dtype if len({x.dtype for x in inputs}) == 1 else torch.float32
     return [x if x.stride(-1) == 1 else x.contiguous() for x in (x.to(dtype) for x in inputs)]

@@ -1,6 +1,6 @@
-"""Forward kernel of prefix attention: one program per tile of queries and query head, one online softmax.
+"""Forward kernel of prefix attention: one program per tile of queries and query head, with one online softmax.
 
-T tokens of a packed row, Hq query heads, Hkv key heads, D head dim. Scores count in powers of 2, for exp2.
+T tokens of a packed row, Hq query heads, Hkv key heads, D head dim. Scores are multiplied by log2(e), for exp2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(at, first, stop, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr):
-    """[BLOCK, BLOCK_D] of rows first, first + 1, ... of a head; 0 past D and, with CUT, from row ``stop`` on."""
+    """Rows first, first + 1, ... of a head, [BLOCK, BLOCK_D]; 0 past D and, with CUT, from row ``stop`` on."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     values = at + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
@@ -26,8 +26,36 @@ def load_rows(at, first, stop, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLO
 
 
 @triton.jit
-def _fold(q, k_block, v_block, seen, scale, high, total, acc, MASKED: tl.constexpr):
-    """One block of keys into the running softmax: high = max score, total = sum exp2(score - high), acc = values."""
+def query_tile(tiles):
+    """This program's row of work.query_tiles: (first, stop, prompt, prompt_stop, own)."""
+    tile = tiles + tl.program_id(0) * 5
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+
+
+@triton.jit
+def whole_block(
+    k, v, k_row, v_row, i, whole, prompt, own, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Block i of the keys and values that every query of a tile sees whole: ``whole`` of the prompt, then its own."""
+    at = tl.where(i < whole, prompt + i * BLOCK_N, own + (i - whole) * BLOCK_N)
+    k_block = load_rows(k, at, at, k_row, D, BLOCK_N, BLOCK_D, False)
+    v_block = load_rows(v, at, at, v_row, D, BLOCK_N, BLOCK_D, False)
+    return k_block, v_block
+
+
+@triton.jit
+def cut_block(k, v, k_row, v_row, at, last, queries, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys and values ``at`` to ``last`` - 1, and which of the queries see which of them."""
+    keys = at + tl.arange(0, BLOCK_N)
+    seen = (keys < last)[None, :] & (keys[None, :] <= queries[:, None])
+    k_block = load_rows(k, at, last, k_row, D, BLOCK_N, BLOCK_D, True)
+    v_block = load_rows(v, at, last, v_row, D, BLOCK_N, BLOCK_D, True)
+    return k_block, v_block, seen
+
+
+@triton.jit
+def fold(q, k_block, v_block, seen, scale, high, total, acc, MASKED: tl.constexpr):
+    """Add a block of keys to a running softmax: high = max score, total = sum exp2(score - high), acc = those of v."""
     scores = tl.dot(q, k_block.T) * scale
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
@@ -62,11 +90,12 @@ def prefix_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """q, k, v with these strides of rows and heads; out [T, Hq, D]; lse fp32 [Hq, T], nats; tiles: work.query_tiles."""
-    tile = tiles + tl.program_id(0) * 5
+    """Write out [T, Hq, D] and lse fp32 [Hq, T], nats, for the ``tiles`` of work.query_tiles.
+
+    q, k and v have any strides of their rows and heads.
+    """
+    first, stop, prompt, prompt_stop, own = query_tile(tiles)
     head = tl.program_id(1)
-    first, stop = tl.load(tile), tl.load(tile + 1)
-    prompt, prompt_stop, own = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     q += head.to(tl.int64) * q_head
     k += (head // REPEAT).to(tl.int64) * k_head
     v += (head // REPEAT).to(tl.int64) * v_head
@@ -77,26 +106,21 @@ def prefix_forward(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    # Blocks of keys that every query of the tile sees whole, first of the prompt, then of the segment.
+    # First the blocks of keys that every query of the tile sees whole, of the prompt and then of its own segment.
     whole = (prompt_stop - prompt) // BLOCK_N
     earlier = (first + 1 - own) // BLOCK_N
     for i in range(0, whole + earlier):
-        at = tl.where(i < whole, prompt + i * BLOCK_N, own + (i - whole) * BLOCK_N)
-        k_block = load_rows(k, at, at, k_row, D, BLOCK_N, BLOCK_D, False)
-        v_block = load_rows(v, at, at, v_row, D, BLOCK_N, BLOCK_D, False)
-        high, total, acc = _fold(q_block, k_block, v_block, 0, factor, high, total, acc, False)
-    # The prompt's last keys, and the segment's up to the diagonal.
+        k_block, v_block = whole_block(k, v, k_row, v_row, i, whole, prompt, own, D, BLOCK_N, BLOCK_D)
+        high, total, acc = fold(q_block, k_block, v_block, 0, factor, high, total, acc, False)
+    # Then the last keys of the prompt, and those of the segment up to the diagonal.
     rest = tl.cdiv(prompt_stop - prompt, BLOCK_N) - whole
     end = tl.minimum(first + BLOCK_M, stop)
     near = tl.cdiv(end - own, BLOCK_N) - earlier
     for i in range(0, rest + near):
         at = tl.where(i < rest, prompt + whole * BLOCK_N, own + (earlier + i - rest) * BLOCK_N)
         last = tl.where(i < rest, prompt_stop, end)
-        keys = at + tl.arange(0, BLOCK_N)
-        seen = (keys < last)[None, :] & (keys[None, :] <= queries[:, None])
-        k_block = load_rows(k, at, last, k_row, D, BLOCK_N, BLOCK_D, True)
-        v_block = load_rows(v, at, last, v_row, D, BLOCK_N, BLOCK_D, True)
-        high, total, acc = _fold(q_block, k_block, v_block, seen, factor, high, total, acc, True)
+        k_block, v_block, seen = cut_block(k, v, k_row, v_row, at, last, queries, D, BLOCK_N, BLOCK_D)
+        high, total, acc = fold(q_block, k_block, v_block, seen, factor, high, total, acc, True)
 
     columns = tl.arange(0, BLOCK_D)
     at = out + queries.to(tl.int64)[:, None] * o_row + head * D + columns[None, :]

@@ -1,7 +1,7 @@
-"""How prefix attention is cut into programs: lists of row ranges, built once per layout and block size.
+"""How prefix attention is divided among programs: lists of row ranges, built once per layout and block size.
 
-In the packed row what follows a prompt up to the end of its group is what sees it, and what follows a completion's
-token inside its completion is what sees that. One rule covers both: a key is seen by the later positions of a range.
+A prompt's token is seen by all later tokens of its group, and a completion's token by the later tokens of its
+completion. So one rule covers both: in the packed row, a key is seen by the later positions of a range.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 
-PARTS = 512  # the queries of all key tiles together are cut into about so many equal parts
+PARTS = 512  # the queries of all key tiles together are cut into about this many equal parts
 LEAST_PART = 512  # queries
 
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def _once_per_layout(build: Callable[[PrefixLayout, int], T]) -> Callable[[PrefixLayout, int], T]:
-    """All layers of a model share a layout, and forward and backward passes the same tiles."""
+    """Cache the result: all layers of a model share a layout, and their passes share its tiles."""
     built: WeakKeyDictionary[PrefixLayout, dict[int, T]] = WeakKeyDictionary()
 
     @functools.wraps(build)
@@ -39,10 +39,11 @@ def _once_per_layout(build: Callable[[PrefixLayout, int], T]) -> Callable[[Prefi
 
 @_once_per_layout
 def query_tiles(layout: PrefixLayout, block: int) -> Tensor:
-    """int32 [n, 5], a row per ``block`` queries or fewer, those that see most first:
+    """int32 [n, 5], with a row for every ``block`` queries or fewer; those that see most keys come first.
 
-    first query, end of its segment, first key of its prompt, end of those keys (none for a prompt's own tokens), first
-    key of its segment. A query sees the keys of its prompt, and those of its segment up to itself.
+    A row holds the first query, the end of its segment, the first key of its prompt, the end of these keys (there are
+    none for a prompt's own tokens), and the first key of its segment. A query sees the keys of its prompt, and those of
+    its segment up to itself.
     """
     tiles = []
     for start, stop, prompt, prompt_stop in _segments(layout):
@@ -53,12 +54,12 @@ def query_tiles(layout: PrefixLayout, block: int) -> Tensor:
 
 @_once_per_layout
 def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
-    """(items int32 [n, 5], sums int32 [m, 4], number of partial results).
+    """Return (items int32 [n, 5], sums int32 [m, 4], number of partial results).
 
-    An item is ``block`` keys or fewer and some of the queries that see them: first key, end of its segment, first
-    query, end of the queries, where its partial result goes (-1: it is the only item of its keys). A prompt's keys are
-    seen by all of its group: their queries are split over several items, which a row of ``sums`` names: first key, end
-    of its segment, first partial result, number of them.
+    An item has ``block`` keys or fewer, and some of the queries that see them. It holds the first key, the end of its
+    segment, the first query, the end of the queries, and the place of its partial result, or -1 if it is the only item
+    of its keys. A whole group sees its prompt's keys, so the queries of these are split over several items. A row of
+    ``sums`` names them: the first key, the end of its segment, the first partial result and the number of results.
     """
     tiles = [(first, stop, seen) for start, stop, seen in _key_segments(layout) for first in range(start, stop, block)]
     total = sum(seen - first for first, _, seen in tiles)
@@ -80,7 +81,7 @@ def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
 
 
 def _segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int, int]]:
-    """Every prompt and completion: its first position, its end, and those of its prompt (empty for a prompt)."""
+    """The first position and the end of every prompt and completion, and those of its prompt, empty for a prompt."""
     for prompt, length, starts, lengths in _groups(layout):
         yield prompt, prompt + length, prompt, prompt
         for start, count in zip(starts, lengths, strict=True):
@@ -88,7 +89,7 @@ def _segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _key_segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int]]:
-    """Every prompt and completion: its first position, its end, and the end of what sees it."""
+    """The first position and the end of every prompt and completion, and the end of the tokens that see it."""
     for prompt, length, starts, lengths in _groups(layout):
         yield prompt, prompt + length, prompt + length + sum(lengths)
         for start, count in zip(starts, lengths, strict=True):

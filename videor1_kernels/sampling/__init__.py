@@ -1,4 +1,4 @@
-"""One token per row from logits, and its log-probability: what a decode step of a rollout ends with."""
+"""The last part of a decode step of a rollout: one token per row from logits, and its log-probability."""
 
 from __future__ import annotations
 

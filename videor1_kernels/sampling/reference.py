@@ -1,7 +1,7 @@
 """Reference of sample_tokens in plain torch. R rows, V vocabulary.
 
-Softmaxes and cumulative sums run along rows, and the sums are of integers, so that neither the rows beside a row nor
-the order of summation shows in its result. Only truncation sorts.
+Softmaxes and cumulative sums run along a row, and the sums are of integers. So the result of a row depends neither on
+the rows beside it nor on the order of summation. Only truncation sorts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from videor1_kernels.checks import compute_dtype
 
-UNITS = 2.0**60  # of probability, int64: a row's sum to about this many
-REACHED = 1 - 2.0**-40  # of top_p: what only rounding keeps from it has reached it
+UNITS = 2.0**60  # probabilities are counted in units of 2^-60, as int64: those of a row sum to about UNITS
+REACHED = 1 - 2.0**-40  # a sum of this part of top_p has reached it: only rounding makes such a difference
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class SampleTokensOptions:
 def sample_tokens(
     logits: Tensor, uniform: Tensor, banned: Tensor | None, options: SampleTokensOptions
 ) -> tuple[Tensor, Tensor]:
-    """-> (tokens int64 [R], logp [R] of the compute dtype)."""
+    """Return tokens int64 [R] and logp [R] in the compute dtype."""
     scores = logits.to(compute_dtype(logits))  # [R, V]
     limits = torch.finfo(scores.dtype)
-    # Finite but for the banned: whatever a row holds, it has a distribution over what may be drawn.
+    # Every score is finite, except those of banned tokens: so every row has a distribution over what may be drawn.
     allowed = scores.nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
     if banned is not None:
         allowed.index_fill_(1, banned, -torch.inf)
@@ -52,27 +52,27 @@ def sample_tokens(
 
 
 def truncated(allowed: Tensor, weights: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Weights int64 [R, V] with those that top_k and top_p leave out set to 0."""
+    """The weights int64 [R, V], with 0 for the tokens that top_k and top_p leave out."""
     order = _likeliest(allowed, top_k)  # [R, V or k]
     ranked = weights.gather(1, order)
     if top_p < 1:
         cumulative = ranked.cumsum(1)
         need = (cumulative[:, -1:].double() * (top_p * REACHED)).ceil().long()
-        ranked.masked_fill_(cumulative - ranked >= need, 0)  # those before it suffice
+        ranked.masked_fill_(cumulative - ranked >= need, 0)  # those before it are enough
     return torch.zeros_like(weights).scatter_(1, order, ranked)
 
 
 def _likeliest(allowed: Tensor, top_k: int) -> Tensor:
     """The ids of the k likeliest tokens (0: of all), likeliest first, the lower id first among equals."""
     if top_k:  # below V
-        values, order = allowed.topk(top_k + 1, dim=1)  # much quicker than to sort all; leaves equals in any order
+        values, order = allowed.topk(top_k + 1, dim=1)  # much faster than a sort; equal values come in any order
         if not bool((values[:, 1:] == values[:, :-1]).any()):
             return order[:, :top_k]
     return allowed.sort(dim=1, descending=True, stable=True).indices[:, : top_k or None]
 
 
 def _tempered(scores: Tensor, temperature: float) -> Tensor:
-    """scores / t up to a constant of each row. The difference comes first: it is exact where it matters."""
+    """scores / t, less a constant of each row: the difference comes first, because it is exact where it matters."""
     if temperature == 1:
         return scores
     return (scores - scores.amax(1, keepdim=True)) / temperature

@@ -1,22 +1,22 @@
-"""sample_tokens on Triton: one launch, one program a row, no sort. R rows, V vocabulary, K banned ids.
+"""sample_tokens on Triton: one launch, one program per row, no sort. R rows, V vocabulary, K banned ids.
 
-Passes over a row, of which all but the first read it from L2:
+A program passes over its row several times. All passes but the first read it from the L2 cache:
 
-    temperature 0       2  the largest logit; the sum of exponentials
-    no truncation       2  the same, and the token's segment (a 64th of the row) once more
-    top_k, top_p, both  3  the same, and the listing of candidates: the scores from a bound on that the largest at each
-                           place of a tile give, few where the distribution is not flat. Thresholds, ties and the token
-                           are then found among them in registers.
-    over 2048           5  at least: bisections of the bounds until 2048 are between them, a pass each (about 8 where
-    candidates             scores are spread, 44 at most); one pass to list these, one to sum the kept, one to count the
-                           ties where not all are kept. Where top_p follows top_k it may bisect and list anew.
+    temperature 0       2  one finds the largest logit, the other sums exponentials
+    no truncation       2  the same two; then the token's segment, a 64th of the row, is read once more
+    top_k, top_p, both  3  the same two, and one that lists the candidates: the scores from a bound on. The bound comes
+                           from the largest score at each place of a tile, and leaves few candidates unless the
+                           distribution is flat. Thresholds, ties and the token are then found in registers.
+    over 2048           5  or more: each bisection of the bounds is a pass, until 2048 candidates lie between them (some
+    candidates             8 for scores that spread, 44 at most); one lists these, one sums what is kept, and one counts
+                           ties if not all of them are kept. If top_p follows top_k, it may bisect and list again.
 
-A program has one multiprocessor, which reads 64 bytes a clock from L2, makes 16 exponentials and converts 16 to int64.
-At V = 152064, bf16 and 1.755 GHz a pass takes 2.7 us at least, and 5.4 us where exponentials are summed: the floor of a
-launch of no more rows than multiprocessors is 8 us without truncation, 11 us with few candidates. This is arithmetic,
-not a measurement.
+A program runs on one multiprocessor, which per clock reads 64 bytes from L2, computes 16 exponentials and converts 16
+numbers to int64. At V = 152064, bf16 and 1.755 GHz a pass takes at least 2.7 us, and 5.4 us if it sums exponentials. So
+a launch of no more rows than multiprocessors takes at least 8 us without truncation and 11 us with few candidates. This
+is arithmetic, not a measurement.
 
-Banned ids are compared with the tiles that hold one, each with all: dozens cost little, thousands much.
+Each tile that holds a banned id is compared with all K of them: dozens cost little, thousands much.
 """
 
 from __future__ import annotations
@@ -30,11 +30,22 @@ from torch import Tensor
 
 from videor1_kernels.sampling.reference import REACHED, SampleTokensOptions
 from videor1_kernels.sampling.triton_list import draw_truncated
-from videor1_kernels.sampling.triton_row import LARGEST, STAGES, aim, first_in_row, marked, marks_of, tile, weight
+from videor1_kernels.sampling.triton_row import (
+    LARGEST,
+    STAGES,
+    Row,
+    Weighing,
+    aim,
+    first_in_row,
+    marked,
+    marks_of,
+    tile,
+    weight,
+)
 
 SEGMENTS, COLUMNS = 64, 32  # of a tile; with twice as many the compiler spills registers
 NUM_WARPS = 16
-REGISTERS = 128  # all that a thread of 16 warps can have; unless told so, the compiler spills some for occupancy
+REGISTERS = 128  # the most that a thread of 16 warps can have; without this the compiler spills some for occupancy
 
 
 @triton.jit
@@ -63,23 +74,22 @@ def sample_kernel(
     S: tl.constexpr,
     C: tl.constexpr,
 ):
-    """logits [R, V], uniform [R], banned [K] -> tokens, logp [R].
+    """Write tokens and logp [R], from logits [R, V], uniform [R] and banned [K].
 
-    listed int32 [R, 2, S * C], counts int32 [R]: scratch.
-    scale: log2(e) / temperature; reach: the weight of a score that far below the largest is surely 0; top_p: int64, in
-    units of 2^-62.
+    listed int32 [R, 2, S * C] and counts int32 [R] are scratch memory. scale: log2(e) / temperature. reach: a score
+    that far below the largest has a weight of 0. top_p: int64, in units of 2^-62.
     """
-    row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
+    number = tl.program_id(0).to(tl.int64)
     marks = tl.zeros((), tl.int64)
     if BANNED:
         marks = marks_of(banned, K, V, L, C)
+    row = Row(logits + number * stride, V, L, banned, K, marks)
 
     lanes = tl.full((S, C), float("-inf"), tl.float32)  # the largest score at each place of a tile
     first = tl.zeros((S, C), tl.int32)
     highest = tl.full((S, C), float("-inf"), tl.float32)  # of all, banned ones too; +inf for what has no log-prob
     for i in tl.range(0, L // C, num_stages=STAGES):
-        ids, z, score = tile(base, i, V, L, banned, K, marks, S, C, BANNED)
+        ids, z, score = tile(row, i, S, C, BANNED)
         if GREEDY:
             first = tl.where(score > lanes, ids, first)
         lanes = tl.maximum(lanes, score)
@@ -87,42 +97,37 @@ def sample_kernel(
     top = tl.maximum(tl.max(lanes), -LARGEST)
     crest = tl.max(highest)
 
+    weighing = Weighing(top, scale, UNITS)
     floor = tl.maximum(top - reach, -LARGEST)
     sums = tl.zeros((S, C), tl.int64)
     eligible = tl.zeros((S, C), tl.int32)  # for top_k: those whose weight may not be 0
     banned_sum = 0.0  # relative to the crest, which may be far above the top
     for i in tl.range(0, L // C, num_stages=STAGES):
-        ids, z, score = tile(base, i, V, L, banned, K, marks, S, C, BANNED)
-        sums += weight(score, top, scale, UNITS)
+        ids, z, score = tile(row, i, S, C, BANNED)
+        sums += weight(score, weighing)
         if TOP_K:
             eligible += (score >= floor).to(tl.int32)
-        if BANNED:  # noqa: SIM102 (the one is decided when this is compiled)
+        if BANNED:  # noqa: SIM102 (this one is decided at compile time)
             if marked(marks, i):
                 held = (score == float("-inf")) & (ids < V)
                 banned_sum += tl.sum(tl.where(held, tl.exp2((tl.where(held, z, crest) - crest) * scale), 0.0))
     parts = tl.sum(sums, 1)  # [S]
     total = tl.sum(parts)
 
-    u = tl.load(uniform + row).to(tl.float64)
+    u = tl.load(uniform + number).to(tl.float64)
     if GREEDY:
         token = tl.min(tl.where(lanes == top, first, V - 1))
     elif TOP_K or TOP_P:
         token = draw_truncated(
-            base,
-            V,
-            L,
-            banned,
-            K,
-            marks,
-            listed + row * (2 * S * C),
-            counts + row,
+            row,
+            listed + number * (2 * S * C),
+            counts + number,
             lanes,
             tl.sum(eligible),
             floor,
             total,
             u,
-            top,
-            scale,
+            weighing,
             top_k,
             top_p,
             TOP_K,
@@ -130,26 +135,23 @@ def sample_kernel(
             S,
             C,
             BANNED,
-            UNITS,
         )
     else:
-        token = first_in_row(
-            base, V, L, banned, K, parts, aim(u, total), float("-inf"), -1, top, scale, False, S, C, BANNED, UNITS
-        )
+        token = first_in_row(row, parts, aim(u, total), float("-inf"), -1, weighing, False, S, C, BANNED)
 
     share = tl.exp2((top - crest) * scale).to(tl.float64)  # 1, unless a banned one is the crest
     norm = total.to(tl.float64) * (1.0 / UNITS) * share + banned_sum
-    z = tl.load(base + token).to(tl.float64)
+    z = tl.load(row.base + token).to(tl.float64)
     result = (z - crest.to(tl.float64)) / temperature - tl.log(norm)
     result = tl.where(tl.abs(crest) < float("inf"), result, float("nan"))
-    tl.store(tokens + row, token.to(tl.int64))
-    tl.store(logp + row, result.to(tl.float32))
+    tl.store(tokens + number, token.to(tl.int64))
+    tl.store(logp + number, result.to(tl.float32))
 
 
 def sample_tokens(
     logits: Tensor, uniform: Tensor, banned: Tensor | None, options: SampleTokensOptions
 ) -> tuple[Tensor, Tensor]:
-    """-> (tokens int64 [R], logp fp32 [R])."""
+    """Return tokens int64 [R] and logp fp32 [R]."""
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()

@@ -1,8 +1,8 @@
-"""Parts of the sampling kernel that find the threshold of top_k and top_p: the candidates, listed and searched.
+"""The parts of the sampling kernel that find the threshold of top_k and top_p in a list of candidates.
 
-A list holds S * C candidates, a few registers of each thread, in no order: what is asked of it are sums of integers.
-It holds a row's candidates whole where they are that few, else those between two bounds that the threshold is between.
-Bounds are images: the int32 that stand for fp32 numbers in the same order, so that bisection ends.
+A list holds up to S * C candidates, a few registers of each thread. It has no order, because only sums of integers are
+asked of it. It holds all candidates of a row if they are few enough, else those between two bounds around the
+threshold. A bound is an image: an int32 that stands for an fp32 number, in the same order, so that bisection ends.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import triton.language as tl
 
 from videor1_kernels.sampling.triton_row import STAGES, aim, count_above, first_in_row, segment_sums, tile, weight
 
-HALVINGS = tl.constexpr(12)  # of the interval of scores, which soon leaves few; then of that of images, which must end
+# The interval of scores is halved this often, which usually leaves few candidates. Then that of images is, which ends.
+HALVINGS = tl.constexpr(12)
 
 
 @triton.jit
 def image(x):
-    """fp32 -> int32 in the same order, -0 and 0 the same."""
+    """The image of an fp32 number; -0 and 0 have the same."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def value(key):
-    """Image -> fp32."""
+    """The fp32 number of an image."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def climb(scores, amounts, need, low, high):
-    """-> the greatest image t in [low, high) such that the amounts of scores from t on sum to ``need``; else low."""
+    """The greatest image t in [low, high) from which on the scores' amounts sum to ``need``, or low without one."""
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)
         if tl.sum(tl.where(scores >= value(middle), amounts, 0)) >= need:
@@ -42,7 +43,7 @@ def climb(scores, amounts, need, low, high):
 
 @triton.jit
 def first_listed(ids, amounts, target, V):
-    """-> the first id at which the sum of amounts, in order of id, exceeds ``target``."""
+    """The first id at which the sum of amounts, in order of id, exceeds ``target``."""
     low = tl.full((), -1, tl.int32)
     high = V - 1
     while low + 1 < high:
@@ -55,18 +56,16 @@ def first_listed(ids, amounts, target, V):
 
 
 @triton.jit
-def candidates(
-    base, V, L, banned, K, marks, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr
-):
-    """List the scores whose image is in [low, high), at most S * C of them -> their number.
+def candidates(row, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
+    """List the scores whose image is in [low, high), at most S * C of them. Returns their number.
 
-    listed int32 [2, S * C], count int32 [1]: this program's own.
+    listed int32 [2, S * C] and count int32 [1] belong to this program.
     """
-    tl.debug_barrier()  # an earlier list may still be being read
+    tl.debug_barrier()  # other threads may still be reading an earlier list
     tl.store(count, 0)
     tl.debug_barrier()
-    for i in tl.range(0, L // C, num_stages=STAGES):
-        ids, _, score = tile(base, i, V, L, banned, K, marks, S, C, BANNED)
+    for i in tl.range(0, row.L // C, num_stages=STAGES):
+        ids, _, score = tile(row, i, S, C, BANNED)
         inside = (score >= value(low)) & (score < value(high))
         place = tl.atomic_add(count + tl.zeros((S, C), tl.int32), 1, mask=inside, sem="relaxed", scope="cta")
         room = inside & (place < S * C)
@@ -78,7 +77,10 @@ def candidates(
 
 @triton.jit
 def read_list(listed, count, SIZE: tl.constexpr):
-    """-> scores [SIZE], ids [SIZE]; -inf and 0 beyond the last. Read when needed: held, they would take registers."""
+    """The scores and ids of a list, each [SIZE]; -inf and 0 beyond the last.
+
+    They are read again whenever they are needed, because keeping them would take registers.
+    """
     at = tl.arange(0, SIZE)
     inside = at < tl.load(count)
     bits = tl.load(listed + at, mask=inside, other=0)
@@ -88,12 +90,7 @@ def read_list(listed, count, SIZE: tl.constexpr):
 
 @triton.jit
 def cut(
-    base,
-    V,
-    L,
-    banned,
-    K,
-    marks,
+    row,
     listed,
     count,
     number,
@@ -101,18 +98,16 @@ def cut(
     low,
     high,
     need,
-    top,
-    scale,
+    weighing,
     BY_WEIGHT: tl.constexpr,
     S: tl.constexpr,
     C: tl.constexpr,
     BANNED: tl.constexpr,
-    UNITS: tl.constexpr,
 ):
-    """Find the greatest threshold in [low, high) from which on the row holds ``need``: weight, or scores.
+    """Find the greatest threshold in [low, high) from which on the row holds ``need``, a weight or a number of scores.
 
-    From ``low`` on it does, and has ``number`` scores; from ``high`` on it has none. whole: all these are listed.
-    -> (threshold, number above it, weight above it, number equal to it, whole).
+    From ``low`` on the row holds that much, in ``number`` scores; from ``high`` on it has none. whole: whether all
+    these scores are listed. Returns (threshold, number above it, weight above it, number equal to it, whole).
     """
     number_beyond = tl.zeros((), tl.int64)  # of the scores from ``high`` on
     weight_beyond = tl.zeros((), tl.int64)
@@ -123,9 +118,7 @@ def cut(
             middle = (low & high) + ((low ^ high) >> 1)
             halfway = image(0.5 * value(low) + 0.5 * value(high - 1))
             middle = tl.where((step < HALVINGS) & (halfway > low) & (halfway < high), halfway, middle)
-            n, w, least, others = count_above(
-                base, V, L, banned, K, marks, value(middle), top, scale, S, C, BANNED, UNITS
-            )
+            n, w, least, others = count_above(row, value(middle), weighing, S, C, BANNED)
             reached = (w if BY_WEIGHT else n) >= need
             low = tl.where(reached, image(least), low)
             number = tl.where(reached, n, number)
@@ -133,10 +126,10 @@ def cut(
             number_beyond = tl.where(reached, number_beyond, n)
             weight_beyond = tl.where(reached, weight_beyond, w)
             step += 1
-        candidates(base, V, L, banned, K, marks, listed, count, low, high, S, C, BANNED)
+        candidates(row, listed, count, low, high, S, C, BANNED)
         whole = (high == end) & (number <= S * C)
     scores, _ = read_list(listed, count, S * C)
-    weights = weight(scores, top, scale, UNITS)
+    weights = weight(scores, weighing)
     single = low + 1 == high  # then perhaps more of them than can be listed
     if BY_WEIGHT:
         threshold = climb(scores, weights, need - weight_beyond, low, high)
@@ -156,18 +149,13 @@ def cut(
 
 @triton.jit
 def share(total, top_p):
-    """The weight that top_p asks of a total."""
+    """The part of the total weight that top_p asks for."""
     return tl.maximum(tl.ceil(total.to(tl.float64) * 2.0**-62 * top_p).to(tl.int64), 1)
 
 
 @triton.jit
 def draw_truncated(
-    base,
-    V,
-    L,
-    banned,
-    K,
-    marks,
+    row,
     listed,
     count,
     lanes,
@@ -175,8 +163,7 @@ def draw_truncated(
     floor,
     total,
     u,
-    top,
-    scale,
+    weighing,
     top_k,
     top_p,
     TOP_K: tl.constexpr,
@@ -184,87 +171,47 @@ def draw_truncated(
     S: tl.constexpr,
     C: tl.constexpr,
     BANNED: tl.constexpr,
-    UNITS: tl.constexpr,
 ):
-    """-> the token that ``u`` draws from what top_k, then top_p keep.
+    """The token that ``u`` draws from what first top_k and then top_p keep.
 
-    lanes [S, C]: the largest score at each place of a tile; where these alone hold what is needed, so does the row.
+    lanes [S, C]: the largest score at each place of a tile. A bound from which on these alone hold what is needed is a
+    bound for the row.
     """
-    high = image(top) + 1
+    high = image(weighing.top) + 1
     if TOP_K:
         need = tl.minimum(eligible, top_k).to(tl.int64)
         low = climb(lanes, (lanes >= floor).to(tl.int64), need, image(floor), high)
     else:
         need = share(total, top_p)
-        low = climb(lanes, weight(lanes, top, scale, UNITS), need, image(floor), high)
-    number = candidates(base, V, L, banned, K, marks, listed, count, low, high, S, C, BANNED)
+        low = climb(lanes, weight(lanes, weighing), need, image(floor), high)
+    number = candidates(row, listed, count, low, high, S, C, BANNED)
     threshold, above, kept, ties, whole = cut(
-        base,
-        V,
-        L,
-        banned,
-        K,
-        marks,
-        listed,
-        count,
-        number,
-        number <= S * C,
-        low,
-        high,
-        need,
-        top,
-        scale,
-        not TOP_K,
-        S,
-        C,
-        BANNED,
-        UNITS,
+        row, listed, count, number, number <= S * C, low, high, need, weighing, not TOP_K, S, C, BANNED
     )
-    each = weight(value(threshold), top, scale, UNITS)
+    each = weight(value(threshold), weighing)
     if TOP_K:
         take = need - above  # of the ties, lower ids first
         if TOP_P:
             need = share(kept + take * each, top_p)
             threshold, above, kept, ties, whole = cut(
-                base,
-                V,
-                L,
-                banned,
-                K,
-                marks,
-                listed,
-                count,
-                above + ties,
-                whole,
-                threshold,
-                high,
-                need,
-                top,
-                scale,
-                True,
-                S,
-                C,
-                BANNED,
-                UNITS,
+                row, listed, count, above + ties, whole, threshold, high, need, weighing, True, S, C, BANNED
             )
-            each = weight(value(threshold), top, scale, UNITS)
+            each = weight(value(threshold), weighing)
     if TOP_P:
         take = (need - kept + each - 1) // tl.maximum(each, 1)
     bound = value(threshold)
     target = aim(u, kept + take * each)
-    last = V - 1  # the last id at which a tie is kept
+    last = row.V - 1  # the last id at which a tie is kept
     if whole:
         scores, ids = read_list(listed, count, S * C)
         if take < ties:
-            last = first_listed(ids, (scores == bound).to(tl.int64), take - 1, V)
+            last = first_listed(ids, (scores == bound).to(tl.int64), take - 1, row.V)
         stays = (scores > bound) | ((scores == bound) & (ids <= last))
-        token = first_listed(ids, tl.where(stays, weight(scores, top, scale, UNITS), 0), target, V)
+        token = first_listed(ids, tl.where(stays, weight(scores, weighing), 0), target, row.V)
     else:
         if take < ties:
-            sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, True, S, C, BANNED, UNITS)
-            last = first_in_row(
-                base, V, L, banned, K, sums, take - 1, bound, last, top, scale, True, S, C, BANNED, UNITS
-            )
-        sums = segment_sums(base, V, L, banned, K, marks, bound, last, top, scale, False, S, C, BANNED, UNITS)
-        token = first_in_row(base, V, L, banned, K, sums, target, bound, last, top, scale, False, S, C, BANNED, UNITS)
+            sums = segment_sums(row, bound, last, weighing, True, S, C, BANNED)
+            last = first_in_row(row, sums, take - 1, bound, last, weighing, True, S, C, BANNED)
+        sums = segment_sums(row, bound, last, weighing, False, S, C, BANNED)
+        token = first_in_row(row, sums, target, bound, last, weighing, False, S, C, BANNED)
     return token
