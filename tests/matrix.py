@@ -114,6 +114,13 @@ ARRAYS = (
 )
 
 
+COMPILED = (
+    "tests/kernels/test_compile_targets.py",
+    "tests/kernels/test_triton_grpo_loss.py",
+    "tests/kernels/test_triton_group_advantage.py",
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One environment for the tests.
@@ -145,6 +152,7 @@ CELLS = {
     "transformers-low": Cell("the lowest transformers", packages=("transformers==5.17.*",), files=MODEL),
     "av-low": Cell("the lowest PyAV", packages=("av==16.0.*",), files=VIDEO),
     "numpy-low": Cell("the lowest numpy", packages=("numpy==1.26.*",), files=ARRAYS),
+    "triton-low": Cell("the lowest Triton", packages=("triton==3.6.*",), files=COMPILED),
 }
 
 
