@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from videor1.model.lm import VideoLM
 from videor1.model.positions import POSITIONS_KEY
+
+_PIECE = (
+    2**22
+)  # elements whose bits are summed at a time; 2**22 * 2**22 * 2**31 may wrap around, always to the same sum
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -75,13 +80,41 @@ def _merged_state(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_digest(model: VideoLM) -> str:
-    """Return a digest that identifies a model by its parameters' names, shapes and a few values of each.
+    """Return a digest that identifies a model by its parameters' names, shapes and all of their values.
 
-    It does not depend on the model's folder. Adapters are left out: they belong to the run, not to its base model.
+    It does not depend on the model's folder, nor on the device. Adapters are left out: they belong to the run, not to
+    its base model. Each parameter enters by two sums over its bits as fp32, one of them weighted by position: exact in
+    integers that wrap around, and as fast as memory is read.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in _base_parameters(model):
+        digest.update(repr((name, tuple(parameter.shape), _bit_sums(parameter.detach()))).encode())
+    return f"all-{digest.hexdigest()}"
+
+
+def sampled_digest(model: VideoLM) -> str:
+    """Return the digest by which early versions identified a model: it depends on a few values of each parameter.
+
+    Their checkpoints and evaluations hold it.
     """
     digest = hashlib.sha256()
+    for name, parameter in _base_parameters(model):
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
+        digest.update(repr((name, tuple(parameter.shape), values)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.hf.named_parameters():
         if ".lora_" not in name:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
-            digest.update(repr((name.replace(".base_layer.", "."), tuple(parameter.shape), values)).encode())
-    return digest.hexdigest()[:16]
+            yield name.replace(".base_layer.", "."), parameter
+
+
+def _bit_sums(tensor: Tensor) -> tuple[int, int]:
+    plain, weighted = 0, 0
+    for number, piece in enumerate(tensor.reshape(-1).split(_PIECE)):
+        bits = piece.float().view(torch.int32).to(torch.int64)
+        places = torch.arange(1, len(bits) + 1, device=bits.device)
+        plain += int(bits.sum())
+        weighted += (number + 1) * int((bits * places).sum())
+    return plain, weighted
