@@ -42,7 +42,7 @@ class DamagedError(ValueError):
 def file_entry(path: Path) -> Entry:
     """Read a file and return its size and digest."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))  # type: ignore[arg-type]
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
         return {"bytes": os.fstat(file.fileno()).st_size, "blake2b": digest.hexdigest()}
 
 

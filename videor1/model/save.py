@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,7 @@ from torch import Tensor
 from videor1.model.lm import VideoLM
 from videor1.model.positions import POSITIONS_KEY
 
-_PIECE = (
-    2**22
-)  # elements whose bits are summed at a time; 2**22 * 2**22 * 2**31 may wrap around, always to the same sum
+_THREADS = 8  # that hash a model
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -83,13 +83,18 @@ def base_digest(model: VideoLM) -> str:
     """Return a digest that identifies a model by its parameters' names, shapes and all of their values.
 
     It does not depend on the model's folder, nor on the device. Adapters are left out: they belong to the run, not to
-    its base model. Each parameter enters by two sums over its bits as fp32, one of them weighted by position: exact in
-    integers that wrap around, and as fast as memory is read.
+    its base model.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in _base_parameters(model):
-        digest.update(repr((name, tuple(parameter.shape), _bit_sums(parameter.detach()))).encode())
-    return f"all-{digest.hexdigest()}"
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter's lock
+        parts = list(pool.map(_parameter_digest, _base_parameters(model)))
+    return f"all-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}"
+
+
+def _parameter_digest(named: tuple[str, Tensor]) -> tuple[str, tuple[int, ...], str]:
+    name, parameter = named
+    values = parameter.detach().cpu().contiguous()
+    data = values.reshape(-1).view(torch.uint8).numpy()
+    return name, tuple(values.shape), hashlib.blake2b(data.data, digest_size=16).hexdigest()
 
 
 def sampled_digest(model: VideoLM) -> str:
@@ -108,13 +113,3 @@ def _base_parameters(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.hf.named_parameters():
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter
-
-
-def _bit_sums(tensor: Tensor) -> tuple[int, int]:
-    plain, weighted = 0, 0
-    for number, piece in enumerate(tensor.reshape(-1).split(_PIECE)):
-        bits = piece.float().view(torch.int32).to(torch.int64)
-        places = torch.arange(1, len(bits) + 1, device=bits.device)
-        plain += int(bits.sum())
-        weighted += (number + 1) * int((bits * places).sum())
-    return plain, weighted
