@@ -27,9 +27,9 @@ _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 MERGE = (
     'python -c "from peft import PeftModel as P; from transformers import AutoTokenizer as T; '
-    "from transformers import Qwen2_5_VLForConditionalGeneration as M; "
-    "P.from_pretrained(M.from_pretrained('{base}', dtype='auto'), '{adapter}')"
-    ".merge_and_unload().save_pretrained('MERGED'); T.from_pretrained('{base}').save_pretrained('MERGED')\""
+    "from transformers import Qwen2_5_VLForConditionalGeneration as M; b, k = '{base}', dict(trust_remote_code=False); "
+    "P.from_pretrained(M.from_pretrained(b, dtype='auto', **k), '{adapter}')"
+    ".merge_and_unload().save_pretrained('MERGED'); T.from_pretrained(b, **k).save_pretrained('MERGED')\""
 )
 
 
@@ -66,13 +66,16 @@ def _adapter_message(folder: Path) -> str:
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
-    if not isinstance(base, str) or not base or any(sign in base for sign in "'\"\\`$\n"):
-        base = "BASE_MODEL"
-    command = MERGE.format(base=base, adapter=folder)
+    command = MERGE.format(base=_quoted(base, "BASE_MODEL"), adapter=_quoted(str(folder), "ADAPTER_FOLDER"))
     return (
         f"model_name_or_path: {folder} holds a LoRA adapter ({ADAPTER}), expected a whole model; merge it into its "
         f"base model first:\n  {command}\nand then name MERGED"
     )
+
+
+def _quoted(name: Any, otherwise: str) -> str:
+    """Return a name as it can stand in a shell command in quotes, or ``otherwise`` if it cannot."""
+    return name if isinstance(name, str) and name and not any(c in name for c in "'\"\\`$!\n\r") else otherwise
 
 
 def check_config(source: str, config: Any) -> None:
