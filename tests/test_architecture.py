@@ -237,10 +237,10 @@ def untrusting(path: Path) -> Iterator[str]:
     """Calls that read a model, a tokenizer or the like, and do not say that code in its folder must not run."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if isinstance(node, ast.Call) and name == "from_pretrained":
-            if "trust_remote_code" not in {word.arg for word in node.keywords}:
-                yield f"{path.name}:{node.lineno}: {name} without trust_remote_code=False"
-        for word in node.keywords if isinstance(node, ast.Call) else ():
+        words = node.keywords if isinstance(node, ast.Call) else []
+        if name == "from_pretrained" and "trust_remote_code" not in {word.arg for word in words}:
+            yield f"{path.name}:{node.lineno}: {name} without trust_remote_code=False"
+        for word in words:
             if word.arg == "trust_remote_code" and not (
                 isinstance(word.value, ast.Constant) and word.value.value is False
             ):

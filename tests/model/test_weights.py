@@ -264,7 +264,9 @@ def test_an_adapter_says_how_it_is_merged(assets: Assets, tmp_path: Path, capsys
     merged, base = load(tmp_path / "MERGED").hf.state_dict(), load(assets.model).hf.state_dict()
     moved = {name for name in base if not torch.equal(merged[name], base[name])}
     assert moved == {name for name in base if re.search(r"q_proj\.weight", name) and "visual" not in name}
-    assert run_main(main, ["--model_name_or_path", str(folder), "--dataset_name", str(assets.train)]) == 2
+    options = ["--model_name_or_path", str(folder), "--dataset_name", str(assets.train)]
+    assert run_main(main, [*options, "--output_dir", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
     assert "merge it" in capsys.readouterr().err
 
 
