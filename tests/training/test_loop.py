@@ -7,17 +7,15 @@ import errno
 import itertools
 import math
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from patience import PATIENCE
-from runs import last_metrics, metrics, same_weights, start, train_flags, trainer
+from runs import largest_file, last_metrics, metrics, same_weights, start, train_flags, trainer
 
 import videor1.training
 import videor1.training.checkpoint
@@ -213,17 +211,6 @@ def test_the_last_step_is_saved_though_it_was_not_finite_and_pushes_nothing_out(
     final = run.train()
     assert final.name == "step-5"
     assert steps(tmp_path) == [2, 4, 5]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file can grow beyond this many bytes: what a quota or a full disk does, from the kernel."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
