@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from videor1.config.ranges import Range, above, at_least, check_values, expect
+from videor1.config.ranges import Range, above, at_least, check_values, expect, is_text
 
 IMAGE_MAX_PIXELS = 256 * 28 * 28
 VIDEO_MAX_PIXELS = 128 * 28 * 28
@@ -291,9 +291,8 @@ class CommonConfig:
     def __post_init__(self) -> None:
         check_values(self)
         folder = self.output_dir or ""
-        usable = "\0" not in folder and not any("\ud800" <= sign <= "\udfff" for sign in folder)
         # Tokenizers, which every checkpoint holds, can only be written to such a folder.
-        expect("output_dir", folder, "a folder whose name is UTF-8 text without null characters", usable)
+        expect("output_dir", folder, "a folder whose name is UTF-8 text without null characters", is_text(folder))
         pixels = {
             "video.": (self.video.min_pixels, self.video.max_pixels),
             "video.image_": (self.video.image_min_pixels, self.video.image_max_pixels),

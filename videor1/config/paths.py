@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from videor1.config.ranges import is_text
+
 # Options that hold the path of a file or folder. The first two may be something else: a hub id, a URL, several paths.
 PATHS = ("model_name_or_path", "dataset_name", "data.root", "data.eval_path", "data.cache_dir")
 
@@ -23,7 +25,9 @@ def absolute(name: str, value: Any) -> Any:
         return value
     if name == "model_name_or_path" and not os.path.isdir(value):
         return value  # a hub id
-    return _each_path(name, value, lambda path: str(Path(path).absolute()))
+    made = _each_path(name, value, lambda path: str(Path(path).absolute()))
+    # In a current folder whose name is not UTF-8 a path stays relative, since no run's folder may have such a name.
+    return value if name == "output_dir" and not is_text(made) else made
 
 
 def relocated(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -84,3 +84,8 @@ def expect(name: str, value: object, expected: str, ok: bool) -> None:
     """Raise a ConfigError that states the option's name, what was expected and the value, unless ``ok``."""
     if not ok:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def is_text(name: str) -> bool:
+    """Return whether a name can be written as UTF-8, and holds no null character."""
+    return "\0" not in name and not any("\ud800" <= sign <= "\udfff" for sign in name)

@@ -132,8 +132,12 @@ def _open(folder: Path, command: str) -> int:
             me = psutil.Process()
             record = {"pid": me.pid, "host": socket.gethostname(), "created": me.create_time()}
             record |= {"command": command, "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
+            except OSError:  # The disk is full: the lock holds all the same, unless the file alone says so.
+                if not exclusive:
+                    raise
         except OSError as error:
             os.close(descriptor)
             raise ConfigError(f"output_dir: {folder} cannot be written to: {error}") from error
