@@ -23,7 +23,7 @@ from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.model import load_model
-from videor1.model.weights import MERGE, nonfinite
+from videor1.model.weights import MERGE, nonfinite, weight_files
 from videor1.train import main
 
 
@@ -125,7 +125,7 @@ def poison(value: float) -> Callable[[dict[str, Tensor]], None]:
         (poison(float("nan")), "NaN or Inf in its weights.*norm.weight"),
         (poison(float("inf")), "NaN or Inf in its weights.*norm.weight"),
         (poison(float("-inf")), "NaN or Inf in its weights.*norm.weight"),
-        (lambda tensors: tensors.clear(), "missing keys in its weights"),
+        (lambda tensors: tensors.clear(), "its files hold 0"),
     ],
 )
 def test_weights_that_are_not_the_models(
@@ -293,3 +293,64 @@ def test_nan_is_found_wherever_it_is() -> None:
         tensors[f"{at}"][at] = float("nan")
     tensors["half"] = torch.tensor([1, float("-inf")], dtype=torch.bfloat16)
     assert nonfinite(tensors) == ["0", "500", "999", "half"]
+
+
+CONFIGS: dict[str, Any] = {
+    "text_config.hidden_size": [8192, "x", -4, None],
+    "text_config.intermediate_size": [10**9],
+    "text_config.vocab_size": [10**9],
+    "text_config.num_attention_heads": [0],
+    "text_config.num_key_value_heads": [1],
+    "text_config.num_hidden_layers": [0, 3, 10**6],
+    "text_config.rope_parameters": [{"rope_type": "none such"}],
+    "vision_config.depth": [10**5],
+    "text_config": [None, 3, []],
+    "vision_config": [{}, None],
+    "dtype": ["float99"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CONFIGS.items() for value in values])
+def test_a_config_of_another_model_takes_no_memory(
+    name: str, value: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, _, key = name.rpartition(".")
+    config = json.loads((folder / "config.json").read_text())
+    (config[section] if section else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="model_name_or_path: "):
+        load(folder)
+
+
+class Hub:
+    """Files that a hub has, in place of transformers' cached_file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, []
+
+    def __call__(self, source: str, name: str, **_: Any) -> str | None:
+        assert source == "owner/name"
+        self.asked.append(name)
+        return str(self.folder / name) if (self.folder / name).exists() else None
+
+
+def test_the_files_of_a_hub_id_are_checked_alike(
+    assets: Assets, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.cached_file", Hub(folder))
+    assert weight_files("owner/name") == [folder / "model.safetensors"]
+    shard(folder)
+    assert weight_files("owner/name") == [folder / "one.safetensors", folder / "two.safetensors"]
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"has no two\.safetensors"):
+        weight_files("owner/name")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    with pytest.raises(ConfigError, match=r"expected the plain name of a \.safetensors file"):
+        weight_files("owner/name")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="has neither"):
+        weight_files("owner/name")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a LoRA adapter"):
+        weight_files("owner/name")

@@ -16,7 +16,15 @@ from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
 from videor1.model.positions import POSITIONS_KEY, trained_rule
 from videor1.model.template import check_template
-from videor1.model.weights import check_config, check_folder, check_stored, nonfinite, stored_tensors, weight_files
+from videor1.model.weights import (
+    check_config,
+    check_folder,
+    check_sizes,
+    check_stored,
+    nonfinite,
+    stored_tensors,
+    weight_files,
+)
 
 
 def load_model(config: CommonConfig) -> VideoLM:
@@ -99,7 +107,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForCond
     check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # A damaged config raises whatever its class meets first.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
@@ -125,6 +133,7 @@ def load_weights(source: str, config: Any, dtype: torch.dtype) -> Qwen2_5_VLForC
     """
     stored = stored_tensors(weight_files(source))
     check_stored(source, config, stored)
+    check_sizes(source, config, stored)
     try:
         hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             source,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from videor1.errors import ConfigError
 from videor1.model.manifest import DamagedError, check_manifest, is_plain
@@ -22,6 +24,7 @@ from videor1.model.manifest import DamagedError, check_manifest, is_plain
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 
+_LAYER, _BLOCK = re.compile(r"\blayers\.(\d+)\."), re.compile(r"\bblocks\.(\d+)\.")
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
@@ -102,11 +105,10 @@ def check_config(source: str, config: Any) -> None:
 
 
 def weight_files(source: str) -> list[Path]:
-    """Return the safetensors files of a model; of a hub id, those that an index lists are downloaded by transformers.
+    """Return the safetensors files of a model; those of a hub id are downloaded.
 
     Raises:
-        ConfigError: there are none, or an index names a file of another kind or place.
-        OSError: the hub cannot be reached.
+        ConfigError: there are none, an index names a file of another kind or place, or the hub cannot be reached.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -117,22 +119,37 @@ def weight_files(source: str) -> list[Path]:
             found = f"; {others[0]} is not read, since such a file can run code: convert it" if others else ""
             raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}{found}")
         return [folder / name for name in _index(folder / INDEX)]
+    if _cached(source, ADAPTER) is not None:
+        raise ConfigError(_adapter_message(folder))
+    if (single := _cached(source, WEIGHTS)) is not None:
+        return [single]
+    if (index := _cached(source, INDEX)) is None:
+        raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}")
+    found = {name: _cached(source, name) for name in _index(index)}
+    if lacking := [name for name, path in found.items() if path is None]:
+        raise ConfigError(f"model_name_or_path: {source} has no {lacking[0]}, which its {INDEX} names")
+    return [path for path in found.values() if path is not None]
+
+
+def _cached(source: str, name: str) -> Path | None:
+    """Return the path of a file of a hub id, which is downloaded if it is not there yet; None if there is no such file.
+
+    Raises:
+        ConfigError: the hub cannot be reached.
+    """
     from transformers.utils import cached_file
 
-    if cached_file(source, ADAPTER, _raise_exceptions_for_missing_entries=False) is not None:
-        raise ConfigError(_adapter_message(folder))
-    if cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False) is None:
-        index = cached_file(source, INDEX, _raise_exceptions_for_missing_entries=False)
-        if index is None:
-            raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}")
-        _index(Path(index))
-    return []
+    try:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
+    return None if path is None else Path(path)
 
 
 def _index(path: Path) -> list[str]:
     """Return the names of the files in an index. Raises ConfigError for one that is not a plain safetensors name."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(names, dict) or not names:
             raise ValueError("its weight_map is empty or no mapping")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -191,6 +208,32 @@ def check_stored(source: str, config: Any, stored: Mapping[str, Stored]) -> None
             "says that both are one (tie_word_embeddings: true); if the head was trained, write "
             '"tie_word_embeddings": false in config.json, at the top and in text_config; if not, remove the tensor'
         )
+
+
+def check_sizes(source: str, config: Any, stored: Mapping[str, Stored]) -> None:
+    """Check that a config describes a model about as large as the stored one, before memory is taken for it.
+
+    transformers makes the whole model before it compares shapes. What is left to it are small differences, which its
+    report names one by one.
+
+    Raises:
+        ConfigError: the config describes another number of layers, a much larger model, or none that can be made.
+    """
+    try:
+        layers = {_LAYER: config.text_config.num_hidden_layers, _BLOCK: config.vision_config.depth}
+        for pattern, count in layers.items():
+            held = len({match[1] for name in stored if (match := pattern.search(name))})
+            if held and count > 2 * held:
+                raise ValueError(f"{count:,} layers, its files hold {held}")
+        with torch.device("meta"):
+            described = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
+        held = sum(math.prod(tensor.shape) for tensor in stored.values())
+        if described > 2 * held + 2**20:
+            raise ValueError(f"a model of {described:,} parameters, its files hold {held:,}")
+    except Exception as error:  # A damaged config raises whatever the model's classes meet first.
+        raise ConfigError(
+            f"model_name_or_path: {source}: its config.json does not fit its weights: {error}; take the model's own"
+        ) from error
 
 
 def _tensor(stored: Stored, name: str) -> Tensor:
