@@ -116,8 +116,8 @@ def weight_files(source: str) -> list[Path]:
             return [folder / WEIGHTS]
         if not (folder / INDEX).is_file():
             others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            found = f"; {others[0]} is not read, since such a file can run code: convert it" if others else ""
-            raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}{found}")
+            note = f"; {others[0]} is not read, since such a file can run code: convert it" if others else ""
+            raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}{note}")
         return [folder / name for name in _index(folder / INDEX)]
     if _cached(source, ADAPTER) is not None:
         raise ConfigError(_adapter_message(folder))
