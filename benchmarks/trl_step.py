@@ -90,7 +90,9 @@ class TRLStep:
             reward_funcs=self._reward,
             args=arguments,
             train_dataset=dataset,
-            processing_class=_ImageProcessor(AutoImageProcessor.from_pretrained(folder), tokenizer),
+            processing_class=_ImageProcessor(
+                AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), tokenizer
+            ),
         )
         self.trainer.current_gradient_accumulation_steps = setting.prompts
         self.optimizer = make_optimizer(self.model.trainable(), config)

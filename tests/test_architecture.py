@@ -233,6 +233,40 @@ def test_records_and_options_import_no_stage() -> None:
         assert stages <= known, (name, stages)
 
 
+def untrusting(path: Path) -> Iterator[str]:
+    """Calls that read a model, a tokenizer or the like, and do not say that code in its folder must not run."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+        words = node.keywords if isinstance(node, ast.Call) else []
+        if name == "from_pretrained" and "trust_remote_code" not in {word.arg for word in words}:
+            yield f"{path.name}:{node.lineno}: {name} without trust_remote_code=False"
+        for word in words:
+            if word.arg == "trust_remote_code" and not (
+                isinstance(word.value, ast.Constant) and word.value.value is False
+            ):
+                yield f"{path.name}:{node.lineno}: trust_remote_code that is not False"
+
+
+def test_code_of_a_model_folder_is_never_trusted(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    for line in ("X.from_pretrained(p)", "X.from_pretrained(p, trust_remote_code=y)", "f(trust_remote_code=True)"):
+        file.write_text(line)
+        assert list(untrusting(file)), line
+    file.write_text("X.from_pretrained(p, trust_remote_code=False)")
+    assert list(untrusting(file)) == []
+    own = [path for folder in (*PACKAGES, "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert [found for path in own for found in untrusting(path)] == []
+
+
+def test_no_file_reads_a_pickle_of_tensors() -> None:
+    """torch.load, numpy's object arrays, joblib: what is read from a file is safetensors, JSON, YAML or media."""
+    reads = re.compile(r"\btorch\.load\(|\ballow_pickle=True|\bjoblib\b|\bpickle\.load\(|\bdill\b|\bload_state_dict\(")
+    assert reads.search("torch." + "load(x)")
+    for folder in PACKAGES:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not reads.search(path.read_text(encoding="utf-8")), path
+
+
 def test_no_file_installs_the_project_from_an_index() -> None:
     """Its name there is not ours: extras are added in the clone, ``errors.install``."""
     index = re.compile(r"pip install [^\n]*videor1\[")

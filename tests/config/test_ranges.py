@@ -131,3 +131,56 @@ def test_what_two_options_ask_of_each_other(make: Any, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         make()
     assert str(refused.value) == message
+
+
+ABSURD = {
+    "num_generations": 10**9,
+    "max_completion_length": 10**12,
+    "max_prompt_length": 10**12,
+    "rollout_batch_size": 10**9,
+    "per_device_train_batch_size": 10**9,
+    "gradient_accumulation_steps": 10**9,
+    "num_iterations": 10**9,
+    "dynamic_sampling": 10**9,
+    "max_tokens_per_row": 10**15,
+    "num_train_epochs": 1e300,
+    "seed": 10**40,
+    "save_steps": 10**40,
+    "max_steps": 10**40,
+    "eval_samples": 10**40,
+    "temporal.num_generations": 10**9,
+    "rollout.kv_mib": 10**12,
+    "rollout.concurrency": 10**9,
+    "data.workers": 10**6,
+    "data.prefetch": 10**9,
+    "data.cache_mb": 10**12,
+    "data.shuffle_mb": 10**12,
+    "data.timeout": 1e300,
+    "video.max_frames": 10**9,
+    "video.max_pixels": 10**15,
+    "video.image_max_pixels": 10**15,
+    "lora.rank": 10**9,
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_an_absurd_size_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: expected at most [\d,.e+]+, got (\d|a number of)"):
+        with_value(TrainConfig, name, ABSURD[name])
+
+
+def test_sizes_that_are_absurd_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_completion_length: expected at most 2,147,483,648 / num_generations"):
+        TrainConfig(num_generations=1024, max_completion_length=2**22)
+
+
+def test_large_sizes_that_can_be_meant_are_not_refused() -> None:
+    TrainConfig(num_generations=1024, max_completion_length=131072, max_prompt_length=10**6, rollout_batch_size=4096)
+
+
+@pytest.mark.parametrize("folder", ["runs/\udcff", "a\0b", "\udce9t\udce9/run"])
+@pytest.mark.parametrize("config_class", COMMANDS.values())
+def test_a_folder_that_cannot_hold_a_checkpoint_is_refused(config_class: type, folder: str) -> None:
+    with pytest.raises(ConfigError, match="output_dir: expected a folder whose name is UTF-8 text"):
+        config_class(output_dir=folder)
+    config_class(output_dir="résultats/試験 😀")

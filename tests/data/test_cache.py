@@ -13,6 +13,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -261,6 +262,37 @@ def test_a_whole_file_that_says_something_else_is_damaged(what: str, disk: DiskC
     failure = disk.read(key()).failure
     assert failure is not None
     assert failure.kind == "damaged"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"second_per_grid": 0.75},
+        {"second_per_grid": 0},
+        {"kind": "image"},
+        {"grid_thw": [1, 4, 4]},
+        {"grid_thw": [4, 4, 1]},
+        {"version": [0]},
+        {"more": 1},
+        {"crc32": 0},
+        {"crc32": None},
+    ],
+    ids=repr,
+)
+def test_no_part_of_what_a_file_says_of_its_patches_can_change(
+    change: dict[str, Any], disk: DiskCache, tmp_path: Path
+) -> None:
+    """Each value alone could be right."""
+    disk.write(key(), media())
+    (path,) = entries(tmp_path / "cache")
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["videor1"])
+    assert about | change != about
+    save_file({"patches": media().patches}, path, {"videor1": json.dumps(about | change)})
+    failure = disk.read(key()).failure
+    assert failure is not None
+    assert failure.kind == "damaged"
+    assert not path.exists()
 
 
 def test_the_budget_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:

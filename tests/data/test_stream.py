@@ -134,6 +134,29 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
         order.begin(17)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_changed_data_is_gone_on_with_at_the_next_epoch_if_asked_for(tmp_path: Path) -> None:
+    order = order_of(stream_of(write_shards(tmp_path / "d")))
+    saved = order.save(Position(5, 2, 1, 2))
+    assert order.note == ""
+    with open(tmp_path / "d" / "000.jsonl", "ab") as file:
+        file.write(lines(range(1)))
+    other = order_of(stream_of(tmp_path / "d"), changed_ok=True)
+    assert other.begin(saved) == Position(draws=5, epoch=3)
+    assert "goes on with the next epoch" in other.note
+    assert next(other.iterate(other.begin(saved))).number == 5
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "change", [{"row": -1}, {"draws": "5"}, {"epoch": None}, {"window": True}, {"more": 1}, {"draws": 1.5}]
+)
+def test_what_is_no_position_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    order = order_of(stream_of(write_shards(tmp_path / "d")))
+    with pytest.raises(ConfigError, match="not a position of a stream"):
+        order.begin(order.save(Position(5, 0, 1, 2)) | change)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_of_a_stream(workers: int, tmp_path: Path) -> None:
     """Bad rows and missing files are skips in their place; the state goes through JSON."""

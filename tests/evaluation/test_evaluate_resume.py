@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -12,14 +13,20 @@ from typing import Any
 import pytest
 import runs
 from evaluations import Oracle, answers, flags, results, run
-from runs import Killed
+from runs import Killed, largest_file
 from safetensors.torch import load_file, save_file
 
+import videor1.evaluation.run
 from videor1 import evaluate
+from videor1.config import EvaluateConfig
 from videor1.config.cli import run_main
 from videor1.demo.assets import Assets
 from videor1.evaluation import evaluator
+from videor1.evaluation.files import _earlier_digest
+from videor1.evaluation.suites import load_suite
 from videor1.logs.jsonl import JsonlWriter
+from videor1.model import load_model
+from videor1.model.save import sampled_digest
 from videor1.rollout import Request, Rollout
 
 
@@ -189,3 +196,104 @@ def test_a_resume_on_other_questions_is_refused(
     file.write_text(file.read_text().replace("Which sort?", "Which one?"))
     assert run(assets, tmp_path / "run", resume="auto", **options) == 2
     assert "questions of mmvu: " in capsys.readouterr().err
+
+
+def in_folder(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("room", [0, 300, 2000])
+def test_a_full_disk_anywhere_is_one_message_and_gone_on_from(
+    assets: Assets, benchmarks: Path, tmp_path: Path, oracle, capsys: pytest.CaptureFixture, room: int
+) -> None:
+    """No file can grow beyond ``room``: the state, a line or the results do not fit."""
+    options = {"benchmark": "videomme,vsibench", "data__root": benchmarks}
+    with largest_file(room):
+        assert run(assets, tmp_path / "run", **options) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "cannot be written: File too large" in error
+    assert "of 11 questions are answered; go on with: python -m videor1.evaluate --resume auto" in error
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert run(assets, tmp_path / "run", resume="auto", **options) == 0
+    assert len(answers(tmp_path / "run")) == 11
+    assert in_folder(tmp_path / "run") == [
+        "answers.jsonl",
+        "config.yaml",
+        "results.json",
+        "skipped.jsonl",
+        "state.json",
+    ]
+
+
+def test_results_are_whole_or_not_there(
+    assets: Assets, benchmarks: Path, tmp_path: Path, oracle, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The disk is full when the results are written: the earlier ones stay."""
+    options = {"benchmark": "videomme", "data__root": benchmarks}
+    assert run(assets, tmp_path / "run", **options) == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        if Path(path).name == "results.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *_, **__)
+
+    write = videor1.evaluation.run.write_atomic
+    with monkeypatch.context() as patched:
+        patched.setattr(videor1.evaluation.run, "write_atomic", full)
+        assert run(assets, tmp_path / "run", resume="auto", **options) == 1
+    assert "No space left on device; 6 of 6 questions are answered; go on with" in capsys.readouterr().err
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_an_evaluation_and_its_data_may_be_moved(
+    assets: Assets, benchmarks: Path, tmp_path: Path, oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, the data and the run lie in one folder, which is named relative to another one."""
+    project = tmp_path / "project"
+    shutil.copytree(benchmarks, project / "data")
+    shutil.copytree(assets.model, project / "model")
+    monkeypatch.chdir(project)
+    options = {"benchmark": "videomme", "data__root": "data", "model_name_or_path": "model"}
+    assert run(assets, Path("runs/one"), **options) == 0
+    os.remove(project / "runs" / "one" / "results.json")
+    monkeypatch.chdir(tmp_path)
+    oracle.requests.clear()
+    assert run_main(evaluate.main, ["--resume", "auto", "--output_dir", "project/runs/one"]) == 0
+    shutil.move(project, tmp_path / "new")
+    os.remove(tmp_path / "new" / "runs" / "one" / "results.json")
+    assert run_main(evaluate.main, ["--resume", "auto", "--output_dir", "new/runs/one"]) == 0
+    assert not oracle.requests
+    assert results(tmp_path / "new" / "runs" / "one")["videomme"]["overall"]["questions"] == 6
+
+
+def test_an_evaluation_of_an_early_version_goes_on(
+    assets: Assets, benchmarks: Path, tmp_path: Path, oracle, finished: dict[str, Any]
+) -> None:
+    model = load_model(EvaluateConfig(model_name_or_path=str(assets.model), device="cpu"))
+    samples = [question.sample for question in load_suite("videomme", benchmarks).questions]
+    early = {"model (digest of its weights)": sampled_digest(model), "questions of videomme": _earlier_digest(samples)}
+    (tmp_path / "run" / "state.json").write_text(json.dumps(early))
+    assert run(assets, tmp_path / "run", resume="auto", **finished) == 0
+    early["questions of videomme"] = _earlier_digest(samples[:-1])
+    (tmp_path / "run" / "state.json").write_text(json.dumps(early))
+    assert run(assets, tmp_path / "run", resume="auto", **finished) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{"])
+def test_a_state_that_is_none(text: str, assets: Assets, tmp_path: Path, finished: dict[str, Any], capsys) -> None:
+    (tmp_path / "run" / "state.json").write_text(text)
+    assert run(assets, tmp_path / "run", resume="auto", **finished) == 1
+    assert "state.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_second_process_in_the_folder_is_refused(assets: Assets, benchmarks: Path, tmp_path: Path, capsys) -> None:
+    options = {"benchmark": "videomme,mvbench", "data__root": benchmarks, "max_completion_length": 16}
+    process = runs.start("held_evaluate", flags(assets, tmp_path / "run", **options))
+    runs.wait_for_lines(process, tmp_path / "run" / "answers.jsonl", 6)
+    assert run(assets, tmp_path / "run", resume="auto", **options) == 2
+    assert f"is in use by process {process.pid} on" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+    assert run(assets, tmp_path / "run", resume="auto", **options) == 0

@@ -24,7 +24,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
-from videor1.training.checkpoint import checkpoints
+from videor1.model.manifest import MANIFEST
+from videor1.training.checkpoint import checkpoints, find_damage
 from videor1.training.distributed import make_ranks
 from videor1.training.distributed.ranks import Ranks, start_position
 
@@ -121,7 +122,12 @@ def test_two_processes_train_as_one(single: Path, double: Path, assets: Assets) 
     assert_same_runs(single, double, assets.model, 3)
     assert metrics(single)[-1]["eval/ordered"] == metrics(double)[-1]["eval/ordered"]
     assert metrics(double)[-1]["eval/samples"] == 3
-    assert len(list((dict(checkpoints(double))[3] / "trainer").glob("optimizer-*-of-00002.safetensors"))) == 2
+    last = dict(checkpoints(double))[3]
+    parts = {f"trainer/{path.name}" for path in (last / "trainer").glob("optimizer-*-of-00002.safetensors")}
+    assert len(parts) == 2
+    assert parts <= set(json.loads((last / MANIFEST).read_text())["files"])
+    assert find_damage(last) is None
+    assert not (double / ".lock").exists()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(dict(checkpoints(double))[3])
 
 

@@ -7,17 +7,15 @@ import errno
 import itertools
 import math
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from patience import PATIENCE
-from runs import last_metrics, metrics, same_weights, start, train_flags, trainer
+from runs import largest_file, last_metrics, metrics, same_weights, start, train_flags, trainer
 
 import videor1.training
 import videor1.training.checkpoint
@@ -103,28 +101,39 @@ def test_a_nonfinite_step_changes_nothing(
 def test_too_many_nonfinite_steps_stop_the_run(
     poison: Callable[..., None], assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with two updates a rollout, and lines averaged over more steps than there were."""
+    """Also with two updates a rollout, and lines averaged over more steps than there were.
+
+    Step 4 is due for a checkpoint, but is not finite."""
     run = trainer(
         assets, tmp_path, max_steps=20, max_nonfinite_steps=3, save_steps=2, num_iterations=2, logging_steps=10
     )
     poison(monkeypatch, run, set(range(3, 20)), math.nan)
-    with pytest.raises(TrainingStopped, match="3 steps in a row without a finite loss and gradient"):
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row .* the newest checkpoint is \S+step-2\. Lower"):
         run.train()
     assert run.step == 6
     assert last_metrics(tmp_path)["nonfinite_steps"] == 3
     assert last_metrics(tmp_path)["step"] == 6
-    assert [step for step, _ in checkpoints(tmp_path)] == [2, 4]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
 
 
 def test_the_row_of_nonfinite_steps_survives_a_resume(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stop in the middle of them saves, so that it is known after the resume how many there were."""
     options: dict[str, Any] = {"max_steps": 6, "max_nonfinite_steps": 3, "save_steps": 1}
     run = trainer(assets, tmp_path, **options)
     poison_gradient(monkeypatch, run, {2, 3, 4, 5}, math.nan)
-    with pytest.raises(TrainingStopped):
+    original = run.train_batch
+
+    def batch() -> None:
+        original()
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run, "train_batch", batch)
+    with pytest.raises(KeyboardInterrupt, match="step-4"):
         run.train()
-    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 4]  # 1 is the newest that a finite step has followed
     run = trainer(assets, tmp_path, resume="auto", **options)
     poison_gradient(monkeypatch, run, {4}, math.nan)
     with pytest.raises(TrainingStopped):
@@ -132,15 +141,76 @@ def test_the_row_of_nonfinite_steps_survives_a_resume(
     assert run.step == 5
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file can grow beyond this many bytes: what a quota or a full disk does, from the kernel."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def steps(run_dir: Path) -> list[int]:
+    return [step for step, _ in checkpoints(run_dir)]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, run: Trainer) -> list[tuple[int, list[int]]]:
+    """(step, the steps of the checkpoints after it) of every batch."""
+    seen: list[tuple[int, list[int]]] = []
+    original = run._save
+
+    def saving(**how: bool) -> Path:
+        path = original(**how)
+        seen.append((run.step, steps(run.run_dir)))
+        return path
+
+    monkeypatch.setattr(run, "_save", saving)
+    return seen
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_nonfinite_steps_push_out_no_checkpoint(
+    limit: int, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 4 to 7 of 9 are not finite: nothing is saved in them, and 2 stays until a step after 3 is finite."""
+    options = {"max_steps": 9, "max_nonfinite_steps": 5, "save_steps": 1, "save_total_limit": limit}
+    run = trainer(assets, tmp_path, **options)
+    poison_gradient(monkeypatch, run, {3, 4, 5, 6}, math.nan)
+    seen = watch(monkeypatch, run)
+    run.train()
+    assert seen[2:] == [(3, [2, 3]), *((step, [2, 3]) for step in (4, 5, 6, 7)), (8, [3, 8]), (9, [8, 9])]
+    assert "step 5: no checkpoint, since the step was not finite" in capfd.readouterr().err
+
+
+def test_the_one_checkpoint_before_nonfinite_steps_goes_after_a_finite_one(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(assets, tmp_path, max_steps=7, save_steps=3, save_total_limit=1)
+    seen: list[list[int]] = []
+    original = run._report
+    monkeypatch.setattr(run, "_report", lambda row, **how: (seen.append(steps(tmp_path)), original(row, **how)))
+    run.train()
+    assert seen == [[], [], [], [3], [3], [3], [6]]  # before each step's checkpoint
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_the_message_tells_a_checkpoint_that_no_finite_step_has_followed(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(assets, tmp_path, max_steps=9, max_nonfinite_steps=2, save_steps=2, save_total_limit=1)
+    poison_gradient(monkeypatch, run, {4, 5}, math.nan)
+    with pytest.raises(TrainingStopped, match=r"no step after the newest .*step-4, was finite.* before it is .*step-2"):
+        run.train()
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_the_message_without_a_checkpoint(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(assets, tmp_path, max_steps=9, max_nonfinite_steps=1)
+    poison_gradient(monkeypatch, run, {0}, math.nan)
+    with pytest.raises(TrainingStopped, match="there is no checkpoint yet"):
+        run.train()
+    assert steps(tmp_path) == []
+
+
+def test_the_last_step_is_saved_though_it_was_not_finite_and_pushes_nothing_out(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(assets, tmp_path, max_steps=5, save_steps=2, save_total_limit=1)
+    poison_gradient(monkeypatch, run, {4}, math.nan)
+    final = run.train()
+    assert final.name == "step-5"
+    assert steps(tmp_path) == [2, 4, 5]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -34,6 +34,7 @@ from videor1.config.fields import (
     value_text,
 )
 from videor1.config.files import compat_recipe, find_config, read_yaml, recipe_names
+from videor1.config.paths import PATHS, absolute, relocated
 from videor1.errors import ConfigError, DataError, TrainingStopped
 
 # The config.yaml of an older run lacks the options that were added later. Where such a run did something else than the
@@ -100,16 +101,38 @@ def save_config(config: Any, path: str | Path) -> None:
     write_atomic(path, dump_config(config))
 
 
+def save_run_config(config: Any, folder: str | Path, run_dir: str | Path) -> None:
+    """Write the config of a run to ``folder/config.yaml``, with absolute paths (see ``paths.py``).
+
+    Args:
+        config: the config.
+        folder: the folder that this process writes to.
+        run_dir: the run's folder, which becomes ``output_dir``.
+    """
+    paths = {name: absolute(name, value) for name, value in flat_options(config).items() if name in PATHS}
+    paths["output_dir"] = absolute("output_dir", str(run_dir))
+    save_config(_replaced(config, paths), Path(folder) / "config.yaml")
+
+
+def _replaced(config: Any, values: dict[str, Any]) -> Any:
+    """Return a config with other values of options, given by their dotted names."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    for section in {name.partition(".")[0] for name in values if "." in name}:
+        inner = {name.partition(".")[2]: v for name, v in values.items() if name.startswith(f"{section}.")}
+        own[section] = _replaced(getattr(config, section), inner)
+    return dataclasses.replace(config, **own)
+
+
 def changed_options(before: Any, after: Any) -> list[str]:
     """Return ``name: old -> new`` for each option that differs between two configs.
 
-    ``output_dir``, ``resume`` and ``disable_tqdm`` are left out: where a run is stored, how it is resumed and whether
-    it shows a progress bar may differ.
+    Paths are compared as absolute ones. ``output_dir``, ``resume`` and ``disable_tqdm`` are left out: where a run is
+    stored, how it is resumed and whether it shows a progress bar may differ.
     """
     changes = []
     for name, old in flat_options(before).items():
         new = flat_options(after)[name]
-        if old != new and name not in ("output_dir", "resume", "disable_tqdm"):
+        if absolute(name, old) != absolute(name, new) and name not in ("output_dir", "resume", "disable_tqdm"):
             changes.append(f"{name}: {value_text(old)} -> {value_text(new)}")
     return changes
 
@@ -263,8 +286,12 @@ def _normalise(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
 
 
 def _read_run_config(path: Path, parser: ArgumentParser, options: dict[str, Option]) -> dict[str, Any]:
-    """Read a run's config.yaml; options that its version did not have are taken from ``EARLIER``."""
-    return {name: value for name, value in EARLIER.items() if name in options} | read_yaml(path, parser, options)
+    """Read a run's config.yaml, as it is from where the run's folder now lies.
+
+    Options that its version did not have are taken from ``EARLIER``.
+    """
+    values = {name: value for name, value in EARLIER.items() if name in options} | read_yaml(path, parser, options)
+    return relocated(values, path.parent)
 
 
 def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str) -> ConfigT:

@@ -10,10 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from videor1.config.ranges import Range, above, at_least, check_values, expect
+from videor1.config.ranges import Range, above, at_least, check_values, expect, is_text
 
 IMAGE_MAX_PIXELS = 256 * 28 * 28
 VIDEO_MAX_PIXELS = 128 * 28 * 28
+# The most that can be meant. Larger numbers are slips, and would only fail where memory is allocated by them.
+MOST_TOKENS = 2**24  # of a prompt, a completion or a row
+MOST_ROW = 2**31  # tokens of a packed row, and of all completions of a prompt
+MOST_COMPLETIONS = 2**16  # of a prompt, or at a time
+MOST_MIB = 2**26  # 64 TiB
+MOST_PIXELS = 2**32  # of a frame or an image
+MOST_PROCESSES = 2**12
+
 UP_TO_ONE = Range("in (0, 1]", gt=0, le=1)
 BELOW_ONE = Range("in [0, 1)", ge=0, lt=1)
 
@@ -32,24 +40,27 @@ class DataConfig:
     """Split of a Hugging Face dataset."""
     eval_path: str | None = None
     """Held-out data file (same format) for the periodic evaluation."""
+    changed_ok: bool = False
+    """Resume a run whose data are no longer what its checkpoint was trained on: a list goes on at its position in the
+    new order, a stream with its next epoch."""
     shuffle: bool = True
     """Draw the samples in a new seeded order in each epoch; false: in file order."""
-    shuffle_mb: Annotated[int, at_least(1)] = 32
+    shuffle_mb: Annotated[int, at_least(1, most=MOST_MIB)] = 32
     """Size in MiB of the buffer that a stream is shuffled in; it is filled with rows of pieces from all over the
     data."""
-    workers: Annotated[int, at_least(0)] = 2
+    workers: Annotated[int, at_least(0, most=MOST_PROCESSES)] = 2
     """Processes that decode samples ahead of the training step; 0 decodes in the training process, without a
     timeout."""
-    prefetch: Annotated[int, at_least(1)] = 16
+    prefetch: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 16
     """Maximum number of samples decoded ahead (a step's samples, if there are more of them); bounds the memory, of
     which a video takes about 4.5 MB at the default size."""
-    timeout: Annotated[float, above(0)] = 60.0
+    timeout: Annotated[float, above(0, most=1e7)] = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
-    cache_mb: Annotated[int, at_least(0, "0 (none) or more")] = 512
+    cache_mb: Annotated[int, at_least(0, "0 (none) or more", most=MOST_MIB)] = 512
     """Memory in MiB for decoded 8-bit patches that are kept across epochs; 0 keeps none."""
     cache_dir: str | None = None
     """Folder for decoded 8-bit patches that are kept across runs; runs and ranks may share it; default: none."""
-    cache_dir_mb: Annotated[int, at_least(1)] = 20480
+    cache_dir_mb: Annotated[int, at_least(1, most=MOST_MIB)] = 20480
     """Maximum size of data.cache_dir in MiB; the least recently used files are deleted."""
 
 
@@ -57,18 +68,20 @@ class DataConfig:
 class VideoConfig:
     """How videos and images become patches."""
 
-    max_frames: Annotated[int, Range("an even number, at least 2", ge=2, multiple_of=2)] = 16
+    max_frames: Annotated[int, Range("an even number, at least 2", ge=2, multiple_of=2, most=2**20)] = 16
     """Maximum number of frames sampled from a video (even)."""
-    fps: Annotated[float, above(0)] = 2.0
+    fps: Annotated[float, above(0, most=1e6)] = 2.0
     """Frames per second to sample."""
-    max_pixels: Annotated[int, at_least(1)] = VIDEO_MAX_PIXELS
+    max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = VIDEO_MAX_PIXELS
     """Maximum pixels of a video frame after resizing (height and width are multiples of 28)."""
-    min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels")] = None
+    min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels", most=MOST_PIXELS)] = None
     """Minimum pixels of a video frame after resizing; default: max_pixels, but not more than 128 * 28 * 28 (as in the
     reference)."""
-    image_max_pixels: Annotated[int, at_least(1)] = IMAGE_MAX_PIXELS
+    image_max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = IMAGE_MAX_PIXELS
     """Maximum pixels of an image after resizing."""
-    image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels")] = 4 * 28 * 28
+    image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels", most=MOST_PIXELS)] = (
+        4 * 28 * 28
+    )
     """Minimum pixels of an image after resizing."""
     backend: str = "auto"
     """Decoder: auto, pyav, pyav-nvdec, decord, torchcodec or pynvvideocodec; auto is pyav, which with video.device cuda
@@ -96,7 +109,9 @@ class TemporalConfig:
     normalised advantage; default: reward for threshold and reference, advantage for margin."""
     shuffle_unit: Literal["frame", "temporal_patch"] = "frame"
     """What is shuffled: single frames, or pairs of frames (which leaves the motion inside each pair visible)."""
-    num_generations: Annotated[int | None, at_least(1, "at least 1 (or temporal.enabled false)")] = None
+    num_generations: Annotated[
+        int | None, at_least(1, "at least 1 (or temporal.enabled false)", most=MOST_COMPLETIONS)
+    ] = None
     """Completions from shuffled frames per prompt; default: half of num_generations."""
     skip_shuffled: bool = True
     """Skip or stop shuffled completions that can no longer change the advantages. The advantages stay the same; the
@@ -131,7 +146,7 @@ class RolloutConfig:
     engine: Literal["local", "server"] = "local"
     """local: sample in this process, with the training weights themselves; server: send requests to a server of
     OpenAI's API (vLLM, SGLang)."""
-    kv_mib: Annotated[int | None, at_least(1, "at least 1, or null")] = None
+    kv_mib: Annotated[int | None, at_least(1, "at least 1, or null", most=MOST_MIB)] = None
     """Local: memory of the KV cache in MiB, which together with rollout_batch_size bounds the completions sampled at
     once; default: 60% of the free memory of a GPU, no bound on CPU."""
     cuda_graphs: bool = True
@@ -140,11 +155,11 @@ class RolloutConfig:
     """Server: base URL. The API key is read from the environment variable OPENAI_API_KEY."""
     model: str | None = None
     """Server: name of the model on the server; default: the only one it has."""
-    timeout: Annotated[float, above(0)] = 600.0
+    timeout: Annotated[float, above(0, most=1e7)] = 600.0
     """Server: seconds to wait for the reply to one request."""
-    retries: Annotated[int, at_least(0)] = 3
+    retries: Annotated[int, at_least(0, most=1000)] = 3
     """Server: how often a failed request is repeated, with growing pauses."""
-    concurrency: Annotated[int, at_least(1)] = 64
+    concurrency: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 64
     """Server: maximum number of requests at a time."""
     sync: Literal["vllm", "none"] = "vllm"
     """Server: how it gets new weights. vllm: from a checkpoint folder that both can read, through vLLM's development
@@ -155,7 +170,7 @@ class RolloutConfig:
 class LoraConfig:
     """LoRA through peft. With rank 0 the whole model is trained."""
 
-    rank: Annotated[int, at_least(0, "0 (off) or more")] = 0
+    rank: Annotated[int, at_least(0, "0 (off) or more", most=MOST_COMPLETIONS)] = 0
     """Rank of the adapters; 0: no LoRA."""
     alpha: float = 32.0
     """The adapters' output is scaled by alpha / rank."""
@@ -192,7 +207,7 @@ class DistributedConfig:
     """What is divided among the processes: 2, gradients and optimizer state; 3, the weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in main memory, and run the optimizer step on the CPU."""
-    timeout: Annotated[float, above(0)] = 45.0
+    timeout: Annotated[float, above(0, most=1e7)] = 45.0
     """Seconds without a sign of life from another process after which this one ends with a message."""
 
 
@@ -214,13 +229,13 @@ class CommonConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
-    max_prompt_length: Annotated[int, at_least(1)] = 16384
+    max_prompt_length: Annotated[int, at_least(1, most=MOST_TOKENS)] = 16384
     """Maximum number of prompt tokens; a longer prompt is skipped and counted, never cut."""
-    per_device_train_batch_size: Annotated[int, at_least(1)] = 1
+    per_device_train_batch_size: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
     """Prompts (SFT: samples) in one forward and backward pass."""
-    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1
+    gradient_accumulation_steps: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
     """Forward and backward passes per optimizer step."""
-    num_train_epochs: Annotated[float, above(0)] = 1.0
+    num_train_epochs: Annotated[float, above(0, most=1e6)] = 1.0
     """Passes over the data; max_steps takes precedence where it is set."""
     max_steps: Annotated[int, at_least(-1, "0 or more, or -1 (from num_train_epochs)")] = -1
     """Number of optimizer steps; -1: computed from num_train_epochs."""
@@ -275,6 +290,9 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        folder = self.output_dir or ""
+        # Tokenizers, which every checkpoint holds, can only be written to such a folder.
+        expect("output_dir", folder, "a folder whose name is UTF-8 text without null characters", is_text(folder))
         pixels = {
             "video.": (self.video.min_pixels, self.video.max_pixels),
             "video.image_": (self.video.image_min_pixels, self.video.image_max_pixels),
@@ -288,7 +306,7 @@ class CommonConfig:
 class EvalOptions(CommonConfig):
     """The options that every command that samples completions shares."""
 
-    max_completion_length: Annotated[int, at_least(1)] = 768
+    max_completion_length: Annotated[int, at_least(1, most=MOST_TOKENS)] = 768
     """Maximum number of tokens of a completion."""
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -304,7 +322,9 @@ class EvalOptions(CommonConfig):
 class TrainConfig(EvalOptions):
     """T-GRPO."""
 
-    num_generations: Annotated[int, at_least(2, "at least 2 (the group is its own baseline)")] = 8
+    num_generations: Annotated[
+        int, at_least(2, "at least 2 (the group is its own baseline)", most=MOST_COMPLETIONS)
+    ] = 8
     """Completions from ordered frames per prompt."""
     temperature: Annotated[float, above(0)] = 1.0
     """Sampling temperature; log-probs use it too."""
@@ -313,11 +333,13 @@ class TrainConfig(EvalOptions):
     it."""
     top_k: Annotated[int, at_least(0, "0 (off) or more")] = 0
     """Sample among the k likeliest tokens; 0: off. Log-probs ignore it."""
-    rollout_batch_size: Annotated[int, at_least(1)] = 64
+    rollout_batch_size: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 64
     """Maximum number of completions (ordered and shuffled) decoded together."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
-    max_tokens_per_row: Annotated[int | None, above(0, "more than max_completion_length, or null for no bound")] = None
+    max_tokens_per_row: Annotated[
+        int | None, above(0, "more than max_completion_length, or null for no bound", most=MOST_ROW)
+    ] = None
     """Maximum number of tokens of a packed row (prompts and completions); a larger micro-batch takes several passes,
     with the same loss; default: no bound. A prompt that leaves no room for max_completion_length is skipped and
     counted."""
@@ -342,9 +364,9 @@ class TrainConfig(EvalOptions):
     """Clip the ratio at 1 - clip_low; default: no clip."""
     clip_high: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 + clip_high; default: no clip."""
-    num_iterations: Annotated[int, at_least(1)] = 1
+    num_iterations: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
-    dynamic_sampling: Annotated[int, at_least(0, "0 (off) or more")] = 0
+    dynamic_sampling: Annotated[int, at_least(0, "0 (off) or more", most=MOST_COMPLETIONS)] = 0
     """Maximum number of extra batches that a step samples to replace prompts whose group has no variance in reward; 0:
     off."""
 
@@ -361,6 +383,8 @@ class TrainConfig(EvalOptions):
         row, completion = self.max_tokens_per_row, self.max_completion_length
         expected = f"more than max_completion_length ({completion}), or null for no bound"
         expect("max_tokens_per_row", row, expected, row is None or row > completion)
+        tokens = f"at most {MOST_ROW:,} / num_generations ({self.num_generations})"
+        expect("max_completion_length", completion, tokens, completion * self.num_generations <= MOST_ROW)
         low, high = self.reward.length_range
         expect("reward.length_range", self.reward.length_range, "(low, high) with low <= high", low <= high)
 
@@ -381,7 +405,7 @@ class TrainConfig(EvalOptions):
 class SFTConfig(EvalOptions):
     """SFT cold start on Video-R1-CoT data: loss on the assistant's tokens only, samples packed into rows."""
 
-    max_length: Annotated[int, at_least(1)] = 16384
+    max_length: Annotated[int, at_least(1, most=MOST_ROW)] = 16384
     """Maximum number of tokens of a packed row; a longer sample is skipped and counted."""
     stop_at_accuracy: Annotated[float | None, UP_TO_ONE] = None
     """Stop training once the accuracy on data.eval_path reaches this, because a cold start should leave room for RL to
@@ -395,13 +419,13 @@ class EvaluateConfig(EvalOptions):
     benchmark: list[str] = field(default_factory=list)
     """Benchmarks to evaluate, from their published files in data.root/<benchmark>: mmvu, mvbench, tempcompass,
     videomme, videommmu, vsibench; or give dataset_name."""
-    max_completion_length: Annotated[int, at_least(1)] = 1024
+    max_completion_length: Annotated[int, at_least(1, most=MOST_TOKENS)] = 1024
     """Maximum number of tokens of a completion."""
     eval_samples: Annotated[int, at_least(0)] = 0
     """Number of questions to use (of each benchmark), from the top; 0: all."""
     eval_top_p: Annotated[float, UP_TO_ONE] = 1.0
     """Nucleus sampling where eval_temperature is above 0; 1: off."""
-    eval_num_samples: Annotated[int, at_least(1)] = 1
+    eval_num_samples: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
     """Answers to each question where eval_temperature is above 0; their mean accuracy counts."""
     resume: str | None = None
     """auto: continue the evaluation in output_dir; questions that have been answered are not asked again."""

@@ -278,12 +278,8 @@ def disk_cache(folder: str | None, megabytes: int, video: VideoConfig) -> DiskCa
 
 def _pack(media: Media, identity: dict[str, Any]) -> bytes:
     patches = media.patches.contiguous()
-    header = identity | {
-        "kind": media.kind,
-        "grid_thw": list(media.grid_thw),
-        "second_per_grid": media.second_per_grid,
-        "crc32": _checksum(patches),
-    }
+    header = identity | {"kind": media.kind, "grid_thw": list(media.grid_thw), "second_per_grid": media.second_per_grid}
+    header["crc32"] = _checksum(patches, header)
     return pack_tensors({"patches": patches}, {"videor1": json.dumps(header)})
 
 
@@ -310,7 +306,7 @@ def _unpack(data: bytes, identity: dict[str, Any], started: float) -> tuple[Any,
             raise ValueError(f"expected uint8 patches for grid {(T, h, w)}, got {patches.dtype} {list(patches.shape)}")
         if kind not in ("video", "image") or not math.isfinite(second_per_grid):
             raise ValueError(f"expected a video or an image and its seconds per grid, got {kind}, {second_per_grid}")
-        if _checksum(patches) != stored["crc32"]:
+        if _checksum(patches, {name: value for name, value in stored.items() if name != "crc32"}) != stored["crc32"]:
             raise ValueError("its checksum is wrong")
         media = Media(kind, patches, (T, h, w), second_per_grid, time.perf_counter() - started)
         return stored["version"], media
@@ -318,8 +314,9 @@ def _unpack(data: bytes, identity: dict[str, Any], started: float) -> tuple[Any,
         raise ValueError(f"not a whole safetensors file of patches ({type(error).__name__}: {error})") from None
 
 
-def _checksum(patches: Tensor) -> int:
-    return zlib.crc32(patches.numpy().data)
+def _checksum(patches: Tensor, header: dict[str, Any]) -> int:
+    """Return the checksum of an entry: of its patches and of all that its header says of them."""
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode(), zlib.crc32(patches.numpy().data))
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -82,6 +82,7 @@ class ListOrder:
     def __init__(self, dataset: Dataset, seed: int, shuffle: bool, shard: tuple[int, int] = (0, 1)) -> None:
         check_shard(shard)
         self.dataset, self.shard = dataset, shard
+        self.note = ""  # as StreamOrder's
         self._stream = SampleStream(len(dataset), seed, shuffle)
 
     def begin(self, saved: Any) -> int:
@@ -90,7 +91,7 @@ class ListOrder:
         Raises:
             ConfigError: the position is one of a stream.
         """
-        if not isinstance(saved, int):
+        if type(saved) is not int or saved < 0:
             raise ConfigError("resume: the checkpoint is of a run that read its data as a stream (data.stream)")
         return saved
 

@@ -5,10 +5,11 @@ Data that is too large to be held in memory is read by ``stream.py``, with the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +40,26 @@ class Dataset:
     def error_counts(self) -> dict[str, int]:
         """Return the number of bad entries by ``SampleError.kind``, the most frequent kind first."""
         return dict(Counter(error.kind for error in self.errors).most_common())
+
+    def digest(self) -> str:
+        """Return a hash of the usable samples in their order, by which a resumed run detects changed data."""
+        return samples_digest(self.samples, self.root)
+
+
+def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
+    """Return a hash of everything that a data file says about samples, in their order, and their number.
+
+    Media paths enter relative to ``root``, so that data may be moved. The media files themselves are not read.
+    """
+    base = os.path.join(os.path.realpath(root), "")
+    digest, count = hashlib.blake2b(digest_size=8), 0
+    for s in samples:
+        count += 1
+        path = None if s.path is None else str(s.path).removeprefix(base)
+        told = (s.index, s.problem_id, s.problem, s.data_type, s.problem_type, s.solution, path, s.options)
+        more = (s.data_source, s.process, s.start, s.end, s.frames_per_second)
+        digest.update(repr(told + more).encode("utf-8", "backslashreplace"))
+    return f"{digest.hexdigest()} of {count} samples"
 
 
 def load_samples(path: str | Path, *, root: str | Path | None = None, require_process: bool = False) -> Dataset:

@@ -78,6 +78,11 @@ class Source(Generic[R]):
         return self._order.save(self._next)
 
     @property
+    def note(self) -> str:
+        """What the user should know of the position that this source has begun at; "" if there is nothing."""
+        return self._order.note
+
+    @property
     def epoch(self) -> float:
         """How many passes over the data have been made."""
         return self._order.epochs(self._next)
@@ -147,7 +152,7 @@ class Source(Generic[R]):
 def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int, int]) -> Any:
     """Return the order of a data set's draws. Only the order itself knows the form of its positions."""
     if isinstance(dataset, RowStream):
-        return StreamOrder(dataset, config.seed, config.data.shuffle, shard)
+        return StreamOrder(dataset, config.seed, config.data.shuffle, shard, changed_ok=config.data.changed_ok)
     return ListOrder(dataset, config.seed, config.data.shuffle, shard)
 
 

@@ -13,7 +13,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +198,19 @@ class StreamOrder:
             read at a time.
         shard: (rank, ranks). A rank reads every ranks-th block of the epoch's order. If there are fewer than four
             blocks per rank, it reads all blocks and takes every ranks-th row of each window.
+        changed_ok: whether to go on, with the next epoch, where the data are not those of a saved position.
+
+    Attributes:
+        note: what the user should know of the position that was begun at; "" if there is nothing.
     """
 
-    def __init__(self, stream: RowStream, seed: int, shuffle: bool, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, stream: RowStream, seed: int, shuffle: bool, shard: tuple[int, int] = (0, 1), *, changed_ok: bool = False
+    ) -> None:
         check_shard(shard)
         self.stream, self.seed, self.shuffle = stream, seed, shuffle
+        self._changed_ok = changed_ok
+        self.note = ""
         self.rank, self.ranks = shard
         self.by_block = stream.blocks >= 4 * self.ranks
         self._window_blocks = stream.window_blocks if shuffle else 1
@@ -221,13 +229,23 @@ class StreamOrder:
         if not isinstance(saved, dict):
             raise ConfigError("resume: the checkpoint is of a run that held its data whole (data.stream false)")
         saved = dict(saved)
-        if saved.pop("data") != self._digest:
+        digest = saved.pop("data", None)
+        names = {field.name for field in fields(Position)}
+        if saved.keys() != names or any(type(value) is not int or value < 0 for value in saved.values()):
+            raise ConfigError(f"resume: not a position of a stream: {saved!r:.80}; resume from another checkpoint")
+        if digest == self._digest:
+            return Position(**saved)
+        changed = (
+            f"{self.stream.path} is not what the checkpoint's run read: its shards, their sizes, data.shuffle, "
+            "data.shuffle_mb or the number of ranks changed"
+        )
+        if not self._changed_ok:
             raise ConfigError(
-                f"resume: {self.stream.path} is not what the checkpoint's run read: its shards, their sizes, "
-                "data.shuffle, data.shuffle_mb or the number of ranks changed; start a new run from the checkpoint's "
-                "weights"
+                f"resume: {changed}; start a new run from the checkpoint's weights, or go on with the next epoch of "
+                "what is there now with --data.changed_ok true"
             )
-        return Position(**saved)
+        self.note = f"{changed}; the run goes on with the next epoch of what is there now"
+        return Position(draws=saved["draws"], epoch=saved["epoch"] + 1)
 
     def save(self, position: Position) -> Any:
         """Return a position in a form that JSON can hold, for ``begin``."""

@@ -16,12 +16,13 @@ import torch
 
 from videor1.atomic import write_atomic
 from videor1.config import SFTConfig, TrainConfig
-from videor1.config.cli import load_config, parse, resume_command, save_config
+from videor1.config.cli import load_config, parse, resume_command, save_run_config
 from videor1.data import load_samples
 from videor1.demo import data_file
 from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
 from videor1.evaluation.evaluator import Evaluation, Evaluator
+from videor1.logs.lock import FolderLock
 from videor1.logs.progress import summary_table
 from videor1.model import load_model
 from videor1.model.load import pick_device
@@ -57,13 +58,17 @@ def run_demo(argv: list[str]) -> int:
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_folder(run_dir, config)
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
-    if not (run_dir / "config.yaml").exists():  # needed to resume in a stage before T-GRPO
-        save_config(
-            dataclasses.replace(config, output_dir=str(run_dir), dataset_name=str(data_file(run_dir))),
-            run_dir / "config.yaml",
-        )
     try:
-        return _stages(config, run_dir, started)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
+    try:
+        with FolderLock(run_dir, "videor1.train"):
+            _check_folder(run_dir, config)  # Another process may have begun there before this one had the lock.
+            if not (run_dir / "config.yaml").exists():  # needed to resume in a stage before T-GRPO
+                data = str(data_file(run_dir))
+                save_run_config(dataclasses.replace(config, dataset_name=data), run_dir, run_dir)
+            return _stages(config, run_dir, started)
     except KeyboardInterrupt:  # The stage's own message names its folder, from which no demonstration can be resumed.
         raise KeyboardInterrupt(f"go on with: {resume_command('train', run_dir)}") from None
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from videor1.answer import extract_answer
 from videor1.atomic import write_atomic
 from videor1.config import EvaluateConfig
-from videor1.config.cli import changed_options, load_run_config, save_config
+from videor1.config.cli import changed_options, load_run_config, save_run_config
+from videor1.data.samples import samples_digest
 from videor1.errors import ConfigError, DataError
 from videor1.evaluation.evaluator import Answered
 from videor1.evaluation.suites.base import Loaded, Question
 from videor1.logs.jsonl import JsonlWriter
 from videor1.types import Sample, SampleError
 
-# Options that only change how fast an evaluation runs. Any other option may change its answers.
-FREE = ("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb")
+# Options that only change how fast an evaluation runs, or where the model and the data lie: what is in these is
+# compared by digests. Any other option may change the answers.
+FREE = (
+    *("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb"),
+    *("model_name_or_path", "dataset_name", "data.root", "data.changed_ok"),
+)
+_MODEL = "model (digest of its weights)"
 
 
 def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[str, Any]:
@@ -60,7 +67,14 @@ def _share_answered(texts: tuple[str, ...]) -> float | None:
     return sum(bool(extract_answer(text)) for text in texts) / len(texts) if texts else None
 
 
-def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], model_digest: str) -> JsonlWriter:
+def begin(
+    run_dir: Path,
+    config: EvaluateConfig,
+    benchmarks: Iterable[Loaded],
+    model_digest: str,
+    *,
+    earlier_digest: Callable[[], str] = lambda: "",
+) -> JsonlWriter:
     """Open the answers.jsonl of a run folder: a new file, or the existing one to append to it.
 
     Args:
@@ -68,37 +82,48 @@ def begin(run_dir: Path, config: EvaluateConfig, benchmarks: Iterable[Loaded], m
         config: the options of the evaluation.
         benchmarks: the benchmarks with all of their questions.
         model_digest: a hash of the model's weights.
+        earlier_digest: returns the hash by which early versions identified the model.
 
     Raises:
         ConfigError: the folder holds an evaluation with other options, weights or questions.
         DataError: the state of the evaluation in the folder cannot be read.
     """
     state, path = run_dir / "state.json", run_dir / "answers.jsonl"
-    now = {"model (digest of its weights)": model_digest}
-    now |= {f"questions of {loaded.name}": _digest(q.sample for q in loaded.questions) for loaded in benchmarks}
+    samples = {f"questions of {loaded.name}": [q.sample for q in loaded.questions] for loaded in benchmarks}
+    root = config.data.root or Path(config.dataset_name or "").parent
+    now = {_MODEL: model_digest} | {name: samples_digest(asked, root) for name, asked in samples.items()}
     if path.exists():
-        _check_same_evaluation(run_dir, config, now)
+        earlier = {name: functools.partial(_earlier_digest, asked) for name, asked in samples.items()}
+        _check_same_evaluation(run_dir, config, now, {_MODEL: earlier_digest} | earlier)
     else:
-        save_config(config, run_dir / "config.yaml")
+        save_run_config(config, run_dir, run_dir)
         write_atomic(state, json.dumps(now, indent=2) + "\n")
     return JsonlWriter(path)
 
 
-def _check_same_evaluation(run_dir: Path, config: EvaluateConfig, now: dict[str, str]) -> None:
+def _check_same_evaluation(
+    run_dir: Path, config: EvaluateConfig, now: dict[str, str], earlier: dict[str, Callable[[], str]]
+) -> None:
     before = load_run_config(EvaluateConfig, run_dir / "config.yaml")
     changes = [line for line in changed_options(before, config) if line.partition(":")[0] not in FREE]
     try:
         then = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(then, dict):
+            raise ValueError(f"expected an object, got {then!r:.60}")
     except (OSError, ValueError) as error:
         raise DataError(f"{run_dir / 'state.json'}: cannot be read: {error}; name another folder") from error
-    changes += [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+    changes += [
+        f"{name}: {then.get(name)} -> {now[name]}"
+        for name in now
+        if then.get(name) != now[name] and then.get(name) != earlier[name]()
+    ]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(f"resume: {run_dir} holds another evaluation; what differs (then -> now):{listed}")
 
 
-def _digest(samples: Iterable[Sample]) -> str:
-    """Return a hash of all samples that may be asked about."""
+def _earlier_digest(samples: Iterable[Sample]) -> str:
+    """Return a hash of all samples that may be asked about, as early versions computed it, with absolute paths."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr(sample).encode("utf-8", "backslashreplace"))

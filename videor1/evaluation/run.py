@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 
 from videor1.atomic import write_atomic
 from videor1.config import EvaluateConfig
-from videor1.config.cli import EARLIER, flat_options, load_run_config, resume_command, save_config
+from videor1.config.cli import EARLIER, flat_options, load_run_config, resume_command, save_run_config
 from videor1.config.files import flat_tree
 from videor1.data import Dataset, load_samples
 from videor1.errors import ConfigError, DataError
@@ -23,10 +23,11 @@ from videor1.evaluation.files import answer_row, begin, skipped_row
 from videor1.evaluation.results import benchmark_results, results_legend, results_table
 from videor1.evaluation.suites import Loaded, find_suite, from_dataset
 from videor1.logs.jsonl import JsonlWriter, read_jsonl
+from videor1.logs.lock import FolderLock
 from videor1.logs.progress import Progress
 from videor1.model import VideoLM, load_model
 from videor1.model.positions import PositionRule
-from videor1.model.save import base_digest
+from videor1.model.save import base_digest, sampled_digest
 from videor1.types import SampleError
 
 # Options whose values in training a checkpoint should also be evaluated with.
@@ -58,49 +59,72 @@ def run(config: EvaluateConfig) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
-    for loaded in benchmarks:
-        _report_left_out(loaded)
-    config = _restore_positions(config, run_dir)
-    model = load_model(config)
-    config = _with_positions(config, model.position_rule)
-    answers = begin(run_dir, config, benchmarks, base_digest(model))
-    save_config(dataclasses.replace(config, output_dir=str(run_dir)), run_dir / "config.yaml")
-    _report_training_options(config)
-    # A resumed evaluation tries unreadable questions again, so the list of skipped ones starts empty.
-    skipped = JsonlWriter(run_dir / "skipped.jsonl", keep=False)
+    with FolderLock(run_dir, "videor1.evaluate"):
+        _check_folder(run_dir, config)  # Another process may have begun there before this one had the lock.
+        for loaded in benchmarks:
+            _report_left_out(loaded)
+        config = _restore_positions(config, run_dir)
+        model = load_model(config)
+        config = _with_positions(config, model.position_rule)
+        results = _answer_all(config, run_dir, benchmarks, model)
+    print(results_table(results))
+    for name, result in results.items():
+        _report_unanswered(name, result)
+    print(results_legend(results))
+    print(f"Saved {run_dir / 'results.json'}. Answers: {run_dir / 'answers.jsonl'}")
+    return 0
+
+
+def _answer_all(
+    config: EvaluateConfig, run_dir: Path, benchmarks: Sequence[Loaded], model: VideoLM
+) -> dict[str, dict[str, Any]]:
+    """Answer the questions, write the files of the evaluation, and return the results by benchmark."""
     total = sum(len(_selected_questions(loaded, config)) for loaded in benchmarks)
+    digest, count = base_digest(model), 0
     try:
+        answers = begin(run_dir, config, benchmarks, digest, earlier_digest=lambda: sampled_digest(model))
+        count = answers.count
+        save_run_config(config, run_dir, run_dir)
+        _report_training_options(config)
+        # A resumed evaluation tries unreadable questions again, so the list of skipped ones starts empty.
+        skipped = JsonlWriter(run_dir / "skipped.jsonl", keep=False)
         with Progress(
             total, initial=answers.count, description="evaluate", unit="question", disabled=config.disable_tqdm
         ) as shown:
             for loaded in benchmarks:
                 _answer(config, loaded, model, answers, skipped, shown)
+                count = answers.count
+        answers.close()
+        skipped.close()
+        results = {
+            loaded.name: benchmark_results(
+                loaded,
+                len(_selected_questions(loaded, config)),
+                _rows_of(answers, loaded.name),
+                _rows_of(skipped, loaded.name),
+            )
+            for loaded in benchmarks
+        }
+        document = {"settings": _settings(config), "benchmarks": results}
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(run_dir / "results.json", text.encode("utf-8", "backslashreplace"), sync=True)
     except (KeyboardInterrupt, OSError) as error:
-        done = f"{answers.count} of {total} questions are answered; go on with: {resume_command('evaluate', run_dir)}"
+        count = max(count, _count_lines(run_dir / "answers.jsonl"))
+        done = f"{count} of {total} questions are answered; go on with: {resume_command('evaluate', run_dir)}"
         if isinstance(error, OSError):
             raise DataError(f"{run_dir} cannot be written: {error.strerror}; {done}") from error
         raise KeyboardInterrupt(done) from None
-    answers.close()
-    skipped.close()
-    results = {
-        loaded.name: benchmark_results(
-            loaded,
-            len(_selected_questions(loaded, config)),
-            _rows_of(answers, loaded.name),
-            _rows_of(skipped, loaded.name),
-        )
-        for loaded in benchmarks
-    }
-    document = {"settings": _settings(config), "benchmarks": results}
-    write_atomic(run_dir / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     if not answers.count:
         raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
-    print(results_table(results))
-    for name, result in results.items():
-        _report_unanswered(name, result)
-    print(results_legend(results))
-    print(f"Saved {run_dir / 'results.json'}. Answers: {answers.path}")
-    return 0
+    return results
+
+
+def _count_lines(file: Path) -> int:
+    """Return the number of whole lines of a file; 0 if it cannot be read."""
+    try:
+        return file.read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _run_dir(config: EvaluateConfig) -> Path:
@@ -109,13 +133,18 @@ def _run_dir(config: EvaluateConfig) -> Path:
     if config.resume and not config.output_dir:
         raise ConfigError("resume: auto needs output_dir, the folder of the evaluation to go on with")
     run_dir = Path(config.output_dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}")
+    _check_folder(run_dir, config)
+    return run_dir
+
+
+def _check_folder(run_dir: Path, config: EvaluateConfig) -> None:
+    """Raise a ConfigError if the folder holds another run, or an evaluation that is not to be resumed."""
     if (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"output_dir: {run_dir} is the folder of a training run; name another")
     if (run_dir / "answers.jsonl").exists() and not config.resume:
         raise ConfigError(
             f"output_dir: {run_dir} holds an evaluation already; go on with it by --resume auto, or name another folder"
         )
-    return run_dir
 
 
 def _restore_positions(config: EvaluateConfig, run_dir: Path) -> EvaluateConfig:

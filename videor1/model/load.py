@@ -15,6 +15,16 @@ from videor1.errors import ConfigError, install
 from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
 from videor1.model.positions import POSITIONS_KEY, trained_rule
+from videor1.model.template import check_template
+from videor1.model.weights import (
+    check_config,
+    check_folder,
+    check_sizes,
+    check_stored,
+    nonfinite,
+    stored_tensors,
+    weight_files,
+)
 
 
 def load_model(config: CommonConfig) -> VideoLM:
@@ -94,22 +104,54 @@ def pick_device(name: str) -> torch.device:
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+    check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged config raises whatever its class meets first.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    check_config(source, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model_name_or_path: cannot load the tokenizer of {source!r}: {error}") from error
+    check_template(tokenizer, source)
+    return load_weights(source, config, dtype), tokenizer
+
+
+def load_weights(source: str, config: Any, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """Load a model's weights, all of which must be there, of the model's shapes and finite.
+
+    Args:
+        source: a folder or hub id.
+        config: its config, as ``AutoConfig`` reads it.
+        dtype: the dtype to load the weights in.
+
+    Raises:
+        ConfigError: the files are damaged, of another kind than safetensors, or do not hold what the config says.
+    """
+    stored = stored_tensors(weight_files(source))
+    check_stored(source, config, stored)
+    check_sizes(source, config, stored)
     try:
         hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True
+            source,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # Damaged files raise any of these.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # Damaged files raise any of these.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             names = sorted(map(str, report[problem]))
             kind = problem.replace("_", " ")
             raise ConfigError(f"{source}: {kind} in its weights: {names[:5]} ({len(names)} in all)")
-    return hf, tokenizer
+    if bad := nonfinite(dict(hf.named_parameters())):
+        raise ConfigError(
+            f"{source}: NaN or Inf in its weights: {bad[:5]} ({len(bad)} in all); take another checkpoint"
+        )
+    return hf

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from videor1.model.lm import VideoLM
 from videor1.model.positions import POSITIONS_KEY
+
+_THREADS = 8  # that hash a model
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -75,13 +80,36 @@ def _merged_state(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_digest(model: VideoLM) -> str:
-    """Return a digest that identifies a model by its parameters' names, shapes and a few values of each.
+    """Return a digest that identifies a model by its parameters' names, shapes and all of their values.
 
-    It does not depend on the model's folder. Adapters are left out: they belong to the run, not to its base model.
+    It does not depend on the model's folder, nor on the device. Adapters are left out: they belong to the run, not to
+    its base model.
+    """
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter's lock
+        parts = list(pool.map(_parameter_digest, _base_parameters(model)))
+    return f"all-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}"
+
+
+def _parameter_digest(named: tuple[str, Tensor]) -> tuple[str, tuple[int, ...], str]:
+    name, parameter = named
+    values = parameter.detach().cpu().contiguous()
+    data = values.reshape(-1).view(torch.uint8).numpy()
+    return name, tuple(values.shape), hashlib.blake2b(data.data, digest_size=16).hexdigest()
+
+
+def sampled_digest(model: VideoLM) -> str:
+    """Return the digest by which early versions identified a model: it depends on a few values of each parameter.
+
+    Their checkpoints and evaluations hold it.
     """
     digest = hashlib.sha256()
+    for name, parameter in _base_parameters(model):
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
+        digest.update(repr((name, tuple(parameter.shape), values)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: VideoLM) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.hf.named_parameters():
         if ".lora_" not in name:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8].float().tolist()
-            digest.update(repr((name.replace(".base_layer.", "."), tuple(parameter.shape), values)).encode())
-    return digest.hexdigest()[:16]
+            yield name.replace(".base_layer.", "."), parameter

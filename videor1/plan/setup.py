@@ -22,6 +22,7 @@ from videor1.model import VideoLM
 from videor1.model.load import make_trainable
 from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.prompts import special_ids
+from videor1.model.weights import check_config
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 from videor1.video import smart_resize, video_pixel_cap
@@ -46,7 +47,7 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
             which nothing is read; or None for the demonstration's model.
 
     Raises:
-        ConfigError: there is no such model, or it is not a Qwen2.5-VL.
+        ConfigError: there is no such model, or it is not a Qwen2.5-VL, or quantised.
     """
     if source is None:
         return make_config(make_tokenizer())
@@ -62,6 +63,7 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
         ) from error
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    check_config(source, config)
     return config
 
 

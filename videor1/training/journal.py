@@ -97,6 +97,10 @@ class Journal:
             )
         return self._consecutive_nonfinite
 
+    def finite_step(self, step: int) -> int:
+        """Return the last step up to ``step`` whose loss and gradient were finite."""
+        return step - self._consecutive_nonfinite
+
     def data_counts(self) -> dict[str, int]:
         """Return this process's counts of draws, skipped samples and recovered problems over the whole run."""
         bad = self._skipped()

@@ -22,20 +22,30 @@ import torch
 from torch import Tensor
 
 from videor1.config import EvalOptions
-from videor1.config.cli import changed_options, load_run_config, resume_command, save_config
+from videor1.config.cli import changed_options, load_run_config, resume_command, save_run_config
 from videor1.data import Dataset, load_samples
 from videor1.data.source import Source
 from videor1.data.stream import RowStream, open_dataset
 from videor1.errors import ConfigError, TrainingStopped
 from videor1.evaluation.evaluator import Evaluator, merge_evaluations
 from videor1.logs.jsonl import JsonlWriter
+from videor1.logs.lock import FolderLock
 from videor1.logs.progress import Progress
 from videor1.logs.trackers import MetricsWriter
 from videor1.model import VideoLM, load_model
 from videor1.model.positions import PositionRule
-from videor1.model.save import base_digest
+from videor1.model.save import base_digest, sampled_digest
 from videor1.seeding import derive_seed
-from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, read_trainer, resumed_rule, save
+from videor1.training.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    delete_old,
+    find_resume,
+    followed_checkpoint,
+    read_trainer,
+    resumed_rule,
+    save,
+)
 from videor1.training.distributed import make_ranks
 from videor1.training.distributed.ranks import start_position
 from videor1.training.journal import Journal, mean_rows, sum_counts
@@ -46,6 +56,11 @@ from videor1.types import SampleError
 C = TypeVar("C", bound=EvalOptions)
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+# What a resumed run must share with its checkpoint, by the names that messages show.
+_MODEL = "model_name_or_path (digest of its weights)"
+_DATA = "dataset_name (digest of its samples)"
+_EVAL_DATA = "data.eval_path (digest of its samples)"
 
 
 class Loop(ABC, Generic[C]):
@@ -66,6 +81,7 @@ class Loop(ABC, Generic[C]):
     _resume_step: int | None
     _saved_at: int
     _batch_start: int
+    _prune_after_step: bool  # whether checkpoints were kept that the next finite step makes superfluous
     _evaluator: Evaluator | None
 
     def __init__(self, config: C) -> None:
@@ -85,21 +101,29 @@ class Loop(ABC, Generic[C]):
                 "known without reading all of it"
             )
         self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
+        self._notes: list[str] = []  # what is printed once the run is open
+        self._lock: FolderLock | None = None  # the main process's, for all ranks
         self.resume_from = self.ranks.on_main(self._resume_point)
-        self.folder.mkdir(exist_ok=True)
         try:
+            self.folder.mkdir(exist_ok=True)
             if self.resume_from is not None:
                 self._set_position_rule(resumed_rule(self.resume_from, config.model.positions))
             self.model: VideoLM = self.make_model()
-        except ConfigError:
-            with suppress(OSError):  # A folder that is not empty was there before this run.
-                self.folder.rmdir()
+        except BaseException:
+            self._leave_folder()
             raise
         self._set_position_rule(self.model.position_rule)  # so that config.yaml names the rule in effect
         self.fixed = self._fixed()
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self._stop: str | None = None
+
+    def _leave_folder(self) -> None:
+        """Give the run's folder back, and remove it where nothing is in it."""
+        if self._lock is not None:
+            self._lock.release()
+        with suppress(OSError):  # A folder that is not empty was there before this run.
+            self.folder.rmdir()
 
     def _set_position_rule(self, rule: PositionRule) -> None:
         self.config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, positions=rule))
@@ -230,9 +254,28 @@ class Loop(ABC, Generic[C]):
         if consecutive >= self.config.max_nonfinite_steps:
             self._report(row, last=True)
             raise TrainingStopped(
-                f"{consecutive} steps in a row without a finite loss and gradient; the last checkpoint is "
-                f"untouched. Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
+                f"{consecutive} steps in a row without a finite loss and gradient; {self._describe_good_checkpoint()}. "
+                f"Lower learning_rate, or look at the last lines of {self.run_dir / 'rollouts.jsonl'}"
             )
+        if finite and self._prune_after_step and self.ranks.is_main:
+            # The step shows that the newest checkpoint leads somewhere, so that older ones are no longer needed.
+            delete_old(self.run_dir, self.step, self.config.save_total_limit, finite_step=self.step)
+        self._prune_after_step = self._prune_after_step and not finite
+
+    def _describe_good_checkpoint(self) -> str:
+        """Return a clause for the message about non-finite steps that names where to go on from."""
+        existing = checkpoints(self.run_dir)
+        good = followed_checkpoint(self.run_dir, self.journal.finite_step(self.step))
+        if not existing:
+            return "nothing was saved since they began, and there is no checkpoint yet"
+        newest = existing[-1][1]
+        if good == newest:
+            return f"nothing was saved since they began, and the newest checkpoint is {newest}"
+        older = f"the newest before it is {good}" if good else "there is no older one"
+        return (
+            f"nothing was saved since they began; no step after the newest checkpoint, {newest}, was finite, so that "
+            f"its weights may be what is wrong; {older}"
+        )
 
     def _report(self, row: dict[str, Any], *, last: bool = False) -> None:
         self.journal.rows.append(row)
@@ -276,7 +319,8 @@ class Loop(ABC, Generic[C]):
         """Write a checkpoint, unless this step has one.
 
         Args:
-            required: whether a failure stops the run. If not, it is reported and counted, and training goes on.
+            required: whether a failure stops the run. If not, it is reported and counted, and training goes on; and
+                nothing is saved after a step that was not finite.
 
         Returns:
             The checkpoint's folder, or the run's where writing failed.
@@ -284,10 +328,23 @@ class Loop(ABC, Generic[C]):
         existing = dict(checkpoints(self.run_dir))
         if self.ranks.broadcast(self._saved_at == self.step and self.step in existing):
             return existing[self.step]
+        finite_step = self.journal.finite_step(self.step)
+        if not required and finite_step != self.step:
+            self.progress.write(f"step {self.step}: no checkpoint, since the step was not finite")
+            return self.run_dir
         optimizer = None if self.config.save_only_model else self.optimizer
         try:
             keep = self.config.save_total_limit
-            path = save(self.run_dir, self.step, self.model, optimizer, self._state(), keep=keep, ranks=self.ranks)
+            path = save(
+                self.run_dir,
+                self.step,
+                self.model,
+                optimizer,
+                self._state(),
+                keep=keep,
+                finite_step=finite_step,
+                ranks=self.ranks,
+            )
         except CheckpointError as error:
             if required:
                 raise TrainingStopped(f"{error}; {self.describe_last_checkpoint()}") from error
@@ -295,6 +352,7 @@ class Loop(ABC, Generic[C]):
             self.progress.write(f"{error}; training goes on")
             return self.run_dir
         self._saved_at = self.step
+        self._prune_after_step = True
         return path
 
     def _state(self) -> dict[str, Any]:
@@ -310,44 +368,42 @@ class Loop(ABC, Generic[C]):
         config = self.config
         lora = dataclasses.asdict(config.lora) if config.lora.rank else None
         options = {"lora": lora, "freeze_vision": config.freeze_vision, "bf16": self.model.bf16}
-        return {"model_name_or_path (digest of its weights)": base_digest(self.model)} | options
+        data = {_DATA: self.dataset.digest()} if isinstance(self.dataset, Dataset) else {}  # A stream has its own.
+        data |= {_EVAL_DATA: self.eval_set.digest()} if self.eval_set is not None else {}
+        return {_MODEL: base_digest(self.model)} | options | data
 
     def _resume_point(self) -> Path | None:
+        """Take the run's folder for this run, and return the checkpoint to resume from, if there is one."""
         if self.config.resume == "auto" and not self.config.output_dir:
             raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
-        found = find_resume(self.config.resume, self.run_dir) if self.config.resume else None
-        if not self.config.resume:
-            check_unused(self.run_dir)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: {self.run_dir} cannot be made: {error}") from error
-        return found
+        self._lock = FolderLock(self.run_dir, f"videor1.{self.name}")
+        try:
+            self._lock.acquire()
+            if not self.config.resume:
+                check_unused(self.run_dir)
+            return find_resume(self.config.resume, self.run_dir, self._notes.append) if self.config.resume else None
+        except BaseException:
+            self._leave_folder()
+            raise
 
     @contextmanager
     def _open(self) -> Iterator[None]:
         """Restore the checkpoint to resume from, and keep the run's files and workers open; close them in order."""
-        state: dict[str, Any] = {}
-        if self.resume_from is not None:
-            state, tensors = read_trainer(self.resume_from, self.model, self.fixed)
-            self.step = state["step"]
-        self.ranks.prepare(self.model.hf, self.optimizer, self.config.max_grad_norm)
-        if self.resume_from is not None:
-            self.ranks.load_trainer_tensors(self.model.trainable(), tensors)
-        self._saved_at = self._batch_start = self.step
-        self.total_steps = self.config.max_steps
-        if self.samples_per_epoch is not None:
-            epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
-            self.total_steps = math.ceil(epochs)
-        # --resume auto without a checkpoint starts anew: the lines of the earlier attempt are deleted, step 0 included.
-        self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
         with ExitStack() as stack:
             self._exit_stack = stack
+            if self._lock is not None:
+                self._lock.acquire()  # It is held already, unless an earlier call has given it back.
+                stack.callback(self._lock.release)
+            state = self._restore()
             stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
             config_file = self.folder / "config.yaml"
             resumed = self.resume_from is not None and config_file.exists()
             changed = changed_options(load_run_config(type(self.config), config_file), self.config) if resumed else []
-            save_config(dataclasses.replace(self.config, output_dir=str(self.run_dir)), config_file)
+            save_run_config(self.config, self.folder, self.run_dir)
             self.metrics = stack.enter_context(
                 MetricsWriter(
                     self.folder,
@@ -373,6 +429,9 @@ class Loop(ABC, Generic[C]):
                 # A changed option is allowed (for a longer run, say), but the result differs from an uninterrupted run.
                 for change in changed:
                     self.progress.write(f"changed since the run began: {change}")
+            for note in self._notes:
+                self.progress.write(note)
+            self._notes.clear()
             if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
                 self.progress.write(self.dataset.large_blocks)
             if not skips.path.stat().st_size:
@@ -383,11 +442,40 @@ class Loop(ABC, Generic[C]):
                 self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(start_position(state.get("position", 0), self.shard))
             self.source.on_report = self.progress.write
+            if self.source.note:
+                self.progress.write(self.source.note)
             self.journal.attach(self.source)
             stack.callback(self.source.close)
             stack.callback(self.journal.report_data_problems)
             stack.enter_context(self._handle_signals())
             yield
+
+    def _restore(self) -> dict[str, Any]:
+        """Restore weights, optimizer and step from the checkpoint to resume from, and return its state; {} without."""
+        state: dict[str, Any] = {}
+        if self.resume_from is not None:
+            changed_ok = "" if self.config.data.changed_ok else "--data.changed_ok true"
+            state, tensors = read_trainer(
+                self.resume_from,
+                self.model,
+                self.fixed,
+                earlier={_MODEL: lambda: sampled_digest(self.model)},
+                free={_DATA: changed_ok, _EVAL_DATA: changed_ok},
+                report=self._notes.append,
+            )
+            self.step = state["step"]
+        self.ranks.prepare(self.model.hf, self.optimizer, self.config.max_grad_norm)
+        if self.resume_from is not None:
+            self.ranks.load_trainer_tensors(self.model.trainable(), tensors)
+        self._saved_at = self._batch_start = self.step
+        self._prune_after_step = False
+        self.total_steps = self.config.max_steps
+        if self.samples_per_epoch is not None:
+            epochs = self.config.num_train_epochs * self.samples_per_epoch / self.samples_per_step()
+            self.total_steps = math.ceil(epochs)
+        # --resume auto without a checkpoint starts anew: the lines of the earlier attempt are deleted, step 0 included.
+        self._resume_step = None if not self.config.resume else self.step if self.resume_from else -1
+        return state
 
     @property
     def shard(self) -> tuple[int, int]:

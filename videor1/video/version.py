@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Version of the computation of patches from media and of the layout of cache files. Raise it when either changes.
-FORMAT = 1
+FORMAT = 2
 
 
 class Key(NamedTuple):

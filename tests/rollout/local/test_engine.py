@@ -135,6 +135,15 @@ def test_a_budget_too_small_is_refused_before_memory_is_taken(monkeypatch: pytes
         LocalEngine(model, OPTIONS, kv_bytes=10_000).generate([ask(model, VIDEO, 8)])
 
 
+def test_a_budget_above_the_machines_memory_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_lm()
+    monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(ConfigError, match=r"rollout.kv_mib: expected at most [\d,]+, the memory of this cpu"):
+        LocalEngine(model, OPTIONS, kv_bytes=2**60).generate([ask(model, VIDEO, 8)])
+    with pytest.raises(ConfigError, match="lower max_completion_length, num_generations"):
+        LocalEngine(model, SamplingOptions(2**24), max_rows=2**16).generate([ask(model, VIDEO, 2**16)])
+
+
 def test_no_request_no_group() -> None:
     assert LocalEngine(make_lm(), OPTIONS).generate([]).groups == []
 

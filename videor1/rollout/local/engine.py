@@ -18,7 +18,7 @@ from videor1.model.packing import greedy_batches
 from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
-from videor1.rollout.local.kv_cache import KVCache, bytes_per_token, default_budget, plan_capacity
+from videor1.rollout.local.kv_cache import KVCache, bytes_per_token, cache_budget, plan_capacity
 from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
 from videor1.rollout.local.step import DecodeStep
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
@@ -36,7 +36,7 @@ class LocalEngine:
         model: the model to sample from; each call uses its current weights.
         options: how completions are sampled.
         max_rows: most sequences in flight; those of a branch always run together, even if they are more.
-        kv_bytes: budget of the KV cache; None: a share of a GPU's free memory, no limit on a CPU.
+        kv_bytes: budget of the KV cache; None: a share of a GPU's free memory, or a CPU's memory.
         cuda_graphs: replay decode steps as CUDA graphs where they run on Triton kernels.
         eager: see :class:`~videor1.rollout.local.scheduler.Scheduler`; None: True on a GPU.
         backend: backend of the kernels.
@@ -95,7 +95,7 @@ class Run:
             (len(r.prompt.input_ids), branch.count) for r in requests for branch in (r.ordered, r.shuffled) if branch
         ]
         token_bytes = bytes_per_token(config, model.compute_dtype)
-        budget = default_budget(device) if engine.kv_bytes is None else engine.kv_bytes
+        budget = cache_budget(device, engine.kv_bytes)
         capacity = plan_capacity(branches, options.max_new_tokens, token_bytes, max_rows=engine.max_rows, budget=budget)
         self.cache = KVCache(capacity, config, model.compute_dtype, device)
         self.scheduler = Scheduler(requests, capacity, eager=engine.eager)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -72,10 +73,25 @@ def plan_capacity(
     return Capacity(min(sequences, count * most), min(prompts, count * longest), new_tokens, token_bytes)
 
 
-def default_budget(device: torch.device) -> int | None:
-    """Return 60% of a GPU's free memory, in bytes, including memory that torch holds unused; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def cache_budget(device: torch.device, asked: int | None) -> int:
+    """Return the bytes that the KV cache may take.
+
+    Args:
+        device: the model's device.
+        asked: the budget that the user has given, in bytes; None: 60% of a GPU's free memory, including memory that
+            torch holds unused, and on a CPU all of the machine's memory.
+
+    Raises:
+        ConfigError: ``asked`` is more than the device has.
+    """
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
+    if asked is not None and asked > total:
+        raise ConfigError(
+            f"rollout.kv_mib: expected at most {total // MIB:,}, the memory of this {device.type}, got {asked // MIB:,}"
+        )
+    if asked is not None or not on_gpu:
+        return total if asked is None else asked
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(0.6 * (torch.cuda.mem_get_info(device)[0] + unused))
 

@@ -1,0 +1,79 @@
+"""The check of a tokenizer's chat template, by a prompt of each kind, before anything is trained or asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from videor1.errors import ConfigError
+from videor1.model.prompts import special_ids
+
+# Several lines, as a question with options has, and characters that a template may escape or that are Jinja's own.
+_QUESTION = (
+    'Which happens first? It\'s <before> & "after", {{ here }}.\nOptions:\nA. a red square\nB.  two spaces\n\n'
+    + " ".join(f"word{number}" for number in range(200))
+    + "\nReason between <think> and </think>, then answer between <answer> and </answer>."
+)
+
+
+def check_template(tokenizer: Any, source: str) -> None:
+    """Check that the chat template renders prompts with a video, an image and text alone, with the question in each.
+
+    Raises:
+        ConfigError: there is no template, it fails, it leaves out or changes the question, or it has no place for the
+            media or for the answer.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model_name_or_path: the tokenizer of {source} has no chat template; {_ADVICE}")
+    special = special_ids(tokenizer)
+    for kind, pad in (("text", None), ("video", special.video_pad), ("image", special.image_pad)):
+        rendered = _render(tokenizer, source, kind)
+        if rendered.count(_QUESTION) != 1:
+            happened = "repeats" if _QUESTION in rendered else "leaves out or changes"
+            raise ConfigError(
+                f"model_name_or_path: the chat template of {source} {happened} the question of a prompt with {kind}: "
+                f"it gives {_short(rendered)}; {_ADVICE}"
+            )
+        eos = str(tokenizer.convert_ids_to_tokens(special.eos))
+        if not rendered.partition(_QUESTION)[2].rpartition(eos)[2].strip():
+            raise ConfigError(
+                f"model_name_or_path: the chat template of {source} opens no turn for the answer after the question; "
+                f"{_ADVICE}"
+            )
+        ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        for token in (special.video_pad, special.image_pad):
+            if ids.count(token) != (token == pad):
+                name = tokenizer.convert_ids_to_tokens(token)
+                raise ConfigError(
+                    f"model_name_or_path: the chat template of {source} gives {ids.count(token)} tokens {name} for a "
+                    f"prompt with {kind}, expected {int(token == pad)}; {_ADVICE}"
+                )
+
+
+_ADVICE = "use the template of a Qwen2-VL or Qwen2.5-VL model (chat_template.jinja or tokenizer_config.json)"
+
+
+def _render(tokenizer: Any, source: str, kind: str) -> str:
+    content = [*([{"type": kind}] if kind != "text" else []), {"type": "text", "text": _QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # What a template raises: Jinja's errors, and those of the operators and filters in it.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise ConfigError(
+            f"model_name_or_path: the chat template of {source} cannot render a prompt with {kind}: "
+            f"{type(error).__name__}: {str(error)[:300]}; {_ADVICE}"
+        ) from error
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:60]} ... {text[-40:]}")
