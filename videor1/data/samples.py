@@ -193,6 +193,7 @@ class EntryChecker:
         self.require_process = require_process
         self.reward = reward
         self.needs_lenient = 0
+        self._inside = os.path.join(root, "")  # what every path begins with; comparing text is 10 times as fast
         self._folders: dict[str, str] = {}  # folder -> the same folder with its symlinks resolved
 
     def __call__(self, index: int, where: str, entry: Any, *, problem_id: int | str | None = None) -> Sample:
@@ -292,7 +293,7 @@ class EntryChecker:
                 media = self._resolve(relative)
             except (OSError, ValueError, RuntimeError) as error:
                 raise fail("bad_path", f"path: {_short(relative)} cannot be a file's path: {error}") from error
-            if not media.is_relative_to(self.root):
+            if not f"{media}{os.sep}".startswith(self._inside):
                 inside = f"outside data.root ({self.root})"
                 raise fail("outside_root", f"path: {_short(relative)} leads to {media}, {inside}")
 

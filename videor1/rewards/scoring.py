@@ -237,7 +237,7 @@ def _multiple_choice(output: str, truth: str) -> float:
 
 
 def _numerical(output: str, truth: str) -> float:
-    if any(mark in output for mark in ".,") != any(mark in truth for mark in ".,"):
+    if ("." in output or "," in output) != ("." in truth or "," in truth):
         return 0.0
     o, g = _number(output), _number(truth)
     return 0.0 if o is None or g is None else float(round(o, 2) == round(g, 2))
