@@ -140,7 +140,7 @@ FULL = [
     row(0),
     row("a", data_type="video", path="clips/a.mp4", data_source="made"),
     row(2, problem_id=...),
-    row(3, problem_type="multiple choice", options=["A. red", "B. é"]),
+    row(3, problem_type="multiple choice", options=["A. red", "B. é"], solution="<answer>B</answer>"),
     row(4, process="<think>x</think>"),
 ]
 

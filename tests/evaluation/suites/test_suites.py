@@ -301,13 +301,27 @@ def test_a_data_files_regression_is_mean_relative_accuracy(tmp_path: Path) -> No
     entry = {"problem": "How far?", "data_type": "text", "problem_type": "regression"}
     solutions = ("1,000", "4", "four")
     write_json(tmp_path / "r.json", [entry | {"solution": f"<answer>{text}</answer>"} for text in solutions])
-    loaded = from_dataset(load_samples(tmp_path / "r.json"))
-    assert [q.score(answer(text)) for q, text in zip(loaded.questions, ("1000", "3", "four"), strict=True)] == [
-        1,
-        0.6,
-        0,
-    ]
+    loaded = from_dataset(load_samples(tmp_path / "r.json", reward=None))
+    assert [q.score(answer(text)) for q, text in zip(loaded.questions, ("1000", "3"), strict=True)] == [1, 0.6]
+    assert [(error.kind, "problem 2" in error.message) for error in loaded.errors] == [("solution", True)]
     assert loaded.overall.text == "mean over all questions (regression: mean relative accuracy)"
+
+
+def test_a_data_files_solutions_are_checked_by_the_scores_of_an_evaluation(tmp_path: Path) -> None:
+    entry = {"problem": "How far?", "data_type": "text"}
+    kinds = {"regression": ("0", "12 cm", "$12", "nan"), "numerical": ("12 cm", "7"), "free-form": ("赤い車", "a car")}
+    cases = [(kind, solution) for kind, solutions in kinds.items() for solution in solutions]
+    rows = [entry | {"problem_type": kind, "solution": f"<answer>{text}</answer>"} for kind, text in cases]
+    write_json(tmp_path / "r.json", rows)
+    dataset = load_samples(tmp_path / "r.json", reward=None)
+    for lenient, left in ((False, {0, 5, 7}), (True, {0, 1, 2, 4, 5, 6, 7})):
+        loaded = from_dataset(dataset, lenient=lenient)
+        assert {question.sample.index for question in loaded.questions} == left
+        assert [error.kind for error in loaded.errors] == ["solution"] * (len(cases) - len(left))
+        assert all(question.score(question.sample.solution) > 0.1 for question in loaded.questions)
+    distance = from_dataset(dataset, lenient=True).questions[1].score
+    texts = ("12", "12 cm", "12 centimeters", "$\\frac{24}{2}$", "12 m")
+    assert [distance(answer(text)) for text in texts] == [1, 1, 1, 1, 0]
 
 
 def test_options_are_lettered_once() -> None:
