@@ -27,7 +27,7 @@ def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int
     httpx = importlib.import_module(openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0])
     origin = _origin(httpx.URL(url))
 
-    class BoundedStream(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]
+    class BoundedStream(httpx.AsyncByteStream):
         def __init__(self, stream: Any) -> None:
             self._stream = stream
 
@@ -42,7 +42,7 @@ def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int
         async def aclose(self) -> None:
             await self._stream.aclose()
 
-    class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc, name-defined]
+    class BoundedClient(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, **options: Any) -> Any:
             try:
                 async with asyncio.timeout(timeout):
