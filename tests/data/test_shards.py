@@ -138,7 +138,7 @@ def test_bad_rows_are_the_errors_of_a_data_file(tmp_path: Path) -> None:
 
 FULL = [
     row(0),
-    row("a", data_type="video", path="clips/a.mp4", data_source="made"),
+    row("a", data_type="video", path="clips/a.mp4", data_source="made", solution="<answer>1</answer>"),
     row(2, problem_id=...),
     row(3, problem_type="multiple choice", options=["A. red", "B. é"], solution="<answer>B</answer>"),
     row(4, process="<think>x</think>"),
