@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import run as run_evaluate
 from media import cut, write_sound, write_video
 from runs import entries, last_metrics, run_lines, sft_trainer, train_flags, trainer, write_data
 from safetensors.torch import load_file
@@ -328,3 +329,20 @@ def test_an_evaluation_with_bad_samples_reports_them(assets: Assets, broken: dic
     assert rows[-1]["eval/samples"] == len(dev)
     (line,) = run_lines(tmp_path / "run", "skipped.jsonl")
     assert (line["split"], line["path"]) == ("eval", str(broken["missing"]))
+
+
+def test_half_an_emoji_is_skipped_in_training_and_evaluation(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("Which \ud83d comes first?", "Which comes first?", "Which comes last?")
+    choice = {"data_type": "text", "problem_type": "multiple choice", "options": ["A. circle", "B. cross"]}
+    rows = [choice | {"problem": text, "solution": "<answer>A</answer>"} for text in texts]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    run = trainer(assets, tmp_path / "run", dataset_name=data, data__eval_path=data, max_steps=1)
+    run.train()
+    lines = run_lines(run.run_dir, "skipped.jsonl")
+    assert [(line["split"], line["kind"]) for line in lines] == [("train", "bad_text"), ("eval", "bad_text")]
+    assert run_evaluate(assets, tmp_path / "eval", dataset_name=data) == 0
+    assert "data: 1 row cannot be used; the first: " in capfd.readouterr().err
+    assert len(run_lines(tmp_path / "eval", "answers.jsonl")) == 2

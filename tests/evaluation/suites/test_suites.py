@@ -285,6 +285,62 @@ def test_an_unknown_benchmark_gets_the_nearest_name(tmp_path: Path, given: str, 
         load_suite(given, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"question": "How \ud83d?"}, "bad_text"),
+        ({"options": ["A. left", "B. \ud83d", "C. back"], "ground_truth": "B"}, "bad_text"),
+        ({"id": "\ud83d"}, "bad_text"),
+        ({"question_type": "\ud83d"}, "problem_type"),
+        ({"scene_name": "\ud83d"}, "bad_path"),
+        ({"ground_truth": "nan"}, "solution"),
+        ({"ground_truth": "inf"}, "solution"),
+        ({"ground_truth": "\ud83d"}, "wrong_type"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_counted(one, change: dict, kind: str) -> None:
+    folder = one("vsibench")
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    base = rows[1] if "options" in change else rows[0]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, [base | change, *rows])))
+    loaded = load_suite("vsibench", folder.parent)
+    assert [error.kind for error in loaded.errors] == [kind]
+    assert len(loaded.questions) == len(rows)
+
+
+def test_a_category_that_is_no_text_is_counted(one) -> None:
+    folder = one("mmvu")
+    rows = json.loads((folder / "validation.json").read_text())
+    bad = rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}
+    write_json(folder / "validation.json", [bad, *rows])
+    loaded = load_suite("mmvu", folder.parent)
+    assert [error.kind for error in loaded.errors] == ["bad_text"]
+
+
+def bad_utf8(file: Path, column: str) -> None:
+    """Write a Parquet file again with a byte that is not UTF-8 in its first row: Arrow does not check it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    texts = table.column(column).to_pylist()
+    data = [b"\xff" + text.encode() if i == 0 else text.encode() for i, text in enumerate(texts)]
+    made = pyarrow.array(data, pyarrow.binary()).view(pyarrow.string())
+    table = table.set_column(table.schema.get_field_index(column), column, made)
+    pyarrow.parquet.write_table(table, file)
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_counted(one) -> None:
+    folder = one("videomme")
+    (file,) = folder.glob("**/*.parquet")
+    before = len(load_suite("videomme", folder.parent).questions)
+    bad_utf8(file, "question")
+    loaded = load_suite("videomme", folder.parent)
+    assert [error.kind for error in loaded.errors] == ["bad_json"]
+    assert "utf-8" in loaded.errors[0].message
+    assert len(loaded.questions) == before - 1
+
+
 def test_a_data_file_is_a_benchmark_too(assets) -> None:
     dataset = load_samples(assets.dev)
     loaded = from_dataset(dataset)
