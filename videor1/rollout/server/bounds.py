@@ -27,7 +27,7 @@ def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int
     httpx = importlib.import_module(openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0])
     origin = _origin(httpx.URL(url))
 
-    class BoundedStream(httpx.AsyncByteStream):
+    class BoundedStream(httpx.AsyncByteStream):  # type: ignore[name-defined]
         def __init__(self, stream: Any) -> None:
             self._stream = stream
 
