@@ -22,14 +22,14 @@ def write_atomic(path: str | Path, content: str | bytes, *, sync: bool = False) 
 
     Args:
         path: the file to create or replace.
-        content: the new content; text is written as UTF-8, and half of a surrogate pair as its escape sequence.
+        content: the new content; text is written as UTF-8.
         sync: flush the content to disk before the rename, so that a power cut leaves the old or the new content too.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())

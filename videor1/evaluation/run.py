@@ -92,7 +92,8 @@ def run(config: EvaluateConfig) -> int:
         for loaded in benchmarks
     }
     document = {"settings": _settings(config), "benchmarks": results}
-    write_atomic(run_dir / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(run_dir / "results.json", text.encode("utf-8", "backslashreplace"))  # a file's name may be no UTF-8
     if not answers.count:
         raise DataError(f"none of the {total} questions could be answered; why stands in {skipped.path}")
     print(results_table(results))
