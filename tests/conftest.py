@@ -23,6 +23,17 @@ from videor1.demo.assets import Assets, Sizes, make_assets
 
 torch.set_num_threads(THREADS)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run every fuzz test for minutes, not for seconds")
+
+
+@pytest.fixture(scope="session")
+def fuzz_seconds(request: pytest.FixtureRequest) -> float:
+    """How long a fuzz test looks for an input that breaks what it tests."""
+    return 600.0 if request.config.getoption("--full", default=False) else 20.0
+
+
 SIZES = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
 
 

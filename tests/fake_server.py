@@ -173,11 +173,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
-        data = reply.body.encode() if isinstance(reply.body, str) else json.dumps(reply.body).encode()
+        body = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
+        data = body.encode() if isinstance(body, str) else body
         self.send_response(reply.status)
         for name, value in {**reply.headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
-        if data:  # vLLM's resets answer with an empty body of no type
+        if data and "Content-Type" not in reply.headers:  # vLLM's resets answer with an empty body of no type
             self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(data)

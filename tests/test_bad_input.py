@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import run as run_evaluate
 from media import cut, write_sound, write_video
 from runs import entries, last_metrics, run_lines, sft_trainer, train_flags, trainer, write_data
 from safetensors.torch import load_file
@@ -99,6 +100,7 @@ def bad_entries(good: dict[str, Any]) -> dict[str, Any]:
         "problem_type": good | {"problem_type": "multiple choise"},
         "options": good | {"problem_type": "multiple choice", "options": []},
         "solution": good | {"solution": "A"},
+        "bad_text": good | {"problem": "Which \ud83d comes first?"},
         "outside_root": good | {"path": "../../etc/passwd"},
         "bad_path": good | {"path": "a\0b"},
     }
@@ -115,14 +117,41 @@ def test_every_kind_of_bad_entry_is_left_out_and_reported(
     run.train()
     lines = run_lines(tmp_path / "run", "skipped.jsonl")
     assert [line["kind"] for line in lines] == ["bad_json", *bad]
-    assert [int(re.search(r"line (\d+)", line["message"])[1]) for line in lines] == list(range(2, 12))  # type: ignore
+    assert [int(re.search(r"line (\d+)", line["message"])[1]) for line in lines] == list(range(2, 13))  # type: ignore
     assert {line["path"] for line in lines} == {str(data)}
     row = last_metrics(tmp_path / "run")
-    assert row["data/skipped"] == 10
+    assert row["data/skipped"] == 11
     assert all(row[f"data/skipped/{kind}"] == 1 for kind in ("bad_json", *bad))
     screen = capfd.readouterr().err
     assert "line 2: does not parse as JSON" in screen
-    assert "left out: 10 entries in all" in screen
+    assert "left out: 11 entries in all" in screen
+
+
+HALF = "\ud83d"  # of an emoji's surrogate pair
+
+
+@pytest.mark.parametrize("field", ["problem", "options", "solution", "problem_id", "data_source", "process", "path"])
+def test_text_that_cannot_be_encoded_is_a_counted_skip(field: str, assets: Assets, tmp_path: Path) -> None:
+    good = next(e for e in entries(assets.sft) if e["problem_type"] == "multiple choice")
+    changed = {"options": [*good["options"], f"D. {HALF}"], "solution": f"{good['solution']}{HALF}"}
+    changed |= {"process": f"<think>{HALF}</think>"}
+    bad = good | {field: changed.get(field, f"{good.get(field)}{HALF}")}
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
+    for stream in (False, True):
+        run = sft_trainer(
+            assets,
+            tmp_path / f"stream-{stream}",
+            dataset_name=data,
+            data__root="/",
+            data__stream=stream,
+            data__shuffle=False,
+            max_steps=1,
+        )
+        run.train()
+        (line,) = run_lines(run.run_dir, "skipped.jsonl")
+        assert line["kind"] == ("bad_path" if field == "path" else "bad_text")
+        assert last_metrics(run.run_dir)["data/skipped"] == 1
 
 
 def test_a_prompt_that_is_too_long_is_skipped_whole(assets: Assets, tmp_path: Path) -> None:
@@ -286,3 +315,20 @@ def test_an_evaluation_with_bad_samples_reports_them(assets: Assets, broken: dic
     assert rows[-1]["eval/samples"] == len(dev)
     (line,) = run_lines(tmp_path / "run", "skipped.jsonl")
     assert (line["split"], line["path"]) == ("eval", str(broken["missing"]))
+
+
+def test_half_an_emoji_is_skipped_in_training_and_evaluation(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("Which \ud83d comes first?", "Which comes first?", "Which comes last?")
+    choice = {"data_type": "text", "problem_type": "multiple choice", "options": ["A. circle", "B. cross"]}
+    rows = [choice | {"problem": text, "solution": "<answer>A</answer>"} for text in texts]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    run = trainer(assets, tmp_path / "run", dataset_name=data, data__eval_path=data, max_steps=1)
+    run.train()
+    lines = run_lines(run.run_dir, "skipped.jsonl")
+    assert [(line["split"], line["kind"]) for line in lines] == [("train", "bad_text"), ("eval", "bad_text")]
+    assert run_evaluate(assets, tmp_path / "eval", dataset_name=data) == 0
+    assert "data: 1 row cannot be used; the first: " in capfd.readouterr().err
+    assert len(run_lines(tmp_path / "eval", "answers.jsonl")) == 2

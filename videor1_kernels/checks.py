@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -35,6 +36,12 @@ def check_tensor(
     """Check type, dtype, shape and device. A string in ``shape`` stands for a dimension of any size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and unpack_dual(value).tangent is not None:
+        # An operator outside of autograd would return its result without a tangent, as if the derivative were 0.
+        raise NotImplementedError(
+            f"{op}: {name}: expected a tensor without a tangent, got a dual tensor: there is no forward-mode derivative"
+            " (torch.func.jvp, jacfwd, torch.autograd.forward_ad); take the gradient by a backward pass"
+        )
     if value.dtype not in dtypes:
         raise fail(op, name, f"dtype {_join(dtypes)}", value.dtype)
     if shape is not None:

@@ -51,12 +51,13 @@ def only_error(folder, bad, **options):
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_reads_both_formats(tmp_path, name):
+    number = {"problem_type": "numerical", "solution": "<answer>7</answer>"}
     entries = [
         GOOD,
         entry(problem_id="x-1", data_type="image", problem_type="OCR", options=[], path="a.png", extra=[1]),
-        entry(problem_id=..., data_type="text", problem_type="numerical", options=..., path=..., data_source=...),
+        entry(problem_id=..., data_type="text", path=..., data_source=..., **number, options=...),
         entry(problem_type="free-form", options=None, process="<think>é 视频</think>"),
-        entry(problem_type="regression"),
+        entry(problem_type="regression", solution=number["solution"]),
     ]
     dataset = load_samples(write(tmp_path, entries, name))
     assert dataset.errors == []
@@ -158,6 +159,15 @@ def test_unknown_type_lists_the_valid_and_the_nearest(tmp_path, field, value, ne
         ({"path": ""}, "empty_field", "path"),
         ({"path": "a\0b.mp4"}, "bad_path", "null byte"),
         ({"path": "a\ud800b.mp4"}, "bad_path", "path"),
+        ({"path": f"a{chr(0xDCFF)}b.mp4"}, "bad_path", "path"),
+        ({"problem": "Which \ud83d?"}, "bad_text", "problem: surrogates not allowed at character 6"),
+        ({"problem": "\ude00"}, "bad_text", "problem"),
+        ({"solution": "<answer>A\ud800</answer>"}, "bad_text", "solution"),
+        ({"options": ["A. red", "B. \ud800"]}, "bad_text", "options"),
+        ({"problem_id": "\ud800"}, "bad_text", "problem_id"),
+        ({"data_source": "\ud800"}, "bad_text", "data_source"),
+        ({"process": "<think>\ud800</think>"}, "bad_text", "process"),
+        ({"problem_type": "OCR\ud800"}, "bad_text", "problem_type"),
     ],
 )
 def test_bad_entry(tmp_path, changes, kind, text):

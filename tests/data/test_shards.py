@@ -138,9 +138,9 @@ def test_bad_rows_are_the_errors_of_a_data_file(tmp_path: Path) -> None:
 
 FULL = [
     row(0),
-    row("a", data_type="video", path="clips/a.mp4", data_source="made"),
+    row("a", data_type="video", path="clips/a.mp4", data_source="made", solution="<answer>1</answer>"),
     row(2, problem_id=...),
-    row(3, problem_type="multiple choice", options=["A. red", "B. é"]),
+    row(3, problem_type="multiple choice", options=["A. red", "B. é"], solution="<answer>B</answer>"),
     row(4, process="<think>x</think>"),
 ]
 
@@ -253,3 +253,26 @@ def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
     memory.rm("/changes/a.jsonl")
     with pytest.raises(DataError, match=r"memory://.*a\.jsonl: cannot be read"):
         next(order.iterate(Position()))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_row_that_is_not_utf8_is_an_error_in_its_place(kind: str, tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = pyarrow.Table.from_pylist([row(str(i), solution=f"<answer>{i}</answer>") for i in range(3)])
+    texts = pyarrow.array([b"0?", b"\xff?", b"2?"], pyarrow.binary()).view(pyarrow.string())
+    table = rows.set_column(rows.schema.get_field_index("problem"), "problem", texts)
+    name = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, name)
+    else:
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(name)
+    stream = stream_of(name, root=str(tmp_path))
+    draws = itertools.islice(order_of(stream, shuffle=False).iterate(Position()), 3)
+    first, error, last = (draw.sample for draw in draws)
+    assert [sample.problem for sample in (first, last) if isinstance(sample, Sample)] == ["0?", "2?"]
+    assert isinstance(error, SampleError)
+    assert (error.kind, error.path) == ("bad_text", str(name))
+    assert error.message.startswith("row 1: cannot be decoded: ")

@@ -195,7 +195,7 @@ def test_sft_length_limit_counts_the_whole_sample():
     tokenizer, media = make_tokenizer(), make_media()
     length = len(build_sft_ids(tokenizer, CHOICE, media, 1000)[0])
     assert len(build_sft_ids(tokenizer, CHOICE, media, length)[0]) == length
-    message = rf"{length} tokens \(\d+ prompt, \d+ answer\), the limit is {length - 1}"
+    message = rf"{length} tokens \(\d+ prompt, \d+ completion\), the limit is {length - 1}"
     with pytest.raises(SampleError, match=message) as e:
         build_sft_ids(tokenizer, CHOICE, media, length - 1)
     assert e.value.kind == "too_long"
@@ -222,3 +222,19 @@ def test_sft_refuses_special_tokens_in_the_answer():
     with pytest.raises(SampleError) as e:
         build_sft_ids(make_tokenizer(), sample, make_media(), 1000)
     assert e.value.kind == "special_token"
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_the_samples_fault() -> None:
+    tokenizer = make_tokenizer()
+    for changes in ({"problem": "Which \ud83d?"}, {"options": ("A. \udc00", "B. blue")}):
+        with pytest.raises(SampleError, match="text that the tokenizer cannot encode") as error:
+            build_input_ids(tokenizer, replace(CHOICE, **changes), make_media(), max_prompt_length=1000)
+        assert error.value.kind == "bad_text"
+    with pytest.raises(SampleError, match="cannot encode"):
+        build_sft_ids(tokenizer, replace(CHOICE, process="<think>\ud83d</think>"), make_media(), 1000)
+
+
+def test_a_system_prompt_that_the_tokenizer_cannot_encode_is_the_models_fault() -> None:
+    template = "You are \ud83d helpful.\n" + make_tokenizer().chat_template
+    with pytest.raises(ConfigError, match=r"the chat template of .* adds text of its own, such as a system prompt"):
+        build_input_ids(copy_tokenizer(template), CHOICE, make_media(), max_prompt_length=1000)

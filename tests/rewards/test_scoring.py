@@ -296,7 +296,8 @@ def test_lenient_multiple_choice(output, truth, reward):
         ("1/0", "0", 0),
         ("1/2/3", "0.5", 0),
         ("0/0", "nan", 0),
-        ("3 cars", "3", 0),
+        ("3 cars", "3", 1),
+        ("3 cars", "3 dogs", 0),
         ("1e999", "2e9999", 1),  # as in the strict mode: both are infinite
         ("1e999.", "2e9999", 0),
         ("3.1", "3", 0),

@@ -123,10 +123,12 @@ class RewardConfig:
     """The reward of a completion."""
 
     lenient: bool = False
-    """Ignore case, trailing punctuation and thousands separators in answers, and accept equivalent numbers; false: the
-    reference's exact semantics."""
+    """Ignore case, trailing punctuation and thousands separators in answers, read numbers with units, currencies,
+    fractions and LaTeX by their value, and score free-form answers in every script; false: the reference's exact
+    semantics."""
     correct_above: float = 0.1
-    """A completion counts as correct for the temporal and the length bonus when its accuracy reward exceeds this."""
+    """A completion counts as correct for the temporal and the length bonus when its accuracy reward exceeds this. An
+    entry whose own solution would earn no more is left out and counted, unless reward.functions add rewards."""
     format_weight: float = 1.0
     """Factor on the format reward."""
     length_bonus: float = 0.2
@@ -156,7 +158,7 @@ class RolloutConfig:
     model: str | None = None
     """Server: name of the model on the server; default: the only one it has."""
     timeout: Annotated[float, above(0, most=1e7)] = 600.0
-    """Server: seconds to wait for the reply to one request."""
+    """Server: seconds that one request may take, to the end of its reply."""
     retries: Annotated[int, at_least(0, most=1000)] = 3
     """Server: how often a failed request is repeated, with growing pauses."""
     concurrency: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 64

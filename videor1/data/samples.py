@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from videor1.answer import extract_answer
+from videor1.config import RewardConfig
 from videor1.errors import DataError, did_you_mean
+from videor1.rewards.solutions import lenient_can_reward, why_unearnable
 from videor1.types import DataType, ProblemType, Sample, SampleError
 
 MAX_FOLDERS = 65536  # most folders whose resolved paths are cached
+DEFAULT_REWARD = RewardConfig()
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Dataset:
     errors: list[SampleError]
     path: Path  # the data file
     root: Path  # the folder that media paths are relative to
+    needs_lenient: int = 0  # number of errors for a solution that only ``reward.lenient`` can reward
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -44,6 +49,16 @@ class Dataset:
     def digest(self) -> str:
         """Return a hash of the usable samples in their order, by which a resumed run detects changed data."""
         return samples_digest(self.samples, self.root)
+
+    def reward_note(self) -> str:
+        """Return a sentence about the entries that the strict reward cannot reward; "" if there are none."""
+        unearnable = self.error_counts().get("solution", 0)
+        if not self.needs_lenient:
+            return ""
+        return (
+            f"{self.path}: {unearnable} entries are left out for their solution; {self.needs_lenient} of them earn "
+            "nothing from the reference's reward and would from reward.lenient true"
+        )
 
 
 def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
@@ -62,7 +77,13 @@ def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
     return f"{digest.hexdigest()} of {count} samples"
 
 
-def load_samples(path: str | Path, *, root: str | Path | None = None, require_process: bool = False) -> Dataset:
+def load_samples(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    require_process: bool = False,
+    reward: RewardConfig | None = DEFAULT_REWARD,
+) -> Dataset:
     """Read a data file in the Video-R1 JSON format: a JSON list, or JSONL (one object a line; blank lines are ignored).
 
     The extension decides (``.jsonl`` and ``.ndjson`` are JSONL), unless the content is clearly of the other format. The
@@ -83,13 +104,16 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
     Other fields are ignored. Whether the media file exists is checked only when it is decoded.
 
     An entry that cannot be used becomes a ``SampleError`` in ``Dataset.errors``; its kind is one of ``bad_json``,
-    ``wrong_type``, ``missing_field``, ``empty_field``, ``data_type``, ``problem_type``, ``options``, ``solution``,
-    ``process``, ``bad_path``, ``outside_root``.
+    ``wrong_type``, ``missing_field``, ``empty_field``, ``bad_text`` (text that UTF-8 cannot hold, such as half of a
+    surrogate pair), ``data_type``, ``problem_type``, ``options``, ``solution`` (no answer, or one for which no
+    completion can earn a reward), ``process``, ``bad_path``, ``outside_root``.
 
     Args:
         path: the data file.
         root: the folder that media paths are relative to; default: the data file's folder.
         require_process: whether every entry needs a ``process``.
+        reward: how completions will be scored, by which every solution is checked; None: a multiple choice needs the
+            letter of an option, and any other answer passes.
 
     Raises:
         DataError: no entry can be used, because there is no such file, it cannot be read, it is empty, not JSON or not
@@ -99,7 +123,7 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
     base = Path(os.path.realpath(path.parent if root is None else root))
     if not base.is_dir():
         raise DataError(f"data.root: expected a folder, got {str(root or path.parent)!r}")
-    check = EntryChecker(path, base, require_process)
+    check = EntryChecker(path, base, require_process, reward)
     samples: list[Sample] = []
     errors: list[SampleError] = []
     for index, (where, entry) in enumerate(_entries(path)):
@@ -107,7 +131,7 @@ def load_samples(path: str | Path, *, root: str | Path | None = None, require_pr
             samples.append(check(index, where, entry))
         except SampleError as error:
             errors.append(error)
-    dataset = Dataset(samples, errors, path, base)
+    dataset = Dataset(samples, errors, path, base, check.needs_lenient)
     if not samples and not errors:
         raise DataError(f"{path}: holds no samples; expected a JSON list of objects, or one JSON object a line")
     if not samples:
@@ -176,12 +200,21 @@ class EntryChecker:
         data_file: the data file that errors name.
         root: the folder that media paths are relative to and may not leave, with its symlinks resolved.
         require_process: whether every entry needs a ``process``.
+        reward: how completions will be scored; None: as ``load_samples``.
+
+    Attributes:
+        needs_lenient: number of solutions so far that ``reward`` cannot reward and ``reward.lenient`` could.
     """
 
-    def __init__(self, data_file: Path | str, root: Path, require_process: bool) -> None:
+    def __init__(
+        self, data_file: Path | str, root: Path, require_process: bool, reward: RewardConfig | None = None
+    ) -> None:
         self.data_file = data_file
         self.root = root
         self.require_process = require_process
+        self.reward = reward
+        self.needs_lenient = 0
+        self._inside = os.path.join(root, "")  # what every path begins with; comparing text is 10 times as fast
         self._folders: dict[str, str] = {}  # folder -> the same folder with its symlinks resolved
 
     def __call__(self, index: int, where: str, entry: Any, *, problem_id: int | str | None = None) -> Sample:
@@ -207,25 +240,34 @@ class EntryChecker:
 
         def text(field: str) -> str:
             if field not in entry:
-                raise fail("missing_field", f"missing field {field!r}; found {sorted(entry)}")
-            value = entry[field]
-            if not isinstance(value, str):
-                raise fail("wrong_type", f"{field}: expected a string, got {_json_type(value)}")
+                raise fail("missing_field", f"missing field {field!r}; found {_names(entry)}")
+            value = optional_text(field, none=False)
             if not value.strip():
-                raise fail("empty_field", f"{field}: expected text, got {value!r}")
+                raise fail("empty_field", f"{field}: expected text, got {_short(value)}")
             return value
 
-        def optional_text(field: str) -> str:
+        def optional_text(field: str, *, none: bool = True) -> str:
             value = entry.get(field)
-            if not isinstance(value, str | None):
+            if value is None and none:
+                return ""
+            if not isinstance(value, str):
                 raise fail("wrong_type", f"{field}: expected a string, got {_json_type(value)}")
-            return value or ""
+            return encodable(field, value)
+
+        def encodable(field: str, value: str) -> str:
+            if not value.isascii() and field != "path":  # A path has an error of its own.
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    problem = f"{error.reason} at character {error.start}"
+                    raise fail("bad_text", f"{field}: {problem}, got {_short(value)}") from None
+            return value
 
         def choice(field: str, valid: tuple[str, ...]) -> Any:
             value = text(field)
             if value not in valid:
                 hint = did_you_mean(value, valid)
-                raise fail(field, f"{field}: expected one of {list(valid)}, got {value!r}{hint}")
+                raise fail(field, f"{field}: expected one of {list(valid)}, got {_short(value)}{hint}")
             return value
 
         problem = text("problem")
@@ -235,21 +277,28 @@ class EntryChecker:
         problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
             raise fail("wrong_type", f"problem_id: expected an integer or a string, got {_json_type(problem_id)}")
+        problem_id = encodable("problem_id", str(problem_id))
 
         options: Any = ()
         if problem_type == "multiple choice":
             if "options" not in entry:
-                raise fail("missing_field", f"missing field 'options' of a multiple choice; found {sorted(entry)}")
+                raise fail("missing_field", f"missing field 'options' of a multiple choice; found {_names(entry)}")
             options = entry["options"]
             if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
                 raise fail("wrong_type", f"options: expected a list of strings, got {_json_type(options)}")
             if not options or not all(option.strip() for option in options):
-                raise fail("options", f"options: expected at least one, none of them empty, got {options!r}")
+                raise fail("options", f"options: expected at least one, none of them empty, got {_short(options)}")
+            for option in options:
+                encodable("options", option)
 
         solution = text("solution")
-        if not extract_answer(solution):
+        answer = extract_answer(solution)
+        if not answer:
             # No completion could match such a solution, or (multiple choice) a completion without an answer would.
             raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {_short(solution)}")
+        if reason := why_unearnable(answer, problem_type, options, reward=self.reward):
+            self.needs_lenient += self.reward is not None and lenient_can_reward(answer, problem_type, self.reward)
+            raise fail("solution", f"solution: {reason}")
 
         process = optional_text("process")
         if self.require_process:
@@ -265,12 +314,13 @@ class EntryChecker:
                 media = self._resolve(relative)
             except (OSError, ValueError, RuntimeError) as error:
                 raise fail("bad_path", f"path: {_short(relative)} cannot be a file's path: {error}") from error
-            if not media.is_relative_to(self.root):
-                raise fail("outside_root", f"path: {relative!r} leads to {media}, outside data.root ({self.root})")
+            if not f"{media}{os.sep}".startswith(self._inside):
+                inside = f"outside data.root ({self.root})"
+                raise fail("outside_root", f"path: {_short(relative)} leads to {media}, {inside}")
 
         return Sample(
             index=index,
-            problem_id=str(problem_id),
+            problem_id=problem_id,
             problem=problem,
             data_type=data_type,
             problem_type=problem_type,
@@ -286,7 +336,7 @@ class EntryChecker:
 
         Each folder is resolved only once, so this costs one ``lstat`` per sample.
         """
-        if b"\0" in os.fsencode(relative):  # fsencode raises ValueError for a name that no file system can hold.
+        if b"\0" in relative.encode():  # This raises ValueError for a text that UTF-8 cannot hold.
             raise ValueError("it holds a null byte")
         folder, name = os.path.split(os.path.join(self.root, relative))
         if name in ("", ".", ".."):
@@ -304,6 +354,21 @@ def _json_type(value: Any) -> str:
     return f"{names.get(type(value), 'a number')} ({_short(value)})"
 
 
+class _Brief(reprlib.Repr):
+    """The beginning of a value from the file, which may be long or nested deeply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxlong = 3, 16, 16, 60, 60
+
+
+_BRIEF = _Brief()
+
+
+def _names(entry: dict[str, Any]) -> str:
+    return _BRIEF.repr(sorted(entry))
+
+
 def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
+    text = repr(value[: limit + 1]) if isinstance(value, str) else _BRIEF.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

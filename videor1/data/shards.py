@@ -190,10 +190,11 @@ class Records:
     Args:
         table: the Arrow table.
         first: the number of its first row in the shard.
+        name: the shard.
     """
 
-    def __init__(self, table: Any, first: int) -> None:
-        self._table, self._first = table, first
+    def __init__(self, table: Any, first: int, name: str) -> None:
+        self._table, self._first, self._name = table, first, name
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -202,8 +203,11 @@ class Records:
         return len(self)
 
     def entry(self, row: int) -> tuple[int, str, Any]:
-        (record,) = self._table.slice(row, 1).to_pylist()
         at = self._first + row
+        try:
+            (record,) = self._table.slice(row, 1).to_pylist()
+        except (ValueError, OverflowError) as error:  # Arrow does not check that text is UTF-8, or that a date exists.
+            return at, f"row {at}", SampleError("bad_text", f"row {at}: cannot be decoded: {error}", self._name)
         return at, f"row {at}", {name: value for name, value in record.items() if value is not None}
 
 
@@ -233,7 +237,7 @@ class ParquetShard:
                 raise
             except Exception as error:  # For a damaged page pyarrow raises OSError, ValueError and other kinds.
                 return BadBlock(self.name, f"row group {block}", error)
-        return Records(table, int(self._firsts[block]))
+        return Records(table, int(self._firsts[block]), self.name)
 
 
 def _memory_bytes(group: Any) -> int:
@@ -261,7 +265,7 @@ class SavedShard:
 
     def read(self, block: int) -> Rows:
         start = block * self._block_rows
-        return Records(self._data[start : start + self._block_rows], start)
+        return Records(self._data[start : start + self._block_rows], start, self.name)
 
 
 def open_shards(found: Sequence[File | Saved]) -> list[Shard]:

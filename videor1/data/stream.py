@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from videor1.config import DataConfig
+from videor1.config import DataConfig, RewardConfig
 from videor1.data.files import JSONL, find
 from videor1.data.order import Draw, check_shard
-from videor1.data.samples import Dataset, EntryChecker, load_samples
+from videor1.data.samples import DEFAULT_REWARD, Dataset, EntryChecker, load_samples
 from videor1.data.shards import Rows, Shard, open_shards
 from videor1.errors import ConfigError, DataError
 from videor1.seeding import derive_seed, generator
@@ -35,23 +35,26 @@ MAX_EMPTY_EPOCHS = 8  # most epochs in a row that have no row for this rank
 MAX_FAILURES = 10_000  # most draws in a row of which none can be used
 
 
-def open_dataset(name: str, data: DataConfig, *, require_process: bool = False) -> Dataset | RowStream:
+def open_dataset(
+    name: str, data: DataConfig, *, require_process: bool = False, reward: RewardConfig | None = DEFAULT_REWARD
+) -> Dataset | RowStream:
     """Open the data that ``dataset_name`` names, held in memory or as a stream, as its size and ``data.stream`` decide.
 
     Args:
         name: the option ``dataset_name``.
         data: the options ``data.*``.
         require_process: whether every entry needs a ``process``.
+        reward: how completions will be scored, by which every solution is checked; None: as ``load_samples``.
 
     Raises:
         ConfigError: as in ``files.find``, or ``data.stream`` is false for data that can only be a stream.
         DataError: as in ``load_samples`` and ``files.find``.
     """
     if _is_held_in_memory(name, data.stream):
-        return load_samples(name, root=data.root, require_process=require_process)
+        return load_samples(name, root=data.root, require_process=require_process, reward=reward)
     if data.stream is False:
         raise ConfigError(f"data.stream: false holds one .json or .jsonl file in memory, got {name!r}")
-    return RowStream(name, data, require_process=require_process)
+    return RowStream(name, data, require_process=require_process, reward=reward)
 
 
 def _is_held_in_memory(name: str, stream: bool | None) -> bool:
@@ -101,6 +104,7 @@ class RowStream:
         name: the option ``dataset_name``.
         data: the options ``data.*``.
         require_process: whether every row needs a ``process``.
+        reward: how completions will be scored; None: as ``load_samples``.
 
     Attributes:
         path: the name as it was given.
@@ -114,7 +118,14 @@ class RowStream:
         DataError: as in ``files.find``, or the data is empty or ``data.root`` is not a folder.
     """
 
-    def __init__(self, name: str, data: DataConfig, *, require_process: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: DataConfig,
+        *,
+        require_process: bool = False,
+        reward: RewardConfig | None = DEFAULT_REWARD,
+    ) -> None:
         self.path = name
         found, roots = find(name, data.split)
         if data.root is None and len(roots) > 1:
@@ -139,11 +150,15 @@ class RowStream:
             )
         )
         self.errors: list[SampleError] = []  # always empty: the error of a row is drawn in the row's place
-        self._check = EntryChecker(name, root, require_process)
+        self._check = EntryChecker(name, root, require_process, reward)
 
     def error_counts(self) -> dict[str, int]:
         """Return no counts, unlike a ``Dataset``: rows are checked only when they are drawn."""
         return {}
+
+    def reward_note(self) -> str:
+        """Return nothing, for the same reason."""
+        return ""
 
     def count(self) -> int | None:
         """Return the number of rows in an epoch, including unusable ones; None if counting them would take long."""

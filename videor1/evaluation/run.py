@@ -164,7 +164,9 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
         got = "both" if config.benchmark else "neither"
         raise ConfigError(f"expected benchmark (names) or dataset_name (a data file in the Video-R1 format), got {got}")
     if config.dataset_name:
-        return [from_dataset(load_samples(config.dataset_name, root=config.data.root), lenient=config.reward.lenient)]
+        # The solutions are checked by from_dataset, since an evaluation's scores are not all the reward's.
+        dataset = load_samples(config.dataset_name, root=config.data.root, reward=None)
+        return [from_dataset(dataset, lenient=config.reward.lenient, correct_above=config.reward.correct_above)]
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
     if not config.data.root:
         raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")

@@ -100,8 +100,9 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
 
     Raises:
         SampleError: ``too_long`` for more tokens; ``special_token`` for a text that the tokenizer would read as a
-            special token.
-        ConfigError: the chat template has no place for the media.
+            special token; ``bad_text`` for one that it cannot encode.
+        ConfigError: the chat template has no place for the media, or text of its own (such as a system prompt) that the
+            tokenizer cannot encode.
     """
     assert (media.kind if media else "text") == sample.data_type, (media and media.kind, sample.data_type)
     text = question_text(sample)
@@ -113,7 +114,14 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    ids, special = _encode(tokenizer, rendered), special_ids(tokenizer)
+    try:
+        ids, special = encode(tokenizer, rendered, sample), special_ids(tokenizer)
+    except SampleError as error:
+        encode(tokenizer, text, sample)  # This raises where the question is at fault.
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} adds text of its own, such as a system "
+            f"prompt, that cannot be used: {error.message}"
+        ) from None
     if media and (count := ids.count(pad := special.media_pad(media))) != 1:
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {count} tokens "
@@ -172,7 +180,8 @@ def build_sft_ids(
 
     Raises:
         SampleError: ``process`` if the target cannot earn the format reward; ``too_long`` for more than ``max_length``
-            tokens together or ``max_prompt_length`` in the prompt; ``special_token`` as :func:`build_input_ids`.
+            tokens together or ``max_prompt_length`` in the prompt; ``special_token`` and ``bad_text`` as
+            :func:`build_input_ids`.
     """
     target = f"{sample.process.strip()}\n{sample.solution.strip()}"
     if not follows_format(target):
@@ -187,7 +196,7 @@ def build_sft_ids(
     limit = min(max_length, max_prompt_length or max_length)
     prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit)
     # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.
-    completion = torch.tensor([*_encode(tokenizer, target), special_ids(tokenizer).eos], dtype=torch.int64)
+    completion = torch.tensor([*encode(tokenizer, target, sample), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)
     if length > max_length:
         raise SampleError(
@@ -199,8 +208,17 @@ def build_sft_ids(
     return torch.cat([prompt, completion]), torch.arange(length) >= len(prompt)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def encode(tokenizer: Any, text: str, sample: Sample) -> list[int]:
+    """Return the token ids of a sample's text, without special tokens around it.
+
+    Raises:
+        SampleError: ``bad_text`` for a text that the tokenizer cannot encode, such as half of a surrogate pair.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # Which kind it is depends on the tokenizer: TypeError, UnicodeEncodeError, Exception.
+        reason = f"text that the tokenizer cannot encode ({type(error).__name__}: {str(error)[:200]})"
+        raise SampleError("bad_text", f"problem {sample.problem_id}: {reason}", sample.path) from None
 
 
 def _check_no_special_tokens(tokenizer: Any, sample: Sample, text: str) -> None:
@@ -215,7 +233,7 @@ def _check_no_special_tokens(tokenizer: Any, sample: Sample, text: str) -> None:
     if not any(token.normalized or str(token) in text for token in tokens.values()):
         return
     special = {i: str(token) for i, token in tokens.items()}
-    found = sorted({special[i] for i in _encode(tokenizer, text) if i in special})
+    found = sorted({special[i] for i in encode(tokenizer, text, sample) if i in special})
     if found:
         raise SampleError(
             "special_token",

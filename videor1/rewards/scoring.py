@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
-from rouge_score import rouge_scorer
 
 from videor1.answer import extract_answer, follows_format
 from videor1.config import RewardConfig
 from videor1.errors import ConfigError, did_you_mean
+from videor1.rewards.quantity import read_quantity
+from videor1.rewards.rouge import any_script_rouge, self_rouge, word_rouge
 from videor1.types import Sample
 
 RewardFunction = Callable[[list[str], list[Sample]], Any]
@@ -38,8 +39,9 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
       ``float`` (which takes "1e3", "1_000", "inf" and non-ASCII digits), and it is 1 if they are equal after
       ``round(., 2)``. Not a number: 0.
     - ``OCR``: max(0, 1 - word edit distance(g, o) / max(1, words of g)); words are split at any whitespace.
-    - ``free-form``: mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, from the rouge-score package. A text of one
-      word has no bigrams, so it earns 2/3 at most.
+    - ``free-form``: mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, as the rouge-score package computes it, of
+      the first 16,384 words of each text (a longer one is warned about). A text of one word has no bigrams, so it earns
+      2/3 at most; one without ASCII letters and digits earns nothing.
     - ``regression``: 1 - min(1, (|o - g| + 1e-9) / (|g| + 1e-9)), read as above. Not a number: 0. The reference's clip
       turns an answer of "nan" into the full reward; here a NaN difference earns 0. That is the one departure.
     - anything else: 0.
@@ -49,12 +51,14 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     - ``multiple choice``: case and the punctuation and brackets around the answer do not count, and an option's letter
       may be followed by its text: "b", "B.", "(B)", "B) two cars" and "B: two cars" are B. "A) or B)" is neither; a
       letter without a mark ("A dog") is text.
-    - ``numerical``: "3" equals "3.0"; "1,000" equals "1000" (commas count as thousands separators only where they cut
-      groups of three digits); "1/2" equals "0.5"; a trailing "." or "," is dropped. A percentage equals only a
-      percentage: "50%" is neither 50 nor 0.5. Infinite numbers equal nothing.
-    - ``regression``: numbers are read in that way.
+    - ``numerical``: numbers are read by value: "3" equals "3.0"; "1,000" equals "1000" (commas count as thousands
+      separators only where they cut groups of three digits); "1/2", "½" and "$\\frac{1}{2}$" equal "0.5"; "1.5 × 10^3"
+      equals "1,500"; a trailing "." or "," is dropped. A number may have a unit or a currency, which must be the same
+      on both sides where both have one: "12 cm" equals "12" and "12 centimeters", not "12 m". A percentage equals only
+      a percentage: "50%" is "50 percent", and neither 50 nor 0.5. Infinite numbers equal nothing.
+    - ``regression``: numbers are read in that way, and a right answer to a ground truth of 0 earns 1.
     - ``OCR``: words are compared without case and without punctuation at their ends.
-    - ``free-form``: no change (ROUGE ignores case and punctuation).
+    - ``free-form``: in scripts other than Latin, ROUGE compares single characters; Latin words keep their accents.
 
     Args:
         completion: the completion's text, tags included.
@@ -85,6 +89,25 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
 def accuracy_of(completion: str, sample: Sample, *, lenient: bool = False) -> float:
     """Return the :func:`accuracy_reward` of a completion of ``sample``'s prompt."""
     return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+
+
+def solution_reward(answer: str, problem_type: str, *, lenient: bool = False) -> float:
+    """Return what :func:`accuracy_reward` gives for a solution and itself: the most that a completion can earn.
+
+    It takes microseconds, so that a data file can be checked by it.
+
+    Args:
+        answer: what stands in the solution's ``<answer>`` tags, stripped; not empty.
+        problem_type: as in :func:`accuracy_reward`.
+        lenient: as in :func:`accuracy_reward`.
+    """
+    if problem_type in ("multiple choice", "OCR"):
+        return 1.0
+    if problem_type == "free-form":
+        strict = self_rouge(answer, any_script=False)
+        return strict if not lenient or answer.isascii() else max(strict, self_rouge(answer, any_script=True))
+    strict = _STRICT[problem_type](answer, answer)
+    return max(strict, _LENIENT[problem_type](answer, answer)) if lenient else strict
 
 
 def format_reward(completion: str) -> float:
@@ -214,7 +237,7 @@ def _multiple_choice(output: str, truth: str) -> float:
 
 
 def _numerical(output: str, truth: str) -> float:
-    if any(mark in output for mark in ".,") != any(mark in truth for mark in ".,"):
+    if ("." in output or "," in output) != ("." in truth or "," in truth):
         return 0.0
     o, g = _number(output), _number(truth)
     return 0.0 if o is None or g is None else float(round(o, 2) == round(g, 2))
@@ -229,12 +252,14 @@ def _ocr(output: str, truth: str) -> float:
 
 
 def _free_form(output: str, truth: str) -> float:
+    return _rouge(word_rouge, output, truth)
+
+
+def _rouge(compare: Callable[[str, str], float], output: str, truth: str) -> float:
     try:
-        scores = _rouge().score(truth, output)
+        return compare(output, truth)
     except Exception:  # NLTK's stemmer fails on some strings that are not words. Video-R1's code gives 0 here too.
         return 0.0
-    mean = (scores["rouge1"].fmeasure + scores["rouge2"].fmeasure + scores["rougeL"].fmeasure) / 3
-    return max(0.0, min(1.0, mean))
 
 
 def _number(text: str) -> float | None:
@@ -256,15 +281,8 @@ def _word_accuracy(output: list[str], truth: list[str]) -> float:
     return max(0.0, 1.0 - Levenshtein.distance(truth, output) / max(1, len(truth)))
 
 
-@functools.cache
-def _rouge() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-
-
 _PUNCTUATION = " \t\r\n.,;:!?\"'`*_()[]{}“”‘’…。，、！？：；（）"
 _MARKED_LETTER = re.compile(r"[(\[]?([a-z])[)\].:]+\s+(.*)", re.DOTALL)
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
-_GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
 
 
 def _lenient_choice(output: str, truth: str) -> float:
@@ -289,34 +307,19 @@ def _choice(text: str) -> str:
 
 
 def _lenient_numerical(output: str, truth: str) -> float:
-    (o, o_percent), (g, g_percent) = _lenient_number(output), _lenient_number(truth)
-    if o is None or g is None or o_percent != g_percent:
-        return 0.0
-    return float(round(o, 2) == round(g, 2))
+    o, g = read_quantity(output), read_quantity(truth)
+    return float(o is not None and g is not None and o.agrees(g) and round(o.value, 2) == round(g.value, 2))
 
 
 def _lenient_regression(output: str, truth: str) -> float:
-    (o, o_percent), (g, g_percent) = _lenient_number(output), _lenient_number(truth)
-    return _closeness(o, g) if o_percent == g_percent else 0.0
+    o, g = read_quantity(output), read_quantity(truth)
+    if o is None or g is None or not o.agrees(g):
+        return 0.0
+    return _closeness(o.value, g.value) if g.value else float(round(o.value, 2) == 0)
 
 
-def _lenient_number(text: str) -> tuple[float | None, bool]:
-    """Read a number; return (finite value or None, whether it is a percentage)."""
-    text = text.replace("−", "-").rstrip(" .,;:")
-    percent = text.endswith("%")
-    text = text.removesuffix("%").rstrip()
-    top, slash, bottom = text.partition("/")
-    value = _ungrouped(top.strip())
-    if slash and value is not None:
-        divisor = _ungrouped(bottom.strip())
-        value = value / divisor if divisor else None
-    return (value if value is not None and math.isfinite(value) else None), percent
-
-
-def _ungrouped(text: str) -> float | None:
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    return float(text) if _PLAIN_NUMBER.fullmatch(text) else None
+def _lenient_free_form(output: str, truth: str) -> float:
+    return 0.0 if output.isascii() and truth.isascii() else _rouge(any_script_rouge, output, truth)
 
 
 def _lenient_ocr(output: str, truth: str) -> float:
@@ -335,5 +338,6 @@ _LENIENT: dict[str, Callable[[str, str], float]] = {
     "multiple choice": _lenient_choice,
     "numerical": _lenient_numerical,
     "OCR": _lenient_ocr,
+    "free-form": _lenient_free_form,
     "regression": _lenient_regression,
 }

@@ -142,6 +142,8 @@ class Journal:
                 self._progress.write(f"left out: {error}")
             if dataset and len(errors) > 5:
                 self._progress.write(f"left out: {len(errors)} entries in all {dataset.error_counts()}")
+            if dataset and (note := dataset.reward_note()):
+                self._progress.write(note)
 
     def report_data_problems(self) -> None:
         """Print one line of skipped samples and recovered problems at the end of a run, if there were any."""

@@ -100,7 +100,8 @@ class Loop(ABC, Generic[C]):
                 f"max_steps: needed, since num_train_epochs counts rows, and those of {config.dataset_name} are not "
                 "known without reading all of it"
             )
-        self.eval_set = load_samples(config.data.eval_path, root=config.data.root) if config.data.eval_path else None
+        held_out, root = config.data.eval_path, config.data.root
+        self.eval_set = load_samples(held_out, root=root, reward=config.reward) if held_out else None
         self._notes: list[str] = []  # what is printed once the run is open
         self._lock: FolderLock | None = None  # the main process's, for all ranks
         self.resume_from = self.ranks.on_main(self._resume_point)
@@ -164,7 +165,7 @@ class Loop(ABC, Generic[C]):
     def _load_dataset(self, path: str | None) -> Dataset | RowStream:
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
-        return open_dataset(path, self.config.data)
+        return open_dataset(path, self.config.data, reward=self.config.reward)
 
     def train(self) -> Path:
         """Train to the last step.

@@ -49,7 +49,8 @@ class SFTTrainer(Loop[SFTConfig]):
     def _load_dataset(self, path: str | None) -> Dataset | RowStream:
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1-CoT JSON format, got nothing")
-        return open_dataset(path, self.config.data, require_process=True)
+        # A solution is a text to learn here: whether a completion could earn a reward for it does not matter.
+        return open_dataset(path, self.config.data, require_process=True, reward=None)
 
     def samples_per_step(self) -> float:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps

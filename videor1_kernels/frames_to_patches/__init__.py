@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import check_tensor, fail
-from videor1_kernels.dispatch import register, resolve
-from videor1_kernels.frames_to_patches import native
+from videor1_kernels.dispatch import register
+from videor1_kernels.frames_to_patches import native, ops
 from videor1_kernels.frames_to_patches.reference import (
     FACTOR,
     PATCH,
@@ -22,7 +22,7 @@ from videor1_kernels.frames_to_patches.reference import (
 
 __all__ = ["FACTOR", "PATCH", "PATCH_COLUMNS", "YuvFrames", "frames_to_patches", "normalize_patches"]
 
-OP = "frames_to_patches"
+OP = ops.OP
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
 register(OP, "native", native.frames_to_patches, unavailable=native.unavailable)
@@ -102,15 +102,14 @@ def frames_to_patches(
         raise fail(OP, "dtype", "float32, bfloat16, float16, float64 or uint8", dtype)
     if len(size) != 2 or any(int(side) != side or side <= 0 or side % FACTOR for side in size):
         raise fail(OP, "size", f"(height, width), positive multiples of {FACTOR}", tuple(size))
-    order = _checked_permutation(permutation, len(frames))
+    if max(size) >= 2**30:
+        raise fail(OP, "size", "sides below 2^30 pixels", tuple(size))
     if rotation % 90:
         raise fail(OP, "rotation", "a multiple of 90 degrees", rotation)
-    if both and order is None:
+    if both and permutation is None:
         raise fail(OP, "permutation", f"an order of the {len(frames)} frames, with both=True", None)
-    device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
-    call = resolve(OP, backend, device, dtype)
-    out_size = int(size[0]), int(size[1])
-    return call(frames, size=out_size, permutation=order, dtype=dtype, rotation=int(rotation % 360), both=both)
+    call = ops.run_compiled if torch.compiler.is_compiling() else ops.run
+    return call(frames, (int(size[0]), int(size[1])), permutation, dtype, int(rotation % 360), both, backend)
 
 
 def _check_frames(frames: Tensor | YuvFrames) -> None:
@@ -119,12 +118,3 @@ def _check_frames(frames: Tensor | YuvFrames) -> None:
     check_tensor(OP, "frames", frames, ("F", "height", "width", 3), (torch.uint8,))
     if frames.numel() == 0:
         raise fail(OP, "frames", "at least one frame of at least one pixel", list(frames.shape))
-
-
-def _checked_permutation(permutation: Sequence[int] | Tensor | None, num_frames: int) -> tuple[int, ...] | None:
-    if permutation is None:
-        return None
-    order = tuple(int(i) for i in permutation)
-    if sorted(order) != list(range(num_frames)):
-        raise fail(OP, "permutation", f"each of 0..{num_frames - 1} once (there are {num_frames} frames)", list(order))
-    return order

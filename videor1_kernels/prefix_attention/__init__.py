@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.prefix_attention import native_decode, reference, reference_decode
-from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
+from videor1_kernels.prefix_attention.decode_layout import LAYOUTS, DecodeInputs, DecodeLayout
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
@@ -117,6 +119,12 @@ def prefix_decode_attention(
     given = [name for name, value in sources.items() if value is not None]
     if given not in (["cu_prefix", "row_group"], ["layout"]):
         raise fail(op, "prefixes", "cu_prefix and row_group, or layout", " and ".join(given) or "none of them")
+    if torch.compiler.is_compiling():  # A layout is built from values, and its implementations read them.
+        inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            raise fail(op, "inputs", "none that requires a gradient under torch.compile (torch.no_grad)", "one")
+        number = -1 if layout is None else layout.number
+        return _decode_op(*inputs, suffix_lengths, cu_prefix, row_group, number, scale, backend)
     check_tensor(op, "q", q, ("R", "Hq", "D"))
     heads = _check_heads(op, q, prefix_k, "prefix_k")
     if layout is None:
@@ -156,6 +164,44 @@ def prefix_decode_attention(
         return run.prefix_decode_attention(DecodeInputs(*inputs, suffix_lengths), layout, _scale(op, scale, q))
 
 
+@torch.library.custom_op("videor1::prefix_decode_attention", mutates_args=())
+def _decode_op(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    cu_prefix: Tensor | None,
+    row_group: Tensor | None,
+    layout: int,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """The whole function as a node of a compiled graph; ``layout`` is a number in LAYOUTS, or -1 for none."""
+    if layout >= 0 and layout not in LAYOUTS:
+        raise fail("prefix_decode_attention", "layout", "one that is kept while the compiled graph runs", "none")
+    out = prefix_decode_attention(
+        q,
+        prefix_k,
+        prefix_v,
+        suffix_k,
+        suffix_v,
+        suffix_lengths=suffix_lengths,
+        cu_prefix=cu_prefix,
+        row_group=row_group,
+        layout=None if layout < 0 else LAYOUTS[layout],
+        scale=scale,
+        backend=backend,
+    )
+    return out.contiguous()
+
+
+@_decode_op.register_fake
+def _(q: Tensor, *inputs: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def _within_most_d(op: str, q: Tensor, backend: str) -> str:
     """The backend, or on a GPU the reference for a head dim that the Triton kernels do not have."""
     if q.shape[2] > MOST_D and backend == "triton":
@@ -164,6 +210,8 @@ def _within_most_d(op: str, q: Tensor, backend: str) -> str:
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, name: str) -> int:
+    if q.shape[1] < 1 or q.shape[2] < 1:  # Heads are divided by in native code.
+        raise fail(op, "q", "at least one head of at least one entry", list(q.shape))
     check_tensor(op, name, k, ("T", "Hkv", q.shape[2]), device=q.device)
     heads = k.shape[1]
     if heads < 1 or q.shape[1] % heads:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from torch import Tensor
 from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, check_tensor, fail
 
 TILE_ROWS = 8  # rows of one prefix that the kernel works on together
+
+# Every layout in use by its number: an operator in a compiled graph takes tensors and numbers, and finds it by that.
+LAYOUTS: WeakValueDictionary[int, DecodeLayout] = WeakValueDictionary()
+_numbers = count()
 
 
 class DecodeInputs(NamedTuple):
@@ -54,6 +59,7 @@ class DecodeLayout:
     slots_in_order: bool = field(init=False, repr=False)  # whether row r owns entry r of suffix_k
     spans: tuple[tuple[int, int], ...] = field(init=False, repr=False)  # start and length of each prefix
     members: tuple[tuple[int, ...], ...] = field(init=False, repr=False)  # the rows of each prefix
+    number: int = field(init=False, repr=False)  # in LAYOUTS
 
     def __post_init__(self) -> None:
         op, device = "prefix_decode_attention", self.cu_prefix.device
@@ -86,9 +92,11 @@ class DecodeLayout:
             "slots_in_order": slots == list(range(len(slots))),
             "spans": spans,
             "members": tuple(map(tuple, members)),
+            "number": next(_numbers),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        LAYOUTS[self.number] = self
 
     @property
     def device(self) -> torch.device:

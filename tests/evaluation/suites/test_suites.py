@@ -285,6 +285,62 @@ def test_an_unknown_benchmark_gets_the_nearest_name(tmp_path: Path, given: str, 
         load_suite(given, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"question": "How \ud83d?"}, "bad_text"),
+        ({"options": ["A. left", "B. \ud83d", "C. back"], "ground_truth": "B"}, "bad_text"),
+        ({"id": "\ud83d"}, "bad_text"),
+        ({"question_type": "\ud83d"}, "problem_type"),
+        ({"scene_name": "\ud83d"}, "bad_path"),
+        ({"ground_truth": "nan"}, "solution"),
+        ({"ground_truth": "inf"}, "solution"),
+        ({"ground_truth": "\ud83d"}, "wrong_type"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_counted(one, change: dict, kind: str) -> None:
+    folder = one("vsibench")
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    base = rows[1] if "options" in change else rows[0]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, [base | change, *rows])))
+    loaded = load_suite("vsibench", folder.parent)
+    assert [error.kind for error in loaded.errors] == [kind]
+    assert len(loaded.questions) == len(rows)
+
+
+def test_a_category_that_is_no_text_is_counted(one) -> None:
+    folder = one("mmvu")
+    rows = json.loads((folder / "validation.json").read_text())
+    bad = rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}
+    write_json(folder / "validation.json", [bad, *rows])
+    loaded = load_suite("mmvu", folder.parent)
+    assert [error.kind for error in loaded.errors] == ["bad_text"]
+
+
+def bad_utf8(file: Path, column: str) -> None:
+    """Write a Parquet file again with a byte that is not UTF-8 in its first row: Arrow does not check it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    texts = table.column(column).to_pylist()
+    data = [b"\xff" + text.encode() if i == 0 else text.encode() for i, text in enumerate(texts)]
+    made = pyarrow.array(data, pyarrow.binary()).view(pyarrow.string())
+    table = table.set_column(table.schema.get_field_index(column), column, made)
+    pyarrow.parquet.write_table(table, file)
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_counted(one) -> None:
+    folder = one("videomme")
+    (file,) = folder.glob("**/*.parquet")
+    before = len(load_suite("videomme", folder.parent).questions)
+    bad_utf8(file, "question")
+    loaded = load_suite("videomme", folder.parent)
+    assert [error.kind for error in loaded.errors] == ["bad_json"]
+    assert "utf-8" in loaded.errors[0].message
+    assert len(loaded.questions) == before - 1
+
+
 def test_a_data_file_is_a_benchmark_too(assets) -> None:
     dataset = load_samples(assets.dev)
     loaded = from_dataset(dataset)
@@ -301,13 +357,27 @@ def test_a_data_files_regression_is_mean_relative_accuracy(tmp_path: Path) -> No
     entry = {"problem": "How far?", "data_type": "text", "problem_type": "regression"}
     solutions = ("1,000", "4", "four")
     write_json(tmp_path / "r.json", [entry | {"solution": f"<answer>{text}</answer>"} for text in solutions])
-    loaded = from_dataset(load_samples(tmp_path / "r.json"))
-    assert [q.score(answer(text)) for q, text in zip(loaded.questions, ("1000", "3", "four"), strict=True)] == [
-        1,
-        0.6,
-        0,
-    ]
+    loaded = from_dataset(load_samples(tmp_path / "r.json", reward=None))
+    assert [q.score(answer(text)) for q, text in zip(loaded.questions, ("1000", "3"), strict=True)] == [1, 0.6]
+    assert [(error.kind, "problem 2" in error.message) for error in loaded.errors] == [("solution", True)]
     assert loaded.overall.text == "mean over all questions (regression: mean relative accuracy)"
+
+
+def test_a_data_files_solutions_are_checked_by_the_scores_of_an_evaluation(tmp_path: Path) -> None:
+    entry = {"problem": "How far?", "data_type": "text"}
+    kinds = {"regression": ("0", "12 cm", "$12", "nan"), "numerical": ("12 cm", "7"), "free-form": ("赤い車", "a car")}
+    cases = [(kind, solution) for kind, solutions in kinds.items() for solution in solutions]
+    rows = [entry | {"problem_type": kind, "solution": f"<answer>{text}</answer>"} for kind, text in cases]
+    write_json(tmp_path / "r.json", rows)
+    dataset = load_samples(tmp_path / "r.json", reward=None)
+    for lenient, left in ((False, {0, 5, 7}), (True, {0, 1, 2, 4, 5, 6, 7})):
+        loaded = from_dataset(dataset, lenient=lenient)
+        assert {question.sample.index for question in loaded.questions} == left
+        assert [error.kind for error in loaded.errors] == ["solution"] * (len(cases) - len(left))
+        assert all(question.score(question.sample.solution) > 0.1 for question in loaded.questions)
+    distance = from_dataset(dataset, lenient=True).questions[1].score
+    texts = ("12", "12 cm", "12 centimeters", "$\\frac{24}{2}$", "12 m")
+    assert [distance(answer(text)) for text in texts] == [1, 1, 1, 1, 0]
 
 
 def test_options_are_lettered_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import gzip
 import math
 import re
 import socket
@@ -413,6 +414,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # Failures
 
 
+def log_probs(value: float) -> Body:
+    return {"content": [{"logprob": value}]}
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 0
+
+
 def doomed(body: Body) -> bool:
     """Whether a request is one of VIDEO's."""
     return received_media(body) is not None
@@ -437,6 +446,39 @@ FAILURES: dict[str, tuple[Callable[[Body], Reply | Body], int, str]] = {
     "words for ids": (lambda b: completion(b, token_ids=["red"]), 1, "expected token ids"),
     "negative ids": (lambda b: completion(b, token_ids=[-1]), 1, "expected token ids"),
     "no text": (lambda b: completion(b, token_ids=None, message={"content": None}), 1, "text or token_ids"),
+    "an id beyond the vocabulary": (lambda b: completion(b, token_ids=[5, len(TOKENIZER)]), 1, "expected token ids"),
+    "a huge id": (lambda b: completion(b, token_ids=[10**18]), 1, "expected token ids"),
+    "a boolean id": (lambda b: completion(b, token_ids=[True, SPECIAL.eos]), 1, "expected token ids"),
+    "too many tokens": (lambda b: completion(b, token_ids=[5] * 65, finish_reason="length"), 1, "65 tokens, of 64"),
+    "too many with the end": (lambda b: completion(b, token_ids=[5] * 64), 1, "65 tokens, of 64"),
+    "half an emoji": (lambda b: completion(b, token_ids=None, message={"content": "\ud83d"}), 1, "cannot encode"),
+    "words for the prompt": (lambda b: completion(b) | {"prompt_token_ids": ["a"]}, 1, "the prompt's token ids"),
+    "a positive log-prob": (lambda b: completion(b, logprobs=log_probs(0.5)), 1, "expected log-probs"),
+    "a log-prob of NaN": (lambda b: completion(b, logprobs=log_probs(math.nan)), 1, "expected log-probs"),
+    "a log-prob of -Inf": (lambda b: completion(b, logprobs=log_probs(-math.inf)), 1, "expected log-probs"),
+    "a boolean log-prob": (lambda b: completion(b, logprobs=log_probs(False)), 1, "expected log-probs"),
+    "a log-prob without bound": (lambda b: completion(b, logprobs=log_probs(-(10**400))), 1, "expected log-probs"),
+    "deep nesting": (lambda b: Reply(body="[" * 100_000), 1, "nested too deeply"),
+    "deep nesting that parses": (lambda b: completion(b, finish_reason=nested(500)), 1, "finish_reason"),
+    "a huge integer": (lambda b: Reply(body='{"choices": ' + "9" * 5000 + "}"), 1, "not JSON"),
+    "bad UTF-8": (lambda b: Reply(body=b'{"choices": "\xff\xfe"}'), 1, "not JSON"),
+    "an encoding that is none": (
+        lambda b: Reply(500, "dead", headers={"Content-Type": "text/plain; charset=hex"}),
+        3,
+        "HTTP 500: dead",
+    ),
+    "a large body": (lambda b: Reply(body="[" + "0," * 2_500_000 + "0]"), 1, "more than [0-9]+ bytes"),
+    "a large error": (lambda b: Reply(400, "x" * 5_000_000), 1, "more than [0-9]+ bytes"),
+    "a bomb": (
+        lambda b: Reply(body=gzip.compress(bytes(50_000_000)), headers={"Content-Encoding": "gzip"}),
+        1,
+        "is compressed",
+    ),
+    "a redirect": (
+        lambda b: Reply(307, "", headers={"Location": "http://127.0.0.2:9/v1/chat/completions"}),
+        1,
+        "redirects to another host, http://127.0.0.2:9/",
+    ),
     "log-probs": (lambda b: completion(b, logprobs={"content": [None]}), 1, "expected log-probs"),
     "vision": (lambda b: completion(b, token_ids=[5, SPECIAL.video_pad, SPECIAL.eos]), 1, r"holds <\|video_pad\|>"),
     "after the end": (lambda b: completion(b, token_ids=[5, SPECIAL.pad, 5, SPECIAL.eos]), 1, "goes on after"),

@@ -32,7 +32,7 @@ from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.model.features import prompt_features
-from videor1.model.prompts import INSTRUCTION, expand_media
+from videor1.model.prompts import INSTRUCTION, encode, expand_media
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
 from videor1.types import Clip, Completion, DataType, Media, Prompt, Sample, SampleError
 from videor1.video import target_size
@@ -286,12 +286,12 @@ class VideoR1(_lmms):
         """Return the token ids of the conversation, with its media expanded.
 
         Raises:
-            SampleError: ``special_token`` if a text of lmms-eval holds media tokens; ``too_long``.
+            SampleError: ``special_token`` if a text of lmms-eval holds media tokens; ``bad_text``; ``too_long``.
         """
         tokenizer, special = self.model.tokenizer, self.model.special
         text = tokenizer.apply_chat_template(question.conversation, add_generation_prompt=True, tokenize=False)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         sample = question.sample
+        ids = encode(tokenizer, text, sample)
         if (found := sum(ids.count(pad) for pad in (special.video_pad, special.image_pad))) != (media is not None):
             message = f"{sample.problem_id}: expected {int(media is not None)} media tokens, got {found}"
             raise SampleError("special_token", message, sample.path)

@@ -170,7 +170,7 @@ class Reader:
             fields: the fields that every row must have.
             make: makes a question from a row, or raises a BadRowError or LeftOutError.
         """
-        check = EntryChecker(file, self.folder, require_process=False)
+        check = EntryChecker(file, self.folder, require_process=False)  # A benchmark scores by its own rules.
         for where, row in _rows(file):
             index = self._index
             self._index += 1
@@ -220,6 +220,9 @@ class Reader:
             raise bad(*error.args) from None
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise bad("wrong_type", f"not as this benchmark's rows are: {type(error).__name__}: {error}") from None
+        for axis, category in draft.categories.items():
+            if not isinstance(category, str) or not _encodable(category):
+                raise bad("bad_text", f"{axis}: expected text, got {category!r:.80}")
         entry = {
             "problem": draft.problem,
             "data_type": "video",
@@ -272,6 +275,13 @@ def plain_options(value: Any) -> list[str]:
     return value
 
 
+def _encodable(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".parquet":
         try:
@@ -283,7 +293,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
             table = parquet.read_table(file)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError.
             raise DataError(f"{file}: cannot be read as Parquet: {error}") from error
-        yield from ((f"row {i}", row) for i, row in enumerate(table.to_pylist()))
+        yield from ((f"row {i}", _arrow_row(table, i)) for i in range(table.num_rows))
         return
     try:
         data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -297,6 +307,13 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         got = whole.reason if isinstance(whole, Unparsed) else type(whole).__name__
         raise DataError(f"{file}: expected a JSON list of objects, got {got}")
     yield from ((f"entry {i}", row) for i, row in enumerate(whole))
+
+
+def _arrow_row(table: Any, number: int) -> Any:
+    try:
+        return table.slice(number, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # Arrow does not check that text is UTF-8, or that a date exists.
+        return Unparsed(str(error))
 
 
 def _find_videos(folder: Path) -> dict[str, list[str]]:

@@ -7,13 +7,15 @@ from functools import partial
 
 from videor1.answer import extract_answer
 from videor1.data import Dataset
+from videor1.errors import DataError
 from videor1.evaluation.suites.base import Loaded, Overall, Question
-from videor1.evaluation.suites.scoring import score_mra
+from videor1.evaluation.suites.scoring import score_mra, score_quantity
 from videor1.rewards import accuracy_of
-from videor1.types import Sample
+from videor1.rewards.quantity import read_quantity
+from videor1.types import Sample, SampleError
 
 
-def from_dataset(dataset: Dataset, *, lenient: bool = False) -> Loaded:
+def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1) -> Loaded:
     """Return a data set as a benchmark with the name of its file.
 
     Completions are scored by ``rewards.accuracy_reward``, except that ``regression`` is scored by mean relative
@@ -22,11 +24,29 @@ def from_dataset(dataset: Dataset, *, lenient: bool = False) -> Loaded:
     Args:
         dataset: the samples.
         lenient: whether ``accuracy_reward`` reads answers leniently.
+        correct_above: a sample is left out, as an error ``solution``, if its own solution scores no more than this.
+
+    Raises:
+        DataError: no solution scores more.
     """
-    questions = [Question(sample, _categories(sample), _score(sample, lenient)) for sample in dataset.samples]
-    regression = any(sample.problem_type == "regression" for sample in dataset.samples)
+    questions, errors = [], list(dataset.errors)
+    for sample in dataset.samples:
+        question = Question(sample, _categories(sample), _score(sample, lenient))
+        scored = question.score(sample.solution)
+        if scored > correct_above:
+            questions.append(question)
+        else:
+            answer = extract_answer(sample.solution)[:60]
+            message = f"problem {sample.problem_id}: expected an answer that a completion can give, got {answer!r}"
+            hint = "" if lenient else "; reward.lenient true reads more numbers and scripts"
+            kind = f"which as {sample.problem_type} scores {scored:.2g} for itself"
+            errors.append(SampleError("solution", f"{message}, {kind}{hint}", dataset.path))
+    if not questions:
+        last = errors[-1].message
+        raise DataError(f"{dataset.path}: none of its {len(errors)} samples can be asked. The last: {last}")
+    regression = any(question.sample.problem_type == "regression" for question in questions)
     overall = Overall("mean over all questions" + " (regression: mean relative accuracy)" * regression)
-    return Loaded(dataset.path.stem, questions, overall, dataset.errors)
+    return Loaded(dataset.path.stem, questions, overall, errors)
 
 
 def _categories(sample: Sample) -> dict[str, str]:
@@ -35,8 +55,11 @@ def _categories(sample: Sample) -> dict[str, str]:
 
 def _score(sample: Sample, lenient: bool) -> Callable[[str], float]:
     if sample.problem_type == "regression":
+        answer = extract_answer(sample.solution)
+        if lenient and (quantity := read_quantity(answer)):
+            return partial(score_quantity, truth=quantity)
         try:
-            return partial(score_mra, truth=float(extract_answer(sample.solution).replace(",", "")))
+            return partial(score_mra, truth=float(answer.replace(",", "")))
         except ValueError:  # The solution is not a number, and no answer is right by either rule.
             pass
     return partial(accuracy_of, sample=sample, lenient=lenient)

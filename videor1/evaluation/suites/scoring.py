@@ -12,6 +12,7 @@ import numpy as np
 
 from videor1.answer import extract_answer
 from videor1.rewards import accuracy_reward
+from videor1.rewards.quantity import Quantity, read_quantity
 
 _MARKS = " \t\r\n.,;:!?\"'`*"
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?<=\d)", re.ASCII)
@@ -51,7 +52,21 @@ def score_mra(completion: str, *, truth: float) -> float:
     match = _NUMBER.fullmatch(words[0].rstrip(".,;:%")) if words else None
     if match is None:
         return 0.0
-    value = float(match[0].replace(",", ""))
+    return _mean_relative_accuracy(float(match[0].replace(",", "")), truth)
+
+
+def score_quantity(completion: str, *, truth: Quantity) -> float:
+    """Score a number by mean relative accuracy, as :func:`score_mra`, and read the answer as ``reward.lenient`` does.
+
+    The answer may have a unit, which must be the truth's where both have one, or be a fraction or LaTeX.
+    """
+    answer = read_quantity(extract_answer(completion))
+    if answer is None:
+        return score_mra(completion, truth=truth.value)
+    return _mean_relative_accuracy(answer.value, truth.value) if answer.agrees(truth) else 0.0
+
+
+def _mean_relative_accuracy(value: float, truth: float) -> float:
     if truth == 0:
         return float(value == 0)
     # The published code uses linspace, whose rounding decides at the thresholds themselves.

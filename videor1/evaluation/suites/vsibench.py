@@ -7,6 +7,7 @@ object_rel_direction are first averaged into one. Nothing is left out.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ def read(reader: Reader) -> None:
         common: dict[str, Any] = {"problem_id": row["id"], "problem": row["question"], "path": path, "answer": truth}
         categories = {"question_type": kind}
         if kind in NUMBER:
+            if not math.isfinite(float(truth)):
+                raise BadRowError("solution", f"ground_truth: expected a finite number, got {truth!r}")
             score = partial(score_mra, truth=float(truth))
             return Draft(**common, categories=categories, score=score, problem_type="regression")
         if kind not in CHOICE:

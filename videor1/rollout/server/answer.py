@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
 from typing import Any
 
@@ -13,12 +14,15 @@ from videor1.rollout.protocol import RolloutError, SamplingOptions
 from videor1.rollout.server.client import RequestFailed, quoted
 from videor1.types import Completion, Prompt
 
+_ROUNDING = 1e-3  # by which a server's kernels may put the log-prob of a certain token above 0
+
 
 class AnswerReader:
     """Converts the replies of one server to completions."""
 
     def __init__(self, tokenizer: Any, special: SpecialIds, options: SamplingOptions) -> None:
-        self._tokenizer, self._special = tokenizer, special
+        self._tokenizer, self._special, self._most = tokenizer, special, options.max_new_tokens
+        self._vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._stops = (special.eos, special.pad)
         # Servers return log-probs at temperature 1; the trainer's are at the sampling temperature (or 1 where it is 0).
         self.logp_usable = options.temperature in (0.0, 1.0)
@@ -39,10 +43,12 @@ class AnswerReader:
         choice = choices[0]
         seen = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")  # vLLM, SGLang
         if isinstance(seen, list):
+            if not all(type(i) is int for i in seen):
+                raise RequestFailed(f"expected the prompt's token ids, got {quoted(seen)}")
             self._check_prompt(seen, prompt)
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
-            raise RequestFailed(f"the answer ended with finish_reason {reason!r}, expected stop or length")
+            raise RequestFailed(f"the answer ended with finish_reason {reprlib.repr(reason)}, expected stop or length")
 
         ids = self._token_ids(choice)
         logp = self._logp(choice, len(ids))
@@ -55,8 +61,8 @@ class AnswerReader:
     def _token_ids(self, choice: dict[str, Any]) -> list[int]:
         ids = next((choice[k] for k in ("token_ids", "response_token_ids") if choice.get(k) is not None), None)
         if ids is not None:  # The first name is vLLM's, the second is SGLang's.
-            if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
-                raise RequestFailed(f"expected token ids, got {quoted(ids)}")
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self._vocabulary for i in ids):
+                raise RequestFailed(f"expected token ids below {self._vocabulary}, got {quoted(ids)}")
             return ids
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
@@ -69,7 +75,10 @@ class AnswerReader:
                 "the tokens that were sampled (use vLLM 0.19 or newer)",
                 stacklevel=2,
             )
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # Which kind it is depends on the tokenizer.
+            raise RequestFailed(f"the tokenizer cannot encode the answer's text: {quoted(str(error))}") from None
 
     def _logp(self, choice: dict[str, Any], count: int) -> list[float]:
         """Return one log-prob per token; NaN where the server returned none."""
@@ -77,14 +86,16 @@ class AnswerReader:
         if not self.logp_usable or logprobs is None:
             return [math.nan] * count
         try:
-            logp = [float(entry["logprob"]) for entry in logprobs["content"]]
-        except (KeyError, TypeError, ValueError):
+            logp = [_log_prob(entry["logprob"]) for entry in logprobs["content"]]
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise RequestFailed(f"expected log-probs, got {quoted(logprobs)}") from None
         return logp if len(logp) == count else [math.nan] * count
 
     def _check_tokens(self, ids: list[int]) -> None:
         if not ids:
             raise RequestFailed("the answer has no tokens")
+        if len(ids) > self._most:
+            raise RequestFailed(f"the answer has {len(ids)} tokens, of {self._most} that were asked for")
         if banned := sorted(set(ids) & set(self._special.vision)):
             names = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(banned)))
             raise RequestFailed(f"the answer holds {names}, which logit_bias bans")
@@ -110,3 +121,10 @@ class AnswerReader:
             f"({media} of them media){where}. It must serve this model's tokenizer and chat template, and neither "
             "resize nor resample: see videor1.rollout.server.engine"
         )
+
+
+def _log_prob(value: Any) -> float:
+    """Return a log-prob of a reply as a float; raise a ValueError for what cannot be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= _ROUNDING:
+        raise ValueError(value)
+    return min(float(value), 0.0)

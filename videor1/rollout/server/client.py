@@ -10,7 +10,9 @@ from typing import Any
 
 from videor1.errors import ConfigError, install
 from videor1.rollout.protocol import RolloutError
+from videor1.rollout.server.bounds import bounded_http_client
 
+MAX_BYTES = 4 * 2**20  # of a reply that is no completion
 _QUOTED = 400  # characters of an error's body that a message shows
 
 
@@ -22,21 +24,25 @@ class ServerClient:
     """A connection pool that is open within an ``async with`` block, in one event loop.
 
     The ``openai`` client retries connection errors, timeouts, 408, 409, 429 and 5xx, waiting 0.5 s, 1 s, 2 s, ... or as
-    long as the server asks; any other 4xx is final.
+    long as the server asks (a minute at most); any other 4xx is final, and so is a reply that breaks a bound
+    (:mod:`videor1.rollout.server.bounds`): nothing that a server sends is trusted.
 
     Args:
         url: base of the API, such as ``http://host:8000/v1``.
-        timeout: seconds one attempt may take.
+        timeout: seconds one attempt may take, to the end of the reply.
         retries: attempts after the first.
         api_key: None: environment OPENAI_API_KEY, or "EMPTY".
+        max_bytes: most bytes of a reply.
     """
 
-    def __init__(self, url: str, *, timeout: float, retries: int, api_key: str | None) -> None:
+    def __init__(
+        self, url: str, *, timeout: float, retries: int, api_key: str | None, max_bytes: int = MAX_BYTES
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"rollout server: expected a URL such as http://host:8000/v1, got {url!r}")
         self.url = url.rstrip("/")
         self.retried = 0  # attempts after the first, of all requests
-        self._timeout, self._retries = timeout, retries
+        self._timeout, self._retries, self._max_bytes = timeout, retries, max_bytes
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self._openai = _import_openai()
         self._client: Any = None
@@ -44,10 +50,18 @@ class ServerClient:
     async def __aenter__(self) -> ServerClient:
         openai = self._openai
         # The hook is called for every attempt, also for those of requests that fail in the end or are cancelled.
-        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]})
+        hooks = {"request": [self._count]}
+        http = bounded_http_client(
+            openai, self.url, timeout=self._timeout, max_bytes=self._max_bytes, event_hooks=hooks
+        )
         timeout = openai.Timeout(self._timeout, connect=min(self._timeout, 10.0))
         self._client = openai.AsyncOpenAI(
-            base_url=self.url, api_key=self._api_key, timeout=timeout, max_retries=self._retries, http_client=http
+            base_url=self.url,
+            api_key=self._api_key,
+            timeout=timeout,
+            max_retries=self._retries,
+            http_client=http,
+            default_headers={"Accept-Encoding": "identity"},
         )
         return self
 
@@ -92,11 +106,15 @@ class ServerClient:
             raise RequestFailed(f"no answer within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise RequestFailed(f"the connection failed: {type(cause).__name__}: {cause}") from None
+            raise RequestFailed(f"the connection failed: {type(cause).__name__}: {quoted(str(cause))}") from None
         except openai.APIStatusError as error:
             raise RequestFailed(f"HTTP {error.status_code}: {quoted(error.response.text)}") from None
-        except (openai.APIError, json.JSONDecodeError) as error:
-            raise RequestFailed(f"the reply is not JSON: {error}") from None
+        except RecursionError:
+            raise RequestFailed("the reply is not JSON that can be read: it is nested too deeply") from None
+        except (openai.APIError, ValueError) as error:  # of JSON, its numbers or UTF-8
+            raise RequestFailed(f"the reply is not JSON: {quoted(str(error))}") from None
+        except openai.OpenAIError as error:
+            raise RequestFailed(quoted(str(error))) from None
 
     async def _count(self, request: Any) -> None:
         self.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
@@ -104,7 +122,10 @@ class ServerClient:
 
 def quoted(reply: object) -> str:
     """Return the beginning of what a server sent, for an error message."""
-    text = reply if isinstance(reply, str) else json.dumps(reply, default=str)
+    try:
+        text = reply if isinstance(reply, str) else json.dumps(reply, default=str)
+    except RecursionError:
+        text = f"a {type(reply).__name__} that is nested too deeply"
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 

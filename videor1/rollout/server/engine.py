@@ -42,11 +42,13 @@ from videor1.rollout.protocol import (
     SamplingOptions,
 )
 from videor1.rollout.server.answer import AnswerReader
-from videor1.rollout.server.client import RequestFailed, ServerClient, quoted
+from videor1.rollout.server.client import MAX_BYTES, RequestFailed, ServerClient, quoted
 from videor1.rollout.server.media import media_fields, media_part
 from videor1.seeding import derive_seed
 from videor1.types import Completion, Group
 from videor1_kernels.checks import check_choice, check_number
+
+BYTES_PER_TOKEN = 1024  # most that a reply may take for a token of its answer, with its log-prob
 
 _T = TypeVar("_T")
 
@@ -63,7 +65,7 @@ class ServerEngine(RolloutEngine):
         tokenizer, special: those of the policy.
         options: how completions are sampled.
         shuffle_unit: what permutations are of, "frame" or "temporal_patch".
-        timeout: seconds that one attempt at a completion, or at loading weights, may take.
+        timeout: seconds that one attempt at a completion, or at loading weights, may take to the end of its reply.
         retries: attempts after the first.
         concurrency: most requests in flight.
         api_key: None: environment OPENAI_API_KEY, or "EMPTY".
@@ -97,7 +99,10 @@ class ServerEngine(RolloutEngine):
         check_number("ServerEngine", "timeout", timeout, above=0)
         check_number("ServerEngine", "retries", retries, at_least=0)
         check_number("ServerEngine", "concurrency", concurrency, at_least=1)
-        self._connect = lambda: ServerClient(url, timeout=timeout, retries=retries, api_key=api_key)
+        max_bytes = MAX_BYTES + BYTES_PER_TOKEN * options.max_new_tokens
+        self._connect = lambda: ServerClient(
+            url, timeout=timeout, retries=retries, api_key=api_key, max_bytes=max_bytes
+        )
         self._connect()  # Raises now for a bad URL or a missing package.
         self._model, self._options, self._unit, self._concurrency = model, options, shuffle_unit, concurrency
         self._save_weights, self._sync_dir, self._sync = save_weights, sync_dir.absolute(), sync
@@ -309,7 +314,7 @@ class _PendingGroup:
 
 def _only_model(models: list[str]) -> str:
     if len(models) != 1:
-        raise RequestFailed(f"the server has {len(models)} models ({', '.join(models)}): name one")
+        raise RequestFailed(f"the server has {len(models)} models ({quoted(', '.join(models))}): name one")
     return models[0]
 
 

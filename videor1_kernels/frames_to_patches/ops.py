@@ -1,0 +1,97 @@
+"""The torch operator of frames_to_patches: opaque to torch.compile. Levels of 8 bits carry no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import fail
+from videor1_kernels.dispatch import resolve
+from videor1_kernels.frames_to_patches.reference import PATCH, PATCH_COLUMNS, YuvFrames
+
+OP = "frames_to_patches"
+
+
+def run(
+    frames: Tensor | YuvFrames,
+    size: tuple[int, int],
+    permutation: Sequence[int] | Tensor | None,
+    dtype: torch.dtype,
+    rotation: int,
+    both: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the permutation's values and run the backend on checked arguments otherwise."""
+    order = _checked_permutation(permutation, len(frames))
+    device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
+    call = resolve(OP, backend, device, dtype)
+    return call(frames, size=size, permutation=order, dtype=dtype, rotation=rotation, both=both)
+
+
+def run_compiled(
+    frames: Tensor | YuvFrames,
+    size: tuple[int, int],
+    permutation: Sequence[int] | Tensor | None,
+    dtype: torch.dtype,
+    rotation: int,
+    both: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same as :func:`run`, as one node of a compiled graph."""
+    planes, matrix, range_ = ([frames], "", "") if isinstance(frames, Tensor) else _parts(frames)
+    numbers, order = (None, permutation) if isinstance(permutation, Tensor) else (permutation, None)
+    listed = None if numbers is None else list(numbers)
+    made = frames_to_patches_op(planes, matrix, range_, list(size), listed, order, dtype, rotation, both, backend)
+    return (made[0], made[1]) if both else made[0]
+
+
+@torch.library.custom_op("videor1::frames_to_patches", mutates_args=())
+def frames_to_patches_op(
+    planes: Sequence[Tensor],
+    matrix: str,
+    range: str,
+    size: Sequence[int],
+    permutation: Sequence[int] | None,
+    order: Tensor | None,
+    dtype: torch.dtype,
+    rotation: int,
+    both: bool,
+    backend: str,
+) -> list[Tensor]:
+    """RGB frames (matrix ""), or planes -> one or two [T * h * w, 1176]; the permutation is a list or a tensor."""
+    frames = YuvFrames(tuple(planes), matrix, range) if matrix else planes[0]  # type: ignore[arg-type]
+    chosen = permutation if order is None else order
+    made = run(frames, (size[0], size[1]), chosen, dtype, rotation, both, backend)
+    return list(made) if isinstance(made, tuple) else [made]
+
+
+@frames_to_patches_op.register_fake
+def _(
+    planes: Sequence[Tensor],
+    matrix: str,
+    range: str,
+    size: Sequence[int],
+    permutation: Sequence[int] | None,
+    order: Tensor | None,
+    dtype: torch.dtype,
+    rotation: int,
+    both: bool,
+    backend: str,
+) -> list[Tensor]:
+    patches = (planes[0].shape[0] + 1) // 2 * (size[0] // PATCH) * (size[1] // PATCH)
+    return [planes[0].new_empty(patches, PATCH_COLUMNS, dtype=dtype) for _ in ((0, 1) if both else (0,))]
+
+
+def _parts(frames: YuvFrames) -> tuple[list[Tensor], str, str]:
+    return list(frames.planes), frames.matrix, frames.range
+
+
+def _checked_permutation(permutation: Sequence[int] | Tensor | None, num_frames: int) -> tuple[int, ...] | None:
+    if permutation is None:
+        return None
+    order = tuple(int(i) for i in permutation)
+    if sorted(order) != list(range(num_frames)):
+        raise fail(OP, "permutation", f"each of 0..{num_frames - 1} once (there are {num_frames} frames)", list(order))
+    return order
