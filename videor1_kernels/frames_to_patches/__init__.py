@@ -37,6 +37,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     both: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -48,6 +49,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     both: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -58,6 +60,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     both: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,6 +85,8 @@ def frames_to_patches(
         dtype: of the patches: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation;
             float64 computes every stage in fp64 (the oracle of tests).
         rotation: degrees anticlockwise that bring the frames upright, a multiple of 90; the output is upright.
+        mirrored: whether the frames are mirrored left to right before they are turned. With ``rotation`` these are the
+            eight orientations that a video or a photograph can be stored in.
         both: return the patches in order and those of the permuted frames, made in the same pass.
         backend: "auto"; "native": one pass in fp32, in C++ on a CPU and CUDA on a card (csrc/, compiled at its first
             use); "reference": in torch. Between them a level may differ by 1 where a sum is within fp32's error of a
@@ -110,7 +115,10 @@ def frames_to_patches(
     device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
     call = resolve(OP, backend, device, dtype)
     out_size = int(size[0]), int(size[1])
-    return call(frames, size=out_size, permutation=order, dtype=dtype, rotation=int(rotation % 360), both=both)
+    turn = int(rotation % 360)
+    return call(
+        frames, size=out_size, permutation=order, dtype=dtype, rotation=turn, mirrored=bool(mirrored), both=both
+    )
 
 
 def _check_frames(frames: Tensor | YuvFrames) -> None:
