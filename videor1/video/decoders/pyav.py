@@ -22,8 +22,8 @@ from torch import Tensor
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 from videor1.video.decoders import hardware as nvdec
-from videor1.video.decoders.hardware import SurfaceStack
 from videor1.video.decoders.container import MAX_PIXELS, open_video, sample_errors
+from videor1.video.decoders.hardware import SurfaceStack
 from videor1.video.decoders.index import FrameIndex, frames_to_decode, index_packets
 from videor1.video.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.video.decoders.seeking import OutOfStepError, PacketReader, Planner, Segment

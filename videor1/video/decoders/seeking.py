@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 
 import av
 
@@ -118,7 +118,7 @@ class Planner:
         next_key = self._keys[after] if after < len(self._keys) else len(index.pts)
         begin, end = max(0, position - reorder), min(position + reorder + 1, next_key)
         around = index.pts[begin:end]
-        told = any(a > b for a, b in zip(around, around[1:], strict=False))  # type: ignore[operator]
+        told = any(a > b for a, b in pairwise(around))  # type: ignore[operator]
         return range(0) if reorder == 0 or told else range(begin, end)
 
     def key_before(self, position: int, stamp: int) -> int:

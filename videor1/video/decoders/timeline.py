@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 MAX_REORDER = 16  # most frames by which a codec can hold back a frame: the size of the largest picture buffer
@@ -34,6 +35,7 @@ class Timeline(NamedTuple):
 def timeline_of_packets(
     stamps: Sequence[int | None],
     clock: Sequence[int | None],
+    key: Sequence[bool],
     reorder: int,
     time_base: Fraction,
     header_fps: Fraction | None,
@@ -43,6 +45,7 @@ def timeline_of_packets(
     Args:
         stamps: presentation time of each packet in decode order, in units of ``time_base``.
         clock: decode time of each packet.
+        key: whether decoding can begin at the packet.
         reorder: most frames that the codec holds back; a packet that is further from its place shows a clock that was
             set back.
         time_base: in seconds.
@@ -51,8 +54,11 @@ def timeline_of_packets(
     known = [stamp for stamp in stamps if stamp is not None]
     if not known or len(known) < len(stamps):
         return _untimed(stamps, header_fps)
-    pieces = _pieces(known, clock, reorder)
-    by_pts = len(pieces) == 1 and len(set(known)) == len(known)
+    fell = _falls(clock)
+    # Where FFmpeg works out decode times for itself, they fall more than once after a clock was set back.
+    begins = [a and b for a, b in zip(fell, key, strict=True)]
+    pieces = _pieces(known, begins, reorder)
+    by_pts = len(pieces) == 1 and not any(fell) and len(set(known)) == len(known)
     return _joined(tuple(pieces[0]) if by_pts else tuple(stamps), by_pts, pieces, time_base, header_fps)
 
 
@@ -61,7 +67,7 @@ def timeline_of_frames(stamps: Sequence[int | None], time_base: Fraction, header
     known = [stamp for stamp in stamps if stamp is not None]
     if not known or len(known) < len(stamps):
         return _untimed(stamps, header_fps)
-    pieces = _pieces(known, [None] * len(known), MAX_REORDER)
+    pieces = _pieces(known, [False] * len(known), MAX_REORDER)
     return _joined(tuple(stamps), ascending(known), pieces, time_base, header_fps)
 
 
@@ -69,21 +75,31 @@ def ascending(stamps: Sequence[int | None]) -> bool:
     """Return whether all of these are times, each later than the one before."""
     if None in stamps:
         return False
-    return all(a < b for a, b in zip(stamps, stamps[1:], strict=False))  # type: ignore[operator]
+    return all(a < b for a, b in pairwise(stamps))  # type: ignore[operator]
 
 
-def _pieces(stamps: Sequence[int], clock: Sequence[int | None], reorder: int) -> list[list[int]]:
+def _falls(clock: Sequence[int | None]) -> list[bool]:
+    """Return for each packet whether its decode time is earlier than the one before."""
+    fell: list[bool] = []
+    last: int | None = None
+    for ticks in clock:
+        fell.append(last is not None and ticks is not None and ticks < last)
+        last = last if ticks is None else ticks
+    return fell
+
+
+def _pieces(stamps: Sequence[int], begins: Sequence[bool], reorder: int) -> list[list[int]]:
     """Cut a sequence where the clock was set back, and return the sorted times of each piece.
 
-    The clock was set back where decode times fall, and where a time is earlier than more of those before it than the
-    codec can hold back.
+    Args:
+        stamps: the times, in any order.
+        begins: whether a time is known to begin a piece.
+        reorder: a time that is earlier than more than so many of those before it begins a piece too.
     """
     pieces: list[list[int]] = [[]]
-    latest: list[int] = []  # heap of the latest times of the piece, one more than the codec can hold back
-    last: int | None = None
-    for stamp, ticks in zip(stamps, clock, strict=True):
-        set_back = last is not None and ticks is not None and ticks < last
-        if set_back or (len(latest) > reorder and stamp < latest[0]):
+    latest: list[int] = []  # heap of the latest times of the piece, one more than may be later than the next one
+    for stamp, begin in zip(stamps, begins, strict=True):
+        if begin or (len(latest) > reorder and stamp < latest[0]):
             pieces.append([])
             latest = []
         pieces[-1].append(stamp)
@@ -91,7 +107,6 @@ def _pieces(stamps: Sequence[int], clock: Sequence[int | None], reorder: int) ->
             heapq.heappushpop(latest, stamp)
         else:
             heapq.heappush(latest, stamp)
-        last = last if ticks is None else ticks
     for piece in pieces:
         piece.sort()
     return pieces
