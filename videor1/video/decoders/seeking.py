@@ -15,6 +15,7 @@ from itertools import chain, pairwise
 import av
 
 from videor1.video.decoders.index import FrameIndex
+from videor1.video.decoders.timeline import MAX_REORDER
 
 # H.264 may leave out how many frames its decoder holds back. FFmpeg then believes in the first frames, of which none may
 # have been; two more than that show it where the next ones are.
@@ -74,10 +75,9 @@ class Planner:
         A frame that is shown before the last key frame but stored after it (a leading picture) may refer to pictures
         from before that key frame, so its segment begins at the key frame before that.
 
-        Around a frame where times follow the order of decoding, it must show in which order frames leave the decoder:
-        either nothing is shown in another order there, or the times are those of decoding. So the segment then goes on
-        for as many packets as the codec may hold back frames, but never past a key frame, and no packet around the
-        frame is skipped.
+        Where the times around a frame follow the order of decoding, either its neighbours are shown in that order, or
+        the times are those of decoding. So the segment then goes on for as many packets as the codec may hold back
+        frames, and none of those around the frame is skipped: if the times are wrong, frames come out in another order.
         """
         stamps = sorted(stamp for stamp in requested if stamp is not None)
         if not self.can_seek or len(stamps) != len(requested) or not all(stamp in self.positions for stamp in stamps):
@@ -107,19 +107,20 @@ class Planner:
         return self.index.reorder > 0 if plan is None else any(segment.watched for segment in plan)
 
     def unordered_around(self, position: int) -> range:
-        """Return the packets around this one whose times do not tell in which order their frames are shown.
+        """Return the packets around this one that must be decoded to show in which order their frames are shown.
 
-        The range is empty where the codec holds back no frame, and where times fall from a packet to the next, as those
-        of presentation do.
+        They are as many before it, and after it up to the next key frame, as the codec holds back frames. The range is
+        empty where the codec holds back none, and where times fall from a packet nearby to the next, as those of
+        presentation do.
         """
-        index = self.index
-        reorder = max(index.reorder, _LEAST_REORDER.get(index.info.codec, 0))
+        pts, codec = self.index.pts, self.index.info.codec
+        reorder = max(self.index.reorder, _LEAST_REORDER.get(codec, 0))
+        nearby = pts[max(0, position - MAX_REORDER) : position + MAX_REORDER + 1]
+        if reorder == 0 or any(a > b for a, b in pairwise(nearby)):  # type: ignore[operator]
+            return range(0)
         after = bisect_left(self._keys, position + 1)
-        next_key = self._keys[after] if after < len(self._keys) else len(index.pts)
-        begin, end = max(0, position - reorder), min(position + reorder + 1, next_key)
-        around = index.pts[begin:end]
-        told = any(a > b for a, b in pairwise(around))  # type: ignore[operator]
-        return range(0) if reorder == 0 or told else range(begin, end)
+        next_key = self._keys[after] if after < len(self._keys) else len(pts)
+        return range(max(0, position - reorder), min(position + reorder + 1, next_key))
 
     def key_before(self, position: int, stamp: int) -> int:
         """Return the last key packet before ``position`` that is shown no later than ``stamp``; 0 if there is none."""

@@ -84,7 +84,7 @@ class FrameStack:
             raise MixedLayoutError
         out = [array[slot] for array in self._arrays]
         if layout.kind == "rgb":
-            rgb = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD)
+            rgb = self._reformatter.reformat(frame, format="rgb24", **_conversion(frame))
             out[0][:] = _rows(rgb.planes[0], layout.width * 3).reshape(out[0].shape)
         elif layout.kind == "i420-10":
             Y, U, V = (_rows(plane, plane.width, np.uint16) for plane in frame.planes)
@@ -100,6 +100,24 @@ class FrameStack:
         if self._layout is None:  # no frame was requested
             return torch.empty((0, 0, 0, 3), dtype=torch.uint8)
         return as_pixels(self._layout, self._tensors)
+
+
+def _conversion(frame: av.VideoFrame) -> dict[str, int]:
+    """Return the arguments with which PyAV converts a frame to RGB by the frame's own colour matrix and range."""
+    if _ONE_THREAD:
+        return _ONE_THREAD
+    # Older versions convert everything as BT.601 of limited range, unless they are told two different colour spaces or
+    # ranges. 5 and 6 are the same matrix.
+    if frame.format.is_rgb or frame.format.has_palette:
+        return {}
+    matrix = int(frame.colorspace)
+    grey = frame.format.name.startswith(("gray", "ya")) and int(frame.color_range) == 0  # untagged: of full range
+    return {
+        "src_colorspace": matrix if matrix in (1, 4, 7, 9) else 6,
+        "dst_colorspace": 5,
+        "src_color_range": _FULL_RANGE if grey or colour_range(frame) == "full" else 1,
+        "dst_color_range": _FULL_RANGE,
+    }
 
 
 def layout_of(frame: av.VideoFrame, orientation: Orientation, *, planes: bool) -> Layout:
