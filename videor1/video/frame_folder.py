@@ -36,12 +36,12 @@ def read_frame_folder(
     """Read the images of a folder as a video.
 
     Image i (from 0, ordered by the numbers in the file names) is shown at second i / ``frames_per_second``. Frames are
-    sampled and sized as ``video.read_frames`` does; only the sampled images are read. ``root`` and ``max_decoded_mb`` are
-    as there.
+    sampled and sized as ``video.read_frames`` does; only the sampled images are read. ``root`` and ``max_decoded_mb``
+    are as there.
 
     Raises:
-        SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``, ``too_large``, ``outside_root``; ``decode``
-            where the images differ in size.
+        SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``, ``too_large``,
+            ``outside_root``; ``decode`` where the images differ in size.
         ValueError: an option is out of range.
     """
     if not frames_per_second > 0 or max_frames < 2 or not fps > 0:

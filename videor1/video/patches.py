@@ -20,8 +20,8 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
     """Resize a clip's frames to ``clip.size`` and cut them into 8-bit patches.
 
     Args:
-        clip: decoded frames, RGB or planes; they are brought upright by ``clip.rotation`` and
-            ``clip.mirrored``. Where their number is odd, the last frame is repeated (an image becomes one temporal patch).
+        clip: decoded frames, RGB or planes; they are brought upright by ``clip.rotation`` and ``clip.mirrored``. Where
+            their number is odd, the last frame is repeated (an image becomes one temporal patch).
         kind: "video" or "image"; a video must have ``clip.fps`` above 0.
         seconds: time in seconds that decoding took; the time of the resize is added to it.
 

@@ -57,8 +57,9 @@ def read_frames(
     file)] and floored to even; the sampled frames are round(linspace(0, frames - 1, n)) in presentation order (the
     reference's rule; a file of two or three frames gives two). Frames are counted by demuxing and the count is checked
     against the frames that are decoded; it is never taken from a header. No more is decoded than the sampled frames
-    need. Frames are those of the stream that FFmpeg considers the best, shown upright as FFmpeg's command line shows
-    them, in the order in which they leave the decoder where the file's times contradict it. The target ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
+    need. Frames are those of the stream that FFmpeg considers the best, upright as its command line shows them; where
+    the file's times contradict it, they are taken in the order in which they leave the decoder. The target
+    ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
 
     Args:
         path: the file; H.264, HEVC, AV1, VP9 and whatever else FFmpeg decodes, in any pixel format.
@@ -70,8 +71,8 @@ def read_frames(
             hold them.
         backend: see ``decoders.open_decoder``; ``Clip.backend`` names the decoder that was used.
         device: the device that the frames are returned on.
-        planes: return 4:2:0 video as ``YuvFrames``, not yet upright (see ``Clip.rotation`` and ``Clip.mirrored``), where
-            the decoder gives planes; otherwise frames are RGB and upright.
+        planes: return 4:2:0 video as ``YuvFrames``, not yet upright (see ``Clip.rotation`` and ``Clip.mirrored``),
+            where the decoder gives planes; otherwise frames are RGB and upright.
         threads: CPU threads for decoding, 0 for as many as there are cores; default: 1 in a worker process, else 0.
         root: a folder, with its symlinks resolved, that the opened file must lie in; None: anywhere.
         max_decoded_mb: most memory in MiB that decoding may take, estimated from the headers before it begins.

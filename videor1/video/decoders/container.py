@@ -1,4 +1,4 @@
-"""Opening a video file for demuxing and decoding: which stream is read, and what is refused before anything is decoded."""
+"""Opening a video file for demuxing and decoding: which stream is read, and what is refused before that."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream | None
     videos = [stream for stream in container.streams.video if not stream.disposition & attached]
     readable = [stream for stream in videos if stream.codec_context is not None] or videos
     best = container.streams.best("video")
-    if any(stream.index == best.index for stream in readable) if best is not None else False:
+    if best is not None and any(stream.index == best.index for stream in readable):
         return best
     return max(readable, key=_rank, default=None)  # the first of equals
 

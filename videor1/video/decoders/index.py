@@ -98,8 +98,14 @@ def index_packets(path: Path, container: av.container.InputContainer, stream: av
         shown.append(not packet.is_discard and not (is_vp8 and _is_hidden_vp8(packet)))
     header_fps = stream.average_rate or stream.guessed_rate
     assert stream.time_base is not None
-    frames = [tuple(compress(values, shown)) for values in (pts, dts, key)]
-    timeline = timeline_of_packets(*frames, reorder, stream.time_base, header_fps)  # type: ignore[arg-type]
+    timeline = timeline_of_packets(
+        tuple(compress(pts, shown)),
+        tuple(compress(dts, shown)),
+        tuple(compress(key, shown)),
+        reorder,
+        stream.time_base,
+        header_fps,
+    )
     orientation = orientation or Orientation()
     info = VideoInfo(
         num_frames=0,

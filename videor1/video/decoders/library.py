@@ -2,8 +2,8 @@
 
 Libraries number frames in their own ways (edit lists, hidden frames, open GOPs). Each decoder therefore compares what
 its library reports about a frame with the index of the file, and raises a ``SampleError`` instead of returning another
-frame than requested. A file whose frames have no presentation times, or times that do not follow the order in which they
-are shown, cannot be compared and is refused too; the "pyav" backend reads it.
+frame than requested. A file whose frames have no presentation times, or times that do not follow the order in which
+they are shown, cannot be compared and is refused too; the "pyav" backend reads it.
 """
 
 from __future__ import annotations

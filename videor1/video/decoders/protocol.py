@@ -29,7 +29,7 @@ class VideoInfo:
 
     @property
     def orientation(self) -> Orientation:
-        """What brings a stored frame upright. A decoder does by itself, or refuses, what is no multiple of 90 degrees."""
+        """What brings a stored frame upright; a decoder does or refuses what is no multiple of 90 degrees."""
         return Orientation(self.rotation, self.mirrored)
 
 
