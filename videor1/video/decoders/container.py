@@ -29,7 +29,6 @@ def open_video(
     threads: int = 1,
     hwaccel: object | None = None,
     max_pixels: int = MAX_PIXELS,
-    strict: bool = False,
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Check that a file is complete, and open the video stream that FFmpeg considers its best.
 
@@ -38,7 +37,6 @@ def open_video(
         threads: number of threads that the decoder may use; 0: as many as there are cores.
         hwaccel: PyAV's ``HWAccel``.
         max_pixels: most pixels of a frame.
-        strict: let the decoder report every error in the coded pictures instead of repairing it.
 
     Raises:
         SampleError: ``missing_file``, ``not_video`` or ``truncated``; ``too_large`` where the header states larger
@@ -66,7 +64,7 @@ def open_video(
                 raise SampleError("decode", "there is no decoder for the video's codec", file.path)
             if context.width * context.height > max_pixels:
                 raise too_large(context.width, context.height, file.path)
-            context.options = {"max_pixels": str(max_pixels)} | ({"err_detect": "explode"} if strict else {})
+            context.options = {"max_pixels": str(max_pixels)}
             context.thread_count = threads
             if threads != 1:
                 context.thread_type = "AUTO"

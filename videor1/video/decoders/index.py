@@ -45,7 +45,6 @@ class FrameIndex:
     time_base: Fraction  # in seconds
     header_fps: Fraction | None  # frame rate that the file's header states
     reorder: int  # most frames that the codec holds back to show others first; 0: it shows them as it decodes them
-    suspect: bool  # whether a packet is flagged as damaged, of which the decoder knows more
     info: VideoInfo
 
     def reindexed(self, stamps: Sequence[int | None]) -> FrameIndex:
@@ -82,12 +81,9 @@ def index_packets(path: Path, container: av.container.InputContainer, stream: av
     is_vp8 = context.codec.canonical_name == "vp8"
     reorder = _reorder_depth(context)  # decoding the first frame may change it
     orientation: Orientation | None = None
-    suspect = False
     for packet in container.demux(stream):
-        if packet.is_corrupt:
-            if container.format.name not in _COUNTED:
-                raise SampleError("truncated", f"packet {sum(shown)} is damaged or cut", path)
-            suspect = True
+        if packet.is_corrupt and container.format.name not in _COUNTED:
+            raise SampleError("truncated", f"packet {sum(shown)} is damaged or cut", path)
         if not packet.size:
             continue
         if orientation is None and packet.is_keyframe:
@@ -130,7 +126,6 @@ def index_packets(path: Path, container: av.container.InputContainer, stream: av
         time_base=stream.time_base,
         header_fps=header_fps,
         reorder=reorder,
-        suspect=suspect,
         info=_described(info, timeline, pts, key),
     )
 

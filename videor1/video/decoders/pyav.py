@@ -129,7 +129,6 @@ class PyAvDecoder:
             threads=self._threads,
             hwaccel=accelerator,
             max_pixels=self._max_pixels,
-            strict=self._index is not None and self._index.suspect,
         )
 
     def _indexed(self) -> FrameIndex:
@@ -137,8 +136,6 @@ class PyAvDecoder:
             with sample_errors(self._path):
                 self._index = index_packets(self._path, self._reader.container, self._reader.stream)
             self._planner = Planner(self._index)
-            if self._index.suspect:
-                self._reader.restart()
         return self._index
 
     def _run_on_card(self, numbers: Sequence[int]) -> tuple[_Run, SurfaceStack] | None:
@@ -239,7 +236,7 @@ class PyAvDecoder:
         """
         stamps: list[int | None] = []
         for number, frame in enumerate(self._reader.decode()):
-            if frame.is_corrupt and not index.suspect:
+            if frame.is_corrupt:
                 raise SampleError("decode", f"frame {number} is damaged", self._path)
             stamps.append(frame.pts)
             run.put(frame, number)
@@ -342,7 +339,7 @@ class _SegmentCheck:
         self._latest = frame.pts
         if frame.pts in self._extra:
             return False
-        if frame.is_corrupt and not self._index.suspect:
+        if frame.is_corrupt:
             raise _UnreliableError
         return True
 

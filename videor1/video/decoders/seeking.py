@@ -17,8 +17,8 @@ import av
 from videor1.video.decoders.index import FrameIndex
 from videor1.video.decoders.timeline import MAX_REORDER
 
-# H.264 may leave out how many frames its decoder holds back. FFmpeg then believes the first frames, where none may be held
-# back; so at least this many packets are watched.
+# H.264 may leave out how many frames its decoder holds back. FFmpeg then believes the first frames, where it may be none;
+# so at least this many packets are watched.
 _LEAST_REORDER = {"h264": 2}
 # Codecs whose key frames can be decoded without earlier packets. In other codecs (GIF, APNG, screen recorders) a
 # picture may depend on what is already drawn, even if it is flagged as a key frame.
