@@ -80,13 +80,18 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream | None
     It is the one that the file calls its default; among equals, the one with more frames, then that with more bits,
     then the first. Attached pictures, which is how audio files store cover art, are no videos.
     """
-    attached = av.stream.Disposition.attached_pic
-    videos = [stream for stream in container.streams.video if not stream.disposition & attached]
+    videos = video_streams(container)
     readable = [stream for stream in videos if stream.codec_context is not None] or videos
     best = container.streams.best("video")
     if best is not None and any(stream.index == best.index for stream in readable):
         return best
     return max(readable, key=_rank, default=None)  # the first of equals
+
+
+def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """Return the video streams that are not attached pictures."""
+    attached = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & attached]
 
 
 def _rank(stream: av.VideoStream) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ The last release (2021, with a private copy of FFmpeg 4) has these faults, which
 - It numbers packets by time, including hidden ones and those outside of an edit list. Its table of times must equal the
   file's, packet by packet. Where some packets are not shown, the whole file is decoded in order: decord then gives the
   frames that are shown, and their number is checked.
-- It reads the stream that FFmpeg considers the best; a file where that is an attached picture is refused.
+- It cannot be told which stream to read; a file of several video streams is refused.
 - It turns a picture by the angle of its display matrix, and does not mirror it; that is left to the caller.
 - After a seek it may silently give another frame than requested, or a damaged one: where key frames are not shown in
   the order they are stored (open GOPs, the default of x265), where packets are called key frames that are none (intra

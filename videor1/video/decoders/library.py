@@ -20,7 +20,7 @@ from torch import Tensor
 
 from videor1.errors import ConfigError, install
 from videor1.types import SampleError
-from videor1.video.decoders.container import MAX_PIXELS, open_video, sample_errors
+from videor1.video.decoders.container import MAX_PIXELS, open_video, sample_errors, video_streams
 from videor1.video.decoders.index import FrameIndex, index_packets
 from videor1.video.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.video.decoders.pyav import PyAvDecoder
@@ -67,7 +67,7 @@ class LibraryDecoder:
         self.device = torch.device(device)
         with open_video(self.file, max_pixels=max_pixels) as (container, stream), sample_errors(self.path):
             self.index: FrameIndex = index_packets(self.path, container, stream)
-            self._streams = stream.index, container.streams.best("video").index
+            self.stream_index, self._num_videos = stream.index, len(video_streams(container))
         if not self.index.info.orientation.is_quarter_turn:
             raise self.error(f"it does not turn frames by {self.index.info.rotation} degrees")
 
@@ -106,15 +106,13 @@ class LibraryDecoder:
         """Return (not raise) a ``SampleError`` of kind ``decode`` with the name of the backend."""
         return SampleError("decode", f"{self.backend}: {message}", self.path)
 
-    def stream_index(self) -> tuple[int, int]:
-        """Return (the number of the stream that ``index`` describes, that of FFmpeg's best, which libraries read)."""
-        return self._streams
-
     def check_stream(self) -> None:
-        """Raise an error where a library that cannot be told which stream to read would read another one."""
-        indexed, best = self.stream_index()
-        if indexed != best:
-            raise self.error(f"it reads the file's stream {best}, the frames are those of stream {indexed}")
+        """Raise an error where a library that cannot be told which stream to read may read another one.
+
+        Their copies of FFmpeg rank streams by other rules.
+        """
+        if self._num_videos > 1:
+            raise self.error(f"the file has {self._num_videos} video streams, and it cannot be told which to read")
 
     def _read(self, numbers: list[int], planes: bool) -> tuple[Tensor | YuvFrames, int]:
         """Decode the frames of these ascending numbers.

@@ -43,7 +43,7 @@ class TorchcodecDecoder(LibraryDecoder):
         try:
             return self.library.VideoDecoder(
                 self.file.name,
-                stream_index=self.stream_index()[0],
+                stream_index=self.stream_index,
                 dimension_order="NHWC",
                 num_ffmpeg_threads=self.threads,
                 device=str(self.device),
