@@ -45,7 +45,7 @@ class DataConfig:
     which a video takes about 4.5 MB at the default size."""
     timeout: Annotated[float, above(0)] = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
-    max_decoded_mb: Annotated[int, at_least(1)] = 1024
+    max_decoded_mb: Annotated[int, at_least(64)] = 1024
     """Memory in MiB that decoding one sample may take, estimated from the size, the number and the format of its frames
     before they are decoded; a sample that needs more is skipped and counted as too_large."""
     cache_mb: Annotated[int, at_least(0, "0 (none) or more")] = 512

@@ -24,7 +24,8 @@ from videor1.data.groups import WorkerGroups, end_own_group, lead_group
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 
-_KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of a worker that was killed from outside
+# Exit codes of a worker that was killed from outside; pebble's workers end with the number of a SIGTERM.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, int(signal.SIGTERM)) if hasattr(signal, "SIGKILL") else ()
 PRELOAD = ["videor1.data.prefetch", "videor1.video.media"]  # imported once, by the process that forks the workers
 
 

@@ -9,10 +9,12 @@ import av
 from videor1.types import SampleError
 
 MAX_DECODED_MB = 1024  # the default of data.max_decoded_mb
-_HELD_FRAMES = 8  # frames that a video decoder holds: those that others refer to or that wait to be shown
+# What a video takes besides the frames that are kept: those that the decoder holds, and buffers. Measured with PyAV.
+_HELD_FRAMES = 12
+_HELD_MB = 32
 _IMAGE_BYTES = 10  # per pixel, while an image is decoded, turned and converted to RGB; measured with Pillow
 # These formats come out of their library in one piece, which Pillow copies twice.
-_WHOLE_IMAGE_BYTES = {"WEBP": 16, "AVIF": 16, "GIF": 14}
+_WHOLE_IMAGE_BYTES = {"WEBP": 20, "AVIF": 20, "GIF": 14}
 
 
 def check_video(path: Path, frames: int, width: int, height: int, pix_fmt: str, *, planes: bool, limit_mb: int) -> None:
@@ -22,9 +24,8 @@ def check_video(path: Path, frames: int, width: int, height: int, pix_fmt: str, 
     """
     stored = _stored_bytes(pix_fmt)
     kept = stored if planes and stored <= 3 else 3.0
-    _check(
-        path, (frames * kept + _HELD_FRAMES * stored) * width * height, f"{frames} frames of", width, height, limit_mb
-    )
+    needed = (frames * kept + _HELD_FRAMES * stored) * width * height + _HELD_MB * 2**20
+    _check(path, needed, f"{frames} frames of", width, height, limit_mb)
 
 
 def check_image(path: Path, width: int, height: int, form: str, *, limit_mb: int) -> None:
@@ -47,7 +48,7 @@ def check_images(path: Path, count: int, width: int, height: int, *, limit_mb: i
 
 def most_pixels(limit_mb: int) -> int:
     """Return the pixels of the largest frame of 4:2:0 of which two can be decoded with ``limit_mb`` MiB."""
-    return max(1, int(limit_mb * 2**20 / ((2 + _HELD_FRAMES) * 1.5)))
+    return max(1, int((limit_mb - _HELD_MB) * 2**20 / ((2 + _HELD_FRAMES) * 1.5)))
 
 
 def _check(path: Path, needed: float, what: str, width: int, height: int, limit_mb: int) -> None:

@@ -20,8 +20,8 @@ class MediaFile:
     """A regular file of at least one byte, held open until ``close``.
 
     A path may lead elsewhere a moment after it was checked. Therefore the file is opened first, what was opened is
-    checked, and readers get ``name``, which stands for the open file whatever happens to the path. (Where the system
-    has no /proc, ``name`` is the path.)
+    checked, and readers get ``name``, which stands for the open file whatever happens to the path. Where the system has
+    no /proc, ``name`` is only the path (``is_lasting`` is False), and ``reader`` must be read instead where possible.
 
     Args:
         path: the file, as the user names it; it is the path of every error.
@@ -37,24 +37,10 @@ class MediaFile:
         self._fd = -1
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, _FLAGS)
-            found = os.fstat(self._fd)
-        except OSError as error:
-            if error.errno in _MISSING:
-                raise SampleError("missing_file", "no such file", path) from error
-            raise SampleError(kind, f"cannot be opened: {error.strerror}", path) from error
-        except ValueError as error:  # a null byte in the name
-            raise SampleError("missing_file", f"no such file: {error}", path) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise SampleError(kind, "not a regular file", path)
-        self.size = found.st_size
-        linked = f"{_OPEN_FILES}/{self._fd}"
-        has_links = os.path.exists(linked)
-        self.name = linked if has_links else str(self.path.absolute())
-        if root is not None:
-            self._check_root(found, root, os.readlink(linked) if has_links else None)
-        if self.size == 0:
-            raise SampleError(kind, "the file is empty", path)
+            self._open(kind, root)
+        except BaseException:
+            self.close()  # an exception keeps its frames, and what they refer to, for a while
+            raise
 
     def reader(self) -> BinaryIO:
         """Return a new reader of the open file, at its beginning."""
@@ -79,6 +65,27 @@ class MediaFile:
     def __del__(self) -> None:
         self.close()
 
+    def _open(self, kind: str, root: Path | None) -> None:
+        """Open the file and check what was opened."""
+        try:
+            self._fd = os.open(self.path, _FLAGS)
+            found = os.fstat(self._fd)
+        except OSError as error:
+            if error.errno in _MISSING:
+                raise SampleError("missing_file", "no such file", self.path) from error
+            raise SampleError(kind, f"cannot be opened: {error.strerror}", self.path) from error
+        except ValueError as error:  # a null byte in the name
+            raise SampleError("missing_file", f"no such file: {error}", self.path) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise SampleError(kind, "not a regular file", self.path)
+        linked = f"{_OPEN_FILES}/{self._fd}"
+        self.is_lasting = os.path.exists(linked)
+        self.name = linked if self.is_lasting else str(self.path.absolute())
+        if root is not None:
+            self._check_root(found, root, os.readlink(linked) if self.is_lasting else None)
+        if found.st_size == 0:
+            raise SampleError(kind, "the file is empty", self.path)
+
     def _check_root(self, found: os.stat_result, root: Path, opened: str | None) -> None:
         """Raise ``outside_root`` unless the open file lies in ``root``.
 
@@ -92,8 +99,15 @@ class MediaFile:
         if not real.is_relative_to(root):
             message = f"leads to {real}, outside data.root ({root})"
             raise SampleError("outside_root", message, self.path)
-        if opened is None and not os.path.samestat(found, os.stat(real)):
+        if opened is None and not _is_file(real, found):
             raise SampleError("outside_root", "was replaced while it was opened", self.path)
+
+
+def _is_file(path: Path, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(found, path.stat())
+    except OSError:
+        return False
 
 
 def media_file(source: str | Path | MediaFile, kind: str) -> MediaFile:

@@ -24,11 +24,7 @@ _TOO_LARGE = "exceeds specified max pixel count"  # what FFmpeg says of a frame 
 
 @contextmanager
 def open_video(
-    source: str | Path | MediaFile,
-    *,
-    threads: int = 1,
-    hwaccel: object | None = None,
-    max_pixels: int = MAX_PIXELS,
+    source: str | Path | MediaFile, *, threads: int = 1, hwaccel: object | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Check that a file is complete, and open the video stream that FFmpeg considers its best.
 
@@ -49,9 +45,8 @@ def open_video(
         hardware = {} if hwaccel is None else {"hwaccel": hwaccel}
         try:
             # Without the prefix, a colon in the name would be taken for a protocol. Titles may be in any encoding.
-            container = av.open(
-                f"file:{file.name}", container_options=_OPEN_OPTIONS, metadata_errors="replace", **hardware
-            )
+            name = f"file:{file.name}" if file.is_lasting else file.reader()
+            container = av.open(name, container_options=_OPEN_OPTIONS, metadata_errors="replace", **hardware)
         except av.error.FFmpegError as error:
             message = f"not a video container that can be read: {_reason(error)}"
             raise SampleError("not_video", message, file.path) from error

@@ -124,12 +124,7 @@ class PyAvDecoder:
 
     def _open(self) -> AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]:
         accelerator = nvdec.hwaccel(self._device) if self._where == "nvdec" else None
-        return open_video(
-            self._file,
-            threads=self._threads,
-            hwaccel=accelerator,
-            max_pixels=self._max_pixels,
-        )
+        return open_video(self._file, threads=self._threads, hwaccel=accelerator, max_pixels=self._max_pixels)
 
     def _indexed(self) -> FrameIndex:
         if self._index is None:

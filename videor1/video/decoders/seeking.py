@@ -17,7 +17,7 @@ import av
 from videor1.video.decoders.index import FrameIndex
 from videor1.video.decoders.timeline import MAX_REORDER
 
-# H.264 may leave out how many frames its decoder holds back. FFmpeg then believes the first frames, where it may be none;
+# H.264 may leave out how many frames its decoder holds back. FFmpeg then believes the first frames, where it may be 0;
 # so at least this many packets are watched.
 _LEAST_REORDER = {"h264": 2}
 # Codecs whose key frames can be decoded without earlier packets. In other codecs (GIF, APNG, screen recorders) a
