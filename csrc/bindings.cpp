@@ -125,7 +125,7 @@ void launch(const videor1::Job& job, int32_t) {
 
 void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_range, Tensor row_first, Tensor row_weights,
                        int64_t row_taps, Tensor column_first, Tensor column_weights, int64_t column_taps,
-                       int64_t quarter_turns, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
+                       int64_t quarter_turns, bool mirrored, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
                        std::optional<Tensor> permuted) {
   check_planes(planes);
   check_table(row_first, row_weights, row_taps, planes[0].size(1));
@@ -139,7 +139,7 @@ void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_ran
   if (slots) check_slots(*slots, planes[0].size(0));
   videor1::Job job{};
   job.source = source_of(planes, matrix, full_range);
-  job.upright = {row_first.size(0), column_first.size(0), int(quarter_turns)};
+  job.upright = {row_first.size(0), column_first.size(0), int(quarter_turns), mirrored};
   job.rows = table_of(row_first, row_weights, row_taps);
   job.columns = table_of(column_first, column_weights, column_taps);
   job.levels = levels.const_data_ptr();
@@ -185,8 +185,8 @@ std::tuple<Tensor, Tensor, int64_t> resample_table(Tensor like, int64_t size_in,
 STABLE_TORCH_LIBRARY(videor1_csrc, m) {
   m.def(
       "frames_to_patches(Tensor[] planes, int matrix, bool full_range, Tensor row_first, Tensor row_weights, int row_taps, "
-      "Tensor column_first, Tensor column_weights, int column_taps, int quarter_turns, Tensor levels, Tensor? slots, "
-      "Tensor(a!)? ordered, Tensor(b!)? permuted) -> ()");
+      "Tensor column_first, Tensor column_weights, int column_taps, int quarter_turns, bool mirrored, Tensor levels, "
+      "Tensor? slots, Tensor(a!)? ordered, Tensor(b!)? permuted) -> ()");
   m.def("resample_table(Tensor like, int size_in, int size_out, int align) -> (Tensor, Tensor, int)");
 }
 

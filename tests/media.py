@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +21,24 @@ def real_video(name: str) -> Path:
     if not REAL_VIDEOS.is_dir():
         pytest.skip(f"the folder of real videos is missing: {REAL_VIDEOS}")
     return REAL_VIDEOS / name
+
+
+# The eight orientations, (degrees anticlockwise, mirrored first): the matrix of an MP4 that FFmpeg shows so.
+ORIENTATIONS = {
+    (0, False): (1, 0, 0, 1),
+    (90, False): (0, -1, 1, 0),
+    (180, False): (-1, 0, 0, -1),
+    (270, False): (0, 1, -1, 0),
+    (0, True): (-1, 0, 0, 1),
+    (90, True): (0, 1, 1, 0),
+    (180, True): (1, 0, 0, -1),
+    (270, True): (0, -1, -1, 0),
+}
+
+
+def turned(pixels: np.ndarray, rotation: int, mirrored: bool) -> np.ndarray:
+    """Pictures [F, height, width, ...] mirrored left to right, then turned anticlockwise."""
+    return np.rot90(pixels[:, :, ::-1] if mirrored else pixels, rotation // 90, (1, 2))
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -99,6 +117,42 @@ def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
     struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
+
+
+def remux(path: Path, target: Path, change: Callable[[av.Packet], None], **options: str) -> Path:
+    """Copy a video's packets, each changed first, into another file; ``options`` are of its muxer."""
+    with av.open(str(path)) as source, av.open(str(target), "w", options=options) as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                change(packet)
+                packet.stream = copy
+                out.mux(packet)
+    return target
+
+
+def in_decode_order(packet: av.Packet) -> None:
+    """Let a packet's presentation time be that of decoding, as where a container has no other."""
+    packet.pts = packet.dts
+
+
+def later(seconds: float) -> Callable[[av.Packet], None]:
+    """Return a change that lets packets begin so much later."""
+
+    def change(packet: av.Packet) -> None:
+        ticks = round(seconds / packet.time_base)
+        packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+
+    return change
+
+
+def join(pieces: Sequence[Path], target: Path) -> Path:
+    """Append recordings to each other, byte by byte, as a recorder does that goes on: MPEG-TS, FLV, live Matroska."""
+    first, *rest = (piece.read_bytes() for piece in pieces)
+    begin = {".ts": lambda data: 0, ".flv": lambda data: 13, ".mkv": lambda data: data.index(b"\x1f\x43\xb6\x75")}
+    target.write_bytes(first + b"".join(data[begin[target.suffix](data) :] for data in rest))
+    return target
 
 
 def shift_edit_list(path: Path, seconds: float) -> Path:

@@ -39,6 +39,17 @@ def work(item):
         os._exit(7)
     if item.name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if item.name == "kill once":  # the system does so where memory runs out
+        log = Path(item.path)
+        log.write_text(f"{log.read_text() if log.exists() else ''}{os.getpid()}\n")
+        if len(log.read_text().split()) == 1:
+            os.kill(os.getpid(), item.number)
+    if item.name.startswith("start a program"):
+        program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        Path(item.path).write_text(f"{os.getpid()} {program.pid}")
+        if item.name == "start a program and die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
     if item.name == "raise":
         raise KeyError("something")
     if item.name == "sys.exit":

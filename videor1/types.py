@@ -49,6 +49,7 @@ class Sample:
     problem_type: ProblemType
     solution: str  # "<answer>...</answer>"
     path: Path | None = None  # absolute path of the media file, under data.root; None for text
+    root: Path | None = None  # folder that the media file must lie in when it is opened; None: anywhere
     options: tuple[str, ...] = ()  # multiple choice: "A. red", ...
     data_source: str = ""
     process: str = ""  # SFT data: "<think>...</think>"
@@ -69,7 +70,9 @@ class Clip:
     source_fps: float  # frames per second of the file; 0 for an image
     path: str
     backend: str  # name of the decoder that was used
-    rotation: int = 0  # degrees anticlockwise that bring the frames upright (``size`` is upright): 0, 90, 180 or 270
+    # What brings the frames upright (``size`` is upright): they are mirrored left to right, then turned anticlockwise.
+    rotation: int = 0  # degrees: 0, 90, 180 or 270
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Workers of the prefetcher that hang, are killed, die idle, cannot start or lose their parent."""
 
+import collections
 import contextlib
 import os
 import signal
@@ -49,7 +50,7 @@ def test_workers_ignore_ctrl_c_and_use_one_thread():
         assert threads == 1
 
 
-def never_up():
+def never_up(writer):
     time.sleep(1000)
 
 
@@ -96,7 +97,73 @@ def test_a_worker_stopped_dead_while_it_holds_the_pipe_is_replaced(monkeypatch):
         assert ahead.stats.restarts == 1
 
 
-def die_at_start():
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_from_outside_costs_one_more_try(tmp_path, number):
+    log = tmp_path / "log"
+    with prefetcher(workers=2) as ahead:
+        out = [r for _, r in ahead.iterate([Work("square", 2), Work("kill once", number, str(log)), Work("square", 3)])]
+        assert out == [4, number * number, 9]
+        assert len(set(log.read_text().split())) == 2, "two workers had it"
+        assert (ahead.stats.retries, ahead.stats.worker_deaths, dict(ahead.stats.errors)) == (1, 1, {})
+
+
+def test_a_second_kill_is_the_samples_fault():
+    with prefetcher(workers=2) as ahead:
+        out = [r for _, r in ahead.iterate([Work("square", 2), Work("kill"), Work("exit"), Work("square", 3)])]
+        assert [getattr(r, "kind", r) for r in out] == [4, "worker_died", "worker_died", 9]
+        assert "exit code -9" in out[1].message
+        assert ahead.stats.retries == 1, "a crash is not tried again"
+        assert ahead.stats.worker_deaths == 3
+
+
+def programs(path):
+    wait_until(lambda: path.exists() and len(path.read_text().split()) == 2)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.parametrize("end", ["timeout", "killed", "closed"])
+def test_what_a_worker_started_ends_with_it(tmp_path, end):
+    path = tmp_path / "pids"
+    work = Work("start a program and die" if end == "killed" else "start a program", 0, str(path))
+    ahead = prefetcher(workers=1, depth=1, timeout=3.0 if end == "timeout" else PATIENCE)
+    with ahead:
+        stream = ahead.iterate([work])
+        if end == "closed":
+            ahead._fill(collections.deque(), iter([work]))
+            pids = programs(path)
+        else:
+            ((_, error),) = stream
+            assert error.kind == ("timeout" if end == "timeout" else "worker_died")
+            pids = programs(path)
+            wait_until(lambda: not any(map(alive, pids)))
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+PROGRAM = """
+    import os, subprocess, sys, time
+    from videor1.video.version import Key
+    from videor1.data.prefetch import Prefetcher
+
+    def load(item):
+        program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        print(os.getpid(), program.pid, flush=True)
+        time.sleep(1000)
+
+    if __name__ == "__main__":
+        list(Prefetcher(load, workers=1, depth=1, timeout=500, key=Key).iterate([0]))
+    """
+
+
+def test_what_a_worker_started_does_not_outlive_a_killed_parent(tmp_path):
+    script = run_script(tmp_path, PROGRAM)
+    pids = [int(pid) for pid in script.stdout.readline().split()]
+    assert len(pids) == 2
+    script.kill()
+    wait_until(lambda: not any(map(alive, pids)))
+    script.communicate(timeout=PATIENCE)
+
+
+def die_at_start(writer):
     os._exit(1)
 
 

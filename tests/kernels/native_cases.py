@@ -79,7 +79,19 @@ void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
     return torch.ops.videor1_emulated
 
 
-def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotation=0, both=False, align=1, device="cpu"):
+def run(
+    operators,
+    frames,
+    *,
+    size,
+    dtype=torch.uint8,
+    permutation=None,
+    rotation=0,
+    mirrored=False,
+    both=False,
+    align=1,
+    device="cpu",
+):
     """(ordered, permuted) straight from the operator, into outputs full of something else; on the CPU in the end."""
     device = torch.device(device)
     planes = [_moved(p, device) for p in (frames.planes if isinstance(frames, YuvFrames) else (frames,))]
@@ -100,7 +112,7 @@ def run(operators, frames, *, size, dtype=torch.uint8, permutation=None, rotatio
     slots = None if permutation is None else native._slots(permutation, device)
     levels = native._levels(dtype, device)
     operators.frames_to_patches(
-        planes, matrix, full, *tables[0], *tables[1], rotation // 90, levels, slots, ordered, permuted
+        planes, matrix, full, *tables[0], *tables[1], rotation // 90, mirrored, levels, slots, ordered, permuted
     )
     return tuple(None if made is None else made.cpu() for made in (ordered, permuted))
 

@@ -55,8 +55,8 @@ def kernel(request):
     return request.getfixturevalue(request.param)
 
 
-def chain(frames, size, rotation, *, rounded_rgb=False):
-    """RGB in fp64, turned, resized, clamped, rounded: levels [F, H, W, 3]. Nothing of ours in it.
+def chain(frames, size, rotation, *, mirrored=False, rounded_rgb=False):
+    """RGB in fp64, mirrored, turned, resized, clamped, rounded: levels [F, H, W, 3]. Nothing of ours in it.
 
     rounded_rgb: as if the resize were given 8-bit RGB.
     """
@@ -78,6 +78,7 @@ def chain(frames, size, rotation, *, rounded_rgb=False):
         rgb = np.round(rgb) if rounded_rgb else rgb
     else:
         rgb = frames.numpy().astype(np.float64)
+    rgb = rgb[:, :, ::-1] if mirrored else rgb
     return np.round(resized(np.rot90(rgb, rotation // 90, (1, 2)), size))
 
 
@@ -88,14 +89,15 @@ def levels_of(patches, frames, size):
     return x.reshape(2 * T, *size, 3)[:frames].numpy().astype(np.float64)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("source", "size"), SIZES)
-def test_within_a_level_of_the_exact_chain(kernel, kind, source, size, rotation):
+def test_within_a_level_of_the_exact_chain(kernel, kind, source, size, rotation, mirrored):
     frames = made_frames(kind, 3, *source, matrix="709")
     upright = size if rotation % 180 == 0 else size[::-1]
-    got, _ = kernel(frames, size=upright, rotation=rotation)
-    assert_within_a_level(got, frames, upright, rotation)
+    got, _ = kernel(frames, size=upright, rotation=rotation, mirrored=mirrored)
+    assert_within_a_level(got, frames, upright, rotation, mirrored)
 
 
 @pytest.mark.parametrize("range_", ["limited", "full"])
@@ -106,12 +108,12 @@ def test_every_matrix_and_range(kernel, kind, matrix, range_):
     assert_within_a_level(kernel(frames, size=(28, 56))[0], frames, (28, 56), 0)
 
 
-def assert_within_a_level(patches, frames, size, rotation):
+def assert_within_a_level(patches, frames, size, rotation, mirrored=False):
     levels = levels_of(patches, len(frames), size)
-    error = np.abs(levels - chain(frames, size, rotation))
+    error = np.abs(levels - chain(frames, size, rotation, mirrored=mirrored))
     assert error.max() <= 1
     assert error.mean() <= 1e-3, "only sums within fp32's error of a half may go the other way"
-    assert np.abs(levels - chain(frames, size, rotation, rounded_rgb=True)).max() <= 1
+    assert np.abs(levels - chain(frames, size, rotation, mirrored=mirrored, rounded_rgb=True)).max() <= 1
 
 
 @pytest.mark.parametrize("range_", ["limited", "full"])
@@ -167,7 +169,7 @@ def test_the_bits_do_not_depend_on_the_threads(cpu, threads):
 
 def test_auto_takes_it_and_the_api_reaches_all_of_it():
     frames = made_frames("yuv420p", 3, 70, 101, matrix="709")
-    options = {"size": (84, 56), "rotation": -90, "dtype": torch.uint8}
+    options = {"size": (84, 56), "rotation": -90, "mirrored": True, "dtype": torch.uint8}
     ordered, permuted = frames_to_patches(frames, permutation=[2, 0, 1], both=True, **options)
     assert last_backend("frames_to_patches") == "native"
     expected = frames_to_patches(frames, permutation=[2, 0, 1], both=True, backend="reference", **options)

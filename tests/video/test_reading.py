@@ -206,11 +206,6 @@ def test_rotation_tag(tmp_path, matrix, upright):
         assert expected is None or got == expected
 
 
-def test_odd_rotation_is_refused(tmp_path):
-    path = write_video(tmp_path / "r.mp4", coloured_corners(), rotation=30)
-    assert kind_of(read_frames, path) == "decode"
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "pix_fmt"),
     [

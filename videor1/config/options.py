@@ -56,6 +56,9 @@ class DataConfig:
     which a video takes about 4.5 MB at the default size."""
     timeout: Annotated[float, above(0, most=1e7)] = 60.0
     """Seconds a worker may spend on one sample before it is killed and the sample is skipped and counted."""
+    max_decoded_mb: Annotated[int, at_least(64, most=MOST_MIB)] = 1024
+    """Memory in MiB that decoding one sample may take, estimated from the size, the number and the format of its frames
+    before they are decoded; a sample that needs more is skipped and counted as too_large."""
     cache_mb: Annotated[int, at_least(0, "0 (none) or more", most=MOST_MIB)] = 512
     """Memory in MiB for decoded 8-bit patches that are kept across epochs; 0 keeps none."""
     cache_dir: str | None = None

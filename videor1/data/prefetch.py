@@ -1,7 +1,8 @@
 """Decode samples ahead of the training step, in worker processes, with bounded memory and caches.
 
 Results come in the order of the input. A sample that hangs, crashes its worker or cannot be read yields a
-``SampleError`` in its place, and the other samples are not affected. A file that changes is decoded again. The process
+``SampleError`` in its place, and the other samples are not affected. A worker that is killed from outside costs one
+more try. A file that changes is decoded again. The process
 that decodes a file takes its key before and after the decode: only if both keys are equal does the result belong to one
 version of the file, and it is cached under that version.
 """
@@ -39,6 +40,7 @@ class PrefetchStats:
     disk_hits: int = 0  # results that were read from the disk cache
     backends: Counter[str] = field(default_factory=Counter)  # the ``loaded`` results by the decoder that ran
     errors: Counter[str] = field(default_factory=Counter)  # failed calls by SampleError.kind
+    retries: int = 0  # calls that ran again, after their worker was killed from outside
     restarts: int = 0  # restarts of all workers, after the pool itself broke
     changed_files: int = 0  # times that a cached result was outdated or a file changed while it was decoded
     cache_errors: int = 0  # failed reads and writes of the disk cache
@@ -47,7 +49,7 @@ class PrefetchStats:
     @property
     def worker_deaths(self) -> int:
         """How often a worker died or was killed during a call, plus the restarts of all workers."""
-        return self.errors["worker_died"] + self.errors["timeout"] + self.restarts
+        return self.errors["worker_died"] + self.errors["timeout"] + self.retries + self.restarts
 
 
 @dataclass
@@ -182,7 +184,7 @@ class Prefetcher(Generic[T, R]):
     def stats(self) -> PrefetchStats:
         """The counts up to now."""
         if self._pool is not None:
-            self._stats.restarts = self._pool.restarts
+            self._stats.restarts, self._stats.retries = self._pool.restarts, self._pool.retries
         return self._stats
 
     def __enter__(self) -> Prefetcher[T, R]:

@@ -326,6 +326,7 @@ class EntryChecker:
             problem_type=problem_type,
             solution=solution,
             path=media,
+            root=None if media is None else self.root,
             options=tuple(options),
             data_source=optional_text("data_source"),
             process=process,

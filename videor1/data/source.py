@@ -56,7 +56,7 @@ class Source(Generic[R]):
         self.skipped: Counter[str] = Counter()
         self._build, self._on_skip = build, on_skip
         self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
-            functools.partial(_load, video=config.video),
+            functools.partial(_load, video=config.video, max_decoded_mb=config.data.max_decoded_mb),
             workers=config.data.workers,
             depth=max(config.data.prefetch, config.per_device_train_batch_size * config.gradient_accumulation_steps),
             timeout=config.data.timeout,
@@ -156,10 +156,10 @@ def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int,
     return ListOrder(dataset, config.seed, config.data.shuffle, shard)
 
 
-def _load(draw: Draw, video: VideoConfig) -> Media | None:
+def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int) -> Media | None:
     if isinstance(draw.sample, SampleError):
         raise draw.sample
-    return load_media(draw.sample, video)
+    return load_media(draw.sample, video, max_decoded_mb)
 
 
 def _key(draw: Draw) -> Key | None:

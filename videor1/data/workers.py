@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import multiprocessing
-import os
 import pickle
 import signal
 import threading
@@ -21,9 +20,12 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
+from videor1.data.groups import WorkerGroups, end_own_group, lead_group
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 
+# Exit codes of a worker that was killed from outside; pebble's workers end with the number of a SIGTERM.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, int(signal.SIGTERM)) if hasattr(signal, "SIGKILL") else ()
 PRELOAD = ["videor1.data.prefetch", "videor1.video.media"]  # imported once, by the process that forks the workers
 
 
@@ -44,6 +46,7 @@ class Task:
     item: Any
     future: Future[Any] | None = None
     submitted: float = field(default_factory=time.monotonic)
+    retried: bool = False  # whether a worker was killed while it ran the call
 
 
 def call(function: Callable[[Any], Any], item: Any) -> Reply:
@@ -67,8 +70,10 @@ def call(function: Callable[[Any], Any], item: Any) -> Reply:
 class WorkerPool:
     """A pool of processes that run ``call(function, item)``.
 
-    A crashed worker costs only the call that it ran. If the pool itself breaks (a worker was killed between calls, or
-    while it held the pipe), all unfinished calls run again on new workers.
+    A crashed worker costs only the call that it ran. A worker that was killed from outside, as the system does where
+    memory runs out, is no fault of the call, which runs once more. What a worker has started ends with it. If the pool
+    itself breaks (a worker was killed between calls, or while it held the pipe), all unfinished calls run again on new
+    workers.
 
     Args:
         workers: number of processes.
@@ -80,6 +85,7 @@ class WorkerPool:
 
     def __init__(self, workers: int, timeout: float) -> None:
         self.restarts = 0
+        self.retries = 0  # calls that run again because their worker was killed from outside
         self._workers, self._timeout = workers, timeout
         self._fruitless_restarts = 0
         self._unfinished: set[Task] = set()
@@ -96,7 +102,8 @@ class WorkerPool:
     def result(self, task: Task) -> Reply:
         """Wait for a call and return its reply.
 
-        A timeout or the death of its worker is an error of the sample (of the kinds ``timeout`` and ``worker_died``).
+        A timeout, a crash of its worker and a second kill from outside are errors of the sample (of the kinds
+        ``timeout`` and ``worker_died``).
 
         Raises:
             ConfigError: the function raised it.
@@ -130,8 +137,15 @@ class WorkerPool:
                 message = f"took longer than {self._timeout:g} s; its worker was killed"
                 return Reply(None, SampleError("timeout", message, path), self._timeout)
             except ProcessExpired as died:
+                if died.exitcode in _KILLED and not task.retried:
+                    task.retried = True
+                    self.retries += 1
+                    self._schedule(task)
+                    return None
                 message = f"the worker died (exit code {died.exitcode}) while it worked on this sample"
                 return Reply(None, SampleError("worker_died", message, path), 0.0)
+            finally:
+                self._groups.end_dead()
             self._fruitless_restarts = 0
             return Reply(None if payload is None else pickle.loads(payload), error, seconds)
         silence = time.monotonic() - max(self._last_reply, task.submitted)
@@ -153,7 +167,11 @@ class WorkerPool:
         self._last_reply = time.monotonic()
 
     def _start(self) -> None:
-        pool = ProcessPool(max_workers=self._workers, initializer=_init_worker, context=_context())
+        context = _context()
+        self._groups = WorkerGroups(context)
+        pool = ProcessPool(
+            max_workers=self._workers, initializer=_init_worker, initargs=(self._groups.writer,), context=context
+        )
         self._pool = pool
         # The pool starts in the background, because the process that forks the workers needs seconds to import torch.
         self._starting = threading.Thread(target=_start_pool, args=(pool,), daemon=True)
@@ -175,7 +193,7 @@ class WorkerPool:
 
     def _stop_in_background(self) -> threading.Thread:
         """Stop the pool in a thread of its own, because a broken pool may never finish stopping."""
-        thread = threading.Thread(target=_stop_pool, args=(self._pool, self._starting), daemon=True)
+        thread = threading.Thread(target=_stop_pool, args=(self._pool, self._starting, self._groups), daemon=True)
         thread.start()
         return thread
 
@@ -212,7 +230,8 @@ def _context() -> Any:
     return context
 
 
-def _init_worker() -> None:
+def _init_worker(writer: Any) -> None:
+    lead_group(writer)
     torch.set_num_threads(1)
     logging.getLogger("videor1_kernels").setLevel(logging.ERROR)  # The main process has logged the same warnings.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -223,7 +242,7 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # This ends the process even in the middle of a decode.
+        end_own_group()  # even in the middle of a decode
 
 
 def _start_pool(pool: ProcessPool) -> None:
@@ -236,10 +255,11 @@ def _start_pool(pool: ProcessPool) -> None:
     pool.active  # noqa: B018 (reading the property starts the workers)
 
 
-def _stop_pool(pool: ProcessPool, starting: threading.Thread) -> None:
+def _stop_pool(pool: ProcessPool, starting: threading.Thread, groups: WorkerGroups) -> None:
     starting.join()
     pool.stop()
     pool.join()
+    groups.end_all()
 
 
 def _is_broken(future: Future[Any] | None) -> bool:

@@ -109,7 +109,7 @@ class Evaluator:
         self._score = score or functools.partial(accuracy_of, lenient=config.reward.lenient)
         self._top_p, self._count = top_p, count
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
-            functools.partial(load_media, video=config.video),
+            functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb),
             workers=config.data.workers,
             depth=config.data.prefetch,
             timeout=config.data.timeout,

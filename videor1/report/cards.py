@@ -144,9 +144,15 @@ def media_path(card: dict[str, Any], run: Run) -> Path | None:
     """
     if card["path"] is None:
         return None
-    path, root = Path(card["path"]), run.option("data.root")
-    if root is None and (data := run.option("dataset_name")) and Path(data).is_file():
-        root = Path(data).parent
-    if root is not None and not path.resolve().is_relative_to(Path(root).resolve()):
+    path, root = Path(card["path"]), media_root(run)
+    if root is not None and not path.resolve().is_relative_to(root):
         raise ValueError(f"outside of data.root ({root})")
     return path
+
+
+def media_root(run: Run) -> Path | None:
+    """Return the folder, with its symlinks resolved, that a run's media files lie in; None where it is not known."""
+    root = run.option("data.root")
+    if root is None and (data := run.option("dataset_name")) and Path(data).is_file():
+        root = Path(data).parent
+    return None if root is None else Path(root).resolve()

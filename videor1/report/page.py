@@ -12,7 +12,7 @@ import jinja2
 import plotly.offline
 
 from videor1.config import VideoConfig
-from videor1.report.cards import cards_of, media_path, visible
+from videor1.report.cards import cards_of, media_path, media_root, visible
 from videor1.report.charts import charts, points
 from videor1.report.overview import compared_options, overview
 from videor1.report.run import Run
@@ -77,7 +77,7 @@ def _rollouts(
         card["media"] = None
         try:
             if path := media_path(card, run):
-                card["media"] = thumbnails.add(path, card["kind"], _video_options(run))
+                card["media"] = thumbnails.add(path, card["kind"], _video_options(run), media_root(run))
         except (ValueError, TypeError) as error:
             card["media"] = thumbnails.note(str(card["path"]), str(error))
         card["unit"] = run.option("temporal.shuffle_unit")

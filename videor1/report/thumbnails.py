@@ -41,11 +41,14 @@ class Thumbnails:
         self._made: dict[tuple[Any, ...], int] = {}
         self._bytes, self._spent = 0, 0.0
 
-    def add(self, path: Path, kind: str, video: VideoConfig) -> int:
-        """Decode a file's frames, sampled by the options in ``video``, and return their index in ``media``."""
-        key = (str(path), kind, video.max_frames, video.fps)
+    def add(self, path: Path, kind: str, video: VideoConfig, root: Path | None = None) -> int:
+        """Decode a file's frames, sampled by the options in ``video``, and return their index in ``media``.
+
+        The file that is opened must lie in ``root``, a folder with its symlinks resolved; None: anywhere.
+        """
+        key = (str(path), kind, video.max_frames, video.fps, root)
         if key not in self._made:
-            self._made[key] = self.note(path, self._full()) if self._full() else self._decode(path, kind, video)
+            self._made[key] = self.note(path, self._full()) if self._full() else self._decode(path, kind, video, root)
         return self._made[key]
 
     def note(self, path: Path | str, reason: str) -> int:
@@ -60,14 +63,14 @@ class Thumbnails:
             return f"left out: the frames before it took {self._spent:.0f} seconds to decode; ask for fewer rollouts"
         return ""
 
-    def _decode(self, path: Path, kind: str, video: VideoConfig) -> int:
+    def _decode(self, path: Path, kind: str, video: VideoConfig, root: Path | None) -> int:
         started = time.perf_counter()
         try:
             # Every backend returns the same frames, so the one that is always installed is used here.
             clip = (
-                read_image(path)
+                read_image(path, root=root)
                 if kind == "image"
-                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1)
+                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1, root=root)
             )
             frames = small_jpegs(clip)
         except SampleError as error:

@@ -12,7 +12,9 @@ import torch
 
 from videor1.config import VIDEO_MAX_PIXELS
 from videor1.types import Clip, SampleError
-from videor1.video.reading import frames_between, pixel_bounds, read_rgb, sample_indices, target_size
+from videor1.video.limits import MAX_DECODED_MB, check_images
+from videor1.video.reading import frames_between, pixel_bounds, sample_indices, target_size
+from videor1.video.still import read_rgb
 from videor1.video.version import Key
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -28,15 +30,18 @@ def read_frame_folder(
     min_pixels: int | None = None,
     start: float | None = None,
     end: float | None = None,
+    root: Path | None = None,
+    max_decoded_mb: int = MAX_DECODED_MB,
 ) -> Clip:
     """Read the images of a folder as a video.
 
     Image i (from 0, ordered by the numbers in the file names) is shown at second i / ``frames_per_second``. Frames are
-    sampled and sized as ``video.read_frames`` does; only the sampled images are read.
+    sampled and sized as ``video.read_frames`` does; only the sampled images are read. ``root`` and ``max_decoded_mb``
+    are as there.
 
     Raises:
-        SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``; ``decode``
-            where the images differ in size.
+        SampleError: ``missing_file``, ``zero_frames``, ``too_few_frames``, ``image``, ``aspect_ratio``, ``too_large``,
+            ``outside_root``; ``decode`` where the images differ in size.
         ValueError: an option is out of range.
     """
     if not frames_per_second > 0 or max_frames < 2 or not fps > 0:
@@ -53,15 +58,21 @@ def read_frame_folder(
     indices = [window[i] for i in sample_indices(len(window), frames_per_second, max_frames=max_frames, fps=fps)]
     if not indices:
         raise SampleError("too_few_frames", f"a video needs at least 2 frames, this one has {len(names)}", path)
-    images = [read_rgb(path / names[i]) for i in indices]
-    if len(sizes := {image.shape for image in images}) > 1:
-        shown = " and ".join(f"{width}x{height}" for height, width, _ in sorted(sizes))
-        raise SampleError("decode", f"its images differ in size: {shown}", path)
-    height, width = images[0].shape[:2]
+    first = read_rgb(path / names[indices[0]], root=root, max_decoded_mb=max_decoded_mb)
+    height, width = first.shape[:2]
+    check_images(path, len(indices), width, height, limit_mb=max_decoded_mb)
+    frames = np.empty((len(indices), height, width, 3), np.uint8)
+    frames[0] = first
+    for slot, i in enumerate(indices[1:], start=1):
+        image = read_rgb(path / names[i], root=root, max_decoded_mb=max_decoded_mb)
+        if image.shape != first.shape:
+            shown = f"{width}x{height} and {image.shape[1]}x{image.shape[0]}"
+            raise SampleError("decode", f"its images differ in size: {shown}", path)
+        frames[slot] = image
     return Clip(
-        frames=torch.from_numpy(np.stack(images)),
+        frames=torch.from_numpy(frames),
         size=target_size(path, height, width, low, high),
-        fps=len(images) / len(window) * frames_per_second,
+        fps=len(frames) / len(window) * frames_per_second,
         timestamps=tuple(seconds[i] for i in indices),
         total_frames=len(names),
         source_fps=frames_per_second,
@@ -70,13 +81,15 @@ def read_frame_folder(
     )
 
 
-def folder_key(kind: str, path: str | Path) -> Key:
+def folder_key(kind: str, path: str | Path, root: Path | None = None) -> Key:
     """Return the key of a folder of images as it is now.
 
     It is like that of ``version.file_key``, but the version is a digest of the images' names, sizes and modification
     times.
     """
     resolved = os.path.realpath(path)
+    if root is not None and not Path(resolved).is_relative_to(root):
+        return Key((kind, resolved))
     try:
         with os.scandir(resolved) as entries:
             found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if _is_image(e.name))

@@ -9,15 +9,17 @@ from typing import Any
 from videor1.config import VideoConfig
 from videor1.types import Media, Sample, SampleError
 from videor1.video.frame_folder import folder_key, read_frame_folder
+from videor1.video.limits import MAX_DECODED_MB
 from videor1.video.patches import media_from_clip
 from videor1.video.reading import read_frames, read_image
 from videor1.video.version import Key, file_key
 
 
-def load_media(sample: Sample, video: VideoConfig) -> Media | None:
+def load_media(sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DECODED_MB) -> Media | None:
     """Decode a sample's media file into 8-bit patches on the CPU; return None for text.
 
-    A data loader calls it: ``Prefetcher(functools.partial(load_media, video=config.video), ...)``.
+    A data loader calls it: ``Prefetcher(functools.partial(load_media, video=config.video), ...)``. The file is opened
+    once, must then lie in ``sample.root``, and is decoded from what was opened.
 
     Raises:
         SampleError: the file cannot be used.
@@ -34,9 +36,17 @@ def load_media(sample: Sample, video: VideoConfig) -> Media | None:
         "min_pixels": video.min_pixels,
         "start": sample.start,
         "end": sample.end,
+        "root": sample.root,
+        "max_decoded_mb": max_decoded_mb,
     }
     if sample.data_type == "image":
-        clip = read_image(sample.path, max_pixels=video.image_max_pixels, min_pixels=video.image_min_pixels)
+        clip = read_image(
+            sample.path,
+            max_pixels=video.image_max_pixels,
+            min_pixels=video.image_min_pixels,
+            root=sample.root,
+            max_decoded_mb=max_decoded_mb,
+        )
     elif sample.frames_per_second is not None:
         clip = read_frame_folder(sample.path, frames_per_second=sample.frames_per_second, **frames)
     else:
@@ -56,5 +66,5 @@ def media_key(sample: Sample) -> Key | None:
     if sample.start is not None or sample.end is not None:
         kind += f" from {sample.start} to {sample.end}"
     if sample.frames_per_second is not None:
-        return folder_key(f"{kind} at {sample.frames_per_second}", sample.path or "")
-    return file_key(kind, sample.path or "")
+        return folder_key(f"{kind} at {sample.frames_per_second}", sample.path or "", sample.root)
+    return file_key(kind, sample.path or "", sample.root)

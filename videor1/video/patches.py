@@ -20,8 +20,8 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
     """Resize a clip's frames to ``clip.size`` and cut them into 8-bit patches.
 
     Args:
-        clip: decoded frames, RGB or planes; they are rotated upright by ``clip.rotation``. Where their number is odd,
-            the last frame is repeated (an image becomes one temporal patch).
+        clip: decoded frames, RGB or planes; they are brought upright by ``clip.rotation`` and ``clip.mirrored``. Where
+            their number is odd, the last frame is repeated (an image becomes one temporal patch).
         kind: "video" or "image"; a video must have ``clip.fps`` above 0.
         seconds: time in seconds that decoding took; the time of the resize is added to it.
 
@@ -31,7 +31,9 @@ def media_from_clip(clip: Clip, kind: Literal["video", "image"], *, seconds: flo
     started = time.perf_counter()
     if kind == "video" and not clip.fps > 0:
         raise ValueError(f"media_from_clip: a video needs the sampled frames per second, got clip.fps={clip.fps}")
-    patches = frames_to_patches(clip.frames, size=clip.size, rotation=clip.rotation, dtype=torch.uint8)
+    patches = frames_to_patches(
+        clip.frames, size=clip.size, rotation=clip.rotation, mirrored=clip.mirrored, dtype=torch.uint8
+    )
     grid = (-(-len(clip.frames) // 2), clip.size[0] // PATCH, clip.size[1] // PATCH)
     return Media(
         kind=kind,

@@ -3,7 +3,7 @@
 A file whose sampled frames cannot be read raises a ``SampleError``; a shortened or replaced clip is never returned.
 (Damage in parts that need not be decoded, or that the decoder repairs without reporting it, goes unnoticed, and so does
 a cut MPEG-TS or raw stream.) The kinds of the error are ``missing_file``, ``not_video``, ``truncated``,
-``zero_frames``, ``too_few_frames``, ``decode``, ``image`` and ``aspect_ratio``.
+``zero_frames``, ``too_few_frames``, ``decode``, ``image``, ``aspect_ratio``, ``too_large`` and ``outside_root``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS
 from videor1.errors import ConfigError
 from videor1.types import Clip, SampleError
-from videor1.video.decoders import Decoder, Frames, FramesChangedError, VideoInfo, open_decoder
-from videor1.video.decoders.index import check_file
+from videor1.video.decoders import Decoder, Frames, FramesChangedError, VideoInfo, check_backend, open_decoder
+from videor1.video.decoders.container import MAX_PIXELS
+from videor1.video.limits import MAX_DECODED_MB, check_video, most_pixels
+from videor1.video.opened import MediaFile
+from videor1.video.orientation import Orientation, upright
+from videor1.video.still import read_rgb
 from videor1_kernels.frames_to_patches import YuvFrames
 
 FACTOR = 28  # pixels: a patch has sides of 14, and the model merges 2 x 2 patches into one token
@@ -46,6 +48,8 @@ def read_frames(
     device: str | torch.device = "cpu",
     planes: bool = False,
     threads: int | None = None,
+    root: Path | None = None,
+    max_decoded_mb: int = MAX_DECODED_MB,
 ) -> Clip:
     """Decode the sampled frames of a video, upright, at the source's resolution.
 
@@ -53,7 +57,9 @@ def read_frames(
     file)] and floored to even; the sampled frames are round(linspace(0, frames - 1, n)) in presentation order (the
     reference's rule; a file of two or three frames gives two). Frames are counted by demuxing and the count is checked
     against the frames that are decoded; it is never taken from a header. No more is decoded than the sampled frames
-    need. The target ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
+    need. Frames are those of the stream that FFmpeg considers the best, upright as its command line shows them; where
+    the file's times contradict it, they are taken in the order in which they leave the decoder. The target
+    ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
 
     Args:
         path: the file; H.264, HEVC, AV1, VP9 and whatever else FFmpeg decodes, in any pixel format.
@@ -65,9 +71,11 @@ def read_frames(
             hold them.
         backend: see ``decoders.open_decoder``; ``Clip.backend`` names the decoder that was used.
         device: the device that the frames are returned on.
-        planes: return 4:2:0 video as ``YuvFrames``, not yet rotated (see ``Clip.rotation``), where the decoder gives
-            planes; otherwise frames are RGB and upright.
+        planes: return 4:2:0 video as ``YuvFrames``, not yet upright (see ``Clip.rotation`` and ``Clip.mirrored``),
+            where the decoder gives planes; otherwise frames are RGB and upright.
         threads: CPU threads for decoding, 0 for as many as there are cores; default: 1 in a worker process, else 0.
+        root: a folder, with its symlinks resolved, that the opened file must lie in; None: anywhere.
+        max_decoded_mb: most memory in MiB that decoding may take, estimated from the headers before it begins.
 
     Returns:
         :class:`Clip`: uint8 RGB frames [F, height, width, 3], or planes; their times in seconds, the target size in
@@ -90,13 +98,18 @@ def read_frames(
         raise ConfigError(f"video.device: {device}: torch finds no CUDA device here; use cpu")
     path = Path(path)
     threads = _default_threads() if threads is None else threads
-    with closing(open_decoder(path, backend=backend, device=device, threads=threads)) as decoder:
-        decoded, info, window = _decode(decoder, path, max_frames, fps, planes, start, end)
-    pixels, rotation = _to_device(decoded.pixels, device), decoded.rotation
+    check_backend(backend)
+    limit = min(MAX_PIXELS, most_pixels(max_decoded_mb))
+    with (
+        MediaFile(path, "not_video", root) as file,
+        closing(open_decoder(file, backend=backend, device=device, threads=threads, max_pixels=limit)) as decoder,
+    ):
+        decoded, info, window = _decode(decoder, path, max_frames, fps, planes, start, end, max_decoded_mb)
+    pixels, orientation = _to_device(decoded.pixels, device), Orientation(decoded.rotation, decoded.mirrored)
     if isinstance(pixels, Tensor):
-        pixels, rotation = _rotate(pixels, rotation), 0
+        pixels, orientation = upright(pixels, orientation), Orientation()
     height, width = pixels.planes[0].shape[1:] if isinstance(pixels, YuvFrames) else pixels.shape[1:3]
-    if rotation % 180:
+    if orientation.swaps_sides:
         height, width = width, height
     return Clip(
         frames=pixels,
@@ -107,21 +120,30 @@ def read_frames(
         source_fps=info.fps,
         path=str(path),
         backend=decoded.backend,
-        rotation=rotation,
+        rotation=orientation.rotation,
+        mirrored=orientation.mirrored,
     )
 
 
-def read_image(path: str | Path, *, max_pixels: int = IMAGE_MAX_PIXELS, min_pixels: int = IMAGE_MIN_PIXELS) -> Clip:
-    """Read a still image as a clip of one frame with fps 0.
+def read_image(
+    path: str | Path,
+    *,
+    max_pixels: int = IMAGE_MAX_PIXELS,
+    min_pixels: int = IMAGE_MIN_PIXELS,
+    root: Path | None = None,
+    max_decoded_mb: int = MAX_DECODED_MB,
+) -> Clip:
+    """Read a still image (PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF) as a clip of one frame with fps 0.
 
     The EXIF orientation is applied, transparency is shown on white, and palette, grey (8 and 16 bit) and CMYK images
-    become RGB. Of an animation, the first frame is used.
+    become RGB. Of an animation, the first frame is used. ``root`` and ``max_decoded_mb`` are those of ``read_frames``.
 
     Raises:
-        SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut; ``aspect_ratio``.
+        SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut; ``aspect_ratio``;
+            ``too_large``; ``outside_root``.
     """
     path = Path(path)
-    rgb = read_rgb(path)
+    rgb = read_rgb(path, root=root, max_decoded_mb=max_decoded_mb)
     height, width = rgb.shape[:2]
     return Clip(
         frames=torch.from_numpy(rgb)[None],
@@ -133,20 +155,6 @@ def read_image(path: str | Path, *, max_pixels: int = IMAGE_MAX_PIXELS, min_pixe
         path=str(path),
         backend="pillow",
     )
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """Return a still image's pixels as ``read_image`` does, uint8 RGB [height, width, 3].
-
-    Raises:
-        SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut.
-    """
-    check_file(path, "image")
-    try:
-        with Image.open(path) as image:
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # Pillow's readers raise many types on broken bytes
-        raise SampleError("image", f"cannot read the image: {error}", path) from error
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = FACTOR) -> tuple[int, int]:
@@ -236,7 +244,14 @@ def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float
 
 
 def _decode(
-    decoder: Decoder, path: Path, max_frames: int, fps: float, planes: bool, start: float | None, end: float | None
+    decoder: Decoder,
+    path: Path,
+    max_frames: int,
+    fps: float,
+    planes: bool,
+    start: float | None,
+    end: float | None,
+    max_decoded_mb: int,
 ) -> tuple[Frames, VideoInfo, int]:
     """Decode the sampled frames of the window from ``start`` to ``end``.
 
@@ -250,6 +265,7 @@ def _decode(
         window = frames_between(path, info.seconds, start, end)
         chosen = sample_indices(len(window), info.fps, max_frames=max_frames, fps=fps) if window else []
         indices = [window[i] for i in chosen]
+        check_video(path, len(indices), info.width, info.height, info.pix_fmt, planes=planes, limit_mb=max_decoded_mb)
         try:
             frames = decoder.frames(indices or range(info.num_frames), planes=planes)
         except FramesChangedError as error:
@@ -271,11 +287,6 @@ def _to_device(pixels: Tensor | YuvFrames, device: str | torch.device) -> Tensor
     return YuvFrames(tuple(plane.to(device) for plane in pixels.planes), pixels.matrix, pixels.range)
 
 
-def _rotate(pixels: Tensor, rotation: int) -> Tensor:
-    """Return RGB frames [F, height, width, 3] rotated anticlockwise by a multiple of 90 degrees."""
-    return torch.rot90(pixels, rotation // 90, dims=(1, 2)).contiguous() if rotation else pixels
-
-
 def _default_threads() -> int:
     """Return 1 in a worker process, as workers run in parallel, and 0 (every core) in the main process."""
     return 1 if multiprocessing.parent_process() is not None else 0
@@ -291,14 +302,3 @@ def target_size(path: Path, height: int, width: int, min_pixels: int, max_pixels
         message = f"{width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the other"
         raise SampleError("aspect_ratio", message, path)
     return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, transparency on white. Raises ValueError for a mode of undefined range."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # Pillow would silently clip these to 0..255
-        raise ValueError(f"pixels of mode {image.mode} have no defined range")
-    if image.has_transparency_data:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")

@@ -22,11 +22,16 @@ class Key(NamedTuple):
     format: int = FORMAT
 
 
-def file_key(kind: str, path: str | Path) -> Key:
-    """Return the key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode), FORMAT)."""
+def file_key(kind: str, path: str | Path, root: Path | None = None) -> Key:
+    """Return the key of a file as it is now: ((kind, resolved path), (size, mtime_ns, inode), FORMAT).
+
+    The key of a path that leads out of ``root``, a folder with its symlinks resolved, has no version.
+    """
     resolved = str(path)
     try:
         resolved = os.path.realpath(path)
+        if root is not None and not Path(resolved).is_relative_to(root):
+            return Key((kind, resolved))
         found = os.stat(resolved)
     except (OSError, ValueError):  # reading the file will raise the error that explains this
         return Key((kind, resolved))

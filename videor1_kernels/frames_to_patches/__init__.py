@@ -38,6 +38,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     backend: str = "auto",
 ) -> Tensor: ...
 @overload
@@ -49,6 +50,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 def frames_to_patches(
@@ -58,6 +60,7 @@ def frames_to_patches(
     permutation: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     both: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,6 +85,8 @@ def frames_to_patches(
         dtype: of the patches: float32, bfloat16 or float16; uint8 for the rounded levels 0..255 before normalisation;
             float64 computes every stage in fp64 (the oracle of tests).
         rotation: degrees anticlockwise that bring the frames upright, a multiple of 90; the output is upright.
+        mirrored: whether the frames are mirrored left to right before they are turned. With ``rotation`` these are the
+            eight orientations that a video or a photograph can be stored in.
         both: return the patches in order and those of the permuted frames, made in the same pass.
         backend: "auto"; "native": one pass in fp32, in C++ on a CPU and CUDA on a card (csrc/, compiled at its first
             use); "reference": in torch. Between them a level may differ by 1 where a sum is within fp32's error of a
@@ -109,7 +114,9 @@ def frames_to_patches(
     if both and permutation is None:
         raise fail(OP, "permutation", f"an order of the {len(frames)} frames, with both=True", None)
     call = ops.run_compiled if torch.compiler.is_compiling() else ops.run
-    return call(frames, (int(size[0]), int(size[1])), permutation, dtype, int(rotation % 360), both, backend)
+    return call(
+        frames, (int(size[0]), int(size[1])), permutation, dtype, int(rotation % 360), bool(mirrored), both, backend
+    )
 
 
 def _check_frames(frames: Tensor | YuvFrames) -> None:

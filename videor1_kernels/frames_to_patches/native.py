@@ -47,6 +47,7 @@ def frames_to_patches(
     permutation: Sequence[int] | None,
     dtype: torch.dtype,
     rotation: int,
+    mirrored: bool,
     both: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``frames_to_patches`` for checked arguments. Planes are not copied, whatever the strides of their rows."""
@@ -68,6 +69,7 @@ def frames_to_patches(
         *_table(height, out_height, device),
         *_table(width, out_width, device),
         rotation // 90,
+        mirrored,
         _levels(dtype, device),
         None if permutation is None else _slots(permutation, device),
         ordered,

@@ -20,6 +20,7 @@ def run(
     permutation: Sequence[int] | Tensor | None,
     dtype: torch.dtype,
     rotation: int,
+    mirrored: bool,
     both: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def run(
     order = _checked_permutation(permutation, len(frames))
     device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
     call = resolve(OP, backend, device, dtype)
-    return call(frames, size=size, permutation=order, dtype=dtype, rotation=rotation, both=both)
+    return call(frames, size=size, permutation=order, dtype=dtype, rotation=rotation, mirrored=mirrored, both=both)
 
 
 def run_compiled(
@@ -36,6 +37,7 @@ def run_compiled(
     permutation: Sequence[int] | Tensor | None,
     dtype: torch.dtype,
     rotation: int,
+    mirrored: bool,
     both: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,7 +45,9 @@ def run_compiled(
     planes, matrix, range_ = ([frames], "", "") if isinstance(frames, Tensor) else _parts(frames)
     numbers, order = (None, permutation) if isinstance(permutation, Tensor) else (permutation, None)
     listed = None if numbers is None else list(numbers)
-    made = frames_to_patches_op(planes, matrix, range_, list(size), listed, order, dtype, rotation, both, backend)
+    made = frames_to_patches_op(
+        planes, matrix, range_, list(size), listed, order, dtype, rotation, mirrored, both, backend
+    )
     return (made[0], made[1]) if both else made[0]
 
 
@@ -57,13 +61,14 @@ def frames_to_patches_op(
     order: Tensor | None,
     dtype: torch.dtype,
     rotation: int,
+    mirrored: bool,
     both: bool,
     backend: str,
 ) -> list[Tensor]:
     """RGB frames (matrix ""), or planes -> one or two [T * h * w, 1176]; the permutation is a list or a tensor."""
     frames = YuvFrames(tuple(planes), matrix, range) if matrix else planes[0]  # type: ignore[arg-type]
     chosen = permutation if order is None else order
-    made = run(frames, (size[0], size[1]), chosen, dtype, rotation, both, backend)
+    made = run(frames, (size[0], size[1]), chosen, dtype, rotation, mirrored, both, backend)
     return list(made) if isinstance(made, tuple) else [made]
 
 
@@ -77,6 +82,7 @@ def _(
     order: Tensor | None,
     dtype: torch.dtype,
     rotation: int,
+    mirrored: bool,
     both: bool,
     backend: str,
 ) -> list[Tensor]:

@@ -96,6 +96,7 @@ def frames_to_patches_reference(
     permutation: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 0,
+    mirrored: bool = False,
     both: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def frames_to_patches_reference(
     compute_dtype = compute_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     stored = size if rotation % 180 == 0 else size[::-1]  # turned after the resize, whose filter is symmetric
     levels = torch.cat([_resized(group, stored) for group in _float_groups(frames, stored, compute_dtype)])
-    levels = torch.rot90(levels, rotation // 90, (2, 3))  # [F, 3, H, W]
+    levels = torch.rot90(levels.flip(3) if mirrored else levels, rotation // 90, (2, 3))  # [F, 3, H, W]
     permuted = levels if permutation is None else levels[torch.as_tensor(permutation, device=levels.device)]
     made = tuple(_patches(x, dtype) for x in ((levels, permuted) if both else (permuted,)))
     return made if len(made) == 2 else made[0]

@@ -27,11 +27,13 @@ VIDEOR1_HD int64_t offset_of_slot(int64_t slot, int64_t height, int64_t width) {
   return slot / 2 * (height * width / kFramePixels) * kColumns + slot % 2 * kFramePixels;
 }
 
-// Frames are resized as they are stored and turned upright on the way out. ``quarter_turns`` is anticlockwise; height
-// and width are those of the resized frame as stored; the upright frame is width x height after an odd turn.
+// Frames are resized as they are stored and brought upright on the way out: mirrored left to right where ``mirrored``
+// says so, then turned by ``quarter_turns`` anticlockwise. height and width are those of the resized frame as stored; the
+// upright frame is width x height after an odd turn.
 struct Upright {
   int64_t height, width;
   int quarter_turns;
+  bool mirrored;
 
   VIDEOR1_HD int64_t upright_height() const { return quarter_turns % 2 ? width : height; }
   VIDEOR1_HD int64_t upright_width() const { return quarter_turns % 2 ? height : width; }
@@ -45,7 +47,8 @@ struct Upright {
       default: return offset_of_column(height - 1 - y);
     }
   }
-  VIDEOR1_HD int64_t offset_of_stored_column(int64_t x) const {
+  VIDEOR1_HD int64_t offset_of_stored_column(int64_t stored) const {
+    const int64_t x = mirrored ? width - 1 - stored : stored;
     switch (quarter_turns) {
       case 0: return offset_of_column(x);
       case 1: return offset_of_row(width - 1 - x, height);

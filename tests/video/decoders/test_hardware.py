@@ -3,6 +3,7 @@
 Where NVDEC is forced, its failure is an error.
 """
 
+import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import coded_numbers
+from media import ORIENTATIONS, coded_numbers
 
 from videor1.errors import ConfigError
 from videor1.types import SampleError
@@ -73,6 +74,7 @@ def test_nvdec_for_long_runs_of_large_frames(with_a_card):
         (info_of(pix_fmt="yuv444p"), SPREAD, "no h264 in yuv444p"),
         (info_of("prores", "yuv422p10le"), SPREAD, "NVDEC has no prores"),
         (info_of(width=1921), SPREAD, "1921x1080 would lack"),
+        (replace(info_of(), rotation=30), SPREAD, "turned by 30 degrees"),
     ):
         choice = decide(info, indices, "cuda", "auto")
         assert choice.where == "cpu"
@@ -123,7 +125,7 @@ class Surface:
     planes: list[torch.Tensor]
     colorspace: int = 1
     color_range: int = 1
-    rotation: int = 0
+    side_data: dict = field(default_factory=dict)
     format: object = field(default_factory=lambda: type("Format", (), {"name": "cuda"}))
 
 
@@ -134,9 +136,14 @@ def surface(height=4, width=6, dtype=torch.uint8, value=0, **kwargs):
     return Surface([Y, UV], **kwargs)
 
 
+def matrix(rotation, mirrored=False):
+    a, b, c, d = (65536 * value for value in ORIENTATIONS[rotation, mirrored])
+    return {"DISPLAYMATRIX": struct.pack("9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)}
+
+
 def test_surfaces_are_copied():
     stack = SurfaceStack(Path("a.mp4"), 2, "cpu")
-    first, second = surface(value=3, rotation=90), surface(value=7, rotation=90)
+    first, second = surface(value=3, side_data=matrix(90, True)), surface(value=7, side_data=matrix(90, True))
     stack.put(1, first)
     stack.put(0, second)
     for plane in first.planes + second.planes:
@@ -147,7 +154,7 @@ def test_surfaces_are_copied():
     assert all(
         torch.equal(plane[i], torch.full_like(plane[i], v)) for plane in pixels.planes for i, v in ((0, 7), (1, 3))
     )
-    assert (pixels.matrix, pixels.range, stack.rotation) == ("709", "limited", 90)
+    assert (pixels.matrix, pixels.range, stack.orientation) == ("709", "limited", (90, True))
     stack = SurfaceStack(Path("a.mp4"), 1, "cpu")
     stack.put(0, surface(dtype=torch.uint16, colorspace=9, color_range=2))
     assert stack.pixels().planes[0].dtype == torch.uint16
@@ -159,8 +166,8 @@ def test_surfaces_that_do_not_fit_together():
     stack.put(0, surface())
     with pytest.raises(SampleError, match="the frame size changes"):
         stack.put(1, surface(height=8))
-    with pytest.raises(SampleError, match="the rotation changes"):
-        stack.put(1, surface(rotation=180))
+    with pytest.raises(SampleError, match="the orientation changes"):
+        stack.put(1, surface(side_data=matrix(0, True)))
     for other in (surface(colorspace=9), surface(colorspace=7), surface(dtype=torch.uint16)):
         with pytest.raises(MixedLayoutError):
             stack.put(1, other)
@@ -177,7 +184,7 @@ class CardStack(SurfaceStack):
     def put(self, slot, frame):
         Y, U, V = (np.frombuffer(p, np.uint8).reshape(p.height, -1)[:, : p.width].copy() for p in frame.planes)
         planes = [torch.from_numpy(Y), torch.from_numpy(np.stack((U, V), -1))]
-        super().put(slot, Surface(planes, int(frame.colorspace), int(frame.color_range), frame.rotation))
+        super().put(slot, Surface(planes, int(frame.colorspace), int(frame.color_range), frame.side_data))
 
 
 @pytest.fixture

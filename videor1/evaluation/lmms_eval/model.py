@@ -21,7 +21,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -39,6 +38,7 @@ from videor1.video import target_size
 from videor1.video.media import load_media, media_key
 from videor1.video.patches import media_from_clip
 from videor1.video.shuffle import draw_permutation
+from videor1.video.still import rgb_of
 
 _lmms: Any = import_module("lmms_eval.api.model").lmms
 _instance: Any = import_module("lmms_eval.api.instance")
@@ -203,7 +203,7 @@ class VideoR1(_lmms):
 
         data = self.config.data
         with Prefetcher(
-            functools.partial(load_media, video=self.config.video),
+            functools.partial(load_media, video=self.config.video, max_decoded_mb=data.max_decoded_mb),
             workers=data.workers,
             depth=data.prefetch,
             timeout=data.timeout,
@@ -307,10 +307,10 @@ class VideoR1(_lmms):
     def _image(self, image: Image.Image) -> Media | SampleError:
         """Resize an image in memory as the trainer does with files, and cut it into patches."""
         started = time.perf_counter()
-        pixels = np.array(image.convert("RGB"))
-        height, width = pixels.shape[:2]
         video = self.config.video
         try:
+            pixels = rgb_of(image, Path("image"), max_decoded_mb=self.config.data.max_decoded_mb)
+            height, width = pixels.shape[:2]
             size = target_size(Path("image"), height, width, video.image_min_pixels, video.image_max_pixels)
         except SampleError as error:
             return error

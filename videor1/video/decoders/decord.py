@@ -5,7 +5,8 @@ The last release (2021, with a private copy of FFmpeg 4) has these faults, which
 - It numbers packets by time, including hidden ones and those outside of an edit list. Its table of times must equal the
   file's, packet by packet. Where some packets are not shown, the whole file is decoded in order: decord then gives the
   frames that are shown, and their number is checked.
-- It reads the stream that FFmpeg considers the best; a file where that is not the first is refused.
+- It cannot be told which stream to read; a file of several video streams is refused.
+- It turns a picture by the angle of its display matrix, and does not mirror it; that is left to the caller.
 - After a seek it may silently give another frame than requested, or a damaged one: where key frames are not shown in
   the order they are stored (open GOPs, the default of x265), where packets are called key frames that are none (intra
   refresh), and in containers without an index (FLV). It is therefore allowed to seek only in MP4 and Matroska files of
@@ -31,8 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videor1.video.decoders.index import frames_to_decode, open_video
+from videor1.video.decoders.container import open_video
+from videor1.video.decoders.index import frames_to_decode
 from videor1.video.decoders.library import LibraryDecoder
+from videor1.video.opened import MediaFile
 from videor1_kernels.frames_to_patches import YuvFrames
 
 _FAULT_TOLERANCE = 1e-9  # allowed share of repeated frames: so small that a single one is an error
@@ -44,23 +47,19 @@ _IDR = {"h264": (4, 0, 31, range(1, 6), (5,)), "hevc": (21, 1, 63, range(32), (1
 
 
 class DecordDecoder(LibraryDecoder):
-    """``Decoder`` by decord; always RGB, whatever ``planes`` says."""
+    """``Decoder`` by decord; always RGB, whatever ``planes`` says. The options are those of ``LibraryDecoder``."""
 
     backend = "decord"
     module = "decord"
 
-    def __init__(self, path: str | Path, *, threads: int = 1, device: str | torch.device = "cpu") -> None:
-        super().__init__(path, threads=threads, device=device)
+    def __init__(self, path: str | Path | MediaFile, **options: Any) -> None:
+        super().__init__(path, **options)
         self.library.logging.set_level(self.library.logging.QUIET)
 
     def _read(self, numbers: list[int], planes: bool) -> tuple[Tensor | YuvFrames, int]:
         self.check_stream()
         # A new reader is opened each time, because seeking in a used one is less reliable.
-        reader = self.library.VideoReader(
-            str(self.path.absolute()),  # a relative name with a colon would be taken for a protocol
-            num_threads=self.threads,
-            fault_tol=_FAULT_TOLERANCE,
-        )
+        reader = self.library.VideoReader(self.file.name, num_threads=self.threads, fault_tol=_FAULT_TOLERANCE)
         self._check_times(reader)
         with self.library.bridge.use_torch():
             if not all(self.index.shown):
@@ -92,7 +91,7 @@ class DecordDecoder(LibraryDecoder):
         The container must have an index, and each key frame must be decodable by itself and separate the frames shown
         before it from those shown after it.
         """
-        with self.path.open("rb") as file:
+        with self.file.reader() as file:
             head = file.read(8)
         keys = [position for position, key in enumerate(self.index.key) if key]
         if (head[:4] != _EBML and head[4:] != b"ftyp") or list(reader.get_key_indices()) != keys:
@@ -111,7 +110,7 @@ class DecordDecoder(LibraryDecoder):
         if self.index.info.codec not in _IDR:
             return False
         size_at, shift, mask, pictures, idr = _IDR[self.index.info.codec]
-        with open_video(self.path) as (container, stream):
+        with open_video(self.file) as (container, stream):
             extradata = stream.codec_context.extradata or b""
             if len(extradata) <= size_at or extradata[0] != 1:  # NAL units follow start codes instead of lengths
                 return False

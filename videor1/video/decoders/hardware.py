@@ -18,7 +18,7 @@ from torch import Tensor
 
 from videor1.errors import ConfigError
 from videor1.types import SampleError
-from videor1.video.decoders.index import frames_to_decode, quarter_turn
+from videor1.video.decoders.index import frames_to_decode
 from videor1.video.decoders.protocol import VideoInfo
 from videor1.video.decoders.stack import (
     Layout,
@@ -29,6 +29,7 @@ from videor1.video.decoders.stack import (
     colour_range,
     empty_planes,
 )
+from videor1.video.orientation import Orientation, frame_orientation
 from videor1_kernels.frames_to_patches import YuvFrames
 
 Hardware = Literal["none", "auto", "cuda"]
@@ -105,8 +106,8 @@ class SurfaceStack:
         self._tensors: tuple[Tensor, ...] = ()
 
     @property
-    def rotation(self) -> int:
-        return self._layout.rotation if self._layout else 0
+    def orientation(self) -> Orientation:
+        return self._layout.orientation if self._layout else Orientation()
 
     def put(self, slot: int, frame: av.VideoFrame) -> None:
         if frame.format.name != "cuda":  # FFmpeg has no decoder for this codec that uses the GPU
@@ -129,15 +130,20 @@ class SurfaceStack:
         return as_pixels(self._layout, self._tensors)
 
     def _layout_of(self, frame: av.VideoFrame, surfaces: list[Tensor]) -> Layout:
-        matrix = colour_matrix(frame)
-        if matrix is None or len(surfaces) != 2 or surfaces[0].dtype not in (torch.uint8, torch.uint16):
+        matrix, orientation = colour_matrix(frame), frame_orientation(frame)
+        if (
+            matrix is None
+            or not orientation.is_quarter_turn
+            or len(surfaces) != 2
+            or surfaces[0].dtype not in (torch.uint8, torch.uint16)
+        ):
             raise MixedLayoutError
         height, width = surfaces[0].shape
         return Layout(
             "nv12" if surfaces[0].dtype == torch.uint8 else "p010",
             height,
             width,
-            quarter_turn(self._path, frame.rotation),
+            orientation,
             matrix,
             colour_range(frame),
         )
@@ -176,6 +182,8 @@ def _obstacle(info: VideoInfo, device: torch.device) -> str:
         return f"NVDEC has no {info.codec}"
     if info.pix_fmt not in _FORMATS[info.codec]:
         return f"NVDEC has no {info.codec} in {info.pix_fmt}"
+    if not info.orientation.is_quarter_turn:
+        return f"its frames are turned by {info.rotation} degrees, which is done on the CPU"
     if info.width % 2 or info.height % 2:
         return f"its chroma planes of {info.width}x{info.height} would lack a line"
     return ""

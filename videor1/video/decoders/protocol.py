@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from videor1.video.orientation import Orientation
 from videor1_kernels.frames_to_patches import YuvFrames
 
 
@@ -17,13 +18,19 @@ class VideoInfo:
 
     num_frames: int
     fps: float  # average frames per second
-    width: int  # pixels as stored, before the rotation
+    width: int  # pixels as stored, before they are brought upright
     height: int
-    rotation: int  # degrees anticlockwise that bring a stored frame upright: 0, 90, 180 or 270
+    rotation: int  # degrees anticlockwise that a stored frame is turned by after it was mirrored: see ``orientation``
     codec: str  # FFmpeg's name: h264, hevc, av1, ...
     pix_fmt: str  # FFmpeg's name: yuv420p, ...
     seconds: tuple[float, ...]  # presentation time of each frame
     key_frames: tuple[int, ...]  # numbers of the frames that decoding can begin at, ascending
+    mirrored: bool = False  # whether a stored frame is mirrored left to right before it is turned
+
+    @property
+    def orientation(self) -> Orientation:
+        """What brings a stored frame upright; a decoder does or refuses what is no multiple of 90 degrees."""
+        return Orientation(self.rotation, self.mirrored)
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,11 @@ class Frames:
     """The requested frames in the order of the indices; a number that is given twice is repeated."""
 
     pixels: Tensor | YuvFrames  # uint8 RGB [F, height, width, 3], or planes
-    rotation: int  # degrees anticlockwise that bring them upright: 0 where the decoder has rotated them
+    rotation: int  # degrees anticlockwise that are left to turn them by: 0, 90, 180 or 270
     seconds: tuple[float, ...]  # presentation time of each frame
     backend: str  # the backend used: "pyav", "pyav-nvdec", "decord", "torchcodec" or "pynvvideocodec"
     decoded: int  # number of frames that had to be decoded to get these
+    mirrored: bool = False  # whether they are still to be mirrored left to right, before they are turned
 
 
 class FramesChangedError(Exception):
@@ -53,11 +61,11 @@ class Decoder(Protocol):
     backend: str
 
     def probe(self) -> VideoInfo:
-        """Describe the file's frames from its packets; only the first frame is decoded, to learn its rotation."""
+        """Describe the file's frames from its packets; only the first frame is decoded, to learn its orientation."""
         ...
 
     def frames(self, indices: Sequence[int], *, planes: bool = False) -> Frames:
-        """Decode the frames of these numbers, each found by its presentation time.
+        """Decode the frames of these numbers, each found by its presentation time, or by its order where times lie.
 
         Args:
             indices: numbers of the frames, in any order.

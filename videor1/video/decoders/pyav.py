@@ -2,8 +2,9 @@
 
 Only the packets that the requested frames need are decoded: from the last key frame that each of them can be decoded
 from, without frames that no other frame refers to. Parts that are not decoded are not checked, so damage there goes
-unnoticed. The decoded frames are compared with those that the packets announce. Where they differ, and where a file has
-no usable times, the whole file is decoded, and the frames that come out of the decoder count.
+unnoticed. The decoded frames are compared with those that the packets announce. Where they differ, where they leave
+the decoder in another order than their times say, and where a file has no usable times, the whole file is decoded, and
+the frames that come out of the decoder count, in the order in which they do.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from torch import Tensor
 from videor1.errors import ConfigError
 from videor1.types import SampleError
 from videor1.video.decoders import hardware as nvdec
+from videor1.video.decoders.container import MAX_PIXELS, open_video, sample_errors
 from videor1.video.decoders.hardware import SurfaceStack
-from videor1.video.decoders.index import FrameIndex, frames_to_decode, index_packets, open_video, sample_errors
+from videor1.video.decoders.index import FrameIndex, frames_to_decode, index_packets
 from videor1.video.decoders.protocol import Frames, FramesChangedError, VideoInfo
 from videor1.video.decoders.seeking import OutOfStepError, PacketReader, Planner, Segment
 from videor1.video.decoders.stack import FrameStack, MixedLayoutError, take_frames
+from videor1.video.decoders.timeline import ascending
+from videor1.video.opened import MediaFile, media_file
 from videor1_kernels.frames_to_patches import YuvFrames
 
 # Codecs in which each picture states whether others refer to it. (HEVC's states this only for its own temporal layer.)
@@ -37,6 +41,10 @@ class _UnreliableError(Exception):
     """Raised where decoding from a key frame failed, or gave other frames than the packets announce."""
 
 
+class _OrderError(Exception):
+    """Raised where frames leave the decoder in another order than their times say."""
+
+
 class PyAvDecoder:
     """``protocol.Decoder`` by PyAV.
 
@@ -45,28 +53,34 @@ class PyAvDecoder:
         threads: threads for decoding; 0: as many as there are cores, or one where there is little to decode.
         hardware: "none" (the CPU), "auto" (NVDEC where it is faster, see ``hardware.decide``) or "cuda" (NVDEC).
         device: the device that the frames are needed on; frames of NVDEC stay there, others are in main memory.
+        max_pixels: most pixels of a frame.
 
     Raises:
-        SampleError: the file is missing, cut or no video.
+        SampleError: the file is missing, cut or no video, or its frames are too large.
         ConfigError: from ``frames``, where ``hardware`` is "cuda" and NVDEC cannot decode the file.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | MediaFile,
         *,
         threads: int = 1,
         hardware: nvdec.Hardware = "none",
         device: str | torch.device = "cpu",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._path, self._requested_threads, self._hardware = Path(path), threads, hardware
+        self._file = media_file(path, "not_video")
+        self._opened_here = self._file is not path
+        self._path, self._requested_threads, self._hardware = self._file.path, threads, hardware
+        self._max_pixels = max_pixels
         self._threads = 1  # number of threads that the open file is decoded with
         self._device = torch.device(device)
         self._where: Literal["cpu", "nvdec"] = "cpu"
         self.backend = "pyav"
-        self._reader = PacketReader(self._open)
         self._index: FrameIndex | None = None
         self._planner: Planner | None = None  # None: only decoding the whole file gives reliable frames
+        self._counted = False  # whether the index is that of the frames of a whole decode
+        self._reader = PacketReader(self._open)
 
     def probe(self) -> VideoInfo:
         return self._indexed().info
@@ -78,18 +92,28 @@ class PyAvDecoder:
                 raise IndexError(f"frame {number} of a video of {info.num_frames} frames")
         where = nvdec.decide(info, indices, self._device, self._hardware, planes=planes).where
         numbers = sorted(set(indices))
-        run = self._run_on_card(numbers) if where == "nvdec" else None
-        run = run or self._run_on_cpu(numbers, planes, self._threads_for(info, numbers))
-        pixels = run.stack.pixels()
+        done = self._run_on_card(numbers) if where == "nvdec" else None
+        run, stack = done or self._run_on_cpu(numbers, planes, self._threads_for(info, numbers))
+        pixels = stack.pixels()
         if isinstance(pixels, YuvFrames) and not planes:
             pixels = _to_rgb(pixels)
         slots = {number: slot for slot, number in enumerate(numbers)}
         order = [slots[number] for number in indices]
         seconds = tuple(run.seconds[slot] for slot in order)
-        return Frames(take_frames(pixels, order), run.stack.rotation, seconds, self.backend, run.decoded)
+        left = stack.orientation
+        return Frames(take_frames(pixels, order), left.rotation, seconds, self.backend, run.decoded, left.mirrored)
+
+    def in_order(self, indices: Sequence[int]) -> bool:
+        """Return whether the times of the file say in which order these frames are shown; this may decode them."""
+        numbers = sorted(set(indices))
+        if self._indexed().by_pts and self._planner is not None and self._planner.is_doubtful(numbers):
+            self._run(numbers, _NoStack())
+        return self._indexed().by_pts
 
     def close(self) -> None:
         self._reader.close()
+        if self._opened_here:
+            self._file.close()
 
     def _threads_for(self, info: VideoInfo, numbers: Sequence[int]) -> int:
         """Return the number of threads to decode these frames with."""
@@ -100,7 +124,7 @@ class PyAvDecoder:
 
     def _open(self) -> AbstractContextManager[tuple[av.container.InputContainer, av.VideoStream]]:
         accelerator = nvdec.hwaccel(self._device) if self._where == "nvdec" else None
-        return open_video(self._path, threads=self._threads, hwaccel=accelerator)
+        return open_video(self._file, threads=self._threads, hwaccel=accelerator, max_pixels=self._max_pixels)
 
     def _indexed(self) -> FrameIndex:
         if self._index is None:
@@ -109,28 +133,31 @@ class PyAvDecoder:
             self._planner = Planner(self._index)
         return self._index
 
-    def _run_on_card(self, numbers: Sequence[int]) -> _Run | None:
+    def _run_on_card(self, numbers: Sequence[int]) -> tuple[_Run, SurfaceStack] | None:
         """Decode these frames on NVDEC; return None where that failed and the CPU may try."""
-        cpu_index = self._index, self._planner
+        cpu_index = self._index, self._planner, self._counted
         try:
             self._move_to("nvdec", threads=1)
-            return self._run(numbers, SurfaceStack(self._path, len(numbers), self._device))
+            stack = SurfaceStack(self._path, len(numbers), self._device)
+            return self._run(numbers, stack), stack
         except FramesChangedError:
             if self._hardware == "cuda":
                 raise
-            self._index, self._planner = cpu_index  # where NVDEC's frames differ, the CPU's count
+            self._index, self._planner, self._counted = cpu_index  # where NVDEC's frames differ, the CPU's count
             return None
         except (SampleError, MixedLayoutError) as error:
             if self._hardware == "cuda":
                 raise ConfigError(f"video.backend: NVDEC cannot decode {self._path}: {error}") from error
             return None
 
-    def _run_on_cpu(self, numbers: Sequence[int], planes: bool, threads: int) -> _Run:
+    def _run_on_cpu(self, numbers: Sequence[int], planes: bool, threads: int) -> tuple[_Run, FrameStack]:
         self._move_to("cpu", threads)
+        stack = FrameStack(self._path, len(numbers), planes=planes)
         try:
-            return self._run(numbers, FrameStack(self._path, len(numbers), planes=planes))
+            return self._run(numbers, stack), stack
         except MixedLayoutError:  # the pixel format changes within the video, so each frame is converted to RGB
-            return self._run(numbers, FrameStack(self._path, len(numbers), planes=False))
+            stack = FrameStack(self._path, len(numbers), planes=False)
+            return self._run(numbers, stack), stack
 
     def _move_to(self, where: Literal["cpu", "nvdec"], threads: int) -> None:
         """Open the file again where it is to be decoded elsewhere or with another number of threads."""
@@ -139,18 +166,18 @@ class PyAvDecoder:
             self.backend = "pyav" if where == "cpu" else "pyav-nvdec"
             self._reader.restart()
 
-    def _run(self, numbers: Sequence[int], stack: FrameStack | SurfaceStack) -> _Run:
+    def _run(self, numbers: Sequence[int], stack: FrameStack | SurfaceStack | _NoStack) -> _Run:
         """Decode these frames into the stack, by segments where possible and otherwise from the whole file."""
         index, planner = self._indexed(), self._planner
         run = _Run(stack, numbers, index)
         with sample_errors(self._path):
-            plan = planner.plan(run.slots) if planner is not None and index.by_pts else None
+            plan = planner.plan(list(run.slots)) if planner is not None and index.by_pts else None
             if plan is not None and planner is not None:
                 try:
                     for segment in plan:
                         self._decode_segment(planner, segment, run)
                     return run
-                except (_UnreliableError, OutOfStepError):
+                except (_UnreliableError, OutOfStepError, _OrderError):
                     pass
             self._decode_whole(index, run)
             return run
@@ -174,12 +201,15 @@ class PyAvDecoder:
         context = self._reader.stream.codec_context
         try:
             for position, packet in enumerate(chain((first,), packets), segment.start):
-                skip = skips and position > segment.start and packet.pts not in segment.requested
+                watched = packet.pts in segment.requested or position in segment.watched
+                skip = skips and position > segment.start and not watched
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
                 check.add_packet(position, packet.pts, skip)
                 try:
                     frames = context.decode(packet)
                 except av.error.FFmpegError as error:
+                    if position > segment.last:
+                        break
                     if check.is_optional(packet.pts):
                         continue
                     raise _UnreliableError from error
@@ -192,58 +222,72 @@ class PyAvDecoder:
         check.finish()
 
     def _decode_whole(self, index: FrameIndex, run: _Run) -> None:
-        """Decode the whole file; frames are found by their pts or, without usable pts, by their order.
+        """Decode the whole file; a frame is the one that it is by the order in which frames leave the decoder.
 
         Raises:
             SampleError: a frame is damaged, or a second pass over the file gave other frames than the first.
-            FramesChangedError: the first pass over the file gave other frames than the packets announce.
+            FramesChangedError: the first pass over the file gave other frames, or other times, than the packets
+                announce.
         """
         stamps: list[int | None] = []
-        for ordinal, frame in enumerate(self._reader.decode()):
+        for number, frame in enumerate(self._reader.decode()):
             if frame.is_corrupt:
-                raise SampleError("decode", f"frame {ordinal} is damaged", self._path)
+                raise SampleError("decode", f"frame {number} is damaged", self._path)
             stamps.append(frame.pts)
-            run.put(frame, ordinal)
-        if index.by_pts:
-            same = sorted(stamps, key=str) == sorted(index.stamps, key=str)
-        else:
-            same = len(stamps) == index.info.num_frames
-        if same:
+            run.put(frame, number)
+        if _announced(index, stamps):
+            if index.by_pts and not ascending(stamps):
+                self._index = index.in_decoder_order()
             return
         if self._threads != 1:  # with several threads, an error in one of them may be lost
             self._threads = 1
             self._decode_whole(index, run)
             return
-        if self._planner is None:
+        if self._counted:
             raise SampleError("decode", "two passes over the file gave different frames", self._path)
-        self._index, self._planner = index.reindexed(stamps), None
+        self._index, self._planner, self._counted = index.reindexed(stamps), None, True
         raise FramesChangedError(f"{self._path}: {len(stamps)} frames, not the {index.info.num_frames} of its packets")
+
+
+def _announced(index: FrameIndex, stamps: Sequence[int | None]) -> bool:
+    """Return whether the frames of a whole decode, with these times, are those of the index at the times it tells."""
+    if index.by_pts:
+        return sorted(stamps, key=str) == sorted(index.stamps, key=str)
+    if len(stamps) != index.info.num_frames:
+        return False
+    # Where times were not believed that prove to be right, they are those of the frames.
+    return not ascending(stamps) or index.reindexed(stamps).info.seconds == index.info.seconds
+
+
+class _NoStack:
+    """In place of a stack of frames, where only their order is wanted."""
+
+    def put(self, slot: int, frame: av.VideoFrame) -> None:
+        """Forget a frame."""
 
 
 class _Run:
     """Collects the requested frames of one call, ascending, with their times."""
 
-    def __init__(self, stack: FrameStack | SurfaceStack, numbers: Sequence[int], index: FrameIndex) -> None:
-        self.stack, self._index = stack, index
-        # The slot of each frame in the stack, by the frame's pts or, without usable pts, by its number.
-        self.slots = {index.stamps[n] if index.by_pts else n: slot for slot, n in enumerate(numbers)}
+    def __init__(self, stack: FrameStack | SurfaceStack | _NoStack, numbers: Sequence[int], index: FrameIndex) -> None:
+        self.stack = stack
+        self.slots = {index.stamps[number]: slot for slot, number in enumerate(numbers)} if index.by_pts else {}
+        self._slots_by_number = {number: slot for slot, number in enumerate(numbers)}
         self.seconds = [index.info.seconds[number] for number in numbers]
         self.decoded = 0
 
     def keep(self, frames: Iterable[av.VideoFrame], check: _SegmentCheck) -> None:
-        """Put those frames of a segment that are reliable; count the others as decoded."""
+        """Put those frames of a segment that are reliable and requested; count the others as decoded."""
         for frame in frames:
-            if check.add_frame(frame):
-                self.put(frame, None)
-            else:
-                self.decoded += 1
+            self.decoded += 1
+            if check.add_frame(frame) and frame.pts in self.slots:
+                self.stack.put(self.slots[frame.pts], frame)
 
-    def put(self, frame: av.VideoFrame, ordinal: int | None) -> None:
-        """Store a frame in the stack if it is requested."""
+    def put(self, frame: av.VideoFrame, number: int) -> None:
+        """Put a frame of a whole decode if it is requested."""
         self.decoded += 1
-        slot = self.slots.get(frame.pts if self._index.by_pts else ordinal)
-        if slot is not None:
-            self.stack.put(slot, frame)
+        if number in self._slots_by_number:
+            self.stack.put(self._slots_by_number[number], frame)
 
 
 class _SegmentCheck:
@@ -254,6 +298,8 @@ class _SegmentCheck:
         self._required: set[int | None] = set(segment.requested)
         self._allowed: set[int | None] = set()
         self._received: set[int | None] = set()
+        self._latest: int | None = None  # pts of the frame that came out last, without leading pictures
+        self._extra: set[int | None] = set()  # frames that only show the order
 
     def is_optional(self, stamp: int | None) -> bool:
         """Return whether this is a leading picture, which may refer to pictures that are not decoded."""
@@ -265,6 +311,9 @@ class _SegmentCheck:
         if not self._index.shown[position]:
             return
         self._allowed.add(stamp)
+        if position > self._segment.last:
+            self._extra.add(stamp)
+            return
         # The first frame must come out. It does not where its packet is wrongly marked as a key frame (gradual
         # refresh).
         if position == self._segment.start or not (skipped or self.is_optional(stamp)):
@@ -275,9 +324,15 @@ class _SegmentCheck:
 
         Raises:
             _UnreliableError: the frame is damaged.
+            _OrderError: it is earlier than the one before it.
         """
         self._received.add(frame.pts)
         if self.is_optional(frame.pts):
+            return False
+        if self._latest is not None and frame.pts < self._latest:
+            raise _OrderError
+        self._latest = frame.pts
+        if frame.pts in self._extra:
             return False
         if frame.is_corrupt:
             raise _UnreliableError

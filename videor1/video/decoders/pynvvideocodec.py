@@ -1,4 +1,5 @@
-"""Decoding with NVIDIA's PyNvVideoCodec: frames are decoded on the GPU and stay there; they are not rotated.
+"""Decoding with NVIDIA's PyNvVideoCodec: frames are decoded on the GPU and stay there; they are neither turned
+nor mirrored.
 
 8-bit 4:2:0 video is returned as the NV12 surfaces that NVDEC makes, so that its colours are converted by this package
 and not by the library; other formats that NVDEC decodes are returned as the library's RGB. The library silently leaves
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videor1.video.decoders.index import frames_to_decode, open_video
+from videor1.video.decoders.container import open_video
+from videor1.video.decoders.index import frames_to_decode
 from videor1.video.decoders.library import LibraryDecoder
+from videor1.video.opened import MediaFile
 from videor1_kernels.frames_to_patches import YuvFrames
 
 _MATRICES = {1: "709", 2: "601", 5: "601", 6: "601", 9: "2020"}  # AVColorSpace; 2: unspecified
@@ -25,14 +28,17 @@ _RGB_PIXELS = 1 << 22  # number of pixels converted to RGB at once
 
 
 class PyNvVideoCodecDecoder(LibraryDecoder):
-    """``Decoder`` by PyNvVideoCodec's ``SimpleDecoder`` on the GPU of ``device`` (GPU 0 for "cpu")."""
+    """``Decoder`` by PyNvVideoCodec's ``SimpleDecoder`` on the GPU of ``device`` (GPU 0 for "cpu").
+
+    The options are those of ``LibraryDecoder``.
+    """
 
     backend = "pynvvideocodec"
     module = "PyNvVideoCodec"
     applies_rotation = False
 
-    def __init__(self, path: str | Path, *, threads: int = 1, device: str | torch.device = "cpu") -> None:
-        super().__init__(path, threads=threads, device=device)
+    def __init__(self, path: str | Path | MediaFile, **options: Any) -> None:
+        super().__init__(path, **options)
         self._decoder: Any = None
         self._matrix, self._range = self._colours()
         info = self.index.info
@@ -48,7 +54,7 @@ class PyNvVideoCodecDecoder(LibraryDecoder):
         if self._decoder is None:
             colour = self.library.OutputColorType
             self._decoder = self.library.SimpleDecoder(
-                str(self.path.absolute()),
+                self.file.name,
                 gpu_id=self.device.index or 0,
                 use_device_memory=True,
                 need_scanned_stream_metadata=True,  # Matroska's header does not say how many frames there are
@@ -93,7 +99,7 @@ class PyNvVideoCodecDecoder(LibraryDecoder):
 
     def _colours(self) -> tuple[Any, Any]:
         """Return the colour matrix (None where ``YuvFrames`` does not have it) and range of the video."""
-        with open_video(self.path) as (_, stream):
+        with open_video(self.file) as (_, stream):
             context = stream.codec_context
             full = context.color_range == _FULL_RANGE or self.index.info.pix_fmt == "yuvj420p"
             return _MATRICES.get(int(context.colorspace)), "full" if full else "limited"

@@ -5,17 +5,21 @@ Packets are numbered from 0 in decode order. A frame is identified by its pts.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 
 import av
 
 from videor1.video.decoders.index import FrameIndex
+from videor1.video.decoders.timeline import MAX_REORDER
 
+# H.264 may leave out how many frames its decoder holds back. FFmpeg then believes the first frames, where it may be 0;
+# so at least this many packets are watched.
+_LEAST_REORDER = {"h264": 2}
 # Codecs whose key frames can be decoded without earlier packets. In other codecs (GIF, APNG, screen recorders) a
 # picture may depend on what is already drawn, even if it is flagged as a key frame.
 _SEEKABLE = frozenset(("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4")) | frozenset(
@@ -33,6 +37,8 @@ class Segment:
     stop: int
     since: int | None  # frames of this pts and later must all come out of the decoder; None: all frames
     requested: frozenset[int]  # pts of the requested frames
+    last: int  # the last packet that a requested frame needs; those after it only show in which order frames come out
+    watched: frozenset[int] = frozenset()  # packets that must be decoded to show it
 
 
 class Planner:
@@ -68,6 +74,10 @@ class Planner:
 
         A frame that is shown before the last key frame but stored after it (a leading picture) may refer to pictures
         from before that key frame, so its segment begins at the key frame before that.
+
+        Where the times around a frame follow the order of decoding, either its neighbours are shown in that order, or
+        the times are those of decoding. So the segment then goes on for as many packets as the codec may hold back
+        frames, and none of those around the frame is skipped: if the times are wrong, frames come out in another order.
         """
         stamps = sorted(stamp for stamp in requested if stamp is not None)
         if not self.can_seek or len(stamps) != len(requested) or not all(stamp in self.positions for stamp in stamps):
@@ -75,15 +85,42 @@ class Planner:
         segments: list[Segment] = []
         for stamp in stamps:
             position = self.positions[stamp]
-            start = self.key_before(position + 1, stamp)
-            last = segments[-1] if segments else None
-            if last is not None and start < last.stop + _MIN_GAP:
-                stop = max(last.stop, position + 1)
-                segments[-1] = replace(last, stop=stop, requested=last.requested | {stamp})
+            start, around = self.key_before(position + 1, stamp), self.unordered_around(position)
+            watched, end = frozenset(around), max(position + 1, around.stop)
+            before = segments[-1] if segments else None
+            if before is not None and start < before.last + 1 + _MIN_GAP:
+                segments[-1] = replace(
+                    before,
+                    stop=max(before.stop, end),
+                    requested=before.requested | {stamp},
+                    last=max(before.last, position),
+                    watched=before.watched | watched,
+                )
             else:
                 since = None if start == 0 else self.index.pts[start]
-                segments.append(Segment(start, position + 1, since, frozenset((stamp,))))
+                segments.append(Segment(start, end, since, frozenset((stamp,)), position, watched))
         return segments
+
+    def is_doubtful(self, numbers: Collection[int]) -> bool:
+        """Return whether decoding must show in which order these frames are shown."""
+        plan = self.plan([self.index.stamps[number] for number in numbers])
+        return self.index.reorder > 0 if plan is None else any(segment.watched for segment in plan)
+
+    def unordered_around(self, position: int) -> range:
+        """Return the packets around this one that must be decoded to show in which order their frames are shown.
+
+        They are as many before it, and after it up to the next key frame, as the codec holds back frames. The range is
+        empty where the codec holds back none, and where times fall from a packet nearby to the next, as those of
+        presentation do.
+        """
+        pts, codec = self.index.pts, self.index.info.codec
+        reorder = max(self.index.reorder, _LEAST_REORDER.get(codec, 0))
+        nearby = pts[max(0, position - MAX_REORDER) : position + MAX_REORDER + 1]
+        if reorder == 0 or any(a > b for a, b in pairwise(nearby)):  # type: ignore[operator]
+            return range(0)
+        after = bisect_left(self._keys, position + 1)
+        next_key = self._keys[after] if after < len(self._keys) else len(pts)
+        return range(max(0, position - reorder), min(position + reorder + 1, next_key))
 
     def key_before(self, position: int, stamp: int) -> int:
         """Return the last key packet before ``position`` that is shown no later than ``stamp``; 0 if there is none."""

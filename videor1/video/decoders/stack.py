@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from videor1.types import SampleError
-from videor1.video.decoders.index import quarter_turn
+from videor1.video.orientation import Orientation, Turner, frame_orientation
 from videor1_kernels.frames_to_patches import YuvFrames
 
 Kind = Literal["rgb", "i420", "nv12", "i420-10", "p010"]
@@ -45,7 +45,7 @@ class Layout:
     kind: Kind
     height: int
     width: int
-    rotation: int
+    orientation: Orientation
     matrix: Matrix = "601"
     range: Range = "limited"
 
@@ -54,7 +54,7 @@ class FrameStack:
     """A stack of ``count`` frames in main memory, which are put in any order and all have the layout of the first.
 
     Raises:
-        SampleError: from ``put``, where the size or the rotation changes.
+        SampleError: from ``put``, where the size or the orientation changes.
         MixedLayoutError: from ``put``, where planes are requested and the pixel format or the colours change.
     """
 
@@ -64,13 +64,17 @@ class FrameStack:
         self._tensors: tuple[Tensor, ...] = ()
         self._arrays: tuple[np.ndarray, ...] = ()
         self._reformatter = VideoReformatter()
+        self._turner = Turner()
 
     @property
-    def rotation(self) -> int:
-        return self._layout.rotation if self._layout else 0
+    def orientation(self) -> Orientation:
+        return self._layout.orientation if self._layout else Orientation()
 
     def put(self, slot: int, frame: av.VideoFrame) -> None:
-        layout = layout_of(self._path, frame, planes=self._planes)
+        orientation = frame_orientation(frame)
+        if not orientation.is_quarter_turn:
+            frame, orientation = self._turner.turn(frame, orientation.rotation), Orientation()
+        layout = layout_of(frame, orientation, planes=self._planes)
         if self._layout is None:
             self._layout = layout
             self._tensors = empty_planes(layout, self._count)
@@ -80,7 +84,7 @@ class FrameStack:
             raise MixedLayoutError
         out = [array[slot] for array in self._arrays]
         if layout.kind == "rgb":
-            rgb = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD)
+            rgb = self._reformatter.reformat(frame, format="rgb24", **_conversion(frame))
             out[0][:] = _rows(rgb.planes[0], layout.width * 3).reshape(out[0].shape)
         elif layout.kind == "i420-10":
             Y, U, V = (_rows(plane, plane.width, np.uint16) for plane in frame.planes)
@@ -98,14 +102,31 @@ class FrameStack:
         return as_pixels(self._layout, self._tensors)
 
 
-def layout_of(path: Path, frame: av.VideoFrame, *, planes: bool) -> Layout:
+def _conversion(frame: av.VideoFrame) -> dict[str, int]:
+    """Return the arguments with which PyAV converts a frame to RGB by the frame's own colour matrix and range."""
+    if _ONE_THREAD:
+        return _ONE_THREAD
+    # Older versions convert everything as BT.601 of limited range, unless they are told two different colour spaces or
+    # ranges. 5 and 6 are the same matrix.
+    if frame.format.is_rgb or frame.format.has_palette:
+        return {}
+    matrix = int(frame.colorspace)
+    grey = frame.format.name.startswith(("gray", "ya")) and int(frame.color_range) == 0  # untagged: of full range
+    return {
+        "src_colorspace": matrix if matrix in (1, 4, 7, 9) else 6,
+        "dst_colorspace": 5,
+        "src_color_range": _FULL_RANGE if grey or colour_range(frame) == "full" else 1,
+        "dst_color_range": _FULL_RANGE,
+    }
+
+
+def layout_of(frame: av.VideoFrame, orientation: Orientation, *, planes: bool) -> Layout:
     """Return the layout in which a frame in main memory is stored."""
-    rotation = quarter_turn(path, frame.rotation)
     kind = _KINDS.get(frame.format.name, "rgb") if planes else "rgb"
     matrix = _MATRICES.get(int(frame.colorspace))
     if kind == "rgb" or matrix is None or any(plane.line_size < 0 for plane in frame.planes):
-        return Layout("rgb", frame.height, frame.width, rotation)
-    return Layout(kind, frame.height, frame.width, rotation, matrix, colour_range(frame))
+        return Layout("rgb", frame.height, frame.width, orientation)
+    return Layout(kind, frame.height, frame.width, orientation, matrix, colour_range(frame))
 
 
 def colour_matrix(frame: av.VideoFrame) -> Matrix | None:
@@ -120,11 +141,11 @@ def colour_range(frame: av.VideoFrame) -> Range:
 
 
 def check_same_size(path: Path, first: Layout, other: Layout) -> None:
-    """Raise a ``SampleError`` where two frames of a video differ in size or rotation."""
+    """Raise a ``SampleError`` where two frames of a video differ in size or orientation."""
     if (first.height, first.width) != (other.height, other.width):
         raise SampleError("decode", "the frame size changes within the video", path)
-    if first.rotation != other.rotation:
-        raise SampleError("decode", "the rotation changes within the video", path)
+    if first.orientation != other.orientation:
+        raise SampleError("decode", "the orientation changes within the video", path)
 
 
 def empty_planes(layout: Layout, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:

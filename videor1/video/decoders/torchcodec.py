@@ -1,4 +1,4 @@
-"""Decoding with torchcodec: RGB, rotated upright by the library, on the CPU or with NVDEC on a CUDA device.
+"""Decoding with torchcodec: RGB, turned by the library but not mirrored, on the CPU or with NVDEC on a CUDA device.
 
 The library scans the file (``seek_mode="exact"``) and reports the presentation time of every frame that it returns,
 which must be that of the requested frame. Where it numbers the frames in another way (edit lists, hidden frames), they
@@ -42,8 +42,8 @@ class TorchcodecDecoder(LibraryDecoder):
         """Open the file with the library. Raises a ConfigError that says what is missing where it does not load."""
         try:
             return self.library.VideoDecoder(
-                str(self.path.absolute()),
-                stream_index=self.stream_index()[0],
+                self.file.name,
+                stream_index=self.stream_index,
                 dimension_order="NHWC",
                 num_ffmpeg_threads=self.threads,
                 device=str(self.device),
