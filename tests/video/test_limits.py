@@ -15,13 +15,14 @@ import pytest
 from media import coded_frames, write_video
 from PIL import Image
 
-import videor1
 from videor1.config import TrainConfig, VideoConfig
 from videor1.types import Sample, SampleError
 from videor1.video import read_frames, read_image
 from videor1.video.frame_folder import read_frame_folder
 from videor1.video.limits import MAX_DECODED_MB, most_pixels
 from videor1.video.media import load_media
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(call, *args, **kwargs):
@@ -151,7 +152,7 @@ print(peak() - before)
 
 def peak_megabytes(kind, small, large, planes=False):
     command = [sys.executable, "-c", PEAK, kind, str(small), str(large), str(int(planes))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(videor1.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
