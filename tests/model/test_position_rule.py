@@ -22,6 +22,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
+from videor1.model.manifest import MANIFEST
 from videor1.model.positions import POSITIONS_KEY, trained_rule
 from videor1.plan.setup import TEXT_TOKENS, Target, build_policy, build_reference, largest_grid, make_work, shape_of
 from videor1.rollout import make_engine
@@ -41,7 +42,7 @@ def option_of(run_dir: Path) -> str:
 
 
 def make_older(run_dir: Path) -> Path:
-    """A run folder as versions without the option left it."""
+    """A run folder as versions without the option left it, which wrote no manifest either."""
     file = run_dir / "config.yaml"
     tree = yaml.safe_load(file.read_text())
     tree.get("model", {}).pop("positions", None)
@@ -50,6 +51,7 @@ def make_older(run_dir: Path) -> Path:
         config = json.loads((checkpoint / "config.json").read_text())
         config.pop(POSITIONS_KEY, None)
         (checkpoint / "config.json").write_text(json.dumps(config))
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
     return run_dir
 
 
