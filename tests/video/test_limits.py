@@ -15,7 +15,7 @@ import pytest
 from media import coded_frames, write_video
 from PIL import Image
 
-import videor1
+import videor1.video
 from videor1.config import TrainConfig, VideoConfig
 from videor1.types import Sample, SampleError
 from videor1.video import read_frames, read_image
@@ -151,7 +151,7 @@ print(peak() - before)
 
 def peak_megabytes(kind, small, large, planes=False):
     command = [sys.executable, "-c", PEAK, kind, str(small), str(large), str(int(planes))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(videor1.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(videor1.video.__file__).parents[2])}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
