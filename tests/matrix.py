@@ -21,8 +21,8 @@ import sysconfig
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +121,21 @@ COMPILED = (
 )
 
 
+LOWEST = (
+    "tests/video/decoders",
+    "tests/video/test_reading.py",
+    "tests/video/test_orientation.py",
+    "tests/video/test_still.py",
+)
+
+
+def lowest_versions() -> tuple[str, ...]:
+    """What ``.ci/lowest.txt`` pins, without torch and triton: gigabytes, which come from the environment beneath."""
+    lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    return tuple(pin for pin in pins if pin.partition("==")[0] not in ("torch", "triton"))
+
+
 @dataclass(frozen=True)
 class Cell:
     """One environment for the tests.
@@ -131,6 +146,7 @@ class Cell:
         arguments: of pytest.
         packages: pinned, installed into a virtual environment that sees the current one beneath them.
         files: the tests that touch these packages, run unless others are asked for.
+        steps: steps of the demonstration to train after the tests.
     """
 
     why: str
@@ -138,6 +154,7 @@ class Cell:
     arguments: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    steps: int = 0
 
 
 CELLS = {
@@ -153,6 +170,7 @@ CELLS = {
     "av-low": Cell("the lowest PyAV", packages=("av==16.0.*",), files=VIDEO),
     "numpy-low": Cell("the lowest numpy", packages=("numpy==1.26.*",), files=ARRAYS),
     "triton-low": Cell("the lowest Triton", packages=("triton==3.6.*",), files=COMPILED),
+    "lowest": Cell("the lowest of everything but torch and triton", packages=lowest_versions(), files=LOWEST, steps=2),
 }
 
 
@@ -192,11 +210,22 @@ def run_cell(name: str, cell: Cell, arguments: Sequence[str], work: Path) -> Res
     command = [str(python), "-m", "pytest", f"--junitxml={counts}", *cell.arguments, *arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     print(f"\n== {name}: {cell.why}\n{' '.join(command)}", flush=True)
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | cell.variables | {"PYTHONPATH": path})
+    environment = os.environ | cell.variables | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment)
+    trained = train(python, cell.steps, work / name, environment) if cell.steps else 0
     seconds = time.monotonic() - began
     if not counts.exists():
         return Result(name, seconds=seconds, broken=f"pytest ended with {done.returncode} and counted nothing")
-    return read_counts(name, counts, seconds, done.returncode)
+    result = read_counts(name, counts, seconds, done.returncode)
+    return replace(result, broken=f"the demonstration ended with {trained}") if trained else result
+
+
+def train(python: str | Path, steps: int, work: Path, environment: Mapping[str, str]) -> int:
+    """Train the demonstration for so many steps; -> its exit status."""
+    command = [str(python), "-m", "videor1.train", "--output_dir", str(work / "run"), "--disable_tqdm", "true"]
+    command += ["--max_steps", str(steps), "--eval_steps", str(steps)]
+    print(f"\n{' '.join(command)}", flush=True)
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def read_counts(name: str, path: Path, seconds: float, status: int) -> Result:

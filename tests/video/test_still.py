@@ -17,7 +17,7 @@ from videor1.video.still import FORMATS, rgb_of
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 40 30
 %%EndComments
-(never) (w) file closefile
+% a program
 showpage
 """
 

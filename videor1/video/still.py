@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +31,7 @@ def read_rgb(path: Path, *, root: Path | None = None, max_decoded_mb: int = MAX_
     """
     with MediaFile(path, "image", root) as file, file.reader() as reader:
         try:
-            with Image.open(reader, formats=_formats()) as image:
+            with Image.open(reader, formats=FORMATS) as image:
                 _check(image, path, max_decoded_mb)
                 ImageOps.exif_transpose(image, in_place=True)
                 return _rgb_pixels(image)
@@ -64,14 +61,6 @@ def rgb_of(image: Image.Image, path: Path, *, max_decoded_mb: int = MAX_DECODED_
         raise
     except Exception as error:
         raise SampleError("image", f"cannot read the image: {error}", path) from error
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return those of the formats that this Pillow knows."""
-    with contextlib.suppress(ImportError):
-        import_module("PIL.AvifImagePlugin")  # since 11.3
-    return tuple(form for form in FORMATS if form != "AVIF" or form in Image.OPEN)
 
 
 def _check(image: Image.Image, path: Path, max_decoded_mb: int) -> None:

@@ -22,7 +22,7 @@ def write_streams(path, *kinds):
         for _, _, scale, disposition in kinds:
             stream = out.add_stream("libx264", rate=10, options={"preset": "veryfast", "g": "12"})
             stream.height, stream.width, stream.pix_fmt = 48 * scale, 80 * scale, "yuv420p"
-            stream.disposition = int(disposition)
+            stream.disposition = getattr(disposition, "value", disposition)
             streams.append(stream)
         for stream, (count, first, scale, _) in zip(streams, kinds, strict=True):
             for pixels in coded_frames(first + count, 48 * scale, 80 * scale)[first:]:
