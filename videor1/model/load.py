@@ -14,6 +14,7 @@ from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
 from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
+from videor1.model.manifest import DamagedError
 from videor1.model.positions import POSITIONS_KEY, trained_rule
 from videor1.model.template import check_template
 from videor1.model.weights import (
@@ -131,7 +132,10 @@ def load_weights(source: str, config: Any, dtype: torch.dtype) -> Qwen2_5_VLForC
     Raises:
         ConfigError: the files are damaged, of another kind than safetensors, or do not hold what the config says.
     """
-    stored = stored_tensors(weight_files(source))
+    try:
+        stored = stored_tensors(weight_files(source))
+    except DamagedError as error:
+        raise ConfigError(f"model_name_or_path: cannot load {error}") from error
     check_stored(source, config, stored)
     check_sizes(source, config, stored)
     try:

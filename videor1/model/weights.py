@@ -117,14 +117,14 @@ def weight_files(source: str) -> list[Path]:
         if not (folder / INDEX).is_file():
             others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
             note = f"; {others[0]} is not read, since such a file can run code: convert it" if others else ""
-            raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}{note}")
+            raise ConfigError(f"model_name_or_path: cannot load {source}: it has neither {WEIGHTS} nor {INDEX}{note}")
         return [folder / name for name in _index(folder / INDEX)]
     if _cached(source, ADAPTER) is not None:
         raise ConfigError(_adapter_message(folder))
     if (single := _cached(source, WEIGHTS)) is not None:
         return [single]
     if (index := _cached(source, INDEX)) is None:
-        raise ConfigError(f"model_name_or_path: {source} has neither {WEIGHTS} nor {INDEX}")
+        raise ConfigError(f"model_name_or_path: cannot load {source}: it has neither {WEIGHTS} nor {INDEX}")
     found = {name: _cached(source, name) for name in _index(index)}
     if lacking := [name for name, path in found.items() if path is None]:
         raise ConfigError(f"model_name_or_path: {source} has no {lacking[0]}, which its {INDEX} names")
@@ -167,7 +167,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     """Read the headers of safetensors files.
 
     Raises:
-        ConfigError: a file is missing, cut or no safetensors file, or a tensor is in two of them.
+        DamagedError: a file is missing, cut or no safetensors file, or a tensor is in two of them.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -176,10 +176,10 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
                 for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                     piece = opened.get_slice(name)
                     if name in found:
-                        raise ConfigError(f"{file}: {name} is in {found[name].file.name} too")
+                        raise DamagedError(f"{file}: {name} is in {found[name].file.name} too")
                     found[name] = Stored(piece.get_dtype(), tuple(piece.get_shape()), file)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file}: not a whole safetensors file: {error}") from error
+            raise DamagedError(f"{file}: not a whole safetensors file: {error}") from error
     return found
 
 
