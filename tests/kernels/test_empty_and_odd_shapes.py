@@ -128,6 +128,7 @@ def arguments() -> dict[str, object]:
         "column_weights": weights,
         "column_taps": taps,
         "quarter_turns": 0,
+        "mirrored": False,
         "levels": torch.zeros(3, 256),
         "slots": None,
         "ordered": torch.zeros(4, 1176),
