@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,19 +74,8 @@ def frames_to_patches_op(
 
 
 @frames_to_patches_op.register_fake
-def _(
-    planes: Sequence[Tensor],
-    matrix: str,
-    range: str,
-    size: Sequence[int],
-    permutation: Sequence[int] | None,
-    order: Tensor | None,
-    dtype: torch.dtype,
-    rotation: int,
-    mirrored: bool,
-    both: bool,
-    backend: str,
-) -> list[Tensor]:
+def _(planes: Sequence[Tensor], matrix: str, range: str, size: Sequence[int], *others: Any) -> list[Tensor]:
+    _, _, dtype, _, _, both, _ = others
     patches = (planes[0].shape[0] + 1) // 2 * (size[0] // PATCH) * (size[1] // PATCH)
     return [planes[0].new_empty(patches, PATCH_COLUMNS, dtype=dtype) for _ in ((0, 1) if both else (0,))]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
 from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class Decode:
         else:
             slots = self.layout.suffix_slots
             suffix_k[slots, self.last], suffix_v[slots, self.last] = k, v
-        return self.attention(
-            q, cache.prefix_k[layer], cache.prefix_v[layer], suffix_k, suffix_v, self.lengths, self.layout, scale
-        )
+        inputs = DecodeInputs(q, cache.prefix_k[layer], cache.prefix_v[layer], suffix_k, suffix_v, self.lengths)
+        return self.attention(inputs, self.layout, scale)
 
 
 class Decoder:
