@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def fuzz_seconds(request: pytest.FixtureRequest) -> float:
     """How long a fuzz test looks for an input that breaks what it tests."""
-    return 600.0 if request.config.getoption("--full", default=False) else 20.0
+    return 600.0 if request.config.getoption("--full", default=False) else 12.0
 
 
 SIZES = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)

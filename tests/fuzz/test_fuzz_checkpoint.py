@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
 from hypothesis import strategies as st
 
 from videor1.config import TrainConfig
@@ -23,7 +23,6 @@ from videor1.training.checkpoint import find_damage, read_trainer, save
 from videor1.training.optim import make_optimizer
 from videor1.training.trainer_state import check_state
 
-FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 STATE: dict[str, Any] = {
     "position": [3, 4],
     "fixed": {"lora": None},
@@ -85,58 +84,62 @@ def mutated(data: bytes, draw: Any) -> bytes:
     return data + data[at:]
 
 
-@FUZZ
-@given(st.data())
 def test_any_change_is_noticed_by_the_manifest(
-    whole: Path, scratch: Callable[[str, bytes], Path], data: st.DataObject
+    whole: Path, scratch: Callable[[str, bytes], Path], fuzz_seconds: float
 ) -> None:
-    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
-    name = data.draw(st.sampled_from([name for name in names if name != MANIFEST]))
-    before = (whole / name).read_bytes()
-    after = mutated(before, data.draw)
-    damage = find_damage(scratch(name, after))
-    assert (damage is None) == (after == before)
+    def check(data: st.DataObject) -> None:
+        names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
+        name = data.draw(st.sampled_from([name for name in names if name != MANIFEST]))
+        before = (whole / name).read_bytes()
+        after = mutated(before, data.draw)
+        damage = find_damage(scratch(name, after))
+        assert (damage is None) == (after == before)
+
+    fuzz(fuzz_seconds / 4, st.data(), check)
 
 
-@FUZZ
-@given(st.data())
 def test_a_changed_manifest_is_no_other_exception(
-    whole: Path, scratch: Callable[[str, bytes], Path], data: st.DataObject
+    whole: Path, scratch: Callable[[str, bytes], Path], fuzz_seconds: float
 ) -> None:
-    document = json.loads((whole / MANIFEST).read_text())
-    name = data.draw(st.sampled_from(sorted(document["files"])))
-    if data.draw(st.booleans()):
-        document["files"][data.draw(st.text(max_size=20) | st.just(name))] = data.draw(JSON)
-        text = json.dumps(document).encode()
-    else:
-        text = mutated((whole / MANIFEST).read_bytes(), data.draw)
-    find_damage(scratch(MANIFEST, text))
+    def check(data: st.DataObject) -> None:
+        document = json.loads((whole / MANIFEST).read_text())
+        name = data.draw(st.sampled_from(sorted(document["files"])))
+        if data.draw(st.booleans()):
+            document["files"][data.draw(st.text(max_size=20) | st.just(name))] = data.draw(JSON)
+            text = json.dumps(document).encode()
+        else:
+            text = mutated((whole / MANIFEST).read_bytes(), data.draw)
+        find_damage(scratch(MANIFEST, text))
+
+    fuzz(fuzz_seconds / 4, st.data(), check)
 
 
-@FUZZ
-@given(st.data())
 def test_without_a_manifest_it_is_read_or_refused(
-    whole: Path, model: VideoLM, scratch: Callable[[str, bytes], Path], data: st.DataObject
+    whole: Path, model: VideoLM, scratch: Callable[[str, bytes], Path], fuzz_seconds: float
 ) -> None:
-    names = ["trainer/state.json", "trainer/optimizer.safetensors", "config.json", "model.safetensors"]
-    name = data.draw(st.sampled_from(names))
-    folder = scratch(name, mutated((whole / name).read_bytes(), data.draw))
-    (folder / MANIFEST).unlink()
-    if find_damage(folder) is None and name != "model.safetensors":
-        with contextlib.suppress(ConfigError):
-            read_trainer(folder, model, {"lora": None})
+    def check(data: st.DataObject) -> None:
+        names = ["trainer/state.json", "trainer/optimizer.safetensors", "config.json", "model.safetensors"]
+        name = data.draw(st.sampled_from(names))
+        folder = scratch(name, mutated((whole / name).read_bytes(), data.draw))
+        (folder / MANIFEST).unlink()
+        if find_damage(folder) is None and name != "model.safetensors":
+            with contextlib.suppress(ConfigError):
+                read_trainer(folder, model, {"lora": None})
+
+    fuzz(fuzz_seconds / 4, st.data(), check)
 
 
-@FUZZ
-@given(st.data())
-def test_a_state_is_read_or_refused(data: st.DataObject) -> None:
-    state = copy.deepcopy(STATE) | {"step": 2}
-    where: Any = state
-    for _ in range(data.draw(st.integers(1, 2))):
-        key = data.draw(st.sampled_from(sorted(where))) if isinstance(where, dict) and where else None
-        if key is None:
-            break
-        inside, where = where, where[key]
-    inside[key or "x"] = data.draw(JSON)
-    with contextlib.suppress(ValueError):
-        check_state(json.loads(json.dumps(state)), Path("step-2"))
+def test_a_state_is_read_or_refused(fuzz_seconds: float) -> None:
+    def check(data: st.DataObject) -> None:
+        state = copy.deepcopy(STATE) | {"step": 2}
+        where: Any = state
+        for _ in range(data.draw(st.integers(1, 2))):
+            key = data.draw(st.sampled_from(sorted(where))) if isinstance(where, dict) and where else None
+            if key is None:
+                break
+            inside, where = where, where[key]
+        inside[key or "x"] = data.draw(JSON)
+        with contextlib.suppress(ValueError):
+            check_state(json.loads(json.dumps(state)), Path("step-2"))
+
+    fuzz(fuzz_seconds / 4, st.data(), check)
