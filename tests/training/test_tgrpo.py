@@ -428,6 +428,7 @@ def test_an_engine_that_cannot_go_on_stops_the_run(assets: Assets, tmp_path: Pat
 
 def test_a_run_on_a_server(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_generations": 2, "max_steps": 2, "num_iterations": 1, "data__shuffle": False, "top_k": 0}
+    options["max_completion_length"] = 16  # the reply has 12 tokens
     with fake_server.FakeServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options |= {"rollout__engine": "server", "rollout__url": server.url, "rollout__timeout": PATIENCE}
