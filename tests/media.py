@@ -23,6 +23,16 @@ def real_video(name: str) -> Path:
     return REAL_VIDEOS / name
 
 
+def rgb_of(frame: av.VideoFrame) -> np.ndarray:
+    """A frame as FFmpeg converts it by the frame's own matrix and range, which PyAV before 17 has to be told."""
+    if int(av.__version__.partition(".")[0]) >= 17:
+        return frame.to_ndarray(format="rgb24")
+    full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+    matrix = int(frame.colorspace) if int(frame.colorspace) in (1, 4, 7, 9) else 6
+    told = {"src_colorspace": matrix, "dst_colorspace": 5, "src_color_range": 2 if full else 1, "dst_color_range": 2}
+    return frame.reformat(format="rgb24", **told).to_ndarray()
+
+
 # The eight orientations, (degrees anticlockwise, mirrored first): the matrix of an MP4 that FFmpeg shows so.
 ORIENTATIONS = {
     (0, False): (1, 0, 0, 1),

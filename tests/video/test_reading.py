@@ -9,7 +9,17 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import cut, frame_numbers, numbered_frames, real_video, set_matrix, shift_edit_list, write_sound, write_video
+from media import (
+    cut,
+    frame_numbers,
+    numbered_frames,
+    real_video,
+    rgb_of,
+    set_matrix,
+    shift_edit_list,
+    write_sound,
+    write_video,
+)
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
@@ -248,8 +258,7 @@ def test_real_videos(name, shape, size, total, source_fps):
     assert clip.timestamps == pytest.approx([frame.time for frame in decoded])
     if name != "rotated_90.mov":
         assert all(
-            np.array_equal(ours, frame.to_ndarray(format="rgb24"))
-            for ours, frame in zip(clip.frames.numpy(), decoded, strict=True)
+            np.array_equal(ours, rgb_of(frame)) for ours, frame in zip(clip.frames.numpy(), decoded, strict=True)
         )
 
 

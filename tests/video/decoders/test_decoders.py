@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from coded_videos import COUNT, MADE, decoded_numbers
-from media import coded_frames, coded_numbers, real_video, write_video
+from media import coded_frames, coded_numbers, real_video, rgb_of, write_video
 
 from videor1.errors import ConfigError
 from videor1.types import SampleError
@@ -100,9 +100,7 @@ def test_order_duplicates_and_bounds(made):
 def test_sparse_frames_of_real_videos_are_those_of_a_whole_decode(name):
     path = real_video(name)
     with av.open(str(path)) as container:
-        whole = np.stack(
-            [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
-        )
+        whole = np.stack([rgb_of(frame) for frame in container.decode(container.streams.best("video"))])
     decoder = PyAvDecoder(path)
     for indices in picks(len(whole)) if len(whole) > 60 else ([0], [len(whole) - 1], list(range(len(whole)))):
         assert np.array_equal(decoder.frames(indices).pixels.numpy(), whole[indices])
