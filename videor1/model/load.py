@@ -104,12 +104,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def read_config(source: str) -> Any:
+    """Read a model's config. Raises ConfigError for a damaged one, which raises whatever its class meets first."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
+
+
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
     check_folder(source)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # A damaged config raises whatever its class meets first.
-        raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
+    config = read_config(source)
     if config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
     check_config(source, config)

@@ -56,7 +56,7 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
         return _qwen(*SIZES[name])
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged config raises whatever its class meets first.
         raise ConfigError(
             f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
             f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"

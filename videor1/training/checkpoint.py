@@ -27,7 +27,7 @@ from torch import Tensor
 
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
-from videor1.model.load import load_weights
+from videor1.model.load import load_weights, read_config
 from videor1.model.manifest import TRAINER, Entry, check_manifest, file_entry, write_manifest
 from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.save import save_model
@@ -317,7 +317,6 @@ def _optimizer_tensors(trainer: Path) -> dict[str, Tensor]:
 
 def _model_weights(folder: Path, trained: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the trained parameters from the model's files, read by from_pretrained, which knows the names in them."""
-    from transformers import AutoConfig
 
     expected = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     try:
@@ -325,7 +324,7 @@ def _model_weights(folder: Path, trained: dict[str, Any], dtype: torch.dtype) ->
         others = [name for name, tensor in stored.items() if tensor.dtype != expected]
         if others:
             raise ValueError(f"{others[0]} is stored as {stored[others[0]].dtype}, the run saves {expected}")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(str(folder))
         saved = load_weights(str(folder), config, torch.float32)
     except ConfigError as error:  # It names the folder as if the user had given it as a model.
         raise ValueError(str(error).removeprefix("model_name_or_path: ")) from error
