@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
@@ -55,6 +56,19 @@ def largest_file(size: int) -> Iterator[None]:
 
 class Killed(BaseException):
     """Ends a run in this process at a chosen place, past every ``except Exception``."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """The ``call``-th call of a function raises Killed instead."""
+    original, calls = getattr(owner, name), []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
 
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:

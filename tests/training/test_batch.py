@@ -14,6 +14,7 @@ from runs import (
     Killed,
     assert_same_run,
     entries,
+    kill_at,
     last_metrics,
     metrics,
     run_lines,
@@ -22,7 +23,6 @@ from runs import (
     weights,
     write_data,
 )
-from test_resume import kill_at
 
 from videor1.config import TrainConfig
 from videor1.demo.assets import Assets

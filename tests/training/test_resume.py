@@ -15,6 +15,7 @@ from runs import (
     Killed,
     assert_same_run,
     entries,
+    kill_at,
     last_metrics,
     metrics,
     session_members,
@@ -124,17 +125,8 @@ def killed_at(mixed_runs: MixedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Trains into the test's folder until a place, where the run ends."""
 
     def train(place: Place, variant: str = "full", **more: Any) -> None:
-        (owner, name, number), calls = place, []
-        original = getattr(owner, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            calls.append(None)
-            if len(calls) == number:
-                raise Killed
-            return original(*args, **kwargs)
-
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, counting)
+            kill_at(patch, *place)
             with pytest.raises(Killed):
                 mixed_runs.make(tmp_path, variant, **more).train()
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Killed, assert_same_run, entries, metrics, run_lines, sft_trainer, trainer, write_data
-from test_resume import kill_at
+from runs import Killed, assert_same_run, entries, kill_at, metrics, run_lines, sft_trainer, trainer, write_data
 
 import videor1.data
 import videor1.data.shards
