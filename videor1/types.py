@@ -49,7 +49,9 @@ class Sample:
     problem_type: ProblemType
     solution: str  # "<answer>...</answer>"
     path: Path | None = None  # absolute path of the media file, under data.root; None for text
-    root: Path | None = None  # folder that the media file must lie in when it is opened; None: anywhere
+    # Folder that the media file must lie in when it is opened; None: anywhere. It is not in the repr, by which early
+    # versions identified the questions of an evaluation.
+    root: Path | None = field(default=None, repr=False)
     options: tuple[str, ...] = ()  # multiple choice: "A. red", ...
     data_source: str = ""
     process: str = ""  # SFT data: "<think>...</think>"

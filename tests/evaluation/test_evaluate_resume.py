@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from videor1.logs.jsonl import JsonlWriter
 from videor1.model import load_model
 from videor1.model.save import sampled_digest
 from videor1.rollout import Request, Rollout
+from videor1.types import Sample
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
@@ -279,6 +281,17 @@ def test_an_evaluation_of_an_early_version_goes_on(
     early["questions of videomme"] = _earlier_digest(samples[:-1])
     (tmp_path / "run" / "state.json").write_text(json.dumps(early))
     assert run(assets, tmp_path / "run", resume="auto", **finished) == 2
+
+
+def test_questions_have_the_digest_of_early_versions() -> None:
+    path = Path("/data/a.mp4")
+    sample = Sample(0, "7", "?", "video", "multiple choice", "<answer>A</answer>", path, Path("/data"), ("A. x",))
+    early = (
+        "Sample(index=0, problem_id='7', problem='?', data_type='video', problem_type='multiple choice', "
+        f"solution='<answer>A</answer>', path={path!r}, options=('A. x',), data_source='', process='', start=None, "
+        "end=None, frames_per_second=None)"
+    )
+    assert _earlier_digest([sample]) == hashlib.sha256(early.encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{"])
