@@ -266,12 +266,17 @@ def test_real_corrupt_video_is_an_error_not_a_shorter_clip():
     assert kind_of(read_frames, real_video("corrupted.mp4")) == "decode"
 
 
+def missing_from(path):
+    with path.open("rb") as file:
+        return missing_bytes(file)
+
+
 @pytest.mark.parametrize("name", ["nasa.mp4", "pancake.mkv", "av1.mkv", "hevc.mp4", "rotated_90.mov"])
 def test_whole_files_miss_nothing(tmp_path, name):
     path = real_video(name)
-    assert missing_bytes(path) == 0
+    assert missing_from(path) == 0
     size = path.stat().st_size
-    assert missing_bytes(cut(path, tmp_path / name, 0.5)) >= size // 2 - 64 * 1024
+    assert missing_from(cut(path, tmp_path / name, 0.5)) >= size // 2 - 64 * 1024
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.98])
@@ -296,7 +301,7 @@ def test_cut_file(tmp_path, name, mux_options, fraction):
 
 def test_live_matroska_of_unknown_size_is_read(tmp_path):
     path = write_video(tmp_path / "live.mkv", numbered_frames(40), mux_options={"live": "1"})
-    assert missing_bytes(path) == 0
+    assert missing_from(path) == 0
     assert read_frames(path).total_frames == 40
 
 

@@ -40,7 +40,9 @@ def open_video(
     """
     file = media_file(source, "not_video")
     try:
-        if missing := missing_bytes(Path(file.name)):
+        with file.reader() as reader:
+            missing = missing_bytes(reader)
+        if missing:
             raise SampleError("truncated", f"the file is cut: its last {missing} bytes are missing", file.path)
         hardware = {} if hwaccel is None else {"hwaccel": hwaccel}
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import BinaryIO
 
 _EBML = b"\x1a\x45\xdf\xa3"  # first bytes of a Matroska file
@@ -11,20 +11,19 @@ _MP4_FIRST = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"p
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")  # boxes that hold the video and its index
 
 
-def missing_bytes(path: Path) -> int:
-    """Return the number of bytes that a file's outermost elements claim beyond the end of the file.
+def missing_bytes(file: BinaryIO) -> int:
+    """Return the number of bytes that an open file's outermost elements claim beyond its end.
 
     These are MP4 boxes, Matroska's segment and AVI's chunk. The result is 0 where nothing is missing, and where the
     container does not state a length: other formats (MPEG-TS and raw streams have none) and live recordings of open
     size.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if head[:4] == _EBML:
-            return max(0, _matroska_end(file, size) - size)
-        if head[4:8] in _MP4_FIRST:
-            return _mp4_missing(file, size)
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    if head[:4] == _EBML:
+        return max(0, _matroska_end(file, size) - size)
+    if head[4:8] in _MP4_FIRST:
+        return _mp4_missing(file, size)
     if head[:4] == b"RIFF":
         missing = 8 + int.from_bytes(head[4:], "little") - size
         return missing if missing > 1 else 0  # many writers leave out the last padding byte
