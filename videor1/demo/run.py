@@ -59,10 +59,6 @@ def run_demo(argv: list[str]) -> int:
     _check_folder(run_dir, config)
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
-    try:
         with FolderLock(run_dir, "videor1.train"):
             _check_folder(run_dir, config)  # Another process may have begun there before this one had the lock.
             if not (run_dir / "config.yaml").exists():  # needed to resume in a stage before T-GRPO

@@ -55,10 +55,6 @@ def run(config: EvaluateConfig) -> int:
     """
     run_dir = _run_dir(config)
     benchmarks = _load(config)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {run_dir} cannot be made: {error}") from error
     with FolderLock(run_dir, "videor1.evaluate"):
         _check_folder(run_dir, config)  # Another process may have begun there before this one had the lock.
         for loaded in benchmarks:

@@ -37,7 +37,7 @@ class FolderLock:
     """A lock of a run's folder, which all objects of one process share.
 
     Args:
-        folder: the run's folder, which exists.
+        folder: the run's folder, which is made where it does not exist.
         command: the name of the command, for the message to others.
     """
 
@@ -49,10 +49,14 @@ class FolderLock:
         """Take the lock, unless this object holds it.
 
         Raises:
-            ConfigError: another process holds it, or the folder cannot be written to.
+            ConfigError: another process holds it, or the folder cannot be made or written to.
         """
         if self._key is not None:
             return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self._folder} cannot be made: {error}") from error
         key = os.path.realpath(self._folder)
         with _guard:
             held = _held.get(key)

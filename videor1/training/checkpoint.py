@@ -115,11 +115,9 @@ def save(
 
 def _optimizer_file(ranks: Ranks) -> str:
     """Return the name of the file with this rank's part of the optimizer's state."""
-    return (
-        "optimizer.safetensors"
-        if ranks.world == 1
-        else (f"optimizer-{ranks.rank + 1:05}-of-{ranks.world:05}.safetensors")
-    )
+    if ranks.world == 1:
+        return "optimizer.safetensors"
+    return f"optimizer-{ranks.rank + 1:05}-of-{ranks.world:05}.safetensors"
 
 
 def _write_optimizer(partial: Path, tensors: dict[str, Tensor], name: str) -> dict[str, Entry]:
@@ -138,7 +136,7 @@ def _write_model(folder: Path, partial: Path, model: VideoLM, state: dict[str, A
     partial.mkdir()
     save_model(model, partial)
     if state is not None:
-        _save_trainer(partial / "trainer", model, state)
+        _save_trainer(partial / TRAINER, model, state)
 
 
 def _publish(folder: Path, partial: Path, step: int, known: Mapping[str, Entry]) -> None:

@@ -377,10 +377,6 @@ class Loop(ABC, Generic[C]):
         """Take the run's folder for this run, and return the checkpoint to resume from, if there is one."""
         if self.config.resume == "auto" and not self.config.output_dir:
             raise ConfigError("resume: auto needs output_dir, the folder of the run to go on with")
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {self.run_dir} cannot be made: {error}") from error
         self._lock = FolderLock(self.run_dir, f"videor1.{self.name}")
         try:
             self._lock.acquire()

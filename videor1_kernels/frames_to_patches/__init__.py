@@ -113,10 +113,10 @@ def frames_to_patches(
         raise fail(OP, "rotation", "a multiple of 90 degrees", rotation)
     if both and permutation is None:
         raise fail(OP, "permutation", f"an order of the {len(frames)} frames, with both=True", None)
+    out_size = int(size[0]), int(size[1])
+    options = ops.PatchOptions(out_size, dtype, int(rotation % 360), bool(mirrored), both, backend)
     call = ops.run_compiled if torch.compiler.is_compiling() else ops.run
-    return call(
-        frames, (int(size[0]), int(size[1])), permutation, dtype, int(rotation % 360), bool(mirrored), both, backend
-    )
+    return call(frames, permutation, options)
 
 
 def _check_frames(frames: Tensor | YuvFrames) -> None:

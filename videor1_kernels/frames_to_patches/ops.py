@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,41 +15,39 @@ from videor1_kernels.frames_to_patches.reference import PATCH, PATCH_COLUMNS, Yu
 OP = "frames_to_patches"
 
 
+class PatchOptions(NamedTuple):
+    """The checked options of frames_to_patches but the permutation."""
+
+    size: Sequence[int]  # (height, width)
+    dtype: torch.dtype
+    rotation: int  # 0, 90, 180 or 270
+    mirrored: bool
+    both: bool
+    backend: str
+
+
 def run(
-    frames: Tensor | YuvFrames,
-    size: tuple[int, int],
-    permutation: Sequence[int] | Tensor | None,
-    dtype: torch.dtype,
-    rotation: int,
-    mirrored: bool,
-    both: bool,
-    backend: str,
+    frames: Tensor | YuvFrames, permutation: Sequence[int] | Tensor | None, options: PatchOptions
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the permutation's values and run the backend on checked arguments otherwise."""
     order = _checked_permutation(permutation, len(frames))
     device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
+    (height, width), dtype, rotation, mirrored, both, backend = options
     call = resolve(OP, backend, device, dtype)
-    return call(frames, size=size, permutation=order, dtype=dtype, rotation=rotation, mirrored=mirrored, both=both)
+    return call(
+        frames, size=(height, width), permutation=order, dtype=dtype, rotation=rotation, mirrored=mirrored, both=both
+    )
 
 
 def run_compiled(
-    frames: Tensor | YuvFrames,
-    size: tuple[int, int],
-    permutation: Sequence[int] | Tensor | None,
-    dtype: torch.dtype,
-    rotation: int,
-    mirrored: bool,
-    both: bool,
-    backend: str,
+    frames: Tensor | YuvFrames, permutation: Sequence[int] | Tensor | None, options: PatchOptions
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same as :func:`run`, as one node of a compiled graph."""
     planes, matrix, range_ = ([frames], "", "") if isinstance(frames, Tensor) else _parts(frames)
     numbers, order = (None, permutation) if isinstance(permutation, Tensor) else (permutation, None)
     listed = None if numbers is None else list(numbers)
-    made = frames_to_patches_op(
-        planes, matrix, range_, list(size), listed, order, dtype, rotation, mirrored, both, backend
-    )
-    return (made[0], made[1]) if both else made[0]
+    made = frames_to_patches_op(planes, matrix, range_, listed, order, *options)
+    return (made[0], made[1]) if options.both else made[0]
 
 
 @torch.library.custom_op("videor1::frames_to_patches", mutates_args=())
@@ -57,9 +55,9 @@ def frames_to_patches_op(
     planes: Sequence[Tensor],
     matrix: str,
     range: str,
-    size: Sequence[int],
     permutation: Sequence[int] | None,
     order: Tensor | None,
+    size: Sequence[int],
     dtype: torch.dtype,
     rotation: int,
     mirrored: bool,
@@ -69,14 +67,14 @@ def frames_to_patches_op(
     """RGB frames (matrix ""), or planes -> one or two [T * h * w, 1176]; the permutation is a list or a tensor."""
     frames = YuvFrames(tuple(planes), matrix, range) if matrix else planes[0]  # type: ignore[arg-type]
     chosen = permutation if order is None else order
-    made = run(frames, (size[0], size[1]), chosen, dtype, rotation, mirrored, both, backend)
+    made = run(frames, chosen, PatchOptions(size, dtype, rotation, mirrored, both, backend))
     return list(made) if isinstance(made, tuple) else [made]
 
 
 @frames_to_patches_op.register_fake
-def _(planes: Sequence[Tensor], matrix: str, range: str, size: Sequence[int], *others: Any) -> list[Tensor]:
-    _, _, dtype, _, _, both, _ = others
-    patches = (planes[0].shape[0] + 1) // 2 * (size[0] // PATCH) * (size[1] // PATCH)
+def _(planes: Sequence[Tensor], matrix: str, range: str, permutation: Any, order: Any, *options: Any) -> list[Tensor]:
+    (height, width), dtype, _, _, both, _ = options
+    patches = (planes[0].shape[0] + 1) // 2 * (height // PATCH) * (width // PATCH)
     return [planes[0].new_empty(patches, PATCH_COLUMNS, dtype=dtype) for _ in ((0, 1) if both else (0,))]
 
 
