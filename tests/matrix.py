@@ -146,7 +146,7 @@ class Cell:
         arguments: of pytest.
         packages: pinned, installed into a virtual environment that sees the current one beneath them.
         files: the tests that touch these packages, run unless others are asked for.
-        steps: steps of the demonstration to train after the tests, unless others are asked for.
+        steps: steps of the demonstration to train after the tests.
     """
 
     why: str
@@ -278,8 +278,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             cell = CELLS[name]
             chosen = any((ROOT / argument.partition("::")[0]).exists() for argument in options.arguments)
             files = () if chosen else NUMERIC if options.numeric and not cell.files else cell.files
-            if chosen:
-                cell = replace(cell, steps=0)
             results.append(run_cell(name, cell, [*files, *options.arguments], Path(work)))
     print(f"\n{machine()}\n{table(results)}")
     return int(any(row.failed or row.broken for row in results))
