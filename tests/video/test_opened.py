@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
+import sys
 
 import numpy as np
 import pytest
@@ -116,38 +116,50 @@ def test_a_swap_between_the_check_and_the_decoding(places, monkeypatch):
     assert swapped
 
 
-def test_swapping_all_the_time(system, places):
-    """Frames of the outside never come."""
+def test_swapped_at_any_moment(system, places):
+    """The path leads elsewhere from each line on that opens and checks a file: frames of the outside never come."""
     root, outside = places
-    inside = root / "inside.mp4"
-    (root / "a.mp4").rename(inside)
-    path, going = root / "a.mp4", threading.Event()
-
-    def keep_swapping():
-        while not going.is_set():
-            for target in (inside, outside / "a.mp4"):
-                spare = root / "spare"
-                spare.symlink_to(target)
-                os.replace(spare, path)
-
-    path.symlink_to(inside)
+    inside, path = root / "a.mp4", root / "link.mp4"
+    targets = (inside, outside / "a.mp4")
     good = coded_numbers(read_frames(inside).frames)
-    thread = threading.Thread(target=keep_swapping)
-    thread.start()
-    seen = set()
-    try:
-        for _ in range(150):
-            try:
-                numbers = coded_numbers(read_frames(path, root=root, threads=1).frames)
-            except SampleError as error:
-                seen.add(error.kind)
-            else:
-                seen.add("frames" if numbers == good else "frames of the outside")
-    finally:
-        going.set()
-        thread.join()
-    assert "outside_root" in seen
-    assert seen <= {"outside_root", "missing_file", "frames"}
+    seen, lines = set(), 0
+
+    def lead(target):
+        (root / "spare").symlink_to(target)
+        os.replace(root / "spare", path)
+
+    def read(moment, before, after):
+        """Return what is read where the link leads to another file from the ``moment``-th line on."""
+        nonlocal lines
+        lead(before)
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if frame.f_code.co_filename != opened.__file__:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == moment:
+                    lead(after)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            numbers = coded_numbers(read_frames(path, root=root, threads=1).frames)
+        except SampleError as error:
+            return error.kind
+        finally:
+            sys.settrace(None)
+        return "frames" if numbers == good else "frames of the outside"
+
+    for before, after in (targets, targets[::-1]):
+        moment = 1
+        while moment == 1 or moment <= lines:
+            seen.add((before is inside, read(moment, before, after)))
+            moment += 1
+        assert moment > 20, "the lines of opened.py were not followed"
+    assert seen == {(inside_first, kind) for inside_first in (True, False) for kind in ("frames", "outside_root")}
 
 
 def test_a_cache_does_not_give_what_lies_outside(places, tmp_path):
