@@ -1,51 +1,74 @@
-"""What all tests share: one thread, the demo's files in a tiny size, and what the tests of several files start from."""
+"""``pytest`` runs all but what is marked ``full``, with every two values of two options; ``pytest --full`` runs it all.
+
+    pytest -m "not slow"      without what takes more than ten seconds
+    pytest --full             every combination of options, long runs, and fuzz tests for minutes
+    pytest -m gpu             what needs a GPU (skipped where there is none)
+    pytest -m "not browser"   without a browser
+
+What all tests share lies here: one thread, the demo's files in a tiny size, and what the tests of several files start
+from.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import grids
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from coded_videos import MADE
-from evaluations import Oracle, install_oracle, write_benchmarks
 from patience import THREADS
 
-import videor1.data
-import videor1.data.shards
-import videor1.data.stream
-from videor1.demo.assets import Assets, Sizes, make_assets
+if TYPE_CHECKING:
+    from evaluations import Oracle
+
+    from videor1.demo.assets import Assets
 
 torch.set_num_threads(THREADS)
 
+# Fixtures import what they need: the tests of a kernel neither read videos nor load a model.
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run every fuzz test for minutes, not for seconds")
+    parser.addoption("--full", action="store_true", help="run everything: see the first lines of tests/conftest.py")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    grids.parametrize(metafunc, full=metafunc.config.getoption("--full"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full") and not any("::" in argument for argument in config.args):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(scope="session")
 def fuzz_seconds(request: pytest.FixtureRequest) -> float:
     """How long a fuzz test looks for an input that breaks what it tests."""
-    return 600.0 if request.config.getoption("--full", default=False) else 12.0
-
-
-SIZES = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
+    return 600.0 if request.config.getoption("--full") else 12.0
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """Clips, data files and the tiny model; read only."""
-    return make_assets(tmp_path_factory.mktemp("demo") / "assets", sizes=SIZES, progress=False)
+    from videor1.demo.assets import Sizes, make_assets
+
+    sizes = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
+    return make_assets(tmp_path_factory.mktemp("demo") / "assets", sizes=sizes, progress=False)
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Videos by their name in ``coded_videos.MADE``, each made once; read only."""
+    from coded_videos import MADE
+
     files: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -59,17 +82,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All six benchmarks, made small; read only."""
+    from evaluations import write_benchmarks
+
     return write_benchmarks(tmp_path_factory)
 
 
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
     """Answers in place of an evaluation's sampler."""
+    from evaluations import install_oracle
+
     return install_oracle(monkeypatch)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams in blocks of about five rows, and in windows of four blocks."""
-    monkeypatch.setattr(videor1.data.shards, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(videor1.data.stream, "MAX_WINDOW_BLOCKS", 4)
+    from videor1.data import shards, stream
+
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(stream, "MAX_WINDOW_BLOCKS", 4)
