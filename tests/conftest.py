@@ -43,10 +43,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grids.parametrize(metafunc, full=metafunc.config.getoption("--full"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of xdist, which would run files of many tests first
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``full``, unless it is named; files with slow tests go first, for a short end."""
     if not config.getoption("--full") and not any("::" in argument for argument in config.args):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
