@@ -18,6 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from videor1.config import LoraConfig
 from videor1.errors import ConfigError
+from videor1.model import vision
 from videor1.model.positions import PositionRule, prompt_positions
 from videor1.model.prompts import SpecialIds, special_ids
 from videor1.seeding import derive_seed
@@ -60,6 +61,8 @@ class VideoLM:
         self.position_rule: PositionRule = position_rule
         self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
         hf.model.language_model.set_attn_implementation(attention.register())
+        hf.model.visual.config._attn_implementation = vision.register()
+        vision.embed_by_product(hf.model.visual)
         self._check_vocabulary()
 
     @property
@@ -80,20 +83,21 @@ class VideoLM:
         if not media:
             return []
         pixels = torch.cat([m.patches for m in media] if patches is None else list(patches)).to(self.device)
-        grid = torch.tensor([m.grid_thw for m in media], device=self.device)
+        grid = torch.tensor([m.grid_thw for m in media])
+        lengths = vision.tower_lengths(grid, self.visual.config, self.device, self.compute_dtype)
         with self.autocast():
-            output = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid)
+            output = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid, **lengths)
         merge = self.visual.spatial_merge_size**2
         return list(output.pooler_output.split([m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2] // merge for m in media]))
 
     def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
         """Return the M-RoPE positions [3, P] of a prompt, and the position of the first completion token."""
-        vision = self.hf.config.vision_config
+        tower = self.hf.config.vision_config
         return prompt_positions(
             prompt,
             self.special.media_pad(prompt.media) if prompt.media else None,
-            tokens_per_second=vision.tokens_per_second,
-            merge=vision.spatial_merge_size,
+            tokens_per_second=tower.tokens_per_second,
+            merge=tower.spatial_merge_size,
             rule=self.position_rule,
         )
 

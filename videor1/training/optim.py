@@ -11,12 +11,16 @@ from videor1.config import CommonConfig
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: CommonConfig) -> torch.optim.AdamW:
-    """Return an AdamW optimizer with weight decay on matrices only, as usual (biases and norms have none)."""
+    """Return an AdamW optimizer with weight decay on matrices only, as usual (biases and norms have none).
+
+    On a GPU it is fused: torch's default there would take temporaries of the size of all parameters.
+    """
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas)
+    fused = all(parameter.is_cuda for parameter in parameters.values()) or None
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=fused)
 
 
 def learning_rate(step: int, total_steps: int, config: CommonConfig) -> float:
@@ -79,10 +83,12 @@ def load_state_tensors(
     unknown = {key.rpartition("/")[0] for key in tensors} - set(parameters)
     if unknown:
         raise ValueError(f"optimizer state of parameters that are not trained here: {sorted(unknown)[:5]}")
+    fused = bool(optimizer.param_groups[0]["fused"])
     for name, parameter in parameters.items():
         fields = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
         if fields:
-            # AdamW keeps its step counter on the CPU.
+            # AdamW keeps its step counter on the CPU, unless it is fused.
             optimizer.state[parameter] = {
-                field: t.clone() if t.ndim == 0 else t.to(parameter.device, copy=True) for field, t in fields.items()
+                field: t.clone() if t.ndim == 0 and not fused else t.to(parameter.device, copy=True)
+                for field, t in fields.items()
             }

@@ -6,9 +6,11 @@ sizes is padded with copies of its first sequence, which write to the cache what
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,30 +23,71 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 StepFunction = Callable[[StepInputs], tuple[Tensor, Tensor]]
 
 
+class Graphs(Protocol):
+    """Makes graphs of what runs in a context; :class:`CudaGraphs` on a GPU."""
+
+    def warm_up(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for what must run before a capture: kernels are compiled, workspaces allocated."""
+
+    def capture(self, graph: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return a context whose work goes into ``graph``."""
+
+    def new(self) -> Any:
+        """Return an empty graph, whose ``replay()`` does its work again."""
+
+
+class CudaGraphs:
+    """CUDA graphs that share one pool of memory: only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def warm_up(self) -> Any:
+        current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            yield
+        current.wait_stream(side)
+
+    def capture(self, graph: torch.cuda.CUDAGraph) -> contextlib.AbstractContextManager[Any]:
+        # Threads of other libraries, such as NCCL's watchdog, may call CUDA meanwhile.
+        stream = _side_stream(torch.cuda.current_device())
+        return torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+
+    def new(self) -> torch.cuda.CUDAGraph:
+        return torch.cuda.CUDAGraph()
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all warm-ups and captures: cuBLAS keeps a workspace of 32 MiB for every stream."""
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class Captured:
-    """A captured step: ``replay`` runs it again on the current contents of ``inputs``."""
+    """A captured step: ``graph.replay()`` runs it again on the current contents of ``inputs``."""
 
     inputs: StepInputs
     outputs: tuple[Tensor, Tensor]
-    replay: Callable[[], None]
+    graph: Any
     source: Any = None  # the layout that was last copied into the inputs
 
 
 class GraphedSteps:
     """Runs decode steps as CUDA graphs; called like the step it wraps, with a batch padded to :meth:`size`.
 
+    Nothing here refers to itself: graphs and the KV cache are freed as soon as the last reference to this is gone.
+
     Args:
         step: the step; it must not wait for the device.
-        capture: makes a :class:`Captured` of the step and its inputs; None captures a CUDA graph (tests replace it).
+        graphs: makes the graphs; None: CUDA graphs.
     """
 
-    def __init__(
-        self, step: StepFunction, capture: Callable[[StepFunction, StepInputs], Captured] | None = None
-    ) -> None:
+    def __init__(self, step: StepFunction, graphs: Graphs | None = None) -> None:
         self._step = step
-        self._pool: Any = None
-        self._capture = capture or self._capture_cuda_graph
+        self._graphs = CudaGraphs() if graphs is None else graphs
         self._captured: dict[int, Captured] = {}
 
     def size(self, count: int) -> int:
@@ -58,29 +101,25 @@ class GraphedSteps:
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         size = len(inputs.tokens)
         if size not in self._captured:
-            self._captured[size] = self._capture(self._step, inputs)
+            self._captured[size] = self._capture(inputs)
         captured = self._captured[size]
         for name in ("tokens", "positions", "lengths", "uniform"):
             getattr(captured.inputs, name).copy_(getattr(inputs, name))
         if captured.source is not inputs.layout:
             captured.inputs.layout.copy_(inputs.layout)
             captured.source = inputs.layout
-        captured.replay()
+        captured.graph.replay()
         return captured.outputs
 
-    def _capture_cuda_graph(self, step: StepFunction, inputs: StepInputs) -> Captured:
-        static_inputs = inputs.clone()
-        # The step runs twice before the capture, on a separate stream, so that kernels are compiled, workspaces
-        # allocated and weights cast. The same inputs give the same keys and values, so that the cache is as after one
-        # step.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def _capture(self, inputs: StepInputs) -> Captured:
+        """Capture the step for this size, in inputs of its own.
+
+        It runs twice before. The same inputs give the same keys and values, so that the cache is as after one step.
+        """
+        static_inputs, graph = inputs.clone(), self._graphs.new()
+        with self._graphs.warm_up():
             for _ in range(2):
-                step(static_inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = step(static_inputs)
-        self._pool = graph.pool()
-        return Captured(static_inputs, outputs, graph.replay)
+                self._step(static_inputs)
+        with self._graphs.capture(graph):
+            outputs = self._step(static_inputs)
+        return Captured(static_inputs, outputs, graph)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import math
 import os
 import sys
@@ -87,6 +88,7 @@ class ZeroRanks(Ranks):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},  # Sums over the rows of a step lose bits in bf16.
             "steps_per_print": 10**9,
         }
 
@@ -175,7 +177,8 @@ class ZeroRanks(Ranks):
         stage_3 = self._config.zero_stage == 3
         for part in optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups:
             state = {field: torch.zeros_like(part) for field in _FIELDS}
-            optimizer.optimizer.state[part] = {"step": step.clone(), **state}
+            where = part.device if optimizer.optimizer.param_groups[0]["fused"] else step.device
+            optimizer.optimizer.state[part] = {"step": step.to(where, copy=True), **state}
         self._link_optimizer_state()
 
     def _link_optimizer_state(self) -> None:
@@ -189,8 +192,14 @@ class ZeroRanks(Ranks):
 
     def close(self, *, failed: bool) -> None:
         self._heartbeat.stop("failed" if failed else "ended")
-        if not failed:  # After a failure this would wait for the other ranks.
-            dist.destroy_process_group()
+        if failed:  # The rest would wait for the other ranks.
+            return
+        if self._engine is not None:
+            self._engine.destroy()
+        self._deepspeed.comm.destroy_process_group()
+        # Threads of a group that something still refers to would be ended by the interpreter's own end, too late.
+        self._engine = self._optimizer = self._hf = self._objects = None
+        gc.collect()
 
 
 @contextlib.contextmanager

@@ -91,10 +91,15 @@ def decide(
 
 
 def hwaccel(device: torch.device | str) -> HWAccel:
-    """Return PyAV's setting for frames that stay in GPU memory, in torch's own CUDA context."""
+    """Return PyAV's setting for frames that stay in GPU memory, in torch's own CUDA context.
+
+    FFmpeg refuses the primary context where torch has opened it with other flags before, so it is made current instead.
+    """
     number = torch.device(device).index
     number = torch.cuda.current_device() if number is None else number
-    return HWAccel("cuda", device=str(number), allow_software_fallback=False, is_hw_owned=True)
+    torch.cuda.synchronize(number)  # opens the context of a device that nothing has used yet, in this thread
+    context = {"primary_ctx": "0", "current_ctx": "1"}
+    return HWAccel("cuda", device=str(number), allow_software_fallback=False, options=context, is_hw_owned=True)
 
 
 class SurfaceStack:
@@ -112,7 +117,8 @@ class SurfaceStack:
     def put(self, slot: int, frame: av.VideoFrame) -> None:
         if frame.format.name != "cuda":  # FFmpeg has no decoder for this codec that uses the GPU
             raise SampleError("decode", f"the frames came out in main memory, as {frame.format.name}", self._path)
-        surfaces = [torch.from_dlpack(plane) for plane in frame.planes]
+        # A plane given to torch as it is would be asked for a stream, which PyAV refuses: see the block below instead.
+        surfaces = [torch.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
         layout = self._layout_of(frame, surfaces)
         if self._layout is None:
             self._layout = layout

@@ -40,7 +40,7 @@ class Frames:
     pixels: Tensor | YuvFrames  # uint8 RGB [F, height, width, 3], or planes
     rotation: int  # degrees anticlockwise that are left to turn them by: 0, 90, 180 or 270
     seconds: tuple[float, ...]  # presentation time of each frame
-    backend: str  # the backend used: "pyav", "pyav-nvdec", "decord", "torchcodec" or "pynvvideocodec"
+    backend: str  # the one used: "pyav", "pyav-nvdec", "pyav-after-nvdec" (which failed), "decord", "torchcodec", ...
     decoded: int  # number of frames that had to be decoded to get these
     mirrored: bool = False  # whether they are still to be mirrored left to right, before they are turned
 

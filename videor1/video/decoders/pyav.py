@@ -9,6 +9,7 @@ the frames that come out of the decoder count, in the order in which they do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -31,6 +32,8 @@ from videor1.video.decoders.stack import FrameStack, MixedLayoutError, take_fram
 from videor1.video.decoders.timeline import ascending
 from videor1.video.opened import MediaFile, media_file
 from videor1_kernels.frames_to_patches import YuvFrames
+
+log = logging.getLogger(__name__)
 
 # Codecs in which each picture states whether others refer to it. (HEVC's states this only for its own temporal layer.)
 _SKIPPABLE = frozenset(("h264",))
@@ -93,7 +96,9 @@ class PyAvDecoder:
         where = nvdec.decide(info, indices, self._device, self._hardware, planes=planes).where
         numbers = sorted(set(indices))
         done = self._run_on_card(numbers) if where == "nvdec" else None
+        failed = where == "nvdec" and done is None
         run, stack = done or self._run_on_cpu(numbers, planes, self._threads_for(info, numbers))
+        backend = "pyav-after-nvdec" if failed else self.backend  # told apart where decoded videos are counted
         pixels = stack.pixels()
         if isinstance(pixels, YuvFrames) and not planes:
             pixels = _to_rgb(pixels)
@@ -101,7 +106,7 @@ class PyAvDecoder:
         order = [slots[number] for number in indices]
         seconds = tuple(run.seconds[slot] for slot in order)
         left = stack.orientation
-        return Frames(take_frames(pixels, order), left.rotation, seconds, self.backend, run.decoded, left.mirrored)
+        return Frames(take_frames(pixels, order), left.rotation, seconds, backend, run.decoded, left.mirrored)
 
     def in_order(self, indices: Sequence[int]) -> bool:
         """Return whether the times of the file say in which order these frames are shown; this may decode them."""
@@ -145,9 +150,10 @@ class PyAvDecoder:
                 raise
             self._index, self._planner, self._counted = cpu_index  # where NVDEC's frames differ, the CPU's count
             return None
-        except (SampleError, MixedLayoutError) as error:
+        except (SampleError, MixedLayoutError, RuntimeError) as error:  # CUDA's and PyAV's own errors are RuntimeErrors
             if self._hardware == "cuda":
                 raise ConfigError(f"video.backend: NVDEC cannot decode {self._path}: {error}") from error
+            log.warning("%s: decoded on the CPU, because NVDEC failed: %s", self._path, error or type(error).__name__)
             return None
 
     def _run_on_cpu(self, numbers: Sequence[int], planes: bool, threads: int) -> tuple[_Run, FrameStack]:

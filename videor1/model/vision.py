@@ -1,0 +1,116 @@
+"""The vision tower on a GPU: one attention call a layer for all windows of a pass, lengths that are known on the host,
+and patches embedded by one product.
+
+transformers computes window after window with its attention ``sdpa``, thousands of calls for one video, and reads
+lengths from the device before each layer. It passes all windows at once only to an attention whose name contains
+"flash".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+NAME = "videor1_flash_windows"
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def register() -> str:
+    """Register the attention and return its name.
+
+    ``set_attn_implementation`` takes no name with "flash" that it does not know: set ``config._attn_implementation`` of
+    the tower instead.
+    """
+    AttentionInterface.register(NAME, _attend)
+    return NAME
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute softmax(q k^T scaling) v within each window, not causal.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [1, heads, T, head size].
+        attention_mask: unused, the windows say all.
+        scaling: scale of the products; None: 1 / sqrt(head size).
+        cu_seq_lens_q: int32 [windows + 1], where windows begin and end in T.
+        max_length_q: length of the longest window.
+        options: unused: of keys, which lie as the queries, and of other attentions.
+
+    Returns:
+        ([1, T, heads, head size], no weights).
+    """
+    if query.device.type != "cpu" and query.dtype in _FLASH_DTYPES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        ends = cu_seq_lens_q.to(query.device)
+        return varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)[None], None
+    windows = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
+    outs = [sdpa_attention_forward(module, *qkv, None, scaling=scaling, is_causal=False)[0] for qkv in windows]
+    return torch.cat(outs, dim=1), None
+
+
+def tower_lengths(grid_thw: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the tower derives from the grids, as arguments for its ``forward``.
+
+    Args:
+        grid_thw: int64 [media, 3], on the CPU: its values decide shapes.
+        config: the tower's configuration.
+        device: where the tower runs.
+        dtype: what the tower computes in.
+    """
+    merge = config.spatial_merge_size
+    index, windows = get_vision_window_index(grid_thw, merge, config.window_size, config.patch_size)
+    frames = get_vision_cu_seqlens(grid_thw)
+    moved = {"position_ids": get_vision_position_ids(grid_thw, merge), "window_index": index}
+    bounds = {"cu_window_seqlens": windows, "cu_seqlens": frames}
+    flash = is_flash_attention_requested(config)
+    if flash and device.type != "cpu" and dtype in _FLASH_DTYPES:  # else each window is computed by itself
+        moved |= bounds
+    lengths = {"max_window_seqlen": windows, "max_seqlen": frames} if flash else {}
+    longest = {name: int(ends.diff().max()) for name, ends in lengths.items()}
+    return bounds | {name: value.to(device, non_blocking=True) for name, value in moved.items()} | longest
+
+
+class PatchProduct(nn.Conv3d):
+    """A convolution whose kernel is its stride and its whole input: the product of flat patches and the flat kernel.
+
+    It is the patch embedding's own layer, with its parameters and their names. cuDNN has no fast convolution of that
+    shape in bf16.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return [n, out, 1, 1, 1] of patches [n, channels, *kernel_size]."""
+        if patches.device.type == "cpu":
+            return super().forward(patches)
+        return self.product(patches)
+
+    def product(self, patches: Tensor) -> Tensor:
+        """Return what the convolution does, as a product."""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+
+
+def embed_by_product(tower: Any) -> None:
+    """Have the tower embed its patches by :class:`PatchProduct`; what has another layer there stays as it is."""
+    layer = tower.patch_embed.proj
+    if type(layer) is nn.Conv3d and layer.kernel_size == layer.stride and layer.groups == 1:
+        layer.__class__ = PatchProduct
