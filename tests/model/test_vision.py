@@ -96,8 +96,8 @@ def test_patches_are_embedded_by_a_product(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(layer(patches), expected)
     product = layer.product(patches)
     assert product.shape == expected.shape
-    assert (product - expected).abs().max() <= rounding(patches[0].numel(), 10.0, torch.float64)
-    assert expected.abs().max() < 10
+    assert (product - expected).abs().max() <= rounding(patches[0].numel(), 100.0, torch.float64)
+    assert expected.abs().max() < 100
     monkeypatch.setattr(layer, "_conv_forward", lambda *_: pytest.fail("a convolution"))
     assert layer.to("meta")(patches.to("meta")).shape == expected.shape
 

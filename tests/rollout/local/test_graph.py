@@ -1,0 +1,131 @@
+"""Graphed decode steps: what is captured when, for which batches, and that nothing outlives its rollout."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from rollouts import ask
+from test_answers import TEXT, VIDEO
+from tiny import make_lm
+from torch import Tensor
+
+from videor1.rollout import LocalEngine, Rollout, SamplingOptions
+from videor1.rollout.local import engine
+from videor1.rollout.local.graph import SIZES, GraphedSteps
+from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.step import DecodeStep, StepInputs
+
+
+class Graph:
+    """In place of a CUDA graph: ``replay`` does again what was captured, on what its inputs hold by then."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], tuple[Tensor, ...]]] = []
+        self.results: list[tuple[Tensor, ...]] = []
+
+    def replay(self) -> None:
+        for call, results in zip(self.work, self.results, strict=True):
+            for old, new in zip(results, call(), strict=True):
+                old.copy_(new)
+
+
+class Graphs:
+    """In place of ``CudaGraphs``; a step given to :meth:`watch` is recorded while a capture lasts."""
+
+    def __init__(self, log: list[str] | None = None) -> None:
+        self.log = [] if log is None else log
+        self.graph: Graph | None = None
+
+    def new(self) -> Graph:
+        return Graph()
+
+    @contextlib.contextmanager
+    def warm_up(self) -> Iterator[None]:
+        self.log.append("warm-up")
+        yield
+
+    @contextlib.contextmanager
+    def capture(self, graph: Graph) -> Iterator[None]:
+        self.log.append("capture")
+        self.graph = graph
+        yield
+        self.graph = None
+
+    def watch(self, step: DecodeStep) -> Callable[[StepInputs], tuple[Tensor, Tensor]]:
+        def call(inputs: StepInputs) -> tuple[Tensor, Tensor]:
+            result = step(inputs)
+            if self.graph is not None:
+                self.graph.work.append(lambda: step(inputs))
+                self.graph.results.append(result)
+            return result
+
+        return call
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Engines capture their steps on this machine; -> the log of warm-ups and captures."""
+    log: list[str] = []
+
+    def steps(step: DecodeStep) -> GraphedSteps:
+        graphs = Graphs(log)
+        return GraphedSteps(graphs.watch(step), graphs)
+
+    def capturable(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        self.capturable = True
+
+    start = DecodeStep.__init__
+    monkeypatch.setattr(DecodeStep, "__init__", capturable)
+    monkeypatch.setattr(engine, "GraphedSteps", steps)
+    return log
+
+
+def answers(rollout: Rollout) -> list[list[int]]:
+    return [c.token_ids.tolist() for group in rollout.groups if group is not None for c in group.ordered]
+
+
+def test_graphed_steps_answer_as_plain_ones(graphed: list[str]) -> None:
+    """Replays see only what is written into the captured inputs; batches between two sizes are filled up."""
+    model, options = make_lm(), SamplingOptions(4)
+    requests = [ask(model, VIDEO, 3), ask(model, TEXT, 2)]
+    plain = answers(LocalEngine(model, options, cuda_graphs=False).generate(requests))
+    assert not graphed
+    assert answers(LocalEngine(model, options).generate(requests)) == plain
+    assert graphed[:2] == ["warm-up", "capture"]
+    assert graphed.count("capture") == len(graphed) / 2
+
+
+def test_memory_is_gone_when_a_rollout_returns(graphed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a collection of cycles: after twenty rollouts as much is alive as after one."""
+    caches: list[weakref.ref[Tensor]] = []
+    start = KVCache.__init__
+
+    def watched(self: KVCache, *args: Any) -> None:
+        start(self, *args)
+        caches.extend(weakref.ref(layers[0]) for layers in (self.prefix_k, self.suffix_k))
+
+    monkeypatch.setattr(KVCache, "__init__", watched)
+    model = make_lm()
+    requests = [ask(model, TEXT, 2)]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            LocalEngine(model, SamplingOptions(3)).generate(requests)
+            assert not [cache for cache in caches if cache() is not None]
+    finally:
+        gc.enable()
+    assert len(caches) == 40
+    assert graphed.count("capture") == 20
+
+
+def test_sizes() -> None:
+    steps = GraphedSteps(lambda _: pytest.fail("not run"), Graphs())
+    assert [steps.size(n) for n in (1, 3, 12, 13, 512, 513, 1025)] == [1, 4, 12, 16, 512, 1024, 1536]
+    assert list(SIZES) == sorted(SIZES)
