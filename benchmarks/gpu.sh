@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a card, no network needed: the kernels' tests, then the benchmarks of a part; the table comes last.
+#   benchmarks/gpu.sh first     the first eight minutes on a card: does all of it run, leak and agree, then the most wanted
+#                               times (all of python -m benchmarks.first; "first --only smoke,memory,tests" for a part)
 #   benchmarks/gpu.sh kernels
 #   benchmarks/gpu.sh step      whole T-GRPO steps of the 7B's shapes, from video files to updated weights, ours beside the
 #                               algorithm as the reference code computes it
@@ -16,7 +18,7 @@
 # measured first, and always).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part: kernels, step, training, growth, rollout, video or tune"}
+part=${1:?"which part: first, kernels, step, training, growth, rollout, video or tune"}
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
@@ -28,6 +30,9 @@ mkdir -p "$out"
     echo "gpu.sh: expected a CUDA device that torch can use, found none" >&2
     exit 2
 }
+if [ "$part" = first ]; then
+    exec "$python" -m benchmarks.first --device cuda --out "$out" "${@:2}"
+fi
 if [ "$part" = tune ]; then
     exec "$python" -m benchmarks.tune --out "$out"
 fi
