@@ -57,7 +57,7 @@ def test_one_call_a_layer_and_nothing_read_back() -> None:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         tower = type(visual)(config).to(torch.bfloat16)
-    tower.config._attn_implementation = vision.register()
+    vision.prepare(tower)
     meta = torch.device("meta")
     pixels = torch.cat([media.patches for media in MEDIA]).to(meta)
     lengths = vision.tower_lengths(GRID, tower.config, meta, torch.bfloat16)
@@ -102,8 +102,10 @@ def test_patches_are_embedded_by_a_product(monkeypatch: pytest.MonkeyPatch) -> N
     assert layer.to("meta")(patches.to("meta")).shape == expected.shape
 
 
-def test_other_embeddings_stay() -> None:
+def test_other_choices_stay() -> None:
     visual = make_lm().visual
     visual.patch_embed.proj = torch.nn.Conv3d(3, 8, 2, stride=1)
-    vision.embed_by_product(visual)
+    visual.config._attn_implementation = "eager"
+    vision.prepare(visual)
     assert type(visual.patch_embed.proj) is torch.nn.Conv3d
+    assert visual.config._attn_implementation == "eager"

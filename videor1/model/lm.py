@@ -61,8 +61,7 @@ class VideoLM:
         self.position_rule: PositionRule = position_rule
         self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
         hf.model.language_model.set_attn_implementation(attention.register())
-        hf.model.visual.config._attn_implementation = vision.register()
-        vision.embed_by_product(hf.model.visual)
+        vision.prepare(hf.model.visual)
         self._check_vocabulary()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def load_model(config: CommonConfig) -> VideoLM:
     if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
         raise ConfigError(f"model_name_or_path: there is no folder {source!r}, and a hub id is of the form owner/name")
     device = pick_device(config.device)
+    if device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Steps of very different sizes follow each other: memory in fixed pieces would break into ones that fit none.
+        # torch reads this at the first allocation.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     transformers_logging.disable_progress_bar()  # The run shows a progress bar of its own.
     # Trained weights are kept in fp32, and bf16 runs compute under autocast. fp32 is not needed for weights that are

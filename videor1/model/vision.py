@@ -22,14 +22,15 @@ NAME = "videor1_flash_windows"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def register() -> str:
-    """Register the attention and return its name.
-
-    ``set_attn_implementation`` takes no name with "flash" that it does not know: set ``config._attn_implementation`` of
-    the tower instead.
-    """
+def prepare(tower: Any) -> None:
+    """Have a tower whose attention is ``sdpa`` attend to all windows at once, and embed patches by a product."""
     AttentionInterface.register(NAME, _attend)
-    return NAME
+    if tower.config._attn_implementation == "sdpa":
+        # set_attn_implementation takes no name with "flash" that it does not know.
+        tower.config._attn_implementation = NAME
+    layer = tower.patch_embed.proj
+    if type(layer) is nn.Conv3d and layer.kernel_size == layer.stride and layer.groups == 1:
+        layer.__class__ = PatchProduct
 
 
 def _attend(
@@ -107,10 +108,3 @@ class PatchProduct(nn.Conv3d):
     def product(self, patches: Tensor) -> Tensor:
         """Return what the convolution does, as a product."""
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
-
-
-def embed_by_product(tower: Any) -> None:
-    """Have the tower embed its patches by :class:`PatchProduct`; what has another layer there stays as it is."""
-    layer = tower.patch_embed.proj
-    if type(layer) is nn.Conv3d and layer.kernel_size == layer.stride and layer.groups == 1:
-        layer.__class__ = PatchProduct
