@@ -64,7 +64,8 @@ def _attend(
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         ends = cu_seq_lens_q.to(query.device)
-        return varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)[None], None
+        out: Any = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)
+        return out[None], None
     windows = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
     outs = [sdpa_attention_forward(module, *qkv, None, scaling=scaling, is_causal=False)[0] for qkv in windows]
     return torch.cat(outs, dim=1), None

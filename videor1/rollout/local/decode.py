@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.projections import Projections
 from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 
@@ -86,8 +87,8 @@ class Decode:
 class Decoder:
     """The language model's forward pass for one new token per sequence.
 
-    It calls transformers' modules with their weights directly: for a single token the code between the modules costs
-    more than their computation. Linear layers that are adapted are called as modules, so that adapters take effect.
+    It uses the weights of transformers' modules directly: for a single token the code between the modules costs more
+    than their computation.
     Text positions are equal in time, height and width, so that the rotary embedding is the plain one. fp32 results
     equal the model's own to rounding.
     """
@@ -95,6 +96,7 @@ class Decoder:
     def __init__(self, model: VideoLM, positions: range) -> None:
         """``positions``: all positions of new tokens. After a long clip they begin far above the number of tokens."""
         self.model, self.text = model, model.hf.model.language_model
+        self.layers = [_Layer.of(layer, model.compute_dtype) for layer in self.text.layers]
         attention = self.text.layers[0].self_attn
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         self.first = positions.start
@@ -114,23 +116,39 @@ class Decoder:
         hidden = text.embed_tokens(tokens)
         at = positions - self.first
         cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)  # [R, 1, D]
-        for index, layer in enumerate(text.layers):
-            x, attention = _norm(layer.input_layernorm, hidden), layer.self_attn
-            q, k, v = (
-                _linear(module, x).view(len(x), -1, self.head_dim)
-                for module in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+        for index, layer in enumerate(self.layers):
+            x = _norm(layer.input_norm, hidden)
+            q, k, v = (projected.view(len(x), -1, self.head_dim) for projected in layer.qkv(x))
             # Products of bf16 with the fp32 tables are fp32, as in the model; the kernels take the values' dtype.
             q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin).to(v.dtype) for x in (q, k))
             out = context.attend(index, q, k, v, self.scale)
-            hidden = hidden + _linear(attention.o_proj, out.flatten(1))
-            x, mlp = _norm(layer.post_attention_layernorm, hidden), layer.mlp
-            hidden = hidden + _linear(mlp.down_proj, F.silu(_linear(mlp.gate_proj, x)) * _linear(mlp.up_proj, x))
+            hidden = hidden + layer.out(out.flatten(1))[0]
+            gate, up = layer.gate_up(_norm(layer.mlp_norm, hidden))
+            hidden = hidden + layer.down(F.silu(gate) * up)[0]
         return text.norm(hidden).to(self.model.compute_dtype)
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+class _Layer(NamedTuple):
+    """What a decoder layer computes with."""
+
+    input_norm: nn.Module
+    qkv: Projections
+    out: Projections
+    mlp_norm: nn.Module
+    gate_up: Projections
+    down: Projections
+
+    @staticmethod
+    def of(layer: Any, dtype: torch.dtype) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return _Layer(
+            layer.input_layernorm,
+            Projections([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+            Projections([attention.o_proj], dtype),
+            layer.post_attention_layernorm,
+            Projections([mlp.gate_proj, mlp.up_proj], dtype),
+            Projections([mlp.down_proj], dtype),
+        )
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def hwaccel(device: torch.device | str) -> HWAccel:
     number = torch.device(device).index
     number = torch.cuda.current_device() if number is None else number
     torch.cuda.synchronize(number)  # opens the context of a device that nothing has used yet, in this thread
-    context = {"primary_ctx": "0", "current_ctx": "1"}
+    context: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
     return HWAccel("cuda", device=str(number), allow_software_fallback=False, options=context, is_hw_owned=True)
 
 

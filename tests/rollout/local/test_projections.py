@@ -1,0 +1,125 @@
+"""Layers of a decode step with adapters: the same numbers as peft's, in few operations, from weights of now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from rollouts import ask
+from test_answers import TEXT, VIDEO
+from tiny import log_prob_rounding, make_lm
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from videor1.config import LoraConfig
+from videor1.model import VideoLM
+from videor1.rollout import LocalEngine, SamplingOptions
+from videor1.rollout.local import decode
+from videor1.rollout.local.projections import Projections
+from videor1_kernels.testing import rounding
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+def adapted(**options: Any) -> VideoLM:
+    """A model whose adapters do something: B starts at 0."""
+    model = make_lm()
+    model.add_lora(LoraConfig(rank=4, alpha=6, **options), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.hf.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def attention(model: VideoLM) -> list[nn.Module]:
+    layer = model.hf.model.language_model.layers[0].self_attn
+    return [getattr(layer, name) for name in NAMES]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all((a - b).abs().max() <= rounding(a.shape[-1], 10.0) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("targets", [NAMES, ("q_proj", "v_proj"), ("o_proj",)])
+def test_as_peft(targets: tuple[str, ...]) -> None:
+    """Also where some of the layers have no adapter, or none has."""
+    model = adapted(target_modules=list(targets))
+    layers = attention(model)
+    x = torch.randn(5, layers[0].in_features, generator=torch.Generator().manual_seed(2))
+    with model.inference():
+        ours, theirs = Projections(layers, torch.float32)(x), [layer(x) for layer in layers]
+        assert close(ours, theirs)
+        bare = [getattr(layer, "base_layer", layer)(x) for layer in layers]
+        assert close(ours, bare) == (targets == ("o_proj",))
+
+
+def test_adapters_that_are_off_merged_or_special() -> None:
+    model = adapted(target_modules=list(NAMES))
+    layers = attention(model)
+    x = torch.randn(3, layers[0].in_features)
+    with model.inference():
+        with model.peft.disable_adapter():
+            assert close(Projections(layers, torch.float32)(x), [layer.base_layer(x) for layer in layers])
+        layers[0].merge()
+        layers[1].lora_B["default"].bias = nn.Parameter(torch.ones(layers[1].out_features))
+        assert close(Projections(layers, torch.float32)(x), [layer(x) for layer in layers])
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_step() -> None:
+    """Of bf16 layers with fp32 adapters: one product for the A of an input, one for each B, and no cast."""
+    model = adapted(target_modules=list(NAMES))
+    layers = attention(model)
+    for layer in layers:
+        layer.base_layer.bfloat16()
+    x = torch.randn(5, layers[0].in_features, dtype=torch.bfloat16)
+    projections = Projections(layers, torch.bfloat16)
+    with model.inference(), Operations() as operations:
+        outs = projections(x)
+    assert {out.dtype for out in outs} == {torch.bfloat16}
+    products = sum(operations.counts[name] for name in ("mm", "addmm", "linear"))
+    assert products == len(layers) + 1 + len(layers)
+    assert not operations.counts["_to_copy"]
+    assert not operations.counts["mul"]
+
+
+def test_a_rollout_samples_the_adapted_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with every layer called as a module, before and after the adapters have changed."""
+
+    class Modules(Projections):
+        def __init__(self, layers: Any, dtype: torch.dtype) -> None:
+            self.layers = layers
+
+        def __call__(self, x: Tensor) -> list[Tensor]:
+            return [layer(x) for layer in self.layers]
+
+    model = adapted()
+    seen = []
+    for _ in range(2):
+        found = []
+        for kind in (Projections, Modules):
+            monkeypatch.setattr(decode, "Projections", kind)
+            rollout = LocalEngine(model, SamplingOptions(5)).generate([ask(model, VIDEO, 3), ask(model, TEXT, 2)])
+            found.append([c for group in rollout.groups if group is not None for c in group.ordered])
+        for ours, theirs in zip(*found, strict=True):
+            assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+            assert (ours.logp - theirs.logp).abs().max() <= log_prob_rounding(theirs.logp)
+        seen.append(torch.cat([c.logp for c in found[0]]))
+        with torch.no_grad():
+            for name, parameter in model.hf.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(-1.5)
+    assert not torch.equal(*seen)
