@@ -151,3 +151,27 @@ def test_non_contiguous_logits():
 def test_errors(index, temperature, message):
     with pytest.raises(ValueError, match=rf"selective_log_softmax: {message}|{message}"):
         selective_log_softmax(torch.zeros(2, 4), index, temperature=temperature)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_slice_is_read_where_it_lies(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trainers slice logits: all but the last position. What lies between is never read."""
+    whole = torch.randn(3, 6, 70)
+    whole[:, 5] = torch.nan
+    index, weights = torch.randint(70, (3, 5, 2)), torch.randn(3, 5, 2)
+    results = []
+    for logits in (whole[:, :-1].clone().requires_grad_(), whole.requires_grad_()):
+        sliced = logits if logits.shape[1] == 5 else logits[:, :-1]
+        with monkeypatch.context() as patch:
+            for name in ("contiguous", "reshape"):
+                original = getattr(torch.Tensor, name)
+                patch.setattr(torch.Tensor, name, lambda x, *a, f=original: refuse_logits(f, x, *a))
+            out = selective_log_softmax(sliced, index, temperature=0.7, backend=backend)
+        results.append((out, torch.autograd.grad((out * weights).sum(), logits)[0][:, :5]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def refuse_logits(call, x, *arguments):
+    assert x.dim() < 3 or x.shape[-1] != 70 or x.is_contiguous(), "a copy of the logits"
+    return call(x, *arguments)

@@ -93,10 +93,15 @@ def selective_log_softmax(
         raise fail(op, "index", f"shape {list(rows)} or {[*rows, 'K']}".replace("'", ""), list(index.shape))
     temperatures, scalar = split_temperature(op, temperature, logits)
     entries = 1 if single else index.shape[-1]
-    logp, _ = selective_op(
-        logits.reshape(-1, logits.shape[-1]), index.reshape(rows.numel(), entries), temperatures, scalar, backend
-    )
+    logp, _ = selective_op(_in_place(logits), index.reshape(rows.numel(), entries), temperatures, scalar, backend)
     return logp.reshape(index.shape)
+
+
+def _in_place(logits: Tensor) -> Tensor:
+    """Logits as [B, T, V], copied only where more than two strides lead to a row: a slice [:, :-1] needs two."""
+    if logits.dim() == 3:
+        return logits
+    return logits.reshape(1, -1, logits.shape[-1])
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:

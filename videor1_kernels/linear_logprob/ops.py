@@ -88,9 +88,12 @@ linear_logprob_op.register_autograd(_differentiate, setup_context=_save)
     "videor1::selective_log_softmax", mutates_args=(), schema=f"({_LOGITS}, str backend) -> (Tensor, Tensor)"
 )
 def selective_op(logits, index, temperatures, temperature, backend):
-    """Return logp [R, K], and the statistics that the backend's backward pass needs."""
+    """Return logp [R, K], and the statistics that the backend's backward pass needs.
+
+    Logits are [R, V], or [B, T, V] with R = B T.
+    """
     op = "selective_log_softmax"
-    check_indices(op, "index", index, logits.shape[1])
+    check_indices(op, "index", index, logits.shape[-1])
     check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, logits.device, compute_dtype(logits))
     with dispatch.running_on(logits):
@@ -101,7 +104,7 @@ def selective_op(logits, index, temperatures, temperature, backend):
 def _(logits, index, temperatures, temperature, backend):
     dtype = compute_dtype(logits)
     chosen = dispatch.chosen_backend("selective_log_softmax", logits.device, backend, dtype)
-    kept = (0,) if chosen == "reference" else (2, len(logits))
+    kept = (0,) if chosen == "reference" else (2, len(index))
     return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(kept, dtype=dtype)
 
 
@@ -111,7 +114,7 @@ def _(logits, index, temperatures, temperature, backend):
     schema=f"(Tensor grad, {_LOGITS}, Tensor statistics, str backend) -> Tensor",
 )
 def selective_backward_op(grad, logits, index, temperatures, temperature, statistics, backend):
-    """Return d_logits [R, V] of the incoming gradient [R, K]."""
+    """Return d_logits, shaped as logits, of the incoming gradient [R, K]."""
     run = dispatch.resolve("selective_log_softmax", backend, logits.device, compute_dtype(logits))
     divisor = temperature if temperatures is None else temperatures
     with dispatch.running_on(logits):

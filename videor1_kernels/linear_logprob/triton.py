@@ -92,6 +92,7 @@ def backward(
         e = None if grad_entropy is None else grad_entropy[rows].float() / norm
         row_gradient(logits, d_logits, chosen, bias, t, softmax, g[:, None], grad_entropy=e)
         gradients.add(rows, x, d_logits)
+    buffer = logits = d_logits = x = None  # type: ignore[assignment]  # d_weight's last step needs room for another
     return (
         scaled(gradients.d_hidden, norm, hidden.dtype),
         scaled(gradients.d_weight, norm, weight.dtype),
@@ -100,20 +101,24 @@ def backward(
 
 
 def selective_forward(logits: Tensor, index: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return logp [R, K], and the statistics [2, R]: the largest logit, and the log of the sum of exponentials."""
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
-    logp, softmax = row_statistics(rows, index, None, inverse(temperature, logits), entropy=False)
+    """Return logp [R, K], and the statistics [2, R]: the largest logit, and the log of the sum of exponentials.
+
+    logits [R, V] or [B, T, V], R = B T; a slice is read where it lies.
+    """
+    rows = logits if logits.stride(-1) == 1 else logits.contiguous()
+    logp, softmax = row_statistics(rows, index, None, inverse(temperature, index), entropy=False)
     return logp, torch.stack([softmax.top, softmax.log_total])
 
 
 def selective_backward(
     grad: Tensor, logits: Tensor, index: Tensor, temperature: float | Tensor, stats: Tensor
 ) -> Tensor:
-    """Return d_logits [R, V], in the logits' dtype, of the incoming gradient [R, K]."""
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    """Return d_logits, shaped as logits and in their dtype, of the incoming gradient [R, K]."""
+    rows = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     softmax = RowStatistics(stats[0], stats[1], entropy=stats.new_empty(0))
-    row_gradient(rows, out, index, None, inverse(temperature, logits), softmax, grad.float())
+    flat = out.view(len(index), out.shape[-1])
+    row_gradient(rows, flat, index, None, inverse(temperature, index), softmax, grad.float())
     return out
 
 

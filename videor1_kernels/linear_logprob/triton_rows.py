@@ -1,6 +1,7 @@
 """Row kernels over logits in memory: the statistics of their softmax, and their gradient, which may replace them.
 
-R rows, V vocabulary, K chosen entries per row. With z the logit (bias included), t = 1 / temperature, m = max z:
+R rows, V vocabulary, K chosen entries per row. Logits are [R, V], or [B, T, V] with R = B T and any strides of B and T,
+as of a slice: row r is (r // T, r % T). With z the logit (bias included), t = 1 / temperature, m = max z:
 log p = (z - m) t - log sum exp((z - m) t). Differences are taken before the temperature multiplies, as in plain torch.
 """
 
@@ -29,6 +30,8 @@ def row_statistics_kernel(
     entropy,
     top_out,
     log_total_out,
+    T,
+    outer_stride,
     stride,
     V,
     K,
@@ -39,7 +42,7 @@ def row_statistics_kernel(
 ):
     """Write logp [R, K] and entropy, top and log_total [R], of logits [R, V] and index [R, K]; one program per row."""
     row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
+    base = logits + (row // T) * outer_stride + (row % T) * stride
     t = tl.load(scale + row)
     top = tl.full((), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -86,6 +89,8 @@ def row_gradient_kernel(
     entropy,
     grad_entropy,
     source,
+    T,
+    outer_stride,
     stride,
     out_stride,
     V,
@@ -104,7 +109,7 @@ def row_gradient_kernel(
     """
     target = tl.program_id(0).to(tl.int64)
     row = tl.load(source + target).to(tl.int64) if MOVED else target
-    base = logits + row * stride
+    base = logits + (row // T) * outer_stride + (row % T) * stride
     result = out + target * out_stride
     t = tl.load(scale + row)
     m = tl.load(top + row)
@@ -168,9 +173,9 @@ def row_statistics(
 ) -> tuple[Tensor, RowStatistics]:
     """Log-probs of the chosen entries, fp32 [R, K] in nats, and the statistics of the rows.
 
-    logits [R, V], unit stride in V; index int64 [R, K]; scale fp32 [R], contiguous: 1 / temperature.
+    logits [R, V] or [B, T, V], unit stride in V; index int64 [R, K]; scale fp32 [R], contiguous: 1 / temperature.
     """
-    (rows, vocabulary), entries = logits.shape, index.shape[1]
+    (rows, entries), vocabulary = index.shape, logits.shape[-1]
     index, bias = index.contiguous(), None if bias is None else bias.contiguous()
     logp = logits.new_empty((rows, entries), dtype=torch.float32)
     spread, top, log_total = (logits.new_empty(n, dtype=torch.float32) for n in (rows if entropy else 0, rows, rows))
@@ -184,7 +189,7 @@ def row_statistics(
             spread,
             top,
             log_total,
-            logits.stride(0),
+            *_row_strides(logits),
             vocabulary,
             entries,
             HAS_BIAS=bias is not None,
@@ -231,17 +236,23 @@ def row_gradient(
         scale if grad_entropy is None else entropy,
         scale if grad_entropy is None else grad_entropy,
         index if source is None else source,
-        logits.stride(0),
+        *_row_strides(logits),
         out.stride(0),
-        logits.shape[1],
+        logits.shape[-1],
         entries,
         HAS_BIAS=bias is not None,
         ENTROPY=grad_entropy is not None,
         MOVED=source is not None,
-        BLOCK=block_for(logits.shape[1]),
+        BLOCK=block_for(logits.shape[-1]),
         BLOCK_K=triton.next_power_of_2(max(entries, 1)),
         num_warps=NUM_WARPS,
     )
+
+
+def _row_strides(logits: Tensor) -> tuple[int, int, int]:
+    """(T, the strides of B and T) of logits [R, V], which are one B, or [B, T, V]."""
+    outer, inner = (0, logits.stride(0)) if logits.dim() == 2 else logits.stride()[:2]
+    return max(1, logits.shape[-2]), outer, inner
 
 
 def block_for(vocabulary: int) -> int:
