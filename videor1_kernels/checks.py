@@ -102,12 +102,18 @@ def check_temperature(op: str, temperatures: Tensor | None) -> None:
         raise fail(op, "temperature", "finite values above 0", f"a smallest value of {temperatures.min().item():g}")
 
 
-def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, *, smallest: int = 0) -> None:
-    """Check cumulative lengths: from 0 to ``total`` in steps of ``smallest`` or more. Waits for the device once."""
+def check_cu_seqlens(
+    op: str, name: str, cu_seqlens: Tensor, total: int, *, smallest: int = 0, values: Sequence[int] | None = None
+) -> None:
+    """Check cumulative lengths: from 0 to ``total`` in steps of ``smallest`` or more.
+
+    This waits for the device once, unless ``values`` are those of ``cu_seqlens``, read before.
+    """
     check_tensor(op, name, cu_seqlens, ("S+1",), INTEGERS)
-    if capturing(cu_seqlens):
-        return
-    values = cu_seqlens.tolist()
+    if values is None:
+        if capturing(cu_seqlens):
+            return
+        values = cu_seqlens.tolist()
     if not values:
         raise fail(op, name, "at least one entry (the leading 0)", "an empty tensor")
     if values[0] != 0 or values[-1] != total:

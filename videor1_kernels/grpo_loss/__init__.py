@@ -10,7 +10,7 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
-from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
+from videor1_kernels.grpo_loss.ops import count_op, grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Completions, GrpoLossOptions
 from videor1_kernels.linear_logprob import check_head, split_temperature
 
@@ -30,7 +30,15 @@ class GrpoLoss:
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped_rows: int  # tokens with d loss / d logp of exactly 0, which cost nothing (under torch.compile a symbol)
+    skipped: Tensor  # int64 scalar: tokens with d loss / d logp of exactly 0
+
+    @property
+    def skipped_rows(self) -> int:
+        """The number of tokens with d loss / d logp of exactly 0, which cost nothing.
+
+        To read it waits for the device. Under torch.compile it is a symbol.
+        """
+        return count_op(self.skipped)
 
 
 def grpo_loss(

@@ -15,6 +15,7 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
 from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions
+from videor1_kernels.grpo_loss.rows import read_rows
 from videor1_kernels.linear_logprob.inputs import head_inputs
 from videor1_kernels.linear_logprob.products import times
 
@@ -30,6 +31,17 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
+@torch.library.custom_op("videor1::count", mutates_args=(), schema="(Tensor count) -> SymInt")
+def count_op(count):
+    """Read an int64 scalar: the one value that a caller may want on the host."""
+    return int(count)
+
+
+@count_op.register_fake
+def _(count: Tensor) -> Any:
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 _COMPLETIONS = "Tensor advantages, Tensor cu_seqlens, Tensor? old_logp, Tensor? ref_logp"
 _OPTIONS = (
     "str loss_type, float beta, float? clip_low, float? clip_high, float kl_clamp, str importance_level, "
@@ -41,10 +53,10 @@ _OPTIONS = (
     "videor1::grpo_loss",
     mutates_args=(),
     schema=f"(Tensor logp, {_COMPLETIONS}, Tensor? mask, {_OPTIONS}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def grpo_loss_op(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, *others):
-    """Return (loss, logp, kl, clip_fraction, coefficient, skipped_rows)."""
+    """Return (loss, logp, kl, clip_fraction, coefficient, skipped)."""
     op = "grpo_loss"
     *options, backend = others
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(logp))
@@ -55,11 +67,11 @@ def grpo_loss_op(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, *others
 
 
 @grpo_loss_op.register_fake
-def _(logp: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Any]:
+def _(logp: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(logp)
     loss, kl, clip_fraction = (logp.new_empty((), dtype=dtype) for _ in range(3))
     shown, coefficient = (logp.new_empty(logp.shape, dtype=dtype) for _ in range(2))
-    return loss, shown, kl, clip_fraction, coefficient, torch.library.get_ctx().new_dynamic_size()
+    return loss, shown, kl, clip_fraction, coefficient, logp.new_empty((), dtype=torch.int64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -81,26 +93,28 @@ grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor labels, {_COMPLETIONS}, Tensor? bias, Tensor? temperatures,"
     f" float temperature, {_OPTIONS}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, *others):
-    """Return (loss, logp, entropy, kl, clip_fraction, skipped_rows, d_hidden, d_weight, d_bias, norm).
+    """Return (loss, logp, entropy, kl, clip_fraction, skipped, d_hidden, d_weight, d_bias, norm).
 
     The gradients are those of loss / norm, an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
     """
     op = "linear_grpo_loss"
     temperatures, temperature, *options, needs, backend = others
-    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden))
-    check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
-    check_temperature(op, temperatures)
+    rows = read_rows(labels, advantages, cu_seqlens, temperatures, weight.shape[0])
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden), values=rows.boundaries)
+    if rows.bad_labels:
+        check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
+    if rows.bad_temperatures:
+        check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
     inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature)
     completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     with dispatch.running_on(hidden):
-        result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs)
+        result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs, rows)
     # The fake kernel promises contiguous results, but a gradient may have the memory layout of its input.
-    laid_out = (value.contiguous() if isinstance(value, Tensor) else value for value in result)
-    return tuple(hidden.new_empty(0) if value is None else value for value in laid_out)
+    return tuple(hidden.new_empty(0) if value is None else value.contiguous() for value in result)
 
 
 @linear_grpo_loss_op.register_fake
@@ -119,7 +133,7 @@ def _(
         else hidden.new_empty(0)
         for need, x in zip(needs, (hidden, weight, bias), strict=True)
     )
-    skipped = torch.library.get_ctx().new_dynamic_size()
+    skipped = hidden.new_empty((), dtype=torch.int64)
     return loss, logp, entropy, kl, clip_fraction, skipped, d_hidden, d_weight, d_bias, norm
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
+from videor1_kernels.grpo_loss.rows import KnownRows
 from videor1_kernels.linear_logprob import reference as head
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 
@@ -64,7 +65,7 @@ class Result(NamedTuple):
     kl: Tensor  # scalar
     clip_fraction: Tensor  # scalar
     coefficient: Tensor  # [N]: d loss / d logp
-    skipped_rows: int
+    skipped_rows: Tensor  # int64 scalar: tokens whose coefficient is 0
 
 
 class LinearResult(NamedTuple):
@@ -75,7 +76,7 @@ class LinearResult(NamedTuple):
     entropy: Tensor  # [N]
     kl: Tensor  # scalar
     clip_fraction: Tensor  # scalar
-    skipped_rows: int
+    skipped_rows: Tensor  # int64 scalar: tokens whose coefficient is 0
     d_hidden: Tensor | None  # [N, H]; None where it is not needed, as the two below
     d_weight: Tensor | None  # [V, H], in the dtype that it was summed in
     d_bias: Tensor | None  # [V], in the dtype that it was summed in
@@ -88,16 +89,20 @@ def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, optio
     shown = logp.to(terms.loss.dtype, copy=True)
     if mask is not None:
         shown.masked_fill_(~mask, 0.0)
-    skipped = int((terms.coefficient == 0).sum())
+    skipped = (terms.coefficient == 0).sum()
     return Result(terms.loss, shown, terms.kl, terms.clip_fraction, terms.coefficient, skipped)
 
 
 def linear_grpo_loss(
-    inputs: HeadInputs, completions: Completions, options: GrpoLossOptions, needs: Sequence[bool]
+    inputs: HeadInputs,
+    completions: Completions,
+    options: GrpoLossOptions,
+    needs: Sequence[bool],
+    known: KnownRows | None = None,
 ) -> LinearResult:
     """The loss from hidden states, and those gradients of hidden, weight and bias that ``needs`` asks for.
 
-    Rows whose coefficient is 0 take no part in the gradients.
+    Rows whose coefficient is 0 take no part in the gradients. ``known`` is what kernels need; this does not.
     """
     logp, entropy, lse = head.forward(inputs)
     counted = inputs.labels != IGNORED

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from videor1_kernels.checks import IGNORED
 from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, LinearResult, Result
+from videor1_kernels.grpo_loss.rows import KnownRows, read_rows
 from videor1_kernels.grpo_loss.triton_terms import terms
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
@@ -65,7 +66,7 @@ def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, optio
     if mask is not None:
         shown.masked_fill_(~mask, 0.0)
     share = whole.clamp(min=1)
-    return Result(sums[0], shown, sums[1] / share, sums[2] / share, coefficient, int((coefficient == 0).sum()))
+    return Result(sums[0], shown, sums[1] / share, sums[2] / share, coefficient, (coefficient == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -84,37 +85,64 @@ class _Rows:
     whole: Tensor  # int64 scalar: n
     spans: list[tuple[int, int, int]]  # (first row, end, completion), in the order of the rows
     live: int  # rows that may have a gradient
+    some_zero: bool  # whether an advantage is 0
     options: GrpoLossOptions
 
-    def add_terms(self, first: int, stop: int, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
-        """Fill in the coefficients of rows first to stop - 1; add their loss, KL and clipped tokens to ``sums``."""
-        cuts = [
-            (max(low, first) - first, min(high, stop) - first, s)
-            for low, high, s in self.spans
-            if max(low, first) < min(high, stop)
+    def segments(self, parts: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return, for each part (first row, end), its pieces of completions, int64 [3, pieces] on the device.
+
+        The three are where in the part a piece begins and ends, and its completion. All are copied there at once.
+        """
+        pieces = [
+            [
+                (max(low, first) - first, min(high, stop) - first, s)
+                for low, high, s in self.spans
+                if max(low, first) < min(high, stop)
+            ]
+            for first, stop in parts
         ]
-        segments = torch.tensor(cuts, dtype=torch.int64).reshape(-1, 3).T.contiguous().to(logp.device)
+        table = torch.tensor([piece for part in pieces for piece in part], dtype=torch.int64).reshape(-1, 3).T
+        table = table.contiguous()
+        if self.hidden.is_cuda:  # from memory that stays in place, the copy does not stop the host
+            table = table.pin_memory().to(self.hidden.device, non_blocking=True)
+        return list(table.split([len(part) for part in pieces], 1))
+
+    def add_terms(self, first: int, segments: Tensor, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
+        """Fill in the coefficients of the rows from ``first`` on that have ``segments``; add their loss, KL and clipped
+        tokens to ``sums``. logp and coefficient are of these rows alone."""
+        stop = first + len(logp)
         old, ref = (None if v is None else v[first:stop] for v in (self.old_logp, self.ref_logp))
+        starts, stops, completions = (row.contiguous() for row in segments)
         sums += terms(
-            logp[first:stop],
+            logp,
             old,
             ref,
             None,
-            (segments[0], segments[1], segments[2]),
+            (starts, stops, completions),
             self.advantages,
             self.tokens,
             self.whole,
             self.options,
-            coefficient[first:stop],
+            coefficient,
         ).sum(1)
 
 
 def linear_grpo_loss(
-    inputs: HeadInputs, completions: Completions, options: GrpoLossOptions, needs: Sequence[bool]
+    inputs: HeadInputs,
+    completions: Completions,
+    options: GrpoLossOptions,
+    needs: Sequence[bool],
+    known: KnownRows | None = None,
 ) -> LinearResult:
-    """The loss from hidden states, and those gradients of hidden, weight and bias that ``needs`` asks for."""
+    """The loss from hidden states, and those gradients of hidden, weight and bias that ``needs`` asks for.
+
+    The host does not wait for the device after ``known`` (None: read here), except for the size of each chunk's
+    products where a ratio may be clipped, or the KL term is all that a completion has.
+    """
     hidden, weight, labels, bias, temperature = inputs
     advantages, cu_seqlens, old_logp, ref_logp = completions
+    if known is None:
+        known = read_rows(labels, advantages, cu_seqlens, None, len(weight))
     size, device = len(labels), hidden.device
     head_hidden, head_weight = common_dtype(hidden, weight)
     boundaries = cu_seqlens.long()
@@ -122,17 +150,17 @@ def linear_grpo_loss(
     counted = torch.cat([boundaries.new_zeros(1), keep.long().cumsum(0)])
     tokens = counted[boundaries].diff()  # [S]
     # Without a KL term a completion of advantage 0 has no gradient: its rows only need their statistics.
-    dead = (advantages.float() == 0) & (options.beta == 0 and any(needs))
-    dead_row = dead.repeat_interleave(boundaries.diff(), output_size=size)
-    order = torch.cat([(keep & ~dead_row).nonzero()[:, 0], (keep & dead_row).nonzero()[:, 0]])
-    spans, live = _spans(tokens.tolist(), dead.tolist())
-    as_given = len(order) == size and live in (0, size)
+    split = options.beta == 0 and any(needs)
+    spans, live = _spans(known.tokens, [zero and split for zero in known.zero])
+    kept = sum(known.tokens)
+    as_given = kept == size and live in (0, size)
+    order = _order(keep, (advantages.float() == 0) & split, boundaries, kept) if not as_given else None
 
     def ordered(values: Tensor) -> Tensor:
-        return values.contiguous() if as_given else values[order]
+        return values.contiguous() if order is None else values[order]
 
     rows = _Rows(
-        head_hidden if as_given else head_hidden[order],
+        head_hidden if order is None else head_hidden[order],
         head_weight,
         bias,
         ordered(labels),
@@ -144,20 +172,21 @@ def linear_grpo_loss(
         tokens.sum(),
         spans,
         live,
+        any(known.zero),
         options,
     )
-    logp, entropy, coefficient = (torch.zeros(len(order), dtype=torch.float32, device=device) for _ in range(3))
+    logp, entropy, coefficient = (torch.zeros(kept, dtype=torch.float32, device=device) for _ in range(3))
     gradients = HeadGradients(rows.hidden, head_weight, needs)
     norm = _norm(rows)
     sums = torch.zeros(3, dtype=torch.float32, device=device)
     if any(needs):
-        with_gradient = _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
+        _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
     else:
         logp, entropy, _ = statistics(rows.hidden, head_weight, rows.labels, bias, rows.scale)
-        rows.add_terms(0, len(order), logp, coefficient, sums)
-        with_gradient = int((coefficient != 0).sum())
+        rows.add_terms(0, rows.segments([(0, kept)])[0], logp, coefficient, sums)
+    with_gradient = (coefficient != 0).sum()
     d_hidden = gradients.d_hidden
-    if not as_given:
+    if order is not None:
         logp, entropy = (v.new_zeros(size).index_copy_(0, order, v) for v in (logp, entropy))
         if d_hidden is not None:
             d_hidden = torch.zeros_like(head_hidden).index_copy_(0, order, d_hidden)
@@ -176,6 +205,13 @@ def linear_grpo_loss(
     )
 
 
+def _order(keep: Tensor, dead: Tensor, boundaries: Tensor, kept: int) -> Tensor:
+    """The kept rows as int64 [kept]: first those that may have a gradient, then those of dead completions."""
+    dead_row = dead.repeat_interleave(boundaries.diff(), output_size=len(keep))
+    last = torch.where(keep, dead_row.long(), 2)
+    return last.sort(stable=True).indices[:kept]  # unlike nonzero, of a size that is known
+
+
 def _gradients(
     rows: _Rows,
     gradients: HeadGradients,
@@ -184,41 +220,40 @@ def _gradients(
     entropy: Tensor,
     coefficient: Tensor,
     sums: Tensor,
-) -> int:
-    """Fill in logp, entropy and coefficient [n], and add to sums and gradients -> how many rows have a gradient."""
-    vocabulary, found = len(rows.weight), 0
-    # Ratios of 1 and no KL: every coefficient is the advantage's, known not to be 0, and the host need not wait.
-    certain = rows.old_logp is None and rows.options.beta == 0
+) -> None:
+    """Fill in logp, entropy and coefficient [n], and add to sums and gradients."""
+    vocabulary, options = len(rows.weight), rows.options
     spare = slice(rows.live, len(logp))
     if len(logp) > rows.live:
         logp[spare], entropy[spare], _ = statistics(
             rows.hidden[spare], rows.weight, rows.labels[spare], rows.bias, rows.scale[spare]
         )
     chunks = list(_chunks(rows))
+    # Else a coefficient is 0 only by chance, and the size of the products need not be read.
+    clipped = rows.old_logp is not None and not (options.clip_low is None and options.clip_high is None)
+    may_vanish = clipped or (options.beta > 0 and rows.some_zero)
+    parts = [(low, high) if known is None else known for low, high, known in chunks]
     buffer = logits_buffer(max((high - low for low, high, _ in chunks), default=0), vocabulary, logp.device)
-    for low, high, known in chunks:
-        part = slice(low, high)
+    for (low, high, known), (first, stop), segments in zip(chunks, parts, rows.segments(parts), strict=True):
+        part, whole = slice(low, high), slice(first, stop)
         x, y, scale = rows.hidden[part], rows.labels[part, None], rows.scale[part]
         logits = product(x, rows.weight.T, narrow_rows(buffer, high - low, vocabulary, torch.float32))
         chosen, softmax = row_statistics(logits, y, rows.bias, scale, entropy=True)
         if known is None:
             logp[part], entropy[part] = chosen[:, 0], softmax.entropy
-            rows.add_terms(low, high, logp, coefficient, sums)
-        elif low == known[0]:  # the first chunk of a completion that no chunk can hold: all of its log-probs first
-            whole = slice(*known)
+        elif low == first:  # the first chunk of a completion that no chunk can hold: all of its log-probs first
             logp[whole], entropy[whole], _ = statistics(
                 rows.hidden[whole], rows.weight, rows.labels[whole], rows.bias, rows.scale[whole]
             )
-            rows.add_terms(*known, logp, coefficient, sums)
-        source = None if certain else _live_first(coefficient[part])
+        if low == first:
+            rows.add_terms(first, segments, logp[whole], coefficient[whole], sums)
+        source = _live_first(coefficient[part]) if may_vanish else None
         count = high - low if source is None else len(source)
-        found += count
         d_logits = narrow_rows(buffer, count, vocabulary, x.dtype)
         gradient = (coefficient[part] / norm)[:, None]
         row_gradient(logits, d_logits, y, rows.bias, scale, softmax, gradient, source=source)
         if count:
             gradients.add(part if source is None else source + low, x if source is None else x[source], d_logits)
-    return found
 
 
 def _spans(tokens: list[int], dead: list[bool]) -> tuple[list[tuple[int, int, int]], int]:

@@ -42,18 +42,19 @@ def selective_backward(
     dtype = compute_dtype(logits)
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     flat, live = d_logits.view(len(index), logits.shape[-1]), (grad != 0).any(1)
-    for rows, part in _chunks(logits, dtype):
-        if not bool(live[rows].all()):
-            flat[rows] = 0
-            inside = live[rows].nonzero()[:, 0]
-            rows, part = inside + rows.start, part[inside]
+    for chunk, part in _chunks(logits, dtype):
+        rows: slice | Tensor = chunk
+        if not bool(live[chunk].all()):
+            flat[chunk] = 0
+            inside = live[chunk].nonzero()[:, 0]
+            rows, part = inside + chunk.start, part[inside]
         g = grad[rows].to(dtype) / at_rows(temperature, rows)
         probs = _tempered(part, temperature, rows, dtype).softmax(1, dtype=dtype)  # [n, V]
         flat[rows] = probs.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, index[rows], g).to(logits.dtype)
     return d_logits
 
 
-def _chunks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, Tensor]]:
+def _chunks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield (which of the R rows, their logits [n, V]), views of a size that stays in cache."""
     size = _chunk_rows(logits, dtype)
     for number, part in enumerate(logits if logits.dim() == 3 else (logits,)):

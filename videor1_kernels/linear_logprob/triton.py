@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from videor1_kernels.checks import IGNORED
+from videor1_kernels.checks import IGNORED, capturing
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
@@ -29,10 +29,19 @@ from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradie
 
 
 def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logp, entropy, lse), each [N]; lse is fp64."""
+    """Return (logp, entropy, lse), each [N]; lse is fp64.
+
+    Rows without a label are left out, for which the host waits once to know how many there are. While a CUDA graph is
+    captured nothing may wait: then they are computed, and their results are 0 all the same.
+    """
     hidden, weight, labels, bias, temperature = inputs
-    rows = (labels != IGNORED).nonzero()[:, 0]
     scale = inverse(temperature, labels)
+    if capturing(labels):
+        wanted = labels != IGNORED
+        found = statistics(hidden, weight, labels.clamp(min=0), bias, scale)
+        logp, entropy, lse = (torch.where(wanted, value, 0.0) for value in found)
+        return logp, entropy, lse.double()
+    rows = (labels != IGNORED).nonzero()[:, 0]
     if len(rows) == len(labels):
         logp, entropy, lse = statistics(hidden, weight, labels, bias, scale)
         return logp, entropy, lse.double()
