@@ -279,7 +279,7 @@ class Ledger(TorchDispatchMode):
                 entropy,
                 scalars[1],
                 scalars[2],
-                0,
+                hidden.new_empty((), dtype=torch.int64),
                 nothing if d_hidden is None else d_hidden,
                 nothing if d_weight is None else d_weight,
                 nothing,
