@@ -70,7 +70,7 @@ def test_memory_that_grows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full  # .ci/run rehearses it whole
 def test_the_rehearsal(tmp_path: Path) -> None:
     """All parts but the kernels' tests, on this machine, in small sizes."""
     assert first.main(["--device", "cpu", "--out", str(tmp_path), "--scale", "10", "--only", "smoke,memory,trace"]) == 0

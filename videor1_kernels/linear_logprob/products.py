@@ -84,15 +84,25 @@ class HeadGradients:
         vocabulary, device = len(weight), hidden.device
         self.weight = weight
         self.d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        self.d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if need_weight else None
+        self._need_weight = need_weight
+        self._d_weight: Tensor | None = None  # made by the first chunk: zeros would be written, and read again
         self.d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
+
+    @property
+    def d_weight(self) -> Tensor | None:
+        """fp32 [V, H]; None if it is not needed."""
+        if self._d_weight is None and self._need_weight:
+            return torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        return self._d_weight
 
     def add(self, rows: Tensor | slice, hidden_rows: Tensor, d_logits: Tensor) -> None:
         """Add the gradients of ``rows``, from their hidden states [n, H] and d_logits [n, V], in the head's dtype."""
         if self.d_hidden is not None:
             self.d_hidden[rows] = product(d_logits, self.weight).to(self.d_hidden.dtype)
-        if self.d_weight is not None:
-            add_product(self.d_weight, d_logits.T, hidden_rows)
+        if self._d_weight is not None:
+            add_product(self._d_weight, d_logits.T, hidden_rows)
+        elif self._need_weight:
+            self._d_weight = product(d_logits.T, hidden_rows)
         if self.d_bias is not None:
             self.d_bias += d_logits.sum(0, dtype=torch.float32)
 
