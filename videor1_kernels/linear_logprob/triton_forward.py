@@ -85,11 +85,11 @@ def _tile_at(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 @triton.jit
 def _statistics(
     z,
+    label,
+    t,
     tile_n,
     tile_v,
     bias,
-    labels,
-    scale,
     parts,
     label_logit,
     N,
@@ -100,6 +100,8 @@ def _statistics(
     HAS_BIAS: tl.constexpr,
 ):
     """Store the statistics of a tile z [BLOCK_N, BLOCK_V] in parts [3, tiles of V, N], and the logits of its labels.
+
+    label and t = 1 / temperature are those of its rows, [BLOCK_N].
 
     plane is the number of tiles of V times N. The host multiplies, because here an argument of 1 would be a
     compile-time constant, which cannot be cast.
@@ -112,18 +114,25 @@ def _statistics(
         z = tl.where(z < LOWEST, LOWEST, z)
     if (tile_v + 1) * BLOCK_V > V:
         z = tl.where((columns < V)[None, :], z, LOWEST)
-    label = tl.load(labels + rows, mask=here, other=-1).to(tl.int32)  # [BLOCK_N]
     mine = here & (label // BLOCK_V == tile_v) & (label >= 0)
     if tl.max(mine.to(tl.int32), 0) > 0:
         found = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
         tl.store(label_logit + rows, found, mask=mine)
     top = tl.max(z, 1)  # [BLOCK_N]
     below = z - top[:, None]
-    exps = tl.exp2(below * (tl.load(scale + rows, mask=here, other=0.0) * LOG2E)[:, None])
+    exps = tl.exp2(below * (t * LOG2E)[:, None])
     out = parts + tile_v.to(tl.int64) * N + rows
     tl.store(out, top, mask=here)
     tl.store(out + plane, tl.sum(exps, 1), mask=here)
     tl.store(out + plane + plane, tl.sum(exps * below, 1), mask=here)
+
+
+@triton.jit
+def _of_rows(tile_n, labels, scale, N, BLOCK_N: tl.constexpr):
+    """Labels and 1 / temperatures of a row tile, [BLOCK_N]: read before the product, so that nothing waits for them."""
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(labels + rows, mask=rows < N, other=-1).to(tl.int32)
+    return label, tl.load(scale + rows, mask=rows < N, other=0.0)
 
 
 @triton.jit
@@ -154,12 +163,13 @@ def product_descriptors(
         tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
     ):
         tile_n, tile_v = _tile_at(tile, tiles_n, tiles_v, GROUP_N)
+        label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for h in range(0, H, BLOCK_H):
             x = hidden.load([tile_n * BLOCK_N, h])  # [BLOCK_N, BLOCK_H]
             w = weight.load([tile_v * BLOCK_V, h])  # [BLOCK_V, BLOCK_H]
             z = tl.dot(x, w.T, z, input_precision="ieee")
-        _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
+        _statistics(z, label, t, tile_n, tile_v, bias, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
 @triton.jit
@@ -185,6 +195,7 @@ def product_pointers(
 ):
     """The product with one tile per program; hidden [N, H] and weight [V, H] have unit stride in H."""
     tile_n, tile_v = _tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
     # Rows past the end read the first rows again; their results are not stored.
     rows = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
     columns = (tile_v * BLOCK_V + tl.arange(0, BLOCK_V)) % V
@@ -198,7 +209,7 @@ def product_pointers(
         z = tl.dot(x, w.T, z, input_precision="ieee")
         x_at += BLOCK_H
         w_at += BLOCK_H
-    _statistics(z, tile_n, tile_v, bias, labels, scale, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
+    _statistics(z, label, t, tile_n, tile_v, bias, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
 @triton.jit
