@@ -168,7 +168,8 @@ CELLS = {
     "shuffled": Cell("tests in a random order, of random files", arguments=("--random-order",)),
     "transformers-low": Cell("the lowest transformers", packages=("transformers==5.17.*",), files=MODEL),
     "av-low": Cell("the lowest PyAV", packages=("av==16.0.*",), files=VIDEO),
-    "numpy-low": Cell("the lowest numpy", packages=("numpy==1.26.*",), files=ARRAYS),
+    # The newest pyarrow wants a newer numpy.
+    "numpy-low": Cell("the lowest numpy", packages=("numpy==1.26.*", "pyarrow==21.*"), files=ARRAYS),
     "triton-low": Cell("the lowest Triton", packages=("triton==3.6.*",), files=COMPILED),
     "lowest": Cell("the lowest of everything but torch and triton", packages=lowest_versions(), files=LOWEST, steps=2),
 }
