@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from pathlib import Path
@@ -73,8 +74,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL of 0.2 M random parameters for :func:`make_tokenizer`, with logits large enough to matter."""
+def make_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of 0.2 M random parameters for :func:`make_tokenizer`, with logits large enough to matter.
+
+    It may be changed; torch's generator is left as if its parameters had been drawn now.
+    """
+    model, state = _drawn_model(seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _drawn_model(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Tensor]:
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -92,7 +103,6 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "tie_word_embeddings": True,
-            **text,
         },
         vision_config={
             "depth": 2,
@@ -112,7 +122,7 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    return Qwen2_5_VLForConditionalGeneration(config).eval(), torch.get_rng_state()
 
 
 def make_lm(seed: int = 0, position_rule: PositionRule = "paper") -> VideoLM:

@@ -16,45 +16,32 @@ from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.plan.setup import shape_of
 
+MAPPED = {"AutoTokenizer": ["code.Config", None], "AutoConfig": "code.Config", "AutoProcessor": "code.Config"}
+FILES = {"tokenizer": "tokenizer_config.json", "config": "config.json", "processor": "preprocessor_config.json"}
 
-@pytest.mark.parametrize("reader", ["load", "plan"])
+
+@pytest.mark.parametrize("place", ["custom_generate", *FILES, "unknown type", "unknown type, planned"])
 def test_code_in_a_model_folder_never_runs(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
-) -> None:
-    """Without a word of ours transformers would ask on a terminal, and run it on a yes."""
-    folder = Path(shutil.copytree(assets.model, tmp_path / "model"))
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    ran = tmp_path / "ran"
-    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
-    monkeypatch.setattr(builtins, "input", lambda *_: "y")
-    reading = {
-        "load": lambda: load_model(TrainConfig(model_name_or_path=str(folder), device="cpu")),
-        "plan": lambda: shape_of(str(folder)),
-    }
-    with pytest.raises(ConfigError, match="model_name_or_path"):
-        reading[reader]()
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize("place", ["custom_generate", "tokenizer", "config", "processor"])
-def test_code_beside_a_known_model_never_runs(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """The model is one that transformers knows, and the folder offers code for a part of it: a yes is on stdin."""
-    folder = Path(shutil.copytree(assets.model, tmp_path / "model"))
-    ran = tmp_path / "ran"
-    code = f"open({str(ran)!r}, 'w')\ndef generate(*_, **__): pass\nclass Config: pass\n"
+    """Without a word of ours transformers would ask on a terminal, and run it on a yes: a yes is on stdin.
+
+    The model is one that transformers knows, of which the folder offers code for a part; or one that it does not.
+    """
+    folder, ran = Path(shutil.copytree(assets.model, tmp_path / "model")), tmp_path / "ran"
     (folder / "custom_generate").mkdir()
     where = folder / "custom_generate" / "generate.py" if place == "custom_generate" else folder / "code.py"
-    where.write_text(code)
-    mapped = {"AutoTokenizer": ["code.Config", None], "AutoConfig": "code.Config", "AutoProcessor": "code.Config"}
-    files = {"tokenizer": "tokenizer_config.json", "config": "config.json", "processor": "preprocessor_config.json"}
-    if place in files:
-        file = folder / files[place]
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": mapped}))
+    where.write_text(f"open({str(ran)!r}, 'w')\ndef generate(*_, **__): pass\nclass Config: pass\n")
+    unknown = {"model_type": "unheard_of"} if place not in ("custom_generate", *FILES) else {}
+    if place != "custom_generate":
+        file = folder / FILES.get(place, "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": MAPPED} | unknown))
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
-    with contextlib.suppress(ConfigError):  # A refusal is as good as a load without the code.
-        load_model(TrainConfig(model_name_or_path=str(folder), device="cpu"))
+    # For a model that is known, a refusal is as good as a load without the code.
+    refusal = pytest.raises(ConfigError, match="model_name_or_path") if unknown else contextlib.suppress(ConfigError)
+    with refusal:
+        if place == "unknown type, planned":
+            shape_of(str(folder))
+        else:
+            load_model(TrainConfig(model_name_or_path=str(folder), device="cpu"))
     assert not ran.exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -16,16 +19,17 @@ FORMATS = {"yuv420p": 8, "yuv422p": 8, "yuv444p": 8, "yuv440p": 8, "yuv411p": 8,
 FORMATS |= {"yuv420p10le": 10, "yuv422p10le": 10, "yuv444p10le": 10}
 
 
-def write_flat(path, pix_fmt, bits, levels, matrix, full):
-    """Write four frames of one colour, given as levels of Y, U and V."""
+def write_flat(path: Path, pix_fmt: str, bits: int, levels: Sequence[int], tags: tuple[int, int] | None) -> Path:
+    """Write four frames of one colour, given as levels of each plane; ``tags``: colour matrix and range."""
+    dtype = np.uint16 if bits > 8 else np.uint8
     with av.open(str(path), "w") as out:
         stream = out.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
-        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
-        for _ in range(4):
+        for number in range(4):
             frame = av.VideoFrame(64, 48, pix_fmt)
-            frame.colorspace, frame.color_range = matrix, 2 if full else 1
-            dtype = np.uint16 if bits > 8 else np.uint8
+            if tags:
+                for tagged in (stream.codec_context, frame) if number == 0 else (frame,):
+                    tagged.colorspace, tagged.color_range = tags
             for level, plane in zip(levels, frame.planes, strict=True):
                 plane.update(np.full(plane.buffer_size // dtype().itemsize, level, dtype).tobytes())
             out.mux(stream.encode(frame))
@@ -33,7 +37,7 @@ def write_flat(path, pix_fmt, bits, levels, matrix, full):
     return path
 
 
-def formula(levels, matrix, full, bits):
+def formula(levels: Sequence[int], matrix: int, full: bool, bits: int) -> np.ndarray:
     (red, blue), unit, top = LUMA[matrix], 2.0 ** (bits - 8), 2**bits - 1
     y, u, v = levels
     luma = y * 255 / top if full else (y - 16 * unit) * 255 / (219 * unit)
@@ -42,13 +46,11 @@ def formula(levels, matrix, full, bits):
     return np.array([luma + 2 * (1 - red) * v, green, luma + 2 * (1 - blue) * u])
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("matrix", LUMA)
-@pytest.mark.parametrize("pix_fmt", FORMATS)
-def test_rgb_is_the_formulas(tmp_path, pix_fmt, matrix, full):
+@pytest.mark.grid(pix_fmt=list(FORMATS), matrix=list(LUMA), full=[False, True])
+def test_rgb_is_the_formulas(tmp_path: Path, pix_fmt: str, matrix: int, full: bool) -> None:
     bits = FORMATS[pix_fmt]
-    levels = np.array([110, 150, 105]) * 2 ** (bits - 8)
-    path = write_flat(tmp_path / "a.mkv", pix_fmt, bits, levels, matrix, full)
+    levels = [level * 2 ** (bits - 8) for level in (110, 150, 105)]
+    path = write_flat(tmp_path / "a.mkv", pix_fmt, bits, levels, (matrix, 2 if full else 1))
     expected = formula(levels, matrix, full, bits)
     assert expected.min() > 0
     assert expected.max() < 255
@@ -60,18 +62,7 @@ def test_rgb_is_the_formulas(tmp_path, pix_fmt, matrix, full):
         assert np.abs(frames[0, 20, 20].double().numpy() - expected).max() <= 3
 
 
-@pytest.mark.parametrize(("codec", "pix_fmt"), [("ffv1", "gray"), ("ffv1", "gray16le"), ("ffv1", "gray10le")])
-def test_untagged_grey_is_of_full_range(tmp_path, codec, pix_fmt):
-    path = tmp_path / "a.mkv"
-    top = {"gray": 255, "gray10le": 1023, "gray16le": 65535}[pix_fmt]
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
-        for _ in range(4):
-            frame = av.VideoFrame(64, 48, pix_fmt)
-            (plane,) = frame.planes
-            dtype = np.uint8 if top == 255 else np.uint16
-            plane.update(np.full(plane.buffer_size // dtype().itemsize, round(0.8 * top), dtype).tobytes())
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
+@pytest.mark.parametrize(("pix_fmt", "bits"), [("gray", 8), ("gray16le", 16), ("gray10le", 10)])
+def test_untagged_grey_is_of_full_range(tmp_path: Path, pix_fmt: str, bits: int) -> None:
+    path = write_flat(tmp_path / "a.mkv", pix_fmt, bits, [round(0.8 * (2**bits - 1))], None)
     assert (read_frames(path).frames[0].int() - 204).abs().max() <= 1
