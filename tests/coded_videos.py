@@ -130,9 +130,11 @@ def picks(count: int) -> Iterator[list[int]]:
         yield sorted(rng.sample(range(count), rng.choice((1, 2, 3, 5))))
 
 
-def decode(path: Path, numbers: Collection[int], *, planes: bool = False, **options: Any) -> Frames:
+def decode(
+    path: Path, numbers: Collection[int], *, planes: bool = False, by: Any = PyAvDecoder, **options: Any
+) -> Frames:
     """Frames of a file that is opened for them alone."""
-    with closing(PyAvDecoder(path, **options)) as decoder:
+    with closing(by(path, **options)) as decoder:
         return decoder.frames(list(numbers), planes=planes)
 
 

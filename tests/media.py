@@ -96,21 +96,20 @@ def coded_frames(count: int, height: int = 48, width: int = 80) -> np.ndarray:
     return np.repeat((bits * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def coded_numbers(frames) -> list[int]:
+def coded_numbers(frames: Any) -> list[int]:
     """Which of ``coded_frames`` these are (RGB or luma, upright), however strongly they were compressed."""
-    pixels = np.asarray(frames, np.float64)
-    pixels = pixels.mean(-1) if pixels.ndim == 4 else pixels
-    count, height, width = pixels.shape
+    pixels = np.asarray(frames)
+    count, height, width = pixels.shape[:3]
     numbers = np.zeros(count, int)
     for bit in range(10):
         top, left = (bit // 5) * height / 2, (bit % 5) * width / 5
         rows = slice(int(top + height / 6), int(top + height / 3))
         columns = slice(int(left + width / 15), int(left + width / 7))
-        numbers |= (pixels[:, rows, columns].mean((1, 2)) > 128).astype(int) << bit
+        numbers |= (pixels[:, rows, columns].reshape(count, -1).mean(1) > 128).astype(int) << bit
     return numbers.tolist()
 
 
-def frame_numbers(frames) -> list[int]:
+def frame_numbers(frames: Any) -> list[int]:
     """Which of ``numbered_frames`` these are."""
     return [round(float(frame.double().mean()) / LEVELS_PER_FRAME) for frame in frames]
 

@@ -28,16 +28,8 @@ LOG_PROB_TERMS = 2000
 # products in place of each.
 GRADIENT_ROUNDING = rounding(3 * LOG_PROB_TERMS)
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -149,16 +141,11 @@ def make_prompt(media: Media | None = None, problem: str = "Which comes first?",
     return Prompt(sample, build_input_ids(make_tokenizer(), sample, media, max_prompt_length=4096), media, draw)
 
 
-@functools.cache
-def _transformers_truncates_seconds() -> bool:
-    time_interval = inspect.signature(Qwen2_5_VLModel.get_vision_position_ids).parameters["time_interval"]
-    return time_interval.default == 1 and not isinstance(time_interval.default, float)
-
-
 def installed_seconds(seconds: float) -> float:
     """``seconds`` per temporal patch as the installed transformers takes them: 5.17 cuts the fraction off, later
     versions do not. Only for comparisons with transformers; videor1 never cuts."""
-    return float(int(seconds)) if _transformers_truncates_seconds() else seconds
+    interval = inspect.signature(Qwen2_5_VLModel.get_vision_position_ids).parameters["time_interval"].default
+    return float(int(seconds)) if interval == 1 and not isinstance(interval, float) else seconds
 
 
 # Makers of prompts of every kind.

@@ -25,11 +25,8 @@ class VideoReader:
     """``decord.VideoReader`` of black frames in the place of ``b-frames``."""
 
     count, step, shape, left = COUNT, 0.1, (*MADE["b-frames"].size, 3), COUNT
-    error: BaseException | None = None
 
-    def __init__(self, uri: str, *, num_threads: int = 0, fault_tol: float = -1) -> None:
-        if self.error is not None:
-            raise self.error
+    def __init__(self, uri: str, *, num_threads: int, fault_tol: float) -> None:
         assert 0 < fault_tol * COUNT < 1
         assert num_threads == 1
 
@@ -64,19 +61,11 @@ class VideoDecoder:
     late, by_time = 0.0, True
     error: Exception | None = None
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        stream_index: int | None = None,
-        dimension_order: str = "NCHW",
-        num_ffmpeg_threads: int = 1,
-        device: str | None = None,
-        seek_mode: str = "exact",
-    ) -> None:
+    def __init__(self, source: str, **options: Any) -> None:
         if self.error is not None:
             raise self.error
-        assert (stream_index, dimension_order, seek_mode, device) == (0, "NHWC", "exact", "cpu")
+        asked = {"stream_index": 0, "dimension_order": "NHWC", "num_ffmpeg_threads": 1, "device": "cpu"}
+        assert options == asked | {"seek_mode": "exact"}
         self.pixels, seconds = whole(Path(os.path.realpath(source)))
         self.seconds = torch.tensor(seconds, dtype=torch.float64)
 
@@ -102,7 +91,6 @@ class VideoDecoder:
 class OutputColorType(enum.Enum):
     NATIVE = "nv12"
     RGB = "rgb24"
-    RGBP = "gbrp"
 
 
 class Surface:
@@ -123,17 +111,10 @@ class SimpleDecoder:
     repeat_last = late = drop = 0
     error: Exception | None = None
 
-    def __init__(
-        self,
-        enc_file_path: str,
-        gpu_id: int = 0,
-        use_device_memory: bool = True,
-        need_scanned_stream_metadata: int = 0,
-        output_color_type: OutputColorType = OutputColorType.NATIVE,
-    ) -> None:
+    def __init__(self, enc_file_path: str, *, output_color_type: OutputColorType, **options: Any) -> None:
         if self.error is not None:
             raise self.error
-        assert (gpu_id, use_device_memory, need_scanned_stream_metadata) == (0, True, True)
+        assert options == {"gpu_id": 0, "use_device_memory": True, "need_scanned_stream_metadata": True}
         pixels = stored(enc_file_path, output_color_type.value)
         self.pixels = [pixels[0]] * len(self.unshown) + list(pixels)
         self.pts = [*self.unshown, *(frame.pts for frame in ffmpeg_frames(enc_file_path))]

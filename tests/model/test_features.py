@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from videor1.model import VideoLM, features
 from videor1.model.features import prompt_features, shuffled_features
+from videor1.model.packing import greedy_batches
 from videor1.types import Prompt
 from videor1.video.shuffle import draw_permutation
 
@@ -131,3 +134,35 @@ def test_ranks_that_wait_for_each_other_make_one_pass_each(
         prompt_features(model, PROMPTS)
     assert passes == [160, 48, 64, 48]
     assert prompt_features(model, [make_prompt(None)]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "expected"),
+    [
+        ([], 10, []),
+        ([3], 10, [[3]]),
+        ([4, 6, 1], 10, [[4, 6], [1]]),  # full to the last token
+        ([4, 7], 10, [[4], [7]]),
+        ([6, 6, 1, 3], 10, [[6], [6, 1, 3]]),  # in order: the first has room for the 1
+        ([2, 11, 2], 10, [[2], [11], [2]]),  # too large for any batch: alone
+        ([11, 12], 10, [[11], [12]]),
+        ([0, 0, 1], 0, [[0, 0], [1]]),
+    ],
+)
+def test_batches_by_hand(sizes: list[int], budget: int, expected: list[list[int]]) -> None:
+    asked: list[int] = []
+    assert greedy_batches(iter(sizes), lambda item: asked.append(item) or item, budget) == expected  # type: ignore[func-returns-value]
+    assert asked == sizes, "each size is asked once"
+
+
+def test_batches_of_random_sizes() -> None:
+    """Nothing is lost or moved, none holds more than it may, none could have held the next item."""
+    rng = random.Random(0)
+    for _ in range(200):
+        items = ["x" * rng.randrange(12) for _ in range(rng.randrange(1, 20))]
+        budget = rng.randrange(1, 25)
+        batches = greedy_batches(items, len, budget)
+        assert [item for batch in batches for item in batch] == items
+        assert all(sum(map(len, batch)) <= budget for batch in batches if len(batch) > 1)
+        for batch, following in itertools.pairwise(batches):
+            assert sum(map(len, batch)) + len(following[0]) > budget

@@ -116,17 +116,6 @@ def test_sampled_logp_equals_the_training_pass() -> None:
     assert (logp - sampled).abs().max() <= log_prob_rounding(logp)
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    model = make_lm()
-    prompts = [PROMPTS[kind]() for kind in ("video", "text", "image")]
-    requests = [ask(model, p, 4, seed=3) for p in prompts]
-    options = SamplingOptions(16, top_p=0.95)
-    together = answer(model, requests, options)
-    alone = [answer(model, [r], options, max_rows=4)[0] for r in reversed(requests)][::-1]
-    assert [[c.token_ids.tolist() for c in g] for g in together] == [[c.token_ids.tolist() for c in g] for g in alone]
-    assert len({tuple(c.token_ids.tolist()) for c in together[0]}) == 4  # the rows of a group differ
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_attention_in_bf16_gets_bf16_as_the_kernels_need_it(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 rotary tables make query and key fp32 under autocast; fp32 would take the reference on a GPU."""

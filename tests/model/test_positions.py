@@ -112,16 +112,6 @@ def test_a_video_by_hand() -> None:
     assert first == 7  # goes on from the last text token, although time has come to 6 before it
 
 
-@pytest.mark.parametrize(("minutes", "largest"), [(1, 105), (10, 1050), (120, 12600)])
-def test_sixteen_frames_of_a_long_clip(minutes: int, largest: int) -> None:
-    prompt = bare_prompt("video", (8, 4, 4), 60 * minutes / 8, before=0, after=3)
-    positions, first = PAPER.positions(prompt)
-    start = 1  # after <|vision_start|>
-    assert int(positions[0, :-4].max()) == start + largest
-    assert positions[:, -4:].tolist() == [[start + largest + n for n in (1, 2, 3, 4)]] * 3
-    assert first == start + largest + 5 > len(prompt.input_ids)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

@@ -1,4 +1,4 @@
-"""Prompts in the chat template of Qwen2.5-VL's tokenizer, and the ids and mask that SFT trains on."""
+"""Prompts in the chat template of Qwen2.5-VL's tokenizer, the ids that SFT trains on, and refused templates."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_media, make_tokenizer
+from tiny import CHAT_TEMPLATE, make_media, make_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from videor1.errors import ConfigError
 from videor1.model.prompts import build_input_ids, build_sft_ids, expand_media, question_text, special_ids
+from videor1.model.template import check_template
 from videor1.rewards import accuracy_reward, format_reward
 from videor1.types import Media, Sample, SampleError
 
@@ -204,3 +205,46 @@ def test_text_that_the_tokenizer_cannot_encode_is_the_samples_fault() -> None:
         assert error.value.kind == "bad_text"
     with pytest.raises(SampleError, match="cannot encode"):
         build_sft_ids(TOKENIZER, replace(CHOICE, process="<think>\ud83d</think>"), VIDEO, 1000)
+
+
+PART = "{{ part['text'] }}"
+PAD = "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
+ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("", "has no chat template"),
+        ("{% for", "cannot render .*TemplateSyntaxError"),
+        ("{{ messages[3].content }}", "cannot render .*UndefinedError"),
+        ("{{ raise_exception('only for tools') }}", "cannot render .*only for tools"),
+        ("{{ messages | no_such_filter }}", "cannot render .*TemplateAssertionError"),
+        ("{{ 1 / 0 }}", "cannot render .*ZeroDivisionError"),
+        ("{{ messages + 1 }}", "cannot render .*TypeError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot render .*SecurityError"),
+        ("{% include 'other.jinja' %}", "cannot render .*TypeError"),
+        ("<|im_start|>user hello<|im_end|><|im_start|>assistant", "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, ""), "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, "{{ part['text'] | trim | lower }}"), "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, "{{ part['text'] | e }}"), "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, "{{ part['text'][:200] }}"), "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, "{{ part['text'].split('\\n')[0] }}"), "leaves out or changes the question"),
+        (CHAT_TEMPLATE.replace(PART, "{{ part['text'] | replace('\\n', ' ') }}"), "leaves out or changes"),
+        (CHAT_TEMPLATE.replace(PART, PART + PART), "repeats the question"),
+        (CHAT_TEMPLATE.replace(PAD, ""), r"gives 0 tokens <\|video_pad\|> for a prompt with video, expected 1"),
+        (CHAT_TEMPLATE.replace(PAD, PAD + PAD), r"gives 2 tokens <\|video_pad\|> for a prompt with video"),
+        (
+            CHAT_TEMPLATE.replace("{{ part['type'] }}_pad", "video_pad"),
+            r"0 tokens <\|image_pad\|>|1 tokens <\|video_pad",
+        ),
+        (CHAT_TEMPLATE.replace(PART, PART + "<|image_pad|>"), r"gives 1 tokens <\|image_pad\|> for a prompt with text"),
+        (CHAT_TEMPLATE.replace(ANSWER, ""), "opens no turn for the answer"),
+    ],
+)
+def test_a_template_that_loses_something_is_refused(template: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"chat template.*{message}|{message}") as raised:
+        check_template(copy_tokenizer(template), "MODEL")
+    assert "MODEL" in str(raised.value)
+    check_template(copy_tokenizer(CHAT_TEMPLATE), "MODEL")

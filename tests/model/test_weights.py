@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.model.weights import MERGE, nonfinite, weight_files
+from videor1.plan.setup import shape_of
 from videor1.train import main
 
 Tensors = dict[str, Tensor]
@@ -290,3 +293,34 @@ def test_the_files_of_a_hub_id_are_checked_alike(folder: Path, monkeypatch: pyte
         change()
         with pytest.raises(ConfigError, match=message):
             weight_files("owner/name")
+
+
+MAPPED = {"AutoTokenizer": ["code.Config", None], "AutoConfig": "code.Config", "AutoProcessor": "code.Config"}
+FILES = {"tokenizer": "tokenizer_config.json", "config": "config.json", "processor": "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("place", ["custom_generate", *FILES, "unknown type", "unknown type, planned"])
+def test_code_in_a_model_folder_never_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Without a word of ours transformers would ask on a terminal, and run it on a yes: a yes is on stdin.
+
+    The model is one that transformers knows, of which the folder offers code for a part; or one that it does not.
+    """
+    ran = tmp_path / "ran"
+    (folder / "custom_generate").mkdir()
+    where = folder / "custom_generate" / "generate.py" if place == "custom_generate" else folder / "code.py"
+    where.write_text(f"open({str(ran)!r}, 'w')\ndef generate(*_, **__): pass\nclass Config: pass\n")
+    unknown = {"model_type": "unheard_of"} if place not in ("custom_generate", *FILES) else {}
+    if place != "custom_generate":
+        file = folder / FILES.get(place, "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": MAPPED} | unknown))
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    # For a model that is known, a refusal is as good as a load without the code.
+    refusal = pytest.raises(ConfigError, match="model_name_or_path") if unknown else contextlib.suppress(ConfigError)
+    with refusal:
+        if place == "unknown type, planned":
+            shape_of(str(folder))
+        else:
+            load(folder)
+    assert not ran.exists()

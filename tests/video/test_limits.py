@@ -57,11 +57,8 @@ def test_a_large_image(tmp_path: Path) -> None:
     message = refused(read_image, path)
     assert f"{side}x{side} pixels" in message
     assert refused(lambda path: load_media(sample_of(path, "image"), VideoConfig()), path) == message
-
-
-def test_pillows_own_limit_is_the_same_kind(tmp_path: Path) -> None:
-    path = png_that_says(tmp_path / "a.png", 30_000)
-    assert refusal(read_image, path, max_decoded_mb=10**6).kind == "too_large"
+    bomb = png_that_says(tmp_path / "bomb.png", 30_000)
+    assert refusal(read_image, bomb, max_decoded_mb=10**6).kind == "too_large", "Pillow's own limit"
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
@@ -70,14 +67,6 @@ def test_frames_that_the_header_states(tmp_path: Path, suffix: str) -> None:
     path = write_video(tmp_path / f"a{suffix}", coded_frames(6, 480, 640), codec="mpeg4")
     assert "640x480" in refused(read_frames, path, max_decoded_mb=28)
     assert most_pixels(28) < 640 * 480 < most_pixels(64)
-
-
-def test_frames_that_grow_within_the_video(tmp_path: Path) -> None:
-    small = write_video(tmp_path / "s.264", coded_frames(20, 32, 48), container="h264")
-    large = write_video(tmp_path / "l.264", coded_frames(6, 960, 1280), container="h264")
-    both = tmp_path / "both.264"
-    both.write_bytes(small.read_bytes() + large.read_bytes())
-    assert refusal(read_frames, both, max_decoded_mb=40).kind in ("too_large", "decode")
 
 
 def test_a_stream_that_says_16384x16384(tmp_path: Path) -> None:

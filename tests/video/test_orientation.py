@@ -81,11 +81,8 @@ def test_angles_between(degrees: float, expected: int) -> None:
     """Clockwise angles; FFmpeg rounds them to whole degrees, and takes no notice of the first."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     assert matrix_orientation(matrix(cosine, sine, -sine, cosine)) == (expected, False)
-
-
-@pytest.mark.parametrize("values", [(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)])
-def test_a_matrix_without_an_angle(values: tuple[int, ...]) -> None:
-    assert matrix_orientation(matrix(*values)) == Orientation()
+    for none in ((0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)):
+        assert matrix_orientation(matrix(*none)) == Orientation(), "a matrix without an angle"
 
 
 def test_what_is_left_after_a_turn() -> None:
@@ -180,12 +177,11 @@ def test_photographs(tmp_path: Path, number: int, form: str) -> None:
     assert np.abs(frames.astype(int) - expected.astype(int)).max() <= (40 if form == "JPEG" else 0)
 
 
-def test_a_mirrored_video_has_patches_thumbnails_and_a_key_of_its_own(stored: Stored) -> None:
+def test_a_mirrored_video_has_patches_and_thumbnails_of_its_own(stored: Stored) -> None:
     paths, video, thumbnails = (stored(), stored((0, True))), VideoConfig(max_pixels=84 * 56), Thumbnails(10**6, 60.0)
     samples = [sample_of(path) for path in paths]
     straight, flipped = (load_media(sample, video).patches for sample in samples)
     assert (straight.int() - flipped.int()).abs().float().mean() > 20
-    assert media_key(samples[0]) != media_key(samples[1])
     assert media_key(samples[0]).format > 1, "patches of before are not taken from a cache"
     for path in paths:
         thumbnails.add(path, "video", VideoConfig())

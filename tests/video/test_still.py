@@ -79,7 +79,7 @@ def test_strips_are_the_whole(tmp_path: Path, mode: str) -> None:
         "RGB": lambda: Image.fromarray(values[..., :3]),
         "RGBA": lambda: Image.fromarray(values),
         "L": lambda: Image.fromarray(values[..., 0]),
-        "P": lambda: Image.fromarray(values[..., 0]).convert("P"),
+        "P": lambda: Image.fromarray(values[..., :3]).convert("P"),
     }[mode]()
     image.save(tmp_path / "a.png", compress_level=1)
     if mode == "RGBA":

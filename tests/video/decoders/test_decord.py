@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from coded_videos import B_FRAMES, COUNT, Make, assert_frames_asked_for, whole
+from coded_videos import B_FRAMES, COUNT, Make, assert_frames_asked_for, decode, whole
 from media import coded_frames, later, numbered_frames, real_video, refusal, remux, write_video
 from video_libraries import install
 
@@ -27,7 +27,7 @@ VARIABLE = ("variable frame rate", "variable frame rate mp4")
 
 def refused(path: Path, indices: Iterable[int]) -> str:
     """The message of the error that reading these frames must raise, in one line."""
-    error = refusal(lambda file: DecordDecoder(file).frames(list(indices)), path)
+    error = refusal(decode, path, indices, by=DecordDecoder)
     assert error.kind == "decode"
     assert error.message.startswith("decord: ")
     assert "\n" not in error.message

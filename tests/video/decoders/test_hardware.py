@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -170,9 +171,6 @@ def test_surfaces_that_do_not_fit_together() -> None:
 class CardStack(SurfaceStack):
     """A ``SurfaceStack`` that accepts frames in main memory in place of frames in GPU memory."""
 
-    def __init__(self, path: Path, count: int, device: str) -> None:
-        super().__init__(path, count, "cpu")
-
     def put(self, slot: int, frame: av.VideoFrame) -> None:
         Y, U, V = (np.frombuffer(p, np.uint8).reshape(p.height, -1)[:, : p.width].copy() for p in frame.planes)
         planes = [torch.from_numpy(Y), torch.from_numpy(np.stack((U, V), -1))]
@@ -182,7 +180,8 @@ class CardStack(SurfaceStack):
 @pytest.fixture
 def with_a_fake_card(with_a_card: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Decode on the CPU what is meant for the GPU."""
-    with_a_card.setattr("videor1.video.decoders.pyav.SurfaceStack", CardStack)
+    stack = "videor1.video.decoders.pyav.SurfaceStack"
+    with_a_card.setattr(stack, lambda path, count, device: CardStack(path, count, "cpu"))
     with_a_card.setattr(hardware, "hwaccel", lambda device: None)
     with_a_card.setattr(hardware, "MIN_PIXELS", 48 * 80)
     with_a_card.setattr(hardware, "MIN_RUN", 3)
@@ -207,10 +206,7 @@ def test_decoding_on_the_card(made: Make, with_a_fake_card: Any) -> None:
 
 
 def refuses_frames(patch: pytest.MonkeyPatch) -> None:
-    def refuse(stack: Any, slot: int, frame: Any) -> None:
-        raise SampleError("decode", "no such luck", stack._path)
-
-    patch.setattr(CardStack, "put", refuse)
+    patch.setattr(CardStack, "put", Mock(side_effect=SampleError("decode", "no such luck")))
 
 
 def loses_a_frame(patch: pytest.MonkeyPatch) -> None:
@@ -225,14 +221,8 @@ def loses_a_frame(patch: pytest.MonkeyPatch) -> None:
 
 
 def cannot_be_opened(patch: pytest.MonkeyPatch) -> None:
-    opened = av.open
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("hwaccel") is not None:
-            raise av.error.PermissionError(1, "Operation not permitted")
-        return opened(*args, **kwargs)
-
-    patch.setattr(av, "open", refuse)
+    opened, refused = av.open, Mock(side_effect=av.error.PermissionError(1, "Operation not permitted"))
+    patch.setattr(av, "open", lambda *args, **options: (refused if "hwaccel" in options else opened)(*args, **options))
     patch.setattr(hardware, "hwaccel", lambda device: object())
 
 

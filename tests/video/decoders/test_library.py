@@ -5,15 +5,17 @@ test_decoders.py and test_decord.py try the real ones, where they can be importe
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from coded_videos import COUNT, Make, assert_frames_asked_for, decoded_numbers, whole
+from coded_videos import COUNT, Make, assert_frames_asked_for, decode, decoded_numbers, whole
 from media import coded_frames, cut, later, packets_of, refusal, remux, write_video
 from video_libraries import install, stored
 
@@ -30,6 +32,13 @@ ADAPTERS: dict[str, Any] = {
     "pynvvideocodec": PyNvVideoCodecDecoder,
 }
 LEVELS = {"torchcodec": 0, "pynvvideocodec": 2}  # swscale rounds otherwise
+StandIn = Callable[..., None]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Puts a stand-in with faults into the place of a library."""
+    return functools.partial(install, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["b-frames", "variable frame rate"])
@@ -38,27 +47,25 @@ LEVELS = {"torchcodec": 0, "pynvvideocodec": 2}  # swscale rounds otherwise
     [("pynvvideocodec", {}), *(("torchcodec", faults) for faults in ({}, {"more": 5}, {"more": -5}, {"shift": 1}))],
     ids=str,
 )
-def test_the_frames_asked_for(
-    made: Make, monkeypatch: pytest.MonkeyPatch, library: str, faults: dict[str, int], name: str
-) -> None:
-    install(monkeypatch, library, **faults)
+def test_the_frames_asked_for(made: Make, stand_in: StandIn, library: str, faults: dict[str, int], name: str) -> None:
+    stand_in(library, **faults)
     assert_frames_asked_for(ADAPTERS[library](made(name)), made(name), backend=library, levels=LEVELS[library])
 
 
 @pytest.mark.parametrize("library", LEVELS)
-def test_an_edit_list(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+def test_an_edit_list(made: Make, tmp_path: Path, stand_in: StandIn, library: str) -> None:
     path = remux(made("b-frames"), tmp_path / "edit.mp4", later(-0.5))
     unshown = sorted(packet.pts for packet in packets_of(path) if packet.is_discard)
     assert len(unshown) == 5
-    install(monkeypatch, library, unshown=tuple(unshown))  # torchcodec does not count them
+    stand_in(library, unshown=tuple(unshown))  # torchcodec does not count them
     assert_frames_asked_for(ADAPTERS[library](path), path, backend=library, first=5, levels=LEVELS[library])
 
 
 @pytest.mark.parametrize(("library", "shape", "left"), [("torchcodec", (80, 48), 0), ("pynvvideocodec", (48, 80), 90)])
 def test_what_is_left_to_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, shape: tuple[int, int], left: int
+    tmp_path: Path, stand_in: StandIn, library: str, shape: tuple[int, int], left: int
 ) -> None:
-    install(monkeypatch, library)
+    stand_in(library)
     decoder = ADAPTERS[library](write_video(tmp_path / "r.mp4", coded_frames(8), rotation=90))
     frames = decoder.frames([2, 1])
     assert (frames.pixels.shape, frames.rotation) == ((2, *shape, 3), left)
@@ -86,30 +93,28 @@ def test_what_is_left_to_turn(
         ("pynvvideocodec", {"error": ValueError("Elementary streams")}, "decoding failed: Elementary streams"),
     ],
 )
-def test_a_library_is_checked(
-    made: Make, monkeypatch: pytest.MonkeyPatch, library: str, faults: dict[str, Any], reason: str
-) -> None:
+def test_a_library_is_checked(made: Make, stand_in: StandIn, library: str, faults: dict[str, Any], reason: str) -> None:
     if library == "decord" and (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("decord has no wheel for this machine")
-    install(monkeypatch, library, **faults)
-    error = refusal(lambda path: ADAPTERS[library](path).frames([1, 319]), made("b-frames"))
+    stand_in(library, **faults)
+    error = refusal(decode, made("b-frames"), [1, 319], by=ADAPTERS[library])
     assert error.kind == "decode"
     assert error.message.startswith(f"{library}: ")
     assert reason in error.message
     assert "\n" not in error.message
 
 
-def test_torchcodec_without_ffmpeg(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchcodec_without_ffmpeg(made: Make, stand_in: StandIn) -> None:
     reason = "libavutil.so.60: cannot open shared object file: No such file or directory"
     error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n 1. ...\n  OSError: {reason}")
-    install(monkeypatch, "torchcodec", error=error)
+    stand_in("torchcodec", error=error)
     with pytest.raises(ConfigError, match=r"torchcodec does not load .*libavutil") as caught:
-        TorchcodecDecoder(made("b-frames")).frames([0])
+        decode(made("b-frames"), [0], by=TorchcodecDecoder)
     assert "\n" not in str(caught.value)
 
 
-def test_surfaces_that_are_used_again_were_copied(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "pynvvideocodec")
+def test_surfaces_that_are_used_again_were_copied(made: Make, stand_in: StandIn) -> None:
+    stand_in("pynvvideocodec")
     decoder = PyNvVideoCodecDecoder(made("b-frames"))
     first, planes = decoder.frames([4, 4, 2]), decoder.frames([9], planes=True)
     luma = planes.pixels.planes[0].clone()
@@ -122,8 +127,8 @@ def test_surfaces_that_are_used_again_were_copied(made: Make, monkeypatch: pytes
 
 @pytest.mark.parametrize("matrix", ["601", "709"])
 @pytest.mark.parametrize("full", [False, True])
-def test_pynvvideocodecs_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str, full: bool) -> None:
-    install(monkeypatch, "pynvvideocodec")
+def test_pynvvideocodecs_planes(tmp_path: Path, stand_in: StandIn, matrix: str, full: bool) -> None:
+    stand_in("pynvvideocodec")
     options = {"colorspace": {"601": "smpte170m", "709": "bt709"}[matrix]} | ({"color_range": "pc"} if full else {})
     noise = np.random.default_rng(0).integers(0, 256, (12, 32, 64, 3), dtype=np.uint8)
     decoder = PyNvVideoCodecDecoder(write_video(tmp_path / "p.mp4", noise, options=options))
@@ -138,10 +143,10 @@ def test_pynvvideocodecs_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(("pix_fmt", "height"), [("yuv444p", 32), ("yuv420p10le", 32), ("yuv420p", 31)])
-def test_pynvvideocodecs_rgb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pix_fmt: str, height: int) -> None:
-    install(monkeypatch, "pynvvideocodec")
+def test_pynvvideocodecs_rgb(tmp_path: Path, stand_in: StandIn, pix_fmt: str, height: int) -> None:
+    stand_in("pynvvideocodec")
     path = write_video(tmp_path / "f.mkv", coded_frames(9, height, 64), pix_fmt=pix_fmt, codec="ffv1")
-    assert torch.equal(PyNvVideoCodecDecoder(path).frames([5, 1], planes=True).pixels, whole(path)[0][[5, 1]])
+    assert torch.equal(decode(path, [5, 1], planes=True, by=PyNvVideoCodecDecoder).pixels, whole(path)[0][[5, 1]])
 
 
 class Unimportable:
