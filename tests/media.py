@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -155,16 +156,17 @@ def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
     return path
 
 
-def remux(path: Path, target: Path, change: Callable[[av.Packet], None], **options: str) -> Path:
-    """Copy a video's packets, each changed first, into another file; ``options`` are of its muxer."""
+def remux(
+    path: Path, target: Path, change: Callable[[av.Packet], None], most: int | None = None, **options: str
+) -> Path:
+    """Copy the first packets of a video, each changed before, into another file; ``options`` are of its muxer."""
     with av.open(str(path)) as source, av.open(str(target), "w", options=options) as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
-        for packet in source.demux(stream):
-            if packet.size:
-                change(packet)
-                packet.stream = copy
-                out.mux(packet)
+        for packet in itertools.islice((packet for packet in source.demux(stream) if packet.size), most):
+            change(packet)
+            packet.stream = copy
+            out.mux(packet)
     return target
 
 
