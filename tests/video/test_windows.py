@@ -115,7 +115,7 @@ def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
 
 def test_media_and_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
     folder = write_images(tmp_path / "clip")
-    windows = ({}, {"start": 1.0, "end": 3.0}, {"end": 3.0}, {"start": 2.0})
+    windows = ({}, {"start": 1.0, "end": 3.0}, {"end": 3.0}, {"start": 1.0})
     samples = [*(sample_of(video, **window) for window in windows), sample_of(folder, frames_per_second=3.0)]
     fresh = [load_media(sample, VIDEO) for sample in samples]
     assert (fresh[-1].kind, fresh[-1].grid_thw[0]) == ("video", 4)

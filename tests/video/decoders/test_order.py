@@ -179,6 +179,7 @@ def timeline(
 def test_timelines() -> None:
     plain = timeline([0, 3, 1, 2, 6, 4, 5])
     assert (plain.stamps, plain.by_pts, plain.fps) == ((0, 1, 2, 3, 4, 5, 6), True, 10.0)
+    assert [timeline([0, 1, 2], header=Fraction(rate)).fps for rate in ("10.05", "11")] == [10.05, 10.0]
     back = timeline([10, 11, 12, 13, 3, 4, 5, 6])
     assert (back.by_pts, back.fps) == (False, 10.0)
     assert back.seconds == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
