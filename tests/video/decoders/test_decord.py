@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from coded_videos import B_FRAMES, COUNT, Make, assert_frames_asked_for, decode, whole
-from media import coded_frames, later, numbered_frames, real_video, refusal, remux, write_video
+from coded_videos import COUNT, Make, assert_frames_asked_for, decode, whole
+from media import later, numbered_frames, real_video, refusal, remux, write_video
 from video_libraries import install
 
 from videor1.video.decoders.decord import DecordDecoder
@@ -42,7 +42,8 @@ def test_the_frames_asked_for(made: Make, name: str) -> None:
 def test_few_frames_are_decoded_of_closed_gops_only(made: Make) -> None:
     decoded = {name: DecordDecoder(made(name)).frames([47, 30]).decoded for name in READ}
     # Of a file without a table of key frames, decord takes every packet for one, which is not believed.
-    in_order = {*OPEN, "b-frames flv", "mpeg4 mp4", "no table of key frames", "gop 250"}
+    in_order = {*OPEN, "mpeg4 mp4", "no table of key frames", "gop 250"}
+    assert decoded["b-frames flv"] == COUNT, "it may begin behind the first frame, which only its end shows"
     assert {name for name, count in decoded.items() if count == 48} == in_order
     assert decoded["gop 12"] == 12 + 7
     assert decoded["b-frames"] == decoded["b-frames mkv"] == 24
@@ -79,15 +80,11 @@ def test_real_videos(name: str, levels: int) -> None:
         ("mpeg4 avi", "frames cannot be told apart"),
         ("no times", "do not say in which order"),
         ("gif", "Failed to measure"),
+        ("b-frames ts", "recovered from nearest frames"),
     ],
 )
 def test_what_it_cannot_tell_apart_is_refused(made: Make, name: str, reason: str) -> None:
     assert reason in refused(made(name), [3, 20, 45])
-
-
-def test_a_transport_stream_whose_frames_it_repeats_is_refused(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.ts", coded_frames(50), options=B_FRAMES)
-    assert "recovered from nearest frames" in refused(path, [3, 20, 45])
 
 
 def test_narrow_frames_are_refused(tmp_path: Path) -> None:
