@@ -109,7 +109,9 @@ ARRAYS = (
     "tests/training/test_sft.py",
     "tests/kernels/test_triton_grpo_loss.py",
     "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_prefix_decode_attention.py",
     "tests/kernels/test_triton_prefix_decode.py",
+    "tests/kernels/test_sample_tokens.py",
     "tests/kernels/test_triton_sample_tokens.py",
 )
 

@@ -1,17 +1,19 @@
 """Every kernel as shipped, compiled for each GPU that has a configuration: tensor cores, registers, shared memory.
 
-No GPU is needed; with one, it is not used.
+No GPU is needed; with one, it is not used. What was compiled is kept in pytest's cache until a source changes.
 """
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import compile_report
 import pytest
-from compile_report import Kernel, Report, kernel_names, release_order, report, table
+from compile_report import Kernel, Report, kept_report, kernel_names, release_order, report, sources_key, table
 
 import videor1_kernels
 from videor1_kernels.linear_logprob.triton_forward import TILES
@@ -19,6 +21,7 @@ from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.triton import BLOCKS
 
 ARCHITECTURES = {80, 90, 100}
+PACKAGE = Path(videor1_kernels.__file__).parent
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 # Of a program, bytes: the CUDA C++ Programming Guide's table of technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -26,12 +29,25 @@ FORWARD = "videor1_kernels.linear_logprob.triton_forward"
 DECODE = "videor1_kernels.prefix_attention.triton_decode.prefix_decode"
 DESCRIPTORS, POINTERS = f"{FORWARD}.product_descriptors", f"{FORWARD}.product_pointers"
 
-pytestmark = pytest.mark.timeout(3600)  # 300 s on two processors with nothing else to do
+pytestmark = pytest.mark.timeout(3600)  # 100 s on two processors with nothing else to do, with --full
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Report:
-    return report()
+def full(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, full: bool) -> Report:
+    """By default, each launch that asks little of a GPU for one target; with ``--full`` for all that have it."""
+    sources = [
+        PACKAGE,
+        *(Path(compile_report.__file__).with_name(f"compile_{name}.py") for name in ("launches", "report")),
+    ]
+    file = None
+    with suppress(AttributeError, OSError):  # there may be no cache, or none that can be written
+        file = request.config.cache.mkdir("compiled-kernels") / f"{'full' if full else 'default'}.json"
+    return kept_report(file, sources_key(*sources), lambda: report(full=full))
 
 
 def failing(kernels: list[Kernel], fault: Callable[[Kernel], bool]) -> str:
@@ -56,7 +72,7 @@ def test_table(compiled: Report) -> None:
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> None:
     """A kernel without a launch in compile_launches.py fails here."""
-    names = kernel_names(Path(videor1_kernels.__file__).parent, "videor1_kernels")
+    names = kernel_names(PACKAGE, "videor1_kernels")
     assert {DESCRIPTORS, POINTERS} < set(names)
     missing = [
         f"{name} for sm_{capability}"
@@ -103,18 +119,18 @@ def test_every_shipped_block_is_compiled(compiled: Report) -> None:
 
 
 @pytest.mark.parametrize(("heads", "size"), [(7, 128), (8, 128), (2, 64)])
-def test_every_decode_block_is_compiled(compiled: Report, heads: int, size: int) -> None:
-    """At the 7B and the 3B model's heads a key head, and at others."""
-    for capability, block in triton_decode.BLOCKS.items():
-        if capability in ARCHITECTURES or (heads, size) == (7, 128):
-            assert any(
-                k.capability == capability
-                and k.name == DECODE
-                and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
-                and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
-                and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
-                for k in compiled.kernels
-            ), f"sm_{capability}: {block}"
+def test_every_decode_block_is_compiled(compiled: Report, full: bool, heads: int, size: int) -> None:
+    """At the 7B model's heads a key head; for some target also at the 3B model's, and at others."""
+    found = {
+        k.capability
+        for k in compiled.kernels
+        if k.name == DECODE and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
+        for block in [triton_decode.BLOCKS[k.capability]]
+        if (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
+        if (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
+    }
+    expected = set(triton_decode.BLOCKS) if (heads, size) == (7, 128) else ARCHITECTURES if full else {80}
+    assert found == expected
 
 
 def test_decode_programs_share_a_multiprocessor(compiled: Report) -> None:
@@ -146,21 +162,25 @@ def test_a_count_outside_of_barriers_is_seen(ptx: str, expected: tuple[int, bool
     assert release_order(ptx) == expected
 
 
-def test_every_flag_is_compiled_on_and_off(compiled: Report) -> None:
+def targets_together(full: bool) -> list[set[int]]:
+    """The targets of which one must have what is asked for: by default of all of them, with ``--full`` of each."""
+    return [{capability} for capability in sorted(ARCHITECTURES)] if full else [ARCHITECTURES]
+
+
+def test_every_flag_is_compiled_on_and_off(compiled: Report, full: bool) -> None:
     """But for the tile's: those are what the target's tile says."""
     for name in {kernel.name for kernel in compiled.kernels}:
-        for capability in ARCHITECTURES:
-            flags = [k.flags for k in compiled.kernels if (k.name, k.capability) == (name, capability)]
+        for targets in targets_together(full):
+            flags = [k.flags for k in compiled.kernels if k.name == name and k.capability in targets]
             for flag in set().union(*flags) - {"FLATTEN", "WARP_SPECIALIZE"}:
                 values = {constants[flag] for constants in flags if isinstance(constants[flag], bool)}
-                assert values != {True}, f"{name} for sm_{capability} has no launch without {flag}"
-                assert values != {False}, f"{name} for sm_{capability} has no launch with {flag}"
+                assert values in (set(), {False, True}), f"{name} for {targets}: {flag} is never {not values.pop()}"
 
 
-def test_sizes_are_compiled_as_1_as_multiples_of_16_and_as_others(compiled: Report) -> None:
+def test_sizes_are_compiled_as_1_as_multiples_of_16_and_as_others(compiled: Report, full: bool) -> None:
     """Triton makes different kernels of them."""
-    for capability in ARCHITECTURES:
-        kinds = {k.integers["N"] for k in compiled.kernels if (k.name, k.capability) == (POINTERS, capability)}
+    for targets in targets_together(full):
+        kinds = {k.integers["N"] for k in compiled.kernels if k.name == POINTERS and k.capability in targets}
         assert kinds == {"1", "multiple of 16", "any"}
 
 
@@ -259,3 +279,44 @@ def test_a_crash_shows_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compile_report, "__file__", str(script))
     with pytest.raises(RuntimeError, match=r"crash\.py --json 90 ended with status 1:\nno such compiler"):
         report(90)
+
+
+def test_a_kept_report_is_neither_stale_nor_damaged(tmp_path: Path) -> None:
+    file, made = tmp_path / "kept.json", []
+    kernel = Kernel("name", 90, "launch", {"B": 16}, {"N": "1"}, 4, 2, 32, 0, 0, 0, 0, False, {"mma": 1}, 0, True)
+
+    def make() -> Report:
+        made.append(Report(f"version {len(made)}", [kernel], []))
+        return made[-1]
+
+    assert kept_report(None, "key", make) == made[0]
+    assert kept_report(file, "key", make) == kept_report(file, "key", make) == made[1]
+    whole = file.read_bytes()
+    for damage in (b"", whole[:-40], whole[:70], whole.replace(b"32", b"33"), b"\xff" + whole, b"{}", whole * 2):
+        file.write_bytes(damage)
+        count = len(made)
+        assert kept_report(file, "key", make) == made[count]
+        assert kept_report(file, "key", make) == made[count]
+    assert kept_report(file, "other key", make) == made[-1]
+    assert len(made) == count + 2
+    assert os.listdir(tmp_path) == ["kept.json"]
+    nowhere = tmp_path / "kept.json" / "below a file"
+    assert kept_report(nowhere, "key", make) == made[-1] != kept_report(nowhere, "key", make)
+
+
+def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "part").mkdir()
+    kernel, launches = tmp_path / "part" / "kernel.py", tmp_path / "launches.py"
+    kernel.write_text("1")
+    launches.write_text("2")
+    keys = [sources_key(tmp_path / "part", launches)]
+    kernel.write_text("1 ")
+    keys.append(sources_key(tmp_path / "part", launches))
+    launches.write_text("3")
+    keys.append(sources_key(tmp_path / "part", launches))
+    kernel.with_name("new.py").touch()
+    keys.append(sources_key(tmp_path / "part", launches))
+    assert keys[-1] == sources_key(tmp_path / "part", launches)
+    monkeypatch.setattr(compile_report, "version", lambda package: f"another {package}")
+    keys.append(sources_key(tmp_path / "part", launches))
+    assert len(set(keys)) == 5

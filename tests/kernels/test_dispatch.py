@@ -129,6 +129,14 @@ def test_import_needs_neither_transformers_nor_the_trainer() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("op", ["prefix_attention", "prefix_decode_attention"])
+def test_attention_on_a_card_is_triton_s_in_16_bits_alone(op: str) -> None:
+    assert dispatch.chosen_backend(op, "cuda", dtype=torch.float32) == "reference"
+    assert dispatch.chosen_backend(op, "cuda", dtype=torch.bfloat16) == "triton"
+    with pytest.raises(ValueError, match="its kernels take bf16 and fp16 inputs, and an input is fp32"):
+        dispatch.chosen_backend(op, "cuda", "triton", torch.float32)
+
+
 def test_triton_on_the_cpu_only_through_its_interpreter_and_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.chosen_backend("linear_logprob", "cpu") == "reference"

@@ -1,4 +1,7 @@
-"""frames_to_patches against formulas written out independently: resize weights, colour, normalisation, patch order."""
+"""frames_to_patches against formulas written out independently: resize weights, normalisation, patch order.
+
+Colours and orientations are in test_native_frames.py, on every backend.
+"""
 
 from __future__ import annotations
 
@@ -159,40 +162,6 @@ def test_uint8_patches_normalise_to_the_same_bits() -> None:
         assert torch.equal(normalize_patches(levels, dtype), frames_to_patches(x, size=(56, 56), dtype=dtype))
 
 
-def planes_of(rgb: np.ndarray, matrix: str, limited: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """fp64 YUV of RGB levels [F, H, W, 3] by the definition, unrounded: Y, U, V [F, H, W]."""
-    kr, kb = MATRICES[matrix]
-    r, g, b = np.moveaxis(rgb.astype(np.float64), -1, 0)
-    y = kr * r + (1 - kr - kb) * g + kb * b
-    u, v = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
-    if limited:
-        return y * 219 / 255 + 16, u * 224 / 255 + 128, v * 224 / 255 + 128
-    return y, u + 128, v + 128
-
-
-def blocks(frames: int, height: int, width: int) -> np.ndarray:
-    """RGB that is constant on 2 x 2 blocks, so that chroma subsampling loses nothing."""
-    small = noise(frames, math.ceil(height / 2), math.ceil(width / 2), 3).numpy()
-    return small.repeat(2, 1).repeat(2, 2)[:, :height, :width]
-
-
-@pytest.mark.parametrize("matrix", list(MATRICES))
-@pytest.mark.parametrize("limited", [True, False])
-def test_yuv_back_to_rgb(matrix: str, limited: bool) -> None:
-    rgb = blocks(2, 28, 28)
-    y, u, v = (plane.round().clip(0, 255).astype(np.uint8) for plane in planes_of(rgb, matrix, limited))
-    frames = YuvFrames(
-        tuple(map(torch.from_numpy, (y, u[:, ::2, ::2].copy(), v[:, ::2, ::2].copy()))),
-        matrix=matrix,
-        range="limited" if limited else "full",
-    )
-    got = frames_to_patches(frames, size=(28, 28), dtype=torch.uint8).short()
-    # Rounding Y, U and V to 8 bits moves blue by up to 255/219 / 2 + 2 (1 - kb) 255/224 / 2, half a level on top.
-    kr, kb = MATRICES[matrix]
-    bound = (0.5 * 255 / 219 + (1 - min(kr, kb)) * 255 / 224 + 0.5) if limited else (0.5 + 1 - min(kr, kb) + 0.5)
-    assert (got - torch.from_numpy(cut(rgb)).short()).abs().max() <= bound
-
-
 @pytest.mark.parametrize(
     ("matrix", "yuv", "rgb"),
     [
@@ -213,46 +182,6 @@ def test_yuv_of_colour_bars(matrix: str, yuv: tuple[int, ...], rgb: tuple[int, .
     got = frames_to_patches(YuvFrames(planes, matrix=matrix), size=(28, 28), dtype=torch.uint8)
     got = got.unflatten(1, (3, -1))[0, :, 0].tolist()
     assert got == pytest.approx(rgb, abs=2)
-
-
-@pytest.mark.parametrize("range_", ["limited", "full"])
-def test_yuv_is_clamped_per_pixel_and_rounded_once(range_: str) -> None:
-    F, H, W = 3, 61, 83  # odd: the last chroma column and row cover one pixel
-    Y, U, V = noise(F, H, W, seed=1), noise(F, 31, 42, seed=2), noise(F, 31, 42, seed=3)
-    kr, kb = MATRICES["709"]
-    u, v = (c.numpy().astype(np.float64).repeat(2, 1).repeat(2, 2)[:, :H, :W] - 128 for c in (U, V))
-    y = Y.numpy().astype(np.float64)
-    if range_ == "limited":
-        y, u, v = (y - 16) * 255 / 219, u * 255 / 224, v * 255 / 224
-    r, b = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
-    g = (y - kr * r - kb * b) / (1 - kr - kb)
-    expected = cut(np.round(resized(np.stack([r, g, b], -1).clip(0, 255), (56, 84))))
-    planar = YuvFrames((Y, U, V), matrix="709", range=range_)
-    got = frames_to_patches_reference(planar, size=(56, 84), dtype=torch.uint8, compute_dtype=torch.float64)
-    assert torch.equal(got.double(), torch.from_numpy(expected))
-    nv12 = YuvFrames((Y, torch.stack((U, V), -1)), matrix="709", range=range_)
-    assert torch.equal(
-        frames_to_patches(nv12, size=(56, 84), permutation=[2, 0, 1]),
-        frames_to_patches(planar, size=(56, 84), permutation=[2, 0, 1]),
-    )
-
-
-def ten_bits(plane: Tensor) -> Tensor:
-    """P010: the sample in the 10 high bits."""
-    return (plane.to(torch.int32) << 6).to(torch.uint16)
-
-
-def test_p010() -> None:
-    Y, UV = noise(2, 28, 28, seed=1), noise(2, 14, 14, 2, seed=2)
-    p010 = YuvFrames((ten_bits(Y.int() * 4), ten_bits(UV.int() * 4)))
-    assert torch.equal(
-        frames_to_patches(p010, size=(28, 28), dtype=torch.float32),
-        frames_to_patches(YuvFrames((Y, UV)), size=(28, 28), dtype=torch.float32),
-    )
-    grey = torch.full((2, 14, 14, 2), 512, dtype=torch.int32)
-    for level, expected in ((0, 0), (512, 128), (1023, 255)):
-        full = YuvFrames((ten_bits(torch.full((2, 28, 28), level)), ten_bits(grey)), range="full")
-        assert frames_to_patches(full, size=(28, 28), dtype=torch.uint8).unique().tolist() == [expected]
 
 
 def test_memory_is_bounded() -> None:

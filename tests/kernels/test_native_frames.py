@@ -1,4 +1,4 @@
-"""The compiled frames_to_patches against the exact chain in fp64: the C++, and the CUDA on an emulation of threads."""
+"""frames_to_patches against the exact chain in fp64: torch, the C++, and the CUDA on an emulation of threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from videor1_kernels.frames_to_patches import YuvFrames, native, normalize_patch
 from videor1_kernels.frames_to_patches.reference import frames_to_patches_reference
 
 Kernel = Callable[..., Made]
+Kernels = Callable[[str], Kernel]
+Size = tuple[int, int]
 KERNELS = ["cpu", "cuda", *(["card"] if torch.cuda.is_available() else [])]
+EVERY = ["reference", *KERNELS]
 SIZES = [
     ((90, 131), (56, 84)),
     ((30, 21), (56, 84)),  # both grow
@@ -40,11 +43,13 @@ ORDERS = [[0], [1, 0], [2, 0, 1], [3, 1, 0, 2]]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernel]:
-    """The C++ ("cpu"), the CUDA on threads that a CPU plays ("cuda") and, where there is one, on a card."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The reference, the C++ ("cpu"), the CUDA on threads that a CPU plays ("cuda") and, if there is one, on a card."""
 
     @functools.cache
     def make(name: str) -> Kernel:
+        if name == "reference":
+            return lambda frames, **options: (frames_to_patches_reference(frames, dtype=torch.uint8, **options), None)
         if name == "cuda":
             return functools.partial(run, emulated(tmp_path_factory.mktemp("emulated")), align=4)
         device, options = ("cpu", {}) if name == "cpu" else ("cuda", {"align": 4, "device": "cuda"})
@@ -56,12 +61,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernel]
 
 
 def chain(
-    frames: Tensor | YuvFrames,
-    size: tuple[int, int],
-    rotation: int = 0,
-    *,
-    mirrored: bool = False,
-    rounded_rgb: bool = False,
+    frames: Tensor | YuvFrames, size: Size, rotation: int = 0, *, mirrored: bool = False, rounded_rgb: bool = False
 ) -> np.ndarray:
     """RGB in fp64, mirrored, turned, resized, clamped, rounded: levels [F, H, W, 3]. Nothing of ours in it.
 
@@ -89,7 +89,7 @@ def chain(
     return np.round(resized(np.rot90(rgb, rotation // 90, (1, 2)), size))
 
 
-def levels_of(patches: Tensor, frames: int, size: tuple[int, int]) -> np.ndarray:
+def levels_of(patches: Tensor, frames: int, size: Size) -> np.ndarray:
     """uint8 patches back to [F, H, W, 3]."""
     T, h, w = -(-frames // 2), size[0] // 28, size[1] // 28
     x = patches.view(T, h, w, 2, 2, 3, 2, 14, 14).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)  # t tp hb hm py wb wm px c
@@ -97,7 +97,7 @@ def levels_of(patches: Tensor, frames: int, size: tuple[int, int]) -> np.ndarray
 
 
 def assert_within_a_level(
-    kernel: Kernel, frames: Tensor | YuvFrames, size: tuple[int, int], rotation: int = 0, *, mirrored: bool = False
+    kernel: Kernel, frames: Tensor | YuvFrames, size: Size, rotation: int = 0, *, mirrored: bool = False
 ) -> None:
     patches, _ = kernel(frames, size=size, rotation=rotation, mirrored=mirrored)
     levels = levels_of(patches, len(frames), size)
@@ -107,14 +107,11 @@ def assert_within_a_level(
     assert np.abs(levels - chain(frames, size, rotation, mirrored=mirrored, rounded_rgb=True)).max() <= 1
 
 
-@pytest.mark.grid(sizes=SIZES, kind=KINDS, rotation=[0, 90, 180, 270], mirrored=[False, True], name=KERNELS)
+@pytest.mark.grid(
+    sizes=SIZES, kind=KINDS, rotation=[0, 90, 180, 270], mirrored=[False, True], name=["reference", *KERNELS]
+)
 def test_within_a_level_of_the_exact_chain(
-    kernels: Callable[[str], Kernel],
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    kind: str,
-    rotation: int,
-    mirrored: bool,
-    name: str,
+    kernels: Kernels, sizes: tuple[Size, Size], kind: str, rotation: int, mirrored: bool, name: str
 ) -> None:
     source, size = sizes
     upright = size if rotation % 180 == 0 else size[::-1]
@@ -122,16 +119,14 @@ def test_within_a_level_of_the_exact_chain(
     assert_within_a_level(kernels(name), frames, upright, rotation, mirrored=mirrored)
 
 
-@pytest.mark.grid(kind=KINDS[1:], matrix=MATRICES, range_=["limited", "full"], name=KERNELS)
-def test_every_matrix_and_range(
-    kernels: Callable[[str], Kernel], kind: str, matrix: str, range_: str, name: str
-) -> None:
+@pytest.mark.grid(kind=KINDS[1:], matrix=list(MATRICES), range_=["limited", "full"], name=EVERY)
+def test_every_matrix_and_range(kernels: Kernels, kind: str, matrix: str, range_: str, name: str) -> None:
     frames = made_frames(kind, 2, 63, 85, matrix=matrix, range_=range_)
     assert_within_a_level(kernels(name), frames, (28, 56))
 
 
 @pytest.mark.grid(kind=KINDS, range_=["limited", "full"], name=KERNELS)
-def test_as_good_from_8_bit_rgb(kernels: Callable[[str], Kernel], kind: str, range_: str, name: str) -> None:
+def test_as_good_from_8_bit_rgb(kernels: Kernels, kind: str, range_: str, name: str) -> None:
     """At the scale of 1080p, a chain that rounds RGB before the resize is as near as 0.1 of a level on average."""
     frames = made_frames(kind, 1, 541, 961, range_=range_, matrix="709")
     levels = levels_of(kernels(name)(frames, size=(112, 196))[0], 1, (112, 196))
@@ -141,7 +136,7 @@ def test_as_good_from_8_bit_rgb(kernels: Callable[[str], Kernel], kind: str, ran
 
 
 @pytest.mark.grid(order=ORDERS, dtype=[torch.uint8, torch.float16, torch.bfloat16, torch.float32], name=KERNELS)
-def test_every_output(kernels: Callable[[str], Kernel], order: list[int], dtype: torch.dtype, name: str) -> None:
+def test_every_output(kernels: Kernels, order: list[int], dtype: torch.dtype, name: str) -> None:
     kernel = kernels(name)
     frames = made_frames("nv12", len(order), 70, 101)
     levels, _ = kernel(frames, size=(56, 84))
@@ -154,14 +149,14 @@ def test_every_output(kernels: Callable[[str], Kernel], order: list[int], dtype:
 
 
 @pytest.mark.grid(kind=KINDS, width=[64, 65], name=KERNELS)
-def test_rows_of_any_stride(kernels: Callable[[str], Kernel], kind: str, width: int, name: str) -> None:
+def test_rows_of_any_stride(kernels: Kernels, kind: str, width: int, name: str) -> None:
     kernel = kernels(name)
     padded = made_frames(kind, 2, 50, width, padding=3)
     dense = YuvFrames(tuple(p.contiguous() for p in padded.planes)) if kind != "rgb" else padded.contiguous()
     assert torch.equal(kernel(padded, size=(28, 56))[0], kernel(dense, size=(28, 56))[0])
 
 
-def test_the_two_kernels_agree(kernels: Callable[[str], Kernel]) -> None:
+def test_the_two_kernels_agree(kernels: Kernels) -> None:
     frames = made_frames("p010", 3, 120, 1500, matrix="2020")
     ours, theirs = (kernels(name)(frames, size=(84, 700))[0].short() for name in ("cpu", "cuda"))
     assert (ours - theirs).abs().max() <= 1
@@ -169,7 +164,7 @@ def test_the_two_kernels_agree(kernels: Callable[[str], Kernel]) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_the_bits_do_not_depend_on_the_threads(kernels: Callable[[str], Kernel], threads: int) -> None:
+def test_the_bits_do_not_depend_on_the_threads(kernels: Kernels, threads: int) -> None:
     cpu = kernels("cpu")
     frames = made_frames("nv12", 2, 300, 400)
     expected, _ = cpu(frames, size=(252, 336), dtype=torch.float32)

@@ -20,8 +20,8 @@ compiled = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"
 @compiled
 def test_long_prefixes_and_many_rows() -> None:
     lengths = [1 + 7 * i for i in range(16)]
-    case = Case([(700, 9), (333, 5), (1, 2)], lengths, 120, dim=64, backend="native")
-    bound = rounding(64 + 700 + 1 + 7 * 15)  # of a score, and keys of the longest row; values are of order 1
+    case = Case([(700, 9), (333, 5), (1, 2)], lengths, 120, dim=128, backend="native")
+    bound = rounding(128 + 700 + 1 + 7 * 15)  # of a score, and keys of the longest row; values are of order 1
     torch.testing.assert_close(case().double(), case.exact(), rtol=bound, atol=bound)
 
 
