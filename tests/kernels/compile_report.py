@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -211,14 +211,15 @@ def _compile_all(capabilities: list[int], full: bool) -> Report:
     """In a process for each processor, those that take longest first. Forked: Torch and Triton are imported once."""
     import torch
     import triton
-    from compile_launches import TILES
+    from compile_launches import TILES, twin
 
     capabilities = capabilities or list(TILES)
-    order = sorted(capabilities, key=lambda c: (TILES[c].descriptors, c == 80, c), reverse=True)
+    chosen = {c: c if full else twin(c) for c in capabilities}
+    order = sorted(set(chosen.values()), key=lambda c: (TILES[c].descriptors, c == 80, c), reverse=True)
     workers = min(len(order), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         parts = dict(zip(order, pool.map(_compile, order, [full] * len(order)), strict=True))
-    kernels, faults = ([kernel for c in capabilities for kernel in parts[c][i]] for i in (0, 1))
+    kernels, faults = ([replace(k, capability=c) for c in capabilities for k in parts[chosen[c]][i]] for i in (0, 1))
     return Report(f"triton {triton.__version__}, torch {torch.__version__}", kernels, faults)
 
 

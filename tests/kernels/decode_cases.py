@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "one row": ([(1, 1)], [1], 1),
     "one group": ([(37, 3)], [5, 1, 20], 20),
     "equal prefixes": ([(5, 2), (5, 2)], [1, 4, 2, 3], 6),
-    "ragged groups": ([(37, 3), (1, 1), (16, 2)], ragged(6, 40), 40),
+    "ragged groups": ([(20, 3), (1, 1), (16, 2)], ragged(6, 20), 20),
     "a row more than a tile": ([(33, 9), (17, 8)], ragged(17, 18), 18),
     "three tiles of a prefix": ([(20, 20)], ragged(20, 7), 7),
     "ends on the borders of blocks and parts": ([(64, 2), (32, 1), (16, 1), (48, 2)], [16, 32, 64, 48, 1, 80], 80),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from videor1_kernels import extension
 from videor1_kernels.frames_to_patches import YuvFrames, native
+from videor1_kernels.frames_to_patches.reference import frames_to_patches_reference
+from videor1_kernels.testing import poisoned_memory
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KINDS = ("rgb", "yuv420p", "nv12", "p010")
@@ -67,53 +73,42 @@ void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
     return torch.ops.videor1_emulated
 
 
-def run(
-    operators: Any,
-    frames: Tensor | YuvFrames,
-    *,
-    size: tuple[int, int],
-    dtype: torch.dtype = torch.uint8,
-    permutation: list[int] | None = None,
-    rotation: int = 0,
-    mirrored: bool = False,
-    both: bool = False,
-    align: int = 1,
-    device: str = "cpu",
-) -> Made:
-    """(ordered, permuted) straight from the operator, into outputs full of something else; on the CPU in the end."""
-    place = torch.device(device)
-    yuv = frames if isinstance(frames, YuvFrames) else None
-    planes = [_moved(plane, place) for plane in (yuv.planes if yuv else (frames,))]
-    count, height, width = planes[0].shape[:3]
-    out_height, out_width = size if rotation % 180 == 0 else size[::-1]
-    shape = (math.ceil(count / 2) * size[0] * size[1] // 196, 1176)
-    poison = 7 if dtype == torch.uint8 else float("nan")
-    ordered, permuted = (
-        torch.full(shape, poison, dtype=dtype, device=place) if wanted else None
-        for wanted in (permutation is None or both, permutation is not None)
-    )
-    tables: list[Any] = []
-    for sizes in ((height, out_height), (width, out_width)):
-        first, weights, taps = operators.resample_table(torch.empty(0), *sizes, align)
-        tables += [first.to(place), weights.to(place), taps]
-    operators.frames_to_patches(
-        planes,
-        native.MATRICES[yuv.matrix] if yuv else 0,
-        yuv is not None and yuv.range == "full",
-        *tables,
-        rotation // 90,
-        mirrored,
-        native._levels(dtype, place),
-        None if permutation is None else native._slots(permutation, place),
-        ordered,
-        permuted,
-    )
-    return tuple(None if made is None else made.cpu() for made in (ordered, permuted))
+def runner(name: str, folder: Path) -> Callable[..., Made]:
+    """frames_to_patches as one call (frames, size=..., ...) -> (ordered, permuted), in memory that held something else.
+
+    Of torch ("reference"), of the C++ ("cpu"), of the CUDA on threads that a CPU plays ("cuda") or on a card ("card").
+    """
+    make = frames_to_patches_reference if name == "reference" else native.frames_to_patches
+    changes: list[Any] = []
+    if name == "cuda":
+        operators = emulated(folder)
+
+        def table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+            return operators.resample_table(torch.empty(0), size_in, size_out, 4)  # aligned as on a card
+
+        changes = [mock.patch.object(torch.ops, "videor1_csrc", operators), mock.patch.object(native, "_table", table)]
+    else:
+        for device in ["cpu", *(["cuda"] if name == "card" else [])]:
+            assert native.unavailable(torch.device(device), None) is None
+
+    def run(frames: Tensor | YuvFrames, **given: Any) -> Made:
+        options = {"dtype": torch.uint8, "permutation": None, "rotation": 0, "mirrored": False, "both": False} | given
+        if name == "card":
+            yuv = isinstance(frames, YuvFrames)
+            frames = replace(frames, planes=tuple(map(_moved, frames.planes))) if yuv else _moved(frames)
+        with poisoned_memory(), ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change)
+            made = make(frames, **options)
+        ordered, permuted = (
+            made if options["both"] else (made, None) if options["permutation"] is None else (None, made)
+        )
+        return tuple(None if x is None else x.cpu() for x in (ordered, permuted))
+
+    return run
 
 
-def _moved(plane: Tensor, device: torch.device) -> Tensor:
-    """On the device, with the strides it has."""
-    if device.type == "cpu":
-        return plane
+def _moved(plane: Tensor) -> Tensor:
+    """On the card, with the strides it has."""
     whole = torch.as_strided(plane, (plane.untyped_storage().nbytes() // plane.element_size(),), (1,), 0)
-    return torch.as_strided(whole.to(device), plane.shape, plane.stride(), plane.storage_offset())
+    return torch.as_strided(whole.cuda(), plane.shape, plane.stride(), plane.storage_offset())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_cases import CSRC, KINDS, Made, emulated, made_frames, run
+from native_cases import CSRC, KINDS, Made, made_frames, runner
 from test_frames_to_patches import MATRICES, resized
 from torch import Tensor
 
@@ -44,20 +44,8 @@ ORDERS = [[0], [1, 0], [2, 0, 1], [3, 1, 0, 2]]
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The reference, the C++ ("cpu"), the CUDA on threads that a CPU plays ("cuda") and, if there is one, on a card."""
-
-    @functools.cache
-    def make(name: str) -> Kernel:
-        if name == "reference":
-            return lambda frames, **options: (frames_to_patches_reference(frames, dtype=torch.uint8, **options), None)
-        if name == "cuda":
-            return functools.partial(run, emulated(tmp_path_factory.mktemp("emulated")), align=4)
-        device, options = ("cpu", {}) if name == "cpu" else ("cuda", {"align": 4, "device": "cuda"})
-        for needed in {"cpu", device}:
-            assert native.unavailable(torch.device(needed), None) is None
-        return functools.partial(run, torch.ops.videor1_csrc, **options)
-
-    return make
+    """Each made once."""
+    return functools.cache(lambda name: runner(name, tmp_path_factory.mktemp(name)))
 
 
 def chain(

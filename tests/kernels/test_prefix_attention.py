@@ -139,6 +139,7 @@ def test_no_worse_than_plain_torch_at_its_dtype(dtype: torch.dtype, backend: str
     case = Case(backend=backend, dim=32, dtype=dtype)
     terms = 2 * (32 + case.layout.total_tokens)  # of a score and of a softmax; again in the gradients
     for ours, plain, exact in zip(case(), case.naive(dtype), case.naive(), strict=True):
+        assert ours.dtype == dtype
         assert_no_worse(ours, plain, exact, terms=terms)
 
 

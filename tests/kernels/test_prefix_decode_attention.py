@@ -35,7 +35,8 @@ def test_equals_the_loop(
     backend: str, name: str, shape: tuple[tuple[int, int], int], scattered: bool, scale: float | None
 ) -> None:
     groups, lengths, capacity = CASES[name]
-    heads, dim = ((1, 1), 16) if name == "three tiles of a prefix" else shape
+    heads, dim = shape
+    dim = 16 if backend == "triton" else dim  # the interpreter is slow; test_triton_prefix_decode.py has others
     case = Case(groups, lengths, capacity, heads, dim, backend=backend, scattered=scattered)
     out = case(scale=scale)
     assert out.dtype == DTYPES[backend]
@@ -69,7 +70,7 @@ def test_large_and_equal_scores(backend: str, far: str, factor: int) -> None:
     exact = case.exact()
     # A score errs by its own size, and its probability by as much relative to itself.
     keys = max(x.nan_to_num().abs().max().item() for x in (case.pk, case.sk))
-    bound = rounding(16 + 77, 1 + keys * case.q.abs().sum(-1).max().item() / 16**0.5)
+    bound = rounding(16 + 40, 1 + keys * case.q.abs().sum(-1).max().item() / 16**0.5)
     torch.testing.assert_close(case().double(), exact, rtol=bound, atol=bound * exact.abs().max().item())
 
 
@@ -118,7 +119,7 @@ def test_a_row_depends_on_its_own_keys_alone(backend: str) -> None:
         return
     assert torch.equal(case.permuted(order), out[order])
     lengths = case.lengths.tolist()
-    case.set_lengths([*lengths[:3], 40, 40, 40])
+    case.set_lengths([*lengths[:3], 20, 20, 20])
     case.q[3] = torch.nan
     changed = case()
     assert torch.equal(changed[:3], out[:3])

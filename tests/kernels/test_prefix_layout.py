@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,20 +63,6 @@ def test_layout_is_frozen_and_moves() -> None:
     moved = layout.to("meta")
     assert moved.completion_index.device.type == moved.cu_completions.device.type == "meta"
     assert moved.total_tokens == 5
-
-
-@pytest.mark.parametrize(
-    ("prompts", "completions", "message"),
-    [
-        ([], [], "prompt_lengths: expected at least one group, got none"),
-        ([3], [[2], [1]], "completion_lengths: expected 1 lists, one per prompt, got 2"),
-        ([3, 0], [[2], [1]], r"prompt_lengths\[1\]: expected 1 or more, got 0"),
-        ([3], [[2, 0]], r"completion_lengths\[0\]: expected lengths of 1 or more"),
-    ],
-)
-def test_layout_errors(prompts: list[int], completions: list[list[int]], message: str) -> None:
-    with pytest.raises(ValueError, match=f"PrefixLayout: {message}"):
-        PrefixLayout(prompts, completions)
 
 
 LAYOUTS = [
@@ -194,13 +182,17 @@ def test_everything_is_planned_once_and_nothing_over_the_bound(seed: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "lengths", "message"),
     [
-        (([3], [[1], [2]]), "completion_lengths: expected 1 lists, one per prompt, got 2"),
-        (([3, 8], [[1], [2, 3]], 10), r"max_tokens_per_row: expected at least 11 \(the prompt and completion 1 of"),
-        (([3, 18], [[1], []], 10), r"max_tokens_per_row: expected at least 18 \(the prompt of group 1\), got 10"),
+        (PrefixLayout, ([], []), "prompt_lengths: expected at least one group, got none"),
+        (PrefixLayout, ([3], [[2], [1]]), "completion_lengths: expected 1 lists, one per prompt, got 2"),
+        (PrefixLayout, ([3, 0], [[2], [1]]), r"prompt_lengths\[1\]: expected 1 or more, got 0"),
+        (PrefixLayout, ([3], [[2, 0]]), r"completion_lengths\[0\]: expected lengths of 1 or more"),
+        (plan_rows, ([3], [[1], [2]]), "completion_lengths: expected 1 lists, one per prompt, got 2"),
+        (plan_rows, ([3, 8], [[1], [2, 3]], 10), r"expected at least 11 \(the prompt and completion 1 of group 1\)"),
+        (plan_rows, ([3, 18], [[1], []], 10), r"expected at least 18 \(the prompt of group 1\), got 10"),
     ],
 )
-def test_plan_errors(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=f"plan_rows: {message}"):
-        plan_rows(*arguments)
+def test_errors(call: Callable[..., object], lengths: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{call.__name__}: .*{message}"):
+        call(*lengths)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from patience import PATIENCE
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_no_access_outside_the_tensors() -> None:
     # A process of its own, without a GPU: Triton's interpreter is chosen when triton is first imported.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
