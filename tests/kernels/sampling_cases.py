@@ -170,20 +170,3 @@ def check(logits: Tensor, uniform: Tensor, tokens: Tensor, logp: Tensor, **optio
         exact = want.logp[token].item()
         assert abs(value - exact) <= 5e-6 + 2e-6 * abs(exact) or value == exact, (token, value, exact, options)
     return skipped
-
-
-def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """Probability that counts [V] drawn from ``probabilities`` differ as much; rare tokens are taken together."""
-    assert not counts[probabilities == 0].any(), "a token was drawn that cannot be"
-    expected = probabilities * counts.sum()
-    order = expected.sort(descending=True).indices
-    common = order[expected[order] >= 5]
-    rare = order[len(common) :]
-    observed = torch.cat([counts[common].double(), counts[rare].double().sum()[None]])
-    expected = torch.cat([expected[common], expected[rare].sum()[None]])
-    if expected[-1] < 5:  # too few even together: with the least common of the others
-        observed, expected = (torch.cat([x[:-2], x[-2:].sum()[None]]) for x in (observed, expected))
-    if len(expected) < 2:
-        return 1.0
-    statistic = ((observed - expected).square() / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))

@@ -188,23 +188,6 @@ def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(seen) == 2 * expected
 
 
-def test_group_and_completion_order_does_not_matter() -> None:
-    prompts, completions = RAGGED
-    case, order = Case(heads=(4, 2)), [2, 0, 1]
-    out, layout = case()[0], case.layout
-    inner = [list(reversed(range(len(completions[g])))) for g in order]
-    other = PrefixLayout(
-        [prompts[g] for g in order], [[completions[g][c] for c in cs] for g, cs in zip(order, inner, strict=True)]
-    )
-    moved: list[int] = []  # row position in the first layout of each token of the other
-    for g, cs in zip(order, inner, strict=True):
-        moved += range(layout.prompt_starts[g], layout.prompt_starts[g] + prompts[g])
-        for c in cs:
-            moved += range(layout.completion_starts[g][c], layout.completion_starts[g][c] + completions[g][c])
-    assert sorted(moved) == list(range(layout.total_tokens))
-    assert_matches(prefix_attention(*(x[moved] for x in case.inputs), other), out[moved])
-
-
 def test_no_mask_over_the_whole_row() -> None:
     case = Case(([40] * 6, [[10] * 4] * 6), dim=4, dtype=torch.float32)  # T = 480
     inputs = [x.detach() for x in case.inputs]

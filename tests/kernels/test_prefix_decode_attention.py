@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from decode_cases import CASES, DTYPES, OP, Case, use_small_blocks
 from torch import Tensor
 from triton_cases import CUDA, HALF
 
-from videor1_kernels import PrefixLayout, last_backend, prefix_attention, prefix_decode_attention
+from videor1_kernels import extension, last_backend, prefix_decode_attention
+from videor1_kernels.prefix_attention import native_decode
 from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_memory, rounding
 
 BACKENDS = ["reference", *(["native"] if any(map(shutil.which, ("c++", "g++", "clang++"))) else []), "triton"]
@@ -72,30 +74,6 @@ def test_large_and_equal_scores(backend: str, far: str, factor: int) -> None:
     keys = max(x.nan_to_num().abs().max().item() for x in (case.pk, case.sk))
     bound = rounding(16 + 40, 1 + keys * case.q.abs().sum(-1).max().item() / 16**0.5)
     torch.testing.assert_close(case().double(), exact, rtol=bound, atol=bound * exact.abs().max().item())
-
-
-def test_equals_the_last_position_of_prefix_attention() -> None:
-    """Decode and training agree: the step that adds a completion's last token gives that token's packed output."""
-    layout = PrefixLayout([5, 3], [[4, 2], [3]])
-    torch.manual_seed(0)
-    q = torch.randn(layout.total_tokens, 4, 8, dtype=torch.float64)
-    k, v = (torch.randn(layout.total_tokens, 2, 8, dtype=torch.float64) for _ in range(2))
-    lengths = layout.cu_completions.diff()
-    ends = layout.completion_index[layout.cu_completions[1:].long() - 1]
-    suffixes = [
-        torch.nn.utils.rnn.pad_sequence(x[layout.completion_index].split(lengths.tolist()), batch_first=True)
-        for x in (k, v)
-    ]
-    out = prefix_decode_attention(
-        q[ends],
-        k[layout.prompt_index],
-        v[layout.prompt_index],
-        *suffixes,
-        suffix_lengths=lengths,
-        cu_prefix=torch.tensor([0, 5, 8]),
-        row_group=torch.tensor([0, 0, 1]),
-    )
-    assert_matches(out, prefix_attention(q, k, v, layout)[ends])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,3 +188,48 @@ def test_mixed_dtypes_are_computed_in_fp32() -> None:
     mixed.sk = mixed.sk.float()
     for backend in ("reference", *([] if CUDA else ["triton"])):  # on a card Triton takes 16 bits alone
         assert_matches(mixed(backend=backend), mixed.exact())
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there is no C++ compiler")
+def test_native_with_long_prefixes_and_many_rows() -> None:
+    lengths = [1 + 7 * i for i in range(16)]
+    case = Case([(700, 9), (333, 5), (1, 2)], lengths, 120, dim=128, backend="native")
+    bound = rounding(128 + 700 + 1 + 7 * 15)  # of a score, and keys of the longest row; values are of order 1
+    torch.testing.assert_close(case().double(), case.exact(), rtol=bound, atol=bound)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there is no C++ compiler")
+def test_native_has_the_same_bits_for_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_decode, "GRAIN", 1)
+    case = Case([(90, 8), (40, 4)], list(range(1, 13)), 13, dim=32, backend="native")
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case())
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
+    results.append(case())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.fixture
+def _turned_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
+    native_decode._library.cache_clear()
+    yield
+    native_decode._library.cache_clear()
+
+
+@pytest.mark.usefixtures("_turned_off")
+def test_native_turned_off_says_so_once_and_the_reference_serves(caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(*CASES["equal prefixes"], backend="native")
+    for _ in range(2):
+        out = prefix_decode_attention(*case.tensors, suffix_lengths=case.lengths, layout=case.layout)
+        assert last_backend(OP) == "reference"
+    torch.testing.assert_close(out.double(), case.exact(), rtol=0, atol=rounding(16 + 9))
+    [said] = [r.getMessage() for r in caplog.records if "decode attention on the CPU runs in plain" in r.getMessage()]
+    assert "VIDEOR1_NATIVE=0 turns it off" in said
+    with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
+        case()

@@ -7,18 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_cases import (
-    ALMOST_ONE,
-    EDGES,
-    KINDS,
-    SETTINGS,
-    Sampler,
-    check,
-    chi_square_p,
-    hard_logits,
-    oracle,
-    without_distribution,
-)
+from sampling_cases import ALMOST_ONE, EDGES, KINDS, SETTINGS, Sampler, check, hard_logits, oracle, without_distribution
 from torch import Tensor
 from triton_cases import CUDA, Operations
 
@@ -181,38 +170,6 @@ def test_without_truncation_the_reference_sorts_nothing() -> None:
     with Operations() as operations:
         sample_tokens(logits, uniform, top_k=49)
     assert sorting & set(operations.names)
-
-
-@pytest.mark.parametrize("ids", [None, [2, 30, 5]], ids=["", "banned"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"top_k": 6},
-        {"top_p": 0.8},
-        {"top_k": 12, "top_p": 0.9},
-        {"temperature": 1.8},
-        {"temperature": 0.6, "top_p": 0.95},
-    ],
-    ids=str,
-)
-def test_draws_follow_the_distribution(sample: Sampler, options: Options, ids: list[int] | None) -> None:
-    """200,000 of them; the interpreter makes a few, each of them known beforehand."""
-    if sample.interpreted and ids is None:
-        pytest.skip("the interpreter is slow")
-    generator = torch.Generator().manual_seed(0)
-    logits = 1.5 * torch.randn(40, generator=generator)
-    banned = None if ids is None else torch.tensor(ids)
-    want = oracle(logits, banned=banned, **options)
-    uniform = torch.rand(12 if sample.interpreted else 200_000, generator=generator)
-    tokens = torch.cat([sample(logits.expand(len(u), -1), u, banned, **options)[0] for u in uniform.split(20_000)])
-    for token, u in zip(tokens[:60].tolist(), uniform[:60].tolist(), strict=True):
-        assert token == want.token(u) or want.token(u) is None
-    counts = tokens.bincount(minlength=40)
-    assert chi_square_p(counts, want.probabilities) > 1e-4
-    other = oracle(logits, banned=banned, **(options | {"temperature": options.get("temperature", 1.0) * 1.05}))
-    if not sample.interpreted and other.probabilities.count_nonzero() == want.probabilities.count_nonzero():
-        assert chi_square_p(counts, other.probabilities) < 1e-4  # so much would be seen
 
 
 @pytest.mark.grid(vocabulary=[1, 7, 33, 300, 1001], dtype=DTYPES, options=SETTINGS[:6] + KINDS[2:])

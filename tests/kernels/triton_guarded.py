@@ -155,10 +155,10 @@ def decode(dim: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
         f"prefix_decode_attention {dim}",
         call,
         torch.randn(11, heads[0], dim).to(dtype),
-        *(torch.randn(38, heads[1], dim).to(dtype) for _ in range(2)),
-        *(torch.randn(12, 37, heads[1], dim).to(dtype) for _ in range(2)),
-        torch.tensor([37, 1, 0, 40, 16, 33, 32, 2, 37, 37, 37]),  # 0 and 40 are out of range
-        torch.tensor([0, 37, 38]),
+        *(torch.randn(24, heads[1], dim).to(dtype) for _ in range(2)),
+        *(torch.randn(12, 20, heads[1], dim).to(dtype) for _ in range(2)),
+        torch.tensor([20, 1, 0, 40, 16, 17, 15, 2, 20, 20, 20]),  # 0 and 40 are out of range
+        torch.tensor([0, 23, 24]),
         torch.tensor([0] * 9 + [1, 0]),
         torch.tensor([11, 0, 5, 3, 2, 1, 4, 6, 7, 10, 9]),
     )
@@ -196,10 +196,10 @@ def main() -> None:
     triton_decode.INTERPRETED, triton_decode.INTERPRETED_PROGRAMS = triton.Block(16, 16, 4, 1), 24
     sampling.SEGMENTS, sampling.COLUMNS = 4, 8
 
-    head(torch.float32, 9, 137, 24, "token")
+    head(torch.float32, 6, 70, 24, "token")
     head(torch.float32, 2, 1, 3, "sequence")
-    head(torch.float16, 9, 136, 24, "sequence")  # by descriptors: all of it is a multiple of 16 bytes
-    head(torch.float16, 9, 137, 23, "token")  # by pointers
+    head(torch.float16, 6, 72, 24, "sequence")  # by descriptors: all of it is a multiple of 16 bytes
+    head(torch.float16, 6, 70, 23, "token")  # by pointers
     head(torch.float16, 2, 1, 3, "token")
     attention(PrefixLayout([20, 1], [[18, 3], []]), 16)
     attention(PrefixLayout([17], [[16]]), 20)
