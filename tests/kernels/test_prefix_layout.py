@@ -89,7 +89,7 @@ def test_query_tiles_cover_every_pair_once(layout: PrefixLayout, block: int) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [1, 4, 16])
-@pytest.mark.parametrize(("parts", "least"), [(512, 512), (3, 2), (1000, 1)])
+@pytest.mark.parametrize(("parts", "least"), [(512, 512), (3, 2), (512, 4), (1000, 1)])
 def test_key_items_cover_every_pair_once(
     layout: PrefixLayout, block: int, parts: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +100,7 @@ def test_key_items_cover_every_pair_once(
     pairs = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.int64)
     by_slot: dict[int, tuple[int, int, int]] = {}
     for first, stop, query, query_stop, slot in items.tolist():
-        assert query < query_stop
+        assert query < query_stop <= layout.total_tokens
         for key in range(first, min(first + block, stop)):
             pairs[max(query, key) : query_stop, key] += 1
         if slot >= 0:
