@@ -236,7 +236,9 @@ def nvcc(*options: str) -> str:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100"))]
+)
 def test_cuda_compiles_without_spills(target: str, tmp_path: Path) -> None:
     options = ["-O3", f"-arch={target}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "kernels.cubin")]
     said = nvcc(*options, str(CSRC / "frames_to_patches.cu"))

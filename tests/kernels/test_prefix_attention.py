@@ -210,7 +210,7 @@ def test_same_bits_again_in_poisoned_memory_and_under_autocast(backend: str) -> 
 def test_views_of_other_layouts() -> None:
     """q, k and v as transformers hands them over, [heads, T, D]; ones that cannot be read as they are; a gradient
     broadcast from a sum."""
-    case = Case(SHORT, "triton")
+    case = Case(([18], [[17, 2]]), "triton")
     plain = case()
     assert_same(case(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)), plain)
     assert_same(case(lambda x: x.repeat_interleave(2, 2)[..., ::2]), plain)

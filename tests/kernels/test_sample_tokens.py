@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 Options = dict[str, Any]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+ALIKE = [{"temperature": 0.4}, {"top_p": 0.95, "temperature": 1.7}, {"top_k": 1}, {"top_k": 5, "top_p": 0.7}]
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -49,6 +50,8 @@ def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_every_setting_on_hard_logits(sample: Sampler, options: Options) -> None:
+    if sample.interpreted and options in ALIKE:
+        pytest.skip("the interpreter is slow, and the kernel the same as for another setting")
     sizes = [(70, [69, 3, 40, 3])] if sample.interpreted else [(61, None), (8, [3]), (300, [299, 0, 150, 0])]
     places = torch.tensor([0.0, 0.37, ALMOST_ONE]) if sample.interpreted else numbers(8)
     each = 1 if sample.interpreted else len(places)  # numbers for each kind of logits
