@@ -42,11 +42,9 @@ NUMERIC_KERNELS = tuple(
         "integration_verl",
         "linear_grpo_loss",
         "linear_logprob",
-        "native_prefix_decode",
         "prefix_attention",
-        "prefix_attention_work",
         "prefix_decode_attention",
-        "prefix_rows",
+        "prefix_layout",
         "sample_tokens",
         "selective_log_softmax",
     )
