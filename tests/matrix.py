@@ -42,11 +42,9 @@ NUMERIC_KERNELS = tuple(
         "integration_verl",
         "linear_grpo_loss",
         "linear_logprob",
-        "native_prefix_decode",
         "prefix_attention",
-        "prefix_attention_work",
         "prefix_decode_attention",
-        "prefix_rows",
+        "prefix_layout",
         "sample_tokens",
         "selective_log_softmax",
     )
@@ -109,7 +107,9 @@ ARRAYS = (
     "tests/training/test_sft.py",
     "tests/kernels/test_triton_grpo_loss.py",
     "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_prefix_decode_attention.py",
     "tests/kernels/test_triton_prefix_decode.py",
+    "tests/kernels/test_sample_tokens.py",
     "tests/kernels/test_triton_sample_tokens.py",
 )
 
