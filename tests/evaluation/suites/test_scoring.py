@@ -19,7 +19,7 @@ CASES: list[tuple[Any, str, float]] = [
     *((dog, text, 0) for text in ("A", "A big dog and a cat", "", "A) or B)", "dog")),
     (partial(score_choice, letter="B", text=""), "", 0),
     *((yes, text, 1) for text in ("Yes.", "yes, it is")),
-    *((yes, text, 0) for text in ("no", "1")),
+    *((yes, text, 0) for text in ("no", "1", "no, not yes")),
     *((4.0, text, 1) for text in ("4", "4.0", "4.", "4 chairs")),
     *((4.0, text, 0) for text in ("four", "", "-4", "8", "1e400", "nan", "inf", "+3.9m")),
     *((4.0, text, 0.1) for text in ("2", "6")),
