@@ -281,7 +281,8 @@ def test_a_folder_that_is_no_run(
         (["file"], "expected the folder of a run, but it is a file"),
         (["run", "run/../run"], "given twice"),
         (["run", "--rollouts", "-1"], "rollouts: expected 0 (none) or more, got -1"),
-        (["run", "--out", str(tmp_path)], "cannot be written"),
+        (["run", "--out", str(tmp_path)], "expected the file to write, got a folder"),
+        (["run", "--out", "."], "expected the file to write, got a folder"),
         (["run", "--out", "no/page.html"], "cannot be written"),
     ):
         assert run_main(main, arguments) == 2
