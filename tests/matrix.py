@@ -42,6 +42,7 @@ NUMERIC_KERNELS = tuple(
         "integration_verl",
         "linear_grpo_loss",
         "linear_logprob",
+        "linear_logprob_tiles",
         "prefix_attention",
         "prefix_decode_attention",
         "prefix_layout",
@@ -105,8 +106,8 @@ ARRAYS = (
     "tests/report/test_report.py",
     "tests/rewards/test_scoring.py",
     "tests/training/test_sft.py",
-    "tests/kernels/test_triton_grpo_loss.py",
-    "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_grpo_loss.py",
+    "tests/kernels/test_group_advantage.py",
     "tests/kernels/test_prefix_decode_attention.py",
     "tests/kernels/test_triton_prefix_decode.py",
     "tests/kernels/test_sample_tokens.py",
@@ -116,8 +117,8 @@ ARRAYS = (
 
 COMPILED = (
     "tests/kernels/test_compile_targets.py",
-    "tests/kernels/test_triton_grpo_loss.py",
-    "tests/kernels/test_triton_group_advantage.py",
+    "tests/kernels/test_grpo_loss.py",
+    "tests/kernels/test_group_advantage.py",
 )
 
 
