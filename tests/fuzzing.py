@@ -1,7 +1,5 @@
 """Fuzz tests: so many examples of a hypothesis strategy, and how bytes and values are damaged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Damaged copies of small videos: everything about one follows from its seed."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -1,7 +1,5 @@
 """Work for a prefetcher's workers, and scripts and processes to be watched."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import os

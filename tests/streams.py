@@ -1,7 +1,5 @@
 """Shards of text samples for tests, and what is drawn from streams of them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,8 +1,5 @@
 """Decoding ahead: results and failures in their order, how far ahead, and the cache in memory."""
 
-from __future__ import annotations
-
-import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -12,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from media import numbered_frames, real_video, write_video
+from media import numbered_frames, write_video
 from patience import PATIENCE
 from PIL import Image
 from prefetchers import Work, prefetcher, results, sample, wait_until
 
 from videor1.config import VideoConfig
-from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
-from videor1.types import Media, SampleError
+from videor1.types import SampleError
 from videor1.video import read_frames
 from videor1.video.media import load_media, media_key
 from videor1.video.patches import media_from_clip
@@ -114,24 +110,6 @@ def test_what_is_loaded_once_is_handed_out_again(cache_bytes: int, tmp_path: Pat
         assert ahead.stats.errors == {"missing_file": 2}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_cache_is_bounded_and_drops_the_least_recently_used(workers: int) -> None:
-    with prefetcher(workers=workers, depth=1, cache_bytes=700) as ahead:  # each result: its number + 6 bytes
-        for numbers, loads in (
-            ([300, 301], 2),
-            ([300], 0),  # now 301 is the oldest
-            ([302], 1),
-            ([300], 0),
-            ([301], 1),
-            ([5000], 1),  # too large to keep: it must not push the others out
-            ([300, 301], 0),
-            ([5000], 1),
-        ):
-            before = ahead.stats.loaded
-            assert all(tensor.eq(7).all() for tensor, _ in results(ahead, [Work("tensor", n) for n in numbers]))
-            assert ahead.stats.loaded - before == loads
-
-
 @pytest.mark.parametrize("options", [{"workers": -1}, {"depth": 0}, {"timeout": 0.0}, {"cache_bytes": -1}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Prefetcher: expected"):
@@ -141,17 +119,16 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_load_media(tmp_path: Path) -> None:
     config = VideoConfig(max_frames=4, max_pixels=56 * 56)  # the minimum goes down with it
     video = write_video(tmp_path / "v.mp4", numbered_frames(30, 56, 56))
-    media = load_media(sample(video), config)
+    media: Any = load_media(sample(video), config)
     clip = read_frames(video, max_frames=4, max_pixels=56 * 56, min_pixels=56 * 56, planes=True)
     expected = media_from_clip(clip, "video")
-    assert media is not None
     assert torch.equal(media.patches, expected.patches)
     assert media.grid_thw == expected.grid_thw == (2, 4, 4)
     assert media.second_per_grid == pytest.approx(2 * 3 / 4)
     assert media.seconds > 0
     Image.fromarray(np.zeros((60, 90, 3), np.uint8)).save(tmp_path / "i.png")
-    image = load_media(sample(tmp_path / "i.png", "image"), VideoConfig(image_max_pixels=28 * 56, image_min_pixels=784))
-    assert image is not None
+    small = VideoConfig(image_max_pixels=28 * 56, image_min_pixels=784)
+    image: Any = load_media(sample(tmp_path / "i.png", "image"), small)
     assert (image.kind, image.grid_thw, image.second_per_grid) == ("image", (1, 2, 2), 0.0)
     assert load_media(sample(None, "text"), config) is None
     with pytest.raises(SampleError, match="no path"):
@@ -160,29 +137,3 @@ def test_load_media(tmp_path: Path) -> None:
         load_media(sample(video), VideoConfig(backend="vlc"))
     assert media_key(sample(None, "text")) is None
     assert media_key(sample(video)) == media_key(sample(video, index=9)) != media_key(sample(video, "image"))
-
-
-def test_real_videos_text_and_bad_files_together() -> None:
-    names = ["nasa.mp4", "corrupted.mp4", "av1.mkv", "rotated_90.mov", "missing.mp4"]
-    samples = [sample(real_video(name), index=i) for i, name in enumerate(names)]
-    samples.insert(2, sample(None, "text", index=6))
-    load = functools.partial(load_media, video=VideoConfig(max_frames=4))
-    with Prefetcher(load, workers=2, depth=4, timeout=PATIENCE, cache_bytes=2**26, key=media_key) as ahead:
-        first, again = list(ahead.iterate(samples)), list(ahead.iterate(samples))
-        assert ahead.stats.errors == {"decode": 2, "missing_file": 2}
-        assert ahead.stats.cache_hits == 3
-    assert [s for s, _ in first] == samples
-    for (s, result), (_, second) in zip(first, again, strict=True):
-        if s.path is None:
-            assert result is None
-        elif s.path.name in ("corrupted.mp4", "missing.mp4"):
-            assert isinstance(result, SampleError)
-            assert result.path == str(s.path)
-        else:
-            assert isinstance(result, Media)
-            assert second is result
-            expected = load(s)
-            assert expected is not None
-            assert torch.equal(result.patches, expected.patches)
-            T, h, w = result.grid_thw
-            assert result.patches.shape == (T * h * w, 1176)

@@ -1,7 +1,5 @@
 """Each video is decoded once over epochs and runs, and anew when its file changes; a failing disk costs no sample."""
 
-from __future__ import annotations
-
 import collections
 import errno
 import functools
@@ -136,15 +134,25 @@ def test_each_video_is_decoded_once_over_epochs_that_repeat_it(
         assert left_in(tmp_path) == [".safetensors"] * 4
 
 
-def test_another_run_finds_the_disk_cache_and_the_worker_reads_it(videos: list[Path], tmp_path: Path) -> None:
+def test_another_run_finds_the_disk_cache_and_what_is_damaged_is_told_and_made_again(
+    videos: list[Path], tmp_path: Path
+) -> None:
     with Decoder(tmp_path) as ahead:
         first = ahead.one(videos[0])
+        (stored,) = (tmp_path / "cache").glob("*.safetensors")
+        stored.write_bytes(stored.read_bytes()[:-9])
+        for _ in range(2):
+            assert_same(ahead.one(videos[0]), first)
+        assert (ahead.stats.cache_damaged, ahead.stats.cache_errors, ahead.stats.disk_hits) == (1, 0, 1)
+    assert len(pids(videos[0])) == 2
+    (report,) = ahead.reports
+    assert str(stored) in report
     with Decoder(tmp_path, "both") as ahead:
-        again = ahead.one(videos[0])
+        again = ahead.one(videos[0])  # by a worker
         assert_same(again, first)
         assert ahead.one(videos[0]) is again  # from memory now
         assert (ahead.stats.loaded, ahead.stats.disk_hits, ahead.stats.cache_hits) == (0, 1, 1)
-    assert len(pids(videos[0])) == 1
+    assert len(pids(videos[0])) == 2
 
 
 @pytest.mark.grid(**KEPT)
@@ -186,39 +194,22 @@ def test_a_file_that_is_replaced_under_the_decoder_is_decoded_once_more(
         assert ahead.stats.disk_hits == 1
 
 
-def test_a_file_that_is_written_all_the_time_is_an_error(videos: list[Path], tmp_path: Path) -> None:
+def test_files_that_are_written_all_the_time_or_vanish_are_errors(videos: list[Path], tmp_path: Path) -> None:
+    path, other = videos[:2]
     with Decoder(tmp_path, "both") as ahead:
-        result = ahead.one(videos[0], "written all the time")
-        assert isinstance(result, SampleError)
-        assert (result.kind, result.path) == ("changed", str(videos[0]))
-        assert isinstance(ahead.one(videos[0]), Media)
+        changed = ahead.one(path, "written all the time")
+        assert isinstance(ahead.one(path), Media)
         assert ahead.stats.loaded == 1
-    assert len(pids(videos[0])) == 3
-
-
-def test_a_file_that_vanishes_while_cached_is_an_error(videos: list[Path], tmp_path: Path) -> None:
-    with Decoder(tmp_path, "both") as ahead:
-        ahead.one(videos[0])
-        kept = videos[0].rename(tmp_path / "away")
-        gone = ahead.one(videos[0])
-        assert isinstance(gone, SampleError)
-        assert (gone.kind, gone.path) == ("missing_file", str(videos[0]))
-        kept.rename(videos[0])
-        assert isinstance(ahead.one(videos[0]), Media)
+        assert len(pids(path)) == 3
+        ahead.one(other)
+        kept = other.rename(tmp_path / "away")
+        gone = ahead.one(other)
+        kept.rename(other)
+        assert isinstance(ahead.one(other), Media)
         assert (ahead.stats.changed_files, ahead.stats.disk_hits, ahead.reports) == (0, 1, [])
-
-
-def test_a_damaged_file_of_the_disk_cache_is_told_and_made_again(videos: list[Path], tmp_path: Path) -> None:
-    with Decoder(tmp_path) as ahead:
-        first = ahead.one(videos[0])
-        (stored,) = (tmp_path / "cache").glob("*.safetensors")
-        stored.write_bytes(stored.read_bytes()[:-9])
-        for _ in range(2):
-            assert_same(ahead.one(videos[0]), first)
-        assert (ahead.stats.cache_damaged, ahead.stats.cache_errors, ahead.stats.disk_hits) == (1, 0, 1)
-    assert len(pids(videos[0])) == 2
-    (report,) = ahead.reports
-    assert str(stored) in report
+    assert [type(error) for error in (changed, gone)] == [SampleError] * 2
+    assert (changed.kind, changed.path) == ("changed", str(path))
+    assert (gone.kind, gone.path) == ("missing_file", str(other))
 
 
 def test_a_full_disk_is_told_once_and_memory_serves_on(

@@ -1,20 +1,24 @@
-"""A stream draws every row once an epoch, on any number of ranks, and goes on from any position."""
-
-from __future__ import annotations
+"""A stream draws every row once an epoch, on any ranks and from any position on, and reads and holds one window."""
 
 import itertools
 import json
+import os
+import random
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from streams import drawn, ids, json_lines, lines, order_of, row, stream_of, write_shards
+from streams import drawn, ids, json_lines, lines, order_of, parquet, row, stream_of, write_shards
 from test_source import Reader
 
 import videor1.data.stream
+from videor1.data.shards import JsonlShard, ParquetShard, Records
 from videor1.data.stream import Permutation, Position, RowStream
 from videor1.errors import ConfigError, DataError
+from videor1.types import Sample
 
 
 @pytest.mark.parametrize("n", [*range(1, 18), 63, 64, 65, 255, 256, 257, 1000])
@@ -71,10 +75,7 @@ def test_an_epoch_holds_every_row_once_and_epochs_differ(stream: RowStream) -> N
     assert max(numbers[:12]) - min(numbers[:12]) > 100  # a window is from several places
     assert sum(b - a == 1 for a, b in itertools.pairwise(numbers)) < 60  # whose rows are mixed
     assert [order.epochs(d.after) for d in (draws[0], draws[-1])] == [0, pytest.approx(3, abs=2 / order.windows)]
-
-
-def test_without_shuffle_in_the_order_of_the_files(stream: RowStream) -> None:
-    assert ids(drawn(stream, 350, shuffle=False)) == [str(i % 300) for i in range(350)]
+    assert ids(drawn(stream, 350, shuffle=False)) == [str(i % 300) for i in range(350)]  # in the order of the files
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 3), (2, 60)])
@@ -127,25 +128,14 @@ def test_a_position_in_other_data_is_refused(stream: RowStream, tmp_path: Path) 
             other.begin(saved)
     with pytest.raises(ConfigError, match=r"held its data whole \(data\.stream false\)"):
         order.begin(17)
-
-
-def test_changed_data_is_gone_on_with_at_the_next_epoch_if_asked_for(stream: RowStream, tmp_path: Path) -> None:
-    order = order_of(stream)
-    assert order.note == ""
-    saved = order.save(Position(5, 2, 1, 2))
-    other = order_of(append_a_row(tmp_path), changed_ok=True)
-    assert other.begin(saved) == Position(draws=5, epoch=3)
-    assert "goes on with the next epoch" in other.note
-    assert next(other.iterate(other.begin(saved))).number == 5
-
-
-@pytest.mark.parametrize(
-    "change", [{"row": -1}, {"draws": "5"}, {"epoch": None}, {"window": True}, {"more": 1}, {"draws": 1.5}]
-)
-def test_what_is_no_position_is_refused(change: dict[str, Any], stream: RowStream) -> None:
-    order = order_of(stream)
-    with pytest.raises(ConfigError, match="not a position of a stream"):
-        order.begin(order.save(Position(5, 0, 1, 2)) | change)
+    for change in ({"row": -1}, {"draws": "5"}, {"epoch": None}, {"window": True}, {"more": 1}, {"draws": 1.5}):
+        with pytest.raises(ConfigError, match="not a position of a stream"):
+            order.begin(saved | change)
+    asked = order_of(changed, changed_ok=True)  # to go on with the next epoch
+    assert order.note == asked.note == ""
+    assert asked.begin(order.save(Position(5, 2, 1, 2))) == Position(draws=5, epoch=3)
+    assert "goes on with the next epoch" in asked.note
+    assert next(asked.iterate(Position(draws=5, epoch=3))).number == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -184,3 +174,103 @@ def test_a_stream_of_nothing_usable_ends(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(videor1.data.stream, "MAX_FAILURES", 12)
     with Reader(stream_of(tmp_path)) as reader, pytest.raises(DataError, match="none of the last 12 samples"):
         reader.source.take(1)
+
+
+ROWS, MIB = 50_000, 2**20  # of 1 KiB: 50 MiB that are not held
+
+
+def bytes_read() -> int:
+    """Of all files, by this process."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def memory_mib() -> float:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def write_jsonl(path: Path) -> None:
+    with open(path, "wb") as file:
+        for i in range(ROWS):
+            file.write(json.dumps(row(i, problem=f"{i}{'x' * 850}")).encode() + b"\n")
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([row(i, problem=str(i).zfill(10) * 90) for i in range(1000)])
+    with pyarrow.parquet.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+        for _ in range(ROWS // 1000):
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_opening_and_resuming_read_a_window_and_hold_no_more(write: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / f"big.{write.__name__.removeprefix('write_')}"
+    write(path)
+    assert path.stat().st_size > 45 * MIB
+    before, start = memory_mib(), bytes_read()
+    stream = stream_of(path, shuffle_mb=8)
+    assert bytes_read() - start < MIB / 2  # the beginning, or the footer
+    order = order_of(stream)
+    assert order.windows >= 6
+    assert isinstance(next(order.iterate(Position())).sample, Sample)
+    assert 7 * MIB < bytes_read() - start < 12 * MIB
+    saved = order.save(Position(35_000, 0, int(0.7 * order.windows), 100))
+    start = bytes_read()
+    order = order_of(stream_of(path, shuffle_mb=8))
+    draws = order.iterate(order.begin(saved))
+    assert next(draws).number == 35_000
+    assert bytes_read() - start < 12 * MIB
+    for _ in range(12):  # 12,000 rows: more than a window
+        assert len(ids(itertools.islice(draws, 1000))) == 1000
+        assert memory_mib() - before < 40
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kind", [JsonlShard, ParquetShard])
+def test_one_window_is_held_at_a_time(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most, original = 0, kind.read
+
+    def read(shard: Any, block: int) -> Any:
+        nonlocal most
+        rows = original(shard, block)
+        alive.add(rows)
+        most = max(most, len(alive))
+        return rows
+
+    monkeypatch.setattr(kind, "read", read)
+    if kind is JsonlShard:
+        write_shards(tmp_path)
+    else:
+        parquet(tmp_path / "a.parquet", [row(i) for i in range(300)])
+    assert len(drawn(stream_of(tmp_path), 700)) == 700
+    assert most == 4
+
+
+def test_large_columns_that_no_sample_has_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = random.Random(0).randbytes(MIB)
+    parquet(tmp_path / "a.parquet", [row(i, video=noise) for i in range(3)])
+    stream = stream_of(tmp_path)
+    assert stream.shards[0].block_bytes < 1000
+    monkeypatch.setattr(Records, "entry", lambda records, i: (i, "", records._table.column_names))
+    assert "video" not in stream.read(0)[1].entry(0)[2]
+
+
+def test_large_blocks_are_told(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", [row(i, problem=f"{i}" * 3000) for i in range(2000)], row_group_size=2000)
+    assert stream_of(tmp_path, shuffle_mb=8).large_blocks == ""
+    told = stream_of(tmp_path, shuffle_mb=1).large_blocks
+    assert "its largest block, which is held whole, takes about" in told
+
+
+def test_rows_are_counted_where_that_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(range(20)).replace(b"\n", b"\r\n \n", 7))
+    assert stream_of(tmp_path).count() == 20
+    monkeypatch.setattr(videor1.data.stream, "COUNT_BYTES", 1000)
+    assert stream_of(tmp_path).count() is None
+    parquet(tmp_path / "b.parquet", [row(i) for i in range(50)])
+    (tmp_path / "a.jsonl").unlink()
+    assert stream_of(tmp_path).count() == 50

@@ -1,7 +1,5 @@
 """Whatever happens to a checkpoint's bytes is damage that is told, and never another exception."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

@@ -1,7 +1,5 @@
 """Data files of any content: good samples and counted errors, or one message; in memory and as a stream alike."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

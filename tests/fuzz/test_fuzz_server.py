@@ -1,7 +1,5 @@
 """Replies of any content: a completion that training can use, or a failure with a reason."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

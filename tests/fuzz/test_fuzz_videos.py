@@ -1,7 +1,5 @@
 """Damaged videos of any seed: an index and frames, or a SampleError, and no crash and no hang."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mutations import mutate, read, write_originals

@@ -1,7 +1,5 @@
 """One process at a time writes into a run's folder; a second one is told who does, and a killed one leaves it free."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

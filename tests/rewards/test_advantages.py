@@ -1,11 +1,10 @@
 """Scores of batches of groups: numbers worked out by hand, and a formula written again in plain Python."""
 
-from __future__ import annotations
-
 import math
 import statistics
+import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tiny import make_media, make_prompt
 
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
 from videor1.rewards.advantages import score_groups
-from videor1.types import Completion, Group
+from videor1.types import Completion, Group, Sample
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
 RIGHT_BARE, WRONG_BARE = "<answer>A</answer>", "<answer>B</answer>"  # the format reward is 0
@@ -126,9 +125,6 @@ def test_a_group_does_not_depend_on_its_batch() -> None:
     for row, group in enumerate(MIXED):
         alone = score_groups([group], config())
         assert torch.equal(alone.result.advantages[0], together.result.advantages[row])
-
-
-def test_a_batch_without_shuffled_answers() -> None:
     scored = score_groups([MIXED[1], MIXED[4]], config())
     assert scored.shuffled_accuracy.shape == (2, 0)
     assert scored.result.p_shuffled.isnan().all()
@@ -156,16 +152,14 @@ def test_accuracies_that_are_known_are_taken_as_they_are() -> None:
     assert scored.format.tolist() == [[1, 1]]
 
 
-def test_one_call_of_a_custom_function_sees_every_ordered_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "rewards_of_this_test.py").write_text(
-        "calls = []\n"
-        "def words(completions, samples):\n"
-        "    calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])\n"
-        "    return [0.5 * len(c.split()) for c in completions]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+def test_one_call_of_a_custom_function_sees_every_ordered_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def words(completions: list[str], samples: list[Sample]) -> list[float]:
+        calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])
+        return [0.5 * len(c.split()) for c in completions]
+
+    monkeypatch.setitem(sys.modules, "rewards_of_this_test", SimpleNamespace(words=words))
     groups = [
         make_group(answers("<answer>A</answer> two words", RIGHT), answers(WRONG)),
         make_group(answers(WRONG, "one"), media=IMAGE),
@@ -175,7 +169,5 @@ def test_one_call_of_a_custom_function_sees_every_ordered_answer(
     assert scored.format.tolist() == [[1.5, 0.75], [0.75, 0.5]]
     assert scored.accuracy.tolist() == [[1, 1], [0, 0]]
     assert torch.equal(scored.result.rewards, scored.accuracy + scored.format)
-    import rewards_of_this_test  # type: ignore[import-not-found]
-
     texts = [(c.text, g.prompt.sample.data_type) for g in groups for c in g.ordered]
-    assert rewards_of_this_test.calls == [texts]  # a judge need not be paid for shuffled answers
+    assert calls == [texts]  # a judge need not be paid for shuffled answers

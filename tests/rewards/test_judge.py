@@ -1,7 +1,5 @@
 """Skipping shuffled answers leaves the advantages as they are, whenever the judge says that they do not matter."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import zlib
@@ -137,14 +135,11 @@ def test_by_hand(config: TrainConfig, ordered: list[float], shuffled: list[float
     assert judge_of(ordered, shuffled, config).needed is needed
 
 
-def test_the_ordered_answers_need_not_be_finished_where_any_outcome_passes() -> None:
-    assert judge_of([1, 0], [0, 0], REWARD).decided
-    assert not judge_of([1, 0], [0, 1], REWARD).decided
-
-
 @pytest.mark.parametrize(("rule", "bonus"), [("reference", 0.3), ("threshold", 0.0)])
 def test_a_bonus_decided_early_is_the_bonus(rule: str, bonus: float) -> None:
     """p = 0.5 against at most 0.5 * p~ with mu 1: the one rule passes at equality, the other does not."""
+    # The ordered answers need not be finished where any outcome passes.
+    assert [judge_of([1, 0], shuffled, REWARD).decided for shuffled in ([0, 0], [0, 1])] == [True, False]
     config = make_config(rule, "reward", mu=1.0)
     ordered = [completion(a) for a in (1, 1, 0, 0)]
     for shuffled, asked, decided in ([(0.0, 1.0), 2, True], [(1.0, 0.0, 0.0), 4, rule == "reference"]):

@@ -1,7 +1,5 @@
 """Rewards of an answer by the kind of its question, strict as the reference's and lenient, and the user's own."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys
@@ -236,28 +234,26 @@ def my_rewards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     load_reward.cache_clear()
 
 
-def test_score() -> None:
+def test_score(my_rewards: Any) -> None:
     assert scored() == ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert scored(lenient=True)[0] == [1.0, 1.0, 1.0]
     assert scored(format_weight=0.25)[1] == [0.25, 0.0, 0.25]
     assert score([], [], RewardConfig()) == ([], [])
-
-
-def test_custom_rewards_are_added_to_the_format(my_rewards: Any) -> None:
+    # Functions of the user's are added to the format. They cannot change the rollout.
     my_rewards.length = lambda completions, samples: [len(completion) / 100 for completion in completions]
     my_rewards.numbers = SimpleNamespace(
         by_type=lambda completions, samples: torch.tensor([s.problem_type == "numerical" for s in samples])
     )
-    accuracy, form = scored("my_rewards:length", "my_rewards:numbers.by_type")
+    my_rewards.greedy = lambda completions, samples: [completions.clear() or samples.clear() or 0.0] * 3
+    before = list(COMPLETIONS), list(SAMPLES)
+    accuracy, form = scored("my_rewards:greedy", "my_rewards:length", "my_rewards:numbers.by_type")
     assert accuracy == [1.0, 0.0, 1.0]
     assert form == pytest.approx([1.34, 0.18, 2.34])
-
-
-def test_a_custom_reward_cannot_change_the_rollout(my_rewards: Any) -> None:
-    my_rewards.greedy = lambda completions, samples: [completions.clear() or samples.clear() or 0.0] * 3
-    completions, samples = list(COMPLETIONS), list(SAMPLES)
-    score(completions, samples, RewardConfig(functions=["my_rewards:greedy"]))
-    assert (completions, samples) == (COMPLETIONS, SAMPLES)
+    assert before == (COMPLETIONS, SAMPLES)
+    my_rewards.broken = lambda completions, samples: {}["colour"]
+    with pytest.raises(KeyError, match="colour") as error:
+        scored("my_rewards:broken")
+    assert error.value.__notes__ == ["raised by the reward function my_rewards:broken"]
 
 
 @pytest.mark.parametrize(
@@ -278,13 +274,6 @@ def test_what_a_custom_reward_must_not_return(my_rewards: Any, returned: Any, me
     my_rewards.broken = lambda completions, samples: returned
     with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
         scored("my_rewards:broken")
-
-
-def test_an_exception_in_a_custom_reward_passes_with_its_name(my_rewards: Any) -> None:
-    my_rewards.broken = lambda completions, samples: {}["colour"]
-    with pytest.raises(KeyError, match="colour") as error:
-        scored("my_rewards:broken")
-    assert error.value.__notes__ == ["raised by the reward function my_rewards:broken"]
 
 
 @pytest.mark.parametrize(

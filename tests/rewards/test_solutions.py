@@ -1,7 +1,5 @@
 """Ground truths that no completion can earn: refused where data are read, and said."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
