@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from patience import PATIENCE
-from runs import largest_file
 from safetensors import safe_open
 from safetensors.torch import load, save
 
@@ -363,6 +362,8 @@ def test_a_write_that_fails_leaves_nothing_and_raises_nothing(
 
 
 def test_a_write_that_the_kernel_ends_in_the_middle(disk: DiskCache, folder: Path) -> None:
+    from runs import largest_file  # the workers, which import this file, need no trainer
+
     assert disk.write(key(0), media(0)) is None
     with largest_file(20_000):
         failure: Any = disk.write(key(1), media(1))
@@ -454,5 +455,6 @@ def test_processes_share_a_folder(folder: Path) -> None:
 
 
 def test_options() -> None:
+    assert DataConfig().cache_dir is None
     with pytest.raises(ConfigError, match=r"data\.cache_dir_mb: expected at least 1, got 0"):
         CommonConfig(data=DataConfig(cache_dir_mb=0))

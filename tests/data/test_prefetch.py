@@ -44,12 +44,14 @@ def test_order_and_failures_in_their_place() -> None:
     assert {error.path for error in errors.values()} == {"/data/clip.mp4"}
     assert "KeyError: 'something'" in errors["raise"].message
     assert "exit code 7" in errors["exit"].message
+    assert "exit code -9" in errors["kill"].message
     assert "longer than 1.5 s" in errors["hang"].message
     assert stats.errors == {"decode": 2, "worker_died": 2, "timeout": 1, "missing_file": 1}
     assert stats.loaded == 3
     assert stats.load_seconds >= 0.3 + 1.5
     assert 1.0 < stats.waited_seconds < PATIENCE
-    assert stats.restarts == 0
+    assert (stats.retries, stats.restarts) == (1, 0), "a kill is tried again, a crash is not"
+    assert stats.worker_deaths == 4
 
 
 def test_inline_without_workers() -> None:

@@ -26,7 +26,7 @@ def test_permutation_holds_every_place_once(n: int) -> None:
     assert sorted(map(Permutation(n, key=3).__getitem__, range(n))) == list(range(n))
 
 
-def test_permutation_of_a_trillion() -> None:
+def test_permutations_of_a_trillion_and_by_key_every_order_of_four() -> None:
     one, other = Permutation(10**12, key=1), Permutation(10**12, key=2)
     places = [0, 1, 2, 10**12 - 1]
     assert [one[p] for p in places] != [other[p] for p in places]
@@ -38,9 +38,6 @@ def test_permutation_of_a_trillion() -> None:
         Permutation(5, key=1)[5]
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
         Permutation(0, key=1)
-
-
-def test_permutations_by_key_reach_every_order() -> None:
     found = Counter(tuple(Permutation(4, key)[i] for i in range(4)) for key in range(2400))
     assert len(found) == 24
     assert max(found.values()) < 3 * min(found.values())

@@ -172,16 +172,14 @@ def test_whatever_the_file_says_it_is_no_crash(text: str, tmp_path: Path, monkey
     take(tmp_path)
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
     other.write_text("mine")
-    (tmp_path / LOCK).symlink_to(other)
+    (tmp_path / LOCK).symlink_to(other)  # it is not followed
     with pytest.raises(ConfigError, match="cannot be written to"):
         take(tmp_path)
     assert other.read_text() == "mine"
 
-
-def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object, **__: object) -> int:
         raise PermissionError(13, "Permission denied")
 
