@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +32,10 @@ from videor1.training.sft import SFTTrainer
 from videor1.training.tgrpo import Trainer
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": str(THREADS),
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+}
 TINY = {
     "data.workers": 0,
     "video.max_pixels": 3136,
@@ -58,17 +64,31 @@ class Killed(BaseException):
     """Ends a run in this process at a chosen place, past every ``except Exception``."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """The ``call``-th call of a function raises Killed instead."""
-    original, calls = getattr(owner, name), []
+def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
+    """Train until the ``call``-th call of a function, which raises Killed instead."""
+    original, calls = getattr(owner, name), itertools.count(1)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) == call:
+        if next(calls) == call:
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, counting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counting)
+        with pytest.raises(Killed):
+            run.train()
+
+
+def ctrl_c(patch: pytest.MonkeyPatch, run: Trainer | SFTTrainer, step: int, times: int = 1) -> None:
+    """Ctrl-C, as often, in the batch before which ``step`` steps are done."""
+    original = run.train_batch
+
+    def batch() -> None:
+        for _ in range(times * (run.step == step)):
+            os.kill(os.getpid(), signal.SIGINT)
+        original()
+
+    patch.setattr(run, "train_batch", batch)
 
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
@@ -91,12 +111,11 @@ def sft_trainer(assets: Assets, output_dir: Path, **options: Any) -> SFTTrainer:
     return SFTTrainer(parse(SFTConfig, sft_flags(assets, output_dir, **options), prog="sft", description=""))
 
 
-def start(module: str, flags: list[str], *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(module: str, flags: list[str], **variables: str) -> subprocess.Popen[str]:
     """``python -m module flags`` in a session of its own, with the tests' number of threads."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", module, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": path},
+        [sys.executable, "-m", module, *flags],
+        env=os.environ | ENVIRONMENT | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,16 +134,23 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeo
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session (zombies do not count)."""
-    members = []
+    return _live_processes(3, session)
+
+
+def children(process: int) -> list[int]:
+    """Live processes that a process has started."""
+    return _live_processes(1, process)
+
+
+def _live_processes(field: int, value: int) -> list[int]:
+    """Those with ``value`` in a field of /proc/PID/stat, counted from the state on."""
+    found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            try:
+            with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                members.append(int(folder.name))
-    return members
+                found += [int(folder.name)] if int(fields[field]) == value and fields[0] != "Z" else []
+    return found
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
