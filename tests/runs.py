@@ -36,16 +36,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": str(THREADS),
     "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
 }
-TINY = {
-    "data.workers": 0,
-    "video.max_pixels": 3136,
-    "video.min_pixels": 3136,
-    "video.image_max_pixels": 3136,
-    "max_completion_length": 8,
-    "learning_rate": 1e-3,
-    "disable_tqdm": True,
-    "device": "cpu",
-}
+TINY = {"data.workers": 0, "max_completion_length": 8, "learning_rate": 1e-3, "disable_tqdm": True, "device": "cpu"}
+TINY |= dict.fromkeys(("video.max_pixels", "video.min_pixels", "video.image_max_pixels"), 3136)
 TINY_TRAIN = TINY | {"num_generations": 2, "temporal.num_generations": 1, "reward.functions": "toy_rewards:uneven"}
 
 
@@ -93,14 +85,19 @@ def ctrl_c(patch: pytest.MonkeyPatch, run: Trainer | SFTTrainer, step: int, time
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
     """The command line of a tiny T-GRPO run; a double underscore stands for a dot."""
-    given = {"model_name_or_path": assets.model, "dataset_name": assets.train, "output_dir": output_dir}
-    return _flags(TINY_TRAIN | given | _dotted(options))
+    options = {"model_name_or_path": assets.model, "dataset_name": assets.train} | options
+    return _flags(TINY_TRAIN, output_dir=output_dir, **options)
 
 
 def sft_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
     """The command line of a tiny SFT run."""
-    given = {"model_name_or_path": assets.model, "dataset_name": assets.sft, "output_dir": output_dir}
-    return _flags(TINY | given | _dotted(options))
+    options = {"model_name_or_path": assets.model, "dataset_name": assets.sft} | options
+    return _flags(TINY, output_dir=output_dir, **options)
+
+
+def _flags(tiny: dict[str, Any], **options: Any) -> list[str]:
+    given = tiny | {name.replace("__", "."): value for name, value in options.items()}
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
 
 
 def trainer(assets: Assets, output_dir: Path, **options: Any) -> Trainer:
@@ -109,6 +106,22 @@ def trainer(assets: Assets, output_dir: Path, **options: Any) -> Trainer:
 
 def sft_trainer(assets: Assets, output_dir: Path, **options: Any) -> SFTTrainer:
     return SFTTrainer(parse(SFTConfig, sft_flags(assets, output_dir, **options), prog="sft", description=""))
+
+
+class Lab:
+    """A folder, and tiny runs in it by their names; without a name, in the folder itself."""
+
+    def __init__(self, assets: Assets, folder: Path) -> None:
+        self.assets, self.folder = assets, folder
+
+    def make(self, name: str = "", **options: Any) -> Trainer:
+        return trainer(self.assets, self.folder / name, **options)
+
+    def sft(self, name: str = "", **options: Any) -> SFTTrainer:
+        return sft_trainer(self.assets, self.folder / name, **options)
+
+    def rows(self, name: str = "") -> list[dict[str, Any]]:
+        return metrics(self.folder / name)
 
 
 def start(module: str, flags: list[str], **variables: str) -> subprocess.Popen[str]:
@@ -201,18 +214,22 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
             assert (run_dir / name).read_bytes() == (expected / name).read_bytes(), name
     (step, ours), (expected_step, theirs) = checkpoints(run_dir)[-1], checkpoints(expected)[-1]
     assert step == expected_step
-    files = [path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()]
-    assert sorted(files) == sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file())
-    for file in files:
-        if file.name == "state.json":
-            assert _state(ours / file) == _state(theirs / file)
-        elif file.name == MANIFEST:  # The digest of the state depends on what a clock measured.
-            listed = [json.loads((folder / file).read_text())["files"] for folder in (ours, theirs)]
-            for found in listed:
-                found.pop("trainer/state.json", None)
-            assert listed[0] == listed[1]
-        else:
-            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    found, wanted = _contents(ours), _contents(theirs)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def _contents(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's files, without what a clock measured."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    found: dict[str, Any] = {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
+    state = json.loads(found["trainer/state.json"])
+    for row in state["pending_metrics"]:
+        for key in [key for key in row if key.startswith("time/")]:
+            del row[key]
+    found["trainer/state.json"] = json.dumps(state, sort_keys=True)  # as text: NaN equals NaN
+    found[MANIFEST] = json.loads(found[MANIFEST])["files"] | {"trainer/state.json": None}  # which is of the clock too
+    return found
 
 
 def write_data(path: Path, entries: list[Any]) -> Path:
@@ -224,23 +241,3 @@ def entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a demo data file with absolute media paths."""
     found = json.loads(path.read_text(encoding="utf-8"))
     return [entry | {"path": str(path.parent / entry["path"])} for entry in found]
-
-
-def _state(path: Path) -> str:
-    state = json.loads(path.read_text(encoding="utf-8"))
-    for row in state["pending_metrics"]:
-        for key in [key for key in row if key.startswith("time/")]:
-            del row[key]
-    return json.dumps(state, sort_keys=True)  # as text: NaN equals NaN
-
-
-def _dotted(options: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("__", "."): value for name, value in options.items()}
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in options.items():
-        text = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-        flags.append(f"--{name}={text}")
-    return flags

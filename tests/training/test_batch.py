@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, entries, kill, metrics, run_lines, same_weights, trainer, weights, write_data
+from runs import Lab, assert_same_run, entries, kill, run_lines, same_weights, weights, write_data
 
 from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
@@ -126,64 +126,66 @@ def drawn(run_dir: Path) -> list[tuple[int, int]]:
     return [(row["step"], row["draw"]) for row in run_lines(run_dir, "rollouts.jsonl")]
 
 
-def test_a_run_takes_the_next_prompts(assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "live", "dead", "dead", "live", "live", "live", "dead")
-    trainer(assets, tmp_path / "run", **chosen, dynamic_sampling=2).train()
+def test_a_run_takes_the_next_prompts(lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "live", "dead", "dead", "live", "live", "live", "dead")
+    lab.make("run", **chosen, dynamic_sampling=2).train()
     # 0 1 | 2 | 3; then 4 5; then 6 0 (draw 7) | 1 (8) | 2 (9), and 6 stays.
-    assert drawn(tmp_path / "run") == [(1, 0), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
-    rows = metrics(tmp_path / "run")
+    assert drawn(lab.folder / "run") == [(1, 0), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
+    rows = lab.rows("run")
     assert [row["data/draws"] for row in rows] == [4, 6, 10]
     assert [row["sampling/refilled"] for row in rows] == [1, 0, 0]
     assert [row["sampling/zero_variance_dropped"] for row in rows] == [2, 0, 2]
     assert [row["frac_reward_zero_std"] for row in rows] == [0, 0, 0.5]
     assert all(row["num_tokens"] > 0 for row in rows)
-    trainer(assets, tmp_path / "plain", **chosen).train()
-    assert drawn(tmp_path / "plain") == [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
-    assert "sampling/refilled" not in metrics(tmp_path / "plain")[-1]
+    lab.make("plain", **chosen).train()
+    assert drawn(lab.folder / "plain") == [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
+    assert "sampling/refilled" not in lab.rows("plain")[-1]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_nothing_but_zero_variance_ends_with_the_bound(beta: float, assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "dead", "dead", "dead", beta=beta, max_steps=2)
-    trainer(assets, tmp_path / "run", **chosen, dynamic_sampling=3).train()
-    assert drawn(tmp_path / "run") == [(1, 0), (1, 1), (2, 8), (2, 9)]
-    assert metrics(tmp_path / "run")[-1]["data/draws"] == 16
-    assert metrics(tmp_path / "run")[-1]["sampling/zero_variance_dropped"] == 6
+def test_nothing_but_zero_variance_ends_with_the_bound(beta: float, lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "dead", "dead", "dead", beta=beta, max_steps=2)
+    lab.make("run", **chosen, dynamic_sampling=3).train()
+    assert drawn(lab.folder / "run") == [(1, 0), (1, 1), (2, 8), (2, 9)]
+    assert lab.rows("run")[-1]["data/draws"] == 16
+    assert lab.rows("run")[-1]["sampling/zero_variance_dropped"] == 6
 
 
-def test_where_every_group_has_variance_nothing_changes(assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "live", "live", "live", "live", beta=0.1, num_iterations=2)
-    one = trainer(assets, tmp_path / "off", **chosen).train()
-    other = trainer(assets, tmp_path / "on", **chosen, dynamic_sampling=4).train()
+def test_where_every_group_has_variance_nothing_changes(lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "live", "live", "live", "live", beta=0.1, num_iterations=2)
+    one = lab.make("off", **chosen).train()
+    other = lab.make("on", **chosen, dynamic_sampling=4).train()
     assert same_weights(weights(one), weights(other))
     added = {"sampling/refilled": 0, "sampling/zero_variance_dropped": 0}
-    assert metrics(tmp_path / "on") == [row | added for row in metrics(tmp_path / "off")]
-    assert drawn(tmp_path / "on") == drawn(tmp_path / "off")
+    assert lab.rows("on") == [row | added for row in lab.rows("off")]
+    assert drawn(lab.folder / "on") == drawn(lab.folder / "off")
 
 
-def test_killed_then_resumed(assets: Assets, tmp_path: Path) -> None:
+def test_killed_then_resumed(lab: Lab) -> None:
     """Shuffled data, shuffled answers, skipping, micro-batches in one row: all as without the interruption."""
-    chosen = options(assets, tmp_path, "dead", "live", "dead", "live", "dead", data__shuffle=True, dynamic_sampling=2)
+    chosen = options(
+        lab.assets, lab.folder, "dead", "live", "dead", "live", "dead", data__shuffle=True, dynamic_sampling=2
+    )
     chosen |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
-    trainer(assets, tmp_path / "whole", **chosen).train()
-    kill(trainer(assets, tmp_path / "cut", **chosen), Loop, "optimizer_step", 4)
-    trainer(assets, tmp_path / "cut", **chosen, resume="auto").train()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    rows = metrics(tmp_path / "whole")
+    lab.make("whole", **chosen).train()
+    kill(lab.make("cut", **chosen), Loop, "optimizer_step", 4)
+    lab.make("cut", **chosen, resume="auto").train()
+    assert_same_run(lab.folder / "cut", lab.folder / "whole")
+    rows = lab.rows("whole")
     assert sum(row["sampling/refilled"] for row in rows) > 2
     assert any(row["rollout/shuffled_asked"] for row in rows)
 
 
-def test_the_gradient_is_that_of_the_groups_that_are_left(assets: Assets, tmp_path: Path) -> None:
+def test_the_gradient_is_that_of_the_groups_that_are_left(lab: Lab) -> None:
     """The same update as of a run whose data holds the replacements in the first place. Draws seed the sampling, so
     the replacement is given its draw by a prompt that is skipped."""
-    refilled = options(assets, tmp_path, "live", "dead", "live", max_steps=1)
-    one = trainer(assets, tmp_path / "one", **refilled, dynamic_sampling=1).train()
+    refilled = options(lab.assets, lab.folder, "live", "dead", "live", max_steps=1)
+    one = lab.make("one", **refilled, dynamic_sampling=1).train()
     data = entries(Path(refilled["dataset_name"]))
     data[1] |= {"path": "/gone.mp4"}
-    skipped = refilled | {"dataset_name": write_data(tmp_path / "skipped.json", data)}
-    other = trainer(assets, tmp_path / "other", **skipped).train()
-    assert drawn(tmp_path / "one") == drawn(tmp_path / "other") == [(1, 0), (1, 2)]
+    skipped = refilled | {"dataset_name": write_data(lab.folder / "skipped.json", data)}
+    other = lab.make("other", **skipped).train()
+    assert drawn(lab.folder / "one") == drawn(lab.folder / "other") == [(1, 0), (1, 2)]
     assert same_weights(weights(one), weights(other))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, entries, metrics, sft_trainer, train_flags, trainer, write_data
+from runs import Lab, assert_same_run, entries, metrics, train_flags, trainer, write_data
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,13 +223,13 @@ EARLY: dict[str, tuple[str, Damage, str]] = {
 
 
 @pytest.mark.parametrize("kind", EARLY)
-def test_what_is_noticed_without_a_manifest(kind: str, assets: Assets, saved: Saved, tmp_path: Path) -> None:
+def test_what_is_noticed_without_a_manifest(kind: str, lab: Lab, saved: Saved) -> None:
     variant, damage, message = EARLY[kind]
-    run_dir = Path(shutil.copytree(saved(variant), tmp_path / "run"))
+    run_dir = Path(shutil.copytree(saved(variant), lab.folder / "run"))
     (step(run_dir) / MANIFEST).unlink()
     damage(step(run_dir))
     with pytest.raises(ConfigError, match=f"step-3: a damaged checkpoint .*({message})"):
-        trainer(assets, run_dir, resume=step(run_dir), **OPTIONS | {"max_steps": 4}, **VARIANTS[variant]).train()
+        trainer(lab.assets, run_dir, resume=step(run_dir), **OPTIONS | {"max_steps": 4}, **VARIANTS[variant]).train()
 
 
 def test_emptied_moments_are_told_without_a_manifest(
@@ -242,8 +242,8 @@ def test_emptied_moments_are_told_without_a_manifest(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_optimizer_of_a_run_is_whole(variant: str, assets: Assets, saved: Saved, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path / "run", **VARIANTS[variant])
+def test_the_optimizer_of_a_run_is_whole(variant: str, lab: Lab, saved: Saved) -> None:
+    run = lab.make("run", **VARIANTS[variant])
     check_optimizer(load_file(step(saved(variant)) / OPTIMIZER), dict(run.model.trainable()), 3)
 
 
@@ -299,13 +299,13 @@ def test_changed_data_is_noticed(kind: str, assets: Assets, own_data: dict[str, 
 
 
 def test_the_same_data_elsewhere_and_otherwise_written_goes_on(
-    assets: Assets, own_data: dict[str, Any], run_dir: Path, tmp_path: Path
+    lab: Lab, own_data: dict[str, Any], run_dir: Path
 ) -> None:
     """Its samples count: not the form of the file, nor where the data lie."""
-    moved = Path(shutil.copytree(assets.folder, tmp_path / "moved"))
-    lines = "".join(json.dumps(entry) + "\n" for entry in json.loads(assets.train.read_text()))
+    moved = Path(shutil.copytree(lab.assets.folder, lab.folder / "moved"))
+    lines = "".join(json.dumps(entry) + "\n" for entry in json.loads(lab.assets.train.read_text()))
     (moved / "train.jsonl").write_text(lines)
-    trainer(assets, run_dir, **own_data | {"dataset_name": moved / "train.jsonl", "data__root": moved}).train()
+    trainer(lab.assets, run_dir, **own_data | {"dataset_name": moved / "train.jsonl", "data__root": moved}).train()
 
 
 def test_changed_data_is_gone_on_with_if_asked_for(
@@ -320,10 +320,10 @@ def test_changed_data_is_gone_on_with_if_asked_for(
     trainer(assets, run_dir, **own_data | {"max_steps": 4}).train()
 
 
-def test_changed_held_out_data_is_noticed(assets: Assets, tmp_path: Path) -> None:
-    dev = write_data(tmp_path / "dev.json", entries(assets.dev))
-    options = {"max_steps": 1, "save_steps": 0, "data__eval_path": dev, "data__root": assets.folder}
-    sft_trainer(assets, tmp_path / "run", **options).train()
-    write_data(dev, entries(assets.dev)[::-1])
+def test_changed_held_out_data_is_noticed(lab: Lab) -> None:
+    dev = write_data(lab.folder / "dev.json", entries(lab.assets.dev))
+    options = {"max_steps": 1, "save_steps": 0, "data__eval_path": dev, "data__root": lab.assets.folder}
+    lab.sft("run", **options).train()
+    write_data(dev, entries(lab.assets.dev)[::-1])
     with pytest.raises(ConfigError, match=r"data.eval_path \(digest of its samples\)"):
-        sft_trainer(assets, tmp_path / "run", resume="auto", **options | {"max_steps": 2}).train()
+        lab.sft("run", resume="auto", **options | {"max_steps": 2}).train()

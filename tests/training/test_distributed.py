@@ -11,26 +11,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import runs
 import torch
 from patience import PATIENCE
-from runs import (
-    assert_moved_alike,
-    children,
-    metrics,
-    run_lines,
-    sft_flags,
-    sft_trainer,
-    start,
-    train_flags,
-    trainer,
-    wait_for_lines,
-)
+from runs import Lab, metrics, train_flags, trainer
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 from zero_ranks import RankServer
@@ -48,19 +38,8 @@ STAGES = pytest.mark.parametrize("stage", [2, 3])
 # Of what three steps write down, numbers of order 1: the rounding of log-probs up to 10 in the first step
 # and the little that the others make of it.
 TOLERANCE = 1e-4
-COMPARED = (
-    "loss",
-    "grad_norm",
-    "reward",
-    "kl",
-    "entropy",
-    "temporal/p",
-    "completions/mean_length",
-    "num_tokens",
-    "data/draws",
-    "pass/tokens",
-    "rewards/accuracy/std",
-)
+COMPARED = ["loss", "grad_norm", "reward", "kl", "entropy", "temporal/p", "rewards/accuracy/std", "num_tokens"]
+COMPARED += ["completions/mean_length", "data/draws", "pass/tokens"]
 OPTIONS = {"max_steps": 3, "learning_rate": 3e-4, "save_steps": 2, "beta": 0.04, "eval_steps": 2, "eval_samples": 3}
 OPTIONS |= {"per_device_train_batch_size": 2}
 
@@ -84,26 +63,14 @@ def single(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def double(assets: Assets, ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Two processes, two prompts each."""
-    made: dict[int, Path] = {}
-
-    def run(stage: int) -> Path:
-        if stage not in made:
-            made[stage] = tmp_path_factory.mktemp("double") / "run"
-            ranks.run(train_flags(assets, made[stage], data__eval_path=assets.dev, **OPTIONS, **zero(stage)))
-        return made[stage]
-
-    return run
-
-
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(dict(checkpoints(run_dir))[step] / "model.safetensors")
 
 
 def assert_same_weights(one: Path, other: Path, assets: Assets, step: int) -> None:
-    assert_moved_alike(weights(one, step), weights(other, step), load_file(assets.model / "model.safetensors"), step)
+    runs.assert_moved_alike(
+        weights(one, step), weights(other, step), load_file(assets.model / "model.safetensors"), step
+    )
 
 
 def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
@@ -118,7 +85,7 @@ def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
         {
             (line["step"], line["draw"]): line["completions"]
             for file in run.glob("**/rollouts.jsonl")
-            for line in run_lines(file.parent, file.name)
+            for line in runs.run_lines(file.parent, file.name)
         }
         for run in (one, other)
     ]
@@ -127,9 +94,11 @@ def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
 
 
 @STAGES
-def test_two_processes_train_as_one(single: Path, double: Callable[[int], Path], assets: Assets, stage: int) -> None:
-    run_dir = double(stage)
-    assert_same_runs(single, run_dir, assets, 3)
+def test_two_processes_train_as_one_and_are_resumed(single: Path, ranks: RankServer, lab: Lab, stage: int) -> None:
+    """Two prompts each; from the second step by two processes, and by one."""
+    run_dir, options = lab.folder / "run", OPTIONS | {"data__eval_path": lab.assets.dev}
+    ranks.run(train_flags(lab.assets, run_dir, **options, **zero(stage)))
+    assert_same_runs(single, run_dir, lab.assets, 3)
     assert metrics(single)[-1]["eval/ordered"] == metrics(run_dir)[-1]["eval/ordered"]
     assert metrics(run_dir)[-1]["eval/samples"] == 3
     last = dict(checkpoints(run_dir))[3]
@@ -140,66 +109,45 @@ def test_two_processes_train_as_one(single: Path, double: Callable[[int], Path],
     assert not (run_dir / ".lock").exists()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
 
-
-@STAGES
-@pytest.mark.parametrize("count", [2, 1])
-def test_resumed_on_two_and_on_one(
-    single: Path,
-    double: Callable[[int], Path],
-    ranks: RankServer,
-    assets: Assets,
-    tmp_path: Path,
-    stage: int,
-    count: int,
-) -> None:
-    folder = Path(shutil.copytree(double(stage), tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints" / "step-3")
-    options = OPTIONS | {"data__eval_path": assets.dev, "resume": "auto"}
-    if count == 2:
-        ranks.run(train_flags(assets, folder, **options, **zero(stage)))
-        assert_same_runs(single, folder, assets, 3)
-    else:
-        trainer(assets, folder, gradient_accumulation_steps=2, **options).train()
-        assert_same_weights(single, folder, assets, 3)
+    shutil.rmtree(last)
+    alone = Path(shutil.copytree(run_dir, lab.folder / "alone"))
+    ranks.run(train_flags(lab.assets, run_dir, resume="auto", **options, **zero(stage)))
+    assert_same_runs(single, run_dir, lab.assets, 3)
+    trainer(lab.assets, alone, resume="auto", gradient_accumulation_steps=2, **options).train()
+    assert_same_weights(single, alone, lab.assets, 3)
 
 
 @STAGES
-def test_ranks_stay_together_whatever_one_meets(ranks: RankServer, assets: Assets, tmp_path: Path, stage: int) -> None:
+def test_ranks_stay_together_whatever_one_meets(ranks: RankServer, lab: Lab, stage: int) -> None:
     """A video that is not there, groups with nothing to learn (left out of the rows), and no memory for a rollout."""
-    samples = json.loads(assets.train.read_text())
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps([samples[0] | {"problem_id": "bad", "path": "./nowhere.mp4"}, *samples]))
-    flags = train_flags(
-        assets,
-        tmp_path / "run",
-        dataset_name=data,
-        data__root=assets.folder,
-        max_steps=4,
-        save_steps=0,
-        beta=0.0,
-        reward__functions="toy_rewards:sometimes",
-        per_device_train_batch_size=2,
-        **zero(stage),
-    )
+    samples = json.loads(lab.assets.train.read_text())
+    bad = samples[0] | {"problem_id": "bad", "path": "./nowhere.mp4"}
+    options = {
+        "dataset_name": runs.write_data(lab.folder / "data.json", [bad, *samples]),
+        "data__root": lab.assets.folder,
+    }
+    options |= {"max_steps": 4, "save_steps": 0, "beta": 0.0, "per_device_train_batch_size": 2}
+    options |= {"reward__functions": "toy_rewards:sometimes"}
+    flags = train_flags(lab.assets, lab.folder / "run", **options, **zero(stage))
     ranks.run(flags, "zero_ranks:out_of_memory")
-    rows = metrics(tmp_path / "run")
+    rows = lab.rows("run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["rollout/failed"] for row in rows] == [0, 2, 0, 0]
     assert rows[-1]["data/skipped/missing_file"] >= 1
     assert rows[-1]["data/skipped/rollout"] == 2
     assert sum(row["pass/groups_left_out"] for row in rows) > 0
     assert all(row["loss"] is not None and row["nonfinite_steps"] == 0 for row in rows)
-    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(tmp_path / "run" / "rank-1")]
-    assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run", 4).values())
+    assert [row["loss"] for row in rows] == [row["loss"] for row in lab.rows("run/rank-1")]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(lab.folder / "run", 4).values())
 
 
-def test_sft_on_two(ranks: RankServer, assets: Assets, tmp_path: Path) -> None:
+def test_sft_on_two(ranks: RankServer, lab: Lab) -> None:
     options = {"max_steps": 3, "save_steps": 0}
-    sft_trainer(assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
-    ranks.run(sft_flags(assets, tmp_path / "two", **options, **zero(2)), "videor1.sft:main")
-    losses = [[row["loss"] for row in metrics(tmp_path / run)] for run in ("one", "two")]
+    lab.sft("one", per_device_train_batch_size=2, **options).train()
+    ranks.run(runs.sft_flags(lab.assets, lab.folder / "two", **options, **zero(2)), "videor1.sft:main")
+    losses = [[row["loss"] for row in lab.rows(name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
-    assert_same_weights(tmp_path / "one", tmp_path / "two", assets, 3)
+    assert_same_weights(lab.folder / "one", lab.folder / "two", lab.assets, 3)
 
 
 @pytest.mark.parametrize(
@@ -211,26 +159,27 @@ def test_sft_on_two(ranks: RankServer, assets: Assets, tmp_path: Path) -> None:
     ],
     ids=["lora", "frozen", "offloaded"],
 )
-def test_trained_with(options: dict[str, Any], ranks: RankServer, assets: Assets, tmp_path: Path) -> None:
+def test_trained_with(options: dict[str, Any], ranks: RankServer, lab: Lab) -> None:
     options = options | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
     alone = {name: value for name, value in options.items() if not name.startswith("distributed__")}
-    trainer(assets, tmp_path / "one", per_device_train_batch_size=2, **alone).train()
-    ranks.run(train_flags(assets, tmp_path / "two", **options))
-    assert_same_runs(tmp_path / "one", tmp_path / "two", assets, 2)
+    lab.make("one", per_device_train_batch_size=2, **alone).train()
+    ranks.run(train_flags(lab.assets, lab.folder / "two", **options))
+    assert_same_runs(lab.folder / "one", lab.folder / "two", lab.assets, 2)
 
 
 @STAGES
-def test_bf16_goes_on_from_its_fp32_weights(ranks: RankServer, assets: Assets, tmp_path: Path, stage: int) -> None:
+def test_bf16_goes_on_from_its_fp32_weights(ranks: RankServer, lab: Lab, stage: int) -> None:
     options = {"bf16": True, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"} | zero(stage)
-    ranks.run(train_flags(assets, tmp_path / "whole", **options))
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-2")
-    ranks.run(train_flags(assets, tmp_path / "again", resume="auto", **options))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "again")
-    mine, theirs = weights(tmp_path / "whole", 2), weights(tmp_path / "again", 2)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    whole, again = lab.folder / "whole", lab.folder / "again"
+    ranks.run(train_flags(lab.assets, whole, **options))
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-2")
+    ranks.run(train_flags(lab.assets, again, resume="auto", **options))
+    assert metrics(whole) == metrics(again)
+    mine, theirs = weights(whole, 2), weights(again, 2)
+    assert runs.same_weights(mine, theirs)
     assert {tensor.dtype for tensor in mine.values()} == {torch.bfloat16}
-    parts = (dict(checkpoints(tmp_path / "whole"))[2] / "trainer").glob("optimizer-*.safetensors")
+    parts = (dict(checkpoints(whole))[2] / "trainer").glob("optimizer-*.safetensors")
     masters = [value for part in parts for name, value in load_file(part).items() if name.endswith("/master")]
     assert {value.dtype for value in masters} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in masters)
@@ -245,15 +194,15 @@ def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(assets: A
     place = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=0", "--master_addr=127.0.0.1", f"--master_port={port}"]
     command = ["-m", "videor1.train", *flags]
     machines = [
-        start("torch.distributed.run", [*place, f"--node_rank={node}", *command], DS_ACCELERATOR="cpu")
+        runs.start("torch.distributed.run", [*place, f"--node_rank={node}", *command], DS_ACCELERATOR="cpu")
         for node in (0, 1)
     ]
-    wait_for_lines(machines[0], tmp_path / "run" / "metrics.jsonl", 5)
-    (rank_0,), (rank_1,) = (children(machine.pid) for machine in machines)
+    runs.wait_for_lines(machines[0], tmp_path / "run" / "metrics.jsonl", 5)
+    (rank_0,), (rank_1,) = (runs.children(machine.pid) for machine in machines)
     for process in (machines[1].pid, rank_1):
         os.kill(process, signal.SIGKILL)
     began = time.monotonic()
-    while rank_0 in children(machines[0].pid):
+    while rank_0 in runs.children(machines[0].pid):
         assert time.monotonic() - began < PATIENCE, "rank 0 waits for the dead"
         time.sleep(0.1)
     os.kill(machines[0].pid, signal.SIGKILL)  # the launcher, which waits minutes for that of the dead machine
@@ -287,25 +236,18 @@ def test_what_one_raises_all_raise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "options", "message"),
+    ("world", "options", "message"),
     [
-        ({"WORLD_SIZE": "2"}, {}, r"distributed.engine: none, but a launcher started 2 processes"),
-        ({}, zero(2) | {"rollout__engine": "server"}, "server: not with"),
-        ({}, zero(2), "torchrun"),
+        ("2", {}, r"distributed.engine: none, but a launcher started 2 processes"),
+        ("1", zero(2) | {"rollout__engine": "server"}, "server: not with"),
+        ("1", zero(2), "torchrun"),
     ],
 )
 def test_a_launcher_and_an_engine_need_each_other(
-    variables: dict[str, str],
-    options: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    assets: Assets,
-    tmp_path: Path,
+    world: str, options: dict[str, Any], message: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())  # it takes seconds to import, and is not reached
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError, match=message):
-        trainer(assets, tmp_path, **options)
+        lab.make(**options)

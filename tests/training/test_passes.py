@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +20,7 @@ from videor1.model.prompts import build_sft_ids
 from videor1.training.passes import completion_logp, pack, sft_loss, tgrpo_loss
 from videor1.types import Prompt
 from videor1.video.patches import normalize_patches
+from videor1_kernels import grpo_loss
 
 PROMPTS = [
     make_prompt(make_media("video", (2, 4, 4), seed=1), draw=1),
@@ -46,16 +47,6 @@ def _norms_in_fp64() -> Iterator[None]:
         yield
 
 
-def perturbed(module: nn.Module, scale: float, seed: int) -> nn.Module:
-    """A copy with noise on every weight, in proportion to its size."""
-    module, generator = copy.deepcopy(module), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += (scale * parameter.abs().mean() * noise).to(parameter.dtype)
-    return module
-
-
 def fp64_inputs(prompt: Prompt, answer: Tensor) -> dict[str, Tensor]:
     """What transformers' own forward takes for a prompt and an answer."""
     inputs = hf_inputs(HELPER, prompt, answer)
@@ -65,33 +56,20 @@ def fp64_inputs(prompt: Prompt, answer: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
-def naive_logps(plain: nn.Module) -> list[Tensor]:
-    """Per answer, the log-probs of its tokens: a forward of prompt and answer, softmax over the whole vocabulary."""
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    return make_model().double()
+
+
+@pytest.fixture(scope="module")
+def naive(plain: nn.Module) -> Tensor:
+    """The log-probs of the answers' tokens, with their graph: a forward of each prompt and answer, whole logits."""
     rows = []
     for prompt, group in zip(PROMPTS, ANSWERS, strict=True):
         for answer in group:
             logits = plain(**fp64_inputs(prompt, answer), use_cache=False).logits[0, len(prompt.input_ids) - 1 : -1]
             rows.append((logits / TEMPERATURE).log_softmax(-1).gather(-1, answer[:, None])[:, 0])
-    return rows
-
-
-@dataclasses.dataclass
-class Naive:
-    """transformers' model, two that are near it, and the log-probs of each, with a graph for the first."""
-
-    plain: nn.Module
-    others: dict[str, nn.Module]
-    new: list[Tensor]
-    logps: dict[str, list[Tensor]]
-
-
-@pytest.fixture(scope="module")
-def naive() -> Naive:
-    plain = make_model().double()
-    others = {"old": perturbed(plain, 0.02, seed=1), "ref": perturbed(plain, 0.1, seed=2)}
-    with torch.no_grad():
-        logps = {name: naive_logps(other) for name, other in others.items()}
-    return Naive(plain, others, naive_logps(plain), logps)
+    return torch.cat(rows)
 
 
 def wrap(plain: nn.Module) -> VideoLM:
@@ -99,33 +77,6 @@ def wrap(plain: nn.Module) -> VideoLM:
     model = make_model().double()
     model.load_state_dict(plain.state_dict())
     return VideoLM(model, make_tokenizer(), position_rule="transformers")
-
-
-def naive_loss(
-    config: TrainConfig, new: list[Tensor], old: list[Tensor] | None, ref: list[Tensor] | None, num_tokens: int
-) -> Tensor:
-    """Token by token, as the formulas are written."""
-    per_answer = []
-    for s in range(S):
-        log_ratio = new[s] - (new[s].detach() if old is None else old[s])
-        if config.importance_level == "sequence":
-            log_ratio = log_ratio.mean().expand_as(log_ratio)
-        terms = []
-        for t in range(len(new[s])):
-            ratio = log_ratio[t].exp()
-            low = None if config.clip_low is None else 1 - config.clip_low
-            high = None if config.clip_high is None else 1 + config.clip_high
-            clipped = ratio if low is None and high is None else ratio.clamp(low, high)
-            term = -torch.minimum(ratio * ADVANTAGES[s], clipped * ADVANTAGES[s])
-            if ref is not None:
-                x = (ref[s][t] - new[s][t]).clamp(-config.kl_clamp, config.kl_clamp)
-                term = term + config.beta * (x.exp() - x - 1)
-            terms.append(term)
-        per_answer.append(torch.stack(terms))
-    if config.loss_type == "grpo":
-        return torch.stack([terms.mean() for terms in per_answer]).mean()
-    sizes = {"bnpo": N, "dr_grpo": S * config.max_completion_length, "dapo": num_tokens}
-    return torch.cat(per_answer).sum() / sizes[config.loss_type]
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -153,39 +104,33 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.grid(scenario=SCENARIOS, loss_type=["grpo", "bnpo", "dr_grpo", "dapo"], level=["token", "sequence"])
-def test_value_and_gradients_of_a_naive_loss(naive: Naive, scenario: str, loss_type: str, level: str) -> None:
-    options = {"loss_type": loss_type, "importance_level": level, "temperature": TEMPERATURE} | SCENARIOS[scenario]
-    old = naive.logps["old"] if options.pop("old", False) else None
-    config = TrainConfig(max_completion_length=50, **options)
-    ref = naive.logps["ref"] if config.beta else None
+def test_value_and_gradients_of_the_loss(
+    plain: nn.Module, naive: Tensor, scenario: str, loss_type: str, level: str
+) -> None:
+    """Of the kernels' reference, which tests/kernels holds against its formula, on log-probs of plain transformers."""
+    options = {"beta": 0.0, "kl_clamp": 10.0, "clip_low": None, "clip_high": None} | SCENARIOS[scenario]
+    generator = torch.Generator().manual_seed(1)
+    noise = [0.1 * torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(2)]
+    old = naive.detach() + noise[0] if options.pop("old", False) else None
+    ref = naive.detach() + noise[1] if options["beta"] else None
+    options |= {"loss_type": loss_type, "importance_level": level, "max_completion_length": 50}
+    given: dict[str, Any] = {"old_logp": old, "ref_logp": ref, "num_tokens": 3 * N}
 
-    naive.plain.zero_grad()
-    want = naive_loss(config, naive.new, old, ref, num_tokens=3 * N)
-    want.backward(retain_graph=True)
+    plain.zero_grad()
+    ends = torch.tensor([0, *itertools.accumulate(len(answer) for group in ANSWERS for answer in group)])
+    want = grpo_loss(naive, ADVANTAGES, ends.int(), **options, **given, backend="reference")
+    want.loss.backward(retain_graph=True)
 
-    model = wrap(naive.plain)
-    given = {"old_logp": None if old is None else torch.cat(old), "ref_logp": None if ref is None else torch.cat(ref)}
-    got = tgrpo_loss(model, pack(model, PROMPTS, ANSWERS), ADVANTAGES, config, num_tokens=3 * N, **given)
+    model, config = wrap(plain), TrainConfig(temperature=TEMPERATURE, **options)
+    got = tgrpo_loss(model, pack(model, PROMPTS, ANSWERS), ADVANTAGES, config, **given)
     got.loss.backward()
-
-    new = torch.cat(naive.new).detach()
-    assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
-    assert torch.allclose(got.logp, new, rtol=0, atol=1e-9)
-    assert_same_gradients(model.hf, naive.plain, 1e-7)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-9, abs=1e-12)
+    assert torch.allclose(got.logp, naive.detach(), rtol=0, atol=1e-9)
+    assert_same_gradients(model.hf, plain, 1e-7)
     if ref is not None:
-        x = (torch.cat(ref) - new).clamp(-config.kl_clamp, config.kl_clamp)
-        assert got.kl.item() == pytest.approx((x.exp() - x - 1).mean().item(), rel=1e-7)
-        assert (x.abs() == config.kl_clamp).any() == (scenario == "kl clamped")
+        assert got.kl.item() == pytest.approx(want.kl.item(), rel=1e-7)
+        assert ((ref - naive).abs() > config.kl_clamp).any() == (scenario == "kl clamped")
     assert (got.clip_fraction > 0) == ("clipped" in scenario)
-
-
-def test_log_probs_of_another_model_over_the_same_row(naive: Naive) -> None:
-    """What a trainer feeds in as old and reference log-probs, each from its own packed pass."""
-    packed = pack(wrap(naive.plain), PROMPTS, ANSWERS)
-    for name, other in naive.others.items():
-        with torch.no_grad():
-            got = completion_logp(wrap(other), packed, temperature=TEMPERATURE)
-        assert torch.allclose(got, torch.cat(naive.logps[name]), rtol=0, atol=1e-9)
 
 
 def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_tower() -> None:
@@ -207,8 +152,8 @@ def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_towe
     assert not any("visual" in name for name in losses[1][1])
 
 
-def test_sft_loss_is_transformers_own_with_labels(naive: Naive) -> None:
-    model, plain = wrap(naive.plain), copy.deepcopy(naive.plain)
+def test_sft_loss_is_transformers_own_with_labels(plain: nn.Module) -> None:
+    model = wrap(plain)
     prompts, answers, want, lengths = [], [], torch.zeros((), dtype=torch.float64), []
     for prompt, process in zip(PROMPTS, ("red square", "2", "a thing, I think"), strict=True):
         sample = dataclasses.replace(prompt.sample, process=f"<think>{process}</think>")
@@ -232,8 +177,8 @@ def test_sft_loss_is_transformers_own_with_labels(naive: Naive) -> None:
     assert_same_gradients(model.hf, plain, 1e-5)
 
 
-def test_reference_with_lora_is_the_base_model(naive: Naive) -> None:
-    base, model = wrap(naive.plain), wrap(naive.plain)
+def test_reference_with_lora_is_the_base_model(plain: nn.Module) -> None:
+    base, model = wrap(plain), wrap(plain)
     model.add_lora(LoraConfig(rank=4), seed=0)
     packed = pack(model, PROMPTS, ANSWERS)
     with torch.no_grad():

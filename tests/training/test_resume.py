@@ -10,22 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from patience import PATIENCE
-from runs import (
-    assert_same_run,
-    ctrl_c,
-    entries,
-    kill,
-    metrics,
-    session_members,
-    sft_flags,
-    sft_trainer,
-    start,
-    train_flags,
-    trainer,
-    wait_for_lines,
-    write_data,
-)
+from runs import Lab, metrics, train_flags, trainer
 
 import videor1.sft
 import videor1.train
@@ -67,13 +54,13 @@ class MixedRuns:
     def __init__(self, assets: Assets, make_folder: Callable[[str], Path]) -> None:
         self.assets, self._make_folder, self._whole = assets, make_folder, dict[str, Path]()
         folder = make_folder("mixed")
-        train, sft = entries(assets.train), entries(assets.sft)
+        train, sft = runs.entries(assets.train), runs.entries(assets.sft)
         bad = train[0] | {"path": str(assets.folder / "clips" / "gone.mp4")}
         self._data = {
-            "train": write_data(folder / "train.json", [*train, bad, {"problem": "no more"}]),
-            "sft": write_data(folder / "sft.json", [*sft, sft[0] | {"path": bad["path"]}]),
+            "train": runs.write_data(folder / "train.json", [*train, bad, {"problem": "no more"}]),
+            "sft": runs.write_data(folder / "sft.json", [*sft, sft[0] | {"path": bad["path"]}]),
         }
-        self._dev = write_data(folder / "dev.json", [*entries(assets.dev), bad])
+        self._dev = runs.write_data(folder / "dev.json", [*runs.entries(assets.dev), bad])
 
     def options(self, variant: str = "full", **more: Any) -> dict[str, Any]:
         split = "sft" if variant == "sft" else "train"
@@ -84,7 +71,7 @@ class MixedRuns:
         return chosen
 
     def make(self, folder: Path, variant: str = "full", **more: Any) -> Trainer | SFTTrainer:
-        maker = sft_trainer if variant == "sft" else trainer
+        maker = runs.sft_trainer if variant == "sft" else trainer
         return maker(self.assets, folder, **self.options(variant, **more))
 
     def whole(self, variant: str = "full") -> Path:
@@ -100,7 +87,7 @@ class MixedRuns:
     def assert_resumes(self, folder: Path, variant: str = "full") -> None:
         """To the run that was not interrupted."""
         self.make(folder, variant, resume="auto").train()
-        assert_same_run(folder, self.whole(variant))
+        runs.assert_same_run(folder, self.whole(variant))
 
 
 @pytest.fixture(scope="module")
@@ -123,19 +110,19 @@ PLACES: dict[str, Place] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_anywhere_then_resumed(place: str, mixed_runs: MixedRuns, tmp_path: Path) -> None:
-    kill(mixed_runs.make(tmp_path), *PLACES[place])
+    runs.kill(mixed_runs.make(tmp_path), *PLACES[place])
     mixed_runs.assert_resumes(tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["lora", "bf16"])
 def test_killed_twice(variant: str, mixed_runs: MixedRuns, tmp_path: Path) -> None:
-    kill(mixed_runs.make(tmp_path, variant), Loop, "optimizer_step", 5)
-    kill(mixed_runs.make(tmp_path, variant, resume="auto"), LocalEngine, "generate", 2)
+    runs.kill(mixed_runs.make(tmp_path, variant), Loop, "optimizer_step", 5)
+    runs.kill(mixed_runs.make(tmp_path, variant, resume="auto"), LocalEngine, "generate", 2)
     mixed_runs.assert_resumes(tmp_path, variant)
 
 
 def test_sft_killed_then_resumed(mixed_runs: MixedRuns, tmp_path: Path) -> None:
-    kill(mixed_runs.make(tmp_path, "sft"), SFTTrainer, "optimizer_step", 6)
+    runs.kill(mixed_runs.make(tmp_path, "sft"), SFTTrainer, "optimizer_step", 6)
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 4]
     mixed_runs.assert_resumes(tmp_path, "sft")
 
@@ -174,7 +161,7 @@ def test_back_to_an_earlier_checkpoint(mixed_runs: MixedRuns, tmp_path: Path, mo
     monkeypatch.setattr(run, "_save", save_and_look)
     run.train()
     assert seen == [[4, 6], [4, 6, 8]]
-    assert_same_run(tmp_path, mixed_runs.whole())
+    runs.assert_same_run(tmp_path, mixed_runs.whole())
 
 
 @pytest.mark.parametrize(
@@ -186,12 +173,12 @@ def test_signals(
     """Of the real command with decode workers, which end with it. While it runs, its folder belongs to it alone;
     afterwards a resume goes on at once. Signals that can be handled save and end with 130."""
     command = videor1.sft if variant == "sft" else videor1.train
-    flags = sft_flags if variant == "sft" else train_flags
+    flags = runs.sft_flags if variant == "sft" else train_flags
     killed = number is signal.SIGKILL
     options = mixed_runs.options(variant, data__workers=1, save_steps=2 if killed else 0)
     given = flags(mixed_runs.assets, tmp_path, **options)
-    process = start("held_training", [command.__name__, *given])
-    wait_for_lines(process, tmp_path / "metrics.jsonl", 1)
+    process = runs.start("held_training", [command.__name__, *given])
+    runs.wait_for_lines(process, tmp_path / "metrics.jsonl", 1)
     for more in (["--resume=auto"], []):
         assert run_main(command.main, [*given, *more]) == 2
         message = capfd.readouterr().err.strip().splitlines()[-1]
@@ -211,8 +198,8 @@ def test_signals(
         shown = f"python -m {command.__name__} --resume auto --output_dir {tmp_path}"
         assert stderr.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {shown}"
     deadline = time.monotonic() + PATIENCE
-    while session_members(process.pid):
-        assert time.monotonic() < deadline, f"still alive: {session_members(process.pid)}"
+    while runs.session_members(process.pid):
+        assert time.monotonic() < deadline, f"still alive: {runs.session_members(process.pid)}"
         time.sleep(0.05)
     mixed_runs.assert_resumes(tmp_path, variant)
 
@@ -220,7 +207,7 @@ def test_signals(
 def test_ctrl_c_during_the_last_step(mixed_runs: MixedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last evaluation is made up for once, however often the run is resumed after that."""
     run = mixed_runs.make(tmp_path)
-    ctrl_c(monkeypatch, run, 6)
+    runs.ctrl_c(monkeypatch, run, 6)
     with pytest.raises(KeyboardInterrupt, match=r"step-8; go on with: python -m videor1\.train --resume auto"):
         run.train()
     for _ in range(2):
@@ -246,16 +233,16 @@ def test_resume_with_other_settings_is_refused(
         mixed_runs.resume_whole(variant, **change)
 
 
-def test_where_nothing_can_be_resumed(assets: Assets, mixed_runs: MixedRuns, tmp_path: Path) -> None:
+def test_where_nothing_can_be_resumed(lab: Lab, mixed_runs: MixedRuns) -> None:
     with pytest.raises(ConfigError, match="no checkpoint folder at"):
-        trainer(assets, tmp_path, resume=tmp_path / "step-7")
+        lab.make(resume=lab.folder / "step-7")
     with pytest.raises(ConfigError, match="no trainer state to resume from"):
-        trainer(assets, tmp_path, resume=assets.model).train()
+        lab.make(resume=lab.assets.model).train()
     with pytest.raises(ConfigError, match="holds a run already; go on with it by --resume auto"):
         mixed_runs.make(mixed_runs.whole())
     with pytest.raises(ConfigError, match="resume: auto needs output_dir"):
-        trainer(assets, "null", resume="auto")  # type: ignore[arg-type]
-    checkpoint = trainer(assets, tmp_path / "damaged", max_steps=1, beta=0).train()
+        trainer(lab.assets, "null", resume="auto")  # type: ignore[arg-type]
+    checkpoint = lab.make("damaged", max_steps=1, beta=0).train()
     os.truncate(checkpoint / "trainer" / "optimizer.safetensors", 1000)
     with pytest.raises(ConfigError, match="step-1: a damaged checkpoint"):
-        trainer(assets, tmp_path / "damaged", max_steps=2, beta=0, resume="auto").train()
+        lab.make("damaged", max_steps=2, beta=0, resume="auto").train()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import run_lines, trainer
+from runs import Lab, run_lines
 
 from videor1.config import TrainConfig
-from videor1.demo.assets import Assets
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.training.rollout_log import token_strings
@@ -47,9 +45,9 @@ def test_end_to_end_they_are_the_text_whatever_the_tokens(given_ids: list[int] |
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_first_prompts_of_each_step_have_their_tokens(count: int, assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path, max_steps=2, per_device_train_batch_size=2, log_tokens=count).train()
-    rows = run_lines(tmp_path, "rollouts.jsonl")
+def test_the_first_prompts_of_each_step_have_their_tokens(count: int, lab: Lab) -> None:
+    lab.make(max_steps=2, per_device_train_batch_size=2, log_tokens=count).train()
+    rows = run_lines(lab.folder, "rollouts.jsonl")
     assert [("tokens" in row, "logps" in row) for row in rows] == [(i % 2 < count,) * 2 for i in range(4)]
     for row in rows:
         assert row["data_type"] == ("image" if row["permutation"] is None else "video")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batches import cut_unequally, gradients, groups_of, opened
-from runs import metrics, run_lines, same_weights, trainer, weights
+from runs import Lab, run_lines, same_weights, weights
 from tiny import GRADIENT_ROUNDING
 from torch import Tensor
 
 import videor1.training.tgrpo
-from videor1.demo.assets import Assets
 from videor1.rewards import load_reward
 from videor1.rewards.advantages import score_groups
 from videor1.training.passes import pack, tgrpo_loss
@@ -45,12 +43,10 @@ def assert_same_gradient(one: dict[str, Tensor], other: dict[str, Tensor]) -> No
     ("loss_type", "level"),
     [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "sequence"), ("dapo", "token"), ("dapo", "sequence")],
 )
-def test_gradients_do_not_depend_on_the_micro_batches(
-    loss_type: str, level: str, assets: Assets, tmp_path: Path
-) -> None:
+def test_gradients_do_not_depend_on_the_micro_batches(loss_type: str, level: str, lab: Lab) -> None:
     """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved.
     And in rows under a bound, which the groups of one micro-batch share or which cuts them."""
-    run = trainer(assets, tmp_path, **OPTIONS | {"loss_type": loss_type, "importance_level": level, "beta": 0.2})
+    run = lab.make(**OPTIONS | {"loss_type": loss_type, "importance_level": level, "beta": 0.2})
     with torch.no_grad():
         assert run.frozen is not None
         for parameter in run.frozen.hf.parameters():
@@ -64,9 +60,9 @@ def test_gradients_do_not_depend_on_the_micro_batches(
             assert_same_gradient(whole, gradients(run, prompts, groups, batch, bound))
 
 
-def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -> None:
+def test_bnpo_is_the_mean_of_its_micro_batches(lab: Lab) -> None:
     """bnpo divides by the tokens of each micro-batch: cutting the batch differently is another loss."""
-    run = trainer(assets, tmp_path, loss_type="bnpo", **OPTIONS)
+    run = lab.make(loss_type="bnpo", **OPTIONS)
     with opened(run, 4) as prompts:
         groups = cut_unequally(groups_of(run, prompts))
         single = gradients(run, prompts, groups, 1)
@@ -79,8 +75,8 @@ def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -
     assert_same_gradient(dict(zip(run.model.trainable(), expected, strict=True)), single)
 
 
-def test_rows_under_a_bound_hold_every_answer_once(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, num_generations=4, max_completion_length=16, per_device_train_batch_size=3)
+def test_rows_under_a_bound_hold_every_answer_once(lab: Lab) -> None:
+    run = lab.make(num_generations=4, max_completion_length=16, per_device_train_batch_size=3)
     with opened(run, 5) as prompts:
         groups = cut_unequally(groups_of(run, prompts))
         scored = score_groups(groups, run.config)
@@ -108,9 +104,9 @@ def with_every_group(model: Any, groups: Any, scored: Any, config: Any, totals: 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_groups_with_nothing_to_learn_are_left_out_exactly(
-    loss_type: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss_type: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trainer(assets, tmp_path, loss_type=loss_type, **OPTIONS)
+    run = lab.make(loss_type=loss_type, **OPTIONS)
     with opened(run, 4) as prompts:
         groups = cut_unequally(groups_of(run, prompts))
         for i in (0, 2):  # equal answers earn equal rewards
@@ -121,7 +117,7 @@ def test_groups_with_nothing_to_learn_are_left_out_exactly(
             with monkeypatch.context() as patch:
                 patch.setattr(videor1.training.tgrpo, "training_rows", with_every_group)
                 assert_same_gradient(gradients(run, prompts, groups, batch), left_out)
-    rows = metrics(tmp_path)
+    rows = lab.rows()
     assert [row["pass/groups_left_out"] for row in rows] == [2, 0] * 3
     assert [row["pass/rows"] for row in rows] == [1, 1, 2, 2, 2, 4]
     for out, every in zip(rows[::2], rows[1::2], strict=True):
@@ -130,14 +126,12 @@ def test_groups_with_nothing_to_learn_are_left_out_exactly(
         assert out["completions/mean_length"] == every["completions/mean_length"]
 
 
-def test_with_a_kl_term_no_group_is_left_out(assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path, max_steps=2, reward__functions="toy_rewards:nothing", beta=0.1).train()
-    assert [row["pass/groups_left_out"] for row in metrics(tmp_path)] == [0, 0]
+def test_with_a_kl_term_no_group_is_left_out(lab: Lab) -> None:
+    lab.make(max_steps=2, reward__functions="toy_rewards:nothing", beta=0.1).train()
+    assert [row["pass/groups_left_out"] for row in lab.rows()] == [0, 0]
 
 
-def test_batches_with_nothing_to_learn_are_steps_all_the_same(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_with_nothing_to_learn_are_steps_all_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Momentum and weight decay go on as they do on a gradient of 0; the figures that no pass has made are null."""
     options = OPTIONS | {"max_steps": 3, "weight_decay": 0.5, "reward__functions": "toy_rewards:nothing"}
     finals = []
@@ -152,28 +146,28 @@ def test_batches_with_nothing_to_learn_are_steps_all_the_same(
         load_reward.cache_clear()
         if name == "kept":
             monkeypatch.setattr(videor1.training.tgrpo, "training_rows", with_every_group)
-        finals.append(weights(trainer(assets, tmp_path / name, **options).train()))
+        finals.append(weights(lab.make(name, **options).train()))
     load_reward.cache_clear()
     assert same_weights(*finals)
-    rows = metrics(tmp_path / "left out")
+    rows = lab.rows("left out")
     assert [row["pass/groups_left_out"] for row in rows] == [0, 1, 1]
     assert [row["pass/rows"] for row in rows] == [1, 0, 0]
     assert [row["grad_norm"] == 0 for row in rows] == [False, True, True]
-    text = (tmp_path / "left out" / "metrics.jsonl").read_text().splitlines()[-1]
+    text = (lab.folder / "left out" / "metrics.jsonl").read_text().splitlines()[-1]
     assert '"entropy": null' in text
     assert "NaN" not in text
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_skipped(assets: Assets, tmp_path: Path) -> None:
-    with opened(trainer(assets, tmp_path / "run"), 8) as prompts:
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_skipped(lab: Lab) -> None:
+    with opened(lab.make("run"), 8) as prompts:
         lengths = sorted({len(p.input_ids) for p in prompts})
     assert len(lengths) > 1
     bound = lengths[0] + 8
-    trainer(assets, tmp_path / "bounded", max_steps=3, max_tokens_per_row=bound).train()
-    skipped = run_lines(tmp_path / "bounded", "skipped.jsonl")
+    lab.make("bounded", max_steps=3, max_tokens_per_row=bound).train()
+    skipped = run_lines(lab.folder / "bounded", "skipped.jsonl")
     assert {line["kind"] for line in skipped} == {"too_long"}
     assert str(bound - 8) in skipped[0]["message"]
-    rows = metrics(tmp_path / "bounded")
+    rows = lab.rows("bounded")
     assert rows[-1]["data/skipped/too_long"] == len(skipped)
     assert all(row["pass/tokens"] <= bound * row["pass/rows"] for row in rows)
 

@@ -7,35 +7,32 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import metrics, run_lines, same_weights, train_flags, trainer, weights
+from runs import Lab, metrics, run_lines, same_weights, train_flags, trainer, weights
 
 from videor1 import train
 from videor1.config.cli import run_main
-from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.logs.lock import LOCK, FolderLock
 
 OPTIONS = {"max_steps": 2, "save_steps": 1, "save_total_limit": 2}
 
 
-def test_the_lock_is_given_back_by_whatever_ends_a_run(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_is_given_back_by_whatever_ends_a_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the main process takes it; ranks of one run share it. test_resume.py holds it against another process."""
     taken = []
     acquire = FolderLock.acquire
     monkeypatch.setattr(FolderLock, "acquire", lambda self: (taken.append(self._folder), acquire(self)))
-    run_dir = tmp_path / "run"
+    run_dir = lab.folder / "run"
     with pytest.raises(ConfigError, match="no folder"):
-        trainer(assets, run_dir, model_name_or_path="./nowhere")
+        trainer(lab.assets, run_dir, model_name_or_path="./nowhere")
     assert not run_dir.exists()
-    run = trainer(assets, run_dir, **OPTIONS)
+    run = trainer(lab.assets, run_dir, **OPTIONS)
     assert (run_dir / LOCK).exists()
     run.train()
     assert not (run_dir / LOCK).exists()
     for options, message in (({}, "holds a run already"), ({"resume": "checkpoints/step-9"}, "no checkpoint folder")):
         with pytest.raises(ConfigError, match=message):
-            trainer(assets, run_dir, **OPTIONS, **options)
+            trainer(lab.assets, run_dir, **OPTIONS, **options)
         assert not (run_dir / LOCK).exists()
     assert set(taken) == {run_dir}
 
@@ -55,48 +52,48 @@ def go_on(folder: Path | str) -> None:
     assert run_main(train.main, ["--resume", "auto", "--output_dir", str(folder)]) == 0
 
 
-def test_a_run_in_a_project_of_relative_paths(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_a_project_of_relative_paths(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed from another folder, moved alone, copied, and moved with its whole project: always the same run."""
-    whole, project = tmp_path / "whole", tmp_path / "project"
-    trainer(assets, whole, **OPTIONS).train()
-    shutil.copytree(assets.folder, project / "assets")
+    whole, project = lab.folder / "whole", lab.folder / "project"
+    trainer(lab.assets, whole, **OPTIONS).train()
+    shutil.copytree(lab.assets.folder, project / "lab.assets")
     monkeypatch.chdir(project)
-    options = OPTIONS | {"model_name_or_path": "assets/model", "dataset_name": "assets/train.json"}
-    trainer(assets, Path("runs/one"), **options).train()
-    monkeypatch.chdir(tmp_path)
+    options = OPTIONS | {"model_name_or_path": "lab.assets/model", "dataset_name": "lab.assets/train.json"}
+    trainer(lab.assets, Path("runs/one"), **options).train()
+    monkeypatch.chdir(lab.folder)
 
     go_on("project/runs/one")
     one = project / "runs" / "one"
     assert_like(one, whole)
 
-    copy = Path(shutil.copytree(one, tmp_path / "copy"))
+    copy = Path(shutil.copytree(one, lab.folder / "copy"))
     go_on(copy)
     assert_like(copy, whole)
     assert_like(one, whole)
 
-    shutil.move(one, tmp_path / "moved")
-    go_on(tmp_path / "moved")
-    assert_like(tmp_path / "moved", whole)
+    shutil.move(one, lab.folder / "moved")
+    go_on(lab.folder / "moved")
+    assert_like(lab.folder / "moved", whole)
 
-    shutil.copytree(tmp_path / "moved", project / "runs" / "two")
+    shutil.copytree(lab.folder / "moved", project / "runs" / "two")
     go_on(project / "runs" / "two")
-    shutil.move(project, tmp_path / "new")
-    go_on(tmp_path / "new" / "runs" / "two")
-    assert_like(tmp_path / "new" / "runs" / "two", whole)
+    shutil.move(project, lab.folder / "new")
+    go_on(lab.folder / "new" / "runs" / "two")
+    assert_like(lab.folder / "new" / "runs" / "two", whole)
 
 
 def test_folders_whose_names_are_not_utf8(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The run's own is refused; the current one does not matter."""
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
+    name = os.fsdecode(os.fsencode(lab.folder) + b"/run-\xff")
     with pytest.raises(SystemExit) as ended:
-        run_main(train.main, train_flags(assets, Path(name), max_steps=1))
+        run_main(train.main, train_flags(lab.assets, Path(name), max_steps=1))
     assert ended.value.code == 2
     assert "output_dir: expected a folder whose name is UTF-8 text" in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(lab.folder.iterdir()) == []
     os.mkdir(name)
     monkeypatch.chdir(name)
-    trainer(assets, Path("run"), **OPTIONS).train()
-    trainer(assets, Path("run"), resume="auto", **OPTIONS | {"max_steps": 3}).train()
+    trainer(lab.assets, Path("run"), **OPTIONS).train()
+    trainer(lab.assets, Path("run"), resume="auto", **OPTIONS | {"max_steps": 3}).train()
     assert [row["step"] for row in run_lines(Path("run"), "metrics.jsonl")] == [1, 2, 3]

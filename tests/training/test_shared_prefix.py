@@ -64,6 +64,15 @@ def assert_same_logp(got: Tensor, want: Tensor) -> None:
     assert float((got - want).detach().abs().max()) <= log_prob_rounding(want)
 
 
+def assert_same_loss(got: GrpoLoss, want: GrpoLoss, advantage: float) -> None:
+    """A ratio errs by its log-prob's error relative to itself, and is weighed by its advantage."""
+    assert_same_logp(got.logp, want.logp)
+    bound = log_prob_rounding(want.logp)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=bound * advantage)
+    assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
+    assert got.clip_fraction.item() == want.clip_fraction.item()
+
+
 @pytest.mark.parametrize(
     ("layout", "checkpointing"), [*((layout, False) for layout in LAYOUTS), ("mixed groups", True), ("text only", True)]
 )
@@ -112,17 +121,13 @@ def test_losses_equal_those_of_every_variant_of_repeated_rows(head: Any, tower: 
 
     got = tgrpo_loss(model, packed, advantages, config, **given)
     theirs, ours = gradients(model, want.loss), gradients(model, got.loss)
-    assert_same_logp(got.logp, want.logp)
-    bound = log_prob_rounding(want.logp)
-    # A ratio errs by its log-prob's error relative to itself, and is weighed by its advantage.
-    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=bound * float(advantages.abs().max()))
-    assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
-    assert 0 < got.clip_fraction.item() == want.clip_fraction.item()
+    assert_same_loss(got, want, float(advantages.abs().max()))
+    assert got.clip_fraction.item() > 0
     alike = rows.loss(packed, advantages.abs(), config, **given)
     assert_same_gradients(ours, theirs, gradients(model, alike.loss))
 
 
-def test_repeated_rows_leave_the_model_as_it_is() -> None:
+def test_repeated_rows_share_the_weights_and_have_the_adapters() -> None:
     model = make_lm(position_rule="transformers")
     packed = packed_row(model, "two videos")
     parameters, before = list(model.hf.parameters()), completion_logp(model, packed)
@@ -136,21 +141,11 @@ def test_repeated_rows_leave_the_model_as_it_is() -> None:
     assert_same_logp(rows.logp(packed), completion_logp(model, packed))
     assert not torch.allclose(rows.logp(packed), before, rtol=0, atol=1e-2)
 
-
-def test_repeated_rows_refuse_what_they_cannot_do() -> None:
-    with pytest.raises(ValueError, match="got 'some', 'row'"):
-        RepeatedRows(make_lm(), head="some")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected position_rule 'transformers', got 'paper'"):
-        RepeatedRows(make_lm())
-
-
-def test_repeated_rows_have_the_adapters() -> None:
-    model = make_lm(position_rule="transformers")
     model.add_lora(LoraConfig(rank=2), seed=0)
     for name, parameter in model.trainable().items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    packed, rows = packed_row(model, "two videos"), RepeatedRows(model)
+    rows = RepeatedRows(model)
     with torch.no_grad():
         adapted = rows.logp(packed)
         assert_same_logp(completion_logp(model, packed), adapted)
@@ -159,6 +154,10 @@ def test_repeated_rows_have_the_adapters() -> None:
         with model.as_reference(None) as reference:
             assert_same_logp(completion_logp(reference, packed), plain)
     assert not torch.allclose(plain, adapted, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="got 'some', 'row'"):
+        RepeatedRows(model, head="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected position_rule 'transformers', got 'paper'"):
+        RepeatedRows(make_lm())
 
 
 def test_a_run_does_not_depend_on_sharing(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,12 +171,7 @@ def test_a_run_does_not_depend_on_sharing(assets: Assets, tmp_path: Path, monkey
         got = tgrpo_loss(model, packed, advantages, config, **given)
         given.pop("features")  # the tower runs on every row
         want = RepeatedRows(model).loss(packed, advantages, config, **given)
-        assert_same_logp(got.logp, want.logp)
-        bound = log_prob_rounding(want.logp)
-        # A ratio errs by its log-prob's error relative to itself; advantages are about 1, and ratios.
-        assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=2 * bound)
-        assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
-        assert got.clip_fraction.item() == want.clip_fraction.item()
+        assert_same_loss(got, want, 2.0)  # advantages are about 1, and ratios
         clipped.append(got.clip_fraction.item())
         kl.append(got.kl.item())
         parameters = list(model.trainable().values())
