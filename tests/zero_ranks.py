@@ -25,8 +25,7 @@ class RankServer:
     """The process that forks ranks. It stands for torchrun: the store through which they meet lies outside of them."""
 
     def __init__(self, log: Path) -> None:
-        self.log, self.runs = log, 0
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.log = log
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             env=os.environ | ENVIRONMENT | {"DS_ACCELERATOR": "cpu"},
@@ -38,13 +37,12 @@ class RankServer:
 
     def run(self, flags: list[str], command: str = "videor1.train:main") -> None:
         """Run a command, ``module:function``, on both ranks until it ends well."""
-        self.runs += 1
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
+            "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(self.runs),  # no run reads what an earlier one wrote into the store
         }
         order = {"command": command, "flags": flags, "log": str(self.log), "environment": environment}
         assert self.process.stdin is not None

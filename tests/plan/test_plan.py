@@ -42,30 +42,12 @@ def options(*flags: str) -> TrainConfig:
 
 def small_shape(**text: Any) -> Qwen2_5_VLConfig:
     """8.9 M parameters; a head of its own."""
-    sizes = {
-        "vocab_size": 6144,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "tie_word_embeddings": False,
-        **text,
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": 160,
-        "num_heads": 4,
-        "intermediate_size": 320,
-        "fullatt_block_indexes": [3],
-        "out_hidden_size": sizes["hidden_size"],
-        "window_size": 112,
-        "tokens_per_second": 2,
-    }
+    sizes: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    sizes |= {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}}
+    sizes |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False, **text}
+    vision = {"depth": 4, "hidden_size": 160, "num_heads": 4, "intermediate_size": 320, "fullatt_block_indexes": [3]}
+    vision |= {"out_hidden_size": sizes["hidden_size"], "window_size": 112, "tokens_per_second": 2}
     return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"])
 
 

@@ -47,7 +47,7 @@ def trained(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Trained
 
     def train(variant: str) -> tuple[Trainer, Path]:
         if variant not in made:
-            run = trainer(assets, tmp_path_factory.mktemp("run"), max_steps=2, **VARIANTS[variant])
+            run = trainer(assets, tmp_path_factory.mktemp("run"), max_steps=3, **VARIANTS[variant])
             made[variant] = run, run.train()
         return made[variant]
 

@@ -94,8 +94,8 @@ def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
 
 
 @STAGES
-def test_two_processes_train_as_one_and_are_resumed(single: Path, ranks: RankServer, lab: Lab, stage: int) -> None:
-    """Two prompts each; from the second step by two processes, and by one."""
+def test_two_processes_train_as_one(single: Path, ranks: RankServer, lab: Lab, stage: int) -> None:
+    """Two prompts each. And they are resumed: by two processes, and by one."""
     run_dir, options = lab.folder / "run", OPTIONS | {"data__eval_path": lab.assets.dev}
     ranks.run(train_flags(lab.assets, run_dir, **options, **zero(stage)))
     assert_same_runs(single, run_dir, lab.assets, 3)

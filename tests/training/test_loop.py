@@ -76,12 +76,8 @@ def test_a_nonfinite_step_changes_nothing(
 
     monkeypatch.setattr(run, "train_batch", batch)
     run.train()
-    assert [not same_weights(before, after) for before, after in itertools.pairwise(states)] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    changed = [not same_weights(before, after) for before, after in itertools.pairwise(states)]
+    assert changed == [False, True, False, True]
     assert [row["nonfinite_steps"] for row in lab.rows()] == [0, 1, 1, 2, 2]
     assert lab.rows()[1]["grad_norm"] is None  # JSON has no NaN
 
@@ -104,12 +100,7 @@ def test_too_many_nonfinite_steps_stop_the_run(poison: Poison, lab: Lab, monkeyp
 @pytest.mark.parametrize(
     ("options", "poisoned", "message", "kept"),
     [
-        (
-            {"max_steps": 9, "max_nonfinite_steps": 2},
-            {4, 5},
-            r"after the newest .*step-4, was finite.*is .*step-2",
-            [2, 4],
-        ),
+        ({"max_steps": 9, "max_nonfinite_steps": 2}, {4, 5}, r"newest .*step-4, was finite.*is .*step-2", [2, 4]),
         ({"max_steps": 9, "max_nonfinite_steps": 1}, {0}, "there is no checkpoint yet", []),
         ({"max_steps": 5}, {4}, "", [2, 4, 5]),  # the last step is saved all the same, and pushes nothing out
         ({"max_steps": 8, "save_steps": 3, "num_iterations": 2, "save_total_limit": 3}, {}, "", [4, 6, 8]),

@@ -28,17 +28,8 @@ from videor1.training.sft import SFTTrainer
 from videor1.training.tgrpo import Trainer
 
 # Everything at once: mixed media, a bad sample, two prompts a step, two updates a rollout, a schedule, averaged lines.
-HARD = {
-    "gradient_accumulation_steps": 2,
-    "num_iterations": 2,
-    "warmup_steps": 2,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 3,
-    "eval_steps": 4,
-    "save_steps": 2,
-    "max_steps": 8,
-    "save_total_limit": 2,
-}
+HARD = {"gradient_accumulation_steps": 2, "num_iterations": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
+HARD |= {"logging_steps": 3, "eval_steps": 4, "save_steps": 2, "max_steps": 8, "save_total_limit": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora__rank": 4, "lora__dropout": 0.3, "lora__alpha": 8, "gradient_checkpointing": True},

@@ -13,18 +13,12 @@ from torch import Tensor
 
 from videor1.training.trainer_state import check_optimizer, check_state, check_weights, has_empty_moments, updates_done
 
-STATE: dict[str, Any] = {
-    "step": 4,
-    "position": 9,
-    "fixed": {},
+STATE: dict[str, Any] = {"step": 4, "position": 9, "fixed": {}, "nonfinite_in_a_row": 1, "skipped": {"decode": 2}}
+STATE |= {
     "counters": {"nonfinite_steps": 1, "failed_checkpoints": 0, "num_tokens": 77},
-    "nonfinite_in_a_row": 1,
-    "skipped": {"decode": 2},
     "survived": {"worker_deaths": 0},
-    "pending_metrics": [{"loss": math.nan}],
-    "evaluated_at": -1,
-    "accuracy": math.nan,
 }
+STATE |= {"pending_metrics": [{"loss": math.nan}], "evaluated_at": -1, "accuracy": math.nan}
 STREAM = {"draws": 9, "epoch": 0, "window": 1, "row": 3, "data": "abc-1-1"}
 FOLDER = Path("checkpoints/step-4")
 
