@@ -61,6 +61,7 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "flags"),
     [

@@ -34,6 +34,7 @@ from videor1.training.distributed.ranks import Ranks, start_position
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("needs deepspeed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 STAGES = pytest.mark.parametrize("stage", [2, 3])
 # Of what three steps write down, numbers of order 1: the rounding of log-probs up to 10 in the first step
 # and the little that the others make of it.

@@ -155,6 +155,7 @@ def test_back_to_an_earlier_checkpoint(mixed_runs: MixedRuns, tmp_path: Path, mo
     runs.assert_same_run(tmp_path, mixed_runs.whole())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "variant"), [(signal.SIGKILL, "full"), (signal.SIGINT, "full"), (signal.SIGTERM, "sft")]
 )
