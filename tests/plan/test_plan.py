@@ -66,7 +66,6 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
     ("shape", "flags"),
     [
         ("tiny", [*TINY, CHECKPOINTED, "--per_device_train_batch_size", "3"]),
-        ("small", SMALL),
         ("small", [*SMALL, CHECKPOINTED, "--freeze_vision", "--gradient_accumulation_steps", "2"]),
         ("small", [*SMALL, "--lora.rank", "8"]),
         ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
@@ -74,6 +73,7 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
                 ("tiny", TINY),
+                ("small", SMALL),
                 ("small", [*SMALL, CHECKPOINTED]),
                 ("small", [*SMALL, "--lora.rank", "8", CHECKPOINTED, "--freeze_vision"]),
             )

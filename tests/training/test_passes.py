@@ -103,7 +103,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.grid(scenario=SCENARIOS, loss_type=["grpo", "bnpo", "dr_grpo", "dapo"], level=["token", "sequence"])
+@pytest.mark.grid(scenario=list(SCENARIOS), loss_type=["grpo", "bnpo", "dr_grpo", "dapo"], level=["token", "sequence"])
 def test_value_and_gradients_of_the_loss(
     plain: nn.Module, naive: Tensor, scenario: str, loss_type: str, level: str
 ) -> None:
