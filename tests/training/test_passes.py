@@ -111,6 +111,7 @@ def test_value_and_gradients_of_the_loss(
     options = {"beta": 0.0, "kl_clamp": 10.0, "clip_low": None, "clip_high": None} | SCENARIOS[scenario]
     generator = torch.Generator().manual_seed(1)
     noise = [0.1 * torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(2)]
+    noise[0][:5] = -noise[0][:5].abs()  # the first answer, of a positive advantage, has a ratio to be clipped
     old = naive.detach() + noise[0] if options.pop("old", False) else None
     ref = naive.detach() + noise[1] if options["beta"] else None
     options |= {"loss_type": loss_type, "importance_level": level, "max_completion_length": 50}

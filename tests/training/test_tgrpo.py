@@ -268,10 +268,11 @@ def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatc
         assert row["sampling/sampling_logp_difference/max"] < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "importance_level", "options"),
     [
-        ("tiny", "token", {"max_steps": 2, "num_iterations": 2, "max_completion_length": 5}),
+        ("tiny", "token", {"max_steps": 2, "max_completion_length": 5, "per_device_train_batch_size": 1}),
         pytest.param("demo", "token", {"max_steps": 3, "gradient_accumulation_steps": 2}, marks=pytest.mark.full),
         pytest.param("demo", "sequence", {"max_steps": 3}, marks=pytest.mark.full),
     ],
