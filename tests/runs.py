@@ -56,8 +56,8 @@ class Killed(BaseException):
     """Ends a run in this process at a chosen place, past every ``except Exception``."""
 
 
-def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
-    """Train until the ``call``-th call of a function, which raises Killed instead."""
+def kill_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """The ``call``-th call of a function raises Killed instead."""
     original, calls = getattr(owner, name), itertools.count(1)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -65,8 +65,13 @@ def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
             raise Killed
         return original(*args, **kwargs)
 
+    patch.setattr(owner, name, counting)
+
+
+def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
+    """Train until the ``call``-th call of a function, where the run ends."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, counting)
+        kill_at(patch, owner, name, call)
         with pytest.raises(Killed):
             run.train()
 
