@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-import videor1.training
-import videor1.training.distributed
-import videor1.training.distributed.ranks
 from videor1.rollout import Rollout
+from videor1.training.distributed import ranks
 from videor1.training.tgrpo import Trainer
 from videor1.types import Completion, Group, Prompt
 
 
-class Opened:
-    """A trainer whose run is open, so that its parts can be called one by one."""
+@contextmanager
+def opened(run: Any, count: int) -> Iterator[list[Any]]:
+    """Keep a trainer's run open, so that its parts can be called one by one; gives the first records of its source."""
+    with run._open():
+        yield run.source.take(count)
 
-    def __init__(self, run: Trainer) -> None:
-        self.run = run
-        self._context = run._open()
 
-    def __enter__(self) -> Trainer:
-        self._context.__enter__()
-        return self.run
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(None, None, None)
+def groups_of(run: Trainer, prompts: Sequence[Prompt]) -> list[Group]:
+    """The answers to each prompt."""
+    return [group for group in run.rollout(prompts)[0].groups if group is not None]
 
 
 def cut_unequally(groups: list[Group]) -> list[Group]:
@@ -61,7 +58,7 @@ def gradients(
         return 1.0, True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(videor1.training.distributed.ranks, "guarded_step", capture)
+        patch.setattr(ranks, "guarded_step", capture)
         patch.setattr(run.source, "take", lambda count: prompts[:count])
         patch.setattr(run, "rollout", lambda _: (Rollout(list(groups)), [None] * len(groups)))
         run.train_batch()

@@ -1,10 +1,25 @@
 """Videos of every structure that decoders must read, with frames whose numbers can be read from their pixels."""
 
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from media import coded_frames, coded_numbers, shift_edit_list, write_video
+import numpy as np
+import pytest
+import torch
+from media import coded_frames, coded_numbers, ffmpeg_frames, rgb_of, shift_edit_list, write_video
 
+from videor1.video.decoders import Decoder, Frames
+from videor1.video.decoders.pyav import PyAvDecoder
+from videor1_kernels.frames_to_patches import YuvFrames
+
+Make = Callable[[str], Path]  # the fixture ``made``
 COUNT = 320
 X264 = {"preset": "veryfast", "sc_threshold": "0"}
 SPARSE = {"max_packets": 3 * 26}  # three frames in as many groups of at most 24, and the pictures around
@@ -47,6 +62,8 @@ class Made:
 B_FRAMES = X264 | {"bf": "3", "b-adapt": "0", "g": "24"}
 X265 = {"preset": "ultrafast"}
 OPEN_GOP = X264 | {"x264-params": "open-gop=1:keyint=12:min-keyint=1:bframes=3:b-adapt=0:scenecut=0"}
+REFRESH = X264 | {"x264-params": "intra-refresh=1", "g": "24", "bf": "0"}
+CLOSED = "log-level=none:open-gop=0:keyint=12"
 MADE = {
     "gop 1": Made("a.mp4", options=X264 | {"g": "1"}, max_packets=3),
     "gop 12": Made("a.mp4", options=X264 | {"g": "12", "bf": "0"}, **SPARSE),
@@ -55,10 +72,12 @@ MADE = {
     "b-frames mkv": Made("a.mkv", options=B_FRAMES, **SPARSE),
     "b-frames ts": Made("a.ts", options=B_FRAMES),
     "b-frames flv": Made("a.flv", options=B_FRAMES),
+    "one b-frame": Made("a.mp4", options=X264 | {"bf": "1", "b-adapt": "0", "g": "60"}),
     "b-pyramid": Made("a.mp4", options=B_FRAMES | {"bf": "7", "b-pyramid": "normal"}, **SPARSE),
     "open gop": Made("a.mp4", options=OPEN_GOP, **SPARSE),
     "open gop mkv": Made("a.mkv", options=OPEN_GOP, **SPARSE),
-    "intra refresh": Made("a.mp4", options=X264 | {"x264-params": "intra-refresh=1", "g": "24", "bf": "0"}),
+    "intra refresh": Made("a.mp4", options=REFRESH),
+    "intra refresh mkv": Made("a.mkv", options=REFRESH),
     "no table of key frames": Made("a.mp4", options=B_FRAMES | {"g": "48"}, all_sync=True),
     "no table of key frames, hevc": Made(
         "a.mp4", "libx265", options=X265 | {"x265-params": "log-level=none:keyint=48"}, all_sync=True
@@ -66,6 +85,7 @@ MADE = {
     "fragments": Made("a.mp4", options=B_FRAMES, mux_options={"movflags": "frag_keyframe+empty_moov"}, **SPARSE),
     "mkv without cues": Made("a.mkv", options=B_FRAMES, mux_options={"live": "1"}, **SPARSE),
     "variable frame rate": Made("a.mkv", options=B_FRAMES, vfr=True, **SPARSE),
+    "variable frame rate mp4": Made("a.mp4", options=B_FRAMES, vfr=True, **SPARSE),
     "edit list": Made("a.mp4", options=B_FRAMES | {"bf": "0"}, offset=30, **SPARSE),
     "edit list, b-frames": Made("a.mp4", options=B_FRAMES, offset=30, **SPARSE),
     "no times": Made("a.264", options=B_FRAMES),
@@ -76,6 +96,11 @@ MADE = {
     ),
     "hevc open gop": Made(
         "a.mkv", "libx265", options=X265 | {"x265-params": "log-level=none:keyint=12:open-gop=1:bframes=4"}, **SPARSE
+    ),
+    "hevc": Made("a.mp4", "libx265", options=X265 | {"x265-params": "log-level=none:keyint=24:bframes=4:b-adapt=0"}),
+    "hevc closed gop": Made("a.mp4", "libx265", options=X265 | {"x265-params": CLOSED}, **SPARSE),
+    "hevc radl": Made(
+        "a.mp4", "libx265", options={"preset": "superfast", "x265-params": f"{CLOSED}:bframes=4:b-adapt=0:radl=3"}
     ),
     "hevc temporal layers": Made(
         "a.mp4", "libx265", options=X265 | {"x265-params": "log-level=none:keyint=24:temporal-layers=3"}
@@ -94,5 +119,51 @@ MADE = {
 }
 
 
-def decoded_numbers(frames):
-    return coded_numbers(frames.pixels)
+def picks(count: int) -> Iterator[list[int]]:
+    """Sparse, dense and single choices of frames, each ascending."""
+    rng = random.Random(count)
+    yield [0, count // 2, count - 1]
+    yield sorted(rng.sample(range(count), 16))
+    yield [count - 1]
+    yield list(range(count // 3, count // 3 + 30))
+    for _ in range(7):
+        yield sorted(rng.sample(range(count), rng.choice((1, 2, 3, 5))))
+
+
+def decode(
+    path: Path, numbers: Collection[int], *, planes: bool = False, by: Any = PyAvDecoder, **options: Any
+) -> Frames:
+    """Frames of a file that is opened for them alone."""
+    with closing(by(path, **options)) as decoder:
+        return decoder.frames(list(numbers), planes=planes)
+
+
+def decoded_numbers(frames: Frames) -> list[int]:
+    """Which of ``coded_frames`` these are, RGB or planes."""
+    pixels = frames.pixels
+    return coded_numbers(pixels.planes[0] if isinstance(pixels, YuvFrames) else pixels)
+
+
+@functools.lru_cache(2)
+def whole(path: Path) -> tuple[torch.Tensor, list[float]]:
+    """All frames of a file by FFmpeg, upright, uint8 [F, height, width, 3], and their times in seconds."""
+    frames = ffmpeg_frames(path)
+    pixels = [np.rot90(rgb_of(frame), frame.rotation // 90) for frame in frames]
+    return torch.from_numpy(np.stack(pixels)), [frame.time for frame in frames]
+
+
+def assert_frames_asked_for(decoder: Decoder, path: Path, *, backend: str, first: int = 0, levels: int = 0) -> None:
+    """In any order, with duplicates, one and many; numbers, times and pixels, to so many levels, are the file's."""
+    pixels, seconds = whole(path)
+    count = decoder.probe().num_frames
+    assert count == len(pixels)
+    rng = random.Random(1)
+    some = [[rng.randrange(count) for _ in range(9)] for _ in range(5)]
+    for indices in ([count - 1], [0], list(range(count)), [3, 1, 3], *some):
+        frames = decoder.frames(indices)
+        assert decoded_numbers(frames) == [first + i for i in indices]
+        assert frames.pixels.dtype == torch.uint8
+        assert (frames.pixels.int() - pixels[indices].int()).abs().max() <= levels
+        assert frames.seconds == pytest.approx([seconds[i] for i in indices], abs=1e-9)
+        assert (frames.rotation, frames.backend) == (0, backend)
+        assert len(set(indices)) <= frames.decoded <= count

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,11 @@ def write_benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(assets: Assets, output: Path, **options: Any) -> list[str]:
+    """The command line of a tiny evaluation; a double underscore stands for a dot, None for an option left out."""
     given = TINY | {"model_name_or_path": assets.model, "output_dir": output}
-    for name, value in options.items():
-        given[name.replace("__", ".")] = value
-    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
+    given |= {name.replace("__", "."): value for name, value in options.items()}
+    text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
+    return [f"--{name}={value}" for name, value in text.items() if value is not None]
 
 
 def run(assets: Assets, output: Path, **options: Any) -> int:
@@ -57,20 +60,54 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))["benchmarks"]
 
 
-class Oracle:
-    """Stands in for the sampler: answer i to a question is what ``say`` gives for (question, shuffled, i)."""
+@dataclass(frozen=True)
+class Ended:
+    """What an evaluation printed, and its folder."""
 
-    made: list[tuple[SamplingOptions, int]] = []  # noqa: RUF012
-    requests: list[Request] = []  # noqa: RUF012
+    out: str
+    err: str
+    folder: Path
+
+    answers = property(lambda self: answers(self.folder))
+    results = property(lambda self: results(self.folder))
+
+    def bytes(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Runs the command, on the small benchmarks unless told otherwise, and expects an exit code."""
+
+    assets: Assets
+    benchmarks: Path
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, name: str = "run", *, code: int = 0, **options: Any) -> Ended:
+        root = {"data__root": self.benchmarks} if "benchmark" in options else {}
+        arguments = flags(self.assets, self.folder / name, **root | options)
+        try:
+            ended = run_main(evaluate.main, arguments)
+        except SystemExit as stopped:  # argparse
+            ended = stopped.code
+        shown = self.capsys.readouterr()
+        assert ended == code, shown.err
+        return Ended(shown.out, shown.err, self.folder / name)
+
+
+class Oracle:
+    """Stands in for the sampler: answer i to a question is what ``say`` gives for (solution, index, shuffled, i)."""
+
+    made: list[tuple[SamplingOptions, int]]
+    requests: list[Request]
+    say: Callable[[str, int, bool, int], str] = staticmethod(lambda solution, *_: solution)
 
     def __init__(self, model: object, options: SamplingOptions, *, max_rows: int, backend: str) -> None:
         self.made.append((options, max_rows))
 
-    @staticmethod
-    def say(solution: str, index: int, shuffled: bool, i: int) -> str:
-        return solution
-
     def generate(self, requests: list[Request]) -> Rollout:
+        assert len(requests) <= self.made[-1][1]
         self.requests.extend(requests)
         return Rollout([self._group(request) for request in requests])
 
@@ -79,15 +116,12 @@ class Oracle:
 
         def drawn(branch: Any, shuffled: bool) -> tuple[Completion, ...]:
             texts = [self.say(sample.solution, sample.index, shuffled, i) for i in range(branch.count if branch else 0)]
-            return tuple(Completion(torch.zeros(1), torch.zeros(1), "cut" not in text, text) for text in texts)
+            return tuple(Completion(torch.zeros(7), torch.zeros(7), "cut" not in text, text) for text in texts)
 
         return Group(request.prompt, drawn(request.ordered, False), drawn(request.shuffled, True))
 
 
-def install_oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    class Fresh(Oracle):
-        made: list[tuple[SamplingOptions, int]] = []  # noqa: RUF012
-        requests: list[Request] = []  # noqa: RUF012
-
-    monkeypatch.setattr(evaluator, "LocalEngine", Fresh)
-    return Fresh
+def install_oracle(monkeypatch: pytest.MonkeyPatch, owner: Any = evaluator) -> type[Oracle]:
+    fresh = type("Fresh", (Oracle,), {"made": [], "requests": []})
+    monkeypatch.setattr(owner, "LocalEngine", fresh)
+    return fresh

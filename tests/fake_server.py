@@ -59,9 +59,8 @@ def received_media(body: Body) -> tuple[str, torch.Tensor, float] | None:
 def prompt_ids(body: Body) -> list[int]:
     """What the chat template makes of a request, media expanded."""
     content = [{**part, "type": part["type"].removesuffix("_url")} for part in body["messages"][0]["content"]]
-    text = TOKENIZER.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    turn = [{"role": "user", "content": content}]
+    text = TOKENIZER.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     ids = list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
     if media := received_media(body):
         kind, frames, _ = media
@@ -80,17 +79,14 @@ def answer_text(body: Body) -> str:
 
 def completion(body: Body, **changes: Any) -> Body:
     """A chat completion as vLLM sends it; ``changes`` to its choice."""
-    ids = [*TOKENIZER(answer_text(body), add_special_tokens=False)["input_ids"], SPECIAL.eos]
-    choice: Body = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answer_text(body)},
-        "finish_reason": "stop",
-        "token_ids": ids,
-    }
+    text = answer_text(body)
+    ids = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], SPECIAL.eos]
+    message = {"role": "assistant", "content": text}
+    choice: Body = {"index": 0, "message": message, "finish_reason": "stop", "token_ids": ids}
     if body["logprobs"]:
         choice["logprobs"] = {"content": [{"token": "?", "logprob": -0.5 - i} for i in range(len(ids))]}
-    choice |= changes
-    return {"id": "x", "object": "chat.completion", "choices": [choice], "prompt_token_ids": prompt_ids(body)}
+    made = {"id": "x", "object": "chat.completion", "choices": [choice | changes]}
+    return made | {"prompt_token_ids": prompt_ids(body)}
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -165,9 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(reply, Reply):
             reply = Reply(body=reply)
         if reply.body is None:  # a reset, after half an answer
-            self.wfile.write(
-                b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"id": '
-            )
+            begun = "HTTP/1.1 200 OK", "Content-Type: application/json", "Content-Length: 1000", "", '{"id": '
+            self.wfile.write("\r\n".join(begun).encode())
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+
+from videor1.types import Sample, SampleError
 
 REAL_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "videos"
 LEVELS_PER_FRAME = 5  # grey levels between neighbours of ``numbered_frames``: more than a codec blurs
@@ -21,6 +25,31 @@ def real_video(name: str) -> Path:
     if not REAL_VIDEOS.is_dir():
         pytest.skip(f"the folder of real videos is missing: {REAL_VIDEOS}")
     return REAL_VIDEOS / name
+
+
+def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> SampleError:
+    """The error of a call that must refuse the file of its first argument, which the error names."""
+    with pytest.raises(SampleError) as caught:
+        call(*args, **kwargs)
+    assert caught.value.path == str(getattr(args[0], "path", args[0])), "an error must name its file"
+    return caught.value
+
+
+def sample_of(path: Path, kind: str = "video", **options: Any) -> Sample:
+    """A question about a file."""
+    return Sample(0, "0", "Which?", kind, "free-form", "<answer>x</answer>", path=path, **options)  # type: ignore[arg-type]
+
+
+def packets_of(path: Path) -> list[av.Packet]:
+    """The packets of a file's first video, in the order in which they are stored."""
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def ffmpeg_frames(path: Path) -> list[av.VideoFrame]:
+    """All frames of a file as they leave the decoder, without this library's reader."""
+    with av.open(str(path)) as container:
+        return list(container.decode(container.streams.best("video")))
 
 
 def rgb_of(frame: av.VideoFrame) -> np.ndarray:
@@ -68,22 +97,20 @@ def coded_frames(count: int, height: int = 48, width: int = 80) -> np.ndarray:
     return np.repeat((bits * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def coded_numbers(frames) -> list[int]:
+def coded_numbers(frames: Any) -> list[int]:
     """Which of ``coded_frames`` these are (RGB or luma, upright), however strongly they were compressed."""
-    pixels = np.asarray(frames, np.float64)
-    pixels = pixels.mean(-1) if pixels.ndim == 4 else pixels
-    count, height, width = pixels.shape
+    pixels = np.asarray(frames)
+    count, height, width = pixels.shape[:3]
     numbers = np.zeros(count, int)
     for bit in range(10):
         top, left = (bit // 5) * height / 2, (bit % 5) * width / 5
-        centre = pixels[
-            :, int(top + height / 6) : int(top + height / 3), int(left + width / 15) : int(left + width / 7)
-        ]
-        numbers |= (centre.mean((1, 2)) > 128).astype(int) << bit
+        rows = slice(int(top + height / 6), int(top + height / 3))
+        columns = slice(int(left + width / 15), int(left + width / 7))
+        numbers |= (pixels[:, rows, columns].reshape(count, -1).mean(1) > 128).astype(int) << bit
     return numbers.tolist()
 
 
-def frame_numbers(frames) -> list[int]:
+def frame_numbers(frames: Any) -> list[int]:
     """Which of ``numbered_frames`` these are."""
     return [round(float(frame.double().mean()) / LEVELS_PER_FRAME) for frame in frames]
 
@@ -129,16 +156,17 @@ def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
     return path
 
 
-def remux(path: Path, target: Path, change: Callable[[av.Packet], None], **options: str) -> Path:
-    """Copy a video's packets, each changed first, into another file; ``options`` are of its muxer."""
+def remux(
+    path: Path, target: Path, change: Callable[[av.Packet], None], most: int | None = None, **options: str
+) -> Path:
+    """Copy the first packets of a video, each changed before, into another file; ``options`` are of its muxer."""
     with av.open(str(path)) as source, av.open(str(target), "w", options=options) as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
-        for packet in source.demux(stream):
-            if packet.size:
-                change(packet)
-                packet.stream = copy
-                out.mux(packet)
+        for packet in itertools.islice((packet for packet in source.demux(stream) if packet.size), most):
+            change(packet)
+            packet.stream = copy
+            out.mux(packet)
     return target
 
 

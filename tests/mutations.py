@@ -1,7 +1,5 @@
 """Damaged copies of small videos: everything about one follows from its seed."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os
@@ -9,7 +7,9 @@ import random
 import resource
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,46 +65,34 @@ def extreme_number(data: bytearray, rng: random.Random) -> None:
         data[start : start + len(value)] = value
 
 
-def cut_end(data: bytearray, rng: random.Random) -> None:
-    del data[rng.randrange(len(data)) :]
+def cut(data: bytearray, rng: random.Random, *, start: bool) -> None:
+    place = rng.randrange(len(data))
+    del data[slice(place) if start else slice(place, None)]
 
 
-def cut_start(data: bytearray, rng: random.Random) -> None:
-    del data[: rng.randrange(len(data))]
+def change_block(data: bytearray, rng: random.Random, kind: str) -> None:
+    start, length = rng.randrange(len(data)), rng.choice((4, 64, 1024) if kind == "zero" else (1, 16, 512))
+    if kind == "remove":
+        del data[start : start + length]
+    elif kind == "zero":
+        data[start : start + length] = bytes(min(length, len(data) - start))
+    else:
+        data[start:start] = (
+            rng.randbytes(length) if kind == "noise" else data[start : start + length] * rng.choice((1, 8))
+        )
 
 
-def remove_block(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    del data[start : start + rng.choice((1, 16, 512))]
-
-
-def repeat_block(data: bytearray, rng: random.Random) -> None:
-    start, length = rng.randrange(len(data)), rng.choice((1, 16, 512))
-    data[start:start] = data[start : start + length] * rng.choice((1, 8))
-
-
-def zero_block(data: bytearray, rng: random.Random) -> None:
-    start, length = rng.randrange(len(data)), rng.choice((4, 64, 1024))
-    length = min(length, len(data) - start)
-    data[start : start + length] = bytes(length)
-
-
-def insert_noise(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = rng.randbytes(rng.choice((1, 16, 512)))
-
-
-MUTATIONS = (
-    flip_bits,
-    damage_header,
-    extreme_number,
-    cut_end,
-    cut_start,
-    remove_block,
-    repeat_block,
-    zero_block,
-    insert_noise,
-)
+MUTATIONS: dict[str, Callable[[bytearray, random.Random], None]] = {
+    "bits flipped": flip_bits,
+    "header damaged": damage_header,
+    "extreme number": extreme_number,
+    "end cut": partial(cut, start=False),
+    "start cut": partial(cut, start=True),
+    "block removed": partial(change_block, kind="remove"),
+    "block repeated": partial(change_block, kind="repeat"),
+    "block zeroed": partial(change_block, kind="zero"),
+    "noise inserted": partial(change_block, kind="noise"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ class Mutation:
     planes: bool
 
     def __str__(self) -> str:
-        return f"seed {self.seed} ({describe(self.seed)}, planes={self.planes}): {self.path}"
+        return f"seed {self.seed} ({choices(self.seed)[1]}, planes={self.planes}): {self.path}"
 
 
 @dataclass(frozen=True)
@@ -128,18 +116,14 @@ class Outcome:
     megabytes: float = 0.0  # the process's largest resident memory so far
 
 
-def _choices(seed: int) -> tuple[int, int]:
-    return seed % len(FORMATS), seed // len(FORMATS) % len(MUTATIONS)
-
-
-def describe(seed: int) -> str:
-    form, mutation = _choices(seed)
-    return f"{MUTATIONS[mutation].__name__} of {list(FORMATS)[form]}"
+def choices(seed: int) -> tuple[int, str]:
+    """(place of the format, mutation): the seeds go through all formats, then through the mutations."""
+    return seed % len(FORMATS), list(MUTATIONS)[seed // len(FORMATS) % len(MUTATIONS)]
 
 
 def mutate(seed: int, originals: list[Path], folder: Path) -> Mutation:
-    """Write the damaged file of this seed: the seeds go through all formats, then through the mutations."""
-    form, mutation = _choices(seed)
+    """Write the damaged file of this seed."""
+    form, mutation = choices(seed)
     data = bytearray(originals[form].read_bytes())
     MUTATIONS[mutation](data, random.Random(seed))
     path = folder / f"{seed}{originals[form].suffix}"

@@ -110,7 +110,8 @@ def check_pytest(words: Sequence[str]) -> None:
     parser, paths = argparse.ArgumentParser(exit_on_error=False), [word for word in words if (ROOT / word).exists()]
     for option in ("-n", "--dist", "-m", "-k"):
         parser.add_argument(option)
-    parser.add_argument("--random-order", action="store_true")
+    for option in ("--random-order", "--full"):
+        parser.add_argument(option, action="store_true")
     parser.add_argument("paths", nargs="*")
     if any(path.startswith("benchmarks") for path in paths):
         parser.add_argument("--slow", action="store_true")

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from patience import PATIENCE
@@ -29,72 +31,86 @@ class Work:
     path: str = "/data/clip.mp4"
 
 
-def work(item):
+def work(item: Work) -> Any:
     """Runs in a worker."""
-    if item.name == "hang":
-        time.sleep(1000)
-    if item.name == "hang in native code":
-        collections.deque(itertools.repeat(0), maxlen=0)  # an endless loop in C: Python never sees SIGTERM
-    if item.name == "exit":
-        os._exit(7)
-    if item.name == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if item.name == "kill once":  # the system does so where memory runs out
-        log = Path(item.path)
-        log.write_text(f"{log.read_text() if log.exists() else ''}{os.getpid()}\n")
-        if len(log.read_text().split()) == 1:
-            os.kill(os.getpid(), item.number)
-    if item.name.startswith("start a program"):
-        program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-        Path(item.path).write_text(f"{os.getpid()} {program.pid}")
-        if item.name == "start a program and die":
+    match item.name:
+        case "hang":
+            time.sleep(1000)
+        case "hang in native code":
+            collections.deque(itertools.repeat(0), maxlen=0)  # an endless loop in C: Python never sees SIGTERM
+        case "exit":
+            os._exit(7)
+        case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(1000)
-    if item.name == "raise":
-        raise KeyError("something")
-    if item.name == "sys.exit":
-        sys.exit(3)
-    if item.name == "bad":
-        raise SampleError("missing_file", "no such file", item.path)
-    if item.name == "option":
-        raise ConfigError("video.backend: no")
-    if item.name == "slow":
-        time.sleep(0.3)
-    if item.name == "pid":
-        return os.getpid(), signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    if item.name == "write":
-        with open(item.path, "a") as file:
-            file.write(f"{item.number}\n")
-    if item.name == "tensor":
-        return torch.full((item.number,), 7, dtype=torch.uint8), torch.ones(3, dtype=torch.bfloat16)
+        case "kill once":  # the system does so where memory runs out
+            with open(item.path, "a+") as log:
+                log.write(f"{os.getpid()}\n")
+                log.seek(0)
+                first = len(log.read().split()) == 1
+            if first:
+                os.kill(os.getpid(), item.number)
+        case "start a program" | "start a program and die":
+            program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+            Path(item.path).write_text(f"{os.getpid()} {program.pid}")
+            if item.name.endswith("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        case "raise":
+            raise KeyError("something")
+        case "sys.exit":
+            sys.exit(3)
+        case "bad":
+            raise SampleError("missing_file", "no such file", item.path)
+        case "option":
+            raise ConfigError("video.backend: no")
+        case "slow":
+            time.sleep(0.3)
+        case "pid":
+            return os.getpid(), signal.getsignal(signal.SIGINT), torch.get_num_threads()
+        case "write":
+            with open(item.path, "a") as file:
+                file.write(f"{item.number}\n")
+        case "tensor":
+            return torch.full((item.number,), 7, dtype=torch.uint8), torch.ones(3, dtype=torch.bfloat16)
     return item.number * item.number
 
 
-def prefetcher(workers=1, depth=4, timeout=PATIENCE, cache_bytes=0, key=Key):
-    return Prefetcher(work, workers=workers, depth=depth, timeout=timeout, cache_bytes=cache_bytes, key=key)
+def prefetcher(workers: int = 1, depth: int = 4, timeout: float = PATIENCE, cache_bytes: int = 0) -> Prefetcher:
+    return Prefetcher(work, workers=workers, depth=depth, timeout=timeout, cache_bytes=cache_bytes, key=Key)
 
 
-def run_script(tmp_path, body, **kwargs):
+def results(ahead: Prefetcher, items: Iterable[Any]) -> list[Any]:
+    """Of every item its result, or the kind of its error."""
+    return [getattr(result, "kind", result) for _, result in ahead.iterate(items)]
+
+
+def run_script(tmp_path: Path, body: str, **kwargs: Any) -> subprocess.Popen[str]:
+    """A Python program that takes Ctrl-C, also where these tests run in the background of a shell."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(body))
+    takes_it = "if __name__ == '__main__':\n    import signal\n    signal.signal(2, signal.default_int_handler)\n"
+    script.write_text(takes_it + textwrap.dedent(body))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, str(script)], text=True, env=environment, **pipes, **kwargs)
 
 
-def alive(pid):
+def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def wait_until(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
-def sample(path, data_type="video", index=0):
+def wait_for_end(pids: Iterable[int]) -> None:
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def sample(path: Path | None, data_type: Any = "video", index: int = 0) -> Sample:
     return Sample(index, str(index), "Which?", data_type, "free-form", "<answer>x</answer>", path=path)

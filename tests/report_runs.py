@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,37 +30,17 @@ LOGPS = [-0.01, -0.3, -1.5, -3.1, -7.25, None, -0.02, 0.0, -0.4, -0.001, -0.0001
 def step_row(step: int) -> dict[str, Any]:
     """A line of metrics.jsonl about a T-GRPO step."""
     return {
-        "step": step,
-        "loss": -0.1 + step / 1000,
-        "grad_norm": 1.0 + step % 3,
-        "learning_rate": 1e-6 * step,
-        "epoch": step / 100,
-        "num_tokens": 1000 * step,
-        "nonfinite_steps": 0,
-        "failed_checkpoints": 0,
-        "reward": 1 + step / 100,
-        "rewards/accuracy/mean": 0.4 + step / 200,
-        "rewards/format/mean": 0.9,
-        "frac_reward_zero_std": 0.3,
-        "kl": step / 1000,
-        "entropy": 1.0 - step / 200,
-        "completions/mean_length": 100 + step,
-        "completions/max_length": 200 + step,
-        "completions/clipped_ratio": 0.01,
-        "temporal/p": 0.5 + step / 200,
-        "temporal/p_shuffled": None if step % 5 == 0 else 0.3,
-        "temporal/bonus": 0.1,
-        "temporal/rewarded": 0.6,
-        "rollout/shuffled_asked": 40,
-        "rollout/shuffled_skipped": 10,
-        "rollout/shuffled_stopped": 4,
-        "time/data": 0.1,
-        "time/rollout": 2.0,
-        "time/reward": 0.05,
-        "time/reference": 0.5,
-        "time/update": 1.5,
+        "step": step, "loss": -0.1 + step / 1000, "grad_norm": 1.0 + step % 3, "learning_rate": 1e-6 * step,
+        "epoch": step / 100, "num_tokens": 1000 * step, "nonfinite_steps": 0, "failed_checkpoints": 0,
+        "reward": 1 + step / 100, "rewards/accuracy/mean": 0.4 + step / 200, "rewards/format/mean": 0.9,
+        "frac_reward_zero_std": 0.3, "kl": step / 1000, "entropy": 1.0 - step / 200,
+        "completions/mean_length": 100 + step, "completions/max_length": 200 + step, "completions/clipped_ratio": 0.01,
+        "temporal/p": 0.5 + step / 200, "temporal/p_shuffled": None if step % 5 == 0 else 0.3,
+        "temporal/bonus": 0.1, "temporal/rewarded": 0.6,
+        "rollout/shuffled_asked": 40, "rollout/shuffled_skipped": 10, "rollout/shuffled_stopped": 4,
+        "time/data": 0.1, "time/rollout": 2.0, "time/reward": 0.05, "time/reference": 0.5, "time/update": 1.5,
         "time/tokens_per_second": 900.0,
-    }
+    }  # fmt: skip
 
 
 def eval_row(step: int) -> dict[str, Any]:
@@ -71,33 +52,18 @@ def rollout_row(step: int, path: Path | None, **changes: Any) -> dict[str, Any]:
     kind = "text" if path is None else "image" if path.suffix == ".png" else "video"
     video = kind == "video"
     return {
-        "step": step,
-        "draw": step - 1,
-        "problem_id": str(900 + step),
-        "path": path,
-        "data_type": kind,
-        "problem": f"What comes first in {step}?",
-        "options": ["A. red", "B. blue"],
+        "step": step, "draw": step - 1, "problem_id": str(900 + step), "path": path, "data_type": kind,
+        "problem": f"What comes first in {step}?", "options": ["A. red", "B. blue"], "solution": "<answer>B</answer>",
         "prompt": f"<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>What comes first?<|im_end|>\n"
         "<|im_start|>assistant\n",
-        "solution": "<answer>B</answer>",
         "permutation": [3, 0, 2, 1] if video else None,
-        "completions": ["<think>café it</think>\n<answer>B</answer>", HOSTILE],
-        "finished": [True, False],
-        "lengths": [len(TOKENS), 7],
-        "accuracy": [1.0, 0.0],
-        "format": [1.0, 0.5],
-        "rewards": [2.2, 0.5],
-        "advantages": [0.7071, -0.7071],
-        "temporal": 0.2 if video else 0.0,
-        "p": 0.5,
-        "p_shuffled": None,
-        "shuffled_asked": 2 if video else 0,
-        "shuffled_completions": ["<answer>A</answer>"] if video else [],
+        "completions": ["<think>café it</think>\n<answer>B</answer>", HOSTILE], "finished": [True, False],
+        "lengths": [len(TOKENS), 7], "accuracy": [1.0, 0.0], "format": [1.0, 0.5], "rewards": [2.2, 0.5],
+        "advantages": [0.7071, -0.7071], "temporal": 0.2 if video else 0.0, "p": 0.5, "p_shuffled": None,
+        "shuffled_asked": 2 if video else 0, "shuffled_completions": ["<answer>A</answer>"] if video else [],
         "shuffled_accuracy": [0.0 if video else None, None],
-        "tokens": [TOKENS, ["x", HOSTILE]],
-        "logps": [LOGPS, [-0.5, -9.0]],
-    } | changes
+        "tokens": [TOKENS, ["x", HOSTILE]], "logps": [LOGPS, [-0.5, -9.0]],
+    } | changes  # fmt: skip
 
 
 def make_run(
@@ -144,30 +110,26 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: dict[str | None, str] = {}
-        self.styles = ""
-        self.text = ""
-        self._inside: list[str] = []
+        self.parts: defaultdict[str, str] = defaultdict(str)  # text, of styles and scripts by their id or tag
         self.size = path.stat().st_size
+        self._place = ""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag in ("script", "style"):
-            self._inside.append(tag)
+            self._place = dict(attrs).get("id") or tag
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("script", "style"):
-            self._inside.remove(tag)
+            self._place = ""
 
     def handle_data(self, data: str) -> None:
-        if self._inside == ["script"]:
-            key = self.elements[-1][1].get("id")
-            self.scripts[key] = self.scripts.get(key, "") + data
-        elif self._inside == ["style"]:
-            self.styles += data
-        else:
-            self.text += f" {data}"
+        self.parts[self._place] += data if self._place else f" {data}"
+
+    @property
+    def text(self) -> str:
+        return self.parts[""]
 
     @property
     def words(self) -> str:
@@ -175,18 +137,18 @@ class Page(HTMLParser):
 
     @property
     def rollouts(self) -> dict[str, Any]:
-        return json.loads(self.scripts["rollout-data"])
+        return json.loads(self.parts["rollout-data"])
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        return {one["id"]: one["figure"] for one in json.loads(self.scripts["chart-data"])}
+        return {one["id"]: one["figure"] for one in json.loads(self.parts["chart-data"])}
 
     def loads(self) -> list[str]:
         """Addresses that a browser would fetch when it shows the page."""
         names = ("src", "srcset", "poster", "data", "background", "action", "ping", "xlink:href")
         found = [str(value) for _, attributes in self.elements for name, value in attributes.items() if name in names]
         found += [str(a.get("href")) for tag, a in self.elements if tag in ("link", "base", "use", "image")]
-        styles = self.styles + " ".join(str(a.get("style", "")) for _, a in self.elements)
+        styles = self.parts["style"] + " ".join(str(a.get("style", "")) for _, a in self.elements)
         found += re.findall(r"url\(\s*['\"]?([^)'\"]*)", styles) + re.findall(r"@import[^;]*", styles)
         return found
 

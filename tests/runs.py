@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -30,16 +32,12 @@ from videor1.training.sft import SFTTrainer
 from videor1.training.tgrpo import Trainer
 
 TESTS = Path(__file__).parent
-TINY = {
-    "data.workers": 0,
-    "video.max_pixels": 3136,
-    "video.min_pixels": 3136,
-    "video.image_max_pixels": 3136,
-    "max_completion_length": 8,
-    "learning_rate": 1e-3,
-    "disable_tqdm": True,
-    "device": "cpu",
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": str(THREADS),
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
 }
+TINY = {"data.workers": 0, "max_completion_length": 8, "learning_rate": 1e-3, "disable_tqdm": True, "device": "cpu"}
+TINY |= dict.fromkeys(("video.max_pixels", "video.min_pixels", "video.image_max_pixels"), 3136)
 TINY_TRAIN = TINY | {"num_generations": 2, "temporal.num_generations": 1, "reward.functions": "toy_rewards:uneven"}
 
 
@@ -58,29 +56,53 @@ class Killed(BaseException):
     """Ends a run in this process at a chosen place, past every ``except Exception``."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+def kill_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """The ``call``-th call of a function raises Killed instead."""
-    original, calls = getattr(owner, name), []
+    original, calls = getattr(owner, name), itertools.count(1)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) == call:
+        if next(calls) == call:
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, counting)
+    patch.setattr(owner, name, counting)
+
+
+def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
+    """Train until the ``call``-th call of a function, where the run ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            run.train()
+
+
+def ctrl_c(patch: pytest.MonkeyPatch, run: Trainer | SFTTrainer, step: int, times: int = 1) -> None:
+    """Ctrl-C, as often, in the batch before which ``step`` steps are done."""
+    original = run.train_batch
+
+    def batch() -> None:
+        for _ in range(times * (run.step == step)):
+            os.kill(os.getpid(), signal.SIGINT)
+        original()
+
+    patch.setattr(run, "train_batch", batch)
 
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
     """The command line of a tiny T-GRPO run; a double underscore stands for a dot."""
-    given = {"model_name_or_path": assets.model, "dataset_name": assets.train, "output_dir": output_dir}
-    return _flags(TINY_TRAIN | given | _dotted(options))
+    options = {"model_name_or_path": assets.model, "dataset_name": assets.train} | options
+    return _flags(TINY_TRAIN, output_dir=output_dir, **options)
 
 
 def sft_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
     """The command line of a tiny SFT run."""
-    given = {"model_name_or_path": assets.model, "dataset_name": assets.sft, "output_dir": output_dir}
-    return _flags(TINY | given | _dotted(options))
+    options = {"model_name_or_path": assets.model, "dataset_name": assets.sft} | options
+    return _flags(TINY, output_dir=output_dir, **options)
+
+
+def _flags(tiny: dict[str, Any], **options: Any) -> list[str]:
+    given = tiny | {name.replace("__", "."): value for name, value in options.items()}
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
 
 
 def trainer(assets: Assets, output_dir: Path, **options: Any) -> Trainer:
@@ -91,12 +113,27 @@ def sft_trainer(assets: Assets, output_dir: Path, **options: Any) -> SFTTrainer:
     return SFTTrainer(parse(SFTConfig, sft_flags(assets, output_dir, **options), prog="sft", description=""))
 
 
-def start(module: str, flags: list[str], *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+class Lab:
+    """A folder, and tiny runs in it by their names; without a name, in the folder itself."""
+
+    def __init__(self, assets: Assets, folder: Path) -> None:
+        self.assets, self.folder = assets, folder
+
+    def make(self, name: str = "", **options: Any) -> Trainer:
+        return trainer(self.assets, self.folder / name, **options)
+
+    def sft(self, name: str = "", **options: Any) -> SFTTrainer:
+        return sft_trainer(self.assets, self.folder / name, **options)
+
+    def rows(self, name: str = "") -> list[dict[str, Any]]:
+        return metrics(self.folder / name)
+
+
+def start(module: str, flags: list[str], **variables: str) -> subprocess.Popen[str]:
     """``python -m module flags`` in a session of its own, with the tests' number of threads."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", module, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": path},
+        [sys.executable, "-m", module, *flags],
+        env=os.environ | ENVIRONMENT | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,16 +152,23 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeo
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session (zombies do not count)."""
-    members = []
+    return _live_processes(3, session)
+
+
+def children(process: int) -> list[int]:
+    """Live processes that a process has started."""
+    return _live_processes(1, process)
+
+
+def _live_processes(field: int, value: int) -> list[int]:
+    """Those with ``value`` in a field of /proc/PID/stat, counted from the state on."""
+    found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            try:
+            with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                members.append(int(folder.name))
-    return members
+                found += [int(folder.name)] if int(fields[field]) == value and fields[0] != "Z" else []
+    return found
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -175,18 +219,22 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
             assert (run_dir / name).read_bytes() == (expected / name).read_bytes(), name
     (step, ours), (expected_step, theirs) = checkpoints(run_dir)[-1], checkpoints(expected)[-1]
     assert step == expected_step
-    files = [path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()]
-    assert sorted(files) == sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file())
-    for file in files:
-        if file.name == "state.json":
-            assert _state(ours / file) == _state(theirs / file)
-        elif file.name == MANIFEST:  # The digest of the state depends on what a clock measured.
-            listed = [json.loads((folder / file).read_text())["files"] for folder in (ours, theirs)]
-            for found in listed:
-                found.pop("trainer/state.json", None)
-            assert listed[0] == listed[1]
-        else:
-            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    found, wanted = _contents(ours), _contents(theirs)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def _contents(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's files, without what a clock measured."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    found: dict[str, Any] = {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
+    state = json.loads(found["trainer/state.json"])
+    for row in state["pending_metrics"]:
+        for key in [key for key in row if key.startswith("time/")]:
+            del row[key]
+    found["trainer/state.json"] = json.dumps(state, sort_keys=True)  # as text: NaN equals NaN
+    found[MANIFEST] = json.loads(found[MANIFEST])["files"] | {"trainer/state.json": None}  # which is of the clock too
+    return found
 
 
 def write_data(path: Path, entries: list[Any]) -> Path:
@@ -198,23 +246,3 @@ def entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a demo data file with absolute media paths."""
     found = json.loads(path.read_text(encoding="utf-8"))
     return [entry | {"path": str(path.parent / entry["path"])} for entry in found]
-
-
-def _state(path: Path) -> str:
-    state = json.loads(path.read_text(encoding="utf-8"))
-    for row in state["pending_metrics"]:
-        for key in [key for key in row if key.startswith("time/")]:
-            del row[key]
-    return json.dumps(state, sort_keys=True)  # as text: NaN equals NaN
-
-
-def _dotted(options: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("__", "."): value for name, value in options.items()}
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in options.items():
-        text = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-        flags.append(f"--{name}={text}")
-    return flags

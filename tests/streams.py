@@ -1,29 +1,31 @@
 """Shards of text samples for tests, and what is drawn from streams of them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from videor1.config import DataConfig
 from videor1.data.order import Draw
-from videor1.data.stream import RowStream, StreamOrder, open_dataset
+from videor1.data.stream import Position, RowStream, StreamOrder, open_dataset
 from videor1.types import Sample
 
 
-def row(number: int, **changes: Any) -> dict[str, Any]:
+def row(number: Any, **changes: Any) -> dict[str, Any]:
     """A text sample; a field set to ... is left out."""
     entry = {"problem_id": number, "problem": f"{number}?", "data_type": "text", "problem_type": "numerical"}
     entry |= {"solution": f"<answer>{number}</answer>"} | changes
     return {name: value for name, value in entry.items() if value is not ...}
 
 
-def lines(numbers: range) -> bytes:
-    return b"".join(json.dumps(row(i)).encode() + b"\n" for i in numbers)
+def json_lines(rows: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in rows)
+
+
+def lines(numbers: Iterable[int]) -> bytes:
+    return json_lines(map(row, numbers))
 
 
 def write_shards(folder: Path, count: int = 300, shards: int = 3) -> Path:
@@ -42,12 +44,22 @@ def stream_of(name: Path | str, **data: Any) -> RowStream:
     return stream
 
 
-def ids(draws: Iterator[Draw], count: int) -> list[str]:
-    return [d.sample.problem_id for d in itertools.islice(draws, count) if isinstance(d.sample, Sample)]
-
-
 def order_of(stream: RowStream, **options: Any) -> StreamOrder:
     return StreamOrder(stream, **{"seed": 7, "shuffle": True} | options)
+
+
+def drawn(stream: RowStream, count: int, **options: Any) -> list[Draw]:
+    """The first draws of an order; its options are those of ``order_of``."""
+    return list(itertools.islice(order_of(stream, **options).iterate(Position()), count))
+
+
+def samples(stream: RowStream, count: int) -> list[Any]:
+    """The first samples and errors in the order of the files."""
+    return [draw.sample for draw in drawn(stream, count, shuffle=False)]
+
+
+def ids(draws: Iterable[Draw]) -> list[str]:
+    return [draw.sample.problem_id for draw in draws if isinstance(draw.sample, Sample)]
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int = 10) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ class Clips:
         return Path(shutil.copy(self.source, path))
 
 
+def table(names: str, rows: Sequence[Sequence[Any]]) -> Rows:
+    """Objects with these fields."""
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
 def write_parquet(path: Path, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
@@ -41,62 +46,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def vsibench(root: Path, clips: Clips) -> None:
-    scene = {"dataset": "scannet", "scene_name": "scene0001_00"}
-    other = {"dataset": "arkitscenes", "scene_name": "41069025"}
-    choice = {"options": ["A. left", "B. right", "C. back"], "ground_truth": "B"}
-    rows: Rows = [
-        {
-            "id": 0,
-            **scene,
-            "question_type": "object_counting",
-            "question": "How many chairs?",
-            "ground_truth": "4",
-            "options": None,
-        },
-        {"id": 1, **scene, "question_type": "object_rel_direction_easy", "question": "Which side?", **choice},
-        {"id": 2, **other, "question_type": "object_rel_direction_hard", "question": "Which side is it?", **choice},
-        {"id": 3, **other, "question_type": "route_planning", "question": "Where to?", **choice},
-        {
-            "id": 4,
-            **other,
-            "question_type": "room_size_estimation",
-            "question": "Square metres?",
-            "ground_truth": "21.5",
-            "options": None,
-        },
-    ]
-    folder = root / "vsibench"
+    folder, options = root / "vsibench", ["A. left", "B. right", "C. back"]
+    scene, other = ("scannet", "scene0001_00"), ("arkitscenes", "41069025")
+    rows = table(
+        "id dataset scene_name question_type question ground_truth options",
+        [
+            (0, *scene, "object_counting", "How many chairs?", "4", None),
+            (1, *scene, "object_rel_direction_easy", "Which side?", "B", options),
+            (2, *other, "object_rel_direction_hard", "Which side is it?", "B", options),
+            (3, *other, "route_planning", "Where to?", "B", options),
+            (4, *other, "room_size_estimation", "Square metres?", "21.5", None),
+        ],
+    )
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    clips.at(folder / "scannet" / "scene0001_00.mp4")
-    clips.at(folder / "arkitscenes" / "41069025.mp4")
+    for dataset, name in (scene, other):
+        clips.at(folder / dataset / f"{name}.mp4")
 
 
 def videommmu(root: Path, clips: Clips) -> None:
-    folder = root / "videommmu"
-    options = ["$6", "$7"]
-    rows = [
-        {
-            "id": "validation_Accounting_1",
-            "question": "Unit cost?",
-            "options": options,
-            "answer": "B",
-            "question_type": "multiple-choice",
-        }
-    ]
-    ready = [
-        {
-            "id": "test_Art_Theory_12",
-            "question": "Which era?",
-            "options": ["A. gothic", "B. baroque"],
-            "answer": "A",
-            "question_type": "perception",
-        }
-    ]
-    opened = {"id": "dev_Math_3", "question": "How far?", "options": [], "answer": "12.50", "question_type": "open"}
-    write_parquet(folder / "Perception" / "test-00000-of-00001.parquet", ready)
-    write_parquet(folder / "Comprehension" / "test-00000-of-00001.parquet", rows)
-    write_parquet(folder / "Adaptation" / "test-00000-of-00001.parquet", [*rows, opened])
+    folder, names = root / "videommmu", "id question options answer question_type"
+    choice = ("validation_Accounting_1", "Unit cost?", ["$6", "$7"], "B", "multiple-choice")
+    ready = ("test_Art_Theory_12", "Which era?", ["A. gothic", "B. baroque"], "A", "perception")
+    opened = ("dev_Math_3", "How far?", [], "12.50", "open")
+    for track, rows in (("Perception", [ready]), ("Comprehension", [choice]), ("Adaptation", [choice, opened])):
+        write_parquet(folder / track / "test-00000-of-00001.parquet", table(names, rows))
     for path in ("Business/validation_Accounting_1", "Art/test_Art_Theory_12", "Science/dev_Math_3"):
         clips.at(folder / f"{path}.mp4")
     (folder / "__MACOSX" / "Business").mkdir(parents=True)
@@ -122,17 +96,13 @@ def mvbench(root: Path, clips: Clips) -> None:
 
 
 def tempcompass(root: Path, clips: Clips) -> None:
-    folder = root / "tempcompass"
-    common = {"video_id": "1034419625", "dim": "direction"}
-    questions = {
-        "multi-choice": ("Where does he go?\nA. to the left\nB. to the right", "B. to the right"),
-        "yes_no": ("Does he go left?", "no"),
-        "caption_matching": (
-            "Which caption fits?\nCaption A: He goes left.\nCaption B: He goes right.",
-            "Caption B: He goes right.",
-        ),
-    }
-    for task, (question, answer) in questions.items():
+    folder, common = root / "tempcompass", {"video_id": "1034419625", "dim": "direction"}
+    captions = "Which caption fits?\nCaption A: He goes left.\nCaption B: He goes right."
+    for task, question, answer in (
+        ("multi-choice", "Where does he go?\nA. to the left\nB. to the right", "B. to the right"),
+        ("yes_no", "Does he go left?", "no"),
+        ("caption_matching", captions, "Caption B: He goes right."),
+    ):
         rows = [common | {"question": question, "answer": answer}]
         write_parquet(folder / task / "test-00000-of-00001.parquet", rows)
     caption = common | {"question": "Describe.", "mc_question": "Where?\nA. left", "mc_answer": "A. left"}
@@ -141,54 +111,32 @@ def tempcompass(root: Path, clips: Clips) -> None:
 
 
 def videomme(root: Path, clips: Clips) -> None:
-    folder = root / "videomme"
-    rows: Rows = []
-    for number, (video, duration) in enumerate((("fFjv93ACGo8", "short"), ("mKjv93ACGo9", "long")), start=1):
-        about = {
-            "video_id": f"{number:03}",
-            "videoID": video,
-            "duration": duration,
-            "domain": "Knowledge",
-            "sub_category": "Law",
-            "url": "-",
-            "options": ["A. one", "B. two", "C. three", "D. four"],
-        }
-        for i, (kind, answer) in enumerate(
-            (("Counting Problem", "C"), ("OCR Problems", "A"), ("Counting Problem", "D"))
-        ):
-            rows.append(
-                about
-                | {"question_id": f"{number:03}-{i}", "task_type": kind, "question": "How many?", "answer": answer}
-            )
+    folder, options = root / "videomme", ["A. one", "B. two", "C. three", "D. four"]
+    kinds = (("Counting Problem", "C"), ("OCR Problems", "A"), ("Counting Problem", "D"))
+    rows = table(
+        "video_id videoID duration domain sub_category url options question_id task_type question answer",
+        [
+            (video, name, duration, "Knowledge", "Law", "-", options, f"{video}-{i}", kind, "How many?", answer)
+            for video, name, duration in (("001", "fFjv93ACGo8", "short"), ("002", "mKjv93ACGo9", "long"))
+            for i, (kind, answer) in enumerate(kinds)
+        ],
+    )
     write_parquet(folder / "videomme" / "test-00000-of-00001.parquet", rows)
     clips.at(folder / "data" / "fFjv93ACGo8.mp4")
     clips.at(folder / "data" / "mKjv93ACGo9.mkv")  # the suffix lies, as some do
 
 
 def mmvu(root: Path, clips: Clips) -> None:
-    folder = root / "mmvu"
+    folder, about = root / "mmvu", {"subject": "Computer Science", "textbook": "-"}
     address = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos/Computer_Science/0.mp4"
-    common = {"video": address, "youtube_url": "-", "metadata": {"subject": "Computer Science", "textbook": "-"}}
     choices = {"A": "heap sort", "B": "quick sort", "C": "merge sort", "D": "", "E": ""}
-    empty = dict.fromkeys("ABCDE", "")
-    rows: Rows = [
-        common
-        | {
-            "id": "validation_0",
-            "question_type": "multiple-choice",
-            "question": "Which sort?",
-            "choices": choices,
-            "answer": "B",
-        },
-        common
-        | {
-            "id": "validation_1",
-            "question_type": "open-ended",
-            "question": "Which one?",
-            "choices": empty,
-            "answer": "DFS",
-        },
-    ]
+    rows = table(
+        "id video youtube_url metadata question_type question choices answer",
+        [
+            ("validation_0", address, "-", about, "multiple-choice", "Which sort?", choices, "B"),
+            ("validation_1", address, "-", about, "open-ended", "Which one?", dict.fromkeys("ABCDE", ""), "DFS"),
+        ],
+    )
     write_json(folder / "validation.json", rows)
     clips.at(folder / "videos" / "Computer_Science" / "0.mp4")
 

@@ -88,49 +88,31 @@ def test_everything_public_is_on_a_page() -> None:
         assert f"videor1_kernels.integrations.{host}.use" in FUNCTIONS
     records = {thing for thing in vars(videor1.types).values() if getattr(thing, "__module__", "") == "videor1.types"}
     assert {thing for thing in records if inspect.isclass(thing)} <= set(ENTRIES.values())
-    assert {
-        "videor1.rewards.accuracy_reward",
-        "videor1.rewards.format_reward",
-        "videor1.video.read_frames",
-        "videor1.rollout.protocol.RolloutEngine",
-    } < set(ENTRIES)
+    others = ("rewards.accuracy_reward", "rewards.format_reward", "video.read_frames", "rollout.protocol.RolloutEngine")
+    assert {f"videor1.{name}" for name in others} < set(ENTRIES)
     assert len(FUNCTIONS) >= 20
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_parameter_is_described(name: str) -> None:
-    function = FUNCTIONS[name]
-    assert set(arguments(function)) == set(inspect.signature(function).parameters)
-    assert parsed(function).short_description
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_shapes_and_dtypes_of_tensors(name: str) -> None:
-    function, said = FUNCTIONS[name], arguments(FUNCTIONS[name])
+def test_a_docstring_says_what_a_caller_must_know(name: str) -> None:
+    """Every parameter, shapes and dtypes of tensors, units, errors, and where the function comes from."""
+    function, docstring, said = FUNCTIONS[name], parsed(FUNCTIONS[name]), arguments(FUNCTIONS[name])
     given = inspect.signature(function)
+    assert set(said) == set(given.parameters)
+    assert docstring.short_description
     for parameter in given.parameters.values():
         if "Tensor" in parameter.annotation and parameter.name != "permutation":  # which takes any sequence of ints
             assert SHAPE.search(said[parameter.name]), f"{parameter.name}: no shape"
             assert DTYPE.search(said[parameter.name]), f"{parameter.name}: no dtype"
-    returned = parsed(function).returns
+        unit = UNITS.get(parameter.name, "")
+        assert unit in said[parameter.name], f"{parameter.name}: {unit}"
+    returned = docstring.returns
     assert returned, "no Returns"
     if "Tensor" in given.return_annotation:
         assert SHAPE.search(returned.description), "Returns: no shape"
         assert DTYPE.search(returned.description) or "dtype" in returned.description, "Returns: no dtype"
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_units(name: str) -> None:
-    function, said = FUNCTIONS[name], arguments(FUNCTIONS[name])
-    for parameter, text in said.items():
-        assert UNITS.get(parameter, "") in text, f"{parameter}: {UNITS.get(parameter)}"
     if name.rpartition(".")[2] in IN_NATS:
-        assert "nats" in parsed(function).returns.description
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_errors_and_origin(name: str) -> None:
-    docstring = parsed(FUNCTIONS[name])
+        assert "nats" in returned.description
     assert docstring.raises, "no Raises"
     assert all(error.type_name and error.description for error in docstring.raises)
     assert ORIGIN.search(source(docstring)), "no Source"

@@ -12,8 +12,7 @@ import pytest
 from videor1.atomic import write_all, write_atomic
 
 
-@pytest.mark.parametrize("sync", [False, True])
-@pytest.mark.parametrize("content", ["é\n", "é\n".encode()])
+@pytest.mark.grid(content=["é\n", "é\n".encode()], sync=[False, True])
 def test_a_new_file_takes_the_place_of_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes, sync: bool
 ) -> None:
@@ -37,32 +36,30 @@ def test_its_permissions_are_a_new_files(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["fsync", "replace"])
+@pytest.mark.grid(
+    error=[OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], at=["fsync", "replace"]
+)
 def test_a_failure_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
     path = tmp_path / "a.json"
     path.write_text("old")
-    monkeypatch.setattr(os, place, fail)
+    monkeypatch.setattr(os, at, fail)
     with pytest.raises(type(error)):
         write_atomic(path, "new", sync=True)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_text_that_is_no_utf8_leaves_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(tmp_path / "a", "\ud800")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "none" / "a", "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_that_takes_a_part_is_gone_on_with() -> None:
@@ -72,8 +69,6 @@ def test_a_write_that_takes_a_part_is_gone_on_with() -> None:
         taken.append(bytes(data[:3]))
         return len(taken[-1])
 
-    file = SimpleNamespace(write=write)
-    write_all(file, b"abcdefgh")
+    write_all(SimpleNamespace(write=write), b"abcdefgh")
+    write_all(SimpleNamespace(write=write), b"")
     assert taken == [b"abc", b"def", b"gh"]
-    write_all(file, b"")
-    assert len(taken) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from videor1.train import main
 from videor1.training.checkpoint import checkpoints
 
 IN_ORDER = {"data__root": "/", "data__shuffle": False}
+HALF = "\ud83d"  # of an emoji's surrogate pair
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +34,13 @@ def broken(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """A folder with one of each: kind of file -> path."""
     root = tmp_path_factory.mktemp("broken")
     clip = Path(entries(assets.train)[0]["path"])
-    (root / "good.mp4").write_bytes(clip.read_bytes())
     (root / "text.mp4").write_text("this is not a video\n" * 100)
     (root / "empty.mp4").write_bytes(b"")
     (root / "half.png").write_bytes((assets.folder / "clips" / "train-0003.png").read_bytes()[:60])
     (root / "folder.mp4").mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)
     data = bytearray(write_video(root / "fine.mp4", np.zeros((20, 64, 64, 3), np.uint8) + 90).read_bytes())
     start = data.index(b"mdat") + 4
-    data[start : start + 600] = noise.tobytes()[:600]
+    data[start : start + 600] = np.random.default_rng(0).bytes(600)
     (root / "corrupt.mp4").write_bytes(data)
     return {
         "missing": root / "gone.mp4",
@@ -56,23 +57,13 @@ def broken(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_kind_of_broken_file_is_skipped_and_reported(
-    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: Capture
 ) -> None:
     good, image = entries(assets.train)[0], entries(assets.train)[3]
     assert image["data_type"] == "image"
     bad = [(image if name == "image" else good) | {"path": str(path)} for name, path in broken.items()]
-    root = Path("/")
     data = write_data(tmp_path / "data.json", [*bad, good, image])
-    run = trainer(
-        assets,
-        tmp_path / "run",
-        dataset_name=data,
-        data__root=root,
-        data__shuffle=False,
-        data__workers=workers,
-        max_steps=3,
-    )
-    run.train()
+    trainer(assets, tmp_path / "run", dataset_name=data, data__workers=workers, max_steps=3, **IN_ORDER).train()
     lines = run_lines(tmp_path / "run", "skipped.jsonl")
     first_pass = [line for line in lines if line["draw"] < len(bad)]
     assert [line["path"] for line in first_pass] == [str(path) for path in broken.values()]
@@ -80,9 +71,7 @@ def test_every_kind_of_broken_file_is_skipped_and_reported(
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped"] == len(lines) == 2 * len(bad)  # the third step begins another pass
     counted = {key: value for key, value in row.items() if key.startswith("data/skipped/")}
-    assert counted == {
-        f"data/skipped/{kind}": sum(line["kind"] == kind for line in lines) for kind in {line["kind"] for line in lines}
-    }
+    assert counted == Counter(f"data/skipped/{line['kind']}" for line in lines)
     assert counted["data/skipped/missing_file"] == 2
     screen = capfd.readouterr().err
     assert all(str(path) in screen for path in broken.values())
@@ -90,81 +79,43 @@ def test_every_kind_of_broken_file_is_skipped_and_reported(
     assert [line["path"] for line in rollouts] == [good["path"], image["path"], good["path"]]
 
 
-def bad_entries(good: dict[str, Any]) -> dict[str, Any]:
-    """Kind of error -> an entry that has it."""
-    return {
-        "wrong_type": 7,
-        "missing_field": {key: value for key, value in good.items() if key != "problem"},
-        "empty_field": good | {"problem": " "},
-        "data_type": good | {"data_type": "vidoe"},
-        "problem_type": good | {"problem_type": "multiple choise"},
-        "options": good | {"problem_type": "multiple choice", "options": []},
-        "solution": good | {"solution": "A"},
-        "bad_text": good | {"problem": "Which \ud83d comes first?"},
-        "outside_root": good | {"path": "../../etc/passwd"},
-        "bad_path": good | {"path": "a\0b"},
-    }
-
-
+@pytest.mark.parametrize("stream", [False, True])
 def test_every_kind_of_bad_entry_is_left_out_and_reported(
-    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    stream: bool, assets: Assets, tmp_path: Path, capfd: Capture
 ) -> None:
-    good = entries(assets.train)[0]
-    bad = bad_entries(good)
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join([json.dumps(good), "{no json", *map(json.dumps, bad.values())]) + "\n")
-    run = trainer(assets, tmp_path / "run", dataset_name=data, data__root=assets.folder, max_steps=2)
-    run.train()
-    lines = run_lines(tmp_path / "run", "skipped.jsonl")
-    assert [line["kind"] for line in lines] == ["bad_json", *bad]
-    assert [int(re.search(r"line (\d+)", line["message"])[1]) for line in lines] == list(range(2, 13))  # type: ignore
-    assert {line["path"] for line in lines} == {str(data)}
-    row = last_metrics(tmp_path / "run")
-    assert row["data/skipped"] == 11
-    assert all(row[f"data/skipped/{kind}"] == 1 for kind in ("bad_json", *bad))
-    screen = capfd.readouterr().err
-    assert "line 2: does not parse as JSON" in screen
-    assert "left out: 11 entries in all" in screen
-
-
-HALF = "\ud83d"  # of an emoji's surrogate pair
-
-
-@pytest.mark.parametrize("field", ["problem", "options", "solution", "problem_id", "data_source", "process", "path"])
-def test_text_that_cannot_be_encoded_is_a_counted_skip(field: str, assets: Assets, tmp_path: Path) -> None:
+    """Of SFT, which needs the most of an entry. The kinds themselves: tests/data/test_samples.py."""
     good = next(e for e in entries(assets.sft) if e["problem_type"] == "multiple choice")
-    changed = {"options": [*good["options"], f"D. {HALF}"], "solution": f"{good['solution']}{HALF}"}
-    changed |= {"process": f"<think>{HALF}</think>"}
-    bad = good | {field: changed.get(field, f"{good.get(field)}{HALF}")}
+    bad: list[tuple[str, Any]] = [("wrong_type", 7), ("empty_field", good | {"problem": " "})]
+    bad += [("problem_type", good | {"problem_type": "multiple choise"}), ("solution", good | {"solution": "A"})]
+    halves = {field: f"{good.get(field)}{HALF}" for field in ("problem", "problem_id", "data_source", "solution")}
+    halves |= {"options": [*good["options"], f"D. {HALF}"], "process": f"<think>{HALF}</think>"}
+    bad += [("bad_text", good | {field: value}) for field, value in halves.items()]
+    bad += [("bad_path", good | {"path": f"{good['path']}{HALF}"})]
     data = tmp_path / "data.jsonl"
-    data.write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
-    for stream in (False, True):
-        run = sft_trainer(
-            assets,
-            tmp_path / f"stream-{stream}",
-            dataset_name=data,
-            data__root="/",
-            data__stream=stream,
-            data__shuffle=False,
-            max_steps=1,
-        )
-        run.train()
-        (line,) = run_lines(run.run_dir, "skipped.jsonl")
-        assert line["kind"] == ("bad_path" if field == "path" else "bad_text")
-        assert last_metrics(run.run_dir)["data/skipped"] == 1
+    lines = ["{no json", *(json.dumps(entry) for _, entry in bad), json.dumps(good)]
+    data.write_text("\n".join(lines) + "\n")
+    sft_trainer(assets, tmp_path / "run", dataset_name=data, data__stream=stream, max_steps=1, **IN_ORDER).train()
+    skipped = run_lines(tmp_path / "run", "skipped.jsonl")
+    assert [line["kind"] for line in skipped] == ["bad_json", *(kind for kind, _ in bad)]
+    places = [f"byte {len(''.join(lines[:i])) + i}" if stream else f"line {i + 1}" for i in range(12)]
+    assert [re.search(r"(?:line|byte) \d+", line["message"])[0] for line in skipped] == places  # type: ignore[index]
+    assert {line["path"] for line in skipped} == {str(data)}
+    row, kinds = last_metrics(tmp_path / "run"), Counter(line["kind"] for line in skipped)
+    assert row["data/skipped"] == 12
+    assert {kind: row[f"data/skipped/{kind}"] for kind in kinds} == kinds
+    assert f"{places[0]}: does not parse as JSON" in (screen := capfd.readouterr().err)
+    assert stream or "left out: 12 entries in all" in screen
 
 
 def test_a_prompt_that_is_too_long_is_skipped_whole(assets: Assets, tmp_path: Path) -> None:
     good = entries(assets.train)[0]
     long = good | {"problem": "Which shape comes first? " * 200, "problem_id": "long"}
     data = write_data(tmp_path / "data.json", [long, good])
-    run = trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, max_prompt_length=400, max_steps=2)
-    run.train()
+    trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, max_prompt_length=400, max_steps=2).train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped/too_long"] == row["data/skipped"] == 2
     (line, _) = run_lines(tmp_path / "run", "skipped.jsonl")
-    assert "400" in line["message"]
-    assert line["path"] == good["path"]
+    assert ("400" in line["message"], line["path"]) == (True, good["path"])
     assert {line["problem_id"] for line in run_lines(tmp_path / "run", "rollouts.jsonl")} == {str(good["problem_id"])}
 
 
@@ -176,8 +127,7 @@ def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_
     wordy = good | {"problem": "Which shape comes first? " * 60}
     data = write_data(tmp_path / "data.json", [*bad, no_thought, long, wordy, good])
     limits = {"max_length": 500, "max_prompt_length": 200}
-    run = sft_trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, **limits, max_steps=1)
-    run.train()
+    sft_trainer(assets, tmp_path / "run", dataset_name=data, **IN_ORDER, **limits, max_steps=1).train()
     row = last_metrics(tmp_path / "run")
     assert row["data/skipped"] == len(bad) + 3
     assert row["data/skipped/missing_field"] == row["data/skipped/missing_file"] == 1
@@ -188,7 +138,7 @@ def test_sft_skips_and_reports_too(assets: Assets, broken: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_of_nothing_usable_stops_with_one_message(
-    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    workers: int, assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: Capture
 ) -> None:
     good = entries(assets.train)[0]
     data = write_data(tmp_path / "data.json", [good | {"path": str(broken[name])} for name in ("missing", "empty")])
@@ -203,19 +153,19 @@ def test_a_data_set_of_nothing_usable_stops_with_one_message(
 
 def test_samples_that_fail_later_stop_the_run_too(assets: Assets, tmp_path: Path) -> None:
     """The files vanish while the run runs (a network drive): the checkpoints before survive."""
-    clips = [entry | {"path": f"{i}.mp4"} for i, entry in enumerate(entries(assets.train)[:3])]
-    for i, entry in enumerate(entries(assets.train)[:3]):
-        (tmp_path / f"{i}.mp4").write_bytes(Path(entry["path"]).read_bytes())
-    data = write_data(tmp_path / "data.json", clips)
-    run = trainer(
-        assets, tmp_path / "run", dataset_name=data, data__cache_mb=0, max_steps=9, save_steps=2, data__prefetch=1
-    )
-    original, wanted = run.train_batch, 4
+    clips = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for clip, entry in zip(clips, entries(assets.train), strict=False):
+        clip.write_bytes(Path(entry["path"]).read_bytes())
+    given = [entry | {"path": clip.name} for clip, entry in zip(clips, entries(assets.train), strict=False)]
+    data = write_data(tmp_path / "data.json", given)
+    options = {"data__cache_mb": 0, "data__prefetch": 1, "max_steps": 9, "save_steps": 2}
+    run = trainer(assets, tmp_path / "run", dataset_name=data, **options)
+    original = run.train_batch
 
     def batch() -> None:
-        if run.step == wanted:
-            for i in range(3):
-                (tmp_path / f"{i}.mp4").unlink()
+        if run.step == 4:
+            for clip in clips:
+                clip.unlink()
         original()
 
     run.train_batch = batch  # type: ignore[method-assign]
@@ -240,7 +190,7 @@ def test_samples_that_fail_later_stop_the_run_too(assets: Assets, tmp_path: Path
     ],
 )
 def test_a_wrong_option_ends_before_training(
-    change: dict[str, Any], message: str, assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    change: dict[str, Any], message: str, assets: Assets, tmp_path: Path, capfd: Capture
 ) -> None:
     code = run_main(main, train_flags(assets, tmp_path / "run", max_steps=1, **change))
     error = capfd.readouterr().err.strip().splitlines()
@@ -259,16 +209,7 @@ def test_a_model_that_is_not_there_leaves_no_folder(assets: Assets, tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["used", "note.txt"]
 
 
-def test_a_model_without_its_tokenizer_is_one_message(assets: Assets, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).symlink_to(assets.model / name)
-    with pytest.raises(ConfigError, match=r"tokenizer|cannot load"):
-        trainer(assets, tmp_path / "run", model_name_or_path=folder)
-
-
-def damage_weights(folder: Path) -> None:
+def cut_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -277,18 +218,25 @@ def damage_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"a": 1}')
 
 
+def lose_tokenizer(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+
+
 def pickle_weights(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_weights, damage_tokenizer, pickle_weights])
+@pytest.mark.parametrize("damage", [cut_weights, damage_tokenizer, lose_tokenizer, pickle_weights])
 def test_a_model_that_cannot_be_loaded_is_one_message(
     damage: Callable[[Path], None], assets: Assets, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(assets.model, tmp_path / "model"))
     damage(folder)
-    with pytest.raises(ConfigError, match="model_name_or_path: cannot load"):
+    words = "tokenizer|cannot load" if damage is lose_tokenizer else "model_name_or_path: cannot load"
+    with pytest.raises(ConfigError, match=words):
         trainer(assets, tmp_path / "run", model_name_or_path=folder)
 
 
@@ -298,37 +246,24 @@ def test_a_reward_that_is_no_number_names_its_function(assets: Assets, tmp_path:
         run.train()
 
 
-def test_an_evaluation_with_bad_samples_reports_them(assets: Assets, broken: dict[str, Path], tmp_path: Path) -> None:
-    dev = entries(assets.dev)
-    data = write_data(tmp_path / "dev.json", [*dev, dev[0] | {"path": str(broken["missing"])}])
-    run = trainer(
-        assets,
-        tmp_path / "run",
-        data__eval_path=data,
-        data__root="/",
-        dataset_name=write_data(tmp_path / "train.json", entries(assets.train)),
-        max_steps=1,
-    )
-    run.train()
-    rows = run_lines(tmp_path / "run", "metrics.jsonl")
-    assert rows[-1]["eval/skipped"] == 1
-    assert rows[-1]["eval/samples"] == len(dev)
-    (line,) = run_lines(tmp_path / "run", "skipped.jsonl")
-    assert (line["split"], line["path"]) == ("eval", str(broken["missing"]))
-
-
-def test_half_an_emoji_is_skipped_in_training_and_evaluation(
-    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_an_evaluation_with_bad_samples_reports_them(
+    assets: Assets, broken: dict[str, Path], tmp_path: Path, capfd: Capture
 ) -> None:
-    texts = ("Which \ud83d comes first?", "Which comes first?", "Which comes last?")
-    choice = {"data_type": "text", "problem_type": "multiple choice", "options": ["A. circle", "B. cross"]}
-    rows = [choice | {"problem": text, "solution": "<answer>A</answer>"} for text in texts]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    run = trainer(assets, tmp_path / "run", dataset_name=data, data__eval_path=data, max_steps=1)
-    run.train()
-    lines = run_lines(run.run_dir, "skipped.jsonl")
-    assert [(line["split"], line["kind"]) for line in lines] == [("train", "bad_text"), ("eval", "bad_text")]
-    assert run_evaluate(assets, tmp_path / "eval", dataset_name=data) == 0
+    good, gone = entries(assets.dev), str(broken["missing"])
+    bad = [good[0] | {"path": gone}, good[0] | {"problem": f"Which {HALF} comes first?"}]
+    data = write_data(tmp_path / "dev.json", [*good, *bad])
+    paths = {"dataset_name": data, "data__eval_path": data, **IN_ORDER}
+    trainer(assets, tmp_path / "run", **paths, max_steps=1).train()
+    row = run_lines(tmp_path / "run", "metrics.jsonl")[-1]
+    assert (row["eval/skipped"], row["eval/samples"]) == (1, len(good))  # one was no sample at all
+    lines = run_lines(tmp_path / "run", "skipped.jsonl")
+    assert [(line["split"], line["kind"]) for line in lines] == [
+        ("train", "bad_text"),
+        ("eval", "bad_text"),
+        ("eval", "missing_file"),
+    ]
+    assert lines[-1]["path"] == gone
+    text = write_data(tmp_path / "data.json", [*good, bad[1]])
+    assert run_evaluate(assets, tmp_path / "eval", dataset_name=text, data__root="/") == 0
     assert "data: 1 row cannot be used; the first: " in capfd.readouterr().err
-    assert len(run_lines(tmp_path / "eval", "answers.jsonl")) == 2
+    assert len(run_lines(tmp_path / "eval", "answers.jsonl")) == len(good)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import media
 import pages
 import pytest
+from patience import PATIENCE
 
 from benchmarks import report
 from benchmarks.record import RESULTS
@@ -33,64 +35,53 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @every_page
-def test_commands_can_be_parsed(page: Path) -> None:
+def test_commands_options_and_files_that_are_named_exist(page: Path) -> None:
+    known = {"config", "help", "print_config", "plan", "check", "json", "out", "rollouts", "no_local_rank", "write"}
+    known |= {"list", "only", "numeric", "random", "full", "tree", "temporal"}  # of tests/ and pytest
+    for config, _ in pages.make_options.CONFIGS.values():
+        known |= set(collect_options(config))
     text = page.read_text(encoding="utf-8")
     for words in pages.shell_commands(text):
         pages.check_command(words)
     for span in pages.spans(text):
         if re.match(r"python (?:-m \S+|\S+\.py) ", span) and "[" not in span and "..." not in span:
             pages.check_command(span.split())
-
-
-@every_page
-def test_options_exist(page: Path) -> None:
-    known = {"config", "help", "print_config", "plan", "check", "json", "out", "rollouts", "no_local_rank", "write"}
-    known |= {"list", "only", "numeric", "random"}  # of tests.matrix, and --random-order of pytest
-    for config, _ in pages.make_options.CONFIGS.values():
-        known |= set(collect_options(config))
-    for span in pages.spans(page.read_text(encoding="utf-8")):
         if span.startswith("--"):
-            assert set(re.findall(r"--([\w.]+)", span)) - {""} <= known | {"temporal"}, span
-
-
-@every_page
-def test_files_that_are_named_exist(page: Path) -> None:
-    for span in pages.spans(page.read_text(encoding="utf-8")):
+            assert set(re.findall(r"--([\w.]+)", span)) - {""} <= known, span
         path = span.partition(" ")[0]
         if path.startswith(FOLDERS) and not re.search(r"[<*]", path):
             assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", [page for page in pages.PAGES if "```python" in page.read_text()], ids=pages.name)
-def test_python_runs(page: Path, tmp_path: Path) -> None:
+def test_python_runs(tmp_path: Path) -> None:
+    """Each block by itself, all in one new process."""
     media.write_video(tmp_path / "kitchen.mp4", media.numbered_frames(24))
-    for block in pages.blocks(page.read_text(encoding="utf-8"), "python"):
-        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", block],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, **variables},
-        )
-        assert done.returncode == 0, done.stderr
+    found = [(pages.name(page), pages.blocks(page.read_text(encoding="utf-8"), "python")) for page in pages.PAGES]
+    script = """
+import json, sys, traceback
+for page, blocks in json.load(sys.stdin):
+    for number, block in enumerate(blocks, 1):
+        try:
+            exec(compile(block, f"{page}, block {number}", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            sys.exit(f"{page}, block {number}: {traceback.format_exc()}")
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command, text = [sys.executable, "-c", script], json.dumps(found)
+    done = subprocess.run(command, input=text, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=env)
+    assert done.returncode == 0, done.stderr
+    assert any(blocks for _, blocks in found)
 
 
 def test_a_wrong_page_is_found(tmp_path: Path) -> None:
-    for line in (
-        "python -m videor1.nothing",
-        "python -m videor1.train --learing_rate 1",
-        "python -m videor1.report R --to X",
-        "python -m videor1.plan --check --devise cpu",
-        "pytest nowhere",
-        "pytest --slow",
-        "benchmarks/gpu.sh none",
-        "benchmarks/none.sh step",
-        "pip install -e '.[none]'",
+    wrong = ["nothing", "train --learing_rate 1", "report R --to X", "plan --check --devise cpu"]
+    lines = [
+        *(f"python -m videor1.{words}" for words in wrong),
         "python docs/none.py",
         "A=1 python -m benchmarks.steps",
-    ):
+    ]
+    lines += ["pytest nowhere", "pytest --slow", "benchmarks/gpu.sh none", "benchmarks/none.sh step"]
+    for line in [*lines, "pip install -e '.[none]'"]:
         (words,) = pages.shell_commands(f"```bash\n{line}\n```\n")
         with pytest.raises((AssertionError, ValueError, ModuleNotFoundError, SystemExit)):
             pages.check_command(words)
@@ -100,12 +91,8 @@ def test_a_wrong_page_is_found(tmp_path: Path) -> None:
 
 
 def test_the_option_pages_are_current() -> None:
-    made = pages.make_options.pages()
-    assert {path.name for path in (ROOT / "docs" / "options").glob("*.md")} == set(made)
-    for file, text in made.items():
-        assert (ROOT / "docs" / "options" / file).read_text(encoding="utf-8") == text, (
-            f"{file} is not current: run python docs/make_options.py --write"
-        )
+    written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "options").glob("*.md")}
+    assert written == pages.make_options.pages(), "not current: run python docs/make_options.py --write"
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "evaluate"])
@@ -138,15 +125,11 @@ def test_the_page_of_results_is_that_of_the_recorded_runs() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="the site needs pip install -e '.[docs]'")
 def test_the_site_can_be_built(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "kernels" / "api" / "index.html").read_text(encoding="utf-8")
     assert 'id="videor1_kernels.linear_logprob.linear_logprob"' in api
     assert "row position whose hidden state predicts each completion token" in api  # a comment beside a field
     assert not list(tmp_path.rglob("*.py"))
-    remote = [
-        url
-        for path in tmp_path.rglob("*.html")
-        for url in re.findall(r'<(?:link|script|img)[^>]* (?:href|src)="(https?://[^"]+)"', path.read_text())
-    ]
-    assert not remote
+    remote = re.compile(r'<(?:link|script|img)[^>]* (?:href|src)="(https?://[^"]+)"')
+    assert not [url for path in tmp_path.rglob("*.html") for url in remote.findall(path.read_text())]

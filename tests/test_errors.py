@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from videor1.errors import did_you_mean
@@ -24,17 +22,12 @@ def test_the_nearest_known_name(given: str, hint: str) -> None:
     assert did_you_mean(given, ["margin", "lora.alpha", "temporal.alpha", "temporal.rule"]) == hint
 
 
-def test_three_names_at_most_and_none_of_none() -> None:
+def test_three_names_at_most_and_without_a_least_something() -> None:
     assert did_you_mean("a", [f"{section}.a" for section in "wxyz"], show=str) == "; did you mean w.a or x.a or y.a?"
     assert did_you_mean("a", []) == did_you_mean("a", [], least=0) == ""
-
-
-def test_without_a_least_something_is_suggested() -> None:
-    assert did_you_mean("zzz", ["margin"]) == ""
     assert did_you_mean("zzz", ["margin"], least=0) == "; did you mean 'margin'?"
 
 
-def test_a_long_text_in_a_data_file_takes_no_time() -> None:
-    start = time.perf_counter()
-    assert did_you_mean("video " * 100_000, ["video", "image"]) == ""
-    assert time.perf_counter() - start < 1
+def test_of_a_long_text_in_a_data_file_only_the_beginning_is_compared() -> None:
+    """Comparing takes quadratic time."""
+    assert did_you_mean("a" * 100 + "b" * 1000, ["a" * 100]) == f"; did you mean {'a' * 100!r}?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pages
 import pytest
@@ -71,16 +72,12 @@ def test_the_layers_are_told_alike() -> None:
 
 
 @pytest.mark.parametrize("page", [pages.README, pages.ROOT / "docs" / "index.md"], ids=pages.name)
-def test_supported_versions_are_those_of_the_package(page) -> None:
+def test_supported_versions_are_those_of_the_package(page: Path) -> None:
     project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
     said = " ".join(page.read_text(encoding="utf-8").split())
-    minor = r"(\d+\.\d+)"
-    python = re.search(rf"Python {minor} to 3\.(\d+)", said)
-    torch = re.search(rf"torch {minor} to 2\.(\d+)", said)
-    transformers = re.search(rf"transformers {minor} or newer, below (\d+)", said)
-    assert python
-    assert torch
-    assert transformers
-    assert project["requires-python"] == f">={python[1]},<3.{int(python[2]) + 1}"
-    assert f"torch>={torch[1]},<2.{int(torch[2]) + 1}" in project["dependencies"]
-    assert f"transformers>={transformers[1]},<{transformers[2]}" in project["dependencies"]
+    python = re.findall(r"Python (\d+\.\d+) to 3\.(\d+)", said)[0]
+    torch = re.findall(r"torch (\d+\.\d+) to 2\.(\d+)", said)[0]
+    transformers = re.findall(r"transformers (\d+\.\d+) or newer, below (\d+)", said)[0]
+    assert project["requires-python"] == f">={python[0]},<3.{int(python[1]) + 1}"
+    assert f"torch>={torch[0]},<2.{int(torch[1]) + 1}" in project["dependencies"]
+    assert f"transformers>={transformers[0]},<{transformers[1]}" in project["dependencies"]

@@ -83,7 +83,18 @@ def seen(elsewhere: Path) -> dict[str, Any]:
     names = [path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")]
     assert {"bindings.cpp", "frames_to_patches.cu"} < set(names)
     code = f"""
-import json, torch, videor1, videor1.train, videor1_kernels
+import contextlib, io, json, runpy, sys
+
+def shown(command, *words):
+    sys.argv = [command, *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_module(f"videor1.{{command}}", run_name="__main__")
+    return out.getvalue()
+
+helps = {{command: shown(command, "--help") for command in ("train", "evaluate", "report", "doctor")}}
+heavy = "torch" in sys.modules
+recipe = shown("train", "--config", "qwen2_5_vl_7b", "--print_config")
+import torch, videor1, videor1.train, videor1_kernels
 from videor1_kernels import extension
 logp, _ = videor1_kernels.linear_logprob(torch.eye(3, 4), torch.eye(5, 4), torch.tensor([0, 1, 2]))
 print(json.dumps({{
@@ -91,6 +102,9 @@ print(json.dumps({{
     "packages": [videor1.__file__, videor1.train.__file__, videor1_kernels.__file__],
     "csrc": [str(extension._csrc(name)) for name in {names}],
     "logp": logp.tolist(),
+    "helps": helps,
+    "heavy": heavy,
+    "recipe": recipe,
 }}))"""
     return json.loads(run(elsewhere / "venv" / "bin" / "python", "-c", code, cwd=elsewhere))
 
@@ -98,9 +112,7 @@ print(json.dumps({{
 def test_the_wheel_holds_the_packages_and_csrc_whole(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-    expected = sources()
-    assert set(held) == set(expected)
-    assert {name for name, path in expected.items() if path.read_bytes() != held[name]} == set()
+    assert held == {name: path.read_bytes() for name, path in sources().items()}
     kinds = {Path(name).suffix for name in held}
     assert {".cpp", ".cu", ".h", ".yaml", ".jinja", ".css", ".js", ".typed", ".py"} == kinds - {""}
 
@@ -110,49 +122,33 @@ def test_the_sdist_holds_what_builds_the_wheel(release: Path) -> None:
     (path,) = release.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert set(ABOUT) <= held
-    assert {file.relative_to(ROOT).as_posix() for file in sources().values()} <= held
+    assert {*ABOUT, *(file.relative_to(ROOT).as_posix() for file in sources().values())} <= held
     assert not [name for name in held if name.startswith("tests")]
 
 
 def test_the_version_is_one(wheel: Path, seen: dict[str, Any]) -> None:
-    version = PROJECT["version"]
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = email.message_from_bytes(archive.read(name))
-    assert about["Version"] == version
-    assert about["License-Expression"] == PROJECT["license"]
-    assert seen["version"] == version
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (citation["version"], citation["license"]) == (version, PROJECT["license"])
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## \[(\d[^]]*)\]", changes, re.MULTILINE)[0] == version
+    newest = re.findall(r"^## \[(\d[^]]*)\]", changes, re.MULTILINE)[0]
+    assert {about["Version"], seen["version"], citation["version"], newest} == {PROJECT["version"]}
+    assert {about["License-Expression"], citation["license"]} == {PROJECT["license"]}
 
 
-def test_the_wheel_is_what_is_imported(elsewhere: Path, seen: dict[str, Any]) -> None:
-    for file in seen["packages"]:
+def test_the_wheel_is_what_is_imported_and_computes(elsewhere: Path, seen: dict[str, Any]) -> None:
+    for file in (*seen["packages"], *seen["csrc"]):
         assert Path(file).is_relative_to(elsewhere / "venv"), file
-
-
-def test_an_operation_computes(seen: dict[str, Any]) -> None:
     assert seen["logp"] == pytest.approx([1 - math.log(math.e + 4)] * 3)
-
-
-def test_the_sources_of_the_compiled_libraries_are_found(elsewhere: Path, seen: dict[str, Any]) -> None:
-    (folder,) = {*seen["csrc"]}
-    assert Path(folder).is_relative_to(elsewhere / "venv")
+    (folder,) = {*seen["csrc"]}  # the sources of the compiled libraries
     headers, there = ({path.name for path in top.rglob("*.h")} for top in (ROOT / "csrc", Path(folder)))
     assert headers == there
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "doctor"])  # those that load no torch for it
-def test_a_command_shows_its_help(elsewhere: Path, command: str) -> None:
-    shown = run(elsewhere / "venv" / "bin" / "python", "-m", f"videor1.{command}", "--help", cwd=elsewhere)
-    assert "usage:" in shown.lower()
-
-
-def test_recipes_are_found(elsewhere: Path) -> None:
-    python = elsewhere / "venv" / "bin" / "python"
-    shown = run(python, "-m", "videor1.train", "--config", "qwen2_5_vl_7b", "--print_config", cwd=elsewhere)
+def test_commands_and_recipes_are_found(seen: dict[str, Any]) -> None:
+    assert not seen["heavy"]  # a help is shown without torch
+    for command, shown in seen["helps"].items():
+        assert "usage:" in shown.lower(), command
     recipe = yaml.safe_load((ROOT / "videor1" / "configs" / "qwen2_5_vl_7b.yaml").read_text(encoding="utf-8"))
-    assert yaml.safe_load(shown)["model_name_or_path"] == recipe["model_name_or_path"]
+    assert yaml.safe_load(seen["recipe"])["model_name_or_path"] == recipe["model_name_or_path"]

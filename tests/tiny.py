@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from pathlib import Path
@@ -27,16 +28,8 @@ LOG_PROB_TERMS = 2000
 # products in place of each.
 GRADIENT_ROUNDING = rounding(3 * LOG_PROB_TERMS)
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,8 +66,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL of 0.2 M random parameters for :func:`make_tokenizer`, with logits large enough to matter."""
+def make_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of 0.2 M random parameters for :func:`make_tokenizer`, with logits large enough to matter.
+
+    It may be changed; torch's generator is left as if its parameters had been drawn now.
+    """
+    model, state = _drawn_model(seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _drawn_model(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Tensor]:
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -92,7 +95,6 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "tie_word_embeddings": True,
-            **text,
         },
         vision_config={
             "depth": 2,
@@ -112,7 +114,7 @@ def make_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenerat
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    return Qwen2_5_VLForConditionalGeneration(config).eval(), torch.get_rng_state()
 
 
 def make_lm(seed: int = 0, position_rule: PositionRule = "paper") -> VideoLM:
@@ -139,16 +141,11 @@ def make_prompt(media: Media | None = None, problem: str = "Which comes first?",
     return Prompt(sample, build_input_ids(make_tokenizer(), sample, media, max_prompt_length=4096), media, draw)
 
 
-@functools.cache
-def _transformers_truncates_seconds() -> bool:
-    time_interval = inspect.signature(Qwen2_5_VLModel.get_vision_position_ids).parameters["time_interval"]
-    return time_interval.default == 1 and not isinstance(time_interval.default, float)
-
-
 def installed_seconds(seconds: float) -> float:
     """``seconds`` per temporal patch as the installed transformers takes them: 5.17 cuts the fraction off, later
     versions do not. Only for comparisons with transformers; videor1 never cuts."""
-    return float(int(seconds)) if _transformers_truncates_seconds() else seconds
+    interval = inspect.signature(Qwen2_5_VLModel.get_vision_position_ids).parameters["time_interval"].default
+    return float(int(seconds)) if interval == 1 and not isinstance(interval, float) else seconds
 
 
 # Makers of prompts of every kind.

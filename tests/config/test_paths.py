@@ -24,11 +24,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "project"
 
 
-def saved(run: str = "runs/one", **values: object) -> TrainConfig:
-    config = TrainConfig(model_name_or_path="model", dataset_name="data.json", output_dir=run)
-    for name, value in values.items():
-        setattr(config, name, value)
-    save_run_config(config, run, run)
+def saved(**values: object) -> TrainConfig:
+    given = {"model_name_or_path": "model", "dataset_name": "data.json", "output_dir": "runs/one"}
+    config = TrainConfig(**given | values)
+    save_run_config(config, "runs/one", "runs/one")
     return config
 
 
@@ -40,12 +39,9 @@ def test_relative_paths_are_written_as_absolute_ones(project: Path) -> None:
     data = DataConfig(root="media", eval_path="./dev.json", cache_dir="cache")
     config = saved(data=data)
     written = yaml.safe_load((project / "runs/one/config.yaml").read_text())
-    assert written["model_name_or_path"] == str(project / "model")
-    assert written["dataset_name"] == str(project / "data.json")
-    assert written["output_dir"] == str(project / "runs/one")
-    assert written["data"]["root"] == str(project / "media")
-    assert written["data"]["eval_path"] == str(project / "dev.json")
-    assert written["data"]["cache_dir"] == str(project / "cache")
+    found = [written["model_name_or_path"], written["dataset_name"], written["output_dir"]]
+    found += [written["data"][name] for name in ("root", "eval_path", "cache_dir")]
+    assert found == [f"{project}/{name}" for name in ("model", "data.json", "runs/one", "media", "dev.json", "cache")]
     assert config.data is data
     assert data.root == "media"  # the caller's config stays as it was
 
@@ -67,23 +63,13 @@ def test_what_is_no_relative_path_stays(name: str, value: str | None, project: P
     assert absolute(name, value) == value
 
 
-def test_each_of_several_paths(project: Path) -> None:
+def test_each_of_several_paths_and_links_and_parents_as_they_are(project: Path) -> None:
     given = "shard-1.jsonl, more/*.jsonl,s3://bucket/x"
     assert absolute("dataset_name", given) == f"{project}/shard-1.jsonl,{project}/more/*.jsonl,s3://bucket/x"
     (project / "a,b.json").write_text("[]")
     assert absolute("dataset_name", "a,b.json") == f"{project}/a,b.json"
-
-
-def test_links_and_parents_are_kept(project: Path) -> None:
-    """link/.. is the parent of the link's target."""
+    # link/.. is the parent of the link's target
     assert absolute("data.root", "link/../media") == f"{project}/link/../media"
-
-
-def test_from_another_working_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved()
-    monkeypatch.chdir(project / "other")
-    found = read(project / "runs" / "one")
-    assert (found.model_name_or_path, found.dataset_name) == (str(project / "model"), str(project / "data.json"))
 
 
 def test_a_run_that_was_moved_finds_its_own_files_and_those_outside(project: Path, tmp_path: Path) -> None:
@@ -92,16 +78,16 @@ def test_a_run_that_was_moved_finds_its_own_files_and_those_outside(project: Pat
     moved.parent.mkdir(parents=True)
     shutil.move(project / "runs" / "one", moved)
     found = read(moved)
-    assert found.model_name_or_path == str(project / "model")
-    assert found.data.eval_path == str(moved / "demo" / "train.json")
-    assert found.data.root == str(project / "media")
+    assert (found.model_name_or_path, found.dataset_name) == (f"{project}/model", f"{project}/data.json")
+    assert (found.data.eval_path, found.data.root) == (f"{moved}/demo/train.json", f"{project}/media")
 
 
-def test_a_copy_uses_its_own_files(project: Path, tmp_path: Path) -> None:
-    saved(model_name_or_path="runs/one/demo/model")
-    shutil.copytree(project / "runs" / "one", tmp_path / "copy")
-    assert read(tmp_path / "copy").model_name_or_path == str(tmp_path / "copy" / "demo" / "model")
-    assert read(project / "runs" / "one").model_name_or_path == str(project / "runs" / "one" / "demo" / "model")
+def test_a_copy_uses_its_own_files_and_those_outside_of_the_original(project: Path, tmp_path: Path) -> None:
+    saved(model_name_or_path="runs/one/demo/model", data=DataConfig(root="media"))
+    shutil.copytree(project, tmp_path / "copy")
+    for folder in (tmp_path / "copy", project):
+        found = read(folder / "runs" / "one")
+        assert (found.model_name_or_path, found.data.root) == (f"{folder}/runs/one/demo/model", f"{project}/media")
 
 
 def test_a_whole_project_that_was_moved(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +102,10 @@ def test_a_whole_project_that_was_moved(project: Path, tmp_path: Path, monkeypat
 def test_an_early_config_with_relative_paths(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "model_name_or_path: model\ndataset_name: runs/one/demo/train.json\noutput_dir: runs/one\n"
     (project / "runs" / "one" / "config.yaml").write_text(text)
-    same = read(project / "runs" / "one")
-    assert (same.model_name_or_path, same.dataset_name) == ("model", "runs/one/demo/train.json")
-    monkeypatch.chdir(project / "other")
-    found = read(project / "runs" / "one")
-    assert found.model_name_or_path == str(project / "model")
-    assert found.dataset_name == str(project / "runs" / "one" / "demo" / "train.json")
+    for folder, root in ((project, ""), (project / "other", f"{project}/")):
+        monkeypatch.chdir(folder)
+        found = read(project / "runs" / "one")
+        assert (found.model_name_or_path, found.dataset_name) == (f"{root}model", f"{root}runs/one/demo/train.json")
 
 
 def test_the_same_file_by_another_name_is_no_change(project: Path) -> None:

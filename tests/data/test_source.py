@@ -1,13 +1,14 @@
-"""The stream of records: its order, its position, its skips, with and without decoding ahead."""
+"""The stream of records: its seeded order, its position, its skips, with and without decoding ahead."""
 
-from __future__ import annotations
-
+import hashlib
 import itertools
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import entries, last_metrics, run_lines, trainer, write_data
 
 from videor1.config import DataConfig, TrainConfig, VideoConfig
@@ -16,6 +17,7 @@ from videor1.data.order import SampleStream
 from videor1.data.source import Source
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError, DataError
+from videor1.seeding import derive_seed, generator
 from videor1.training.tgrpo import Trainer
 from videor1.types import Media, Sample, SampleError
 
@@ -35,7 +37,7 @@ def dataset(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Dataset
 class Reader:
     """A source that records its skips."""
 
-    def __init__(self, dataset: Dataset, *, start: int = 0, refuse: frozenset[str] = frozenset(), **data: Any) -> None:
+    def __init__(self, dataset: Dataset, *, start: int = 0, refuse: Collection[str] = (), **data: Any) -> None:
         self.skips: list[tuple[int, str, str | None]] = []
         self.media: dict[int, Media | None] = {}
 
@@ -53,7 +55,7 @@ class Reader:
     def on_skip(self, draw: int, error: SampleError) -> None:
         self.skips.append((draw, error.kind, error.path))
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,11 +68,10 @@ def expected_records(dataset: Dataset, shuffle: bool, count: int) -> list[Record
     return [record for record in draws if record[1] != "bad"][:count]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("ahead", [{"workers": 0}, {"workers": 1, "prefetch": 4}], ids=["here", "ahead"])
-def test_order_position_and_skips(ahead: dict[str, int], shuffle: bool, dataset: Dataset) -> None:
+@pytest.mark.grid(workers=[0, 1], shuffle=[True, False])
+def test_order_position_and_skips(workers: int, shuffle: bool, dataset: Dataset) -> None:
     expected = expected_records(dataset, shuffle, 12)
-    with Reader(dataset, shuffle=shuffle, **ahead) as reader:
+    with Reader(dataset, shuffle=shuffle, workers=workers, prefetch=4) as reader:
         positions = []
         for record in expected:
             assert next(reader.source) == record
@@ -83,7 +84,7 @@ def test_order_position_and_skips(ahead: dict[str, int], shuffle: bool, dataset:
         assert reader.source.skipped == {"missing_file": len(bad)}
 
 
-@pytest.mark.parametrize("taken", range(8))
+@pytest.mark.parametrize("taken", [0, 1, 2, 4, 6, 7])
 def test_going_on_from_a_position(taken: int, dataset: Dataset) -> None:
     with Reader(dataset, prefetch=7) as first:
         first.source.take(taken)
@@ -96,32 +97,36 @@ def test_going_on_from_a_position(taken: int, dataset: Dataset) -> None:
     assert draws == sorted(set(range(expected[-1][0])) - dict(expected).keys())  # none lost, none twice
 
 
-def test_records_carry_their_own_media(dataset: Dataset) -> None:
-    with Reader(dataset, shuffle=False) as reader:
-        records = reader.source.take(5)
+def test_records_carry_their_own_media_and_an_error_of_the_build_is_a_skip(dataset: Dataset) -> None:
+    refused, *names = (sample.problem_id for sample in dataset.samples)
+    with Reader(dataset, shuffle=False, refuse={refused}) as reader:
+        records = reader.source.take(4)
+    assert [name for _, name in records] == [name for name in names if name != "bad"]
     kinds = [None if (media := reader.media[draw]) is None else media.kind for draw, _ in records]
-    assert kinds == ["video", "video", "video", "image", None]
-
-
-def test_an_error_of_the_build_is_a_skip_with_the_samples_path(dataset: Dataset) -> None:
-    refused = dataset.samples[0].problem_id
-    with Reader(dataset, shuffle=False, refuse=frozenset({refused})) as reader:
-        assert [name for _, name in reader.source.take(3)] == [dataset.samples[i].problem_id for i in (1, 3, 4)]
+    assert kinds == ["video", "video", "image", None]
     assert reader.skips[0] == (0, "too_long", str(dataset.samples[0].path))
     assert reader.source.skipped == {"too_long": 1, "missing_file": 1}
 
 
-def test_a_whole_pass_without_a_record_stops(dataset: Dataset) -> None:
-    everything = frozenset(sample.problem_id for sample in dataset.samples)
+def test_a_whole_pass_without_a_record_stops(dataset: Dataset, assets: Assets, tmp_path: Path) -> None:
+    everything = {sample.problem_id for sample in dataset.samples}
     with Reader(dataset, refuse=everything) as reader, pytest.raises(DataError) as caught:
         reader.source.take(1)
     assert len(reader.skips) == len(dataset) == 6
     assert "none of its 6 samples can be used (too_long 5, missing_file 1). The last: " in str(caught.value)
+    first = entries(assets.train)[0]
+    one = write_data(tmp_path / "one.json", [first])
+    gone = write_data(tmp_path / "gone.json", [first | {"path": "/gone.mp4"}])
+    with Reader(load_samples(one, root="/")) as reader:
+        assert [draw for draw, _ in reader.source.take(3)] == [0, 1, 2]
+    message = r"none of its 1 samples can be used \(missing_file 1\)"
+    with Reader(load_samples(gone, root="/")) as reader, pytest.raises(DataError, match=message):
+        reader.source.take(1)
 
 
 def test_failures_with_a_success_in_between_do_not_stop(dataset: Dataset) -> None:
     allowed = dataset.samples[4].problem_id
-    others = frozenset(sample.problem_id for sample in dataset.samples) - {allowed}
+    others = {sample.problem_id for sample in dataset.samples} - {allowed}
     with Reader(dataset, refuse=others) as reader:
         assert [name for _, name in reader.source.take(40)] == [allowed] * 40
         draws = [draw for draw, _, _ in reader.skips]
@@ -130,83 +135,71 @@ def test_failures_with_a_success_in_between_do_not_stop(dataset: Dataset) -> Non
     assert max(b - a - 1 for a, b in itertools.pairwise(taken)) > len(dataset)
 
 
-def test_a_data_set_of_one(assets: Assets, tmp_path: Path) -> None:
-    one = load_samples(write_data(tmp_path / "one.json", entries(assets.train)[:1]), root="/")
-    with Reader(one) as reader:
-        assert [draw for draw, _ in reader.source.take(3)] == [0, 1, 2]
-    missing = write_data(tmp_path / "gone.json", [entries(assets.train)[0] | {"path": "/gone.mp4"}])
-    message = r"none of its 1 samples can be used \(missing_file 1\)"
-    with Reader(load_samples(missing, root="/")) as reader, pytest.raises(DataError, match=message):
-        reader.source.take(1)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_cache_serves_the_next_source(workers: int, dataset: Dataset, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"shuffle": False, "workers": workers, "cache_mb": 0, "cache_dir": str(tmp_path / "kept")}
-    seen = []
-    for decoded, from_disk in ((4, 0), (0, 4)):
-        with Reader(dataset, **options) as reader:
+def test_a_disk_cache_serves_the_next_source(dataset: Dataset, tmp_path: Path) -> None:
+    kept, seen = tmp_path / "kept", []
+    for decoded, from_disk in ((4, 0), (0, 4), (4, 0)):
+        with Reader(dataset, shuffle=False, cache_mb=0, cache_dir=str(kept)) as reader:
+            told: list[str] = []
+            reader.source.on_report = told.append
             records = reader.source.take(5)
             stats = reader.source.stats
             assert (stats.loaded, stats.disk_hits, stats.cache_hits) == (decoded, from_disk, 0)
             seen.append((records, [None if m is None else m.patches.tolist() for m in reader.media.values()]))
-    assert seen[0] == seen[1]
-    with Reader(dataset, **options) as reader:
-        told: list[str] = []
-        reader.source.on_report = told.append
-        for file in (tmp_path / "kept").glob("*.safetensors"):
+        assert len(told) == stats.cache_damaged == (4 if len(seen) == 3 else 0)
+        for file in kept.glob("*.safetensors") if len(seen) == 2 else ():
             file.write_bytes(b"")
-        assert reader.source.take(5) == seen[0][0]
-        assert len(told) == reader.source.stats.cache_damaged == 4
-
-
-def screen(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    return capfd.readouterr().err.splitlines()
-
-
-def last_times(run_dir: Path) -> dict[str, Any]:
-    return {key: value for key, value in run_lines(run_dir, "metrics.jsonl")[-1].items() if "time/data" in key}
+    assert seen[0] == seen[1] == seen[2]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: expected a folder"):
+        Reader(dataset, cache_dir=str(tmp_path / "file"))
 
 
 SUMMARY = "data, over the whole run: "
 
 
-def test_metrics_of_a_run_that_lost_nothing(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    kept = tmp_path / "kept"
-    trainer(assets, tmp_path / "one", data__cache_dir=kept, max_steps=6).train()  # of 4 samples
-    row, times = last_metrics(tmp_path / "one"), last_times(tmp_path / "one")
-    quiet = {"data/changed_files": 0, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0}
-    assert {name: row[name] for name in quiet} == quiet
-    assert times.keys() == {
-        "time/data",
-        "time/data_share",
-        "time/data_decoded",
-        "time/data_decoded/pillow",
-        "time/data_decoded/pyav",
-        "time/data_memory_hits",
-        "time/data_disk_hits",
-    }
-    assert times["time/data_decoded/pyav"] + times["time/data_decoded/pillow"] == 4
-    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (4, 2, 0)
-    shares = [line["time/data_share"] for line in run_lines(tmp_path / "one", "metrics.jsonl")]
-    assert all(0 <= share < 1 for share in shares)
-    assert shares[0] > 0
-    assert shares[5] == 0  # from memory: it waited for nothing
-    trainer(assets, tmp_path / "two", data__cache_dir=kept, max_steps=6).train()
-    times = last_times(tmp_path / "two")
-    assert (times["time/data_decoded"], times["time/data_memory_hits"], times["time/data_disk_hits"]) == (0, 2, 4)
-    assert last_metrics(tmp_path / "two") == row
-    assert not [line for line in screen(capfd) if SUMMARY in line]
+def screen(capfd: pytest.CaptureFixture[str], *beginnings: str) -> list[str]:
+    """The lines on the screen that begin so."""
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith(beginnings)]
+
+
+def test_metrics_of_runs_with_a_cache_on_disk(
+    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first decodes its 4 samples, the second reads them, and the third cannot use the folder and goes on."""
+    (tmp_path / "file").write_text("x")
+    for name, folder, decoded, from_disk in (
+        ("cold", tmp_path / "kept", 4, 0),
+        ("warm", tmp_path / "kept", 0, 4),
+        ("none", tmp_path / "file" / "cache", 4, 0),
+    ):
+        trainer(assets, tmp_path / name, data__cache_dir=folder, max_steps=5).train()
+        lines = run_lines(tmp_path / name, "metrics.jsonl")
+        times = {key: value for key, value in lines[-1].items() if "time/data" in key}
+        hits = {"time/data_memory_hits": 1, "time/data_disk_hits": from_disk, "time/data_decoded": decoded}
+        assert times | hits == times
+        decoders = {key.rpartition("/")[2]: times[key] for key in times.keys() - hits.keys()}
+        assert decoders.pop("data") >= 0
+        assert decoders.pop("data_share") < 1
+        assert decoders == ({"pyav": 3, "pillow": 1} if decoded else {})
+        shares = [line["time/data_share"] for line in lines]
+        assert all(0 <= share < 1 for share in shares)
+        assert shares[0] > 0
+        assert shares[4] == 0  # from memory: it waited for nothing
+        row = last_metrics(tmp_path / name)
+        problems = {"data/changed_files": 0, "data/worker_deaths": 0, "data/cache_errors": 0, "data/cache_damaged": 0}
+        problems["data/cache_errors"] = 5 if name == "none" else 0  # four reads, and a write before they pause
+        assert row == last_metrics(tmp_path / "cold") | problems
+        told = screen(capfd, SUMMARY, "disk cache: ")
+        assert len([line for line in told if line.startswith("disk cache: read failed: ")]) == (name == "none")
+        assert len([line for line in told if line.startswith("disk cache: write failed: ")]) == (name == "none")
+        assert [line for line in told if SUMMARY in line] == [f"{SUMMARY}disk cache errors 5"] * (name == "none")
 
 
 def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    clip = tmp_path / "clip.mp4"
-    first = entries(assets.train)[0]
+    clip, first, batch = tmp_path / "clip.mp4", entries(assets.train)[0], Trainer.train_batch
     clip.write_bytes(Path(first["path"]).read_bytes())
-    data = write_data(tmp_path / "data.json", [first | {"path": "clip.mp4"}])
-    batch = Trainer.train_batch
 
     def touched(run: Trainer) -> None:
         batch(run)
@@ -214,44 +207,67 @@ def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
             os.utime(clip, (5, 5))
 
     monkeypatch.setattr(Trainer, "train_batch", touched)
+    data = write_data(tmp_path / "data.json", [first | {"path": "clip.mp4"}])
     options: dict[str, Any] = {"dataset_name": data, "data__prefetch": 1, "num_train_epochs": 9}
-    trainer(assets, tmp_path / "run", max_steps=4, **options).train()
+    trainer(assets, tmp_path / "run", max_steps=3, **options).train()
     lines = run_lines(tmp_path / "run", "metrics.jsonl")
     # Drawn one ahead: what comes second was looked up before the file changed.
-    assert [line["data/changed_files"] for line in lines] == [0, 0, 1, 1]
-    assert [line["time/data_decoded"] for line in lines] == [1, 1, 2, 2]
-    shown = screen(capfd)
-    assert [line for line in shown if "changed while" in line] == [
-        f"changed while it was cached or decoded: {clip}; decoded anew"
-    ]
-    assert [line for line in shown if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
-    trainer(assets, tmp_path / "run", max_steps=5, resume="auto", **options).train()
+    assert [line["data/changed_files"] for line in lines] == [0, 0, 1]
+    assert [line["time/data_decoded"] for line in lines] == [1, 1, 2]
+    told = [f"changed while it was cached or decoded: {clip}; decoded anew", f"{SUMMARY}changed files 1"]
+    assert screen(capfd, "changed while", SUMMARY) == told
+    trainer(assets, tmp_path / "run", max_steps=4, resume="auto", **options).train()
     assert last_metrics(tmp_path / "run")["data/changed_files"] == 1
-    assert [line for line in screen(capfd) if SUMMARY in line] == [f"{SUMMARY}changed files 1"]
+    assert screen(capfd, SUMMARY) == told[1:]
 
 
-def test_a_run_goes_on_without_a_disk_cache_that_cannot_be_used(
-    assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("x")
-    bad = entries(assets.train)[0] | {"path": "gone.mp4"}
-    data = write_data(tmp_path / "data.json", [bad, *entries(assets.train)])
-    options: dict[str, Any] = {"dataset_name": data, "data__root": "/", "data__shuffle": False, "max_steps": 8}
-    trainer(assets, tmp_path / "run", data__cache_dir=tmp_path / "file" / "cache", **options).train()
-    row, times = last_metrics(tmp_path / "run"), last_times(tmp_path / "run")
-    assert row["data/cache_errors"] == 5  # four reads, and a write before they pause
-    assert (times["time/data_decoded"], times["time/data_memory_hits"]) == (4, 4)
-    shown = screen(capfd)
-    assert len([line for line in shown if line.startswith("disk cache: read failed: ")]) == 1
-    assert len([line for line in shown if line.startswith("disk cache: write failed: ")]) == 1
-    (summary,) = [line for line in shown if SUMMARY in line]
-    assert summary == f"{SUMMARY}skipped 2 (missing_file 2), disk cache errors 5"
-    plain = trainer(assets, tmp_path / "plain", **options)
-    plain.train()
-    assert last_metrics(tmp_path / "plain") == row | {"data/cache_errors": 0}
+def order(count: int, samples: int, **options: int) -> list[int]:
+    stream = SampleStream(samples, **{"seed": 1} | options)
+    return [stream.at(draw) for draw in range(count)]
 
 
-def test_a_cache_dir_that_is_a_file(dataset: Dataset, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"data\.cache_dir: expected a folder"):
-        Reader(dataset, cache_dir=str(tmp_path / "file"))
+def test_stream_draws_every_sample_once_an_epoch_in_new_orders() -> None:
+    draws = order(40, 10, seed=3)
+    epochs = [tuple(draws[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({*epochs, tuple(order(10, 10, seed=4))}) == 5
+    expected = torch.randperm(10, generator=generator(3, "data", 2)).tolist()  # as documented
+    assert list(epochs[2]) == expected
+    assert order(7, 3, shuffle=False) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_stream_is_stateless() -> None:
+    straight, stream = order(50, 7), SampleStream(7, seed=1)
+    jumps = torch.randperm(50, generator=torch.Generator().manual_seed(0)).tolist()
+    assert {draw: stream.at(draw) for draw in jumps} == dict(enumerate(straight))
+    for start in (0, 20):
+        drawn = itertools.islice(SampleStream(7, seed=1).iterate(start), 50 - start)
+        assert list(drawn) == list(enumerate(straight))[start:]
+
+
+def test_stream_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="num_samples: expected at least 1, got 0"):
+        SampleStream(0, seed=1)
+    with pytest.raises(ValueError, match="draw: expected 0 or more, got -1"):
+        SampleStream(3, seed=1).at(-1)
+
+
+def test_derived_seeds_follow_their_documented_formula() -> None:
+    # A change here changes the data order and the permutations of every run.
+    digest = hashlib.sha256(b"i2:42s11:permutationi1:7s2:\xc3\xa9").digest()
+    assert derive_seed(42, "permutation", 7, "é") == int.from_bytes(digest[:8], "big") >> 1
+    assert derive_seed(42) == 5957220968500082653
+
+
+def test_derived_seeds_differ_by_every_name() -> None:
+    names = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("a", ""), ("1",), (1,), (11,), (1, 1), (-1,), ("a", 1), (1, "a")]
+    seeds = {derive_seed(seed, *name) for seed in (0, 1, -1, 2**70) for name in names}
+    assert len(seeds) == 4 * len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_generators_are_independent_and_seeded_by_their_names() -> None:
+    draws = [torch.rand(3, generator=generator(5, "sampling", i)).tolist() for i in (0, 1, 0)]
+    assert draws[0] == draws[2] != draws[1]
+    seeded = torch.Generator().manual_seed(derive_seed(5, "sampling", 1))
+    assert draws[1] == torch.rand(3, generator=seeded).tolist()

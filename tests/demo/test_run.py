@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,20 +18,14 @@ from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import load_config, run_main
 from videor1.demo import run
 from videor1.demo.assets import Assets, Sizes, make_assets
+from videor1.errors import ConfigError
 from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
 from videor1.training.sft import SFTTrainer
 
-SMALL = Sizes(
-    sft_videos=16,
-    sft_images=2,
-    train_videos=8,
-    train_images=2,
-    dev_videos=4,
-    dev_images=0,
-    test_videos=6,
-    test_images=2,
-)
+SMALL = Sizes(16, 2, train_videos=8, train_images=2, dev_videos=4, dev_images=0, test_videos=6, test_images=2)
+SHORT = ["--max_steps=1", "--num_generations=2", "--per_device_train_batch_size=2", "--data.workers=0"]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -42,9 +37,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "make_assets", functools.partial(make_assets, sizes=SMALL))
 
 
-def test_without_arguments_it_runs_the_whole_path(
-    small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("small_demo")
+def test_without_arguments_it_runs_the_whole_path_and_can_be_asked_again(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "run"
     options = ["--output_dir", str(folder), "--max_steps", "2", "--per_device_train_batch_size", "3"]
     options += ["--data.workers", "0"]
@@ -58,6 +52,7 @@ def test_without_arguments_it_runs_the_whole_path(
         assert set(summary[when]) == {"ordered", "shuffled"}
         assert all(0 <= value <= 1 for value in summary[when].values())
 
+    metrics = (folder / "metrics.jsonl").read_text()
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert {"temporal/p", "temporal/p_shuffled", "reward", "kl", "time/rollout"} <= set(rows[0])
@@ -78,44 +73,36 @@ def test_without_arguments_it_runs_the_whole_path(
 
     shown = capsys.readouterr().out
     report = f"Report: {folder / 'report.html'}"
-    for text in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data", report):
-        assert text in shown
+    for words in ("frames in order", "frames shuffled", "2 T-GRPO steps", str(folder), "Next, your own data", report):
+        assert words in shown
 
-
-def test_a_finished_demo_can_be_asked_again(small_demo: None, tmp_path: Path, capsys) -> None:
-    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
-    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
-    assert train.main(options) == 0
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    os.remove(tmp_path / "run" / "summary.json")
+    os.remove(folder / "summary.json")
     assert train.main([*options[:2], "--resume", "auto"]) == 0  # its config.yaml holds the other options
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    assert (tmp_path / "run" / "summary.json").exists()
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    assert json.loads((folder / "summary.json").read_text()).keys() == summary.keys()
     assert run_main(train.main, options[:2]) == 2
     assert "holds a run already; go on with it by --resume auto" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_a_demo_that_was_stopped_in_its_cold_start_goes_on_as_told(
-    small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_generations", "2", "--data.workers=0"]
-    options += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
-
     def stopped(self: SFTTrainer) -> None:
         raise KeyboardInterrupt("saved runs/x/sft")
 
+    folder = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(SFTTrainer, "train_batch", stopped)
-        assert run_main(train.main, options) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    command = f"interrupted: go on with: python -m videor1.train --resume auto --output_dir {tmp_path / 'run'}"
-    assert last == command
-    assert train.main(command.split()[7:]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
-    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml").num_generations == 2
+        assert run_main(train.main, ["--output_dir", str(folder), *SHORT, "--disable_tqdm", "true"]) == 130
+    command = f"interrupted: go on with: python -m videor1.train --resume auto --output_dir {shlex.quote(str(folder))}"
+    assert capsys.readouterr().err.splitlines()[-1] == command
+    assert train.main(shlex.split(command)[7:]) == 0
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+    assert load_config(TrainConfig, folder / "config.yaml").num_generations == 2
 
 
-def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: Path, capsys) -> None:
+def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: Path, capsys: Capture) -> None:
     """Not with the demonstration, which would write into it."""
     folder = tmp_path / "run"
     assert train.main(train_flags(assets, folder, max_steps=2, save_steps=1)) == 0
@@ -133,12 +120,7 @@ def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: P
     assert not (folder / "config.yaml").exists()
 
 
-def test_half_a_command_names_the_missing_half(tmp_path: Path) -> None:
-    with pytest.raises(train.ConfigError, match=r"dataset_name: give .* or neither"):
-        train.main(["--model_name_or_path", str(tmp_path)])
-
-
-def test_print_config_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_the_recipe_that_would_run(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
         train.main(["--print_config", "--max_steps", "7"])
     assert stopped.value.code == 0
@@ -147,11 +129,14 @@ def test_print_config_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixt
     assert "max_completion_length: 20\n" in shown
 
 
-def test_the_demo_does_not_take_the_users_data(tmp_path: Path) -> None:
-    with pytest.raises(train.ConfigError, match="makes its own data"):
-        train.main(["--data.eval_path", "held_out.json", "--output_dir", str(tmp_path / "run")])
-
-
-def test_evaluating_without_held_out_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(train.ConfigError, match=r"eval_steps: needs data\.eval_path"):
-        train.main(["--model_name_or_path", "m", "--dataset_name", "d.json", "--eval_steps", "5"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model_name_or_path m", r"dataset_name: give .* or neither"),
+        ("--data.eval_path held_out.json", "makes its own data"),
+        ("--model_name_or_path m --dataset_name d.json --eval_steps 5", r"eval_steps: needs data\.eval_path"),
+    ],
+)
+def test_half_a_command_is_refused(words: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train.main([*words.split(), "--output_dir", str(tmp_path / "run")])

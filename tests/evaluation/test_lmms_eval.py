@@ -7,26 +7,27 @@ is tested only where it is found.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import json
 import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from evaluations import Oracle, install_oracle
 from media import numbered_frames, write_video
 from PIL import Image
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.evaluation.lmms_eval.plugin import manifest
-from videor1.rollout import Request, Rollout, SamplingOptions
-from videor1.types import Completion, Group
+from videor1.rollout import Request, SamplingOptions
 
 REAL = importlib.util.find_spec("lmms_eval") is not None
 
@@ -41,37 +42,13 @@ class StandInModel:
         self.task_dict: dict[str, Any] = {}
 
 
-@dataclass
-class StandInCounts:
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    reasoning_tokens: int | None = None
+class StandInInstance(types.SimpleNamespace):
+    args = property(lambda self: self.arguments)
 
 
-@dataclass
-class StandInResult:
-    text: str
-    token_counts: StandInCounts | None = None
-
-
-@dataclass
-class StandInInstance:
-    request_type: str
-    arguments: tuple[Any, ...]
-    idx: int
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self.arguments
-
-
-@dataclass(frozen=True)
-class StandInManifest:
-    model_id: str
-    simple_class_path: str | None = None
-    chat_class_path: str | None = None
-    aliases: tuple[str, ...] = ()
+StandInCounts = dataclasses.make_dataclass("TokenCounts", [("output_tokens", int)])
+StandInResult = dataclasses.make_dataclass("GenerationResult", ["text", "token_counts"])
+StandInManifest = dataclasses.make_dataclass("ModelManifest", ["model_id", "chat_class_path"])
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +56,17 @@ def model_class() -> Iterator[type]:
     if REAL:
         yield importlib.import_module("videor1.evaluation.lmms_eval.model").VideoR1
         return
-    names = (
-        "lmms_eval",
-        "lmms_eval.api",
-        "lmms_eval.api.model",
-        "lmms_eval.api.instance",
-        "lmms_eval.models",
-        "lmms_eval.models.registry_v2",
-    )
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["lmms_eval.api.model"].lmms = StandInModel  # type: ignore[attr-defined]
-    instance = modules["lmms_eval.api.instance"]
-    instance.Instance, instance.GenerationResult = StandInInstance, StandInResult  # type: ignore[attr-defined]
-    instance.TokenCounts = StandInCounts  # type: ignore[attr-defined]
-    modules["lmms_eval.models.registry_v2"].ModelManifest = StandInManifest  # type: ignore[attr-defined]
+    below = ("", ".api", ".api.model", ".api.instance", ".models", ".models.registry_v2")
+    modules = {name: types.ModuleType(name) for name in (f"lmms_eval{place}" for place in below)}
+    vars(modules["lmms_eval.api.model"])["lmms"] = StandInModel
+    instance = {"Instance": StandInInstance, "GenerationResult": StandInResult, "TokenCounts": StandInCounts}
+    vars(modules["lmms_eval.api.instance"]).update(instance)
+    vars(modules["lmms_eval.models.registry_v2"])["ModelManifest"] = StandInManifest
     sys.modules |= modules
     try:
         yield importlib.import_module("videor1.evaluation.lmms_eval.model").VideoR1
     finally:
-        for name in [*names, "videor1.evaluation.lmms_eval.model"]:
+        for name in [*modules, "videor1.evaluation.lmms_eval.model"]:
             sys.modules.pop(name, None)
 
 
@@ -106,60 +75,41 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", numbered_frames(40, 32, 32), rate=10)
 
 
-class Engine:
-    """Stands in for the sampler; notes what it is asked."""
+@pytest.fixture
+def engine(model_class: type, monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
+    installed = install_oracle(monkeypatch, sys.modules[model_class.__module__])
+    installed.say = staticmethod(lambda *_: "<think>so</think><answer>B</answer>")
+    return installed
 
-    reply = "<think>so</think><answer>B</answer>"
-    options: list[SamplingOptions] = []  # noqa: RUF012
-    requests: list[Request] = []  # noqa: RUF012
 
-    def __init__(self, model: object, options: SamplingOptions, *, max_rows: int, backend: str) -> None:
-        self.options.append(options)
-        self.max_rows = max_rows
-
-    def generate(self, requests: list[Request]) -> Rollout:
-        assert len(requests) <= self.max_rows
-        self.requests.extend(requests)
-        completion = Completion(torch.zeros(7), torch.zeros(7), True, self.reply)
-        return Rollout([Group(request.prompt, (completion,)) for request in requests])
+Make = Callable[..., Any]
 
 
 @pytest.fixture
-def engine(model_class: type, monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
-    class Fresh(Engine):
-        options: list[SamplingOptions] = []  # noqa: RUF012
-        requests: list[Request] = []  # noqa: RUF012
-
-    monkeypatch.setattr(sys.modules[model_class.__module__], "LocalEngine", Fresh)
-    return Fresh
-
-
-@pytest.fixture
-def make(model_class: type, assets: Assets) -> Callable[..., Any]:
+def make(model_class: type, assets: Assets) -> Make:
     def build(**options: Any) -> Any:
         return model_class(pretrained=str(assets.model), max_pixels=3136, workers=0, device="cpu", **options)
 
     return build
 
 
-def requests(model: Any, contents: list[Any], task: str = "toy", **given: Any) -> list[Any]:
+def requests(model: Any, contents: list[Any], **given: Any) -> list[Any]:
     """Generation requests as lmms-eval makes them of documents, here a document's content itself."""
     instance = sys.modules["lmms_eval.api.instance"].Instance
-    model.task_dict = {task: {"test": contents}}
-    options = {"max_new_tokens": 16, "temperature": 0} | given
+    model.task_dict = {"toy": {"test": contents}}
 
-    def to_messages(content: Any) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": content}]
+    def request(number: int) -> Any:
+        options = {"max_new_tokens": 16, "temperature": 0} | given
+        arguments = ("context", lambda content: [{"role": "user", "content": content}], options, number, "toy", "test")
+        about = {"task": "toy", "doc_id": number, "repeats": 1}
+        return instance(request_type="generate_until", arguments=arguments, idx=0, metadata=about)
 
-    return [
-        instance(
-            request_type="generate_until",
-            arguments=("context", to_messages, dict(options), number, task, "test"),
-            idx=0,
-            metadata={"task": task, "doc_id": number, "repeats": 1},
-        )
-        for number in range(len(contents))
-    ]
+    return [request(number) for number in range(len(contents))]
+
+
+def ask(model: Any, contents: list[Any], **given: Any) -> list[str]:
+    """The texts that answer these documents."""
+    return [result.text for result in model.generate_until(requests(model, contents, **given))]
 
 
 def text(words: str) -> dict[str, Any]:
@@ -168,6 +118,10 @@ def text(words: str) -> dict[str, Any]:
 
 def clip(path: Path, **window: float) -> dict[str, Any]:
     return {"type": "video", "url": str(path)} | window
+
+
+def image(source: Any) -> dict[str, Any]:
+    return {"type": "image", "url": source}
 
 
 def prompt_text(model: Any, request: Request) -> str:
@@ -183,15 +137,14 @@ def test_the_manifest_names_the_class(model_class: type) -> None:
     assert model_class.is_simple is False  # else lmms-eval refuses a chat class
 
 
-def test_answers_come_back_in_order(make, engine, video: Path, tmp_path: Path) -> None:
-    model = make()
-    picture = tmp_path / "picture.png"
+def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Path, tmp_path: Path) -> None:
+    model, picture = make(), tmp_path / "picture.png"
     Image.new("RGB", (64, 32), "red").save(picture)
     contents = [
         [clip(video), text("Which?\nA. one\nB. two")],
-        [{"type": "image", "url": Image.new("L", (40, 40))}, text("What?")],
+        [image(Image.new("L", (40, 40))), text("What?")],
         [text("2 + 2?")],
-        [{"type": "image", "url": str(picture)}, text("And this?")],
+        [image(str(picture)), text("And this?")],
         [clip(video, start_time=1.0, end_time=2.0), text("Here?")],
     ]
     results = model.generate_until(requests(model, contents))
@@ -199,116 +152,89 @@ def test_answers_come_back_in_order(make, engine, video: Path, tmp_path: Path) -
     assert [result.token_counts.output_tokens for result in results] == 5 * [7]
     prompts = [request.prompt for request in engine.requests]
     assert [prompt.media and prompt.media.kind for prompt in prompts] == ["video", "image", None, "image", "video"]
-    pads = [model.model.special.video_pad, model.model.special.image_pad]
+    pads = torch.tensor([model.model.special.video_pad, model.model.special.image_pad])
     for prompt in prompts:
-        count = sum(int((prompt.input_ids == pad).sum()) for pad in pads)
         T, h, w = prompt.media.grid_thw if prompt.media else (0, 0, 0)
-        assert count == T * h * w // 4
-    whole, window = prompts[0].media, prompts[4].media
-    assert whole.grid_thw[0] == 4  # 4 seconds at 2 frames a second
-    assert window.grid_thw[0] == 2
+        assert int(torch.isin(prompt.input_ids, pads).sum()) == T * h * w // 4
+    # 4 seconds at 2 frames a second, and the second in the window.
+    assert [prompts[i].media.grid_thw[0] for i in (0, 4)] == [4, 2]
     first = prompt_text(model, engine.requests[0])
     assert "Which?\nA. one\nB. two\nReason between <think> and </think>" in first
     assert first.endswith("<|im_start|>assistant\n")
 
 
-def test_thinking_is_an_option(make, engine, video: Path) -> None:
+def test_thinking_is_an_option(make: Make, engine: type[Oracle], video: Path) -> None:
     model = make(think=False)
-    results = model.generate_until(
-        requests(model, [[clip(video), text("Which?")]], until=["</think>"], max_new_tokens=9)
-    )
+    asked = ask(model, [[clip(video), text("Which?")]], until=["</think>"], max_new_tokens=9)
     assert "Reason between" not in prompt_text(model, engine.requests[0])
-    assert engine.options == [SamplingOptions(9, 0.0)]
-    assert results[0].text == "<think>so"  # as it came, up to the stop
-    engine.options.clear()
+    assert asked == ["<think>so"]  # as it came, up to the stop
     model.think = True
-    model.generate_until(requests(model, [[text("Which?")]]))
-    assert engine.options == [SamplingOptions(1024, 0.0)]
-    engine.reply = "no tags"
-    assert model.generate_until(requests(model, [[text("Which?")]]))[0].text == "no tags"
+    ask(model, [[text("Which?")]])
+    assert [options for options, _ in engine.made] == [SamplingOptions(9, 0.0), SamplingOptions(1024, 0.0)]
+    engine.say = staticmethod(lambda *_: "no tags")
+    assert ask(model, [[text("Which?")]]) == ["no tags"]
 
 
-def test_sampling_options_of_the_task(make, engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_options_of_the_task(make: Make, engine: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
     model = make(max_new_tokens=5)
-    hot = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": True}
     mixed = requests(model, [[text("a")], [text("b")], [text("c")]])
-    mixed[1].arguments[2].update(hot)
+    mixed[1].arguments[2].update({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": True})
     with caplog.at_level(logging.WARNING):
         model.generate_until(mixed)
-        model.generate_until(requests(model, [[text("a")]], do_sample=False, temperature=0.7, repetition_penalty=1.1))
-    assert engine.options == [SamplingOptions(5, 0.0), SamplingOptions(5, 0.7, 0.9, 20), SamplingOptions(5, 0.0)]
+        ask(model, [[text("a")]], do_sample=False, temperature=0.7, repetition_penalty=1.1)
+    greedy = SamplingOptions(5, 0.0)
+    assert [options for options, _ in engine.made] == [greedy, SamplingOptions(5, 0.7, 0.9, 20), greedy]
     assert [request.ordered.names[2] for request in engine.requests] == [0, 2, 1, 0]
     assert "not used: repetition_penalty" in caplog.text
     with pytest.raises(ConfigError, match="num_beams"):
-        model.generate_until(requests(model, [[text("a")]], num_beams=4))
+        ask(model, [[text("a")]], num_beams=4)
 
 
-def test_repeated_requests_draw_anew(make, engine) -> None:
+def test_repeated_requests_draw_anew(make: Make, engine: type[Oracle]) -> None:
     model = make()
     (request,) = requests(model, [[text("a")]])
     model.generate_until([request, request])
     assert [asked.ordered.names for asked in engine.requests] == [("lmms-eval", "toy", 0, i) for i in range(2)]
 
 
-def test_shuffled_frames(make, engine, video: Path) -> None:
-    ordered, shuffled = make(), make(shuffle=True)
-    contents = [[clip(video), text("Which?")], [text("2 + 2?")]]
-    for model in (ordered, shuffled, shuffled):
-        model.generate_until(requests(model, contents))
-    a, _, b, none, c, _ = engine.requests
-    assert a.ordered.permutation is None
-    assert sorted(b.ordered.permutation) == list(range(8))
-    assert b.ordered.permutation == c.ordered.permutation
-    assert none.ordered.permutation is None
-    assert not torch.equal(a.ordered.features, b.ordered.features)
+def test_shuffled_frames(make: Make, engine: type[Oracle], video: Path) -> None:
+    model, contents = make(), [[clip(video), text("Which?")], [text("2 + 2?")]]
+    for shuffle in (False, True, True):
+        model.shuffle = shuffle
+        ask(model, contents)
+    a, _, b, none, c, _ = (request.ordered for request in engine.requests)
+    assert a.permutation is none.permutation is None
+    assert sorted(b.permutation) == list(range(8))
+    assert b.permutation == c.permutation
+    assert not torch.equal(a.features, b.features)
 
 
-def test_a_bad_video_is_counted(make, engine, video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = make(max_prompt_length=400)
+def test_a_bad_video_is_counted(
+    make: Make, engine: type[Oracle], video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
-    contents = [
-        [clip(bad), text("a")],
-        [clip(video), text("b")],
-        [clip(tmp_path / "none.mp4"), text("c")],
-        [text("d " * 500)],
-    ]
+    contents = [[clip(bad), text("a")], [clip(video), text("b")], [clip(tmp_path / "none.mp4"), text("c")]]
     with caplog.at_level(logging.WARNING):
-        results = model.generate_until(requests(model, contents))
-    assert [result.text for result in results] == ["", "B", "", ""]
-    assert (
-        "3 of 4 requests could not be read (missing_file 1, not_video 1, too_long 1) and count as wrong" in caplog.text
-    )
+        assert ask(make(max_prompt_length=400), [*contents, [text("d " * 500)]]) == ["", "B", "", ""]
+    kinds = "(missing_file 1, not_video 1, too_long 1)"
+    assert f"3 of 4 requests could not be read {kinds} and count as wrong" in caplog.text
     assert str(bad) in caplog.text
     assert "the limit is 400: raise it, or lower max_pixels, image_max_pixels or max_frames" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            [{"type": "image", "url": "a.png"}, {"type": "image", "url": "b.png"}, text("x")],
-            r"got \['image', 'image'\]",
-        ),
+def test_what_it_cannot_take(make: Make, engine: type[Oracle], video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(shuffle=True)
+    for content, message in (
+        ([image("a.png"), image("b.png"), text("x")], r"got \['image', 'image'\]"),
         ([{"type": "audio", "url": "a.wav"}, text("x")], r"got \['audio'\]"),
         ([{"type": "video", "url": [1, 2]}, text("x")], "expected the path of a video, got list"),
-    ],
-)
-def test_what_it_cannot_take_is_refused(make, engine, content: list[Any], message: str) -> None:
-    model = make()
-    with pytest.raises(ConfigError, match=f"task toy: .*{message}"):
-        model.generate_until(requests(model, [content]))
-
-
-def test_text_that_reads_as_media_is_not_asked(make, engine, video: Path) -> None:
-    model = make()
-    results = model.generate_until(requests(model, [[clip(video), text("<|video_pad|>")], [text("<|image_pad|>")]]))
-    assert [result.text for result in results] == ["", ""]
+    ):
+        with pytest.raises(ConfigError, match=f"task toy: .*{message}"):
+            ask(model, [content])
+    # Text that reads as media is not asked.
+    assert ask(model, [[clip(video), text("<|video_pad|>")], [text("<|image_pad|>")]]) == ["", ""]
     assert not engine.requests
-
-
-def test_unfit_tasks_and_launches(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
     with pytest.raises(NotImplementedError, match="log-likelihoods"):
         model.loglikelihood([])
     with pytest.raises(NotImplementedError, match="several"):
@@ -320,23 +246,21 @@ def test_unfit_tasks_and_launches(make, monkeypatch: pytest.MonkeyPatch) -> None
         make()
 
 
-def test_the_models_own_answers(make, video: Path) -> None:
+def test_the_models_own_answers(make: Make, video: Path) -> None:
     """Greedy, from the real sampler: the same alone and among others, and as the trainer's prompt would have it."""
     model = make(max_new_tokens=6, think=False)
     contents = [[clip(video), text("Which?")], [text("2 + 2?")], [clip(video), text("Where?")]]
-    together = [result.text for result in model.generate_until(requests(model, contents))]
+    together = ask(model, contents)
     assert len(set(together)) > 1
     for number, content in enumerate(contents):
         alone = requests(model, contents)[number]
         assert model.generate_until([alone])[0].text == together[number], content
     model.batch_size = 2
-    assert [result.text for result in model.generate_until(requests(model, contents))] == together
+    assert ask(model, contents) == together
 
 
 @pytest.mark.skipif(not REAL, reason="lmms-eval is not installed (it wants av < 16)")
 def test_lmms_evals_own_evaluator_runs_it(assets: Assets, video: Path, tmp_path: Path) -> None:
-    import json
-
     from lmms_eval import evaluator, models
     from lmms_eval.tasks import TaskManager
 

@@ -1,8 +1,5 @@
 """Data files of any content: good samples and counted errors, or one message; in memory and as a stream alike."""
 
-from __future__ import annotations
-
-import itertools
 import json
 import pickle
 from pathlib import Path
@@ -10,12 +7,11 @@ from typing import Any
 
 from fuzzing import changed, check_message, damaged, fuzz
 from hypothesis import strategies as st
-from streams import order_of
+from streams import samples, stream_of
 from tiny import make_tokenizer
 
-from videor1.config import DataConfig, RewardConfig
+from videor1.config import RewardConfig
 from videor1.data import load_samples
-from videor1.data.stream import RowStream, open_dataset
 from videor1.errors import DataError
 from videor1.logs.jsonl import JsonlWriter, read_jsonl
 from videor1.model.prompts import build_input_ids
@@ -42,14 +38,8 @@ TOKENIZER = make_tokenizer()
 
 
 def check_sample(sample: Sample, root: Path, reward: RewardConfig) -> None:
-    for text in (
-        sample.problem,
-        *sample.options,
-        sample.solution,
-        sample.problem_id,
-        sample.data_source,
-        sample.process,
-    ):
+    fields = ("problem", "solution", "problem_id", "data_source", "process")
+    for text in (*sample.options, *(getattr(sample, field) for field in fields)):
         text.encode()
     assert sample.path is None or sample.path.is_relative_to(root)
     assert (
@@ -73,7 +63,7 @@ def check_errors(errors: list[SampleError], folder: Path) -> None:
     assert len(read_jsonl(lines.path)) == len(errors)
 
 
-def test_a_list(tmp_path: Path, fuzz_seconds: float) -> None:
+def test_a_list(tmp_path: Path, fuzz_times: int) -> None:
     path, root = tmp_path / "data.json", tmp_path.resolve()
     whole = FILES.map(lambda entries: json.dumps(entries).encode())
 
@@ -90,10 +80,10 @@ def test_a_list(tmp_path: Path, fuzz_seconds: float) -> None:
             check_sample(sample, root, reward)
         check_errors(dataset.errors, tmp_path)
 
-    assert fuzz(fuzz_seconds, st.tuples(damaged(whole), st.booleans()), check) > 0
+    fuzz(300 * fuzz_times, st.tuples(damaged(whole), st.booleans()), check)
 
 
-def test_lines_are_the_same_in_memory_and_as_a_stream(tmp_path: Path, fuzz_seconds: float) -> None:
+def test_lines_are_the_same_in_memory_and_as_a_stream(tmp_path: Path, fuzz_times: int) -> None:
     path, root = tmp_path / "data.jsonl", tmp_path.resolve()
     whole = FILES.map(lambda entries: b"\n".join(json.dumps(entry).encode() for entry in entries))
 
@@ -107,10 +97,8 @@ def test_lines_are_the_same_in_memory_and_as_a_stream(tmp_path: Path, fuzz_secon
         except DataError:
             dataset = None
         try:
-            stream = open_dataset(str(path), DataConfig(stream=True, root=str(root)))
-            assert isinstance(stream, RowStream)
-            order, count = order_of(stream, shuffle=False), stream.count() or 0
-            drawn = [draw.sample for draw in itertools.islice(order.iterate(order.begin(0)), count)]
+            stream = stream_of(path, root=str(root))
+            drawn = samples(stream, stream.count() or 0)
         except DataError:
             assert dataset is None or data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
             return
@@ -121,4 +109,4 @@ def test_lines_are_the_same_in_memory_and_as_a_stream(tmp_path: Path, fuzz_secon
         if dataset is not None:
             assert outcomes([*dataset.samples, *dataset.errors]) == outcomes(drawn)
 
-    assert fuzz(fuzz_seconds, damaged(whole), check) > 0
+    fuzz(200 * fuzz_times, damaged(whole), check)

@@ -1,6 +1,9 @@
 """The launches whose kernels are compiled without a GPU: through the package's launchers, at a 7B model's shapes, at
 ragged ones, and with every size 1.
 
+For every target are compiled those that take most of a GPU, and those of every shipped tile and block. The others are
+code paths that the compiler for one target sees as well: by default they are compiled for that one alone.
+
 Triton compiles a kernel anew for a pointer or an integer that 16 divides, and for an integer that is 1. The tensors
 are CPU memory that is never touched: the launchers and Triton read only shapes, strides and addresses.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +34,15 @@ from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
 
 MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
+TARGETS = tuple(TILES)
 FULL_TARGETS = (80, 90, 100)  # the others have tiles of their own, but no row or token kernel of their own
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# What a launch is compiled for by default: every target that has it, or
+ONCE = (80,)  # which takes the compiler least time
+
+
+Launch = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,8 @@ class Memory:
 ALIGNED, ODD = Memory(), Memory(odd=True)
 
 
-def launch_all(capability: int) -> Iterator[str]:
-    """Make every launch that ``capability`` has; yields the name of each before it is made."""
+def launch_all(capability: int) -> Iterator[Launch]:
+    """Make every launch that ``capability`` has; yields the name of each before it is made, and its default targets."""
     for tile in tiles(capability):
         yield from _head(tile, full=capability in FULL_TARGETS)
     if capability in FULL_TARGETS:
@@ -62,13 +73,13 @@ def launch_all(capability: int) -> Iterator[str]:
     yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
 
 
-def launch_faults(capability: int) -> Iterator[str]:
+def launch_faults(capability: int) -> Iterator[Launch]:
     """Kernels that have what the package's must not have, to see that it would be seen."""
     if capability not in FULL_TARGETS:
         return
-    yield "128 values a thread in 64 registers"
+    yield "128 values a thread in 64 registers", TARGETS
     spilling_kernel[(1,)](ALIGNED(4096), ALIGNED(4096), BLOCK=4096, num_warps=1, maxnreg=64)
-    yield "a product of fp32"
+    yield "a product of fp32", TARGETS
     scalar_product_kernel[(1,)](ALIGNED(32, 32), ALIGNED(32, 32), BLOCK=32)
 
 
@@ -86,13 +97,19 @@ def scalar_product_kernel(values, out, BLOCK: tl.constexpr):
     tl.store(out + at, tl.dot(x, x, input_precision="ieee"))
 
 
+def twin(capability: int) -> int:
+    """The target that stands for ``capability`` by default: sm_86 for sm_89 while all is configured alike."""
+    tables: tuple[dict[int, Any], ...] = (TILES, BLOCKS, triton_decode.BLOCKS)
+    return 86 if capability == 89 and all(table[89] == table[86] for table in tables) else capability
+
+
 def tiles(capability: int) -> list[Tile]:
     """The tile of ``capability``, and the one for operands that its descriptors cannot address."""
     tile = TILES[capability]
     return [tile, TILES[80]] if tile.descriptors else [tile]
 
 
-def _head(tile: Tile, *, full: bool) -> Iterator[str]:
+def _head(tile: Tile, *, full: bool) -> Iterator[Launch]:
     def launch(sizes: tuple[int, int, int], dtype: torch.dtype, memory: Memory, bias: torch.dtype | None) -> None:
         rows, vocabulary, size = sizes
         if tile.descriptors:  # they need aligned rows, which may still be cut to any width
@@ -100,87 +117,70 @@ def _head(tile: Tile, *, full: bool) -> Iterator[str]:
             hidden, weight = (ALIGNED(n, pitch, dtype=dtype)[:, :size] for n in (rows, vocabulary))
         else:
             hidden, weight = (memory(n, size, dtype=dtype) for n in (rows, vocabulary))
-        product_statistics(
-            hidden,
-            weight,
-            memory(rows, dtype=torch.int64),
-            None if bias is None else memory(vocabulary, dtype=bias),
-            memory(rows),
-            tile,
-        )
+        labels, biases = memory(rows, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
+        product_statistics(hidden, weight, labels, biases, memory(rows), tile)
 
-    yield "7B head, odd N, bf16"
+    yield "7B head, odd N, bf16", TARGETS
     launch((16383, *MODEL[1:]), BF16, ALIGNED, None)
-    yield "odd everything, bf16, fp32 bias"
+    yield "odd everything, bf16, fp32 bias", TARGETS
     launch((333, 1001, 41), BF16, ODD, FP32)
     if full:
-        yield "7B head, fp16, fp16 bias"
+        yield "7B head, fp16, fp16 bias", ONCE
         launch(MODEL, FP16, ALIGNED, FP16)
-        yield "sizes of 1, fp16, fp16 bias"
+        yield "sizes of 1, fp16, fp16 bias", (80, 90)
         launch((1, 1, 1), FP16, ALIGNED, FP16)
 
 
-def _statistics() -> Iterator[str]:
+def _statistics() -> Iterator[Launch]:
     def launch(logits: Tensor, entries: int, memory: Memory, *, entropy: bool, bias: torch.dtype | None = None) -> None:
         rows, vocabulary = logits.shape
-        row_statistics(
-            logits,
-            memory(rows, entries, dtype=torch.int64),
-            None if bias is None else memory(vocabulary, dtype=bias),
-            memory(rows),
-            entropy=entropy,
-        )
+        index, biases = memory(rows, entries, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
+        row_statistics(logits, index, biases, memory(rows), entropy=entropy)
 
-    yield "chunk of fp32 logits, entropy"
+    yield "chunk of fp32 logits, entropy", TARGETS
     launch(_chunk(4096, 152064, FP32), 1, ALIGNED, entropy=True)
-    yield "chunk of fp32 logits, odd V, entropy, bf16 bias"
+    yield "chunk of fp32 logits, odd V, entropy, bf16 bias", ONCE
     launch(_chunk(333, 1001, FP32), 1, ODD, entropy=True, bias=BF16)
-    yield "32 of bf16 logits"
+    yield "32 of bf16 logits", ONCE
     launch(ALIGNED(4096, 152064, dtype=BF16), 32, ALIGNED, entropy=False)
-    yield "3 of fp16 logits, odd V"
+    yield "3 of fp16 logits, odd V", ONCE
     launch(ODD(333, 151665, dtype=FP16), 3, ODD, entropy=False)
-    yield "sizes of 1, fp16"
+    yield "sizes of 1, fp16", ONCE
     launch(ALIGNED(1, 1, dtype=FP16), 1, ALIGNED, entropy=False)
 
 
-def _gradients() -> Iterator[str]:
+def _gradients() -> Iterator[Launch]:
     def launch(
-        logits: Tensor,
-        out: Tensor,
-        entries: int,
-        memory: Memory,
-        *,
-        entropy: bool = False,
-        bias: torch.dtype | None = None,
-        moved: bool = False,
+        logits: Tensor, out: Tensor, entries: int, memory: Memory, *, bias: torch.dtype | None = None, **given: bool
     ) -> None:
         rows, vocabulary = logits.shape
+        index, biases = memory(rows, entries, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
         row_gradient(
             logits,
             out,
-            memory(rows, entries, dtype=torch.int64),
-            None if bias is None else memory(vocabulary, dtype=bias),
+            index,
+            biases,
             memory(rows),
             RowStatistics(memory(rows), memory(rows), memory(rows)),
             memory(rows, entries),
-            grad_entropy=memory(rows) if entropy else None,
-            source=memory(rows, dtype=torch.int64) if moved else None,
+            grad_entropy=memory(rows) if "entropy" in given else None,
+            source=memory(rows, dtype=torch.int64) if "moved" in given else None,
         )
 
-    yield "fp32 logits to bf16 in place, moved"
+    yield "fp32 logits to bf16 in place, moved", ONCE
     buffer = logits_buffer(4096, 152064, torch.device("cpu"))
     launch(*(narrow_rows(buffer, 4096, 152064, dtype) for dtype in (FP32, BF16)), 1, ALIGNED, moved=True)
-    yield "fp32 logits to fp16 in place, odd V, entropy, fp16 bias"
+    yield "fp32 logits to fp16 in place, odd V, entropy, fp16 bias", ONCE
     buffer = logits_buffer(333, 1001, torch.device("cpu"))
     launch(*(narrow_rows(buffer, 333, 1001, dtype) for dtype in (FP32, FP16)), 1, ODD, entropy=True, bias=FP16)
-    yield "fp32 logits in place, entropy, fp32 bias"
+    yield "fp32 logits in place, entropy, fp32 bias", TARGETS
     chunk = _chunk(4096, 152064, FP32)
     launch(chunk, chunk, 1, ALIGNED, entropy=True, bias=FP32)
-    yield "32 of bf16 logits"
+    yield "32 of bf16 logits", ONCE
     launch(*(ALIGNED(4096, 152064, dtype=BF16) for _ in range(2)), 32, ALIGNED)
-    yield "3 of fp16 logits, odd V"
+    yield "3 of fp16 logits, odd V", ONCE
     launch(*(ODD(333, 151665, dtype=FP16) for _ in range(2)), 3, ODD)
-    yield "sizes of 1, fp32"
+    yield "sizes of 1, fp32", ONCE
     launch(*(ALIGNED(1, 1) for _ in range(2)), 1, ALIGNED)
 
 
@@ -188,110 +188,95 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     return narrow_rows(logits_buffer(rows, vocabulary, torch.device("cpu")), rows, vocabulary, dtype)
 
 
-def _terms() -> Iterator[str]:
+def _terms() -> Iterator[Launch]:
     def launch(
         completions: int,
         memory: Memory,
         loss_type: str,
         level: str,
-        *,
-        dtype: torch.dtype = FP32,
-        old: bool = True,
-        low: float | None = 0.2,
-        high: float | None = 0.2,
+        clips: tuple[float | None, float | None] = (0.2, 0.2),
         beta: float = 0.0,
-        masked: bool = False,
+        dtype: torch.dtype = FP32,
+        **given: bool,
     ) -> None:
-        options = grpo_loss.GrpoLossOptions(loss_type, beta, low, high, 10.0, level, 768, 6144.0)
+        old, ref = (memory(6144, dtype=dtype) if wanted else None for wanted in (given.get("old", True), beta))
         terms(
             memory(6144, dtype=dtype),
-            memory(6144, dtype=dtype) if old else None,
-            memory(6144, dtype=dtype) if beta else None,
-            memory(6144, dtype=torch.bool) if masked else None,
+            old,
+            ref,
+            memory(6144, dtype=torch.bool) if "masked" in given else None,
             tuple(memory(completions, dtype=torch.int64) for _ in range(3)),
             memory(completions),
             memory(completions, dtype=torch.int64),
             memory(1, dtype=torch.int64)[0],
-            options,
+            grpo_loss.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0),
             memory(6144),
         )
 
-    yield "on policy, KL"
-    launch(16, ALIGNED, "grpo", "token", old=False, low=None, high=None, beta=0.04)
-    yield "DAPO"
-    launch(333, ALIGNED, "dapo", "token", high=0.28)
-    yield "Dr. GRPO, one-sided clip, KL, mask, odd everything, bf16"
-    launch(333, ODD, "dr_grpo", "token", dtype=BF16, low=None, beta=0.04, masked=True)
-    yield "GSPO, KL, mask"
-    launch(333, ALIGNED, "grpo", "sequence", high=None, beta=0.04, masked=True)
-    yield "GSPO over all tokens, one segment, fp16"
+    yield "on policy, KL", ONCE
+    launch(16, ALIGNED, "grpo", "token", (None, None), 0.04, old=False)
+    yield "DAPO", ONCE
+    launch(333, ALIGNED, "dapo", "token", (0.2, 0.28))
+    yield "Dr. GRPO, one-sided clip, KL, mask, odd everything, bf16", ONCE
+    launch(333, ODD, "dr_grpo", "token", (None, 0.2), 0.04, BF16, masked=True)
+    yield "GSPO, KL, mask", TARGETS
+    launch(333, ALIGNED, "grpo", "sequence", (0.2, None), 0.04, masked=True)
+    yield "GSPO over all tokens, one segment, fp16", ONCE
     launch(1, ALIGNED, "bnpo", "sequence", dtype=FP16)
 
 
-def _advantages() -> Iterator[str]:
+def _advantages() -> Iterator[Launch]:
     def launch(
         prompts: int,
         size: int,
         others: int | None,
         rule: str,
-        *,
         dtype: torch.dtype = FP32,
         lengths: torch.dtype = torch.int64,
-        normalize: str = "std",
-        apply: str = "reward",
+        rest: tuple = ("std", 1e-4, "reward"),
     ) -> None:
-        options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), normalize, 1e-4, apply)
+        options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), *rest)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
         tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options)
 
-    yield "4096 prompts of 8 and 4"
+    yield "4096 prompts of 8 and 4", TARGETS
     launch(4096, 8, 4, "margin")
-    yield "16 and 16, int32 lengths, added to the advantage"
-    launch(333, 16, 16, "threshold", lengths=torch.int32, apply="advantage")
-    yield "no shuffled branch, bf16, only centred"
-    launch(333, 5, None, "reference", dtype=BF16, lengths=BF16, normalize="none")
-    yield "sizes of 1, fp16"
+    yield "16 and 16, int32 lengths, added to the advantage", ONCE
+    launch(333, 16, 16, "threshold", lengths=torch.int32, rest=("std", 1e-4, "advantage"))
+    yield "no shuffled branch, bf16, only centred", ONCE
+    launch(333, 5, None, "reference", BF16, BF16, ("none", 1e-4, "reward"))
+    yield "sizes of 1, fp16", ONCE
     launch(1, 1, 1, "margin", dtype=FP16)
 
 
-def _samples() -> Iterator[str]:
+def _samples() -> Iterator[Launch]:
     def launch(
-        rows: int,
-        vocabulary: int,
-        dtype: torch.dtype,
-        memory: Memory,
-        *options: float,
-        banned: int = 0,
-        uniform: torch.dtype = FP32,
+        sizes: tuple[int, int], dtype: torch.dtype, memory: Memory, options: tuple, banned: int, uniform: torch.dtype
     ) -> None:
-        sample_tokens(
-            memory(rows, vocabulary, dtype=dtype),
-            memory(rows, dtype=uniform),
-            memory(banned, dtype=torch.int64) if banned else None,
-            SampleTokensOptions(*options),
-        )
+        ids = memory(banned, dtype=torch.int64) if banned else None
+        logits, numbers = memory(*sizes, dtype=dtype), memory(sizes[0], dtype=uniform)
+        sample_tokens(logits, numbers, ids, SampleTokensOptions(*options))
 
-    for dtype in (BF16, FP32):
-        yield f"12 rows of {dtype}"
-        launch(12, 152064, dtype, ALIGNED, 1.0, 1.0, 0)
-        yield f"12 rows of {dtype}, 16 banned"
-        launch(12, 152064, dtype, ALIGNED, 1.0, 1.0, 0, banned=16)
-        yield f"12 rows of {dtype}, the likeliest, 16 banned"
-        launch(12, 152064, dtype, ALIGNED, 0.0, 1.0, 0, banned=16)
-        yield f"12 rows of {dtype}, top-k, 16 banned"
-        launch(12, 152064, dtype, ALIGNED, 0.7, 1.0, 50, banned=16)
-        yield f"12 rows of {dtype}, top-p, 16 banned"
-        launch(12, 152064, dtype, ALIGNED, 1.0, 0.95, 0, banned=16)
-        yield f"12 rows of {dtype}, top-k and top-p, 16 banned"
-        launch(12, 152064, dtype, ALIGNED, 1.0, 0.95, 50, banned=16)
-    yield "odd everything, fp16, fp64 numbers, top-k and top-p"
-    launch(333, 151665, FP16, ODD, 1.0, 0.95, 50, uniform=torch.float64)
-    yield "sizes of 1, fp16, top-p"
-    launch(1, 1, FP16, ODD, 1.0, 0.5, 0, banned=1)
+    kinds = [  # what is drawn, how many are banned, the targets in bf16 and in fp32
+        ("all", (1.0, 1.0, 0), 0, TARGETS, ()),
+        ("all but 16", (1.0, 1.0, 0), 16, ONCE, ()),
+        ("the likeliest but 16", (0.0, 1.0, 0), 16, ONCE, ()),
+        ("top-k but 16", (0.7, 1.0, 50), 16, (), ()),
+        ("top-p but 16", (1.0, 0.95, 0), 16, (), ()),
+        ("top-k and top-p but 16", (1.0, 0.95, 50), 16, (), TARGETS),
+    ]
+    for what, options, banned, *targets in kinds:
+        for dtype, own in zip((BF16, FP32), targets, strict=True):
+            yield f"12 rows of {dtype}, {what}", own
+            launch((12, 152064), dtype, ALIGNED, options, banned, FP32)
+    yield "odd everything, fp16, fp64 numbers, top-k", ONCE
+    launch((333, 151665), FP16, ODD, (1.0, 1.0, 50), 0, torch.float64)
+    yield "sizes of 1, fp16, top-p", ONCE
+    launch((1, 1), FP16, ODD, (1.0, 0.5, 0), 1, FP32)
 
 
-def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
+def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:
     def launch(layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory) -> None:
         rows = layout.total_tokens
         q, grad = (memory(rows, heads[0], size, dtype=dtype) for _ in range(2))
@@ -299,20 +284,19 @@ def _attention(blocks: Blocks, *, full: bool) -> Iterator[str]:
         out, lse = prefix_attention.forward(q, k, v, layout, 0.1, blocks)
         prefix_attention.backward(grad, q, k, v, out, lse, layout, 0.1, blocks)
 
-    yield "7B group, bf16"
+    yield "7B group, bf16", TARGETS
     launch(PrefixLayout([1224], [[768] * 8]), (28, 4), 128, BF16, ALIGNED)
     if full:
-        yield "head dim 80, odd everything, fp16"
+        yield "head dim 80, odd everything, fp16", (90,)
         launch(PrefixLayout([1223, 1], [[1, 700], []]), (6, 2), 80, FP16, ODD)
-        yield "one token, head dim 64, bf16"
+        yield "one token, head dim 64, bf16", ONCE
         launch(PrefixLayout([1], [[]]), (1, 1), 64, BF16, ALIGNED)
 
 
-def _decode(block: Block, *, full: bool) -> Iterator[str]:
+def _decode(block: Block, *, full: bool) -> Iterator[Launch]:
     def launch(
         groups: list[int],
-        prefix: int,
-        capacity: int,
+        sizes: tuple[int, int],  # of a prefix and of the memory of a suffix
         heads: tuple[int, int],
         size: int,
         dtype: torch.dtype,
@@ -321,25 +305,24 @@ def _decode(block: Block, *, full: bool) -> Iterator[str]:
         lengths: torch.dtype = torch.int32,
         slots: bool = False,
     ) -> None:
+        prefix, capacity = sizes
         row_group = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
-        rows = len(row_group)
-        starts = torch.arange(len(groups) + 1) * prefix
+        rows, starts = len(row_group), torch.arange(len(groups) + 1) * prefix
         layout = DecodeLayout(starts, row_group, suffix_slots=torch.arange(rows).flip(0) if slots else None)
-        prefix_k, prefix_v = (memory(len(groups) * prefix, heads[1], size, dtype=dtype) for _ in range(2))
-        suffix_k, suffix_v = (memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2))
-        suffix_lengths = memory(rows, dtype=lengths).zero_()
-        q = memory(rows, heads[0], size, dtype=dtype)
-        inputs = DecodeInputs(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths)
+        prefixes = [memory(len(groups) * prefix, heads[1], size, dtype=dtype) for _ in range(2)]
+        suffixes = [memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2)]
+        q, suffix_lengths = memory(rows, heads[0], size, dtype=dtype), memory(rows, dtype=lengths).zero_()
+        inputs = DecodeInputs(q, *prefixes, *suffixes, suffix_lengths)
         triton_decode.prefix_decode_attention(inputs, layout, 0.1, block)
 
-    yield "7B decode, 12 rows, bf16"
-    launch([8, 4], 1224, 768, (28, 4), 128, BF16, ALIGNED)
+    yield "7B decode, 12 rows, bf16", TARGETS
+    launch([8, 4], (1224, 768), (28, 4), 128, BF16, ALIGNED)
     if full:
-        yield "3B decode, 12 rows, slots, bf16"
-        launch([8, 4], 1224, 768, (16, 2), 128, BF16, ALIGNED, slots=True)
-        yield "head dim 64, 2 queries a key, int64 lengths, fp16"
-        launch([8, 4], 1224, 768, (8, 4), 64, FP16, ALIGNED, lengths=torch.int64)
-        yield "head dim 80, 16 queries a key, odd everything, fp16"
-        launch([3], 333, 77, (16, 1), 80, FP16, ODD, slots=True)
-        yield "one row, sizes of 1, bf16"
-        launch([1], 1, 1, (1, 1), 1, BF16, ALIGNED)
+        yield "3B decode, 12 rows, slots, bf16", ()
+        launch([8, 4], (1224, 768), (16, 2), 128, BF16, ALIGNED, slots=True)
+        yield "head dim 64, 2 queries a key, int64 lengths, fp16", ONCE
+        launch([8, 4], (1224, 768), (8, 4), 64, FP16, ALIGNED, lengths=torch.int64)
+        yield "head dim 80, 16 queries a key, odd everything, fp16", (90,)
+        launch([3], (333, 77), (16, 1), 80, FP16, ODD, slots=True)
+        yield "one row, sizes of 1, bf16", ONCE
+        launch([1], (1, 1), (1, 1), 1, BF16, ALIGNED)

@@ -1,6 +1,6 @@
 """What the package's Triton kernels compile to, for GPUs that need not be there.
 
-python tests/kernels/compile_report.py            a Markdown table
+python tests/kernels/compile_report.py            a Markdown table of every launch
 python tests/kernels/compile_report.py --json 90  the kernels for sm_90 as JSON
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,11 +17,21 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async\b",
+    "tcgen05": r"\btcgen05\.mma\b",
+    "mma": r"(?<!w)\bmma\.sync\b",
+    "TMA": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Kernel:
     local: int
     spills: int  # instructions that load from or store to local memory
     matrix: bool  # has a matrix product
-    instructions: dict[str, int]  # of the tensor cores and of TMA
+    instructions: dict[str, int]  # of the tensor cores and of TMA, in its PTX
     counts: int  # atomics that release what the program stored and acquire what others did
     ordered: bool  # of these, all stand between barriers
 
@@ -60,17 +71,56 @@ class Report:
     kernels: list[Kernel]
     faults: list[Kernel]
 
+    @staticmethod
+    def of(text: str) -> Report:
+        """From its JSON."""
+        found = json.loads(text)
+        kernels, faults = ([Kernel(**kernel) for kernel in found[key]] for key in ("kernels", "faults"))
+        return Report(found["versions"], kernels, faults)
 
-def report(*capabilities: int) -> Report:
+
+def report(*capabilities: int, full: bool = True) -> Report:
     """Compile for ``capabilities``, or for all that have a tile, in a process of its own: in this one, Triton may
     already be set to interpret.
     """
-    command = [sys.executable, __file__, "--json", *map(str, capabilities)]
+    command = [sys.executable, __file__, "--json", *([] if full else ["--default"]), *map(str, capabilities)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
-    found = json.loads(done.stdout)
-    return Report(found["versions"], *([Kernel(**kernel) for kernel in found[key]] for key in ("kernels", "faults")))
+    return Report.of(done.stdout)
+
+
+def sources_key(*folders: Path) -> str:
+    """A hash of what a report depends on: Triton's version, torch's, and the Python files in and below ``folders``."""
+    found = hashlib.sha256("\0".join(map(version, ("triton", "torch"))).encode())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]:
+            found.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def kept_report(file: Path | None, key: str, make: Callable[[], Report]) -> Report:
+    """The report in ``file``, if it is whole and was made for ``key``; else a new one, which ``file`` then holds.
+
+    Without a file, or where none can be written, it is made every time.
+    """
+    if file is None:
+        return make()
+    with suppress(OSError, ValueError):
+        digest, kept_key, text = file.read_text(encoding="utf-8").split("\n", 2)
+        if kept_key == key and digest == _digest(key, text):
+            return Report.of(text)
+    made = make()
+    text = json.dumps(asdict(made))
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        whole = Path(folder, file.name)
+        whole.write_text("\n".join((_digest(key, text), key, text)), encoding="utf-8")
+        os.replace(whole, file)
+    return made
+
+
+def _digest(key: str, text: str) -> str:
+    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
 
 
 def kernel_names(folder: Path, package: str) -> list[str]:
@@ -129,7 +179,7 @@ class _Target:
         return 0
 
 
-def _compile(capability: int) -> tuple[list[Kernel], list[Kernel]]:
+def _compile(capability: int, full: bool) -> tuple[list[Kernel], list[Kernel]]:
     """Make every launch with Triton's launch replaced by its compilation."""
     from compile_launches import launch_all, launch_faults
     from triton.runtime import driver
@@ -140,6 +190,8 @@ def _compile(capability: int) -> tuple[list[Kernel], list[Kernel]]:
     found: dict[str, Kernel] = {}
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if not full and capability not in targets:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in found:
             found[kernel.hash] = _measure(self, capability, launch, kernel)
@@ -147,26 +199,27 @@ def _compile(capability: int) -> tuple[list[Kernel], list[Kernel]]:
 
     driver.set_active(_Target(capability))
     with mock.patch.object(JITFunction, "run", compile_only):
-        for launch in launch_all(capability):  # noqa: B007 (compile_only reads it)
+        for launch, targets in launch_all(capability):  # noqa: B007 (compile_only reads it)
             pass
         ours = len(found)
-        for launch in launch_faults(capability):  # noqa: B007
+        for launch, targets in launch_faults(capability):  # noqa: B007
             pass
     return list(found.values())[:ours], list(found.values())[ours:]
 
 
-def _compile_all(capabilities: list[int]) -> Report:
+def _compile_all(capabilities: list[int], full: bool) -> Report:
     """In a process for each processor, those that take longest first. Forked: Torch and Triton are imported once."""
     import torch
     import triton
-    from compile_launches import TILES
+    from compile_launches import TILES, twin
 
     capabilities = capabilities or list(TILES)
-    order = sorted(capabilities, key=lambda c: (TILES[c].descriptors, c == 80, c), reverse=True)
+    chosen = {c: c if full else twin(c) for c in capabilities}
+    order = sorted(set(chosen.values()), key=lambda c: (TILES[c].descriptors, c == 80, c), reverse=True)
     workers = min(len(order), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        parts = dict(zip(order, pool.map(_compile, order), strict=True))
-    kernels, faults = ([kernel for c in capabilities for kernel in parts[c][i]] for i in (0, 1))
+        parts = dict(zip(order, pool.map(_compile, order, [full] * len(order)), strict=True))
+    kernels, faults = ([replace(k, capability=c) for c in capabilities for k in parts[chosen[c]][i]] for i in (0, 1))
     return Report(f"triton {triton.__version__}, torch {torch.__version__}", kernels, faults)
 
 
@@ -181,22 +234,21 @@ def _inspect(file: Path, *options: str) -> str:
 
 
 def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel:
-    matrix = "tt.dot" in kernel.asm["ttir"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _inspect(cubin, "-res-usage"))
         usage = {name: int(size) for name, size in found}
-        # Disassembly takes longer than most compilations: not where there is neither local memory, product nor TMA.
-        wanted = usage["STACK"] or usage["LOCAL"] or matrix or "cp.async.bulk" in kernel.asm["ptx"]
-        sass = _inspect(cubin, "-sass") if wanted else ""
+        # Disassembly takes longer than many compilations: only where there is local memory.
+        sass = _inspect(cubin, "-sass") if usage["STACK"] or usage["LOCAL"] else ""
+    ptx = kernel.asm["ptx"]
     declared = {parameter.name for parameter in function.params if parameter.is_constexpr}
     constants = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     integers = {name: "1" for name in constants if name not in declared}
     for i, (name, kind) in enumerate(kernel.src.signature.items()):
         if kind in ("i32", "i64"):
             integers[name] = "multiple of 16" if kernel.src.attrs.get((i,)) else "any"
-    counts, ordered = release_order(kernel.asm["ptx"])
+    counts, ordered = release_order(ptx)
     return Kernel(
         name=f"{function.__module__}.{function.__name__}",
         capability=capability,
@@ -209,14 +261,9 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
         shared=kernel.metadata.shared,
         stack=usage["STACK"],
         local=usage["LOCAL"],
-        spills=_count(r"STL|LDL", sass),
-        matrix=matrix,
-        instructions={
-            "wgmma": _count("HGMMA", sass),
-            "tcgen05": _count("UTCHMMA", sass),
-            "mma": _count("HMMA", sass),
-            "TMA": _count("UTMALDG", sass),
-        },
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        matrix="tt.dot" in kernel.asm["ttir"],
+        instructions={name: len(re.findall(text, ptx)) for name, text in INSTRUCTIONS.items()},
         counts=counts,
         ordered=ordered,
     )
@@ -236,20 +283,18 @@ def release_order(ptx: str) -> tuple[int, bool]:
     return len(counts), all(mark == "bar" for mark in (*before, *after))
 
 
-def _count(mnemonic: str, sass: str) -> int:
-    return len(re.findall(rf"\b(?:{mnemonic})\b", sass))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capabilities", nargs="*", type=int, help="80, 90, ...; all that have a tile, unless given")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--default", action="store_true", help="only what the tests compile without --full")
     options = parser.parse_args()
     sys.path.insert(1, str(Path(__file__).parents[2]))  # the package beside the tests, if it is there
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled before is taken from a cache
-        compiled = _compile_all(options.capabilities)
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it changes no instruction, and takes time
+        compiled = _compile_all(options.capabilities, not options.default)
     print(json.dumps(asdict(compiled)) if options.json else f"{compiled.versions}\n\n{table(compiled.kernels)}")
 
 

@@ -5,23 +5,34 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from videor1_kernels import extension
 from videor1_kernels.frames_to_patches import YuvFrames, native
+from videor1_kernels.frames_to_patches.reference import frames_to_patches_reference
+from videor1_kernels.testing import poisoned_memory
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KINDS = ("rgb", "yuv420p", "nv12", "p010")
+Made = tuple[Tensor | None, Tensor | None]
 
 
-def made_frames(kind, frames, height, width, *, matrix="601", range_="limited", seed=0, padding=0):
+def made_frames(
+    kind: str, frames: int, height: int, width: int, *, matrix: Any = "601", range_: Any = "limited", padding: int = 0
+) -> Tensor | YuvFrames:
     """Random frames; ``padding`` samples, which nothing may read, end each row and each plane."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     top, dtype = (1024, torch.uint16) if kind == "p010" else (256, torch.uint8)
 
-    def plane(h, w, *rest):
+    def plane(h: int, w: int, *rest: int) -> Tensor:
         whole = torch.randint(0, top, (frames, h + padding, w + padding, *rest), generator=random, dtype=torch.int32)
         return (whole << 6 if kind == "p010" else whole).to(dtype)[:, :h, :w]
 
@@ -32,11 +43,10 @@ def made_frames(kind, frames, height, width, *, matrix="601", range_="limited", 
     return YuvFrames((plane(height, width), *chroma), matrix=matrix, range=range_)
 
 
-def emulated(folder):
+def emulated(folder: Path) -> Any:
     """native.frames_to_patches with the CUDA kernels of csrc/ in place of the C++ ones, run by ``cuda_on_cpu``."""
-    (folder / "bindings.cpp").write_text(
-        (CSRC / "bindings.cpp").read_text().replace("videor1_csrc", "videor1_emulated")
-    )
+    bindings = (CSRC / "bindings.cpp").read_text().replace("videor1_csrc", "videor1_emulated")
+    (folder / "bindings.cpp").write_text(bindings)
     kernels = (CSRC / "frames_to_patches.cu").read_text()
     launch = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*)\);")
     kernels, count = launch.subn(r"emulation::launch([&] { \1(\3); }, \2);", kernels)
@@ -53,73 +63,52 @@ void videor1::frames_to_patches_cpu(const Job& job, int64_t, ParallelFor) {
 }
 """
     (folder / "kernels.cpp").write_text(kernels)
-    torch_folder = Path(torch.__file__).parent
+    includes = (Path(__file__).parent / "cuda_on_cpu", CSRC, CSRC / "include", Path(torch.__file__).parent / "include")
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", extension.STABLE_ABI, *(f"-I{path}" for path in includes)]
+    sources = [str(folder / "bindings.cpp"), str(folder / "kernels.cpp")]
+    links = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
     library = folder / "emulated.so"
-    command = [
-        *extension._compiler(),
-        "-O1",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-w",
-        extension.STABLE_ABI,
-        f"-I{Path(__file__).parent / 'cuda_on_cpu'}",
-        f"-I{CSRC}",
-        f"-I{CSRC / 'include'}",
-        f"-I{torch_folder / 'include'}",
-        str(folder / "bindings.cpp"),
-        str(folder / "kernels.cpp"),
-        f"-L{torch_folder / 'lib'}",
-        "-ltorch_cpu",
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
+    subprocess.run([*extension._compiler(), *flags, *sources, *links, "-o", str(library)], check=True)
     torch.ops.load_library(str(library))
     return torch.ops.videor1_emulated
 
 
-def run(
-    operators,
-    frames,
-    *,
-    size,
-    dtype=torch.uint8,
-    permutation=None,
-    rotation=0,
-    mirrored=False,
-    both=False,
-    align=1,
-    device="cpu",
-):
-    """(ordered, permuted) straight from the operator, into outputs full of something else; on the CPU in the end."""
-    device = torch.device(device)
-    planes = [_moved(p, device) for p in (frames.planes if isinstance(frames, YuvFrames) else (frames,))]
-    matrix = native.MATRICES[frames.matrix] if isinstance(frames, YuvFrames) else 0
-    full = isinstance(frames, YuvFrames) and frames.range == "full"
-    count, height, width = planes[0].shape[:3]
-    out_height, out_width = size if rotation % 180 == 0 else size[::-1]
-    shape = (math.ceil(count / 2) * size[0] * size[1] // 196, 1176)
-    poison = 7 if dtype == torch.uint8 else float("nan")
-    ordered, permuted = (
-        torch.full(shape, poison, dtype=dtype, device=device) if wanted else None
-        for wanted in (permutation is None or both, permutation is not None)
-    )
-    tables = [
-        operators.resample_table(torch.empty(0), *sizes, align) for sizes in ((height, out_height), (width, out_width))
-    ]
-    tables = [(first.to(device), weights.to(device), taps) for first, weights, taps in tables]
-    slots = None if permutation is None else native._slots(permutation, device)
-    levels = native._levels(dtype, device)
-    operators.frames_to_patches(
-        planes, matrix, full, *tables[0], *tables[1], rotation // 90, mirrored, levels, slots, ordered, permuted
-    )
-    return tuple(None if made is None else made.cpu() for made in (ordered, permuted))
+def runner(name: str, folder: Path) -> Callable[..., Made]:
+    """frames_to_patches as one call (frames, size=..., ...) -> (ordered, permuted), in memory that held something else.
+
+    Of torch ("reference"), of the C++ ("cpu"), of the CUDA on threads that a CPU plays ("cuda") or on a card ("card").
+    """
+    make = frames_to_patches_reference if name == "reference" else native.frames_to_patches
+    changes: list[Any] = []
+    if name == "cuda":
+        operators = emulated(folder)
+
+        def table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+            return operators.resample_table(torch.empty(0), size_in, size_out, 4)  # aligned as on a card
+
+        changes = [mock.patch.object(torch.ops, "videor1_csrc", operators), mock.patch.object(native, "_table", table)]
+    else:
+        for device in ["cpu", *(["cuda"] if name == "card" else [])]:
+            assert native.unavailable(torch.device(device), None) is None
+
+    def run(frames: Tensor | YuvFrames, **given: Any) -> Made:
+        options = {"dtype": torch.uint8, "permutation": None, "rotation": 0, "mirrored": False, "both": False} | given
+        if name == "card":
+            yuv = isinstance(frames, YuvFrames)
+            frames = replace(frames, planes=tuple(map(_moved, frames.planes))) if yuv else _moved(frames)
+        with poisoned_memory(), ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change)
+            made = make(frames, **options)
+        ordered, permuted = (
+            made if options["both"] else (made, None) if options["permutation"] is None else (None, made)
+        )
+        return tuple(None if x is None else x.cpu() for x in (ordered, permuted))
+
+    return run
 
 
-def _moved(plane, device):
-    """On the device, with the strides it has."""
-    if device.type == "cpu":
-        return plane
+def _moved(plane: Tensor) -> Tensor:
+    """On the card, with the strides it has."""
     whole = torch.as_strided(plane, (plane.untyped_storage().nbytes() // plane.element_size(),), (1,), 0)
-    return torch.as_strided(whole.to(device), plane.shape, plane.stride(), plane.storage_offset())
+    return torch.as_strided(whole.cuda(), plane.shape, plane.stride(), plane.storage_offset())

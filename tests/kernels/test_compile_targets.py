@@ -1,17 +1,20 @@
 """Every kernel as shipped, compiled for each GPU that has a configuration: tensor cores, registers, shared memory.
 
-No GPU is needed; with one, it is not used.
+No GPU is needed; with one, it is not used. What was compiled is kept in pytest's cache until a source changes.
 """
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 import compile_report
 import pytest
-from compile_report import Kernel, Report, kernel_names, release_order, report, table
+from compile_report import Kernel, Report, kept_report, kernel_names, release_order, report, sources_key, table
 
 import videor1_kernels
 from videor1_kernels.linear_logprob.triton_forward import TILES
@@ -19,6 +22,7 @@ from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.triton import BLOCKS
 
 ARCHITECTURES = {80, 90, 100}
+PACKAGE = Path(videor1_kernels.__file__).parent
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 # Of a program, bytes: the CUDA C++ Programming Guide's table of technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -26,12 +30,23 @@ FORWARD = "videor1_kernels.linear_logprob.triton_forward"
 DECODE = "videor1_kernels.prefix_attention.triton_decode.prefix_decode"
 DESCRIPTORS, POINTERS = f"{FORWARD}.product_descriptors", f"{FORWARD}.product_pointers"
 
-pytestmark = pytest.mark.timeout(3600)  # 300 s on two processors with nothing else to do
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # with --full 100 s on two processors that are free
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Report:
-    return report()
+def full(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, full: bool) -> Report:
+    """By default, each launch that asks little of a GPU for one target; with ``--full`` for all that have it."""
+    folder = Path(compile_report.__file__).parent
+    key = sources_key(PACKAGE, folder / "compile_launches.py", folder / "compile_report.py")
+    file = None
+    with suppress(AttributeError, OSError):  # there may be no cache, or none that can be written
+        file = request.config.cache.mkdir("compiled-kernels") / f"{'full' if full else 'default'}.json"
+    return kept_report(file, key, lambda: report(full=full))
 
 
 def failing(kernels: list[Kernel], fault: Callable[[Kernel], bool]) -> str:
@@ -56,7 +71,7 @@ def test_table(compiled: Report) -> None:
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> None:
     """A kernel without a launch in compile_launches.py fails here."""
-    names = kernel_names(Path(videor1_kernels.__file__).parent, "videor1_kernels")
+    names = kernel_names(PACKAGE, "videor1_kernels")
     assert {DESCRIPTORS, POINTERS} < set(names)
     missing = [
         f"{name} for sm_{capability}"
@@ -69,52 +84,32 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> No
 
 
 def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
+    blocks = ("BLOCK_N", "BLOCK_V", "BLOCK_H", "HAS_BIAS")
     products = [k for k in compiled.kernels if k.name in (DESCRIPTORS, POINTERS)]
-    for capability, tile in TILES.items():
-        for shipped in (tile, TILES[80]) if tile.descriptors else (tile,):
+    found = {(k.capability, k.name, *(k.flags[b] for b in blocks), k.num_warps, k.num_stages) for k in products}
+    for capability, own in TILES.items():
+        for tile in (own, TILES[80]) if own.descriptors else (own,):
+            name, options = DESCRIPTORS if tile.descriptors else POINTERS, (tile.num_warps, tile.num_stages)
             for biased in (False, True):
-                shape = {
-                    "BLOCK_N": shipped.block_n,
-                    "BLOCK_H": shipped.block_h,
-                    "HAS_BIAS": biased,
-                    "BLOCK_V": (shipped.bias_block_v if biased else None) or shipped.block_v,
-                }
-                assert any(
-                    k.capability == capability
-                    and k.name == (DESCRIPTORS if shipped.descriptors else POINTERS)
-                    and shape.items() <= k.flags.items()
-                    and (k.num_warps, k.num_stages) == (shipped.num_warps, shipped.num_stages)
-                    for k in products
-                ), f"sm_{capability}: {shipped}, {shape}"
+                columns = tile.bias_block_v if biased and tile.bias_block_v else tile.block_v
+                expected = (capability, name, tile.block_n, columns, tile.block_h, biased, *options)
+                assert expected in found, expected
 
 
 def test_every_shipped_block_is_compiled(compiled: Report) -> None:
+    """At head dim 128; decoding also at the 7B model's and other numbers of queries a key."""
+    kernels = [k for k in compiled.kernels if "REPEAT" in k.flags]
+    found = {
+        (k.capability, k.name.rpartition("_")[2], k.flags["BLOCK_M"], k.flags["BLOCK_N"], k.num_warps, k.num_stages)
+        for k in kernels
+        if k.flags["D"] == 128
+    }
     for capability, blocks in BLOCKS.items():
-        for name in ("forward", "query_gradient", "key_gradients"):
-            block = getattr(blocks, name)
-            assert any(
-                k.capability == capability
-                and k.name.endswith(f".prefix_{name}")
-                and k.flags["D"] == 128
-                and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
-                and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
-                for k in compiled.kernels
-            ), f"sm_{capability}: {name}, {block}"
-
-
-@pytest.mark.parametrize(("heads", "size"), [(7, 128), (8, 128), (2, 64)])
-def test_every_decode_block_is_compiled(compiled: Report, heads: int, size: int) -> None:
-    """At the 7B and the 3B model's heads a key head, and at others."""
-    for capability, block in triton_decode.BLOCKS.items():
-        if capability in ARCHITECTURES or (heads, size) == (7, 128):
-            assert any(
-                k.capability == capability
-                and k.name == DECODE
-                and (k.num_warps, k.num_stages) == (block.num_warps, block.num_stages)
-                and (k.flags["REPEAT"], k.flags["D"]) == (heads, size)
-                and (k.flags["BLOCK_M"], k.flags["BLOCK_N"]) == (block.m, block.n)
-                for k in compiled.kernels
-            ), f"sm_{capability}: {block}"
+        shipped = {"forward": blocks.forward, "gradient": blocks.query_gradient, "gradients": blocks.key_gradients}
+        for name, block in (shipped | {"decode": triton_decode.BLOCKS[capability]}).items():
+            assert (capability, name, *astuple(block)) in found, f"sm_{capability}: {name}, {block}"
+    decoded = {(k.flags["REPEAT"], k.flags["D"]) for k in kernels if k.name == DECODE}
+    assert decoded >= {(7, 128), (2, 64), (16, 80), (1, 1)}
 
 
 def test_decode_programs_share_a_multiprocessor(compiled: Report) -> None:
@@ -146,21 +141,25 @@ def test_a_count_outside_of_barriers_is_seen(ptx: str, expected: tuple[int, bool
     assert release_order(ptx) == expected
 
 
-def test_every_flag_is_compiled_on_and_off(compiled: Report) -> None:
+def targets_together(full: bool) -> list[set[int]]:
+    """The targets of which one must have what is asked for: by default of all of them, with ``--full`` of each."""
+    return [{capability} for capability in sorted(ARCHITECTURES)] if full else [ARCHITECTURES]
+
+
+def test_every_flag_is_compiled_on_and_off(compiled: Report, full: bool) -> None:
     """But for the tile's: those are what the target's tile says."""
     for name in {kernel.name for kernel in compiled.kernels}:
-        for capability in ARCHITECTURES:
-            flags = [k.flags for k in compiled.kernels if (k.name, k.capability) == (name, capability)]
+        for targets in targets_together(full):
+            flags = [k.flags for k in compiled.kernels if k.name == name and k.capability in targets]
             for flag in set().union(*flags) - {"FLATTEN", "WARP_SPECIALIZE"}:
                 values = {constants[flag] for constants in flags if isinstance(constants[flag], bool)}
-                assert values != {True}, f"{name} for sm_{capability} has no launch without {flag}"
-                assert values != {False}, f"{name} for sm_{capability} has no launch with {flag}"
+                assert values in (set(), {False, True}), f"{name} for {targets}: {flag} is never {not values.pop()}"
 
 
-def test_sizes_are_compiled_as_1_as_multiples_of_16_and_as_others(compiled: Report) -> None:
+def test_sizes_are_compiled_as_1_as_multiples_of_16_and_as_others(compiled: Report, full: bool) -> None:
     """Triton makes different kernels of them."""
-    for capability in ARCHITECTURES:
-        kinds = {k.integers["N"] for k in compiled.kernels if (k.name, k.capability) == (POINTERS, capability)}
+    for targets in targets_together(full):
+        kinds = {k.integers["N"] for k in compiled.kernels if k.name == POINTERS and k.capability in targets}
         assert kinds == {"1", "multiple of 16", "any"}
 
 
@@ -259,3 +258,44 @@ def test_a_crash_shows_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compile_report, "__file__", str(script))
     with pytest.raises(RuntimeError, match=r"crash\.py --json 90 ended with status 1:\nno such compiler"):
         report(90)
+
+
+def test_a_kept_report_is_neither_stale_nor_damaged(tmp_path: Path) -> None:
+    file, made = tmp_path / "kept.json", []
+    kernel = Kernel("name", 90, "launch", {"B": 16}, {"N": "1"}, 4, 2, 32, 0, 0, 0, 0, False, {"mma": 1}, 0, True)
+
+    def make() -> Report:
+        made.append(Report(f"version {len(made)}", [kernel], []))
+        return made[-1]
+
+    assert kept_report(None, "key", make) == made[0]
+    assert kept_report(file, "key", make) == kept_report(file, "key", make) == made[1]
+    whole = file.read_bytes()
+    for damage in (b"", whole[:-40], whole[:70], whole.replace(b"32", b"33"), b"\xff" + whole, b"{}", whole * 2):
+        file.write_bytes(damage)
+        count = len(made)
+        assert kept_report(file, "key", make) == made[count]
+        assert kept_report(file, "key", make) == made[count]
+    assert kept_report(file, "other key", make) == made[-1]
+    assert len(made) == count + 2
+    assert os.listdir(tmp_path) == ["kept.json"]
+    nowhere = tmp_path / "kept.json" / "below a file"
+    assert kept_report(nowhere, "key", make) == made[-1] != kept_report(nowhere, "key", make)
+
+
+def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "part").mkdir()
+    kernel, launches = tmp_path / "part" / "kernel.py", tmp_path / "launches.py"
+    kernel.write_text("1")
+    launches.write_text("2")
+    keys = [sources_key(tmp_path / "part", launches)]
+    kernel.write_text("1 ")
+    keys.append(sources_key(tmp_path / "part", launches))
+    launches.write_text("3")
+    keys.append(sources_key(tmp_path / "part", launches))
+    kernel.with_name("new.py").touch()
+    keys.append(sources_key(tmp_path / "part", launches))
+    assert keys[-1] == sources_key(tmp_path / "part", launches)
+    monkeypatch.setattr(compile_report, "version", lambda package: f"another {package}")
+    keys.append(sources_key(tmp_path / "part", launches))
+    assert len(set(keys)) == 5

@@ -3,14 +3,20 @@
 Times are in benchmarks/: a machine that is busy with other work cannot tell them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from videor1_kernels.linear_logprob import reference, tiles
 from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.testing import PeakMemory
 
 ROWS, HIDDEN, VOCAB = 4096, 1024, 32768
 MIB = 2**20
@@ -18,62 +24,52 @@ MIB = 2**20
 UNSEEN = tiles.WEIGHT_BYTES["cpu"] + tiles.CHUNK_BYTES["cpu"] + tiles.CHUNK_ROWS["cpu"] * HIDDEN * 4
 
 
-def peak_bytes(call):
+def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator held at once for ``call``, its result included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with PeakMemory(torch.device("cpu")) as peak:
         result = call()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
     del result
-    return peak
+    return peak.bytes
 
 
-def make(rows, hidden_size, vocab, dtype):
+def make(rows: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(rows, hidden_size), torch.randn(vocab, hidden_size) / hidden_size**0.5
     return hidden.to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
 
 
-def naive(hidden, weight, labels):
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.linear(hidden, weight).log_softmax(-1).gather(1, labels[:, None])
 
 
-def test_the_instrument():
+def test_the_instrument() -> None:
     logits = ROWS * 512 * 4
     hidden, weight, labels = make(ROWS, 16, 512, torch.float32)
     assert 2 * logits <= peak_bytes(lambda: naive(hidden, weight, labels)) <= 2.1 * logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_takes_a_tenth_of_the_memory(dtype):
+def test_a_tenth_of_the_memory(dtype: torch.dtype) -> None:
+    """Of logits and their log-softmax, and of autograd's log-softmax and its gradient."""
+    plain = 2 * ROWS * VOCAB * dtype.itemsize
     inputs = HeadInputs(*make(ROWS, HIDDEN, VOCAB, dtype), None, 1.0)
-    ours = peak_bytes(lambda: reference.forward(inputs))
-    plain = 2 * ROWS * VOCAB * dtype.itemsize  # logits and their log-softmax
-    assert ours + UNSEEN <= plain / 10
-    assert ours + UNSEEN <= 40 * MIB
+    assert peak_bytes(lambda: reference.forward(inputs)) + UNSEEN <= min(plain / 10, 40 * MIB)
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_takes_a_tenth_of_the_memory(dtype):
     hidden, weight, labels = make(ROWS, 64, VOCAB, dtype)
     inputs = HeadInputs(hidden, weight, labels, None, 1.0)
     grad, entropy, lse = torch.ones(ROWS), torch.ones(ROWS), torch.full((ROWS,), 10.0, dtype=torch.float64)
     ours = peak_bytes(lambda: reference.backward(inputs, (grad, grad), entropy, lse, (True, True, False)))
-    plain = 2 * ROWS * VOCAB * dtype.itemsize  # autograd's log-softmax and its gradient
     assert ours + UNSEEN - hidden.nbytes - weight.nbytes <= plain / 10
 
 
 class Work(TorchDispatchMode):
     """Counts multiply-adds of products and elements converted from 16 bits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.multiplied = self.converted = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func)
         if name in ("mkldnn._linear_pointwise.default", "aten.mm.default"):
@@ -84,11 +80,11 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("way", ["bf16", "onednn", "mm"])
-def test_nothing_is_multiplied_or_converted_twice(way, monkeypatch):
+def test_nothing_is_multiplied_or_converted_twice(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``bf16`` has a stand-in for csrc/bf16_product.cpp: its bookkeeping is tested on every CPU."""
-    unconverted = []
+    unconverted: list[int] = []
 
-    def stand_in(a, b):
+    def stand_in(a: Tensor, b: Tensor) -> Tensor:
         unconverted.append(a.numel() * len(b))
         with _disable_current_modes():
             return a.float() @ b.float().T

@@ -1,29 +1,50 @@
-"""tgrpo_advantages against numbers worked out by hand (means and ddof-1 deviations written out beside them)."""
+"""tgrpo_advantages by hand on the reference, and Triton against the reference."""
 
+from __future__ import annotations
+
+import itertools
 import math
+from collections.abc import Sequence
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import torch
-from bounds import BY_HAND
+from loss_cases import BACKENDS, BY_HAND, FP32, KINDS, Kind, assert_same_bits, double, strided
+from torch import Tensor
+from triton_cases import DEVICE
 
-from videor1_kernels import tgrpo_advantages
-from videor1_kernels.testing import poisoned_memory, rounding
+from videor1_kernels import last_backend, tgrpo_advantages
+from videor1_kernels.group_advantage import Advantages
+from videor1_kernels.testing import assert_matches, poisoned_memory, rounding
+
+# 0 / 0 in groups of equal rewards with eps 0, whose quotient is not used, and what becomes of an infinite accuracy.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in (divide|subtract):RuntimeWarning")
 
 NAN = math.nan
 SHORT = 100  # tokens: outside the length bonus's range
+FIELDS = ("advantages", "rewards", "temporal", "p", "p_shuffled")
+RULES, NORMALIZE, APPLY = ("margin", "threshold", "reference"), ("std", "none"), ("reward", "advantage")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no product of matrices: the interpreter is right in bf16 too
+Inputs = Sequence[Tensor | None]
 
 
-def call(accuracy, shuffled=None, format=None, lengths=None, dtype=torch.float64, **options):
+def call(
+    accuracy: Sequence[float],
+    shuffled: Sequence[float] | None = None,
+    format: Sequence[float] | None = None,
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Advantages:
     """One prompt."""
     size = len(accuracy)
-    return tgrpo_advantages(
-        torch.tensor([accuracy], dtype=dtype),
-        torch.tensor([format or [0.0] * size], dtype=dtype),
-        torch.tensor([lengths or [SHORT] * size]),
-        None if shuffled is None else torch.tensor([shuffled], dtype=dtype),
-        **options,
-    )
+    rows = accuracy, format or [0.0] * size, shuffled
+    first, second, third = (None if row is None else torch.tensor([row], dtype=dtype, device=DEVICE) for row in rows)
+    return tgrpo_advantages(first, second, torch.tensor([lengths or [SHORT] * size], device=DEVICE), third, **options)
+
+
+# By hand.
 
 
 @pytest.mark.parametrize(
@@ -50,140 +71,109 @@ def call(accuracy, shuffled=None, format=None, lengths=None, dtype=torch.float64
         ("reference", [1, 0, 0, 0], [1, 0], {"mu": 0.5}, 0.3),  # 0.25 >= 0.25 passes
     ],
 )
-def test_temporal_bonus_by_hand(rule, accuracy, shuffled, options, bonus):
+def test_temporal_bonus_by_hand(
+    rule: str, accuracy: list[float], shuffled: list[float], options: dict[str, float], bonus: float
+) -> None:
     out = call(accuracy, shuffled, rule=rule, **options)
     assert out.temporal.tolist() == pytest.approx([bonus], abs=BY_HAND)
     assert (out.temporal.item() == 0) == (bonus == 0)
     assert out.p.item() == mean(accuracy)
     assert out.p_shuffled.item() == mean(shuffled)
-    assert out.rewards[0].tolist() == pytest.approx([a + (bonus if a > 0.1 else 0) for a in accuracy], abs=BY_HAND)
-
-
-def test_no_bonus_by_hand():
-    # rewards 2, 2, 1, 0: mean 1.25, deviations .75 .75 -.25 -1.25, variance 2.75 / 3, std .957427107756338
-    out = call([1, 1, 0, 0], format=[1, 1, 1, 0])
-    assert out.rewards[0].tolist() == [2, 2, 1, 0]
-    expected = [0.78326764216356, 0.78326764216356, -0.26108921405452, -1.3054460702726]
-    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-    assert out.temporal.item() == 0
-    assert math.isnan(out.p_shuffled.item())
-
-
-def test_apply_reward_by_hand():
-    # bonus .3 * (.5 - .25) = .075; rewards 2.075, 2.075, 1, 0: mean 1.2875, deviations .7875 .7875 -.2875 -1.2875,
-    # squares .62015625 * 2 + .08265625 + 1.65765625 = 2.980625, std sqrt(.99354166...) = .996765604173...
-    out = call([1, 1, 0, 0], [1, 0, 0, 0], format=[1, 1, 1, 0])
-    assert out.rewards[0].tolist() == pytest.approx([2.075, 2.075, 1, 0], abs=BY_HAND)
-    expected = [0.7899760989751624, 0.7899760989751624, -0.288403972641726, -1.2915482253085988]
-    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-
-
-def test_apply_reward_threshold_by_hand():
-    # rewards 2.3, 2.3, 1, 0: mean 1.4, deviations .9 .9 -.4 -1.4, squares 3.74, std 1.11654228...
-    out = call([1, 1, 0, 0], [1, 0], format=[1, 1, 1, 0], rule="threshold")
-    expected = [0.8059877498875918, 0.8059877498875918, -0.35821677772781857, -1.2537587220473652]
-    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-
-
-@pytest.mark.parametrize(("rule", "bonus"), [("margin", 0.075), ("threshold", 0.3), ("reference", 0.3)])
-def test_apply_advantage_by_hand(rule, bonus):
-    out = call([1, 1, 0, 0], [1, 0, 0, 0], format=[1, 1, 1, 0], rule=rule, apply="advantage")
-    assert out.rewards[0].tolist() == [2, 2, 1, 0]  # the bonus is not in them
-    expected = [0.78326764216356 + bonus, 0.78326764216356 + bonus, -0.26108921405452, -1.3054460702726]
-    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-    assert out.temporal.item() == pytest.approx(bonus)
-
-
-def test_apply_advantage_acts_where_all_are_correct():
-    out = call([1, 1, 1], [0, 0, 0], apply="advantage")
-    assert out.advantages[0].tolist() == pytest.approx([0.3] * 3)
-    assert call([1, 1, 1], [0, 0, 0], apply="reward").advantages[0].tolist() == [0, 0, 0]
-    assert call([0, 0, 0], [0, 0, 0], rule="reference", apply="advantage").advantages[0].tolist() == [0, 0, 0]
-
-
-def test_mixed_accuracies_by_hand():
-    # p = 1.65 / 4 = .4125, p~ = .5; reference: .4125 >= .4. Correct: 1 and .5 (.05 is not, nor is .1: not above .1).
-    out = call([1.0, 0.05, 0.5, 0.1], [0.5, 0.5], rule="reference")
-    assert out.rewards[0].tolist() == pytest.approx([1.3, 0.05, 0.8, 0.1], abs=BY_HAND)
-    expected = [1.230743422113691, -0.8552623780790055, 0.39634110203661244, -0.7718221460712978]
-    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_correct_means_above_the_bar_in_any_dtype(dtype):
-    out = call([0.1, 1.0], [0.0], dtype=dtype, rule="reference")
-    assert out.rewards[0].tolist() == pytest.approx([float(torch.tensor(0.1, dtype=dtype)), 1.3], abs=1e-6)
+    correct = [bonus if a > 0.1 else 0 for a in accuracy]
+    assert out.rewards[0].tolist() == pytest.approx(
+        [a + b for a, b in zip(accuracy, correct, strict=True)], abs=BY_HAND
+    )
+    # Applied to the advantage, the bonus is not in the rewards, and acts where all are correct too.
+    other = call(accuracy, shuffled, rule=rule, apply="advantage", **options)
+    assert other.rewards[0].tolist() == accuracy
+    without = call(accuracy).advantages[0].tolist()
+    expected = [a + b for a, b in zip(without, correct, strict=True)]
+    assert other.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "lengths", "options", "bonus"),
+    ("inputs", "options", "rewards"),
     [
-        ([1, 1, 0, 0], [320, 512, 400, 400], {}, [0.2, 0.2, 0, 0]),  # both ends included, correct ones only
-        ([1, 1, 0, 0], [319, 513, 400, 400], {}, [0, 0, 0, 0]),
-        ([1, 1, 0, 0], [400, 100, 400, 400], {}, [0.2, 0, 0, 0]),  # two are correct, one of them in range
-        ([1, 0, 0, 0], [400, 400, 400, 400], {}, [0, 0, 0, 0]),  # a single correct one gets none
-        ([1, 0.1, 0, 0], [400, 400, 400, 400], {}, [0, 0, 0, 0]),  # 0.1 is not correct
-        ([1, 0.2, 0, 0], [400, 400, 400, 400], {}, [0.2, 0.2, 0, 0]),
-        ([1, 1, 0, 0], [400, 400, 400, 400], {"length_bonus": 0}, [0, 0, 0, 0]),
-        ([1, 1, 0, 0], [10, 21, 10, 10], {"length_bonus": 0.5, "length_range": (10, 20)}, [0.5, 0, 0, 0]),
-        ([1, 0.4, 0.4, 0], [400, 400, 400, 400], {"correct_above": 0.5}, [0, 0, 0, 0]),
+        # Length, 0.2 of 320 to 512 tokens: both ends included, and for correct ones only.
+        (([1, 1, 0, 0], None, None, [320, 512, 400, 400]), {}, [1.2, 1.2, 0, 0]),
+        (([1, 1, 0, 0], None, None, [319, 513, 400, 400]), {}, [1, 1, 0, 0]),
+        (([1, 1, 0, 0], None, None, [400, 100, 400, 400]), {}, [1.2, 1, 0, 0]),  # two are correct, one is in range
+        (([1, 0, 0, 0], None, None, [400] * 4), {}, [1, 0, 0, 0]),  # a single correct one gets none
+        (([1, 0.1, 0, 0], None, None, [400] * 4), {}, [1, 0.1, 0, 0]),  # 0.1 is not correct
+        (([1, 0.2, 0, 0], None, None, [400] * 4), {}, [1.2, 0.4, 0, 0]),
+        (([1, 1, 0, 0], None, None, [400] * 4), {"length_bonus": 0}, [1, 1, 0, 0]),
+        (([1, 1, 0, 0], None, None, [9, 20, 9, 9]), {"length_bonus": 0.5, "length_range": (10, 20)}, [1, 1.5, 0, 0]),
+        (([1, 0.4, 0.4, 0], None, None, [400] * 4), {"correct_above": 0.5}, [1, 0.4, 0.4, 0]),
+        (([1, 1, 0, 0], None, [1, 1, 1, 0]), {}, [2, 2, 1, 0]),
+        (([1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]), {}, [2.075, 2.075, 1, 0]),  # .3 (.5 - .25)
+        (([1, 1, 0, 0], [1, 0], [1, 1, 1, 0]), {"rule": "threshold"}, [2.3, 2.3, 1, 0]),
+        # p = 1.65 / 4 = .4125 >= .8 * .5. Correct: 1 and .5 (.05 is not, nor is .1: not above .1).
+        (([1.0, 0.05, 0.5, 0.1], [0.5, 0.5]), {"rule": "reference"}, [1.3, 0.05, 0.8, 0.1]),
+        # p .425 > .8 * .5; correct: the first, second and fourth; in range: the first and the fourth.
+        (
+            ([1, 0.5, 0, 0.2], [0.5, 0.5], [1, 0, 1, 0], [320, 600, 400, 512]),
+            {"rule": "threshold", "alpha": 0.5},
+            [1 + 1 + 0.2 + 0.5, 0.5 + 0.5, 0 + 1, 0.2 + 0.2 + 0.5],
+        ),
     ],
 )
-def test_length_bonus_by_hand(accuracy, lengths, options, bonus):
-    out = call(accuracy, lengths=lengths, **options)
-    assert out.rewards[0].tolist() == pytest.approx([a + b for a, b in zip(accuracy, bonus, strict=True)], abs=BY_HAND)
+def test_all_parts_by_hand(inputs: tuple[Any, ...], options: dict[str, Any], rewards: list[float]) -> None:
+    out = call(*inputs, **options)
+    assert out.rewards[0].tolist() == pytest.approx(rewards, abs=BY_HAND)
+    centre, spread = mean(rewards), stdev(rewards)
+    expected = [(r - centre) / (spread + 1e-4) for r in rewards]
+    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
+    plain = call(*inputs, **options, normalize="none")
+    assert plain.advantages[0].tolist() == pytest.approx([r - centre for r in rewards], abs=BY_HAND)
 
 
-def test_all_parts_by_hand():
-    # p .425 > .8 * .5; correct: the first, second and fourth; in range: the first and the fourth.
-    out = call([1, 0.5, 0, 0.2], [0.5, 0.5], [1, 0, 1, 0], [320, 600, 400, 512], rule="threshold", alpha=0.5)
-    expected = [1 + 1 + 0.2 + 0.5, 0.5 + 0.5, 0 + 1, 0.2 + 0.2 + 0.5]
-    assert out.rewards[0].tolist() == pytest.approx(expected, abs=BY_HAND)
-    centre, spread = mean(expected), stdev(expected)
-    assert out.advantages[0].tolist() == pytest.approx([(r - centre) / (spread + 1e-4) for r in expected], abs=BY_HAND)
+@pytest.mark.parametrize(
+    ("inputs", "options", "advantages"),
+    [
+        # rewards 2, 2, 1, 0: mean 1.25, deviations .75 .75 -.25 -1.25, variance 2.75 / 3, std .957427107756338
+        (
+            ([1, 1, 0, 0], None, [1, 1, 1, 0]),
+            {},
+            [0.78326764216356, 0.78326764216356, -0.26108921405452, -1.3054460702726],
+        ),
+        # Two completions d apart: (d / 2) / (d / sqrt 2 + eps).
+        (([1, 0],), {"eps": 0.0}, [math.sqrt(0.5), -math.sqrt(0.5)]),
+        (([1, 0],), {"eps": 1.0}, [0.5 / (math.sqrt(0.5) + 1), -0.5 / (math.sqrt(0.5) + 1)]),
+        (([1], [0]), {}, [0.0]),  # one completion has none
+        (([1], [0]), {"apply": "advantage"}, [0.3]),
+    ],
+)
+def test_advantages_by_hand(inputs: tuple[Any, ...], options: dict[str, Any], advantages: list[float]) -> None:
+    assert call(*inputs, **options).advantages[0].tolist() == pytest.approx(advantages, abs=BY_HAND)
 
 
-def test_normalize_none_and_eps():
-    out = call([1, 1, 0, 0], format=[1, 1, 1, 0], normalize="none")
-    assert out.advantages[0].tolist() == [0.75, 0.75, -0.25, -1.25]
-    # Two completions d apart: (d / 2) / (d / sqrt 2 + eps).
-    assert call([1, 0], eps=0.0).advantages[0].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])
-    assert call([1, 0], eps=1.0).advantages[0].tolist() == pytest.approx(
-        [0.5 / (math.sqrt(0.5) + 1), -0.5 / (math.sqrt(0.5) + 1)]
-    )
-
-
-@pytest.mark.parametrize("rule", ["margin", "threshold", "reference"])
-@pytest.mark.parametrize("apply", ["reward", "advantage"])
-def test_no_shuffled_branch(rule, apply):
+@pytest.mark.grid(rule=RULES, apply=APPLY)
+def test_no_shuffled_branch(rule: str, apply: str) -> None:
     plain = call([1, 1, 0, 0], None, rule=rule, apply=apply)
-    for shuffled in ([NAN, NAN], []):
-        out = call([1, 1, 0, 0], shuffled, rule=rule, apply=apply)
+    for out in (plain, *(call([1, 1, 0, 0], none, rule=rule, apply=apply) for none in ([NAN, NAN], []))):
         assert math.isnan(out.p_shuffled.item())
         assert out.temporal.item() == 0
         assert torch.equal(out.advantages, plain.advantages)
         assert out.rewards[0].tolist() == [1, 1, 0, 0]
 
 
-def test_prompts_do_not_mix_and_nan_is_a_missing_completion():
+def test_prompts_do_not_mix_and_nan_is_a_missing_completion() -> None:
     accuracy = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     shuffled = torch.tensor([[0.0, 0.0], [NAN, NAN], [0.25, NAN]])
     out = tgrpo_advantages(accuracy, torch.zeros(3, 2), torch.full((3, 2), SHORT), shuffled)
     assert out.p.tolist() == [0.5, 1.0, 0.5]
-    assert out.p_shuffled.tolist()[0] == 0.0
-    assert math.isnan(out.p_shuffled[1])
-    assert out.p_shuffled[2] == 0.25
+    assert out.p_shuffled.tolist() == pytest.approx([0.0, NAN, 0.25], nan_ok=True)
     assert out.temporal.tolist() == pytest.approx([0.15, 0.0, 0.075])
     assert out.rewards.tolist() == [pytest.approx([1.15, 0]), [1, 1], pytest.approx([1.075, 0])]
     for row in range(3):
-        alone = tgrpo_advantages(
-            accuracy[row : row + 1], torch.zeros(1, 2), torch.full((1, 2), SHORT), shuffled[row : row + 1]
-        )
+        alone = call(accuracy[row].tolist(), shuffled[row].tolist(), dtype=torch.float32)
         assert torch.equal(alone.advantages[0], out.advantages[row])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("normalize", ["std", "none"])
+TENTHS = [i / 10 for i in range(1, 8)]
+
+
+@pytest.mark.grid(kind=[*KINDS[:2], *FP32[:1]])
 @pytest.mark.parametrize(
     ("accuracy", "format", "lengths"),
     [
@@ -192,98 +182,170 @@ def test_prompts_do_not_mix_and_nan_is_a_missing_completion():
         ([1.0] * 8, [1.0] * 8, [400] * 8),
         ([0.1, 0.3, 0.1], [0.2, 0.0, 0.2], None),  # 0.1 + 0.2 and 0.3 differ in their last bit
         ([0.3, 0.5, 0.3], [0.0, 0.0, 0.0], [400, 100, 400]),  # 0.3 + 0.2 (length) and 0.5
-        ([1 / 3] * 5, [0.1] * 5, None),
+        ([1 / 3] * 7, [1 / 21] * 7, None),  # a mean that is not one of the rewards
+        (TENTHS, [1.3 - x for x in TENTHS], None),
     ],
 )
-def test_equal_rewards_give_exactly_zero(accuracy, format, lengths, normalize, dtype):
-    out = call(accuracy, format=format, lengths=lengths, normalize=normalize, dtype=dtype)
-    assert (out.advantages == 0).all()
-    # With eps 0 the quotient would be 0 / 0.
-    assert (call(accuracy, format=format, lengths=lengths, eps=0.0, dtype=dtype).advantages == 0).all()
+def test_equal_rewards_give_exactly_zero(
+    accuracy: list[float], format: list[float] | None, lengths: list[int] | None, kind: Kind
+) -> None:
+    backend, dtype = kind
+    inputs = {"format": format, "lengths": lengths, "dtype": dtype, "backend": backend}
+    inputs["correct_above"] = 1.0 if accuracy is TENTHS else 0.1
+    for options in ({}, {"normalize": "none"}, {"eps": 0.0}):  # with eps 0 the quotient would be 0 / 0
+        assert (call(accuracy, **inputs, **options).advantages == 0).all()
+    # A real difference is not taken for rounding.
+    advantages = call([0.5, 0.5 + 1e-5], dtype=dtype, backend=backend).advantages
+    assert advantages[0, 0] < 0 < advantages[0, 1]
 
 
-def test_a_real_difference_is_not_taken_for_rounding():
-    out = call([0.5, 0.5 + 1e-5], dtype=torch.float32)
-    assert out.advantages[0, 0] < 0 < out.advantages[0, 1]
-
-
-def test_equal_accuracies_have_equal_means_in_groups_of_any_size():
-    """p == p~ exactly, or the margin's dust would cost a backward pass."""
-    for value in (0.7, 0.1, 1 / 3):
-        for size, shuffled in ((8, 4), (7, 3), (6, 5)):
-            out = call([value] * size, [value] * shuffled, apply="advantage", dtype=torch.float32)
-            assert out.temporal.item() == 0
-            assert (out.advantages == 0).all()
-
-
-def test_one_completion_has_no_advantage():
-    out = call([1.0], [0.0])
-    assert out.advantages.tolist() == [[0.0]]
-    assert out.rewards[0].tolist() == [pytest.approx(1.3)]
-    assert call([1.0], [0.0], apply="advantage").advantages.tolist() == [[pytest.approx(0.3)]]
-
-
-def test_no_prompts():
-    out = tgrpo_advantages(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 2))
-    assert out.advantages.shape == out.rewards.shape == (0, 4)
-    assert out.temporal.shape == out.p.shape == out.p_shuffled.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "result"),
-    [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-)
-def test_dtypes(dtype, result):
-    out = call([1, 0.5, 0, 0.25], [0.5, 0.25], dtype=dtype)
-    for value in (out.advantages, out.rewards, out.temporal, out.p, out.p_shuffled):
-        assert value.dtype == result
-        assert not value.requires_grad
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), *itertools.product(BACKENDS, DTYPES)])
+def test_dtypes(backend: str, dtype: torch.dtype) -> None:
+    out = call([1, 0.5, 0, 0.25], [0.5, 0.25], dtype=dtype, backend=backend)
+    for name in FIELDS:
+        assert getattr(out, name).dtype == torch.promote_types(dtype, torch.float32)
     exact = call([1, 0.5, 0, 0.25], [0.5, 0.25])
     bound = rounding(30, 2.0)  # sums, a root and a quotient
     torch.testing.assert_close(out.advantages.double(), exact.advantages, rtol=0, atol=bound)
+    # 0.1 in any dtype is not above 0.1, 0.2 is.
+    bar = call([0.1, 0.2, 0, 1], [0.0], lengths=[400] * 4, dtype=dtype, rule="reference", backend=backend)
+    expected = [float(torch.tensor(a, dtype=dtype)) + bonus for a, bonus in ((0.1, 0), (0.2, 0.5), (0, 0), (1, 0.5))]
+    assert bar.rewards[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_completion_order_does_not_matter_and_bits_repeat():
-    torch.manual_seed(0)
-    accuracy, format = torch.rand(5, 8, dtype=torch.float64), torch.rand(5, 8, dtype=torch.float64)
-    lengths, shuffled = torch.randint(200, 600, (5, 8)), torch.rand(5, 4, dtype=torch.float64)
-    out = tgrpo_advantages(accuracy, format, lengths, shuffled)
-    order = torch.randperm(8)
-    other = tgrpo_advantages(accuracy[:, order], format[:, order], lengths[:, order], shuffled.flip(1))
-    torch.testing.assert_close(other.advantages, out.advantages[:, order], rtol=0, atol=BY_HAND)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_means_of_groups_of_different_sizes_are_equal(backend: str) -> None:
+    """p = p~ must not pass for p > p~ by rounding: three tenths and seven tenths have one mean."""
+    for value, size, others in itertools.product((0.1, 0.7, 1 / 3), (3, 7, 8), (6, 11)):
+        accuracy = torch.full((1, size), value, device=DEVICE)
+        shuffled = torch.full((1, others), value, device=DEVICE)
+        shuffled[0, ::3] = NAN
+        zeros = torch.zeros(1, size, dtype=torch.int64, device=DEVICE)
+        advantages, _, temporal, p, p_shuffled = run((accuracy, accuracy, zeros, shuffled), backend, apply="advantage")
+        assert temporal.item() == 0
+        assert p.item() == p_shuffled.item()
+        assert (advantages == 0).all()
+
+
+# Triton.
+
+
+def make(
+    prompts: int, size: int, others: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, binary: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Accuracies of quarters, right in every dtype; among the shuffled, missing ones and whole rows of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def quarters(*shape: int) -> Tensor:
+        values = torch.randint(5, shape, generator=generator) / 4
+        return ((values > 0.5).float() if binary else values).to(DEVICE, dtype)
+
+    accuracy, format = quarters(prompts, size), (quarters(prompts, size) > 0.3).to(dtype)
+    lengths = torch.randint(200, 700, (prompts, size), generator=generator)
+    lengths.view(-1)[::3] = 320
+    lengths.view(-1)[1::3] = 512
+    shuffled = quarters(prompts, others)
+    shuffled.masked_fill_(torch.rand(prompts, others, generator=generator).to(DEVICE) < 0.3, NAN)
+    shuffled[1::3] = NAN
+    return accuracy, format, lengths.to(DEVICE), shuffled
+
+
+def run(inputs: Inputs, backend: str = "triton", **options: Any) -> list[Tensor]:
+    out = tgrpo_advantages(*inputs, **options, backend=backend)
+    assert last_backend("tgrpo_advantages") == backend
+    return [getattr(out, name) for name in FIELDS]
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def check(inputs: Inputs, fp64: bool = True, **options: Any) -> list[Tensor]:
+    """Triton against the reference in the inputs' dtypes and, unless their rounding is the question, in fp64."""
     with poisoned_memory():
-        assert torch.equal(tgrpo_advantages(accuracy, format, lengths, shuffled).advantages, out.advantages)
+        ours = run(inputs, **options)
+    others = [run(inputs, "reference", **options)]
+    if fp64:
+        others.append(run([double(x) for x in inputs], "reference", **options))
+    for other in others:
+        for name, a, o in zip(FIELDS, ours, other, strict=True):
+            assert a.dtype == torch.float32
+            assert a.shape == o.shape
+            assert torch.equal(a.isnan(), o.isnan()), name
+            assert_matches(a.nan_to_num(), o.nan_to_num(), torch.float32, name)
+            whole = (a == 0, o == 0) if a.dim() == 1 else ((a == 0).all(1), (o == 0).all(1))
+            assert torch.equal(*whole), name
+    assert_equal(ours, run(inputs, **options))
+    return ours
+
+
+@pytest.mark.grid(dtype=DTYPES, rule=RULES, normalize=NORMALIZE, apply=APPLY)
+def test_every_rule_equals_the_reference(dtype: torch.dtype, rule: str, normalize: str, apply: str) -> None:
+    options = {"rule": rule, "normalize": normalize, "apply": apply}
+    ours = check(make(37, 8, 4, dtype), **options)
+    assert (ours[2] > 0).any()
+    assert (ours[2] == 0).any()
+    assert (ours[0] != 0).any()
+    assert ours[4].isnan().any()
+    check(
+        make(13, 5, 3, dtype, seed=1, binary=True),
+        **options,
+        alpha=0.7,
+        mu=0.5,
+        length_bonus=-0.1,
+        eps=0.0,
+        correct_above=0.5,
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"accuracy": torch.zeros(2)}, r"accuracy: expected shape \[P, G\], got \[2\]"),
-        ({"accuracy": torch.zeros(2, 0)}, "accuracy: expected at least one completion per prompt"),
-        ({"format": torch.zeros(2, 4)}, r"format: expected shape \[2, 3\], got \[2, 4\]"),
-        ({"lengths": torch.zeros(3, 2)}, r"lengths: expected shape \[2, 3\], got \[3, 2\]"),
-        ({"lengths": torch.zeros(2, 3, dtype=torch.bool)}, "lengths: expected dtype int64"),
-        ({"shuffled_accuracy": torch.zeros(3, 2)}, r"shuffled_accuracy: expected shape \[2, Gs\], got \[3, 2\]"),
-        ({"shuffled_accuracy": torch.full((2, 2), math.inf)}, "shuffled_accuracy: expected finite values, or NaN"),
-        ({"accuracy": torch.full((2, 3), NAN)}, "accuracy: expected finite values, got 6 that are NaN or infinite"),
-        ({"format": torch.full((2, 3), math.inf)}, "format: expected finite values, got 6"),
-        ({"rule": "margins"}, r"rule: expected one of .* got 'margins' \(did you mean 'margin'\?\)"),
-        ({"apply": "both"}, "apply: expected one of 'reward', 'advantage', got 'both'"),
-        ({"normalize": "group"}, "normalize: expected one of 'std', 'none', got 'group'"),
-        ({"alpha": -0.1}, "alpha: expected a finite number of 0 or more, got -0.1"),
-        ({"mu": NAN}, "mu: expected a finite number of 0 or more, got nan"),
-        ({"eps": -1}, "eps: expected a finite number of 0 or more, got -1"),
-        ({"length_bonus": "0.2"}, "length_bonus: expected a finite number, got '0.2'"),
-        ({"length_range": (512, 320)}, r"length_range: expected \(low, high\) with low <= high, got \(512, 320\)"),
-        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
-    ],
+    ("prompts", "size", "others"),
+    [(1, 1, 1), (3, 1, 4), (5, 2, 1), (130, 4, 4), (65, 8, 0), (3, 33, 70), (2, 520, 3), (2, 3, 600), (0, 4, 4)],
 )
-def test_errors(change, message):
-    arguments = {"accuracy": torch.zeros(2, 3), "format": torch.zeros(2, 3), "lengths": torch.zeros(2, 3)} | change
-    with pytest.raises(ValueError, match=f"tgrpo_advantages: {message}"):
-        tgrpo_advantages(**arguments)
+def test_shapes(prompts: int, size: int, others: int) -> None:
+    """Groups of one, groups wider than a program's share, more prompts than a program takes, none."""
+    inputs = make(prompts, size, others)
+    ours = check(inputs)
+    check((*inputs[:3], None))
+    if size == 1:
+        assert (ours[0] == 0).all()
+
+
+@pytest.mark.grid(rule=RULES, normalize=NORMALIZE, apply=APPLY)
+def test_a_bonus_for_all_moves_no_advantage(rule: str, normalize: str, apply: str) -> None:
+    """Applied to the advantage, it is all of it."""
+    ones, lengths = torch.ones(2, 6, device=DEVICE), torch.zeros(2, 6, dtype=torch.int64, device=DEVICE)
+    for shuffled in (torch.zeros(2, 3, device=DEVICE), torch.tensor([[0.5, NAN], [0.0, 1.0]], device=DEVICE)):
+        inputs = (ones, torch.zeros_like(ones), lengths, shuffled)
+        ours = check(inputs, rule=rule, normalize=normalize, apply=apply)
+        assert (ours[2] > 0).all()
+        assert torch.equal(ours[0], (ours[2][:, None] * (apply == "advantage")).expand(2, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64, *DTYPES])
+def test_dtypes_of_the_lengths(dtype: torch.dtype) -> None:
+    accuracy, format, _, shuffled = make(17, 8, 4)
+    lengths = torch.tensor([319, 320, 321, 511, 512, 513, 0, 4096], device=DEVICE).expand(17, 8).to(dtype)
+    for span in ((320, 512), (319.5, math.inf), (-math.inf, 320)):
+        check((accuracy, format, lengths, shuffled), length_range=span)
+
+
+def test_mixed_dtypes_and_layouts() -> None:
+    accuracy, format, lengths, shuffled = inputs = make(9, 6, 4)
+    want = check(inputs)
+    for moved in (
+        (accuracy.half(), format.bfloat16(), lengths.int(), shuffled.half()),
+        tuple(strided(x) for x in inputs),
+        tuple(x.T.contiguous().T for x in inputs),
+    ):
+        assert_equal(check(moved), want)
+    check((accuracy, format[:1].expand(9, 6), lengths[:, :1].expand(9, 6), shuffled[:1].expand(9, 4)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_and_no_other_dtype(backend: str) -> None:
+    inputs = make(9, 4, 2)
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    assert not any(x.requires_grad for x in run(leaves, backend))
+    assert_same_bits(lambda: run(inputs, backend))

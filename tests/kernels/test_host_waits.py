@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from loss_cases import BOTH, make_case, make_linear
 from torch.overrides import TorchFunctionMode
 from triton_cases import DEVICE
-from triton_grpo_cases import BOTH, make_case, make_linear
 
 from videor1_kernels import DecodeLayout
 from videor1_kernels.grpo_loss import ops as grpo_ops

@@ -101,14 +101,15 @@ def test_an_explicit_backend_is_handed_on(model: Qwen2ForCausalLM) -> None:
     model(input_ids=ids, use_cache=False, videor1_context=PackedRow(layout, backend="reference"))
 
 
-def test_a_forward_without_context_says_what_is_missing(model: Qwen2ForCausalLM) -> None:
-    with pytest.raises(ValueError, match=r"videor1_prefix.*needs the keyword argument videor1_context.*'sdpa'"):
-        model(input_ids=torch.arange(5)[None], use_cache=False)
-
-
-def test_a_batch_of_two_is_refused(model: Qwen2ForCausalLM) -> None:
-    with pytest.raises(ValueError, match="one packed row without a mask, got batch 2, mask None"):
-        model(input_ids=torch.ones(2, 5, dtype=torch.long), use_cache=False, videor1_context=Recorder())
+def test_what_a_forward_needs(model: Qwen2ForCausalLM) -> None:
+    ids = torch.arange(6)[None]
+    for row, context, message in (
+        (ids, {}, r"videor1_prefix.*needs the keyword argument videor1_context.*'sdpa'"),
+        (ids.expand(2, 6), {"videor1_context": Recorder()}, "one packed row without a mask, got batch 2, mask None"),
+        (ids, {"videor1_context": PackedRow(PrefixLayout([3], [[2]]))}, "prefix_attention"),  # a layout of 5 tokens
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=row, use_cache=False, **context)
 
 
 def test_a_mask_is_refused() -> None:
@@ -121,8 +122,3 @@ def test_a_mask_is_refused() -> None:
     out, weights = attention(module, q, kv, kv, None, scaling=1.0, videor1_context=Recorder())
     assert out.shape == (1, 5, HEADS, 8)
     assert weights is None
-
-
-def test_a_row_of_another_length_than_its_layout_is_refused(model: Qwen2ForCausalLM) -> None:
-    with pytest.raises(ValueError, match="prefix_attention"):
-        model(input_ids=torch.arange(6)[None], use_cache=False, videor1_context=PackedRow(PrefixLayout([3], [[2]])))

@@ -1,245 +1,344 @@
-"""linear_grpo_loss against full logits and autograd in fp64, and what it leaves out."""
+"""linear_grpo_loss on every backend against all logits and a loop over completions in fp64."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import loss_cases as cases
 import pytest
 import torch
-from grpo_options import GOOD
-from same_bits import assert_same_bits
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from triton_cases import DEVICE, DTYPES, HALF, QUIET, Counter, Head, leaf, make_head
 
-from videor1_kernels import grpo_loss, linear_grpo_loss, linear_logprob
-from videor1_kernels.grpo_loss import reference
-from videor1_kernels.linear_logprob import tiles
-from videor1_kernels.linear_logprob.inputs import HeadInputs
-from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse
+from videor1_kernels import linear_grpo_loss
+from videor1_kernels.grpo_loss import triton
+from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_memory
 
-LENGTHS = (5, 1, 0, 8, 3)
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+ROWS = sum(cases.LENGTHS)
 
 
-def make(dtype=torch.float64, hidden_size=6, vocab=23, seed=0):
-    torch.manual_seed(seed)
-    n = sum(LENGTHS)
-
-    def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    hidden, weight, bias = (normal(*s).requires_grad_() for s in ((n, hidden_size), (vocab, hidden_size), (vocab,)))
-    case = {
-        "labels": torch.randint(vocab, (n,)),
-        "advantages": normal(len(LENGTHS)),
-        "cu_seqlens": torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32),
-    }
-    with torch.no_grad():
-        logp = linear_logprob(hidden, weight, case["labels"], bias=bias)[0]
-    case["old_logp"] = logp + torch.randn_like(logp) * 0.3
-    case["ref_logp"] = logp + torch.randn_like(logp)
-    return (hidden, weight, bias), case
+@pytest.mark.grid(
+    kind=cases.KINDS, loss=cases.LOSSES, level=cases.LEVELS, clips=cases.CLIPS, beta=[0.0, 0.04], old=[True, False]
+)
+def test_equals_both_oracles(
+    kind: cases.Kind, loss: dict[str, Any], level: str, clips: cases.Clips, beta: float, old: bool
+) -> None:
+    backend, dtype = kind
+    head, case = cases.make_linear(dtype, ignored=True, bias=not old)
+    if not old:
+        case["old_logp"] = None
+    options = {"importance_level": level, "beta": beta, "clip_low": clips[0], "clip_high": clips[1]}
+    cases.check_linear(backend, head, case, **loss, **options)
 
 
-def dense(hidden, weight, bias, labels, advantages, cu_seqlens, old_logp, ref_logp, beta, low, high, temperature):
-    """Token-level GRPO with full logits; -100 tokens dropped."""
-    scores = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
-    completions = []
-    for s in range(len(cu_seqlens) - 1):
-        rows = [t for t in range(int(cu_seqlens[s]), int(cu_seqlens[s + 1])) if labels[t] != -100]
-        if not rows:
-            continue
-        logp = scores[rows, labels[rows]]
-        r, a = (logp - old_logp[rows]).exp(), advantages[s]
-        x = ref_logp[rows] - logp
-        token = -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a) + beta * (x.exp() - x - 1)
-        completions.append(token.mean())
-    return sum(completions) / (len(cu_seqlens) - 1)
+@pytest.mark.grid(kind=cases.KINDS, temperature=[0.3, 2.0, "row"], shape=[(1, 1, 1), (33, 140, 17), (8, 128, 32)])
+def test_shapes_and_temperatures(kind: cases.Kind, temperature: float | str, shape: tuple[int, int, int]) -> None:
+    backend, dtype = kind
+    rows, vocab, size = shape
+    value = torch.linspace(0.3, 2, rows, device=DEVICE) if temperature == "row" else temperature
+    lengths = (rows - rows // 3, 0, rows // 3)
+    head, case = cases.make_linear(dtype, lengths, vocab=vocab, size=size, temperature=value)
+    cases.check_linear(backend, head, case, temperature=value, **cases.BOTH)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_equals_dense_fp64(masked):
-    inputs, case = make()
-    if masked:
-        case["labels"][::4] = -100
-    hidden, weight, bias = inputs
-    ours = linear_grpo_loss(hidden, weight, **case, bias=bias, clip_low=0.2, clip_high=0.2, temperature=0.8)
-    theirs = dense(*inputs, **case, beta=0.04, low=0.2, high=0.2, temperature=0.8)
-    assert_matches(ours.loss, theirs)
-    for a, b in zip(torch.autograd.grad(ours.loss, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        assert_matches(a, b)
-
-
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_equals_the_two_steps(level, loss_type):
-    inputs, case = make()
-    case["labels"][::5] = -100
-    hidden, weight, bias = inputs
-    options = {
-        "loss_type": loss_type,
-        "importance_level": level,
-        "clip_high": 0.2,
-        "num_tokens": 30,
-        "beta": 0.1,
-        "max_completion_length": 12,
-    }
-    ours = linear_grpo_loss(hidden, weight, **case, bias=bias, **options)
-    labels = case.pop("labels")
-    logp, entropy = linear_logprob(hidden, weight, labels, bias=bias)
-    steps = grpo_loss(logp, **case, mask=labels != -100, **options)
-    assert_matches(ours.loss, steps.loss)
-    assert_matches(ours.logp, logp)
-    assert_matches(ours.entropy, entropy)
-    assert ours.skipped_rows == steps.skipped_rows
-    assert (ours.kl, ours.clip_fraction) == (steps.kl, steps.clip_fraction)
-    assert not ours.logp.requires_grad
-    assert not ours.entropy.requires_grad
-    for a, b in zip(torch.autograd.grad(ours.loss, inputs), torch.autograd.grad(steps.loss, inputs), strict=True):
-        assert_matches(a, b)
-
-
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_gradcheck(level):
-    inputs, case = make(hidden_size=2, vocab=4)
-    case["labels"][3] = -100
+@pytest.mark.parametrize("level", cases.LEVELS)
+def test_gradcheck(level: str) -> None:
+    head, case = cases.make_linear(torch.float64, (3, 2), vocab=4, size=2, ignored=True, bias=True)
+    options = case | cases.BOTH | {"importance_level": level, "temperature": 1.3}
     assert torch.autograd.gradcheck(
-        lambda h, w, b: (
-            linear_grpo_loss(
-                h, w, **case, bias=b, clip_low=0.2, clip_high=0.2, importance_level=level, temperature=1.3
-            ).loss
-        ),
-        inputs,
+        lambda h, w, b: linear_grpo_loss(h, w, head.labels, bias=b, **options).loss, tuple(head.leaves)
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_against_the_oracle(dtype):
-    (hidden, weight, bias), case = make(dtype, hidden_size=32, vocab=101)
-    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
-    exact_case = {k: v.double() if v.is_floating_point() else v for k, v in case.items()}
-    options = {"beta": 0.04, "low": 0.5, "high": 0.5, "temperature": 1.0}
-    ours = linear_grpo_loss(hidden, weight, **case, bias=bias, clip_low=0.5, clip_high=0.5)
-    plain = dense(hidden, weight, bias, **case, **options)
-    oracle = dense(*exact, **exact_case, **options)
-    assert_matches(ours.loss, oracle)
-    terms = 32 + 101 + len(case["labels"])  # of a logit, of the softmax, and of the loss or the head's gradient
+@pytest.mark.parametrize(("backend", "dtype"), cases.LOW)
+def test_no_worse_than_plain_torch(backend: str, dtype: torch.dtype) -> None:
+    head, case = cases.make_linear(dtype, (12, 1, 16, 4), vocab=300, size=48)
+    half = {"clip_low": 0.5, "clip_high": 0.5}
+    ours, grads = cases.check_linear(backend, head, case, **half)
+    exact = head.oracle()
+    logp, exact_logp = cases.evaluate("plain", head)[0], cases.evaluate("dense", exact)[0]
+    loss, exact_loss = cases.naive(logp, **case, **half)[0], cases.naive(exact_logp, **cases.double(case), **half)[0]
+    terms = 48 + 300 + 33
     # Advantages of both signs: the loss is much smaller than the completions' terms are, |r A| on average.
     spread = case["advantages"].abs().mean().item() * 1.5
-    assert_no_worse(ours.loss, plain, oracle, terms=terms, scale=spread)
-    grads = (
-        torch.autograd.grad(loss, inputs)
-        for loss, inputs in ((ours.loss, (hidden, weight, bias)), (plain, (hidden, weight, bias)), (oracle, exact))
-    )
-    for a, b, o in zip(*grads, strict=True):
-        assert a.dtype == dtype
-        assert_matches(a, o)
+    assert_no_worse(ours.logp, logp, exact_logp, terms=terms, name="logp")
+    assert_no_worse(ours.loss, loss, exact_loss, terms=terms, scale=spread, name="loss")
+    theirs = torch.autograd.grad(loss, head.leaves), torch.autograd.grad(exact_loss, exact.leaves)
+    for a, b, o in zip(grads, *theirs, strict=True):
         assert_no_worse(a, b, o, terms=terms)
 
 
-def test_rows_without_a_coefficient_do_no_gradient_work():
-    """Masked, clipped and zero-advantage rows may hold NaN in their hidden state: the other gradients stay finite."""
-    (hidden, weight, _), case = make()
-    case["advantages"] = torch.tensor([1.0, -1.0, 3.0, 0.0, 2.0], dtype=torch.float64)  # rows 6 to 13 have none
-    case["labels"][2] = -100
-    clipped = 15
-    case["old_logp"] = linear_logprob(hidden, weight, case["labels"])[0].detach()
-    case["old_logp"][clipped] -= 1.0  # ratio e, advantage 2
-    case.pop("ref_logp")
-    dead = torch.tensor([2, *range(6, 14), clipped])
-    out = linear_grpo_loss(hidden, weight, **case, beta=0, clip_high=0.2)
-    want_hidden, want_weight = torch.autograd.grad(out.loss, (hidden, weight))
-    assert out.skipped_rows == len(dead)
-    assert out.clip_fraction.item() == pytest.approx(1 / 16)
-    assert (want_hidden[dead] == 0).all()
-    assert ((want_hidden != 0).all(1).nonzero()[:, 0].tolist()) == [t for t in range(17) if t not in dead.tolist()]
-
-    poisoned = hidden.detach().clone()
-    poisoned[2] = torch.nan
-    poisoned[6:14] = torch.nan
-    poisoned.requires_grad_()
-    again = linear_grpo_loss(poisoned, weight, **case, beta=0, clip_high=0.2)
-    got_hidden, got_weight = torch.autograd.grad(again.loss, (poisoned, weight))
-    assert torch.equal(got_hidden, want_hidden)
-    assert torch.equal(got_weight, want_weight)
+@pytest.mark.grid(kind=[*cases.KINDS[1:], *cases.FP32[:1]], level=cases.LEVELS)
+def test_on_policy_ratio_is_exactly_one(kind: cases.Kind, level: str) -> None:
+    backend, dtype = kind
+    head, case = cases.make_linear(dtype, (1, 2, 8, 4))
+    case |= {"advantages": torch.tensor([1.0, -2.0, 0.0, 4.0], device=DEVICE), "ref_logp": None, "old_logp": None}
+    tight = {"clip_low": 1e-7, "clip_high": 1e-7, "beta": 0, "importance_level": level}
+    first, grads = cases.run_linear(backend, head, case, **tight)
+    known, known_grads = cases.run_linear(backend, head, case | {"old_logp": first.logp}, **tight)
+    for out in (first, known):
+        assert out.loss.item() == -0.75
+        assert (out.clip_fraction.item(), out.skipped_rows) == (0, 8)
+    for a, b in zip((first.logp, *grads), (known.logp, *known_grads), strict=True):
+        assert torch.equal(a, b)
 
 
-def below_the_operator(hidden, weight, labels, advantages, cu_seqlens):
-    """The reference itself, with gradients: what runs inside an operator is hidden from a dispatch mode."""
-    options = reference.GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None)
-    inputs = HeadInputs(hidden.detach(), weight.detach(), labels, None, 1.0)
-    completions = reference.Completions(advantages, cu_seqlens, None, None)
-    return reference.linear_grpo_loss(inputs, completions, options, [True, True, False])
-
-
-def test_gradients_multiply_only_the_live_rows():
-    (hidden, weight, _), case = make()
-    advantages = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # 1 live row of 17
-    with FlopCounterMode(display=False) as counted:
-        result = below_the_operator(hidden, weight, case["labels"], advantages, case["cu_seqlens"])
-    assert result.skipped_rows == 16
-    # The logits of all rows; of the live one the logits again, d_hidden and d_weight.
-    assert counted.get_total_flops() == (2 * 17 + 6 * 1) * 6 * 23
-
-
-def test_full_logits_are_never_made(monkeypatch):
-    torch.manual_seed(0)
-    rows, vocab = 256, 512
-    hidden, weight = torch.randn(rows, 8), torch.randn(vocab, 8)
-    monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", 64 * 1024)
-    with LargestTensor() as seen:
-        below_the_operator(hidden, weight, torch.randint(vocab, (rows,)), torch.randn(2), torch.tensor([0, 100, rows]))
-    assert seen.numel == 64 * 1024 // 4, seen.operation
-
-
-def test_on_policy_loss_is_exact():
-    (hidden, weight, bias), case = make(torch.float32)
-    case |= {"old_logp": None, "ref_logp": None, "cu_seqlens": torch.tensor([0, 1, 3, 9, 17])}
-    case["advantages"] = torch.tensor([1.0, -2.0, 0.0, 4.0])
-    out = linear_grpo_loss(hidden, weight, **case, bias=bias, beta=0, clip_low=1e-7, clip_high=1e-7)
-    assert out.loss.item() == -0.75
-    assert out.clip_fraction.item() == 0
-
-
-def test_no_tokens_and_no_completions():
-    weight = torch.randn(5, 4, requires_grad=True)
-    for completions in (0, 2):
-        hidden = torch.empty(0, 4, requires_grad=True)
-        out = linear_grpo_loss(
-            hidden, weight, torch.empty(0).long(), torch.ones(completions), torch.zeros(completions + 1).int(), beta=0
-        )
-        out.loss.backward()
-        assert out.loss.item() == 0
-        assert hidden.grad.shape == (0, 4)
-        assert (weight.grad == 0).all()
-
-
-def test_frozen_head_and_same_bits():
-    (hidden, weight, bias), case = make(torch.float32)
-    weight.requires_grad_(False)
-    bias.requires_grad_(False)
-
-    def once():
-        out = linear_grpo_loss(hidden, weight, **case, bias=bias)
-        return out.loss, out.logp, out.entropy, *torch.autograd.grad(out.loss, hidden)
-
-    assert_same_bits(once)
-
-
-def test_row_temperature():
-    (hidden, weight, _), case = make()
-    temperature = torch.linspace(0.5, 2, 17, dtype=torch.float64)
-    out = linear_grpo_loss(hidden, weight, **case, temperature=temperature)
-    assert_matches(out.logp, linear_logprob(hidden / temperature[:, None], weight, case["labels"])[0])
-
-
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "loss",
     [
-        ({"hidden": torch.zeros(1, 3, 4)}, r"hidden: expected shape \[N, H\], got \[1, 3, 4\]"),
-        ({"labels": torch.zeros(4).long()}, r"labels: expected shape \[3\], got \[4\]"),
-        ({"labels": torch.tensor([0, 1, 5])}, "labels: expected values in .* got 1 outside, the first of them 5"),
-        ({"temperature": 0}, "temperature: expected a finite number above 0"),
-        ({"beta": 0.1}, "ref_logp: expected a tensor"),
-        ({"advantages": torch.zeros(1)}, r"advantages: expected shape \[2\], got \[1\]"),
-        ({"loss_type": "dapo"}, "num_tokens: expected"),
-        ({"backend": "native"}, "backend 'native' cannot run on cpu"),
+        {"loss_type": "dapo", "num_tokens": 2e7},
+        {"loss_type": "dapo", "num_tokens": 1e-5},
+        {"loss_type": "dr_grpo", "max_completion_length": 1e7},
+        {"loss_type": "dr_grpo", "max_completion_length": 1e-5},
+        {"loss_type": "bnpo"},
+        {"loss_type": "grpo"},
     ],
+    ids=str,
 )
-def test_errors(change, message):
-    with pytest.raises(ValueError, match=f"linear_grpo_loss: {message}"):
-        linear_grpo_loss(**GOOD | change)
+def test_coefficients_outside_the_range_of_fp16(dtype: torch.dtype, loss: dict[str, Any]) -> None:
+    """Of 1e-8 or 1e5: gradients are right where the incoming gradient brings them back into the range."""
+    head, case = cases.make_linear(dtype, (9, 0, 7))
+    size = next((value for name, value in loss.items() if name != "loss_type"), 1.0)
+    cases.check_linear("triton", head, case, factor=size, **loss, **cases.BOTH)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_an_empty_completion_does_not_cost_precision(dtype: torch.dtype) -> None:
+    """The scale of fp16's coefficients follows the completions that have tokens."""
+    head = make_head(33, 70, 16, dtype)
+    grads = []
+    for lengths in ((33,), (33, 0)):
+        case = {"advantages": torch.ones(len(lengths), device=DEVICE), "cu_seqlens": cases.cumulative(lengths)}
+        grads.append(cases.run_linear("triton", head, case, factor=len(lengths), beta=0)[1])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases.LOW)
+def test_what_is_returned(backend: str, dtype: torch.dtype) -> None:
+    head, case = cases.make_linear(dtype)
+
+    def call() -> Any:
+        return linear_grpo_loss(head.hidden, head.weight, head.labels, **case, backend=backend)
+
+    out = call()
+    assert not any(x.requires_grad for x in (out.logp, out.entropy, out.kl, out.clip_fraction))
+    cases.assert_differentiable_once(out.loss, head.leaves)
+    once, third = (torch.autograd.grad(out.loss / n, head.leaves, retain_graph=True) for n in (1, 3))
+    for a, b in zip(once, third, strict=True):
+        # One factor, rounded once per element: a factor rounded to 16 bits would be wrong for all alike.
+        precision = 4e-4 if dtype.itemsize == 2 else 1e-6
+        assert b.double().norm().item() == pytest.approx(a.double().norm().item() / 3, rel=precision)
+    out.loss.backward()
+    call().loss.backward()
+    assert_matches(head.weight.grad / 2, once[1])
+
+
+@pytest.mark.parametrize("kind", [*cases.FP32, ("triton", torch.float16)], ids=str)
+def test_bits_do_not_depend_on_what_is_around(kind: cases.Kind) -> None:
+    head, case = cases.make_linear(kind[1], (3, 1, 4), ignored=True, bias=True)
+
+    def call() -> list[Tensor]:
+        out, grads = cases.run_linear(kind[0], head, case, **cases.BOTH)
+        return [out.loss, out.logp, out.entropy, out.kl, out.clip_fraction, *grads]
+
+    cases.assert_same_bits(call)
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
+)
+def test_mixed_dtypes(backend: str, hidden: torch.dtype, weight: torch.dtype) -> None:
+    head, case = cases.make_linear(torch.float16, ignored=True)
+    mixed = replace(head, hidden=leaf(head.hidden.to(hidden)), weight=leaf(head.weight.to(weight)))
+    kinds = {
+        "old_logp": torch.float64,
+        "ref_logp": torch.float16,
+        "advantages": torch.float16,
+        "cu_seqlens": torch.int64,
+    }
+    cases.check_linear(backend, mixed, {name: case[name].to(dtype) for name, dtype in kinds.items()})
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases.KINDS[:2])
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    """Strided labels, cu_seqlens, bias and token values; hidden states out of a wider matrix, unaligned; odd H."""
+    head, case = cases.make_linear(dtype, size=15, bias=True)
+    wide = torch.cat([head.hidden.detach(), torch.full_like(head.hidden, 77)], 1)
+    weight, bias = leaf(head.weight.detach().T.contiguous().T), leaf(cases.strided(head.bias.detach()))
+    moved = Head(leaf(wide[:, :15]), weight, cases.strided(head.labels), bias)
+    temperature = cases.strided(torch.linspace(0.5, 2, ROWS, device=DEVICE))
+    for ignored, cu in ((False, case["cu_seqlens"]), (True, case["cu_seqlens"].long())):
+        if ignored:
+            moved.labels[4] = -100
+        spread = {name: cases.strided(x) for name, x in (case | {"cu_seqlens": cu}).items()}
+        cases.check_linear(backend, moved, spread, temperature=temperature, **cases.BOTH)
+    expanded = replace(head, hidden=leaf(head.hidden[:1].detach().expand(ROWS, 15)))
+    cases.check_linear(backend, expanded, case, **cases.BOTH)
+
+
+@pytest.mark.grid(kind=cases.KINDS, lengths=[(), (0, 0)], level=cases.LEVELS)
+def test_no_tokens(kind: cases.Kind, lengths: tuple[int, ...], level: str) -> None:
+    backend, dtype = kind
+    head = make_head(0, 40, 8, dtype, bias=True)
+    case = {"advantages": torch.ones(len(lengths), device=DEVICE), "cu_seqlens": cases.cumulative(lengths)}
+    for old in (None, torch.empty(0, device=DEVICE)):
+        ours, grads = cases.check_linear(backend, head, case | {"old_logp": old}, beta=0, importance_level=level)
+        assert ours.loss == 0
+        assert ours.loss.requires_grad
+        assert ours.skipped_rows == 0
+        assert (grads[1] == 0).all()
+
+
+@pytest.mark.grid(kind=cases.KINDS[:2], frozen=[(), ("hidden",), ("weight", "bias")])
+def test_only_live_rows_and_what_needs_a_gradient_are_multiplied(kind: cases.Kind, frozen: tuple[str, ...]) -> None:
+    backend, dtype = kind
+    head, case = cases.make_linear(dtype, (4, 3, 0, 6), ignored=True, bias=True)
+    case["advantages"][1] = 0.0
+    options = {"beta": 0, "clip_low": 0.05, "clip_high": 0.05}
+
+    def run() -> Any:
+        return cases.run_linear(backend, head, case, **options)
+
+    full, grads = cases.check_linear(backend, head, case, **options)
+    for name in frozen:
+        getattr(head, name).requires_grad_(False)
+    part, kept = run()
+    assert_matches(part.loss, full.loss)
+    assert part.skipped_rows == full.skipped_rows
+    assert part.loss.requires_grad
+    wanted = [grad for name, grad in zip(cases.LEAVES, grads, strict=True) if name not in frozen]
+    assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))
+    product = 70 * 16  # of one row
+    read, live = int((head.labels != -100).sum()), 13 - full.skipped_rows
+    assert 1 < live < read - 2
+    backward = 2 - bool(frozen) + (backend == "reference")  # which forms the logits again
+    assert cases.multiplications(run) == (read + backward * live) * product
+    if frozen:
+        return
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert cases.multiplications(run) == read * product
+            ours, _ = run()
+        assert not ours.loss.requires_grad
+        assert_matches(ours.loss, full.loss)
+        assert_matches(ours.entropy, full.entropy)
+
+
+@pytest.mark.grid(kind=cases.KINDS[::2], why=["advantages", "labels", "clipped", "far from the reference model"])
+def test_all_coefficients_zero(kind: cases.Kind, why: str) -> None:
+    backend, dtype = kind
+    head, case = cases.make_linear(dtype, bias=True)
+    options: dict[str, Any] = {"beta": 0, **cases.BOTH}
+    if why == "advantages":
+        case["advantages"].zero_()
+    elif why == "labels":
+        head.labels.fill_(-100)
+    elif why == "clipped":
+        case["advantages"].fill_(1.0)
+        case["old_logp"] -= 5.0
+    else:  # every gap is clamped
+        case["advantages"].zero_()
+        case |= {"old_logp": None, "ref_logp": case["ref_logp"] - 50.0}
+        options["beta"] = 0.04
+    ours, grads = cases.check_linear(backend, head, case, **options)
+    assert ours.skipped_rows == ROWS
+    assert all((x == 0).all() for x in grads)
+    assert ours.loss.isfinite()
+    logits = ROWS * 70 * 16  # all that may be multiplied
+    assert cases.multiplications(lambda: cases.run_linear(backend, head, case, **options)) <= logits
+
+
+@pytest.mark.grid(kind=cases.KINDS, chunked=[False, True])
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+def test_skipped_rows_are_never_read(kind: cases.Kind, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored rows and completions of advantage 0 may hold NaN: every other result keeps its bits."""
+    backend, dtype = kind
+    if chunked:
+        cases.cut_small(monkeypatch)
+    head, case = cases.make_linear(dtype, bias=True)
+    case["advantages"][0] = 0.0
+    idle, ignored = [0, 1, 2, 3, 4], [5, 8]
+    head.labels[ignored] = -100
+    case["ref_logp"] = None
+    options = {"beta": 0, **cases.BOTH}
+    want, want_grads = cases.check_linear(backend, head, case, **options)
+    case["old_logp"][ignored] = math.nan
+    poisoned = head.hidden.detach().clone()
+    poisoned[idle + ignored] = math.nan
+    ours, grads = cases.run_linear(backend, replace(head, hidden=leaf(poisoned)), case, **options)
+    assert ours.skipped_rows == want.skipped_rows >= 7
+    assert ours.logp[idle].isnan().all()
+    assert torch.equal(ours.logp[5:], want.logp[5:])
+    assert all((x[ignored] == 0).all() for x in (ours.logp, ours.entropy))
+    assert all(torch.equal(a, b) for a, b in zip((ours.loss, *grads), (want.loss, *want_grads), strict=True))
+    assert (grads[0][idle + ignored] == 0).all()
+
+
+# Triton's rows: in chunks, and in any order.
+
+LONG = (5, 1, 0, 6, 2, 1, 1)
+
+
+@pytest.mark.grid(dtype=DTYPES, level=cases.LEVELS, beta=[0.0, 0.04], old=[True, False])
+def test_chunks_change_nothing(
+    dtype: torch.dtype, level: str, beta: float, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions of 5 and 6 tokens are longer than a chunk of 4 rows."""
+    cases.cut_small(monkeypatch)
+    head, case = cases.make_linear(dtype, LONG, vocab=140, ignored=True, bias=True, seed=2)
+    case["advantages"][[1, 4]] = 0.0
+    if not old:
+        case["old_logp"] = None
+    options = {"importance_level": level, "beta": beta, "temperature": 0.7, **cases.BOTH}
+    moved = []
+    in_place = triton.row_gradient
+
+    def watch(logits: Tensor, out: Tensor, *rest: Any, source: Tensor | None = None, **named: Any) -> None:
+        assert len(logits) <= 4
+        assert out.data_ptr() == logits.data_ptr() or not len(out)
+        if source is not None:
+            moved.append(bool((source != torch.arange(len(source), device=DEVICE)).any()))
+            assert len(source.unique()) == len(source)
+        in_place(logits, out, *rest, source=source, **named)
+
+    monkeypatch.setattr(triton, "row_gradient", watch)
+    counted = Counter(triton.product)
+    monkeypatch.setattr(triton, "product", counted)
+    with poisoned_memory():
+        ours, grads = cases.check_linear("triton", head, case, **options)
+    assert counted.calls >= 3
+    if old and level == "token" and beta == 0:  # clipped tokens leave gaps that later rows fill
+        assert any(moved)
+    again, again_grads = cases.run_linear("triton", head, case, **options)
+    for a, b in zip((*again_grads, again.loss, again.logp), (*grads, ours.loss, ours.logp), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_live_rows_come_first_and_keep_their_places() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 2, 3, 17, 64):
+        for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+            alive = torch.rand(size, generator=generator) < share
+            source = triton._live_first(torch.where(alive, -1.5, 0.0).to(DEVICE)).cpu()
+            assert sorted(source.tolist()) == alive.nonzero()[:, 0].tolist()
+            for target, row in enumerate(source.tolist()):
+                assert row == target or (row >= len(source) and not alive[target])
+
+
+def test_no_gradient_of_a_row_is_formed_where_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, case = cases.make_linear(torch.float32, (3, 1))
+    formed = Counter(triton.row_gradient)
+    monkeypatch.setattr(triton, "row_gradient", formed)
+    cases.run_linear("triton", replace(head, hidden=head.hidden.detach(), weight=head.weight.detach()), case)
+    with torch.no_grad():
+        cases.run_linear("triton", head, case)
+    assert formed.calls == 0
+    cases.run_linear("triton", head, case)
+    assert formed.calls == 1

@@ -1,13 +1,19 @@
 """The torch operators: torch.compile without a graph break, opcheck, determinism, and what the registry is told."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.library import opcheck
 
 import videor1_kernels as vk
 from videor1_kernels.group_advantage.ops import tgrpo_advantages_op
+from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.linear_logprob.ops import (
     linear_logprob_backward_op,
@@ -19,313 +25,294 @@ from videor1_kernels.prefix_attention.ops import prefix_attention_backward_op, p
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "triton")
+torch.manual_seed(0)
+HIDDEN, WEIGHT, BIAS, LOGP, OTHER, TEMPERATURES = (
+    x.to(DEVICE).requires_grad_(i < 4)
+    for i, x in enumerate(
+        (torch.randn(9, 8), torch.randn(21, 8), torch.randn(21), -torch.rand(9), -torch.rand(9), torch.rand(9) + 0.5)
+    )
+)
+LABELS = torch.tensor([3, 20, -100, 0, 7, 7, 1, 12, 5], device=DEVICE)
 CU = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=DEVICE)
+ADVANTAGES = torch.tensor([1.0, 2.0, -1.0], device=DEVICE)
+LOGITS, INDEX = torch.randn(2, 5, 17, device=DEVICE).requires_grad_(), torch.randint(17, (2, 5, 3), device=DEVICE)
+LAYOUT = vk.PrefixLayout([5, 3], [[2, 4], [3]], DEVICE)
+QKV = [torch.randn(17, heads, 16, device=DEVICE).requires_grad_() for heads in (2, 1, 1)]
+OLD = {"old_logp": OTHER, "ref_logp": OTHER, "clip_low": 0.2}
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on the padding of interpreted kernels
 
 
-def case(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    hidden, weight, bias = torch.randn(9, 8), torch.randn(21, 8), torch.randn(21)
-    labels = torch.randint(21, (9,))
-    labels[2] = -100
-    return [x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight, bias)], labels.to(DEVICE)
+def shown(out: vk.GrpoLoss) -> tuple[Any, ...]:
+    return (
+        out.loss,
+        out.logp,
+        *([] if out.entropy is None else [out.entropy]),
+        out.kl,
+        out.clip_fraction,
+        out.skipped_rows,
+    )
 
 
-def linear(backend):
-    (hidden, weight, bias), labels = case()
-
-    def call(hidden, weight, bias):
-        logp, entropy = vk.linear_logprob(hidden, weight, labels, bias=bias, temperature=0.7, backend=backend)
-        return logp.sum() + 0.1 * entropy.square().sum(), logp
-
-    return call, (hidden, weight, bias)
-
-
-def linear_row_temperature(backend):
-    (hidden, weight, _), labels = case()
-    temperature = torch.linspace(0.5, 2, 9, device=DEVICE)
-
-    def call(hidden, weight):
-        logp, _ = vk.linear_logprob(hidden, weight, labels, temperature=temperature, backend=backend)
-        return logp.sum(), logp
-
-    return call, (hidden, weight)
-
-
-def selective(backend):
-    torch.manual_seed(0)
-    logits = torch.randn(2, 5, 17, device=DEVICE, requires_grad=True)
-    index = torch.randint(17, (2, 5, 3), device=DEVICE)
-
-    def call(logits):
-        logp = vk.selective_log_softmax(logits, index, temperature=1.3, backend=backend)
-        return logp.square().sum(), logp
-
-    return call, (logits,)
-
-
-def loss(backend, level="token"):
-    logp = -torch.rand(9, device=DEVICE)
-    logp.requires_grad_()
-    other = -torch.rand(9, device=DEVICE)
-    advantages = torch.tensor([1.0, 2.0, -1.0], device=DEVICE)
-
-    def call(logp):
-        out = vk.grpo_loss(
-            logp,
-            advantages,
-            CU,
-            old_logp=other,
-            ref_logp=other,
-            clip_low=0.2,
-            clip_high=0.2,
-            importance_level=level,
-            backend=backend,
-        )
-        return out.loss, (out.logp, out.kl, out.clip_fraction, out.skipped_rows)
-
-    return call, (logp,)
-
-
-def fused(backend):
-    (hidden, weight, bias), labels = case()
-    other = -torch.rand(9, device=DEVICE)
-    advantages = torch.tensor([1.0, 2.0, -1.0], device=DEVICE)
-
-    options = {"old_logp": other, "ref_logp": other, "clip_low": 0.2, "temperature": 0.9, "backend": backend}
-
-    def call(hidden, weight, bias):
-        out = vk.linear_grpo_loss(hidden, weight, labels, advantages, CU, bias=bias, **options)
-        return 2 * out.loss, (out.logp, out.entropy, out.kl, out.clip_fraction, out.skipped_rows)
-
-    return call, (hidden, weight, bias)
-
-
-def attention(backend):
-    torch.manual_seed(0)
-    layout = vk.PrefixLayout([5, 3], [[2, 4], [3]], DEVICE)
+def attention(backend: str, *qkv: Tensor) -> Tensor:
     dtype = torch.float16 if DEVICE == "cuda" and backend == "triton" else torch.float32
-    inputs = [torch.randn(17, heads, 16).to(DEVICE, dtype).requires_grad_() for heads in (2, 1, 1)]
-
-    def call(q, k, v):
-        out = vk.prefix_attention(q, k, v, layout, backend=backend)
-        return out.float().square().sum(), out
-
-    return call, inputs
+    return vk.prefix_attention(*(x.to(dtype) for x in qkv), LAYOUT, backend=backend).float()
 
 
-CALLS = {
-    "prefix_attention": attention,
-    "linear_logprob": linear,
-    "row_temperature": linear_row_temperature,
-    "selective_log_softmax": selective,
-    "grpo_loss": loss,
-    "sequence": lambda backend: loss(backend, "sequence"),
-    "linear_grpo_loss": fused,
+# (backend, inputs) -> outputs, and the inputs, which have gradients.
+CALLS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "linear_logprob": (
+        lambda on, h, w, bias: vk.linear_logprob(h, w, LABELS, bias=bias, temperature=0.7, backend=on),
+        [HIDDEN, WEIGHT, BIAS],
+    ),
+    "row temperature": (
+        lambda on, h, w: vk.linear_logprob(h, w, LABELS, temperature=TEMPERATURES, backend=on),
+        [HIDDEN, WEIGHT],
+    ),
+    "selective": (lambda on, x: vk.selective_log_softmax(x, INDEX, temperature=1.3, backend=on), [LOGITS]),
+    "grpo_loss": (lambda on, x: shown(vk.grpo_loss(x, ADVANTAGES, CU, **OLD, clip_high=0.2, backend=on)), [LOGP]),
+    "sequence": (
+        lambda on, x: shown(vk.grpo_loss(x, ADVANTAGES, CU, **OLD, importance_level="sequence", backend=on)),
+        [LOGP],
+    ),
+    "linear_grpo_loss": (
+        lambda on, h, w, bias: shown(
+            vk.linear_grpo_loss(h, w, LABELS, ADVANTAGES, CU, bias=bias, **OLD, temperature=0.9, backend=on)
+        ),
+        [HIDDEN, WEIGHT, BIAS],
+    ),
+    "prefix_attention": (attention, QKV),
 }
 
 
-def flat(outputs):
-    value, extra = outputs
-    return [
-        value.detach(),
-        *(x.detach() if isinstance(x, torch.Tensor) else x for x in (extra if isinstance(extra, tuple) else (extra,))),
-    ]
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(call, fullgraph=True, backend="aot_eager")
+
+
+def results(call: Callable[..., Any], inputs: list[Tensor]) -> list[Any]:
+    """What a call returns, and the gradients of it all."""
+    made = call(*inputs)
+    outputs = made if isinstance(made, tuple) else (made,)
+    differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    value = sum(i * x.square().sum() for i, x in enumerate(differentiable, 1))
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
+    return [*detached, *torch.autograd.grad(value, inputs)]
+
+
+def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert type(a) is type(b)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_compiles_without_a_graph_break(name, backend):
-    call, inputs = CALLS[name](backend)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    eager, graph = call(*inputs), compiled(*inputs)
-    for a, b in zip(flat(eager), flat(graph), strict=True):
-        assert type(a) is type(b)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    for a, b in zip(torch.autograd.grad(eager[0], inputs), torch.autograd.grad(graph[0], inputs), strict=True):
-        assert torch.equal(a, b)
+def test_compiles_without_a_graph_break_to_the_same_bits(name: str, backend: str) -> None:
+    call, inputs = CALLS[name]
+    eager = results(lambda *x: call(backend, *x), inputs)
+    graph = compiled(lambda *x: call(backend, *x))
+    assert_same(results(graph, inputs), eager)
+    assert_same(results(lambda *x: call(backend, *x), inputs), eager)
 
 
-def test_compiles_with_the_default_compiler():
+@pytest.mark.slow
+def test_compiles_with_the_default_compiler() -> None:
     """What users call: inductor, on the backend that ``auto`` takes here."""
-    call, inputs = fused("auto")
-    compiled = torch.compile(lambda *x: call(*(v * 2 for v in x))[0].sin(), fullgraph=True)
-    eager = call(*(x * 2 for x in inputs))[0].sin()
-    graph = compiled(*inputs)
-    torch.testing.assert_close(eager, graph)
-    for a, b in zip(torch.autograd.grad(eager, inputs), torch.autograd.grad(graph, inputs), strict=True):
+    call, inputs = CALLS["linear_grpo_loss"]
+
+    def wrapped(*x: Tensor) -> Tensor:
+        return call("auto", *(v * 2 for v in x))[0].sin()
+
+    for a, b in zip(results(wrapped, inputs), results(torch.compile(wrapped, fullgraph=True), inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_advantages_compile(backend):
+def test_advantages_compile(backend: str) -> None:
     torch.manual_seed(0)
     accuracy, form = torch.rand(3, 4, device=DEVICE).round(), torch.ones(3, 4, device=DEVICE)
     lengths = torch.randint(300, 600, (3, 4), device=DEVICE)
     shuffled = torch.rand(3, 2, device=DEVICE).round()
 
-    def call(accuracy):
+    def call(accuracy: Tensor) -> tuple[Tensor, Tensor]:
         out = vk.tgrpo_advantages(accuracy, form, lengths, shuffled, backend=backend)
         return out.advantages + 1, out.p_shuffled
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for a, b in zip(call(accuracy), compiled(accuracy), strict=True):
-        assert torch.equal(a, b)
+    graph = compiled(call)
+    assert_same(graph(accuracy), call(accuracy))
     with pytest.raises(ValueError, match="accuracy: expected finite values, got 1 that are NaN or infinite"):
-        compiled(accuracy.index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(torch.nan)))
+        graph(accuracy.index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(torch.nan)))
 
 
-def test_values_are_checked_inside_a_compiled_graph():
-    (hidden, weight, _), labels = case()
-    compiled = torch.compile(lambda y: vk.linear_logprob(hidden, weight, y)[0], fullgraph=True, backend="aot_eager")
-    compiled(labels)
+def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
+
+    def graph(backend: str) -> Callable[[Tensor], Tensor]:
+        return compiled(lambda labels: vk.linear_logprob(HIDDEN, WEIGHT, labels, backend=backend)[0])
+
+    call = graph("auto")
+    call(LABELS)
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 21\)"):
-        compiled(labels.masked_fill(labels == labels[0], 21))
-
-
-def test_an_unknown_backend_is_refused_while_compiling():
-    (hidden, weight, _), labels = case()
-    compiled = torch.compile(
-        lambda y: vk.linear_logprob(hidden, weight, y, backend="trition")[0], fullgraph=True, backend="aot_eager"
-    )
+        call(LABELS.masked_fill(LABELS == 3, 21))
     with pytest.raises(ValueError, match="did you mean 'triton'"):
-        compiled(labels)
-
-
-OPTIONS = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
+        graph("trition")(LABELS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
-    (hidden, weight, bias), labels = case()
-    temperatures = torch.linspace(0.5, 2, 9, device=DEVICE)
-    advantages, lp = torch.tensor([1.0, 0.0, -1.0], device=DEVICE), -torch.rand(9, device=DEVICE)
-    checks = [
-        (linear_logprob_op, (hidden, weight, labels, bias, None, 0.8, backend)),
-        (linear_logprob_op, (hidden, weight.detach(), labels, None, temperatures, 1.0, backend)),
-        (
-            linear_logprob_backward_op,
-            (
-                lp,
-                None,
-                hidden.detach(),
-                weight.detach(),
-                labels,
-                bias.detach(),
-                None,
-                0.8,
-                lp,
-                lp.double(),
-                [True, False, True],
-                backend,
-            ),
-        ),
-        (
-            selective_op,
-            (
-                torch.randn(4, 7, device=DEVICE, requires_grad=True),
-                torch.randint(7, (4, 2), device=DEVICE),
-                None,
-                0.8,
-                backend,
-            ),
-        ),
-        (grpo_loss_op, (lp.clone().requires_grad_(), advantages, CU, lp, lp, labels != -100, *OPTIONS, backend)),
-        (
-            linear_grpo_loss_op,
-            (hidden, weight, labels, advantages, CU, lp, lp, bias, None, 0.8, *OPTIONS, [True, True, True], backend),
-        ),
-        (
-            linear_grpo_loss_op,
-            (
-                hidden,
-                weight.detach(),
-                labels,
-                advantages,
-                CU,
-                None,
-                lp,
-                None,
-                temperatures,
-                1.0,
-                *OPTIONS,
-                [True, False, False],
-                backend,
-            ),
-        ),
-        (
-            tgrpo_advantages_op,
-            (
-                torch.rand(2, 3, device=DEVICE),
-                torch.rand(2, 3, device=DEVICE),
-                torch.randint(9, (2, 3), device=DEVICE),
-                torch.rand(2, 2, device=DEVICE),
-                "margin",
-                0.3,
-                0.8,
-                0.1,
-                0.2,
-                3.0,
-                6.0,
-                "std",
-                1e-4,
-                "reward",
-                backend,
-            ),
-        ),
-    ]
-    _, (q, k, v) = attention(backend)
-    numbers = ([5, 3], [2, 1], [2, 4, 3], 0.3, backend)
-    checks.append((prefix_attention_op, (q, k, v, *numbers)))
-    plain = [x.detach() for x in (q, k, v)]
-    checks.append((prefix_attention_backward_op, (plain[0], *plain, *prefix_attention_op(*plain, *numbers), *numbers)))
+def test_opcheck(backend: str) -> None:
+    fixed, lp = WEIGHT.detach(), LOGP.detach()
+    options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
+    numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward")
+    head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8)
+    rewards, shuffled = torch.rand(2, 3, device=DEVICE), torch.rand(2, 2, device=DEVICE)
     logits, index = torch.randn(4, 7, device=DEVICE), torch.randint(7, (4, 2), device=DEVICE)
     logp, kept = selective_op(logits, index, None, 0.8, backend)
-    checks.append((selective_backward_op, (torch.ones_like(logp), logits, index, None, 0.8, kept, backend)))
+    qkv = [x.detach().to(torch.float16 if DEVICE == "cuda" else torch.float32) for x in QKV]
+    row = ([5, 3], [2, 1], [2, 4, 3], 0.3)
+    checks: list[tuple[Any, tuple[Any, ...]]] = [
+        (linear_logprob_op, (HIDDEN, WEIGHT, LABELS, BIAS, None, 0.8)),
+        (linear_logprob_op, (HIDDEN, fixed, LABELS, None, TEMPERATURES, 1.0)),
+        (linear_logprob_backward_op, (lp, None, *head, lp, lp.double(), [True, False, True])),
+        (selective_op, (logits.clone().requires_grad_(), index, None, 0.8)),
+        (selective_backward_op, (torch.ones_like(logp), logits, index, None, 0.8, kept)),
+        (grpo_loss_op, (LOGP, ADVANTAGES, CU, lp, lp, LABELS != -100, *options)),
+        (
+            linear_grpo_loss_op,
+            (HIDDEN, WEIGHT, LABELS, ADVANTAGES, CU, lp, lp, BIAS, None, 0.8, *options, [True, True, True]),
+        ),
+        (
+            linear_grpo_loss_op,
+            (HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, None, TEMPERATURES, 1.0, *options, [True, False, False]),
+        ),
+        (tgrpo_advantages_op, (rewards, rewards, (9 * rewards).long(), shuffled, *numbers)),
+        (prefix_attention_op, (*(x.clone().requires_grad_() for x in qkv), *row)),
+        (prefix_attention_backward_op, (qkv[0], *qkv, *prefix_attention_op(*qkv, *row, backend), *row)),
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for op, arguments in checks:
-            assert set(opcheck(op, arguments).values()) == {"SUCCESS"}
+            assert set(opcheck(op, (*arguments, backend)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CALLS)
-def test_same_bits_every_time(name, backend):
-    call, inputs = CALLS[name](backend)
-
-    def once():
-        outputs = call(*inputs)
-        return [*flat(outputs), *torch.autograd.grad(outputs[0], inputs)]
-
-    for a, b in zip(once(), once(), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_backward_and_a_second_derivative(backend):
-    call, inputs = fused(backend)
-    value, _ = call(*inputs)
-    first = torch.autograd.grad(value, inputs, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(3 * value, inputs), strict=True):
+def test_a_second_backward_and_a_second_derivative(backend: str) -> None:
+    call, inputs = CALLS["linear_grpo_loss"]
+    loss = call(backend, *inputs)[0]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(3 * loss, inputs), strict=True):
         torch.testing.assert_close(3 * a, b)
-    call, inputs = linear(backend)
-    (grad, *_) = torch.autograd.grad(call(*inputs)[0], inputs, create_graph=True)
+    call, inputs = CALLS["linear_logprob"]
+    (grad, *_) = torch.autograd.grad(call(backend, *inputs)[0].sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         grad.sum().backward()
 
 
-def test_no_gradient_work_without_gradients(monkeypatch):
+def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under no_grad, or with frozen inputs, linear_grpo_loss forms no gradient."""
-    from videor1_kernels.grpo_loss import reference
-
-    def fail(*args):
-        raise AssertionError("a gradient was formed")
-
-    monkeypatch.setattr(reference.head, "backward", fail)
-    call, inputs = fused("reference")
+    monkeypatch.setattr(reference.head, "backward", lambda *args: pytest.fail("a gradient was formed"))
+    call, inputs = CALLS["linear_grpo_loss"]
     with torch.no_grad():
-        call(*inputs)
-    call(*(x.detach() for x in inputs))
-    with pytest.raises(AssertionError, match="a gradient was formed"):
-        call(*inputs)
+        call("reference", *inputs)
+    call("reference", *(x.detach() for x in inputs))
+    with pytest.raises(pytest.fail.Exception, match="a gradient was formed"):
+        call("reference", *inputs)
+
+
+def decode_inputs(rows: int = 4) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((rows, 4, 16), (5, 2, 16), (5, 2, 16), (rows, 3, 2, 16), (rows, 3, 2, 16))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+LENGTHS, ENDS, GROUPS = torch.tensor([1, 3, 2, 1]), torch.tensor([0, 2, 5]), torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_decode_attention_compiles_with_a_layout(backend: str) -> None:
+    def call(layout: vk.DecodeLayout, lengths: Tensor, q: Tensor, *others: Tensor) -> Tensor:
+        out = vk.prefix_decode_attention(2 * q, *others, suffix_lengths=lengths, layout=layout, backend=backend)
+        return out.sin()
+
+    graph, inputs = compiled(call), decode_inputs()
+    for batch, groups in enumerate((GROUPS, GROUPS.flip(0), torch.zeros(4, dtype=torch.int64), GROUPS)):
+        layout = vk.DecodeLayout(ENDS, groups)
+        with torch.compiler.set_stance("default" if batch < 2 else "fail_on_recompile"):
+            assert torch.equal(graph(layout, LENGTHS, *inputs), call(layout, LENGTHS, *inputs))
+    with pytest.raises(ValueError, match="suffix_lengths: expected"):
+        graph(layout, LENGTHS + 1, *inputs)
+
+
+def test_decode_attention_compiles_with_lengths_and_groups() -> None:
+    def call(cu: Tensor, groups: Tensor, q: Tensor, *others: Tensor) -> Tensor:
+        return vk.prefix_decode_attention(q, *others, suffix_lengths=LENGTHS, cu_prefix=cu, row_group=groups) + 1
+
+    graph, inputs = compiled(call), decode_inputs()
+    assert torch.equal(graph(ENDS, GROUPS, *inputs), call(ENDS, GROUPS, *inputs))
+    with pytest.raises(ValueError, match=r"row_group: expected values in \[0, 2\)"):
+        graph(ENDS, GROUPS + 1, *inputs)
+
+
+def test_a_compiled_decode_attention_has_no_gradient() -> None:
+    q, *others = decode_inputs()
+
+    def call(q: Tensor) -> Tensor:
+        return vk.prefix_decode_attention(q, *others, suffix_lengths=LENGTHS, cu_prefix=ENDS, row_group=GROUPS)
+
+    with pytest.raises(Exception, match=r"none that requires a gradient under torch\.compile"):
+        compiled(call)(q.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(compiled(call)(q), call(q))
+
+
+def nv12(frames: int = 3) -> vk.YuvFrames:
+    generator = torch.Generator().manual_seed(1)
+    planes = ((frames, 30, 40), (frames, 15, 20, 2))
+    return vk.YuvFrames(
+        tuple(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in planes), "709"
+    )
+
+
+RGB = torch.randint(0, 256, (3, 30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"permutation": (2, 0, 1)},
+        {"permutation": (2, 0, 1), "both": True},
+        {"dtype": torch.uint8, "rotation": 90},
+        {"dtype": torch.float32},
+    ],
+    ids=["plain", "permuted", "both", "levels, turned", "fp32"],
+)
+@pytest.mark.parametrize("frames", [RGB, nv12()], ids=["RGB", "planes"])
+def test_frames_to_patches_compiles(frames: Any, options: dict[str, Any], backend: str) -> None:
+    def call(frames: Any) -> tuple[Tensor, ...]:
+        made = vk.frames_to_patches(frames, size=(56, 84), backend=backend, **options)
+        return tuple(x.float() + 1 for x in (made if isinstance(made, tuple) else (made,)))
+
+    for mine, plain in zip(compiled(call)(frames), call(frames), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_a_permutation_may_be_an_input_of_the_graph() -> None:
+    def call(order: Tensor) -> Tensor:
+        return vk.frames_to_patches(RGB, size=(56, 84), permutation=order)
+
+    graph = compiled(call)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        assert torch.equal(graph(torch.tensor(order)), call(torch.tensor(order)))
+    with pytest.raises(ValueError, match=r"permutation: expected each of 0\.\.2 once"):
+        graph(torch.tensor([0, 1, 1]))
+
+
+def test_sampling_does_not_compile_whole() -> None:
+    """Its truncation asks values which way to go; the rollout engine captures a CUDA graph of the kernel instead."""
+
+    def call(logits: Tensor) -> Tensor:
+        return vk.sample_tokens(logits, torch.full((3,), 0.5), top_k=4, backend="reference")[0]
+
+    with pytest.raises(Exception, match="data-dependent"):
+        compiled(call)(torch.randn(3, 5))

@@ -6,14 +6,15 @@ products wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from videor1_kernels.testing import assert_matches, oracle_inputs
+from videor1_kernels.testing import oracle_inputs
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -89,33 +90,6 @@ def upstream(*shape: int, seed: int = 1, zeros: bool = True) -> Tensor:
     return values.to(DEVICE)
 
 
-def assert_all_match(
-    actual: Sequence[Tensor], oracle: Sequence[Tensor], names: Sequence[str], dtypes: Sequence[torch.dtype | None]
-) -> None:
-    for a, o, name, dtype in zip(actual, oracle, names, dtypes, strict=True):
-        assert a.shape == o.shape, name
-        assert_matches(a, o, dtype, name)
-
-
-def error_of(call: Callable[[], object]) -> str:
-    """Type and text of the error that ``call`` raises."""
-    try:
-        call()
-    except (ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error was raised")
-
-
-def shared_error(call: Callable[..., object], arguments: Mapping[str, object]) -> str:
-    """The error of a call with these arguments, which is the same on the Triton backend as in the reference."""
-    given = {
-        name: x.to(DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x for name, x in arguments.items()
-    }
-    ours, theirs = (error_of(lambda b=b: call(**given, backend=b)) for b in ("triton", "reference"))
-    assert ours == theirs
-    return ours
-
-
 class Launches:
     """Stands in for a kernel: remembers the grids of its launches, and launches it if it is given."""
 
@@ -136,3 +110,15 @@ class Counter:
     def __call__(self, *args: object, **options: object) -> object:
         self.calls += 1
         return self.function(*args, **options)
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -12,25 +13,20 @@ from torch import Tensor
 
 from videor1.model import VideoLM, features
 from videor1.model.features import prompt_features, shuffled_features
+from videor1.model.packing import greedy_batches
 from videor1.types import Prompt
 from videor1.video.shuffle import draw_permutation
 
 # 32, 16, none, 64, 32 and 16 patches.
-GRIDS = [
-    ("video", (2, 4, 4)),
-    ("image", (1, 4, 4)),
-    None,
-    ("video", (4, 4, 4)),
-    ("video", (2, 4, 4)),
-    ("image", (1, 4, 4)),
-]
+GRIDS = [("video", (2, 4, 4)), ("image", (1, 4, 4)), None, ("video", (4, 4, 4)), ("video", (2, 4, 4))]
+GRIDS += [("image", (1, 4, 4))]
+PROMPTS = [make_prompt(make_media(*grid, seed=i) if grid else None, draw=i) for i, grid in enumerate(GRIDS)]
 BOUNDS = {1: [32, 16, 64, 32, 16], 48: [48, 64, 48], 64: [48, 64, 48], 96: [48, 96, 16], 10**6: [160]}
-UNITS = ("frame", "temporal_patch")
+Features = list[Tensor | None]
 
 
-def prompts() -> list[Prompt]:
-    media = [None if g is None else make_media(g[0], g[1], seed=i) for i, g in enumerate(GRIDS)]
-    return [make_prompt(m, draw=i) for i, m in enumerate(media)]
+def orders_of(prompts: list[Prompt], unit: str) -> list[tuple[int, ...] | None]:
+    return [draw_permutation(prompt, unit, 3) for prompt in prompts]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -52,7 +48,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def agree(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
+def agree(got: Features, expected: Features) -> None:
     """To rounding: a pass of another size may sum in another order."""
     assert [f is None for f in got] == [f is None for f in expected]
     for one, other in zip(got, expected, strict=True):
@@ -65,57 +61,49 @@ def agree(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
 def test_bounded_passes_give_what_one_pass_gives(
     model: VideoLM, passes: list[int], bound: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = prompts()
-    orders = [draw_permutation(p, "frame", 3) for p in asked]
+    orders = orders_of(PROMPTS, "frame")
     assert [order is None for order in orders] == [False, True, True, False, False, True]
     with model.inference():
-        whole = prompt_features(model, asked), prompt_features(model, asked, orders)
+        whole = prompt_features(model, PROMPTS), prompt_features(model, PROMPTS, orders)
         assert passes == [160, 160]
         passes.clear()
         monkeypatch.setattr(features, "PASS_PATCHES", bound)
-        agree(prompt_features(model, asked), whole[0])
+        agree(prompt_features(model, PROMPTS), whole[0])
         assert passes == BOUNDS[bound]
         assert all(size <= bound for size in passes if size not in (16, 32, 64))  # of one video alone
-        agree(prompt_features(model, asked, orders), whole[1])
+        agree(prompt_features(model, PROMPTS, orders), whole[1])
         assert prompt_features(model, []) == []
-        assert prompt_features(model, [asked[2]]) == [None]
+        assert prompt_features(model, [PROMPTS[2]]) == [None]
         assert passes == 2 * BOUNDS[bound]
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_each_prompt_gets_its_own(model: VideoLM, unit: str) -> None:
-    """Alone, each has the features that it has among others; shuffled patches are encoded as they are."""
-    asked = prompts()
-    orders = [draw_permutation(p, unit, 3) for p in asked]
-    alone: Callable[..., list[Tensor | None]] = lambda *given: [  # noqa: E731
-        f for one in zip(*given, strict=True) for f in prompt_features(model, *([part] for part in one), unit=unit)
-    ]
+@pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
+def test_each_prompt_gets_its_own(model: VideoLM, passes: list[int], unit: str) -> None:
+    """Alone, each has the features that it has among others; temporal patches may be shuffled after the tower."""
+    orders = orders_of(PROMPTS, unit)
+
+    def alone(*given: Any) -> Features:
+        parts = ([[part] for part in one] for one in zip(*given, strict=True))
+        return [f for one in parts for f in prompt_features(model, *one, unit=unit)]
+
     with model.inference():
-        ordered, mixed = prompt_features(model, asked), prompt_features(model, asked, orders, unit=unit)
-        agree(ordered, alone(asked))
-        agree(mixed, alone(asked, orders))
-        shuffled = shuffled_features(model, asked, orders, unit=unit)
+        ordered, mixed = prompt_features(model, PROMPTS), prompt_features(model, PROMPTS, orders, unit=unit)
+        agree(ordered, alone(PROMPTS))
+        agree(mixed, alone(PROMPTS, orders))
+        shuffled = shuffled_features(model, PROMPTS, orders, unit=unit)
         agree(shuffled, [None if order is None else f for f, order in zip(mixed, orders, strict=True)])
+        passes.clear()
+        agree(shuffled_features(model, PROMPTS, orders, unit=unit, ordered=ordered), shuffled)
+        assert passes == ([128] if unit == "frame" else [])
     moved = [order is not None and order != tuple(sorted(order)) for order in orders]
     assert any(moved)
     for one, other, differs in zip(ordered, mixed, moved, strict=True):
         assert one is None or other is None or differs != torch.equal(one, other)
 
 
-def test_temporal_patches_are_shuffled_after_the_tower(model: VideoLM, passes: list[int]) -> None:
-    asked = prompts()
-    for unit in UNITS:
-        orders = [draw_permutation(p, unit, 3) for p in asked]
-        with model.inference():
-            ordered, expected = prompt_features(model, asked), shuffled_features(model, asked, orders, unit=unit)
-            passes.clear()
-            agree(shuffled_features(model, asked, orders, unit=unit, ordered=ordered), expected)
-        assert passes == ([128] if unit == "frame" else [])
-
-
 def gradients(model: VideoLM) -> dict[str, Tensor]:
     model.hf.zero_grad()
-    found = [f for f in prompt_features(model, prompts()) if f is not None]
+    found = [f for f in prompt_features(model, PROMPTS) if f is not None]
     weights = torch.linspace(-1, 1, sum(f.numel() for f in found), dtype=model.compute_dtype)
     (torch.cat(found).flatten() * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.visual.named_parameters() if p.grad is not None}
@@ -143,6 +131,38 @@ def test_ranks_that_wait_for_each_other_make_one_pass_each(
     monkeypatch.setattr(next(model.visual.parameters()), "ds_id", 0, raising=False)
     gradients(model)
     with model.inference():
-        prompt_features(model, prompts())
+        prompt_features(model, PROMPTS)
     assert passes == [160, 48, 64, 48]
     assert prompt_features(model, [make_prompt(None)]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "expected"),
+    [
+        ([], 10, []),
+        ([3], 10, [[3]]),
+        ([4, 6, 1], 10, [[4, 6], [1]]),  # full to the last token
+        ([4, 7], 10, [[4], [7]]),
+        ([6, 6, 1, 3], 10, [[6], [6, 1, 3]]),  # in order: the first has room for the 1
+        ([2, 11, 2], 10, [[2], [11], [2]]),  # too large for any batch: alone
+        ([11, 12], 10, [[11], [12]]),
+        ([0, 0, 1], 0, [[0, 0], [1]]),
+    ],
+)
+def test_batches_by_hand(sizes: list[int], budget: int, expected: list[list[int]]) -> None:
+    asked: list[int] = []
+    assert greedy_batches(iter(sizes), lambda item: asked.append(item) or item, budget) == expected  # type: ignore[func-returns-value]
+    assert asked == sizes, "each size is asked once"
+
+
+def test_batches_of_random_sizes() -> None:
+    """Nothing is lost or moved, none holds more than it may, none could have held the next item."""
+    rng = random.Random(0)
+    for _ in range(200):
+        items = ["x" * rng.randrange(12) for _ in range(rng.randrange(1, 20))]
+        budget = rng.randrange(1, 25)
+        batches = greedy_batches(items, len, budget)
+        assert [item for batch in batches for item in batch] == items
+        assert all(sum(map(len, batch)) <= budget for batch in batches if len(batch) > 1)
+        for batch, following in itertools.pairwise(batches):
+            assert sum(map(len, batch)) + len(following[0]) > budget

@@ -9,65 +9,58 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rollouts import answer, ask
 from runs import trainer
 from tiny import GRADIENT_ROUNDING, log_prob_rounding, make_lm, make_media, make_prompt
+from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.model.liger import use_liger
-from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
+from videor1.rollout import SamplingOptions
 from videor1.training.passes import completion_logp, pack
 
 
 @pytest.mark.parametrize("options", [{"model__liger": True}, {"model__attention": "flash_attention_2"}])
-def test_a_cpu_refuses_them(options: dict[str, Any], assets: Assets, tmp_path: Any) -> None:
+def test_a_cpu_refuses_them(options: dict[str, Any], assets: Assets, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="they run on a GPU, and this run is on a CPU"):
         trainer(assets, tmp_path, **options)
 
 
-def flash_attn_varlen_func(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, most_q: int, most_k: int, *, softmax_scale: Any, causal: bool
-) -> Any:
-    assert causal
-    assert cu_q.dtype == torch.int32
-    assert most_q == most_k == int(cu_q.diff().max())
-    rows = []
-    for start, stop in zip(cu_q.tolist(), cu_q[1:].tolist(), strict=False):
-        a, b, c = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        rows.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                a, b, c, is_causal=True, scale=softmax_scale, enable_gqa=True
-            ).transpose(0, 1)
-        )
-    flash_attn_varlen_func.calls += 1  # type: ignore[attr-defined]
-    return torch.cat(rows)
-
-
 def test_prompts_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def varlen(
+        q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, most_q: int, most_k: int, *, softmax_scale: Any, causal: bool
+    ) -> Any:
+        calls.append(most_q)
+        assert causal
+        assert cu_q.dtype == torch.int32
+        assert most_q == most_k == int(cu_q.diff().max())
+        rows = []
+        for start, stop in zip(cu_q.tolist(), cu_q[1:].tolist(), strict=False):
+            a, b, c = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+            row = scaled_dot_product_attention(a, b, c, is_causal=True, scale=softmax_scale, enable_gqa=True)
+            rows.append(row.transpose(0, 1))
+        return torch.cat(rows)
+
     model = make_lm()
     prompts = [make_prompt(make_media(seed=1)), make_prompt(problem="What comes last?", draw=1)]
-    engine = LocalEngine(model, SamplingOptions(6, 0.0))
-    requests = [
-        Request(p, 0, Branch(1, ("x", p.draw), model.vision_features([p.media])[0].detach() if p.media else None))
-        for p in prompts
-    ]
-    plain = engine.generate(requests)
-    flash_attn_varlen_func.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    requests, options = [ask(model, prompt, 1) for prompt in prompts], SamplingOptions(6, 0.0)
+    plain = answer(model, requests, options)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
     model.flash = True
-    flash = engine.generate(requests)
-    assert flash_attn_varlen_func.calls > 0  # type: ignore[attr-defined]
-    for one, other in zip(plain.groups, flash.groups, strict=True):
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one.ordered[0].token_ids, other.ordered[0].token_ids)
-        bound = log_prob_rounding(one.ordered[0].logp)
-        torch.testing.assert_close(one.ordered[0].logp, other.ordered[0].logp, rtol=0, atol=bound)
+    flash = answer(model, requests, options)
+    assert calls
+    for (one,), (other,) in zip(plain, flash, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        torch.testing.assert_close(one.logp, other.logp, rtol=0, atol=log_prob_rounding(one.logp))
 
 
 def liger_norm_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,14 +71,15 @@ def liger_norm_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (self.offset + self.weight) * normal.to(hidden.dtype)
 
 
-def liger_rotary(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
-    liger_rotary.calls += 1  # type: ignore[attr-defined]
-    return liger_rotary.original(q, k, cos, sin, unsqueeze_dim)  # type: ignore[attr-defined]
-
-
 def test_liger_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import rms_norm, rope, swiglu
+
+    turned, rotary = [], modeling.apply_rotary_pos_emb
+
+    def liger_rotary(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
+        turned.append(q.shape)
+        return rotary(q, k, cos, sin, unsqueeze_dim)
 
     # What use_liger relies on, in the installed version.
     norm = rms_norm.LigerRMSNorm(8, eps=1e-5)
@@ -106,17 +100,15 @@ def test_liger_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model.hf.zero_grad()
 
     monkeypatch.setattr(rms_norm.LigerRMSNorm, "forward", liger_norm_forward)
-    monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda gate, up: torch.nn.functional.silu(gate) * up)
-    liger_rotary.original = modeling.apply_rotary_pos_emb  # type: ignore[attr-defined]
-    liger_rotary.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda gate, up: silu(gate) * up)
     monkeypatch.setattr(rope, "liger_rotary_pos_emb", liger_rotary)
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)  # is put back afterwards
     names = set(model.hf.state_dict())
     use_liger(model.hf)
     assert set(model.hf.state_dict()) == names, "checkpoints stay as they are"
     liger = completion_logp(model, row)
     liger.sum().backward()
-    assert liger_rotary.calls == 2, "once a layer"  # type: ignore[attr-defined]
+    assert len(turned) == 2, "once a layer"
     torch.testing.assert_close(liger, plain, rtol=0, atol=log_prob_rounding(plain))
     for name, parameter in model.hf.named_parameters():
         assert (parameter.grad - gradients[name]).norm() <= GRADIENT_ROUNDING * gradients[name].norm(), name

@@ -25,22 +25,6 @@ from videor1.types import Prompt
 from videor1_kernels import chosen_backend, prefix_attention
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
-def test_positions_equal_transformers(kind: str) -> None:
-    model, prompt = make_lm(position_rule="transformers"), PROMPTS[kind]()
-    positions, after = model.positions(prompt)
-    if prompt.media is None:
-        assert positions.tolist() == [list(range(len(prompt.input_ids)))] * 3
-        assert after == len(prompt.input_ids)
-        return
-    tail = torch.tensor([5, 6, 7])
-    inputs = hf_inputs(model, prompt, tail)
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    expected, _ = model.hf.model.get_rope_index(**{name: inputs.get(name) for name in names})
-    assert torch.equal(positions, expected[:, 0, :-3])
-    assert torch.equal(expected[:, 0, -3:], torch.arange(after, after + 3).expand(3, 3))
-
-
 def repeated_rows(plain: torch.nn.Module, model: VideoLM, prompts: list[Prompt], answers: list[list[Tensor]]) -> Tensor:
     """Log-probs of the answers' tokens from one transformers forward per prompt and answer."""
     logps = []
@@ -80,21 +64,23 @@ def test_packed_row_equals_repeated_rows_with_gradients(checkpointing: bool) -> 
         assert (parameter.grad - reference).norm() / scale <= GRADIENT_ROUNDING, name
 
 
-def test_only_completion_positions_reach_the_head() -> None:
-    model = make_lm()
-    answers = [[torch.arange(5), torch.arange(3)], [torch.arange(2)]]
-    packed = pack(model, [PROMPTS["video"](), PROMPTS["text"]()], answers)
+def test_the_head_sees_completions_only_and_the_tower_each_video_once() -> None:
+    model, patches, prompts = make_lm(), [], [PROMPTS["video"](), PROMPTS["text"]()]
+    model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
+    packed = pack(model, prompts, [[torch.arange(5), torch.arange(3)], [torch.arange(2)]])
     assert predicting_states(model, packed).shape[0] == 10
     assert packed.labels.tolist() == [*range(5), *range(3), *range(2)]
+    assert patches == [len(prompts[0].media.patches)]
 
 
-def test_the_tower_runs_once_per_prompt() -> None:
-    model, patches = make_lm(), []
-    model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
-    prompt = PROMPTS["video"]()
-    completion_logp(model, pack(model, [prompt], [[torch.arange(4)] * 8]))
-    assert prompt.media is not None
-    assert patches == [len(prompt.media.patches)]
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_leaves_the_model_as_it_was(training: bool) -> None:
+    model = make_lm()
+    model.hf.train(training)
+    with model.inference():
+        assert not model.hf.training
+        assert not torch.is_grad_enabled()
+    assert model.hf.training == training
 
 
 def test_greedy_answers_equal_generate_token_for_token() -> None:
@@ -128,17 +114,6 @@ def test_sampled_logp_equals_the_training_pass() -> None:
     logp = completion_logp(model, packed, temperature=1.3)
     sampled = torch.cat([c.logp for group in answers for c in group])
     assert (logp - sampled).abs().max() <= log_prob_rounding(logp)
-
-
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    model = make_lm()
-    prompts = [PROMPTS[kind]() for kind in ("video", "text", "image")]
-    requests = [ask(model, p, 4, seed=3) for p in prompts]
-    options = SamplingOptions(16, top_p=0.95)
-    together = answer(model, requests, options)
-    alone = [answer(model, [r], options, max_rows=4)[0] for r in reversed(requests)][::-1]
-    assert [[c.token_ids.tolist() for c in g] for g in together] == [[c.token_ids.tolist() for c in g] for g in alone]
-    assert len({tuple(c.token_ids.tolist()) for c in together[0]}) == 4  # the rows of a group differ
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -13,6 +13,8 @@ import pytest
 
 from videor1.model.manifest import MANIFEST, DamagedError, check_manifest, file_entry, is_plain, write_manifest
 
+Change = Callable[[Path], object]
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -35,7 +37,7 @@ def flip(path: Path, at: int = 100) -> None:
     path.write_bytes(bytes(data))
 
 
-def entry(name: str, **values: object) -> Callable[[Path], None]:
+def entry(name: str, **values: object) -> Change:
     def change(folder: Path) -> None:
         document = listed(folder)
         document["files"].setdefault(name, dict(document["files"]["config.json"])).update(values)
@@ -44,33 +46,39 @@ def entry(name: str, **values: object) -> Callable[[Path], None]:
     return change
 
 
-def replace_manifest(text: str) -> Callable[[Path], object]:
+def manifest(text: str) -> Change:
     return lambda folder: (folder / MANIFEST).write_text(text)
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+def added(name: str) -> tuple[Change, str]:
+    return lambda folder: (folder / name).write_bytes(b"x"), f"{name} was added"
+
+
+def turn_into_a_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+DAMAGE: dict[str, tuple[Change, str]] = {
     "a bit": (lambda f: flip(f / "model.safetensors"), "model.safetensors has changed"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 50), "has 50 bytes instead of 2304"),
     "longer": (lambda f: os.truncate(f / "model.safetensors", 5000), "has 5000 bytes instead of 2304"),
     "empty": (lambda f: os.truncate(f / "config.json", 0), "config.json has 0 bytes"),
     "gone": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "a folder": (
-        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
-        "model.safetensors is missing",
-    ),
-    "added weights": (lambda f: (f / "model-2.safetensors").write_bytes(b"x"), "model-2.safetensors was added"),
-    "added pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin was added"),
-    "added adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json was added"),
-    "added template": (lambda f: (f / "chat_template.jinja").write_text(""), "chat_template.jinja was added"),
-    "manifest empty": (replace_manifest(""), "cannot be read"),
+    "a folder": (turn_into_a_folder, "model.safetensors is missing"),
+    "added weights": added("model-2.safetensors"),
+    "added pickle": added("pytorch_model.bin"),
+    "added adapter": added("adapter_config.json"),
+    "added template": added("chat_template.jinja"),
+    "manifest empty": (manifest(""), "cannot be read"),
     "manifest cut": (lambda f: os.truncate(f / MANIFEST, 60), "cannot be read"),
-    "manifest {}": (replace_manifest("{}"), "cannot be read"),
-    "manifest a list": (replace_manifest("[]"), "cannot be read"),
-    "manifest nested": (replace_manifest("[" * 100_000), "cannot be read"),
+    "manifest {}": (manifest("{}"), "cannot be read"),
+    "manifest a list": (manifest("[]"), "cannot be read"),
+    "manifest nested": (manifest("[" * 100_000), "cannot be read"),
     "manifest binary": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read"),
-    "no files": (replace_manifest('{"version": 1, "files": {}}'), "lists config.json"),
-    "files a list": (replace_manifest('{"version": 1, "files": ["config.json"]}'), "lists config.json"),
-    "later version": (replace_manifest('{"version": 2, "files": {}}'), "expected version 1, got 2"),
+    "no files": (manifest('{"version": 1, "files": {}}'), "lists config.json"),
+    "files a list": (manifest('{"version": 1, "files": ["config.json"]}'), "lists config.json"),
+    "later version": (manifest('{"version": 2, "files": {}}'), "expected version 1, got 2"),
     "leads out": (entry("../config.json"), "not the name of a file"),
     "absolute": (entry("/etc/hostname"), "not the name of a file"),
     "deeper": (entry("other/state.json"), "not the name of a file"),
@@ -96,14 +104,14 @@ def test_damage_is_noticed(kind: str, trainer: bool, folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda f: (f / "trainer" / "state.json").write_text('{"step": 5}'),
-        lambda f: (f / "trainer" / "state.json").unlink(),
-        lambda f: shutil.rmtree(f / "trainer"),
-        lambda f: (f / "trainer" / "adapter.safetensors").write_bytes(b""),
+        lambda trainer: (trainer / "state.json").write_text('{"step": 5}'),
+        lambda trainer: (trainer / "state.json").unlink(),
+        shutil.rmtree,
+        lambda trainer: (trainer / "adapter.safetensors").write_bytes(b""),
     ],
 )
-def test_the_trainers_state_matters_to_a_resume_only(damage: Callable[[Path], object], folder: Path) -> None:
-    damage(folder)
+def test_the_trainers_state_matters_to_a_resume_only(damage: Change, folder: Path) -> None:
+    damage(folder / "trainer")
     assert check_manifest(folder, trainer=False)
     with pytest.raises(DamagedError, match=r"trainer/"):
         check_manifest(folder, trainer=True)
@@ -116,18 +124,13 @@ def test_what_has_no_part_in_loading_may_be_there(folder: Path) -> None:
     (folder / "samples" / "one.json").write_text("")
     moved = folder.rename(folder.with_name("elsewhere"))
     assert check_manifest(moved, trainer=True)
-    copied = Path(shutil.copytree(moved, folder))
-    assert check_manifest(copied, trainer=True)
+    assert check_manifest(Path(shutil.copytree(moved, folder)), trainer=True)
 
 
-def test_a_folder_without_a_manifest_is_not_checked(folder: Path) -> None:
+def test_a_manifest_that_is_missing_or_a_link_to_nowhere(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     flip(folder / "model.safetensors")
-    assert not check_manifest(folder, trainer=True)
-
-
-def test_a_link_to_nowhere_is_no_missing_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
+    assert not check_manifest(folder, trainer=True), "a folder without one is not checked"
     (folder / MANIFEST).symlink_to("nowhere")
     with pytest.raises(OSError, match=r"nowhere|No such file"):
         check_manifest(folder, trainer=True)
@@ -143,19 +146,14 @@ def test_the_digests_are_those_of_b2sum(folder: Path) -> None:
 
 
 def test_known_entries_are_taken_over(folder: Path) -> None:
-    given = {"trainer/state.json": file_entry(folder / "trainer" / "state.json")}
-    before = listed(folder)
-    write_manifest(folder, given)
+    before, name = listed(folder), "trainer/state.json"
+    write_manifest(folder, {name: file_entry(folder / name)})
     assert listed(folder) == before
-    write_manifest(folder, {"trainer/state.json": {"bytes": 1, "blake2b": "0" * 64}})
-    assert listed(folder)["files"]["trainer/state.json"]["bytes"] == 1
+    write_manifest(folder, {name: {"bytes": 1, "blake2b": "0" * 64}})
+    assert listed(folder)["files"][name]["bytes"] == 1
 
 
-@pytest.mark.parametrize("name", ["a", "a.b", "..a", "a..", "…"])
-def test_plain_names(name: str) -> None:
-    assert is_plain(name)
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/", "../a", "a\\b", "C:a", "a\0", None, 3, ["a"]])
-def test_names_that_are_not_plain(name: object) -> None:
-    assert not is_plain(name)
+def test_plain_names() -> None:
+    assert all(map(is_plain, ["a", "a.b", "..a", "a..", "…"]))
+    others = ["", ".", "..", "a/b", "/a", "a/", "../a", "a\\b", "C:a", "a\0", None, 3, ["a"]]
+    assert not any(map(is_plain, others))

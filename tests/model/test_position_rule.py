@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from evaluations import answers, run
-from runs import assert_same_run, sft_trainer, train_flags, trainer
+from runs import assert_same_run, last_metrics, sft_trainer, train_flags, trainer
 from tiny import make_lm
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -20,7 +20,6 @@ from videor1.config import ModelConfig, RolloutConfig, TrainConfig
 from videor1.config.cli import parse
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
-from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
 from videor1.model.manifest import MANIFEST
 from videor1.model.positions import POSITIONS_KEY, trained_rule
@@ -86,32 +85,27 @@ def test_a_checkpoint_is_asked_under_its_own_rule(transformers_run: Path, assets
 
 @pytest.mark.parametrize("how", ["bare", "whole"])
 def test_an_older_run_goes_on_under_its_own_rule(
-    transformers_run: Path, assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture, how: str
+    transformers_run: Path, assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     """The rule makes a difference in this run, and the resumed one equals the one that was never stopped."""
-    folder = tmp_path / "run"
-    shutil.copytree(transformers_run, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-2")
-    make_older(folder)
-    flags = ["--resume", "auto", "--output_dir", str(folder)]
-    if how == "whole":
-        flags = [*train_flags(assets, folder, **OLD), "--resume", "auto"]
-    resumed = Trainer(parse(TrainConfig, flags, prog="", description=""))
+    folder = make_older(Path(shutil.copytree(transformers_run, tmp_path / "run")))
+    checkpoint = folder / "checkpoints" / "step-2"
+    assert rule_of(checkpoint) == "transformers", "known by what lies around it"
+    assert rule_of(checkpoint.rename(tmp_path / "model")) == "transformers", "and by what it holds"
+    flags = train_flags(assets, folder, **OLD) if how == "whole" else ["--output_dir", str(folder)]
+    resumed = Trainer(parse(TrainConfig, [*flags, "--resume", "auto"], prog="", description=""))
     assert resumed.model.position_rule == "transformers"
     resumed.train()
+    assert_same_run(folder, transformers_run)
     assert option_of(folder) == "transformers"
     shown = "".join(capsys.readouterr())
     assert "resumed from" in shown
     assert "changed since" not in shown
-    assert_same_run(folder, transformers_run)
 
 
 def test_the_rule_makes_a_difference_to_that_run(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:
     trainer(assets, tmp_path / "paper", **OLD).train()
-    losses = [
-        [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-        for folder in (transformers_run, tmp_path / "paper")
-    ]
+    losses = [last_metrics(folder)["loss"] for folder in (transformers_run, tmp_path / "paper")]
     assert losses[0] != losses[1]
 
 
@@ -121,17 +115,6 @@ def test_a_resumed_run_is_refused_another_rule(transformers_run: Path, assets: A
     with pytest.raises(ConfigError, match=r"model\.positions: .*step-2 was trained under 'transformers'.*'paper'"):
         trainer(assets, folder, model__positions="paper", resume="auto", **OLD)
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("place", ["in its run", "moved"])
-def test_an_older_checkpoint_is_known_by_what_lies_around_it(
-    transformers_run: Path, assets: Assets, tmp_path: Path, place: str
-) -> None:
-    folder = make_older(Path(shutil.copytree(transformers_run, tmp_path / "run")))
-    checkpoint = folder / "checkpoints" / "step-2"
-    if place == "moved":
-        checkpoint = checkpoint.rename(tmp_path / "model")
-    assert rule_of(checkpoint) == "transformers"
 
 
 def test_a_record_that_this_version_does_not_know(tmp_path: Path) -> None:

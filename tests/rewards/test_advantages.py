@@ -1,10 +1,11 @@
 """Scores of batches of groups: numbers worked out by hand, and a formula written again in plain Python."""
 
-from __future__ import annotations
-
 import math
 import statistics
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import make_media, make_prompt
 
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
 from videor1.rewards.advantages import score_groups
-from videor1.types import Completion, Group
+from videor1.types import Completion, Group, Sample
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
 RIGHT_BARE, WRONG_BARE = "<answer>A</answer>", "<answer>B</answer>"  # the format reward is 0
@@ -27,35 +28,24 @@ def lengthened(group: tuple[Completion, ...], lengths: list[int]) -> tuple[Compl
     return tuple(answers(c.text, length=n)[0] for c, n in zip(group, lengths, strict=True))
 
 
-def make_group(ordered: tuple[Completion, ...], shuffled: tuple[Completion, ...] = (), media: object = VIDEO) -> Group:
-    prompt = make_prompt(media)  # type: ignore[arg-type]
-    sample = prompt.sample.__class__(
-        0,
-        "0",
-        "Which?",
-        prompt.sample.data_type,
-        "multiple choice",
-        "<answer>A</answer>",
-        prompt.sample.path,
-        options=("A. red", "B. blue"),
-    )
-    return Group(prompt.__class__(sample, prompt.input_ids, prompt.media, 0), ordered, shuffled)
+def make_group(ordered: tuple[Completion, ...], shuffled: tuple[Completion, ...] = (), media: Any = VIDEO) -> Group:
+    prompt = make_prompt(media)
+    choice: dict[str, Any] = {"problem_type": "multiple choice", "options": ("A. red", "B. blue")}
+    sample = replace(prompt.sample, solution="<answer>A</answer>", **choice)
+    return Group(replace(prompt, sample=sample), ordered, shuffled)
 
 
-def config(**options: object) -> TrainConfig:
-    temporal = TemporalConfig(**{k: options.pop(k) for k in ("rule", "apply", "alpha", "mu") if k in options})  # type: ignore[arg-type]
-    return TrainConfig(temporal=temporal, **options)  # type: ignore[arg-type]
+def config(**options: Any) -> TrainConfig:
+    temporal = {name: options.pop(name) for name in ("rule", "apply", "alpha", "mu") if name in options}
+    return TrainConfig(temporal=TemporalConfig(**temporal), **options)
 
 
 def test_margin_on_the_advantage_by_hand() -> None:
     group = make_group(answers(RIGHT, RIGHT, WRONG, WRONG), answers(RIGHT, WRONG, WRONG, WRONG))
     scored = score_groups([group], config())
-    assert scored.accuracy.tolist() == [[1, 1, 0, 0]]
-    assert scored.format.tolist() == [[1, 1, 1, 1]]
-    assert scored.lengths.tolist() == [[5, 5, 5, 5]]
-    assert scored.shuffled_accuracy.tolist() == [[1, 0, 0, 0]]
-    assert scored.result.p.tolist() == [0.5]
-    assert scored.result.p_shuffled.tolist() == [0.25]
+    assert (scored.accuracy.tolist(), scored.format.tolist()) == ([[1, 1, 0, 0]], [[1, 1, 1, 1]])
+    assert (scored.lengths.tolist(), scored.shuffled_accuracy.tolist()) == ([[5, 5, 5, 5]], [[1, 0, 0, 0]])
+    assert (scored.result.p.tolist(), scored.result.p_shuffled.tolist()) == ([0.5], [0.25])
     assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
     assert scored.result.rewards.tolist() == [[2, 2, 1, 1]]
     z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
@@ -111,10 +101,12 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("rule", ["margin", "threshold", "reference"])
-@pytest.mark.parametrize("apply", ["reward", "advantage", None])
-@pytest.mark.parametrize("len_control", [True, False])
-@pytest.mark.parametrize("normalize", ["std", "none"])
+@pytest.mark.grid(
+    rule=["margin", "threshold", "reference"],
+    apply=["reward", "advantage", None],
+    len_control=[True, False],
+    normalize=["std", "none"],
+)
 def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_control: bool, normalize: str) -> None:
     """Uneven numbers of shuffled answers, and groups that have none."""
     options = config(rule=rule, apply=apply, len_control=len_control, normalize=normalize)
@@ -133,27 +125,23 @@ def test_a_group_does_not_depend_on_its_batch() -> None:
     for row, group in enumerate(MIXED):
         alone = score_groups([group], config())
         assert torch.equal(alone.result.advantages[0], together.result.advantages[row])
-
-
-def test_a_batch_without_shuffled_answers() -> None:
     scored = score_groups([MIXED[1], MIXED[4]], config())
     assert scored.shuffled_accuracy.shape == (2, 0)
     assert scored.result.p_shuffled.isnan().all()
     assert scored.result.temporal.tolist() == [0, 0]
 
 
-def test_the_length_bonus_is_the_configured_one() -> None:
-    group = make_group(lengthened(answers(RIGHT, RIGHT, WRONG), [10, 21, 15]))
-    reward = RewardConfig(length_bonus=0.7, length_range=(10, 20))
-    assert score_groups([group], config(reward=reward)).result.rewards[0].tolist() == pytest.approx([2.7, 2.0, 1.0])
-    off = config(reward=reward, len_control=False)
-    assert score_groups([group], off).result.rewards[0].tolist() == pytest.approx([2.0, 2.0, 1.0])
-
-
-def test_correct_above_gates_the_bonuses() -> None:
-    group = make_group(answers(RIGHT, RIGHT, WRONG), answers(WRONG))
-    reward = RewardConfig(correct_above=1.0, length_range=(1, 9))
-    assert score_groups([group], config(rule="reference", reward=reward)).result.rewards.tolist() == [[2, 2, 1]]
+@pytest.mark.parametrize(
+    ("correct_above", "len_control", "rewards"),
+    [(0.1, True, [3.0, 2.3, 1.0]), (0.1, False, [2.3, 2.3, 1.0]), (1.0, True, [2.0, 2.0, 1.0])],
+)
+def test_bonuses_are_the_configured_ones_and_gated_by_correct_above(
+    correct_above: float, len_control: bool, rewards: list[float]
+) -> None:
+    group = make_group(lengthened(answers(RIGHT, RIGHT, WRONG), [10, 21, 15]), answers(WRONG))
+    reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=correct_above)
+    scored = score_groups([group], config(rule="reference", reward=reward, len_control=len_control))
+    assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
 def test_accuracies_that_are_known_are_taken_as_they_are() -> None:
@@ -164,14 +152,14 @@ def test_accuracies_that_are_known_are_taken_as_they_are() -> None:
     assert scored.format.tolist() == [[1, 1]]
 
 
-def test_one_call_of_a_custom_function_sees_every_ordered_answer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rewards_of_this_test.py").write_text(
-        "calls = []\n"
-        "def words(completions, samples):\n"
-        "    calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])\n"
-        "    return [0.5 * len(c.split()) for c in completions]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+def test_one_call_of_a_custom_function_sees_every_ordered_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def words(completions: list[str], samples: list[Sample]) -> list[float]:
+        calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])
+        return [0.5 * len(c.split()) for c in completions]
+
+    monkeypatch.setitem(sys.modules, "rewards_of_this_test", SimpleNamespace(words=words))
     groups = [
         make_group(answers("<answer>A</answer> two words", RIGHT), answers(WRONG)),
         make_group(answers(WRONG, "one"), media=IMAGE),
@@ -181,7 +169,5 @@ def test_one_call_of_a_custom_function_sees_every_ordered_answer(tmp_path, monke
     assert scored.format.tolist() == [[1.5, 0.75], [0.75, 0.5]]
     assert scored.accuracy.tolist() == [[1, 1], [0, 0]]
     assert torch.equal(scored.result.rewards, scored.accuracy + scored.format)
-    import rewards_of_this_test  # type: ignore[import-not-found]
-
     texts = [(c.text, g.prompt.sample.data_type) for g in groups for c in g.ordered]
-    assert rewards_of_this_test.calls == [texts]  # a judge need not be paid for shuffled answers
+    assert calls == [texts]  # a judge need not be paid for shuffled answers

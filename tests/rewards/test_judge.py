@@ -1,12 +1,11 @@
 """Skipping shuffled answers leaves the advantages as they are, whenever the judge says that they do not matter."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +13,15 @@ from runs import metrics, run_lines, trainer, weights
 from test_advantages import VIDEO
 from tiny import make_prompt
 
-import videor1.rewards
 import videor1.rewards.scoring
-from videor1.config import RewardConfig, TemporalConfig, TrainConfig
+from videor1.config import TemporalConfig, TrainConfig
 from videor1.demo.assets import Assets
 from videor1.rewards.advantages import score_groups
 from videor1.rewards.judge import TemporalJudge
 from videor1.types import Completion, Group, Sample
 
-RULES = ("margin", "threshold", "reference")
-TRUTH = "<answer>100</answer>"
+PROMPT = make_prompt(VIDEO)
+SAMPLE = Sample(0, "0", "How many?", "video", "regression", "<answer>100</answer>", PROMPT.sample.path)
 
 
 def completion(accuracy: float, thoughtful: bool = True) -> Completion:
@@ -34,23 +32,17 @@ def completion(accuracy: float, thoughtful: bool = True) -> Completion:
 
 
 def group_of(ordered: list[Completion], shuffled: list[Completion], asked: int) -> Group:
-    prompt = make_prompt(VIDEO)
-    sample = Sample(0, "0", "How many?", "video", "regression", TRUTH, prompt.sample.path)
-    asking = prompt.__class__(sample, prompt.input_ids, prompt.media, 0)
+    asking = PROMPT.__class__(SAMPLE, PROMPT.input_ids, PROMPT.media, 0)
     return Group(asking, tuple(ordered), tuple(shuffled), None, asked)
 
 
-def make_config(rule: str, apply: str, normalize: str = "std", mu: float = 0.8) -> TrainConfig:
-    temporal = TemporalConfig(rule=rule, apply=apply, mu=mu)  # type: ignore[arg-type]
-    return TrainConfig(temporal=temporal, normalize=normalize, reward=RewardConfig())  # type: ignore[arg-type]
+def make_config(rule: Any, apply: Any, normalize: Any = "std", mu: float = 0.8, alpha: float = 0.3) -> TrainConfig:
+    return TrainConfig(temporal=TemporalConfig(rule=rule, apply=apply, mu=mu, alpha=alpha), normalize=normalize)
 
 
-def play(
-    ordered: list[Completion], shuffled: list[Completion], config: TrainConfig, rng: random.Random
-) -> tuple[Group, int]:
+def play(ordered: list[Completion], shuffled: list[Completion], config: TrainConfig, rng: random.Random) -> Group:
     """Finish answers in a random order, shuffled ones only while the judge does not say that they are of no use."""
-    sample = group_of([], [], 0).prompt.sample
-    judge = TemporalJudge(sample, config, ordered=len(ordered), shuffled=len(shuffled))
+    judge = TemporalJudge(SAMPLE, config, ordered=len(ordered), shuffled=len(shuffled))
     left, done = list(ordered), []
     for answer in shuffled:
         while left and (rng.random() < 0.5 or judge.needed is False):
@@ -61,29 +53,26 @@ def play(
         done.append(answer)
     while left:
         judge.ordered_done(left.pop())
-    if judge.needed is not False and len(done) < len(shuffled):  # it had been decided, and stays so
-        raise AssertionError("a decision was taken back")
-    return group_of(ordered, done, len(shuffled)), len(shuffled) - len(done)
+    assert judge.needed is False or len(done) == len(shuffled), "a decision was taken back"
+    return group_of(ordered, done, len(shuffled))
 
 
-@pytest.mark.parametrize("normalize", ["std", "none"])
-@pytest.mark.parametrize("apply", ["reward", "advantage"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.grid(rule=["margin", "threshold", "reference"], apply=["reward", "advantage"], normalize=["std", "none"])
 def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize: str) -> None:
     rng, config = random.Random(f"{rule}{apply}"), make_config(rule, apply, normalize)
-    kinds = {"binary": (0.0, 1.0), "mostly right": (1.0, 1.0, 1.0, 0.0), "graded": None, "close": None}
+    kinds = {
+        "binary": lambda: rng.choice((0.0, 1.0)),
+        "mostly right": lambda: rng.choice((1.0, 1.0, 1.0, 0.0)),
+        "graded": lambda: round(rng.random(), 3),
+        "close": lambda: round(rng.uniform(0.9, 0.9003), 6),
+    }
     skipped, full, zeros = 0, 0, 0
-    for kind in itertools.islice(itertools.cycle(kinds), 200):
+    for draw in itertools.islice(itertools.cycle(kinds.values()), 200):
         size, others = rng.choice([2, 4, 8]), rng.choice([1, 2, 4])
-
-        def draw(kind: str = kind) -> float:
-            if kind == "graded":
-                return round(rng.random(), 3)
-            return round(rng.uniform(0.9, 0.9003), 6) if kind == "close" else rng.choice(kinds[kind] or ())
-
         ordered = [completion(draw(), rng.random() < 0.7) for _ in range(size)]
         shuffled = [completion(draw()) for _ in range(others)]
-        group, left_out = play(ordered, shuffled, config, rng)
+        group = play(ordered, shuffled, config, rng)
+        left_out = others - len(group.shuffled)
         skipped, full = skipped + left_out, full + others
         one, other = (score_groups([g], config) for g in (group, group_of(ordered, shuffled, others)))
         assert (one.result.advantages - other.result.advantages).abs().max() <= 1e-6
@@ -93,14 +82,14 @@ def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize
         correct = other.accuracy > config.reward.correct_above
         assert (gap[~correct] == 0).all()  # a constant on the correct ones, if anything
         assert not correct.any() or gap[correct].max() - gap[correct].min() <= 1e-6
+        known = ~one.result.temporal.isnan()
+        assert torch.equal(one.result.temporal[known], other.result.temporal[known])
+        assert int(one.shuffled_accuracy.isnan().sum()) == left_out
         if left_out:
             assert one.result.p_shuffled.isnan().all()
-            assert int(one.shuffled_accuracy.isnan().sum()) == left_out
-            known = ~one.result.temporal.isnan()
-            assert torch.equal(one.result.temporal[known], other.result.temporal[known])
         else:
             assert torch.equal(one.result.p_shuffled, other.result.p_shuffled)
-            assert torch.equal(one.result.temporal, other.result.temporal)
+            assert known.all()
     assert 0 < skipped < full
     assert zeros
 
@@ -108,44 +97,49 @@ def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize
 def judge_of(
     ordered: list[float], shuffled: list[float], config: TrainConfig, size: int = 4, others: int = 2
 ) -> TemporalJudge:
-    judge = TemporalJudge(group_of([], [], 0).prompt.sample, config, ordered=size, shuffled=others)
+    judge = TemporalJudge(SAMPLE, config, ordered=size, shuffled=others)
     judge.ordered, judge.shuffled = ordered, shuffled
     return judge
 
 
-def test_by_hand() -> None:
-    reward, advantage = make_config("reference", "reward"), make_config("margin", "advantage")
-    # Nothing is known yet; the first wrong answer leaves it open, a right and a wrong one need the bonus.
-    assert judge_of([], [], reward).needed is None
-    assert judge_of([0], [], reward).needed is None
-    assert judge_of([1], [], reward).needed is None
-    assert judge_of([0, 1], [], reward).needed is True
-    assert judge_of([1], [], advantage).needed is True
-    # None correct; all correct.
-    for config in (reward, advantage):
-        assert judge_of([0, 0, 0, 0.05], [], config).needed is False
-    assert judge_of([1, 1, 1, 1], [], reward).needed is False
-    assert judge_of([1, 1, 1, 1], [], advantage).needed is True
-    # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right does not.
-    assert judge_of([1, 1, 0, 0], [0], reward).needed is False
-    assert judge_of([1, 1, 0, 0], [1], reward).needed is True
-    # p = 0.25 fails as soon as p~ is above 0.3125: one right answer of two.
-    assert judge_of([1, 0, 0, 0], [1], reward).needed is False
-    # margin: once p~ is at least p nothing is left to win; else it must be known.
-    assert judge_of([1, 1, 0, 0], [1], advantage).needed is False
-    assert judge_of([1, 1, 0, 0], [0], advantage).needed is True
-    # The ordered answers need not be finished where any outcome passes.
-    assert judge_of([1, 0], [0, 0], reward).decided
-    assert not judge_of([1, 0], [0, 1], reward).decided
-    # No bonus to give.
-    nothing = make_config("threshold", "reward")
-    nothing.temporal.alpha = 0.0
-    assert judge_of([1, 0], [], nothing).needed is False
+REWARD, ADVANTAGE = make_config("reference", "reward"), make_config("margin", "advantage")
+
+
+@pytest.mark.parametrize(
+    ("config", "ordered", "shuffled", "needed"),
+    [
+        # Nothing is known yet; the first wrong answer leaves it open, a right and a wrong one need the bonus.
+        (REWARD, [], [], None),
+        (REWARD, [0], [], None),
+        (REWARD, [1], [], None),
+        (REWARD, [0, 1], [], True),
+        (ADVANTAGE, [1], [], True),
+        # None correct; all correct.
+        (REWARD, [0, 0, 0, 0.05], [], False),
+        (ADVANTAGE, [0, 0, 0, 0.05], [], False),
+        (REWARD, [1, 1, 1, 1], [], False),
+        (ADVANTAGE, [1, 1, 1, 1], [], True),
+        # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right not.
+        (REWARD, [1, 1, 0, 0], [0], False),
+        (REWARD, [1, 1, 0, 0], [1], True),
+        # p = 0.25 fails as soon as p~ is above 0.3125: one right answer of two.
+        (REWARD, [1, 0, 0, 0], [1], False),
+        # margin: once p~ is at least p nothing is left to win; else it must be known.
+        (ADVANTAGE, [1, 1, 0, 0], [1], False),
+        (ADVANTAGE, [1, 1, 0, 0], [0], True),
+        # No bonus to give.
+        (make_config("threshold", "reward", alpha=0.0), [1, 0], [], False),
+    ],
+)
+def test_by_hand(config: TrainConfig, ordered: list[float], shuffled: list[float], needed: bool | None) -> None:
+    assert judge_of(ordered, shuffled, config).needed is needed
 
 
 @pytest.mark.parametrize(("rule", "bonus"), [("reference", 0.3), ("threshold", 0.0)])
 def test_a_bonus_decided_early_is_the_bonus(rule: str, bonus: float) -> None:
     """p = 0.5 against at most 0.5 * p~ with mu 1: the one rule passes at equality, the other does not."""
+    # The ordered answers need not be finished where any outcome passes.
+    assert [judge_of([1, 0], shuffled, REWARD).decided for shuffled in ([0, 0], [0, 1])] == [True, False]
     config = make_config(rule, "reward", mu=1.0)
     ordered = [completion(a) for a in (1, 1, 0, 0)]
     for shuffled, asked, decided in ([(0.0, 1.0), 2, True], [(1.0, 0.0, 0.0), 4, rule == "reference"]):
@@ -163,61 +157,31 @@ def test_a_group_with_missing_answers_that_matter_counts_those_it_has() -> None:
     assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_an_answer_is_scored_once_in_a_step(
-    skip: bool, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the judge, or with the rewards where there is none; equal answers of a group together."""
-    calls: Counter[tuple[str, str]] = Counter()
-
-    def counted(completion: str, solution: str, *_: object, **__: object) -> float:
-        calls[completion, solution] += 1
-        return float(zlib.crc32(completion.encode()) % 4 == 0)
-
-    monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", counted)
-    trainer(
-        assets,
-        tmp_path,
-        temporal__skip_shuffled=skip,
-        num_generations=3,
-        temporal__num_generations=2,
-        per_device_train_batch_size=4,
-        num_iterations=1,
-        max_steps=2,
-    ).train()
-    lines = run_lines(tmp_path, "rollouts.jsonl")
-    groups = [(line["completions"] + line["shuffled_completions"], line["solution"]) for line in lines]
-    assert calls == Counter((text, solution) for texts, solution in groups for text in set(texts))
-    assert calls.total() > 8 * 2
-    assert any(line["shuffled_completions"] for line in lines)
-
-
 @pytest.mark.parametrize(("rule", "apply"), [("margin", "advantage"), ("reference", "reward")])
 def test_a_run_is_the_same_with_and_without(
     rule: str, apply: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted."""
+    """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted.
 
-    def by_lot(completion: str, *_: object, **__: object) -> float:
+    An answer is scored once in a step: by the judge, or with the rewards where there is none; equal ones together."""
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def by_lot(completion: str, solution: str, *_: object, **__: object) -> float:
+        calls[completion, solution] += 1
         return float(zlib.crc32(completion.encode()) % 4 == 0)
 
     monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", by_lot)
     ends, lines, rows = [], [], []
     for skip in (True, False):
-        folder = tmp_path / str(skip)
-        options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__num_generations": 3, "max_steps": 6}
-        run = trainer(
-            assets,
-            folder,
-            temporal__skip_shuffled=skip,
-            num_generations=3,
-            per_device_train_batch_size=4,
-            num_iterations=1,
-            **options,
-        )
+        options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__skip_shuffled": skip, "max_steps": 3}
+        options |= {"num_generations": 3, "temporal__num_generations": 3, "per_device_train_batch_size": 4}
+        run = trainer(assets, tmp_path / str(skip), num_iterations=1, **options)
         ends.append(weights(run.train()))
-        lines.append(run_lines(folder, "rollouts.jsonl"))
-        rows.append(metrics(folder))
+        lines.append(run_lines(tmp_path / str(skip), "rollouts.jsonl"))
+        rows.append(metrics(tmp_path / str(skip)))
+        groups = [(line["completions"] + line["shuffled_completions"], line["solution"]) for line in lines[-1]]
+        assert calls == Counter((text, solution) for texts, solution in groups for text in set(texts))
+        calls.clear()
     for one, other in zip(*lines, strict=True):
         assert one["completions"] == other["completions"]
         assert one["advantages"] == pytest.approx(other["advantages"], abs=1e-6)

@@ -10,19 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import (
-    Killed,
-    assert_same_run,
-    entries,
-    kill_at,
-    last_metrics,
-    metrics,
-    run_lines,
-    same_weights,
-    trainer,
-    weights,
-    write_data,
-)
+from runs import Lab, assert_same_run, entries, kill, run_lines, same_weights, weights, write_data
 
 from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
@@ -31,10 +19,11 @@ from videor1.rewards.advantages import Scored
 from videor1.rollout import Rollout, RolloutStats
 from videor1.training.batch import Batch, refill
 from videor1.training.loop import Loop
-from videor1.types import Group, Sample
+from videor1.types import Sample
 from videor1_kernels import Advantages
 
 LIVE, DEAD = True, False
+NUMBERS = itertools.count()
 
 
 def some(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
@@ -45,27 +34,21 @@ def some(completions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
     ]
 
 
-NUMBERS = itertools.count()
-
-
 def made(*live: bool, width: int = 1, failed: int = 0) -> Batch:
     """A batch whose every tensor tells which group a row is of. Groups are numbers here."""
-    numbers = [next(NUMBERS) for _ in live]
-    column = torch.tensor(numbers, dtype=torch.float32)
+    groups: list[Any] = [next(NUMBERS) for _ in live]
+    column = torch.tensor(groups, dtype=torch.float32)
     pair = torch.stack([column, column], 1)
-    advantages = torch.tensor(
-        [[number + 1.0, 0.0] if alive else [0.0, 0.0] for number, alive in zip(numbers, live, strict=True)]
+    advantages = torch.stack([(column + 1) * torch.tensor(live, dtype=torch.float32), torch.zeros(len(live))], 1)
+    scored = Scored(
+        pair, pair, pair.long(), column[:, None].expand(-1, width), Advantages(advantages, pair, column, column, column)
     )
-    result = Advantages(advantages.reshape(-1, 2), pair, column, column, column)
-    scored = Scored(pair, pair, pair.long(), column[:, None].expand(-1, width), result)
     stats = RolloutStats(tokens=10, decode_steps=2, kv_bytes=100 + len(live), retries=1)
-    groups: list[Any] = list(numbers)
-    asked: list[Group | None] = [*groups, *[None] * failed]
     failures = {len(live) + i: "why" for i in range(failed)}
-    return Batch(groups, [column[i : i + 1] for i in range(len(live))], scored, Rollout(asked, stats, failures))
+    return Batch(groups, list(column.split(1)), scored, Rollout([*groups, *[None] * failed], stats, failures))
 
 
-def play(first: Batch, size: int, rounds: Sequence[Batch]) -> tuple[Batch, list[int]]:
+def play(first: Batch, size: int, *rounds: Batch) -> tuple[Batch, list[int]]:
     """The refilled batch, and how many prompts each round was asked for."""
     asked: list[int] = []
 
@@ -78,22 +61,20 @@ def play(first: Batch, size: int, rounds: Sequence[Batch]) -> tuple[Batch, list[
 
 def test_groups_with_variance_take_the_places_of_those_without() -> None:
     first, second, third = made(LIVE, DEAD, LIVE, DEAD), made(DEAD, LIVE), made(LIVE)
-    batch, asked = play(first, 4, [second, third, made(LIVE)])
+    batch, asked = play(first, 4, second, third, made(LIVE))
     assert asked == [2, 1]  # as many as were missing, and no round more than is needed
-    expected: list[Any] = [first.groups[0], second.groups[1], first.groups[2], third.groups[0]]
+    expected = [first.groups[0], second.groups[1], first.groups[2], third.groups[0]]
     assert batch.groups == expected
     assert batch.has_variance() == [LIVE] * 4
     assert batch.counts() == {"sampling/refilled": 2, "sampling/zero_variance_dropped": 3}
-    assert [float(f) for f in batch.features] == expected  # type: ignore[arg-type]
-    scored, column = batch.scored, torch.tensor(expected, dtype=torch.float32)
-    pair = torch.stack([column, column], 1)
-    assert torch.equal(scored.accuracy, pair)
-    assert torch.equal(scored.format, pair)
+    column = torch.tensor(expected, dtype=torch.float32)
+    pair, scored = torch.stack([column, column], 1), batch.scored
+    assert torch.equal(torch.cat(batch.features), column)  # type: ignore[arg-type]
+    assert all(torch.equal(values, pair) for values in (scored.accuracy, scored.format, scored.result.rewards))
     assert torch.equal(scored.lengths, pair.long())
     assert scored.lengths.dtype == torch.int64
     assert torch.equal(scored.shuffled_accuracy, column[:, None])
     assert torch.equal(scored.result.advantages, torch.stack([column + 1, torch.zeros(4)], 1))
-    assert torch.equal(scored.result.rewards, pair)
     for values in (scored.result.temporal, scored.result.p, scored.result.p_shuffled):
         assert torch.equal(values, column)
     stats = batch.rollout.stats
@@ -102,24 +83,19 @@ def test_groups_with_variance_take_the_places_of_those_without() -> None:
 
 def test_what_is_not_replaced_stays() -> None:
     first = made(DEAD, DEAD, LIVE)
-    batch, asked = play(first, 3, [made(DEAD, DEAD), made(DEAD, DEAD)])
-    assert asked == [2, 2]
-    assert batch.groups == first.groups
+    batch, asked = play(first, 3, made(DEAD, DEAD), made(DEAD, DEAD))
+    assert (batch.groups, asked) == (first.groups, [2, 2])
     assert batch.counts() == {"sampling/refilled": 0, "sampling/zero_variance_dropped": 4}
     first, second = made(DEAD, DEAD), made(LIVE, DEAD)
-    batch, asked = play(first, 2, [second])
+    batch, asked = play(first, 2, second)
     assert batch.groups == [second.groups[0], first.groups[1]]
-
-
-def test_a_full_batch_asks_for_nothing() -> None:
-    first = made(LIVE, LIVE)
-    batch, asked = play(first, 2, [made(LIVE)])
-    assert (batch, asked) == (first, [])
+    full = made(LIVE, LIVE)
+    assert play(full, 2, made(LIVE)) == (full, [])
 
 
 def test_failed_prompts_are_replaced_too() -> None:
     first, second = made(DEAD, LIVE, failed=2), made(LIVE, DEAD, failed=1)
-    batch, asked = play(first, 4, [second])
+    batch, asked = play(first, 4, second)
     assert asked == [3]
     assert batch.groups == [*first.groups, *second.groups]  # an empty place comes before one that holds something
     assert batch.counts() == {"sampling/refilled": 1, "sampling/zero_variance_dropped": 0}
@@ -127,29 +103,22 @@ def test_failed_prompts_are_replaced_too() -> None:
     assert [i for i, group in enumerate(batch.rollout.groups) if group is None] == [2, 3, 6]
 
 
-def test_shuffled_answers_of_unequal_numbers() -> None:
+@pytest.mark.parametrize(
+    ("widths", "unknown"), [((0, 3), [[False] * 3, [True] * 3]), ((2, 0), [[True] * 2, [False] * 2])]
+)
+def test_shuffled_answers_of_unequal_numbers(widths: tuple[int, int], unknown: list[list[bool]]) -> None:
     """A batch of images has none at all."""
-    first, second = made(DEAD, LIVE, width=0), made(LIVE, width=3)
-    batch, _ = play(first, 2, [second])
-    assert batch.scored.shuffled_accuracy.isnan().tolist() == [[False] * 3, [True] * 3]
-    first, second = made(DEAD, LIVE, width=2), made(LIVE, width=0)
-    batch, _ = play(first, 2, [second])
-    assert batch.scored.shuffled_accuracy.isnan().tolist() == [[True] * 2, [False] * 2]
+    batch, _ = play(made(DEAD, LIVE, width=widths[0]), 2, made(LIVE, width=widths[1]))
+    assert batch.scored.shuffled_accuracy.isnan().tolist() == unknown
 
 
 def options(assets: Assets, tmp_path: Path, *kinds: str, **more: Any) -> dict[str, Any]:
     """A run over the demo's samples in file order, named after what their rewards do."""
     found = itertools.cycle(entries(assets.train))
     named = [next(found) | {"problem_id": f"{kind}-{i}"} for i, kind in enumerate(kinds)]
-    data = write_data(tmp_path / "data.json", named)
-    own = {
-        "dataset_name": data,
-        "data__root": "/",
-        "data__shuffle": False,
-        "max_steps": 3,
-        "gradient_accumulation_steps": 2,
-    }
-    return own | {"reward__functions": "test_batch:some", "num_generations": 3} | more
+    own = {"dataset_name": write_data(tmp_path / "data.json", named), "data__root": "/", "data__shuffle": False}
+    own |= {"max_steps": 3, "gradient_accumulation_steps": 2, "num_generations": 3}
+    return own | {"reward__functions": "test_batch:some"} | more
 
 
 def drawn(run_dir: Path) -> list[tuple[int, int]]:
@@ -157,80 +126,66 @@ def drawn(run_dir: Path) -> list[tuple[int, int]]:
     return [(row["step"], row["draw"]) for row in run_lines(run_dir, "rollouts.jsonl")]
 
 
-def test_a_run_takes_the_next_prompts(assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "live", "dead", "dead", "live", "live", "live", "dead")
-    trainer(assets, tmp_path / "run", **chosen, dynamic_sampling=2).train()
+def test_a_run_takes_the_next_prompts(lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "live", "dead", "dead", "live", "live", "live", "dead")
+    lab.make("run", **chosen, dynamic_sampling=2).train()
     # 0 1 | 2 | 3; then 4 5; then 6 0 (draw 7) | 1 (8) | 2 (9), and 6 stays.
-    assert drawn(tmp_path / "run") == [(1, 0), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
-    rows = metrics(tmp_path / "run")
+    assert drawn(lab.folder / "run") == [(1, 0), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
+    rows = lab.rows("run")
     assert [row["data/draws"] for row in rows] == [4, 6, 10]
     assert [row["sampling/refilled"] for row in rows] == [1, 0, 0]
     assert [row["sampling/zero_variance_dropped"] for row in rows] == [2, 0, 2]
     assert [row["frac_reward_zero_std"] for row in rows] == [0, 0, 0.5]
-    assert [row["num_tokens"] > 0 for row in rows] == [True] * 3
-    plain = options(assets, tmp_path, "live", "dead", "dead", "live", "live", "live", "dead")
-    trainer(assets, tmp_path / "plain", **plain).train()
-    assert drawn(tmp_path / "plain") == [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
-    assert "sampling/refilled" not in last_metrics(tmp_path / "plain")
+    assert all(row["num_tokens"] > 0 for row in rows)
+    lab.make("plain", **chosen).train()
+    assert drawn(lab.folder / "plain") == [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
+    assert "sampling/refilled" not in lab.rows("plain")[-1]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_nothing_but_zero_variance_ends_with_the_bound(beta: float, assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "dead", "dead", "dead", beta=beta)
-    trainer(assets, tmp_path / "run", **chosen, dynamic_sampling=3).train()
-    assert drawn(tmp_path / "run") == [(1, 0), (1, 1), (2, 8), (2, 9), (3, 16), (3, 17)]
-    assert last_metrics(tmp_path / "run")["data/draws"] == 24
-    assert last_metrics(tmp_path / "run")["sampling/zero_variance_dropped"] == 6
+def test_nothing_but_zero_variance_ends_with_the_bound(beta: float, lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "dead", "dead", "dead", beta=beta, max_steps=2)
+    lab.make("run", **chosen, dynamic_sampling=3).train()
+    assert drawn(lab.folder / "run") == [(1, 0), (1, 1), (2, 8), (2, 9)]
+    assert lab.rows("run")[-1]["data/draws"] == 16
+    assert lab.rows("run")[-1]["sampling/zero_variance_dropped"] == 6
 
 
-def test_where_every_group_has_variance_nothing_changes(assets: Assets, tmp_path: Path) -> None:
-    chosen = options(assets, tmp_path, "live", "live", "live", "live", beta=0.1, num_iterations=2)
-    one = trainer(assets, tmp_path / "off", **chosen).train()
-    other = trainer(assets, tmp_path / "on", **chosen, dynamic_sampling=4).train()
+def test_where_every_group_has_variance_nothing_changes(lab: Lab) -> None:
+    chosen = options(lab.assets, lab.folder, "live", "live", "live", "live", beta=0.1, num_iterations=2)
+    one = lab.make("off", **chosen).train()
+    other = lab.make("on", **chosen, dynamic_sampling=4).train()
     assert same_weights(weights(one), weights(other))
     added = {"sampling/refilled": 0, "sampling/zero_variance_dropped": 0}
-    assert metrics(tmp_path / "on") == [row | added for row in metrics(tmp_path / "off")]
-    assert drawn(tmp_path / "on") == drawn(tmp_path / "off")
+    assert lab.rows("on") == [row | added for row in lab.rows("off")]
+    assert drawn(lab.folder / "on") == drawn(lab.folder / "off")
 
 
-def test_killed_then_resumed(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_then_resumed(lab: Lab) -> None:
     """Shuffled data, shuffled answers, skipping, micro-batches in one row: all as without the interruption."""
     chosen = options(
-        assets,
-        tmp_path,
-        "dead",
-        "live",
-        "dead",
-        "live",
-        "dead",
-        data__shuffle=True,
-        max_steps=6,
-        save_steps=2,
-        dynamic_sampling=2,
-        per_device_train_batch_size=2,
+        lab.assets, lab.folder, "dead", "live", "dead", "live", "dead", data__shuffle=True, dynamic_sampling=2
     )
-    trainer(assets, tmp_path / "whole", **chosen).train()
-    with monkeypatch.context() as patch:
-        kill_at(patch, Loop, "optimizer_step", 4)
-        with pytest.raises(Killed):
-            trainer(assets, tmp_path / "cut", **chosen).train()
-    trainer(assets, tmp_path / "cut", **chosen, resume="auto").train()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    rows = metrics(tmp_path / "whole")
-    assert sum(row["sampling/refilled"] for row in rows) > 3
+    chosen |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    lab.make("whole", **chosen).train()
+    kill(lab.make("cut", **chosen), Loop, "optimizer_step", 4)
+    lab.make("cut", **chosen, resume="auto").train()
+    assert_same_run(lab.folder / "cut", lab.folder / "whole")
+    rows = lab.rows("whole")
+    assert sum(row["sampling/refilled"] for row in rows) > 2
     assert any(row["rollout/shuffled_asked"] for row in rows)
 
 
-def test_the_gradient_is_that_of_the_groups_that_are_left(assets: Assets, tmp_path: Path) -> None:
+def test_the_gradient_is_that_of_the_groups_that_are_left(lab: Lab) -> None:
     """The same update as of a run whose data holds the replacements in the first place. Draws seed the sampling, so
     the replacement is given its draw by a prompt that is skipped."""
-    refilled = options(assets, tmp_path, "live", "dead", "live", max_steps=1)
-    one = trainer(assets, tmp_path / "one", **refilled, dynamic_sampling=1).train()
+    refilled = options(lab.assets, lab.folder, "live", "dead", "live", max_steps=1)
+    one = lab.make("one", **refilled, dynamic_sampling=1).train()
     data = entries(Path(refilled["dataset_name"]))
     data[1] |= {"path": "/gone.mp4"}
-    skipped = refilled | {"dataset_name": write_data(tmp_path / "skipped.json", data)}
-    other = trainer(assets, tmp_path / "other", **skipped).train()
-    assert drawn(tmp_path / "one") == drawn(tmp_path / "other") == [(1, 0), (1, 2)]
+    skipped = refilled | {"dataset_name": write_data(lab.folder / "skipped.json", data)}
+    other = lab.make("other", **skipped).train()
+    assert drawn(lab.folder / "one") == drawn(lab.folder / "other") == [(1, 0), (1, 2)]
     assert same_weights(weights(one), weights(other))
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import trainer
-from safetensors import safe_open
+from runs import trainer, weights
+from tiny import hf_inputs
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -24,21 +26,32 @@ from videor1.model.save import base_digest, save_model
 from videor1.training.checkpoint import CheckpointError, checkpoints, find_resume, save
 from videor1.training.optim import make_optimizer
 from videor1.training.passes import completion_logp, pack
+from videor1.training.tgrpo import Trainer
 from videor1.types import Prompt
 from videor1.video.media import load_media
-from videor1.video.patches import normalize_patches
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora__rank": 4, "lora__dropout": 0.2, "learning_rate": 1e-2},
     "bf16": {"bf16": True},
     "frozen": {"freeze_vision": True},
+    "lora, bf16": {"lora__rank": 4, "bf16": True},
 }
+Trained = Callable[[str], tuple[Trainer, Path]]
 
 
-def keys(folder: Path) -> set[str]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return set(file.keys())
+@pytest.fixture(scope="module")
+def trained(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Ended runs and their last checkpoints; read only."""
+    made: dict[str, tuple[Trainer, Path]] = {}
+
+    def train(variant: str) -> tuple[Trainer, Path]:
+        if variant not in made:
+            run = trainer(assets, tmp_path_factory.mktemp("run"), max_steps=3, **VARIANTS[variant])
+            made[variant] = run, run.train()
+        return made[variant]
+
+    return train
 
 
 def load_plain(folder: Path, dtype: torch.dtype | str = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
@@ -47,56 +60,33 @@ def load_plain(folder: Path, dtype: torch.dtype | str = torch.float32) -> Qwen2_
     return model.eval()
 
 
-def video_prompt(assets: Assets, model: VideoLM) -> Prompt:
+@pytest.mark.parametrize("variant", ["full", "lora", "bf16", "frozen"])
+def test_transformers_loads_it_with_the_same_logits(variant: str, assets: Assets, trained: Trained) -> None:
+    run, final = trained(variant)
+    assert weights(final).keys() == weights(assets.model).keys()
     sample = load_samples(assets.train).samples[0]
     assert sample.data_type == "video"
     media = load_media(sample, TrainConfig().video)
-    return Prompt(sample, build_input_ids(model.tokenizer, sample, media, max_prompt_length=4096), media, 0)
+    ids = build_input_ids(run.model.tokenizer, sample, media, max_prompt_length=4096)
+    prompt, answer = Prompt(sample, ids, media, 0), torch.arange(20, 44)
+    with run.model.inference():
+        live = completion_logp(run.model, pack(run.model, [prompt], [[answer]]))
 
+    def plain(folder: Path) -> Tensor:
+        with torch.no_grad():
+            logits = load_plain(folder)(**hf_inputs(run.model, prompt, answer)).logits[0, -len(answer) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
 
-def plain_logp(plain: Any, prompt: Prompt, answer: Tensor) -> Tensor:
-    """Log-probs of an answer by transformers' own forward from pixels and ids."""
-    assert prompt.media is not None
-    ids = torch.cat([prompt.input_ids, answer])[None]
-    kinds = torch.zeros_like(ids)
-    kinds[ids == plain.config.video_token_id] = 2
-    with torch.no_grad():
-        logits = plain(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=kinds,
-            pixel_values_videos=normalize_patches(prompt.media.patches, plain.dtype),
-            video_grid_thw=torch.tensor([prompt.media.grid_thw]),
-            second_per_grid_ts=torch.tensor([prompt.media.second_per_grid]),
-        ).logits[0]
-    return logits[-len(answer) - 1 : -1].float().log_softmax(-1).gather(-1, answer[:, None])[:, 0]
-
-
-def live_logp(model: VideoLM, prompt: Prompt, answer: Tensor) -> Tensor:
-    with model.inference():
-        return completion_logp(model, pack(model, [prompt], [[answer]]))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_loads_it_with_the_same_logits(variant: str, assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, max_steps=3, **VARIANTS[variant])
-    final = run.train()
-    assert keys(final) == keys(assets.model)
-    plain = load_plain(final)
-    prompt = video_prompt(assets, run.model)
-    answer = torch.arange(20, 44)
-    live = live_logp(run.model, prompt, answer)
     # bf16: the live model computes in bf16 from fp32 weights, the checkpoint holds their bf16 rounding.
     tolerance = 0.15 if variant == "bf16" else 2e-5
-    torch.testing.assert_close(plain_logp(plain, prompt, answer), live, rtol=0, atol=tolerance)
-    untrained = plain_logp(load_plain(assets.model), prompt, answer)
-    assert (untrained - live).abs().max() > 0.2  # so that the comparison means something
+    torch.testing.assert_close(plain(final), live, rtol=0, atol=tolerance)
+    assert (plain(assets.model) - live).abs().max() > 0.2  # so that the comparison means something
 
 
-def test_names_on_disk_are_those_of_the_hub(assets: Assets, tmp_path: Path) -> None:
+def test_names_on_disk_are_those_of_the_hub(assets: Assets, trained: Trained) -> None:
     """Qwen2.5-VL's own files, and vLLM, know visual.* and model.layers.*; a tied head is not stored."""
-    final = trainer(assets, tmp_path, max_steps=1).train()
-    names = keys(final)
+    _, final = trained("full")
+    names = weights(final).keys()
     assert {name.split(".")[0] for name in names} == {"visual", "model"}
     assert {name.split(".")[1] for name in names if name.startswith("model.")} == {"embed_tokens", "layers", "norm"}
     config = json.loads((final / "config.json").read_text())
@@ -108,49 +98,52 @@ def test_names_on_disk_are_those_of_the_hub(assets: Assets, tmp_path: Path) -> N
         part.pop("transformers_version", None)
     assert config.pop("videor1_positions") == "paper"  # all that is ours
     assert config == original
-
-
-def test_tokenizer_template_processor_and_generation_settings(assets: Assets, tmp_path: Path) -> None:
-    final = trainer(assets, tmp_path, max_steps=1, lora__rank=2).train()
-    ours, original = AutoTokenizer.from_pretrained(final), AutoTokenizer.from_pretrained(assets.model)
-    assert ours.get_vocab() == original.get_vocab()
-    assert ours.chat_template == original.chat_template
-    assert ours.chat_template
+    _, final = trained("lora")
+    ours, theirs = AutoTokenizer.from_pretrained(final), AutoTokenizer.from_pretrained(assets.model)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == theirs.chat_template != ""
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (final / name).read_bytes() == (assets.model / name).read_bytes()
-    generation = GenerationConfig.from_pretrained(final)
-    assert generation.eos_token_id == GenerationConfig.from_pretrained(assets.model).eos_token_id
+    generation, original_generation = map(GenerationConfig.from_pretrained, (final, assets.model))
+    assert generation.eos_token_id == original_generation.eos_token_id
     assert not list(final.glob("adapter*"))
 
 
-def test_bf16_weights_are_the_rounded_masters(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, max_steps=2, bf16=True)
-    final = run.train()
+def test_bf16_weights_are_the_rounded_masters(trained: Trained) -> None:
+    """And nothing of it is pickled."""
+    run, final = trained("bf16")
     assert all(p.dtype == torch.float32 for p in run.model.trainable().values())
-    plain = load_plain(final, torch.bfloat16)
     config = json.loads((final / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert load_plain(final, "auto").dtype == torch.bfloat16
-    for name, parameter in plain.named_parameters():
+    for name, parameter in load_plain(final, torch.bfloat16).named_parameters():
         assert torch.equal(parameter, run.model.hf.get_parameter(name).to(torch.bfloat16)), name
+    assert {path.suffix for path in final.rglob("*") if path.is_file()} == {".json", ".safetensors", ".jinja"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plain(final)
 
 
-def test_saving_leaves_the_live_model_alone(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, max_steps=1, lora__rank=4, bf16=True)
-    run.train()
-    before = {name: tensor.clone() for name, tensor in run.model.hf.state_dict().items()}
-    dtype = run.model.hf.config.dtype
-    save_model(run.model, tmp_path / "again")
-    after = run.model.hf.state_dict()
+def test_saving_leaves_the_live_model_alone(trained: Trained, tmp_path: Path) -> None:
+    model = trained("lora, bf16")[0].model
+    before = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    dtype = model.hf.config.dtype
+    save_model(model, tmp_path / "again")
+    after = model.hf.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert run.model.hf.config.dtype == dtype
-    assert run.model.hf.training
+    assert model.hf.config.dtype == dtype
+    assert model.hf.training
 
 
-@pytest.fixture
+def load_demo(folder: Path) -> VideoLM:
+    return load_model(TrainConfig(model_name_or_path=str(folder), device="cpu"))
+
+
+@pytest.fixture(scope="module")
 def model(assets: Assets) -> VideoLM:
-    return load_model(TrainConfig(model_name_or_path=str(assets.model), device="cpu"))
+    """Read only."""
+    return load_demo(assets.model)
 
 
 def test_oldest_are_deleted_and_leftovers_cleaned(model: VideoLM, tmp_path: Path) -> None:
@@ -160,8 +153,7 @@ def test_oldest_are_deleted_and_leftovers_cleaned(model: VideoLM, tmp_path: Path
         (folder / name / "model.safetensors").write_bytes(b"half")
     (folder / "notes").mkdir()
     for step in (2, 9, 10, 100):
-        final = save(tmp_path, step, model, None, {}, keep=2)
-        assert final.is_dir()
+        assert save(tmp_path, step, model, None, {}, keep=2).is_dir()
     assert [step for step, _ in checkpoints(tmp_path)] == [10, 100]
     assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-10", "step-100"]
     assert find_resume("auto", tmp_path) == folder / "step-100"
@@ -176,20 +168,17 @@ def test_the_same_step_again_replaces_it(model: VideoLM, tmp_path: Path) -> None
     assert second == first
     assert not (first / "stray").exists()
     assert json.loads((first / "trainer" / "state.json").read_text()) == {"position": 1, "step": 4}
-
-
-def test_without_permission_it_is_a_checkpoint_error(model: VideoLM, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(CheckpointError, match="step-1 could not be written"):
-        save(tmp_path, 1, model, None, {})
+    with pytest.raises(CheckpointError, match="step-4 could not be written"):
+        save(tmp_path, 4, model, None, {})
 
 
-def test_the_digest_tells_models_apart_but_not_folders_or_adapters(
-    assets: Assets, model: VideoLM, tmp_path: Path
-) -> None:
+def test_the_digest_tells_models_apart_but_not_folders_or_adapters(assets: Assets, tmp_path: Path) -> None:
+    model = load_demo(assets.model)
     digest = base_digest(model)
     save_model(model, tmp_path / "moved")
-    moved = load_model(TrainConfig(model_name_or_path=str(tmp_path / "moved"), device="cpu"))
+    moved = load_demo(tmp_path / "moved")
     assert base_digest(moved) == digest
     moved.add_lora(LoraConfig(rank=2), seed=0)
     assert base_digest(moved) == digest
@@ -198,28 +187,35 @@ def test_the_digest_tells_models_apart_but_not_folders_or_adapters(
     assert base_digest(model) != digest
 
 
-def test_nothing_is_pickled(assets: Assets, tmp_path: Path) -> None:
-    final = trainer(assets, tmp_path, max_steps=1, bf16=True).train()
-    suffixes = {path.suffix for path in final.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".safetensors", ".jinja"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_plain(final)
+def test_files_are_flushed_before_they_get_their_name_and_as_readable_as_others(
+    model: VideoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync, rename = os.fsync, os.replace
 
+    def noted(descriptor: int) -> None:
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
 
-def test_files_are_as_readable_as_others(model: VideoLM, tmp_path: Path) -> None:
-    beside = tmp_path / "beside"
-    beside.touch()
+    def renamed(source: Path, target: Path) -> None:
+        names = {path.name for path in Path(source).rglob("*") if path.is_file()}
+        assert names <= set(flushed)
+        assert "checkpoints" not in flushed
+        rename(source, target)
+
+    (tmp_path / "beside").touch()
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr("videor1.training.checkpoint.os.replace", renamed)
     folder = save(tmp_path, 1, model, make_optimizer(model.trainable(), TrainConfig()), {})
+    assert flushed[-1] == "checkpoints"
     for path in folder.rglob("*"):
-        assert path.is_dir() or path.stat().st_mode == beside.stat().st_mode, path
+        assert path.is_dir() or path.stat().st_mode == (tmp_path / "beside").stat().st_mode, path
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(
     model: VideoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, 1, model, None, {})
-    whole = keys(tmp_path / "checkpoints" / "step-1")
+    whole = weights(save(tmp_path, 1, model, None, {})).keys()
     rename = os.replace
 
     def killed(source: Path, target: Path) -> None:
@@ -227,10 +223,10 @@ def test_a_kill_between_the_two_renames_loses_nothing(
             raise KeyboardInterrupt  # stands for the kill: the new checkpoint does not get its name
         rename(source, target)
 
-    monkeypatch.setattr("videor1.training.checkpoint.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 1, model, None, {})
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("videor1.training.checkpoint.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1, model, None, {})
     assert checkpoints(tmp_path) == []
     assert find_resume("auto", tmp_path) == tmp_path / "checkpoints" / "step-1"
-    assert keys(tmp_path / "checkpoints" / "step-1") == whole
+    assert weights(tmp_path / "checkpoints" / "step-1").keys() == whole

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,24 +20,19 @@ from videor1.model.prompts import build_sft_ids
 from videor1.training.passes import completion_logp, pack, sft_loss, tgrpo_loss
 from videor1.types import Prompt
 from videor1.video.patches import normalize_patches
+from videor1_kernels import grpo_loss
 
-PROMPTS = [make_prompt(make_media("video", (2, 4, 4), seed=1), draw=1), make_prompt(None, "Two and two?", draw=2)]
+PROMPTS = [
+    make_prompt(make_media("video", (2, 4, 4), seed=1), draw=1),
+    make_prompt(None, "Two and two?", draw=2),
+    make_prompt(make_media("image", (1, 4, 4), seed=2), "What is this?", draw=3),
+]
 GENERATOR = torch.Generator().manual_seed(0)
-ANSWERS = [[torch.randint(0, 300, (n,), generator=GENERATOR) for n in group] for group in ([5, 1, 3], [4, 2])]
-LENGTHS = [len(answer) for group in ANSWERS for answer in group]
-N, S = sum(LENGTHS), len(LENGTHS)
-ADVANTAGES = torch.tensor([1.2, -0.4, 0.0, -1.5, 0.8], dtype=torch.float64)
+ANSWERS = [[torch.randint(0, 300, (n,), generator=GENERATOR) for n in group] for group in ([5, 1, 3], [4, 2], [2])]
+N, S = 17, 6  # tokens and answers
+ADVANTAGES = torch.tensor([1.2, -0.4, 0.0, -1.5, 0.8, -0.6], dtype=torch.float64)
 TEMPERATURE = 1.3
-
-
-def perturbed(module: nn.Module, scale: float, seed: int) -> nn.Module:
-    """A copy with noise on every weight, in proportion to its size."""
-    module, generator = copy.deepcopy(module), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += (scale * parameter.abs().mean() * noise).to(parameter.dtype)
-    return module
+HELPER = make_lm()  # knows the special tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,19 +47,29 @@ def _norms_in_fp64() -> Iterator[None]:
         yield
 
 
+def fp64_inputs(prompt: Prompt, answer: Tensor) -> dict[str, Tensor]:
+    """What transformers' own forward takes for a prompt and an answer."""
+    inputs = hf_inputs(HELPER, prompt, answer)
+    for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
+        assert prompt.media is not None
+        inputs[name] = normalize_patches(prompt.media.patches, torch.float64)
+    return inputs
+
+
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
     return make_model().double()
 
 
 @pytest.fixture(scope="module")
-def old_plain(plain: nn.Module) -> nn.Module:
-    return perturbed(plain, 0.02, seed=1)
-
-
-@pytest.fixture(scope="module")
-def ref_plain(plain: nn.Module) -> nn.Module:
-    return perturbed(plain, 0.1, seed=2)
+def naive(plain: nn.Module) -> Tensor:
+    """The log-probs of the answers' tokens, with their graph: a forward of each prompt and answer, whole logits."""
+    rows = []
+    for prompt, group in zip(PROMPTS, ANSWERS, strict=True):
+        for answer in group:
+            logits = plain(**fp64_inputs(prompt, answer), use_cache=False).logits[0, len(prompt.input_ids) - 1 : -1]
+            rows.append((logits / TEMPERATURE).log_softmax(-1).gather(-1, answer[:, None])[:, 0])
+    return torch.cat(rows)
 
 
 def wrap(plain: nn.Module) -> VideoLM:
@@ -72,55 +77,6 @@ def wrap(plain: nn.Module) -> VideoLM:
     model = make_model().double()
     model.load_state_dict(plain.state_dict())
     return VideoLM(model, make_tokenizer(), position_rule="transformers")
-
-
-HELPER = make_lm()  # knows the special tokens
-
-
-def fp64_inputs(prompt: Prompt, answer: Tensor) -> dict[str, Tensor]:
-    """What transformers' own forward takes for a prompt and an answer."""
-    inputs = hf_inputs(HELPER, prompt, answer)
-    if prompt.media is not None:
-        inputs["pixel_values_videos"] = normalize_patches(prompt.media.patches, torch.float64)
-    return inputs
-
-
-def row_logps(plain: nn.Module, temperature: float) -> list[Tensor]:
-    """Per answer, the log-probs of its tokens: a forward of prompt and answer, softmax over the whole vocabulary."""
-    rows = []
-    for prompt, group in zip(PROMPTS, ANSWERS, strict=True):
-        for answer in group:
-            logits = plain(**fp64_inputs(prompt, answer), use_cache=False).logits[0, len(prompt.input_ids) - 1 : -1]
-            rows.append((logits / temperature).log_softmax(-1).gather(-1, answer[:, None])[:, 0])
-    return rows
-
-
-def naive_loss(
-    config: TrainConfig, new: list[Tensor], old: list[Tensor] | None, ref: list[Tensor] | None, num_tokens: int
-) -> Tensor:
-    """Token by token, as the formulas are written."""
-    per_answer = []
-    for s in range(S):
-        log_ratio = new[s] - (new[s].detach() if old is None else old[s])
-        if config.importance_level == "sequence":
-            log_ratio = log_ratio.mean().expand_as(log_ratio)
-        terms = []
-        for t in range(LENGTHS[s]):
-            ratio = log_ratio[t].exp()
-            low = None if config.clip_low is None else 1 - config.clip_low
-            high = None if config.clip_high is None else 1 + config.clip_high
-            clipped = ratio if low is None and high is None else ratio.clamp(low, high)
-            term = -torch.minimum(ratio * ADVANTAGES[s], clipped * ADVANTAGES[s])
-            if config.beta:
-                assert ref is not None
-                x = (ref[s][t] - new[s][t]).clamp(-config.kl_clamp, config.kl_clamp)
-                term = term + config.beta * (x.exp() - x - 1)
-            terms.append(term)
-        per_answer.append(torch.stack(terms))
-    total = torch.cat(per_answer).sum()
-    if config.loss_type == "grpo":
-        return torch.stack([terms.mean() for terms in per_answer]).mean()
-    return total / {"bnpo": N, "dr_grpo": S * config.max_completion_length, "dapo": num_tokens}[config.loss_type]
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +93,7 @@ def assert_same_gradients(got: nn.Module, want: nn.Module, tolerance: float) -> 
         assert (ours[name] - gradient).norm() <= tolerance * (gradient.norm() + 1e-6 * size), name
 
 
-SCENARIOS = {
+SCENARIOS: dict[str, dict[str, Any]] = {
     "on policy": {"beta": 0.0},
     "kl": {"beta": 0.04},
     "kl clamped": {"beta": 0.5, "kl_clamp": 0.05},
@@ -145,79 +101,49 @@ SCENARIOS = {
     "off policy, clipped, kl": {"beta": 0.1, "old": True, "clip_low": 0.02, "clip_high": 0.03},
     "clipped above": {"beta": 0.0, "old": True, "clip_high": 0.01},
 }
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-CASES = [
-    (name, loss_type, level)
-    for name, loss_type, level in itertools.product(SCENARIOS, LOSS_TYPES, ("token", "sequence"))
-    # Each scenario once per level, and the busiest with every kind of mean.
-    if loss_type == "grpo" or name == "off policy, clipped, kl"
-]
 
 
-@pytest.mark.parametrize(("scenario", "loss_type", "level"), CASES)
-def test_value_and_gradients_of_a_naive_loss(
-    plain: nn.Module, old_plain: nn.Module, ref_plain: nn.Module, scenario: str, loss_type: str, level: str
+@pytest.mark.grid(scenario=list(SCENARIOS), loss_type=["grpo", "bnpo", "dr_grpo", "dapo"], level=["token", "sequence"])
+def test_value_and_gradients_of_the_loss(
+    plain: nn.Module, naive: Tensor, scenario: str, loss_type: str, level: str
 ) -> None:
-    options = dict(SCENARIOS[scenario])
-    use_old = options.pop("old", False)
-    config = TrainConfig(
-        loss_type=loss_type, importance_level=level, temperature=TEMPERATURE, max_completion_length=50, **options
-    )
-    with torch.no_grad():
-        old = row_logps(old_plain, TEMPERATURE) if use_old else None
-        ref = row_logps(ref_plain, TEMPERATURE) if config.beta else None
-    num_tokens = 3 * N
+    """Of the kernels' reference, which tests/kernels holds against its formula, on log-probs of plain transformers."""
+    options = {"beta": 0.0, "kl_clamp": 10.0, "clip_low": None, "clip_high": None} | SCENARIOS[scenario]
+    generator = torch.Generator().manual_seed(1)
+    noise = [0.1 * torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(2)]
+    noise[0][:5] = -noise[0][:5].abs()  # the first answer, of a positive advantage, has a ratio to be clipped
+    old = naive.detach() + noise[0] if options.pop("old", False) else None
+    ref = naive.detach() + noise[1] if options["beta"] else None
+    options |= {"loss_type": loss_type, "importance_level": level, "max_completion_length": 50}
+    given: dict[str, Any] = {"old_logp": old, "ref_logp": ref, "num_tokens": 3 * N}
 
     plain.zero_grad()
-    new = row_logps(plain, TEMPERATURE)
-    want = naive_loss(config, new, old, ref, num_tokens)
-    want.backward()
+    ends = torch.tensor([0, *itertools.accumulate(len(answer) for group in ANSWERS for answer in group)])
+    want = grpo_loss(naive, ADVANTAGES, ends.int(), **options, **given, backend="reference")
+    want.loss.backward(retain_graph=True)
 
-    model = wrap(plain)
-    packed = pack(model, PROMPTS, ANSWERS)
-    got = tgrpo_loss(
-        model,
-        packed,
-        ADVANTAGES,
-        config,
-        num_tokens=num_tokens,
-        old_logp=None if old is None else torch.cat(old),
-        ref_logp=None if ref is None else torch.cat(ref),
-    )
+    model, config = wrap(plain), TrainConfig(temperature=TEMPERATURE, **options)
+    got = tgrpo_loss(model, pack(model, PROMPTS, ANSWERS), ADVANTAGES, config, **given)
     got.loss.backward()
-
-    assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
-    assert torch.allclose(got.logp, torch.cat(new).detach(), rtol=0, atol=1e-9)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-9, abs=1e-12)
+    assert torch.allclose(got.logp, naive.detach(), rtol=0, atol=1e-9)
     assert_same_gradients(model.hf, plain, 1e-7)
     if ref is not None:
-        x = (torch.cat(ref) - torch.cat(new)).clamp(-config.kl_clamp, config.kl_clamp)
-        assert got.kl.item() == pytest.approx((x.exp() - x - 1).mean().item(), rel=1e-7)
-        assert (x.abs() == config.kl_clamp).any() == (scenario == "kl clamped")
+        assert got.kl.item() == pytest.approx(want.kl.item(), rel=1e-7)
+        assert ((ref - naive).abs() > config.kl_clamp).any() == (scenario == "kl clamped")
     assert (got.clip_fraction > 0) == ("clipped" in scenario)
-
-
-def test_log_probs_of_another_model_over_the_same_row(
-    plain: nn.Module, old_plain: nn.Module, ref_plain: nn.Module
-) -> None:
-    """What a trainer feeds in as old and reference log-probs, each from its own packed pass."""
-    model = wrap(plain)
-    packed = pack(model, PROMPTS, ANSWERS)
-    for other in (old_plain, ref_plain):
-        with torch.no_grad():
-            got = completion_logp(wrap(other), packed, temperature=TEMPERATURE)
-            assert torch.allclose(got, torch.cat(row_logps(other, TEMPERATURE)), rtol=0, atol=1e-9)
 
 
 def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_tower() -> None:
     model = make_lm()
     model.visual.requires_grad_(False)
     packed = pack(model, PROMPTS, ANSWERS)
-    config = TrainConfig(beta=0.0)
     with torch.no_grad():
         features = [f for f in prompt_features(model, PROMPTS) if f is not None]
     losses = []
     for given in (None, features):
         model.hf.zero_grad()
+        config = TrainConfig(beta=0.0)
         loss = tgrpo_loss(model, packed, ADVANTAGES.float(), config, num_tokens=N, features=given).loss
         loss.backward()
         losses.append((loss.item(), gradients(model.hf)))
@@ -227,34 +153,28 @@ def test_features_computed_before_give_the_same_loss_and_no_gradient_to_the_towe
     assert not any("visual" in name for name in losses[1][1])
 
 
-def sft_rows(model: VideoLM) -> tuple[list[Prompt], list[Tensor]]:
-    prompts, answers = [], []
-    for prompt, process in zip(PROMPTS, ("<think>red square</think>", "<think>2</think>"), strict=True):
-        sample = dataclasses.replace(prompt.sample, process=process)
+def test_sft_loss_is_transformers_own_with_labels(plain: nn.Module) -> None:
+    model = wrap(plain)
+    prompts, answers, want, lengths = [], [], torch.zeros((), dtype=torch.float64), []
+    for prompt, process in zip(PROMPTS, ("red square", "2", "a thing, I think"), strict=True):
+        sample = dataclasses.replace(prompt.sample, process=f"<think>{process}</think>")
         ids, in_answer = build_sft_ids(model.tokenizer, sample, prompt.media, 4096)
         prompts.append(Prompt(sample, ids[~in_answer], prompt.media, prompt.draw))
         answers.append(ids[in_answer])
-    return prompts, answers
-
-
-def test_sft_loss_is_transformers_own_with_labels(plain: nn.Module) -> None:
-    model = wrap(plain)
-    prompts, answers = sft_rows(model)
-    assert len(answers[0]) != len(answers[1])
-    num_tokens = 2 * sum(len(answer) for answer in answers)
-    loss = sft_loss(model, pack(model, prompts, [[answer] for answer in answers]), num_tokens)
-    loss.backward()
-
+        lengths.append(len(answers[-1]))
+    assert len(set(lengths)) > 1
+    got = sft_loss(model, pack(model, prompts, [[answer] for answer in answers]), 2 * sum(lengths))
+    got.backward()
     plain.zero_grad()
-    want = torch.zeros((), dtype=torch.float64)
     for prompt, answer in zip(prompts, answers, strict=True):
         inputs = fp64_inputs(prompt, answer)
         labels = inputs["input_ids"].clone()
         labels[:, : len(prompt.input_ids)] = -100
-        want = want + plain(**inputs, labels=labels, use_cache=False).loss.double() * len(answer) / num_tokens
+        loss = plain(**inputs, labels=labels, use_cache=False).loss.double()
+        want = want + loss * len(answer) / (2 * sum(lengths))
     want.backward()
     # transformers takes its loss in fp32 whatever the weights are.
-    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
     assert_same_gradients(model.hf, plain, 1e-5)
 
 
@@ -284,36 +204,27 @@ def test_reference_with_lora_is_the_base_model(plain: nn.Module) -> None:
 
 
 def test_reference_as_a_frozen_copy_does_not_move() -> None:
+    """And has no KL while the policy is untrained."""
     model = make_lm()
     model.hf.train()
     packed = pack(model, PROMPTS, ANSWERS)
     frozen = model.frozen_copy()
+    with model.as_reference(frozen) as reference:
+        before = completion_logp(reference, packed, temperature=0.8)
+    config = TrainConfig(beta=1.0, temperature=0.8)
+    result = tgrpo_loss(model, packed, torch.zeros(S), config, num_tokens=N, ref_logp=before)
+    assert result.kl.item() == result.loss.item() == 0.0
     with torch.no_grad():
-        before = completion_logp(model, packed)
         for parameter in model.hf.parameters():
             parameter.mul_(1.1)
-        after = completion_logp(model, packed)
+        after = completion_logp(model, packed, temperature=0.8)
     assert not torch.allclose(before, after, atol=1e-3)
     with model.as_reference(frozen) as reference:
-        logp = completion_logp(reference, packed)
-        assert torch.equal(logp, before)
-        assert not logp.requires_grad
+        logp = completion_logp(reference, packed, temperature=0.8)
+    assert torch.equal(logp, before)
+    assert not logp.requires_grad
     assert not frozen.trainable()
     assert not {p.data_ptr() for p in frozen.hf.parameters()} & {p.data_ptr() for p in model.hf.parameters()}
     assert model.hf.training
-
-
-def test_a_reference_needs_a_copy_or_adapters() -> None:
     with pytest.raises(ValueError, match="frozen copy, or LoRA"), HELPER.as_reference(None):
         pass
-
-
-def test_the_reference_of_an_untrained_policy_has_no_kl() -> None:
-    model = make_lm()
-    packed = pack(model, PROMPTS, ANSWERS)
-    with model.as_reference(model.frozen_copy()) as reference:
-        ref_logp = completion_logp(reference, packed, temperature=0.8)
-    config = TrainConfig(beta=1.0, temperature=0.8)
-    result = tgrpo_loss(model, packed, torch.zeros(S), config, num_tokens=N, ref_logp=ref_logp)
-    assert result.kl.item() == 0.0
-    assert result.loss.item() == 0.0

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import run_lines, trainer
+from runs import Lab, run_lines
 
 from videor1.config import TrainConfig
-from videor1.demo.assets import Assets
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.training.rollout_log import token_strings
@@ -24,41 +21,33 @@ def ids_of(text: str) -> list[int]:
     return tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_character_of_several_tokens_belongs_to_its_last() -> None:
-    assert token_strings(tokenizer(), ids_of("é")) == ["", "é"]
-    assert token_strings(tokenizer(), ids_of("h😀<answer>")) == ["h", "", "", "", "😀", "<answer>"]
-
-
-def test_bytes_that_are_no_character_stay_where_they_are() -> None:
+def test_token_strings() -> None:
+    """A character of several tokens belongs to its last; bytes that are no character stay where they are; special
+    tokens are written out."""
     (first, *_), (x,) = ids_of("😀"), ids_of("x")
-    assert token_strings(tokenizer(), [first, x]) == ["�", "x"]
-    assert token_strings(tokenizer(), [x, first]) == ["x", "�"]
-    assert token_strings(tokenizer(), []) == []
+    expected = [
+        (ids_of("é"), ["", "é"]),
+        (ids_of("h😀<answer>"), ["h", "", "", "", "😀", "<answer>"]),
+        ([first, x], ["�", "x"]),
+        ([x, first], ["x", "�"]),
+        ([], []),
+        (ids_of("B<|im_end|>"), ["B", "<|im_end|>"]),
+    ]
+    assert [token_strings(tokenizer(), ids) for ids, _ in expected] == [strings for _, strings in expected]
 
 
-def test_special_tokens_are_written_out() -> None:
-    assert token_strings(tokenizer(), ids_of("B<|im_end|>")) == ["B", "<|im_end|>"]
-
-
-@given(st.lists(st.integers(0, 10**6), max_size=24))
-def test_end_to_end_they_are_the_text_whatever_the_tokens(numbers: list[int]) -> None:
-    ids = [number % len(tokenizer()) for number in numbers]
+@given(st.lists(st.integers(0, 10**6), max_size=24) | st.text(max_size=30))
+def test_end_to_end_they_are_the_text_whatever_the_tokens(given_ids: list[int] | str) -> None:
+    ids = ids_of(given_ids) if isinstance(given_ids, str) else [number % len(tokenizer()) for number in given_ids]
     strings = token_strings(tokenizer(), ids)
     assert len(strings) == len(ids)
     assert "".join(strings) == tokenizer().decode(ids)
 
 
-@given(st.text(max_size=30))
-def test_any_text_comes_back(text: str) -> None:
-    ids = ids_of(text)
-    assert "".join(token_strings(tokenizer(), ids)) == tokenizer().decode(ids)
-
-
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_first_prompts_of_each_step_have_their_tokens(count: int, assets: Assets, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "log_tokens": count}
-    trainer(assets, tmp_path, **options).train()
-    rows = run_lines(tmp_path, "rollouts.jsonl")
+def test_the_first_prompts_of_each_step_have_their_tokens(count: int, lab: Lab) -> None:
+    lab.make(max_steps=2, per_device_train_batch_size=2, log_tokens=count).train()
+    rows = run_lines(lab.folder, "rollouts.jsonl")
     assert [("tokens" in row, "logps" in row) for row in rows] == [(i % 2 < count,) * 2 for i in range(4)]
     for row in rows:
         assert row["data_type"] == ("image" if row["permutation"] is None else "video")

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from batches import Opened, cut_unequally, gradients
-from runs import metrics, run_lines, same_weights, trainer, weights
+from batches import cut_unequally, gradients, groups_of, opened
+from runs import Lab, run_lines, same_weights, weights
 from tiny import GRADIENT_ROUNDING
 from torch import Tensor
 
-import videor1.training
 import videor1.training.tgrpo
-from videor1.demo.assets import Assets
 from videor1.rewards import load_reward
 from videor1.rewards.advantages import score_groups
-from videor1.training.passes import pack
+from videor1.training.passes import pack, tgrpo_loss
 from videor1.training.rows import loss_weight, training_rows
 from videor1.types import Group
 
 # Four prompts whose advantages have both signs, summed up in parts: each part may be as large as the whole.
 CUT = 4 * GRADIENT_ROUNDING
+OPTIONS = {"num_generations": 3, "max_completion_length": 16, "max_steps": 20, "beta": 0}
 
 
 def longest(groups: list[Group], completions: int) -> int:
@@ -32,7 +31,7 @@ def longest(groups: list[Group], completions: int) -> int:
     return prompt + completions * max(len(c.token_ids) for g in groups for c in g.ordered)
 
 
-def same_gradient(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_same_gradient(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     scale = max(float(g.abs().max()) for g in one.values())
     assert scale > 1e-3
@@ -40,105 +39,85 @@ def same_gradient(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(other[name], gradient, rtol=0, atol=CUT * scale)
 
 
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_gradients_do_not_depend_on_the_micro_batches(
-    loss_type: str, importance: str, assets: Assets, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "level"),
+    [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "sequence"), ("dapo", "token"), ("dapo", "sequence")],
+)
+def test_gradients_do_not_depend_on_the_micro_batches(loss_type: str, level: str, lab: Lab) -> None:
     """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved.
     And in rows under a bound, which the groups of one micro-batch share or which cuts them."""
-    run = trainer(
-        assets,
-        tmp_path,
-        loss_type=loss_type,
-        importance_level=importance,
-        num_generations=3,
-        beta=0.2,
-        max_completion_length=16,
-        max_steps=20,
-    )
+    run = lab.make(**OPTIONS | {"loss_type": loss_type, "importance_level": level, "beta": 0.2})
     with torch.no_grad():
         assert run.frozen is not None
         for parameter in run.frozen.hf.parameters():
             parameter.mul_(1.05)
-    with Opened(run):
-        prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0].groups)
+    with opened(run, 4) as prompts:
+        groups = cut_unequally(groups_of(run, prompts))
         assert (score_groups(groups, run.config).result.advantages != 0).any(1).sum() >= 3
         whole = gradients(run, prompts, groups, 4)
         assert whole.keys() == run.model.trainable().keys()
         for batch, bound in ((2, None), (1, None), (4, 10**6), (4, longest(groups, 4)), (2, longest(groups, 1))):
-            same_gradient(whole, gradients(run, prompts, groups, batch, bound))
+            assert_same_gradient(whole, gradients(run, prompts, groups, batch, bound))
 
 
-def test_bnpo_is_the_mean_of_its_micro_batches(assets: Assets, tmp_path: Path) -> None:
+def test_bnpo_is_the_mean_of_its_micro_batches(lab: Lab) -> None:
     """bnpo divides by the tokens of each micro-batch: cutting the batch differently is another loss."""
-    run = trainer(assets, tmp_path, loss_type="bnpo", num_generations=3, max_completion_length=16, max_steps=20, beta=0)
-    with Opened(run):
-        prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0].groups)
+    run = lab.make(loss_type="bnpo", **OPTIONS)
+    with opened(run, 4) as prompts:
+        groups = cut_unequally(groups_of(run, prompts))
         single = gradients(run, prompts, groups, 1)
-        same_gradient(single, gradients(run, prompts, groups, 1, longest(groups, 1)))
-        scored = score_groups(groups, run.config)
-        expected = {name: torch.zeros_like(p) for name, p in run.model.trainable().items()}
-        for i, group in enumerate(groups):
-            advantages = scored.result.advantages[i]
+        assert_same_gradient(single, gradients(run, prompts, groups, 1, longest(groups, 1)))
+        losses = []
+        for group, advantages in zip(groups, score_groups(groups, run.config).result.advantages, strict=True):
             row = pack(run.model, [group.prompt], [[c.token_ids for c in group.ordered]])
-            result = videor1.training.tgrpo.tgrpo_loss(run.model, row, advantages, run.config, num_tokens=1)
-            for name, gradient in zip(
-                expected, torch.autograd.grad(result.loss / 4, run.model.trainable().values()), strict=True
-            ):
-                expected[name] += gradient
-    scale = max(float(g.abs().max()) for g in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(single[name], gradient, rtol=0, atol=CUT * scale)
+            losses.append(tgrpo_loss(run.model, row, advantages, run.config, num_tokens=1).loss / 4)
+        expected = torch.autograd.grad(sum(losses), run.model.trainable().values())
+    assert_same_gradient(dict(zip(run.model.trainable(), expected, strict=True)), single)
 
 
-def test_rows_under_a_bound_hold_every_answer_once(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, num_generations=4, max_completion_length=16, per_device_train_batch_size=3)
-    with Opened(run):
-        groups = cut_unequally(run.rollout(run.source.take(5))[0].groups)
+def test_rows_under_a_bound_hold_every_answer_once(lab: Lab) -> None:
+    run = lab.make(num_generations=4, max_completion_length=16, per_device_train_batch_size=3)
+    with opened(run, 5) as prompts:
+        groups = cut_unequally(groups_of(run, prompts))
         scored = score_groups(groups, run.config)
         answers = [c.token_ids.tolist() for g in groups for c in g.ordered]
         for bound in (longest(groups, 1), longest(groups, 2), 10**6, None):
             run.config.max_tokens_per_row = bound
             rows, left_out = training_rows(run.model, groups, scored, run.config)
             assert left_out == 0
-            found: dict[int, list[int]] = {}
+            found: list[tuple[int, list[int]]] = []
             for row in rows:
                 layout = row.packed.layout
                 assert bound is None or layout.total_tokens <= bound
                 assert [p.draw for p in row.packed.prompts] == [groups[i].prompt.draw for i in row.groups]
-                lengths = [n for group in layout.completion_lengths for n in group]
-                for place, own in zip(row.completions.tolist(), row.packed.labels.split(lengths), strict=True):
-                    assert place not in found
-                    found[place] = own.tolist()
+                own = row.packed.labels.split([n for group in layout.completion_lengths for n in group])
+                found += zip(row.completions.tolist(), [ids.tolist() for ids in own], strict=True)
                 assert len({i // 3 for i in row.groups}) == 1  # rows do not join micro-batches
-            assert [found[i] for i in range(len(answers))] == answers
+            assert sorted(found) == list(enumerate(answers))
             assert sum(row.weight for row in rows) == pytest.approx(1)
             assert len(rows) == 2 if bound in (None, 10**6) else len(rows) > 2
 
 
+def with_every_group(model: Any, groups: Any, scored: Any, config: Any, totals: Any) -> Any:
+    return training_rows(model, groups, scored, dataclasses.replace(config, beta=1.0), totals)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_groups_with_nothing_to_learn_are_left_out_exactly(
-    loss_type: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss_type: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trainer(
-        assets, tmp_path, loss_type=loss_type, num_generations=3, max_completion_length=16, max_steps=20, beta=0
-    )
-    with Opened(run):
-        prompts = run.source.take(4)
-        groups = cut_unequally(run.rollout(prompts)[0].groups)
+    run = lab.make(loss_type=loss_type, **OPTIONS)
+    with opened(run, 4) as prompts:
+        groups = cut_unequally(groups_of(run, prompts))
         for i in (0, 2):  # equal answers earn equal rewards
             groups[i] = dataclasses.replace(groups[i], ordered=(groups[i].ordered[0],) * 3)
         assert (score_groups(groups, run.config).result.advantages != 0).any(1).tolist() == [False, True, False, True]
         for batch in (4, 2, 1):
+            left_out = gradients(run, prompts, groups, batch)
             with monkeypatch.context() as patch:
-                left_out = gradients(run, prompts, groups, batch)
-                patch.setattr(videor1.training.tgrpo, "training_rows", _with_every_group)
-                kept = gradients(run, prompts, groups, batch)
-            same_gradient(kept, left_out)
-    rows = metrics(tmp_path)
+                patch.setattr(videor1.training.tgrpo, "training_rows", with_every_group)
+                assert_same_gradient(gradients(run, prompts, groups, batch), left_out)
+    rows = lab.rows()
     assert [row["pass/groups_left_out"] for row in rows] == [2, 0] * 3
     assert [row["pass/rows"] for row in rows] == [1, 1, 2, 2, 2, 4]
     for out, every in zip(rows[::2], rows[1::2], strict=True):
@@ -147,65 +126,53 @@ def test_groups_with_nothing_to_learn_are_left_out_exactly(
         assert out["completions/mean_length"] == every["completions/mean_length"]
 
 
-def _with_every_group(model: Any, groups: Any, scored: Any, config: Any, totals: Any) -> Any:
-    return training_rows(model, groups, scored, dataclasses.replace(config, beta=1.0), totals)
+def test_with_a_kl_term_no_group_is_left_out(lab: Lab) -> None:
+    lab.make(max_steps=2, reward__functions="toy_rewards:nothing", beta=0.1).train()
+    assert [row["pass/groups_left_out"] for row in lab.rows()] == [0, 0]
 
 
-def test_with_a_kl_term_no_group_is_left_out(assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path, max_steps=2, reward__functions="toy_rewards:nothing", beta=0.1).train()
-    assert [row["pass/groups_left_out"] for row in metrics(tmp_path)] == [0, 0]
-
-
-def _only_at_first() -> Any:
-    calls: list[int] = []
-
-    def reward(completions: list[str], samples: Any) -> list[float]:
-        calls.append(len(completions))
-        return [float(i) if len(calls) == 1 else 0.0 for i in range(len(completions))]
-
-    return reward
-
-
-def test_batches_with_nothing_to_learn_are_steps_all_the_same(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_with_nothing_to_learn_are_steps_all_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Momentum and weight decay go on as they do on a gradient of 0; the figures that no pass has made are null."""
-    options: dict[str, Any] = {"max_steps": 4, "beta": 0, "num_generations": 3, "weight_decay": 0.5}
+    options = OPTIONS | {"max_steps": 3, "weight_decay": 0.5, "reward__functions": "toy_rewards:nothing"}
     finals = []
     for name in ("left out", "kept"):
-        monkeypatch.setattr("toy_rewards.nothing", _only_at_first())
+        calls = itertools.count()
+
+        def only_at_first(completions: list[str], samples: Any, calls: Any = calls) -> list[float]:
+            first = next(calls) == 0
+            return [float(i * first) for i in range(len(completions))]
+
+        monkeypatch.setattr("toy_rewards.nothing", only_at_first)
         load_reward.cache_clear()
         if name == "kept":
-            monkeypatch.setattr(videor1.training.tgrpo, "training_rows", _with_every_group)
-        run = trainer(assets, tmp_path / name, reward__functions="toy_rewards:nothing", **options)
-        finals.append(weights(run.train()))
+            monkeypatch.setattr(videor1.training.tgrpo, "training_rows", with_every_group)
+        finals.append(weights(lab.make(name, **options).train()))
     load_reward.cache_clear()
     assert same_weights(*finals)
-    rows = metrics(tmp_path / "left out")
-    assert [row["pass/groups_left_out"] for row in rows] == [0, 1, 1, 1]
-    assert [row["pass/rows"] for row in rows] == [1, 0, 0, 0]
-    assert [row["grad_norm"] == 0 for row in rows] == [False, True, True, True]
-    text = (tmp_path / "left out" / "metrics.jsonl").read_text().splitlines()[-1]
+    rows = lab.rows("left out")
+    assert [row["pass/groups_left_out"] for row in rows] == [0, 1, 1]
+    assert [row["pass/rows"] for row in rows] == [1, 0, 0]
+    assert [row["grad_norm"] == 0 for row in rows] == [False, True, True]
+    text = (lab.folder / "left out" / "metrics.jsonl").read_text().splitlines()[-1]
     assert '"entropy": null' in text
     assert "NaN" not in text
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_skipped(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, max_steps=2)
-    with Opened(run):
-        lengths = sorted({len(p.input_ids) for p in run.source.take(8)})
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_skipped(lab: Lab) -> None:
+    with opened(lab.make("run"), 8) as prompts:
+        lengths = sorted({len(p.input_ids) for p in prompts})
     assert len(lengths) > 1
     bound = lengths[0] + 8
-    trainer(assets, tmp_path / "bounded", max_steps=3, max_tokens_per_row=bound).train()
-    skipped = run_lines(tmp_path / "bounded", "skipped.jsonl")
+    lab.make("bounded", max_steps=3, max_tokens_per_row=bound).train()
+    skipped = run_lines(lab.folder / "bounded", "skipped.jsonl")
     assert {line["kind"] for line in skipped} == {"too_long"}
     assert str(bound - 8) in skipped[0]["message"]
-    assert metrics(tmp_path / "bounded")[-1]["data/skipped/too_long"] == len(skipped)
-    assert all(row["pass/tokens"] <= bound * row["pass/rows"] for row in metrics(tmp_path / "bounded"))
+    rows = lab.rows("bounded")
+    assert rows[-1]["data/skipped/too_long"] == len(skipped)
+    assert all(row["pass/tokens"] <= bound * row["pass/rows"] for row in rows)
 
 
 def test_weights() -> None:
-    for loss_type in ("grpo", "dr_grpo"):
-        assert loss_weight(loss_type, completions=0.25, tokens=0.5, micro_batches=3) == 0.25
-    assert loss_weight("bnpo", completions=0.25, tokens=0.5, micro_batches=4) == 0.125
-    assert loss_weight("dapo", completions=0.25, tokens=0.5, micro_batches=4) == 1.0
+    shares = {"completions": 0.25, "tokens": 0.5, "micro_batches": 4}
+    expected = {"grpo": 0.25, "dr_grpo": 0.25, "bnpo": 0.125, "dapo": 1.0}
+    assert {loss_type: loss_weight(loss_type, **shares) for loss_type in expected} == expected

@@ -1,75 +1,33 @@
-"""SFT: loss on the answers alone, packing that changes nothing, and a cold start that knows when to stop."""
+"""SFT: packing that changes nothing, and a cold start that knows when to stop. Its loss is in test_passes.py."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from runs import entries, last_metrics, metrics, same_weights, sft_flags, sft_trainer, weights, write_data
-from test_checkpoint import load_plain
-from test_tgrpo import Opened
+from batches import opened
+from runs import Lab, entries, last_metrics, same_weights, sft_flags, weights, write_data
 
 import videor1.training.sft
 from videor1.config.cli import run_main
-from videor1.demo.assets import Assets
 from videor1.errors import ConfigError, DataError
 from videor1.sft import main
 from videor1.training.checkpoint import checkpoints
-from videor1.training.passes import Packed, pack, sft_loss
-from videor1.training.sft import Example, SFTTrainer
-from videor1.video.patches import normalize_patches
+from videor1.training.passes import Packed, pack
 
 
-@pytest.fixture(scope="module")
-def examples(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> tuple[SFTTrainer, list[Example]]:
-    folder = tmp_path_factory.mktemp("sft")
-    run = sft_trainer(assets, folder, data__shuffle=False, max_steps=1, model__positions="transformers")
-    with Opened(run):  # type: ignore[arg-type]
-        return run, run.source.take(6)
-
-
-def test_examples_end_with_the_answer(assets: Assets, examples: tuple[SFTTrainer, list[Example]]) -> None:
-    run, found = examples
-    for example, entry in zip(found, entries(assets.sft), strict=True):
+def test_examples_end_with_the_answer(lab: Lab) -> None:
+    run = lab.sft(data__shuffle=False, max_steps=1)
+    with opened(run, 6) as examples:
         tokenizer = run.model.tokenizer
-        assert tokenizer.decode(example.answer) == f"{entry['process']}\n{entry['solution']}<|im_end|>"
-        assert example.answer[-1] == run.model.special.eos
-        assert tokenizer.decode(example.prompt.input_ids).endswith("<|im_start|>assistant\n")
-        assert len(example) == len(example.prompt.input_ids) + len(example.answer)
+        for example, entry in zip(examples, entries(lab.assets.sft), strict=True):
+            assert tokenizer.decode(example.answer) == f"{entry['process']}\n{entry['solution']}<|im_end|>"
+            assert example.answer[-1] == run.model.special.eos
+            assert tokenizer.decode(example.prompt.input_ids).endswith("<|im_start|>assistant\n")
+            assert len(example) == len(example.prompt.input_ids) + len(example.answer)
 
 
-def test_loss_equals_transformers_own(assets: Assets, examples: tuple[SFTTrainer, list[Example]]) -> None:
-    """Labels of -100 but for the answer, one sample at a time, tokens weighed alike."""
-    run, found = examples
-    plain = load_plain(assets.model)
-    total, count = 0.0, 0
-    for example in found:
-        media, ids = example.prompt.media, torch.cat([example.prompt.input_ids, example.answer])[None]
-        assert media is not None
-        labels = ids.clone()
-        labels[:, : len(example.prompt.input_ids)] = -100
-        kinds = torch.zeros_like(ids)
-        kinds[ids == run.model.special.image_pad] = 1
-        kinds[ids == run.model.special.video_pad] = 2
-        name = "pixel_values" if media.kind == "image" else "pixel_values_videos"
-        inputs = {name: normalize_patches(media.patches, torch.float32)}
-        inputs[f"{media.kind}_grid_thw"] = torch.tensor([media.grid_thw])
-        if media.kind == "video":
-            inputs["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
-        with torch.no_grad():
-            mask = torch.ones_like(ids)
-            loss = plain(input_ids=ids, labels=labels, attention_mask=mask, mm_token_type_ids=kinds, **inputs).loss
-        total += float(loss) * len(example.answer)
-        count += len(example.answer)
-    packed = pack(run.model, [e.prompt for e in found], [[e.answer] for e in found])
-    assert sft_loss(run.model, packed, count).item() == pytest.approx(total / count, rel=1e-5)
-
-
-def test_packing_and_accumulation_do_not_change_the_update(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_and_accumulation_do_not_change_the_update(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of four samples, rows under a bound, and four accumulated batches: the same step up to rounding."""
     rows: list[tuple[int, int]] = []  # (prompts, tokens) of each
 
@@ -85,65 +43,56 @@ def test_packing_and_accumulation_do_not_change_the_update(
         "bounded": {"per_device_train_batch_size": 4, "max_length": 200},
         "accumulated": {"gradient_accumulation_steps": 4},
     }
-    finals = {name: sft_trainer(assets, tmp_path / name, **options, **more).train() for name, more in variants.items()}
+    finals = {name: lab.sft(name, **options, **more).train() for name, more in variants.items()}
     whole, cut = rows[:2], rows[2:-8]
     assert [prompts for prompts, _ in whole + rows[-8:]] == [4, 4] + 8 * [1]
     assert sum(prompts for prompts, _ in cut) == 8
     assert max(tokens for _, tokens in cut) <= 200 < min(tokens for _, tokens in whole)
-    losses = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in variants}
-    norms = {name: [row["grad_norm"] for row in metrics(tmp_path / name)] for name in variants}
+    expected = lab.rows("packed")
     for name in ("bounded", "accumulated"):
-        assert losses[name] == pytest.approx(losses["packed"], rel=1e-5)
-        assert norms[name] == pytest.approx(norms["packed"], rel=1e-4)
-    assert not same_weights(weights(finals["packed"]), weights(assets.model))
+        for row, packed in zip(lab.rows(name), expected, strict=True):
+            assert row["loss"] == pytest.approx(packed["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(packed["grad_norm"], rel=1e-4)
+    assert not same_weights(weights(finals["packed"]), weights(lab.assets.model))
 
 
-def test_it_learns_and_stops_at_the_accuracy(assets: Assets, tmp_path: Path, capsys) -> None:
+def test_it_learns_and_stops_at_the_accuracy(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     """Few samples that are also the held-out ones: learnt by heart well before the last step."""
-    found = entries(assets.sft)[:2]
-    data = write_data(tmp_path / "two.json", found)
-    options = {"dataset_name": data, "data__eval_path": data, "data__root": "/"}
-    options |= {"eval_steps": 10, "stop_at_accuracy": 0.9, "max_steps": 200}
-    run = sft_trainer(
-        assets,
-        tmp_path / "run",
-        **options,
-        per_device_train_batch_size=2,
-        learning_rate=3e-3,
-        logging_steps=7,
-        max_completion_length=32,
-        lr_scheduler_type="constant",
-    )
+    data = write_data(lab.folder / "two.json", entries(lab.assets.sft)[:2])
+    options = {"dataset_name": data, "data__eval_path": data, "data__root": "/", "eval_steps": 10, "save_steps": 10}
+    options |= {"stop_at_accuracy": 0.9, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 7}
+    options |= {"max_steps": 200, "max_completion_length": 32, "lr_scheduler_type": "constant"}
+    run = lab.sft("run", **options)
     assert run.title() == "sft until accuracy 0.9"
     final = run.train()
     assert f"sft until accuracy 0.9: reached at step {run.step}, {run.accuracy:.3f}" in capsys.readouterr().err
     assert run.accuracy >= 0.9
     assert run.step < 200
     assert run.step % 10 == 0
-    assert checkpoints(tmp_path / "run") == [(run.step, final)]
-    rows = metrics(tmp_path / "run")
+    assert checkpoints(lab.folder / "run")[-1] == (run.step, final)
+    rows = lab.rows("run")
     assert [row for row in rows if "eval/ordered" in row][-1]["eval/ordered"] == run.accuracy
-    assert last_metrics(tmp_path / "run")["step"] == run.step  # the steps since the last full line too
-    assert last_metrics(tmp_path / "run")["loss"] < rows[0]["loss"] - 1
+    assert last_metrics(lab.folder / "run")["step"] == run.step  # the steps since the last full line too
+    assert last_metrics(lab.folder / "run")["loss"] < rows[0]["loss"] - 1
     # A finished run that is asked to go on sees that it is finished.
-    assert sft_trainer(assets, tmp_path / "run", **options, resume="auto").train() == final
-    assert metrics(tmp_path / "run") == rows
+    assert lab.sft("run", **options, resume="auto").train() == final
+    assert lab.rows("run") == rows
 
 
-def test_entries_without_a_thought_are_no_sft_data(assets: Assets, tmp_path: Path) -> None:
-    found = [{k: v for k, v in entry.items() if k != "process"} for entry in entries(assets.sft)]
-    data = write_data(tmp_path / "data.json", found)
+def test_entries_without_a_thought_are_no_sft_data(lab: Lab) -> None:
+    found = [{k: v for k, v in entry.items() if k != "process"} for entry in entries(lab.assets.sft)]
+    data = write_data(lab.folder / "data.json", found)
     with pytest.raises(DataError, match="missing field 'process'"):
-        sft_trainer(assets, tmp_path / "run", dataset_name=data, data__root="/")
+        lab.sft("run", dataset_name=data, data__root="/")
     with pytest.raises(ConfigError, match=r"stop_at_accuracy: needs data.eval_path"):
-        sft_trainer(assets, tmp_path / "run", stop_at_accuracy=0.5)
+        lab.sft("run", stop_at_accuracy=0.5)
 
 
-def test_the_command_says_what_comes_next(assets: Assets, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_main(main, sft_flags(assets, tmp_path, max_steps=1)) == 0
-    final = tmp_path / "checkpoints" / "step-1"
+def test_the_command_says_what_comes_next(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, sft_flags(lab.assets, lab.folder, max_steps=1)) == 0
+    final = lab.folder / "checkpoints" / "step-1"
     shown = capfd.readouterr().out
     assert f"Saved {final}. Next: python -m videor1.train --model_name_or_path {final}" in shown
-    assert f"Report: {tmp_path / 'report.html'}" in shown
-    assert (tmp_path / "report.html").exists()
-    assert not list(Path(tmp_path).glob("rollouts.jsonl"))
+    assert f"Report: {lab.folder / 'report.html'}" in shown
+    assert (lab.folder / "report.html").exists()
+    assert not list(lab.folder.glob("rollouts.jsonl"))

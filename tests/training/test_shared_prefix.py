@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import metrics, trainer, weights
-from tiny import GRADIENT_ROUNDING, LOG_PROB_TERMS, PROMPTS, log_prob_rounding, make_lm, make_model, make_tokenizer
+from runs import metrics, trainer
+from tiny import GRADIENT_ROUNDING, LOG_PROB_TERMS, PROMPTS, log_prob_rounding, make_lm
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
-import videor1.training
 import videor1.training.tgrpo
 from benchmarks.repeated_rows import RepeatedRows, make_batch
 from benchmarks.step_inputs import COMPARED_RULE
@@ -33,7 +31,6 @@ LAYOUTS = {
     "text only": (("text", "text"), ([4, 2], [3])),
     "a group of eight": (("video",), ([11, 3, 5, 9, 1, 8, 7, 2],)),
 }
-VARIANTS = [("all", "row"), ("completions", "row"), ("all", "prompt"), ("completions", "prompt")]
 TEMPERATURE = 2.0
 
 
@@ -52,22 +49,33 @@ def gradients(model: VideoLM, loss: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(
-    got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, scale: dict[str, Tensor] | None = None
+    got: dict[str, Tensor], want: dict[str, Tensor], scale: dict[str, Tensor] | None = None
 ) -> None:
-    """||a - b|| <= tolerance ||c|| for each parameter by itself; c, if not b, is what the terms of b cancel from."""
+    """For each parameter by itself; relative to ``scale`` where that is what its terms cancel from."""
     assert got.keys() == want.keys()
     for name, gradient in want.items():
         size = max(float(gradient.norm()), 0.0 if scale is None else float(scale[name].norm()))
         assert float(gradient.norm()) > 0, name
-        assert float((got[name] - gradient).norm()) <= tolerance * size, name
+        assert float((got[name] - gradient).norm()) <= GRADIENT_ROUNDING * size, name
 
 
-def factors(packed: Packed) -> Tensor:
-    return torch.randn(len(packed.labels), generator=torch.Generator().manual_seed(1))
+def assert_same_logp(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    assert float((got - want).detach().abs().max()) <= log_prob_rounding(want)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+def assert_same_loss(got: GrpoLoss, want: GrpoLoss, advantage: float) -> None:
+    """A ratio errs by its log-prob's error relative to itself, and is weighed by its advantage."""
+    assert_same_logp(got.logp, want.logp)
+    bound = log_prob_rounding(want.logp)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=bound * advantage)
+    assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
+    assert got.clip_fraction.item() == want.clip_fraction.item()
+
+
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"), [*((layout, False) for layout in LAYOUTS), ("mixed groups", True), ("text only", True)]
+)
 def test_log_probs_and_gradients_equal_repeated_rows(layout: str, checkpointing: bool) -> None:
     model = make_lm(position_rule="transformers")
     if checkpointing:
@@ -76,41 +84,20 @@ def test_log_probs_and_gradients_equal_repeated_rows(layout: str, checkpointing:
     packed = packed_row(model, layout)
     want = RepeatedRows(model).logp(packed, temperature=TEMPERATURE)
     got = completion_logp(model, packed, temperature=TEMPERATURE)
-    assert got.shape == want.shape == packed.labels.shape
-    assert float((got - want).detach().abs().max()) <= log_prob_rounding(want)
-    theirs, ours = (gradients(model, (logp * factors(packed)).sum()) for logp in (want, got))
-    everything = {name for name, _ in model.hf.named_parameters() if layout != "text only" or "visual" not in name}
-    assert theirs.keys() == everything
-    assert_same_gradients(ours, theirs, GRADIENT_ROUNDING)
+    assert_same_logp(got, want)
+    factors = torch.randn(len(packed.labels), generator=torch.Generator().manual_seed(1))
+    theirs, ours = (gradients(model, (logp * factors).sum()) for logp in (want, got))
+    assert theirs.keys() == {n for n, _ in model.hf.named_parameters() if layout != "text only" or "visual" not in n}
+    assert_same_gradients(ours, theirs)
 
 
-@pytest.mark.usefixtures("norms_in_fp64")
-def test_in_fp64_nothing_is_left_of_the_differences() -> None:
-    hf = make_model().double()
-    model = VideoLM(hf, make_tokenizer(), position_rule="transformers")
-    packed = packed_row(model, "mixed groups")
-    want, got = RepeatedRows(model).logp(packed), completion_logp(model, packed)
-    assert got.dtype == want.dtype == torch.float64
-    assert float((got - want).detach().abs().max()) <= rounding(LOG_PROB_TERMS, 10.0, torch.float64)  # 2e-13
-    theirs, ours = (gradients(model, (logp * factors(packed)).sum()) for logp in (want, got))
-    assert_same_gradients(ours, theirs, 1e-7)  # transformers' tower turns its rotary positions in fp32
-
-
-@pytest.fixture
-def norms_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers takes them in fp32 whatever the weights are."""
-
-    def forward(self: Qwen2_5_VLRMSNorm, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-
-    monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", forward)
-
-
-@pytest.mark.parametrize(("head", "tower"), VARIANTS)
+@pytest.mark.parametrize("tower", ["row", "prompt"])
+@pytest.mark.parametrize("head", ["all", "completions"])
 def test_losses_equal_those_of_every_variant_of_repeated_rows(head: Any, tower: Any) -> None:
-    """Off policy, clipped and with a KL term: value, gradients, and what is reported beside them."""
+    """Off policy, clipped and with a KL term: value, gradients, and what is reported beside them. And each variant
+    computes what it says."""
     model = make_lm(position_rule="transformers")
-    packed = packed_row(model, "mixed groups")
+    packed = packed_row(model, "mixed groups")  # 3 videos' rows, 2 images', 3 of text
     config = TrainConfig(beta=0.1, clip_low=0.02, clip_high=0.03, temperature=TEMPERATURE, loss_type="dapo")
     with torch.no_grad():
         logp = completion_logp(model, packed, temperature=TEMPERATURE)
@@ -119,29 +106,12 @@ def test_losses_equal_those_of_every_variant_of_repeated_rows(head: Any, tower: 
     given = {"old_logp": logp + noise[0], "ref_logp": logp + noise[1], "num_tokens": 3 * len(logp)}
     advantages = torch.randn(len(packed.layout.cu_completions) - 1, generator=generator)
 
-    want = RepeatedRows(model, head=head, tower=tower).loss(packed, advantages, config, **given)
-    got = tgrpo_loss(model, packed, advantages, config, **given)
-    theirs, ours = gradients(model, want.loss), gradients(model, got.loss)
-    bound = log_prob_rounding(want.logp)
-    # A ratio errs by its log-prob's error relative to itself, and is weighed by its advantage.
-    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=bound * float(advantages.abs().max()))
-    assert float((got.logp - want.logp).abs().max()) <= bound
-    assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
-    assert 0 < got.clip_fraction.item() == want.clip_fraction.item()
-    alike = RepeatedRows(model, head=head, tower=tower).loss(packed, advantages.abs(), config, **given)
-    assert_same_gradients(ours, theirs, GRADIENT_ROUNDING, gradients(model, alike.loss))
-
-
-@pytest.mark.parametrize(("head", "tower"), VARIANTS)
-def test_repeated_rows_compute_what_their_variant_says(head: Any, tower: Any) -> None:
-    model = make_lm(position_rule="transformers")
-    packed = packed_row(model, "mixed groups")  # 3 videos' rows, 2 images', 3 of text
     rows = RepeatedRows(model, head=head, tower=tower)
     patches, at_head = [], []
     for visual in (rows.hf.model.visual, model.visual):
         visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
     rows.hf.lm_head.register_forward_pre_hook(lambda _, args: at_head.append(args[0].shape[:-1].numel()))
-    rows.logp(packed)
+    want = rows.loss(packed, advantages, config, **given)
     video, image = (3 * 4 * 8, 1 * 8 * 4)
     assert sum(patches) == (3 * video + 2 * image if tower == "row" else video + image)
     batch = make_batch(model, packed)
@@ -149,122 +119,83 @@ def test_repeated_rows_compute_what_their_variant_says(head: Any, tower: Any) ->
     assert batch.ids.shape == (8, longest)
     assert at_head == [8 * longest if head == "all" else len(packed.labels)]
 
+    got = tgrpo_loss(model, packed, advantages, config, **given)
+    theirs, ours = gradients(model, want.loss), gradients(model, got.loss)
+    assert_same_loss(got, want, float(advantages.abs().max()))
+    assert got.clip_fraction.item() > 0
+    alike = rows.loss(packed, advantages.abs(), config, **given)
+    assert_same_gradients(ours, theirs, gradients(model, alike.loss))
 
-def test_repeated_rows_leave_the_model_as_it_is() -> None:
+
+def test_repeated_rows_share_the_weights_and_have_the_adapters() -> None:
     model = make_lm(position_rule="transformers")
     packed = packed_row(model, "two videos")
     parameters, before = list(model.hf.parameters()), completion_logp(model, packed)
     rows = RepeatedRows(model)
     for hf in (rows.hf, model.hf):
         assert [id(p) for p in hf.parameters()] == [id(p) for p in parameters]
-    assert torch.equal(completion_logp(model, packed), before)
     rows.logp(packed)
     assert torch.equal(completion_logp(model, packed), before)
     with torch.no_grad():
         parameters[-1].mul_(1.5)  # one weight for both
-    got, want = rows.logp(packed), completion_logp(model, packed)
-    assert float((got - want).detach().abs().max()) <= log_prob_rounding(want)
+    assert_same_logp(rows.logp(packed), completion_logp(model, packed))
     assert not torch.allclose(rows.logp(packed), before, rtol=0, atol=1e-2)
 
-
-def test_repeated_rows_refuse_what_they_cannot_do() -> None:
-    with pytest.raises(ValueError, match="got 'some', 'row'"):
-        RepeatedRows(make_lm(), head="some")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected position_rule 'transformers', got 'paper'"):
-        RepeatedRows(make_lm())
-
-
-def test_repeated_rows_have_the_adapters() -> None:
-    model = make_lm(position_rule="transformers")
     model.add_lora(LoraConfig(rank=2), seed=0)
     for name, parameter in model.trainable().items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    packed, rows = packed_row(model, "two videos"), RepeatedRows(model)
+    rows = RepeatedRows(model)
     with torch.no_grad():
         adapted = rows.logp(packed)
-        assert float((adapted - completion_logp(model, packed)).abs().max()) <= log_prob_rounding(adapted)
+        assert_same_logp(completion_logp(model, packed), adapted)
         with rows.peft.disable_adapter():
             plain = rows.logp(packed)
         with model.as_reference(None) as reference:
-            assert float((plain - completion_logp(reference, packed)).abs().max()) <= log_prob_rounding(plain)
+            assert_same_logp(completion_logp(reference, packed), plain)
     assert not torch.allclose(plain, adapted, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="got 'some', 'row'"):
+        RepeatedRows(model, head="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected position_rule 'transformers', got 'paper'"):
+        RepeatedRows(make_lm())
 
 
-class Beside:
-    """Computes by repeated rows, from the weights of that moment, what a run computes by packed rows, and compares.
+def test_a_run_does_not_depend_on_sharing(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts of two updates each, videos and images, clipping and a KL term; beside each pass repeated rows with
+    whole logits and a tower pass per row, from the weights of that moment: two runs side by side would tell little,
+    since each step multiplies the rounding of the ones before it."""
+    clipped, kl = [], []
+    apart, norms = [], []  # over all parameters, of a step's difference and of its gradient
 
-    Two runs side by side would tell little: each step multiplies the rounding of the ones before it, by how much
-    depends on the weights, and on the machine."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.losses = self.references = 0
-        self.clipped: list[float] = []
-        self.kl: list[float] = []
-        self.apart: list[float] = []  # norms over all parameters, of a step's difference and of its gradient
-        self.norms: list[float] = []
-        patch.setattr(videor1.training.tgrpo, "tgrpo_loss", self.loss)
-        patch.setattr(videor1.training.tgrpo, "completion_logp", self.logp)
-
-    def loss(self, model: VideoLM, packed: Packed, advantages: Tensor, config: TrainConfig, **given: Any) -> GrpoLoss:
-        self.losses += 1
+    def loss(model: VideoLM, packed: Packed, advantages: Tensor, config: TrainConfig, **given: Any) -> GrpoLoss:
         got = tgrpo_loss(model, packed, advantages, config, **given)
         given.pop("features")  # the tower runs on every row
         want = RepeatedRows(model).loss(packed, advantages, config, **given)
-        bound = log_prob_rounding(want.logp)
-        assert float((got.logp - want.logp).abs().max()) <= bound
-        # A ratio errs by its log-prob's error relative to itself; advantages are about 1, and ratios.
-        assert got.loss.item() == pytest.approx(want.loss.item(), rel=0, abs=2 * bound)
-        assert got.kl.item() == pytest.approx(want.kl.item(), rel=0, abs=bound)
-        assert got.clip_fraction.item() == want.clip_fraction.item()
-        self.clipped.append(got.clip_fraction.item())
-        self.kl.append(got.kl.item())
+        assert_same_loss(got, want, 2.0)  # advantages are about 1, and ratios
+        clipped.append(got.clip_fraction.item())
+        kl.append(got.kl.item())
         parameters = list(model.trainable().values())
         ours, theirs = (torch.autograd.grad(x.loss, parameters, retain_graph=x is got) for x in (got, want))
-        self.apart.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))))
-        self.norms.append(math.sqrt(sum(float(b.square().sum()) for b in theirs)))
+        apart.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))))
+        norms.append(math.sqrt(sum(float(b.square().sum()) for b in theirs)))
         return got
 
-    def logp(self, model: VideoLM, packed: Packed, *, temperature: float, **given: Any) -> Tensor:
-        self.references += 1
+    def logp(model: VideoLM, packed: Packed, *, temperature: float, **given: Any) -> Tensor:
         got = completion_logp(model, packed, temperature=temperature, **given)
-        want = RepeatedRows(model).logp(packed, temperature=temperature)
-        assert float((got - want).abs().max()) <= log_prob_rounding(want)
+        assert_same_logp(got, RepeatedRows(model).logp(packed, temperature=temperature))
         return got
 
-
-def test_twenty_steps_of_the_demo_do_not_depend_on_sharing(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten rollouts of two updates each, videos and images, clipping and a KL term; beside each pass repeated rows,
-    whole logits and a tower pass per row, for the policy and for the reference."""
-    options: dict[str, Any] = {
-        "max_steps": 20,
-        "num_iterations": 2,
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "beta": 0.1,
-        "learning_rate": 3e-4,
-        "num_generations": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "weight_decay": 0.0,
-        "max_completion_length": 12,
-        "top_p": 1.0,
-        "model.positions": COMPARED_RULE,
-    }
-    beside = Beside(monkeypatch)
-    end = weights(trainer(assets, tmp_path / "run", **options).train())
-    assert beside.losses >= 20
-    assert beside.references >= 10
-    assert max(beside.clipped) > 0
-    assert all(abs(kl) > 1e-4 for kl in beside.kl[2:])
+    monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", loss)
+    monkeypatch.setattr(videor1.training.tgrpo, "completion_logp", logp)
+    options: dict[str, Any] = {"max_steps": 4, "num_iterations": 2, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.1}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 3}
+    options |= {"max_completion_length": 12, "weight_decay": 0.0, "top_p": 1.0, "model.positions": COMPARED_RULE}
+    trainer(assets, tmp_path, **options).train()
+    assert len(clipped) == 8
+    assert max(clipped) > 0
+    assert all(abs(value) > 1e-4 for value in kl[2:])
     # Against the largest gradient: in a step whose advantages cancel, what rounding leaves is that of steps like it.
-    assert max(beside.apart) <= GRADIENT_ROUNDING * max(beside.norms)
-    rows = metrics(tmp_path / "run")
-    assert len(rows) == 20
+    assert max(apart) <= GRADIENT_ROUNDING * max(norms)
     # What was sampled by the policy is what the policy says of it.
-    largest = max(row["sampling/sampling_logp_difference/max"] for row in rows[::2])
+    largest = max(row["sampling/sampling_logp_difference/max"] for row in metrics(tmp_path)[::2])
     assert largest <= rounding(LOG_PROB_TERMS, 10.0)
-    start = weights(assets.model)
-    assert math.sqrt(sum(float((end[name] - start[name]).square().sum()) for name in start)) > 0.1

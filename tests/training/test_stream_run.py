@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Killed, assert_same_run, entries, kill_at, metrics, run_lines, sft_trainer, trainer, write_data
+from runs import Lab, assert_same_run, entries, kill, run_lines, sft_trainer, trainer, write_data
 
-import videor1.data
 import videor1.data.shards
 import videor1.data.stream
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.training.checkpoint import checkpoints
 from videor1.training.loop import Loop
-from videor1.training.sft import SFTTrainer
-from videor1.training.tgrpo import Trainer
+
+OPTIONS = {"data__root": "/", "max_steps": 9, "save_steps": 2, "warmup_steps": 1}
 
 
 @pytest.fixture
@@ -35,71 +34,54 @@ def shards(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
     return folders
 
 
-def options(**more: Any) -> dict[str, Any]:
-    return {"data__root": "/", "max_steps": 9, "save_steps": 2, "warmup_steps": 1} | more
-
-
 @pytest.mark.parametrize("command", ["train", "sft"])
-def test_killed_then_resumed(
-    command: str, assets: Assets, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make, owner = (trainer, Trainer) if command == "train" else (sft_trainer, SFTTrainer)
-    chosen = options(dataset_name=shards[command])
-    make(assets, tmp_path / "whole", **chosen).train()
-    for call in (4, 4):
-        with monkeypatch.context() as patch:
-            kill_at(patch, owner if command == "sft" else Loop, "optimizer_step", call)
-            resume = {"resume": "auto"} if (tmp_path / "cut").exists() else {}
-            with pytest.raises(Killed):
-                make(assets, tmp_path / "cut", **chosen, **resume).train()
-    make(assets, tmp_path / "cut", **chosen, resume="auto").train()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    rows = metrics(tmp_path / "whole")
+def test_killed_then_resumed(command: str, lab: Lab, shards: dict[str, Path]) -> None:
+    def make(folder: str, **more: Any) -> Any:
+        maker = trainer if command == "train" else sft_trainer
+        return maker(lab.assets, lab.folder / folder, dataset_name=shards[command], **OPTIONS, **more)
+
+    make("whole").train()
+    kill(make("cut"), Loop, "optimizer_step", 4)
+    kill(make("cut", resume="auto"), Loop, "optimizer_step", 4)
+    make("cut", resume="auto").train()
+    assert_same_run(lab.folder / "cut", lab.folder / "whole")
+    rows = lab.rows("whole")
     assert rows[-1]["epoch"] > 0  # how many windows there are depends on the length of the temporary folder's name
     assert rows[-1]["data/draws"] == 9 + rows[-1]["data/skipped"]
     assert rows[-1]["data/skipped/solution"] >= 1
-    (skip, *_) = run_lines(tmp_path / "whole", "skipped.jsonl")
+    (skip, *_) = run_lines(lab.folder / "whole", "skipped.jsonl")
     assert (skip["kind"], skip["path"]) == ("solution", str(shards[command] / "0.jsonl"))
     assert "byte " in skip["message"]
-    state = json.loads((checkpoints(tmp_path / "cut")[-1][1] / "trainer" / "state.json").read_text())
+    state = json.loads((checkpoints(lab.folder / "cut")[-1][1] / "trainer" / "state.json").read_text())
     assert state["position"].keys() == {"draws", "epoch", "window", "row", "data"}
 
 
-def test_a_checkpoint_goes_with_its_data(assets: Assets, shards: dict[str, Path], tmp_path: Path) -> None:
-    chosen = options(dataset_name=shards["train"], max_steps=1)
-    trainer(assets, tmp_path / "run", **chosen).train()
-    with open(shards["train"] / "0.jsonl", "a") as file:
-        file.write("\n")
-    with pytest.raises(ConfigError, match="is not what the checkpoint's run read"):
-        trainer(assets, tmp_path / "run", **chosen | {"max_steps": 2}, resume="auto").train()
-    held = write_data(tmp_path / "list.json", entries(assets.train))
-    with pytest.raises(ConfigError, match="of a run that read its data as a stream"):
-        trainer(assets, tmp_path / "run", **chosen | {"dataset_name": held, "max_steps": 2}, resume="auto").train()
-
-
-def test_steps_follow_from_the_epochs_where_rows_are_counted(
-    assets: Assets, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = options(dataset_name=shards["train"], max_steps=-1, num_train_epochs=1.5, per_device_train_batch_size=4)
-    run = trainer(assets, tmp_path / "run", **chosen)
-    run.train()
-    assert run.total_steps == run.step == 3  # 8 rows
-    monkeypatch.setattr(videor1.data.stream, "COUNT_BYTES", 100)
-    with pytest.raises(
-        ConfigError, match=r"max_steps: needed, since num_train_epochs counts rows, and those of .*shards"
-    ):
-        trainer(assets, tmp_path / "other", **chosen)
-
-
-def test_large_row_groups_are_told_on_the_screen(
-    assets: Assets,
-    shards: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    run = trainer(assets, tmp_path / "run", **options(dataset_name=shards["train"], max_steps=1))
+def test_a_checkpoint_goes_with_its_data(lab: Lab, shards: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """And large row groups are told on the screen."""
+    options = OPTIONS | {"dataset_name": shards["train"], "max_steps": 1}
+    run = lab.make("run", **options)
     assert isinstance(run.dataset, videor1.data.stream.RowStream)
     run.dataset.large_blocks = "too large"
     run.train()
     assert "too large" in capfd.readouterr().err
+    options |= {"max_steps": 2, "resume": "auto"}
+    with open(shards["train"] / "0.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match="is not what the checkpoint's run read"):
+        lab.make("run", **options).train()
+    held = write_data(lab.folder / "list.json", entries(lab.assets.train))
+    with pytest.raises(ConfigError, match="of a run that read its data as a stream"):
+        lab.make("run", **options | {"dataset_name": held}).train()
+
+
+def test_steps_follow_from_the_epochs_where_rows_are_counted(
+    lab: Lab, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OPTIONS | {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 4}
+    run = lab.make("run", dataset_name=shards["train"], **options)
+    run.train()
+    assert run.total_steps == run.step == 3  # 8 rows
+    monkeypatch.setattr(videor1.data.stream, "COUNT_BYTES", 100)
+    needed = r"max_steps: needed, since num_train_epochs counts rows, and those of .*shards"
+    with pytest.raises(ConfigError, match=needed):
+        lab.make("other", dataset_name=shards["train"], **options)

@@ -1,25 +1,23 @@
-"""What a T-GRPO batch does: branches, frozen parts, and gradients that do not depend on how a batch is cut."""
+"""What a T-GRPO batch does: branches, frozen parts, engines, and gradients that do not depend on the backend."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import fake_server
 import pytest
 import torch
-from batches import Opened
+from batches import groups_of, opened
 from patience import PATIENCE
-from runs import assert_moved_alike, last_metrics, metrics, run_lines, same_weights, trainer, weights
-from tiny import LOG_PROB_TERMS, log_prob_rounding
+from runs import Lab, assert_moved_alike, last_metrics, metrics, run_lines, same_weights, weights
+from tiny import LOG_PROB_TERMS, log_prob_rounding, make_model, make_tokenizer
 from torch import Tensor
 
-import videor1.training
 import videor1.training.tgrpo
-from videor1.demo.assets import Assets
 from videor1.errors import TrainingStopped
 from videor1.model import VideoLM
 from videor1.rewards.advantages import score_groups
@@ -27,14 +25,12 @@ from videor1.rollout import Request, Rollout, RolloutError
 from videor1.training.rows import training_rows
 from videor1.training.tgrpo import KERNELS, Trainer
 from videor1.types import Completion, Group, Prompt
-from videor1.video.shuffle import draw_permutation, permuted_features, shuffled_patches
+from videor1.video.shuffle import draw_permutation
 from videor1_kernels import last_backend
 from videor1_kernels.testing import rounding
 
 
-def test_frozen_vision_stays_and_its_features_are_used_again(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_vision_stays_and_its_features_are_used_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     original = VideoLM.vision_features
 
@@ -43,56 +39,36 @@ def test_frozen_vision_stays_and_its_features_are_used_again(
         return original(self, media, patches)
 
     monkeypatch.setattr(VideoLM, "vision_features", counting)
-    options: dict[str, Any] = {"max_steps": 3, "data__shuffle": False, "num_iterations": 1}
-    final = trainer(assets, tmp_path / "frozen", freeze_vision=True, beta=0, **options).train()
-    # Each of the three steps on a video encodes the ordered and the shuffled frames once, for the rollout.
-    assert encoded == [1, 1] * 3
-    before, after = weights(assets.model), weights(final)
+    options: dict[str, Any] = {"max_steps": 2, "data__shuffle": False, "num_iterations": 1}
+    final = lab.make("frozen", freeze_vision=True, beta=0, **options).train()
+    # Each of the two steps on a video encodes the ordered and the shuffled frames once, for the rollout.
+    assert encoded == [1, 1] * 2
+    before, after = weights(lab.assets.model), weights(final)
     encoded.clear()
-    trainer(assets, tmp_path / "frozen, KL", freeze_vision=True, beta=0.1, **options).train()
-    trainer(assets, tmp_path / "adapters", lora__rank=2, beta=0.1, **options).train()
-    assert encoded == [1, 1] * 6  # the reference policy takes them too
+    lab.make("frozen, KL", freeze_vision=True, beta=0.1, **options).train()
+    lab.make("adapters", lora__rank=2, beta=0.1, **options).train()
+    assert encoded == [1, 1] * 4  # the reference policy takes them too
     vision = {name for name in before if name.startswith("visual.")}
     assert vision
     assert all(torch.equal(before[name], after[name]) for name in vision)
     assert not all(torch.equal(before[name], after[name]) for name in before.keys() - vision)
 
     encoded.clear()
-    final = trainer(assets, tmp_path / "trained", beta=0, **options).train()
-    assert encoded == [1, 1, 1] * 3  # once more with gradients
+    final = lab.make("trained", beta=0, **options).train()
+    assert encoded == [1, 1, 1] * 2  # once more with gradients
     assert not all(torch.equal(before[name], weights(final)[name]) for name in vision)
 
 
-def test_frozen_features_give_the_gradients_of_encoding_again(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"max_steps": 3, "freeze_vision": True}
-    reused = trainer(assets, tmp_path / "reused", **options).train()
+def test_frozen_features_give_the_gradients_of_encoding_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"max_steps": 2, "freeze_vision": True}
+    reused = lab.make("reused", **options).train()
     monkeypatch.setattr(Trainer, "_frozen_features", lambda *_: None)
-    again = trainer(assets, tmp_path / "again", **options).train()
+    again = lab.make("again", **options).train()
     assert same_weights(weights(reused), weights(again))
 
 
-def test_temporal_patches_permuted_after_the_tower_equal_before(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, temporal__shuffle_unit="temporal_patch")
-    with Opened(run):
-        prompts = [p for p in run.source.take(4) if p.media and p.media.kind == "video"]
-    for prompt in prompts:
-        media, order = prompt.media, draw_permutation(prompt, "temporal_patch", 7)
-        assert media is not None
-        assert order is not None
-        assert sorted(order) == list(range(media.grid_thw[0]))
-        with run.model.inference():
-            (ordered,) = run.model.vision_features([media])
-            (shuffled,) = run.model.vision_features([media], [shuffled_patches(media, order, "temporal_patch")])
-        assert torch.equal(permuted_features(ordered, media, order), shuffled)
-        assert list(order) == sorted(order) or not torch.equal(ordered, shuffled)
-
-
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
-def test_identity_permutation_makes_both_branches_equal(
-    unit: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identity_permutation_makes_both_branches_equal(unit: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same random numbers, shuffled answers are the ordered ones, token by token and log-prob by log-prob."""
 
     def identity(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
@@ -100,22 +76,14 @@ def test_identity_permutation_makes_both_branches_equal(
         return None if real is None else tuple(sorted(real))
 
     branch = videor1.training.tgrpo.Branch
-    same_names = lambda count, names, *rest: branch(count, ("both", names[1]), *rest)  # noqa: E731
-    run = trainer(
-        assets,
-        tmp_path,
-        num_generations=3,
-        temporal__num_generations=3,
-        temporal__shuffle_unit=unit,
-        max_completion_length=12,
-        temporal__skip_shuffled=False,
-    )
-    with Opened(run):
-        prompts = run.source.take(4)
-    real = groups_of(run, prompts)
-    monkeypatch.setattr(videor1.training.tgrpo, "Branch", same_names)
+    options = {"num_generations": 3, "temporal__num_generations": 3, "temporal__skip_shuffled": False}
+    run = lab.make(temporal__shuffle_unit=unit, max_completion_length=12, **options)
+    with opened(run, 4) as prompts:
+        real = groups_of(run, prompts)
+    tgrpo = videor1.training.tgrpo
+    monkeypatch.setattr(tgrpo, "Branch", lambda count, names, *rest: branch(count, ("both", names[1]), *rest))
     different = groups_of(run, prompts)
-    monkeypatch.setattr(videor1.training.tgrpo, "draw_permutation", identity)
+    monkeypatch.setattr(tgrpo, "draw_permutation", identity)
     groups = groups_of(run, prompts)
     videos = [g for g in groups if g.permutation is not None]
     assert len(videos) == 3
@@ -130,19 +98,14 @@ def test_identity_permutation_makes_both_branches_equal(
     assert image.shuffled == ()
 
 
-def groups_of(run: Trainer, prompts: Sequence[Prompt]) -> list[Group]:
-    rollout, _ = run.rollout(prompts)
-    return [group for group in rollout.groups if group is not None]
-
-
 def answers(completions: Any) -> list[list[int]]:
     return [c.token_ids.tolist() for c in completions]
 
 
-def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False)
-    with Opened(run):
-        groups = groups_of(run, run.source.take(4))
+def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(lab: Lab) -> None:
+    run = lab.make(num_generations=3, temporal__num_generations=2, temporal__skip_shuffled=False)
+    with opened(run, 4) as prompts:
+        groups = groups_of(run, prompts)
         assert sorted(len(g.shuffled) for g in groups) == [0, 2, 2, 2]
         rows, left_out = training_rows(run.model, groups, score_groups(groups, run.config), run.config)
     assert left_out == 0
@@ -151,13 +114,13 @@ def test_shuffled_answers_get_no_loss_and_images_no_shuffled_answers(assets: Ass
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, assets: Assets, tmp_path: Path) -> None:
+def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, lab: Lab) -> None:
     options = {"temporal__enabled": enabled, "temporal__skip_shuffled": False, "data__shuffle": False}
-    trainer(assets, tmp_path, max_steps=4, **options).train()
-    lines = run_lines(tmp_path, "rollouts.jsonl")
+    lab.make(max_steps=4, **options).train()
+    lines = run_lines(lab.folder, "rollouts.jsonl")
     assert [bool(line["shuffled_completions"]) for line in lines] == [enabled] * 3 + [False]
     assert [line["permutation"] is not None for line in lines] == [enabled] * 3 + [False]
-    assert (metrics(tmp_path)[0]["temporal/p_shuffled"] is not None) == enabled
+    assert (lab.rows()[0]["temporal/p_shuffled"] is not None) == enabled
 
 
 @pytest.mark.parametrize(
@@ -165,30 +128,22 @@ def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, assets: Assets, tmp
     [({"beta": 0}, 0), ({"beta": 0.1}, 1), ({"beta": 0.1, "lora__rank": 2}, 0), ({"beta": 0, "lora__rank": 2}, 0)],
 )
 def test_reference_model_is_copied_only_where_needed(
-    options: dict[str, Any], copies: int, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], copies: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
+    made: list[VideoLM] = []
     original = VideoLM.frozen_copy
-
-    def copying(self: VideoLM) -> VideoLM:
-        made.append(original(self))
-        return made[-1]
-
-    monkeypatch.setattr(VideoLM, "frozen_copy", copying)
-    run = trainer(assets, tmp_path, max_steps=3, **options)
-    run.train()
+    monkeypatch.setattr(VideoLM, "frozen_copy", lambda self: (made.append(self), original(self))[1])
+    lab.make(max_steps=2, **options).train()
     assert len(made) == copies
-    kl = [row["kl"] for row in metrics(tmp_path)]
+    kl = [row["kl"] for row in lab.rows()]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert (kl[-1] > 1e-6) == (options["beta"] > 0)
 
 
-def test_second_update_of_a_rollout_uses_its_own_log_probs(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_update_of_a_rollout_uses_its_own_log_probs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first update has no old log-probs; the second's are those of the first, which were the rollout's."""
     seen: list[tuple[Tensor | None, Tensor]] = []
-    original: Callable[..., Any] = videor1.training.tgrpo.tgrpo_loss
+    original = videor1.training.tgrpo.tgrpo_loss
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -196,19 +151,17 @@ def test_second_update_of_a_rollout_uses_its_own_log_probs(
         return result
 
     monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", spy)
-    trainer(assets, tmp_path, num_iterations=3, max_steps=3, clip_low=0.2, clip_high=0.2).train()
+    lab.make(num_iterations=3, max_steps=3, clip_low=0.2, clip_high=0.2).train()
     assert [old is None for old, _ in seen] == [True, False, False]
     first = seen[0][1]
     assert torch.equal(seen[1][0], first)  # type: ignore[arg-type]
     assert torch.equal(seen[2][0], first)  # type: ignore[arg-type]
     assert not torch.equal(seen[1][1], first)
-    assert metrics(tmp_path)[0]["clip_ratio/region_mean"] == 0
+    assert lab.rows()[0]["clip_ratio/region_mean"] == 0
 
 
-def test_a_skipped_first_update_does_not_disturb_the_second(
-    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original: Callable[..., Any] = videor1.training.tgrpo.tgrpo_loss
+def test_a_skipped_first_update_does_not_disturb_the_second(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = videor1.training.tgrpo.tgrpo_loss
     calls: list[None] = []
 
     def nan_once(*args: Any, **kwargs: Any) -> Any:
@@ -218,49 +171,27 @@ def test_a_skipped_first_update_does_not_disturb_the_second(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", nan_once)
-    trainer(assets, tmp_path, num_iterations=2, gradient_accumulation_steps=3, max_steps=2).train()
-    assert [row["nonfinite_steps"] for row in metrics(tmp_path)] == [1, 1]
-    assert metrics(tmp_path)[1]["grad_norm"] > 0
+    lab.make(num_iterations=2, gradient_accumulation_steps=3, max_steps=2).train()
+    assert [row["nonfinite_steps"] for row in lab.rows()] == [1, 1]
+    assert lab.rows()[1]["grad_norm"] > 0
 
 
-def test_rollout_and_training_log_probs_agree(assets: Assets, tmp_path: Path) -> None:
-    """The sampler's cache and the packed row are two programs for one number."""
-    trainer(assets, tmp_path, max_steps=4, per_device_train_batch_size=2, max_completion_length=16, beta=0).train()
-    for row in metrics(tmp_path):
-        assert row["sampling/sampling_logp_difference/max"] < 2e-5
-
-
-def test_learning_raises_the_reward(assets: Assets, tmp_path: Path) -> None:
+def test_learning_raises_the_reward(lab: Lab) -> None:
     """The whole loop points uphill: answers become shorter where that is what pays."""
-    run = trainer(
-        assets,
-        tmp_path,
-        reward__functions="toy_rewards:brief",
-        num_generations=8,
-        max_steps=25,
-        learning_rate=2e-3,
-        max_completion_length=12,
-        beta=0,
-        temporal__enabled=False,
-        lr_scheduler_type="constant",
-    )
-    run.train()
-    rewards = [row["reward"] for row in metrics(tmp_path)]
+    options: dict[str, Any] = {"max_steps": 25, "learning_rate": 2e-3, "lr_scheduler_type": "constant", "beta": 0}
+    options |= {"num_generations": 8, "max_completion_length": 12, "temporal__enabled": False}
+    lab.make(reward__functions="toy_rewards:brief", **options).train()
+    rewards = [row["reward"] for row in lab.rows()]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
-@pytest.mark.parametrize(("reward", "told"), [("nothing", 1), ("uneven", 0)])
+@pytest.mark.parametrize(
+    ("reward", "bonus", "told"), [("nothing", False, 1), ("uneven", False, 0), ("nothing", True, 0)]
+)
 def test_steps_that_teach_nothing_are_told_of_once(
-    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str, told: int
+    reward: str, bonus: bool, told: int, lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer(assets, tmp_path / "run", max_steps=7, reward__functions=f"toy_rewards:{reward}").train()
-    said = capsys.readouterr().err
-    assert said.count("step 5: in the last 5 steps all completions of a question earned the same reward") == told
-    assert said.count("the same reward") == told
-
-
-def test_a_temporal_bonus_alone_teaches(assets: Assets, tmp_path: Path, capsys, monkeypatch) -> None:
-    """All answers right, and all favoured by temporal.apply advantage."""
+    """A bonus alone teaches: all answers right, and all favoured by temporal.apply advantage."""
     original = videor1.training.tgrpo.score_groups
 
     def favoured(*arguments: Any) -> Any:
@@ -268,94 +199,111 @@ def test_a_temporal_bonus_alone_teaches(assets: Assets, tmp_path: Path, capsys, 
         advantages = torch.full_like(scored.result.advantages, 0.3)
         return dataclasses.replace(scored, result=dataclasses.replace(scored.result, advantages=advantages))
 
-    monkeypatch.setattr(videor1.training.tgrpo, "score_groups", favoured)
-    run = trainer(assets, tmp_path / "run", max_steps=6, reward__functions="toy_rewards:nothing")
-    run.train()
-    assert last_metrics(tmp_path / "run")["frac_reward_zero_std"] == 1
-    assert "the same reward" not in capsys.readouterr().err
+    if bonus:
+        monkeypatch.setattr(videor1.training.tgrpo, "score_groups", favoured)
+    lab.make(max_steps=6, reward__functions=f"toy_rewards:{reward}").train()
+    said = capsys.readouterr().err
+    assert said.count("step 5: in the last 5 steps all completions of a question earned the same reward") == told
+    assert said.count("the same reward") == told
+    assert last_metrics(lab.folder)["frac_reward_zero_std"] == (reward == "nothing")
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(assets: Assets, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_does_not(lab: Lab) -> None:
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         torch.manual_seed(len(name))  # the global generator has no say
-        trainer(assets, tmp_path / name, seed=seed, max_steps=3).train()
-    assert metrics(tmp_path / "one") == metrics(tmp_path / "same")
-    assert metrics(tmp_path / "one") != metrics(tmp_path / "other")
+        lab.make(name, seed=seed, max_steps=2).train()
+    assert lab.rows("one") == lab.rows("same")
+    assert lab.rows("one") != lab.rows("other")
 
 
-def test_decode_workers_and_batch_rows_do_not_change_the_run(assets: Assets, tmp_path: Path) -> None:
+def test_decode_workers_and_batch_rows_do_not_change_the_run(lab: Lab) -> None:
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2}
-    trainer(assets, tmp_path / "here", **options).train()
-    trainer(assets, tmp_path / "ahead", data__workers=1, data__prefetch=3, data__cache_mb=0, **options).train()
-    assert metrics(tmp_path / "here") == metrics(tmp_path / "ahead")
-    assert (tmp_path / "here" / "rollouts.jsonl").read_bytes() == (tmp_path / "ahead" / "rollouts.jsonl").read_bytes()
+    lab.make("here", **options).train()
+    lab.make("ahead", data__workers=1, data__prefetch=3, data__cache_mb=0, **options).train()
+    assert lab.rows("here") == lab.rows("ahead")
+    lines = [(lab.folder / name / "rollouts.jsonl").read_bytes() for name in ("here", "ahead")]
+    assert lines[0] == lines[1]
 
 
-def test_every_logged_line_has_the_names_that_trackers_know(assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path, max_steps=1).train()
-    row = last_metrics(tmp_path)
-    names = {
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "rewards/accuracy/mean",
-        "rewards/accuracy/std",
-        "rewards/format/mean",
-        "rewards/format/std",
-        "kl",
-        "entropy",
-        "clip_ratio/region_mean",
-        "completions/mean_length",
-        "completions/min_length",
-        "completions/max_length",
-        "completions/clipped_ratio",
-        "sampling/sampling_logp_difference/max",
-        "temporal/p",
-        "temporal/p_shuffled",
-        "temporal/bonus",
-        "sampling/sampling_logp_difference/mean",
-        "data/draws",
-        "data/skipped",
-        "nonfinite_steps",
-    }
-    assert names <= row.keys()
+def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the numbers that follow from rollouts.jsonl; and the sampler's cache and the packed row, two programs for one
+    log-prob, agree."""
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 3, "temporal__num_generations": 2}
+    options |= {"max_completion_length": 16, "temporal__skip_shuffled": False}
+    by_lot = lambda text, *_, **__: float(zlib.crc32(text.encode()) % 2)  # noqa: E731
+    monkeypatch.setattr("videor1.rewards.scoring.accuracy_reward", by_lot)
+    lab.make(**options).train()
+    for row in lab.rows():
+        lines = [line for line in run_lines(lab.folder, "rollouts.jsonl") if line["step"] == row["step"]]
+        videos = [line for line in lines if line["permutation"] is not None]
+        assert len(lines) == 4 > len(videos) > 0
+
+        def column(name: str, chosen: list[dict[str, Any]] = lines) -> Tensor:
+            return torch.tensor([line[name] for line in chosen], dtype=torch.float64)
+
+        rewards, accuracy, form, lengths = map(column, ("rewards", "accuracy", "format", "lengths"))
+        expected = {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(1).mean(),
+            "frac_reward_zero_std": (rewards.std(1) < 1e-6).double().mean(),
+            "rewards/accuracy/mean": accuracy.mean(),
+            "rewards/accuracy/std": accuracy.std(),
+            "rewards/format/mean": form.mean(),
+            "rewards/format/std": form.std(),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": 1 - column("finished").mean(),
+            "temporal/p": column("p", videos).mean(),
+            "temporal/p_shuffled": column("p_shuffled", videos).mean(),
+            "temporal/bonus": column("temporal", videos).mean(),
+            "temporal/rewarded": (column("temporal", videos) > 0).double().mean(),
+            "rollout/shuffled_asked": 2 * len(videos),
+            "data/draws": 4 * row["step"],
+        }
+        wanted = pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5, abs=1e-6)
+        assert {name: row[name] for name in expected} == wanted
+        others = {"loss", "grad_norm", "learning_rate", "kl", "entropy", "clip_ratio/region_mean", "data/skipped"}
+        assert others | {"nonfinite_steps", "sampling/sampling_logp_difference/mean"} <= row.keys()
+        assert row["sampling/sampling_logp_difference/max"] < 2e-5
 
 
-@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "importance_level", "options"),
+    [
+        ("tiny", "token", {"max_steps": 2, "max_completion_length": 5, "per_device_train_batch_size": 1}),
+        pytest.param("demo", "token", {"max_steps": 3, "gradient_accumulation_steps": 2}, marks=pytest.mark.full),
+        pytest.param("demo", "sequence", {"max_steps": 3}, marks=pytest.mark.full),
+    ],
+)
 def test_same_trajectory_on_the_kernels_as_on_the_references(
-    importance_level: str, assets: Assets, tmp_path: Path
+    model: str, importance_level: str, options: dict[str, Any], lab: Lab
 ) -> None:
-    """Three updates, of which the last two of a rollout have ratios off 1, on either backend of every operation."""
-    operations = KERNELS
-    options: dict[str, Any] = {
-        "max_steps": 3,
-        "num_iterations": 3,
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "importance_level": importance_level,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2 if importance_level == "token" else 1,
-    }
+    """Updates of which those after a rollout's first have ratios off 1, on either backend of every operation."""
+    options = {"num_iterations": 3, "per_device_train_batch_size": 2, "clip_low": 0.2, "clip_high": 0.2} | options
+    folder = lab.assets.model
+    if model == "tiny":
+        folder = lab.folder / "model"
+        make_model().save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    options |= {"model_name_or_path": folder, "importance_level": importance_level}
     ends = {}
     for kernels in ("reference", "triton"):
-        final = trainer(assets, tmp_path / kernels, kernels=kernels, **options).train()
-        assert [last_backend(op) for op in operations] == [kernels] * len(operations)
+        final = lab.make(kernels, kernels=kernels, **options).train()
+        assert [last_backend(op) for op in KERNELS] == [kernels] * len(KERNELS)
         ends[kernels] = weights(final)
-    start = weights(assets.model)
-    assert_moved_alike(ends["reference"], ends["triton"], start, steps=3)
-    rows = [metrics(tmp_path / kernels) for kernels in ("reference", "triton")]
+    assert_moved_alike(ends["reference"], ends["triton"], weights(folder), steps=options["max_steps"])
+    rows = [metrics(lab.folder / kernels) for kernels in ("reference", "triton")]
     bound = rounding(LOG_PROB_TERMS, 10.0)  # of log-probs; what it does to the weights of three steps is as small
-    assert len(rows[0]) == 3
+    assert len(rows[0]) == options["max_steps"]
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "grad_norm", "kl", "entropy", "reward", "temporal/p", "clip_ratio/region_mean"):
             assert a[key] == pytest.approx(b[key], rel=bound, abs=bound), key
 
 
-def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path)
+def test_the_kernels_are_named(lab: Lab) -> None:
+    run = lab.make()
     run.model.device = torch.device("cuda", 0)
     run.model.compute_dtype = torch.bfloat16
     assert run._kernels() == "kernels: " + ", ".join(f"{op} triton" for op in KERNELS)
@@ -364,14 +312,14 @@ def test_the_kernels_are_named(assets: Assets, tmp_path: Path) -> None:
     assert run._kernels().startswith(slow)
 
 
-def test_a_source_is_made_and_nothing_else(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path)
+def test_a_source_is_made_and_nothing_else(lab: Lab) -> None:
+    run = lab.make()
     assert run.rollouts is None
-    with Opened(run):
+    with opened(run, 4) as prompts:
         file = run.rollouts
         other = run.make_source(2)
         assert run.rollouts is file
-        assert [p.draw for p in run.source.take(4)][2:] == [p.draw for p in other.take(2)] == [2, 3]
+        assert [p.draw for p in prompts][2:] == [p.draw for p in other.take(2)] == [2, 3]
         other.close()
 
 
@@ -404,41 +352,41 @@ class Answering:
 
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
-def test_another_engine_and_requests_that_fail(freeze_vision: bool, assets: Assets, tmp_path: Path) -> None:
+def test_another_engine_and_requests_that_fail(freeze_vision: bool, lab: Lab) -> None:
     options = {"num_generations": 2, "per_device_train_batch_size": 3, "max_steps": 2, "num_iterations": 1}
-    run = trainer(assets, tmp_path, freeze_vision=freeze_vision, **options)
+    run = lab.make(freeze_vision=freeze_vision, **options)
     run.engine = engine = Answering(run, {1})
     final = run.train()
     # New weights are handed over before they are asked for, and not after the last step.
     assert engine.calls == ["weights", "generate", "weights", "generate", "close"]
-    assert [len(run_lines(tmp_path, name)) for name in ("rollouts.jsonl", "skipped.jsonl")] == [4, 2]
-    assert {(line["kind"], line["split"]) for line in run_lines(tmp_path, "skipped.jsonl")} == {("rollout", "train")}
-    assert last_metrics(tmp_path)["data/skipped/rollout"] == 2
-    assert last_metrics(tmp_path)["rollout/failed"] == 1
-    assert not same_weights(weights(assets.model), weights(final))
+    assert [len(run_lines(lab.folder, name)) for name in ("rollouts.jsonl", "skipped.jsonl")] == [4, 2]
+    assert {(line["kind"], line["split"]) for line in run_lines(lab.folder, "skipped.jsonl")} == {("rollout", "train")}
+    assert last_metrics(lab.folder)["data/skipped/rollout"] == 2
+    assert last_metrics(lab.folder)["rollout/failed"] == 1
+    assert not same_weights(weights(lab.assets.model), weights(final))
 
 
-def test_an_engine_that_cannot_go_on_stops_the_run(assets: Assets, tmp_path: Path) -> None:
-    run = trainer(assets, tmp_path, num_generations=2)
+def test_an_engine_that_cannot_go_on_stops_the_run(lab: Lab) -> None:
+    run = lab.make(num_generations=2)
     run.engine = engine = Answering(run, set(), dead=True)
     with pytest.raises(TrainingStopped, match="nowhere: refused; there is no checkpoint yet"):
         run.train()
     assert engine.calls == ["weights", "generate", "close"]
 
 
-def test_a_run_on_a_server(assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_server(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_generations": 2, "max_steps": 2, "num_iterations": 1, "data__shuffle": False, "top_k": 0}
     options["max_completion_length"] = 16  # the reply has 12 tokens
     with fake_server.FakeServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options |= {"rollout__engine": "server", "rollout__url": server.url, "rollout__timeout": PATIENCE}
-        run = trainer(assets, tmp_path, **options)
+        run = lab.make(**options)
         monkeypatch.setattr(fake_server, "TOKENIZER", run.model.tokenizer)
         monkeypatch.setattr(fake_server, "SPECIAL", run.model.special)
         final = run.train()
-        assert len(run_lines(tmp_path, "rollouts.jsonl")) == 2
+        assert len(run_lines(lab.folder, "rollouts.jsonl")) == 2
         loaded = [body for path, body in server.controlled if path.endswith("collective_rpc")]
         server.shutdown()
     assert len(loaded) == 2  # before each rollout
-    assert last_metrics(tmp_path)["rollout/failed"] == 0
-    assert not same_weights(weights(assets.model), weights(final))
+    assert last_metrics(lab.folder)["rollout/failed"] == 0
+    assert not same_weights(weights(lab.assets.model), weights(final))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from media import ORIENTATIONS, remux, set_matrix, turned, write_video
+from media import ORIENTATIONS, remux, sample_of, set_matrix, turned, write_video
 from PIL import Image
 
 from videor1.config import VideoConfig
 from videor1.report.thumbnails import Thumbnails
-from videor1.types import Sample
 from videor1.video import read_frames, read_image
 from videor1.video.decoders import open_decoder
 from videor1.video.media import load_media, media_key
@@ -22,26 +25,49 @@ from videor1_kernels.frames_to_patches import YuvFrames
 
 EXIF = {1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True)}
 EXIF |= {5: (90, True), 6: (270, False), 7: (270, True), 8: (90, False)}
+TURN = tuple[int, bool]
+# The codec and options of each pixel format, and how many planes its frames have.
+FORMATS: dict[str, tuple[dict[str, Any], int]] = {
+    "yuv420p": ({"options": {"qp": "4"}}, 3),
+    "yuv420p10le": ({"codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none"}}, 2),
+    "yuv444p": ({}, 0),
+}
+Stored = Callable[..., Path]
 
 
-def tiles(height=4, width=6, side=16):
+def tiles(height: int = 4, width: int = 6, side: int = 16) -> np.ndarray:
     """One picture [1, ...] of random tiles: no turn and no mirror image of it is like another."""
     small = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     return small.repeat(side, 1).repeat(side, 2)
 
 
-def write(path, orientation=(0, False), **options):
-    video = write_video(path, np.repeat(tiles(), 6, 0), **options)
-    return set_matrix(video, ORIENTATIONS[orientation])
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """Copies of one video of the tiles, each with the matrix of its orientation."""
+    folder, made = tmp_path_factory.mktemp("stored"), {}
+
+    def make(orientation: TURN = (0, False), pix_fmt: str = "yuv420p") -> Path:
+        path = folder / f"{orientation}{pix_fmt}.mp4"
+        if pix_fmt not in made:
+            plain = write_video(path, np.repeat(tiles(), 6, 0), pix_fmt=pix_fmt, **FORMATS[pix_fmt][0])
+            made[pix_fmt] = plain.read_bytes()
+        path.write_bytes(made[pix_fmt])
+        return set_matrix(path, ORIENTATIONS[orientation])
+
+    return make
+
+
+def matrix(*values: float) -> list[int]:
+    a, b, c, d = (round(value * 65536) for value in values)
+    return [a, b, 0, c, d, 0, 0, 0, 1 << 30]
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_matrix_of_each(orientation):
-    a, b, c, d = (value * 65536 for value in ORIENTATIONS[orientation])
-    assert matrix_orientation([a, b, 0, c, d, 0, 0, 0, 1 << 30]) == orientation
-    assert matrix_orientation([3 * a, 3 * b, 0, c // 2, d // 2, 0, 640, 480, 1 << 30]) == orientation, (
-        "scaled and moved"
-    )
+def test_a_matrix_of_each(orientation: TURN) -> None:
+    a, b, c, d = ORIENTATIONS[orientation]
+    assert matrix_orientation(matrix(a, b, c, d)) == orientation
+    scaled_and_moved = [*matrix(3 * a, 3 * b, c / 2, d / 2)[:6], 640, 480, 1 << 30]
+    assert matrix_orientation(scaled_and_moved) == orientation
 
 
 @pytest.mark.parametrize(
@@ -51,19 +77,15 @@ def test_a_matrix_of_each(orientation):
         *((135, 225), (179.6, 180), (180.4, 180), (200, 160), (269.6, 90), (-90.4, 90), (300, 60), (359, 1), (-0.6, 1)),
     ],
 )
-def test_angles_between(degrees, expected):
+def test_angles_between(degrees: float, expected: int) -> None:
     """Clockwise angles; FFmpeg rounds them to whole degrees, and takes no notice of the first."""
-    cosine, sine = (round(65536 * f(math.radians(degrees))) for f in (math.cos, math.sin))
-    assert matrix_orientation([cosine, sine, 0, -sine, cosine, 0, 0, 0, 1 << 30]) == (expected, False)
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    assert matrix_orientation(matrix(cosine, sine, -sine, cosine)) == (expected, False)
+    for none in ((0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)):
+        assert matrix_orientation(matrix(*none)) == Orientation(), "a matrix without an angle"
 
 
-@pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)])
-def test_a_matrix_without_an_angle(matrix):
-    a, b, c, d = (value * 65536 for value in matrix)
-    assert matrix_orientation([a, b, 0, c, d, 0, 0, 0, 1 << 30]) == Orientation()
-
-
-def test_what_is_left_after_a_turn():
+def test_what_is_left_after_a_turn() -> None:
     picture = tiles()
     for rotation, mirrored in ORIENTATIONS:
         for done in (0, 90, 180, 270):
@@ -74,13 +96,13 @@ def test_what_is_left_after_a_turn():
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_videos(tmp_path, orientation, backend):
+def test_videos(stored: Stored, orientation: TURN, backend: str) -> None:
     if backend == "decord":
         pytest.importorskip("decord")
-    clip = read_frames(write(tmp_path / "a.mp4", orientation, options={"qp": "4"}), backend=backend)
-    assert (clip.rotation, clip.mirrored) == (0, False)
-    stored = read_frames(write(tmp_path / "b.mp4", options={"qp": "4"}))
-    expected = turned(stored.frames.numpy(), *orientation)
+    plain, clip = read_frames(stored()), read_frames(stored(orientation), backend=backend)
+    assert (clip.rotation, clip.mirrored, clip.backend) == (0, False, backend)
+    assert clip.timestamps == plain.timestamps
+    expected = turned(plain.frames.numpy(), *orientation)
     assert clip.frames.shape == expected.shape
     # decord turns planes before it makes RGB of them, which blurs the chroma of the tiles' edges otherwise.
     inner = np.s_[:, 4:-4, 4:-4]
@@ -92,37 +114,32 @@ def test_videos(tmp_path, orientation, backend):
 
 @pytest.mark.parametrize("suffix", [".mov", ".mkv"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_other_containers_carry_it(tmp_path, orientation, suffix):
-    source = write(tmp_path / "a.mp4", orientation)
-    copy = remux(source, tmp_path / f"copy{suffix}", lambda packet: None)
-    decoder = open_decoder(copy)
-    info = decoder.probe()
-    decoder.close()
+def test_other_containers_carry_it(stored: Stored, tmp_path: Path, orientation: TURN, suffix: str) -> None:
+    copy = remux(stored(orientation), tmp_path / f"copy{suffix}", lambda packet: None)
+    with closing(open_decoder(copy)) as decoder:
+        info = decoder.probe()
+    assert (info.height, info.width) == (64, 96), "as stored"
     # Matroska stores angles alone, and FFmpeg writes none where a matrix mirrors.
     assert suffix == ".mkv" or (info.rotation, info.mirrored) == orientation
     assert info.orientation == (info.rotation, info.mirrored)
 
 
-@pytest.mark.parametrize(
-    ("pix_fmt", "codec", "planes"),
-    [("yuv420p", "libx264", 3), ("yuv420p10le", "libx265", 2), ("yuv444p", "libx264", 0)],
-)
+@pytest.mark.parametrize("pix_fmt", FORMATS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_planes_become_the_patches_of_the_upright_picture(tmp_path, orientation, pix_fmt, codec, planes):
-    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-    path = write(tmp_path / "a.mp4", orientation, pix_fmt=pix_fmt, codec=codec, options=options)
-    clip, stored = read_frames(path, planes=True), read_frames(write(tmp_path / "b.mp4"), planes=True)
+def test_planes_become_the_patches_of_the_upright_picture(stored: Stored, orientation: TURN, pix_fmt: str) -> None:
+    clip, planes = read_frames(stored(orientation, pix_fmt), planes=True), FORMATS[pix_fmt][1]
+    plain = read_frames(stored())
     assert (len(clip.frames.planes) if isinstance(clip.frames, YuvFrames) else 0) == planes
     assert (clip.rotation, clip.mirrored) == (orientation if planes else (0, False))
+    assert plain.size == ((clip.size[1], clip.size[0]) if orientation[0] % 180 else clip.size)
     size = (56, 84) if clip.size[0] < clip.size[1] else (84, 56)
     made = frames_to_patches(clip.frames, size=size, rotation=clip.rotation, mirrored=clip.mirrored, dtype=torch.uint8)
-    upright = np.ascontiguousarray(turned(read_frames(write(tmp_path / "c.mp4")).frames.numpy(), *orientation))
+    upright = np.ascontiguousarray(turned(plain.frames.numpy(), *orientation))
     expected = frames_to_patches(torch.from_numpy(upright), size=size, dtype=torch.uint8)
-    assert stored.size == ((clip.size[1], clip.size[0]) if orientation[0] % 180 else clip.size)
     assert (made.int() - expected.int()).abs().float().mean() < 6, "of the codec, and of chroma at the tiles' edges"
 
 
-def test_nv12_planes_mirrored():
+def test_nv12_planes_mirrored() -> None:
     picture = torch.from_numpy(np.random.default_rng(1).integers(16, 235, (2, 34, 50), dtype=np.uint8))
     chroma = torch.from_numpy(np.random.default_rng(2).integers(16, 240, (2, 17, 25, 2), dtype=np.uint8))
     frames = YuvFrames((picture, chroma))
@@ -134,7 +151,7 @@ def test_nv12_planes_mirrored():
         assert (made.int() - expected.int()).abs().max() <= 1, (rotation, mirrored)
 
 
-def test_a_turn_by_any_angle_stays_in_the_frame(tmp_path):
+def test_a_turn_by_any_angle_stays_in_the_frame(tmp_path: Path) -> None:
     """Levels of FFmpeg 5.1's command line at five pixels: corner, edge, and around the middle."""
     pixels = np.full((6, 64, 96, 3), 16, np.uint8)
     pixels[:, :32, :48, 0] = pixels[:, :32, 48:, 1] = pixels[:, 32:, :48, 2] = 230
@@ -147,33 +164,26 @@ def test_a_turn_by_any_angle_stays_in_the_frame(tmp_path):
     assert (planes.rotation, planes.mirrored) == (0, False)
 
 
-@pytest.mark.parametrize(("suffix", "form"), [(".jpg", "JPEG"), (".png", "PNG"), (".tiff", "TIFF"), (".webp", "WEBP")])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("number", EXIF)
-def test_photographs(tmp_path, number, suffix, form):
-    picture = tiles()[0]
-    exif = Image.Exif()
+def test_photographs(tmp_path: Path, number: int, form: str) -> None:
+    exif, path = Image.Exif(), tmp_path / "a"
     exif[0x0112] = number
-    path = tmp_path / f"a{suffix}"
     options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
-    Image.fromarray(picture).save(path, form, exif=exif, **options)
-    expected = turned(picture[None], *EXIF[number])
+    Image.fromarray(tiles()[0]).save(path, form, exif=exif, **options)
+    expected = turned(tiles(), *EXIF[number])
     frames = read_image(path).frames.numpy()
     assert frames.shape == expected.shape
     assert np.abs(frames.astype(int) - expected.astype(int)).max() <= (40 if form == "JPEG" else 0)
 
 
-def test_a_mirrored_video_has_patches_thumbnails_and_a_key_of_its_own(tmp_path):
-    plain, mirrored = write(tmp_path / "a.mp4"), write(tmp_path / "b.mp4", (0, True))
-    samples = [
-        Sample(0, "0", "Which?", "video", "free-form", "<answer>x</answer>", path=path) for path in (plain, mirrored)
-    ]
-    video = VideoConfig(max_pixels=84 * 56)
+def test_a_mirrored_video_has_patches_and_thumbnails_of_its_own(stored: Stored) -> None:
+    paths, video, thumbnails = (stored(), stored((0, True))), VideoConfig(max_pixels=84 * 56), Thumbnails(10**6, 60.0)
+    samples = [sample_of(path) for path in paths]
     straight, flipped = (load_media(sample, video).patches for sample in samples)
     assert (straight.int() - flipped.int()).abs().float().mean() > 20
-    assert media_key(samples[0]) != media_key(samples[1])
     assert media_key(samples[0]).format > 1, "patches of before are not taken from a cache"
-    thumbnails = Thumbnails(10**6, 60.0)
-    for path in (plain, mirrored):
+    for path in paths:
         thumbnails.add(path, "video", VideoConfig())
     first, second = (entry["frames"][0] for entry in thumbnails.media)
     assert first != second

@@ -6,16 +6,15 @@ import functools
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from media import frame_numbers, numbered_frames, write_video
+from media import frame_numbers, numbered_frames, refusal, sample_of, write_video
 from PIL import Image
 
 from videor1.config import VideoConfig
 from videor1.data.cache import disk_cache
 from videor1.data.prefetch import Prefetcher
-from videor1.types import Clip, Media, Sample, SampleError
+from videor1.types import Clip
 from videor1.video import frames_between, read_frames
 from videor1.video.frame_folder import folder_key, read_frame_folder
 from videor1.video.media import load_media, media_key
@@ -29,19 +28,14 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", numbered_frames(50), rate=10)
 
 
-def write_images(folder: Path, count: int = 12, name: str = "{:05d}.png", size: tuple[int, int] = (32, 48)) -> Path:
+def write_images(folder: Path, count: int = 12, name: str = "{:05d}.png") -> Path:
     folder.mkdir()
-    for i, frame in enumerate(numbered_frames(count, *size), start=1):
-        Image.fromarray(np.ascontiguousarray(frame)).save(folder / name.format(i))
+    for i, frame in enumerate(numbered_frames(count), start=1):
+        Image.fromarray(frame).save(folder / name.format(i))
     return folder
 
 
-def sample(path: Path, **options: object) -> Sample:
-    return Sample(0, "0", "What?", "video", "free-form", "<answer>x</answer>", path, **options)  # type: ignore[arg-type]
-
-
 def numbers(clip: Clip) -> list[int]:
-    assert isinstance(clip.frames, torch.Tensor)
     return frame_numbers(clip.frames)
 
 
@@ -65,21 +59,16 @@ def test_seconds_count_from_the_first_frame(tmp_path: Path) -> None:
     assert numbers(read_frames(path, start=1.0, end=2.0, fps=2.0)) == [10, 13, 17, 20]
 
 
-def test_a_window_without_frames_says_so(video: Path) -> None:
+def test_windows_without_frames_and_windows_that_are_none(video: Path) -> None:
     for start, end in ((5.0, 6.0), (1.01, 1.09), (1.0, 1.05)):
-        with pytest.raises(
-            SampleError, match=rf"from second {start:g} to {end:g} there are [01].*last frame is at 4\.90"
-        ) as e:
+        error = refusal(read_frames, video, start=start, end=end)
+        assert error.kind == "too_few_frames"
+        assert f"from second {start:g} to {end:g} there are " in error.message
+        assert "its last frame is at 4.90" in error.message
+    assert "to the end there are 1 " in refusal(read_frames, video, start=4.85).message
+    for start, end in ((-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (None, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="0 <= start < end"):
             read_frames(video, start=start, end=end)
-        assert e.value.kind == "too_few_frames"
-    with pytest.raises(SampleError, match="to the end there are 1 "):
-        read_frames(video, start=4.85)
-
-
-@pytest.mark.parametrize(("start", "end"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (None, 0.0), (float("nan"), 1.0)])
-def test_windows_that_are_none(video: Path, start: float | None, end: float | None) -> None:
-    with pytest.raises(ValueError, match="0 <= start < end"):
-        read_frames(video, start=start, end=end)
 
 
 def test_frames_between_counts_by_time_not_by_number() -> None:
@@ -90,61 +79,48 @@ def test_frames_between_counts_by_time_not_by_number() -> None:
 
 
 def test_images_of_a_folder_are_a_video(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "clip")
+    folder = write_images(tmp_path / "clip", name="frame_{}.png")  # in order of their numbers: 10 comes after 9
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_bytes(b"")
+    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
     clip = read_frame_folder(folder, frames_per_second=3.0, fps=2.0)
     assert numbers(clip) == [0, 2, 3, 5, 6, 8, 9, 11]  # 12 frames at 3 a second: 4 seconds
     assert clip.timestamps == pytest.approx([i / 3 for i in (0, 2, 3, 5, 6, 8, 9, 11)])
     assert clip.fps == pytest.approx(8 / 4)
     part = read_frame_folder(folder, frames_per_second=3.0, start=1.0, end=2.0, fps=3.0)
     assert numbers(part) == [3, 4, 5, 6]
-    reencoded = write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3)
-    same = read_frames(reencoded, fps=2.0)
+    same = read_frames(write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3), fps=2.0)
     assert (same.size, same.fps, numbers(same)) == (clip.size, clip.fps, numbers(clip))
 
 
-def test_images_are_taken_by_their_numbers(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "clip", name="frame_{}.png")
-    (folder / "notes.txt").write_text("not an image")
-    (folder / ".hidden.png").write_bytes(b"")
-    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
-
-
 def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
-    def kind(path: Path, **options: float) -> str:
-        with pytest.raises(SampleError) as caught:
-            read_frame_folder(path, frames_per_second=3.0, **options)  # type: ignore[arg-type]
-        return caught.value.kind
-
-    assert kind(tmp_path / "nothing") == kind(video) == "missing_file"
-    (tmp_path / "empty").mkdir()
-    assert kind(tmp_path / "empty") == "zero_frames"
-    assert kind(write_images(tmp_path / "one", 1)) == "too_few_frames"
-    assert kind(write_images(tmp_path / "short", 6), start=5.0, end=6.0) == "too_few_frames"
-    broken = write_images(tmp_path / "broken", 6)
+    broken, mixed = write_images(tmp_path / "broken", 6), write_images(tmp_path / "mixed", 6)
     (broken / "00003.png").write_bytes(b"no image")
-    assert kind(broken) == "image"
-    mixed = write_images(tmp_path / "mixed", 6)
     Image.new("RGB", (8, 8)).save(mixed / "00006.png")
-    assert kind(mixed) == "decode"
+    (tmp_path / "empty").mkdir()
+    for folder, kind, options in (
+        (tmp_path / "nothing", "missing_file", {}),
+        (video, "missing_file", {}),
+        (tmp_path / "empty", "zero_frames", {}),
+        (write_images(tmp_path / "one", 1), "too_few_frames", {}),
+        (write_images(tmp_path / "short", 6), "too_few_frames", {"start": 5.0, "end": 6.0}),
+        (mixed, "decode", {}),
+    ):
+        assert refusal(read_frame_folder, folder, frames_per_second=3.0, **options).kind == kind
+    named = broken / "00003.png"
+    assert refusal(lambda _: read_frame_folder(broken, frames_per_second=3.0), named).kind == "image"
     with pytest.raises(ValueError, match="frames_per_second"):
         read_frame_folder(mixed, frames_per_second=0.0)
 
 
-def test_media_of_windows_and_folders(tmp_path: Path, video: Path) -> None:
-    whole, part = load_media(sample(video), VIDEO), load_media(sample(video, start=1.0, end=3.0), VIDEO)
-    images = load_media(sample(write_images(tmp_path / "clip"), frames_per_second=3.0), VIDEO)
-    assert isinstance(whole, Media)
-    assert isinstance(part, Media)
-    assert isinstance(images, Media)
-    assert (images.kind, images.grid_thw[0]) == ("video", 4)
-    assert part.patches.double().mean() < whole.patches.double().mean()
-
-
-def test_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
-    samples = [sample(video), sample(video, start=1.0, end=3.0), sample(video, end=3.0), sample(video, start=2.0)]
-    fresh = [load_media(s, VIDEO) for s in samples]
-    names = {media_key(s).name for s in samples}  # type: ignore[union-attr]
-    assert len(names) == 4
+def test_media_and_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
+    folder = write_images(tmp_path / "clip")
+    windows = ({}, {"start": 1.0, "end": 3.0}, {"end": 3.0}, {"start": 1.0})
+    samples = [*(sample_of(video, **window) for window in windows), sample_of(folder, frames_per_second=3.0)]
+    fresh = [load_media(sample, VIDEO) for sample in samples]
+    assert (fresh[-1].kind, fresh[-1].grid_thw[0]) == ("video", 4)
+    assert fresh[1].patches.double().mean() < fresh[0].patches.double().mean()
+    assert len({media_key(sample).name for sample in samples}) == 5
     for memory in (2**20, 0):
         with Prefetcher(
             functools.partial(load_media, video=VIDEO),
@@ -155,13 +131,9 @@ def test_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
             key=media_key,
             disk=disk_cache(str(tmp_path / "cache"), 16, VIDEO),
         ) as prefetcher:
-            for _, got, expected in zip(
-                *zip(*prefetcher.iterate(samples + samples), strict=True), fresh + fresh, strict=True
-            ):
-                assert isinstance(got, Media)
-                assert isinstance(expected, Media)
-                assert torch.equal(got.patches, expected.patches)
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
+            given = [media for _, media in prefetcher.iterate(samples + samples)]
+        assert all(torch.equal(got.patches, known.patches) for got, known in zip(given, fresh + fresh, strict=True))
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
 
 
 def test_a_folder_that_changes_is_another_version(tmp_path: Path) -> None:

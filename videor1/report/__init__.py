@@ -36,6 +36,8 @@ def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise ConfigError(f"RUN {folder}: given twice")
     path = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: expected the file to write, got a folder")
     from videor1.report.page import render  # imported here, so that --help of the command needs no plotly and no torch
     from videor1.report.run import load_run
 

@@ -62,8 +62,9 @@ class DecodeLayout:
     number: int = field(init=False, repr=False)  # in LAYOUTS
 
     def __post_init__(self) -> None:
-        op, device = "prefix_decode_attention", self.cu_prefix.device
+        op = "prefix_decode_attention"
         check_tensor(op, "cu_prefix", self.cu_prefix, ("B+1",), INTEGERS)
+        device = self.cu_prefix.device
         total = int(self.cu_prefix[-1]) if len(self.cu_prefix) else 0
         check_cu_seqlens(op, "cu_prefix", self.cu_prefix, total, smallest=1)
         check_tensor(op, "row_group", self.row_group, ("R",), (torch.int64,), device)

@@ -7,27 +7,24 @@ import functools
 from typing import Any
 
 import pytest
-from rollouts import ask
-from test_answers import IMAGE, TEXT, VIDEO, rig
-from test_scheduler import Verdict
-from tiny import log_prob_rounding, make_lm
+from rollouts import IMAGE, TEXT, VIDEO, Judge, answer, ask, ending, rig, tokens
+from tiny import log_prob_rounding, make_lm, make_model, make_tokenizer
 from torch import Tensor
 
-import videor1.rollout
-import videor1.rollout.local
-import videor1.rollout.local.engine
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, SamplingOptions
-from videor1.rollout.local.graph import SIZES, Captured, GraphedSteps
+from videor1.rollout.local import engine as local
+from videor1.rollout.local.graph import Captured, GraphedSteps
 from videor1.rollout.local.step import DecodeStep, StepInputs
-from videor1.types import Completion
+from videor1.types import Completion, Prompt
 from videor1_kernels import last_backend
 
 OPTIONS = SamplingOptions(9, top_p=0.95)
+TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of K and V, 2 layers, 2 heads of 16, fp32
 
 
-def both(model: VideoLM, prompt: Any, ordered: int, shuffled: int, judge: Any = None) -> Request:
+def both(model: VideoLM, prompt: Prompt, ordered: int, shuffled: int, judge: Any = None) -> Request:
     """A request with a shuffled branch, which sees the features in another order."""
     request = ask(model, prompt, ordered)
     features = None if request.ordered.features is None else request.ordered.features.flip(0)
@@ -44,20 +41,19 @@ def answers(rollout: Rollout) -> list[list[Completion]]:
 
 
 def assert_same(a: list[list[Completion]], b: list[list[Completion]]) -> None:
-    assert [[c.token_ids.tolist() for c in group] for group in a] == [[c.token_ids.tolist() for c in g] for g in b]
+    assert tokens(a) == tokens(b)
     for one, other in zip((c for g in a for c in g), (c for g in b for c in g), strict=True):
         assert (one.logp - other.logp).abs().max() <= log_prob_rounding(one.logp)
         assert one.finished == other.finished
 
 
-def ending(seed: int = 0) -> VideoLM:
-    """A tiny model whose answers end at many lengths."""
-    model = make_lm(seed)
-    rig(model, model.special.eos, 5.0)
-    return model
-
-
-TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of K and V, 2 layers, 2 heads of 16, fp32
+def prefilled(model: VideoLM) -> list[int]:
+    """How many prompt tokens each pass of the model took, as it goes on."""
+    seen: list[int] = []
+    model.hf.model.language_model.register_forward_hook(
+        lambda _module, _args, out: seen.append(out.last_hidden_state.shape[1])
+    )
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -87,11 +83,8 @@ def test_neither_room_nor_order_shows(engine: dict[str, Any]) -> None:
 
 
 def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, heads = make_lm(), [], []
-    model.hf.model.language_model.register_forward_hook(
-        lambda _module, _args, out: tokens.append(out.last_hidden_state.shape[1])
-    )
-    logits = DecodeStep.logits
+    model, heads = make_lm(), []
+    passes, logits = prefilled(model), DecodeStep.logits
 
     def counted(self: DecodeStep, hidden: Tensor) -> Tensor:
         heads.append(len(hidden))
@@ -99,69 +92,40 @@ def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone(monkeypatch:
 
     monkeypatch.setattr(DecodeStep, "logits", counted)
     rollout = LocalEngine(model, SamplingOptions(3)).generate([both(model, VIDEO, 8, 4), ask(model, TEXT, 6)])
-    assert tokens == [2 * len(VIDEO.input_ids) + len(TEXT.input_ids)]
+    assert passes == [2 * len(VIDEO.input_ids) + len(TEXT.input_ids)]
     assert heads == [3, 18, 18]
-    assert rollout.stats.decode_steps == 2
-    assert rollout.stats.row_steps <= 2 * 18
-    assert rollout.stats.tokens == sum(len(c.token_ids) for group in answers(rollout) for c in group)
+    stats = rollout.stats
+    assert (stats.decode_steps, stats.row_steps <= 2 * 18) == (2, True)
+    assert stats.tokens == sum(len(c.token_ids) for group in answers(rollout) for c in group)
+    # The cache takes the shared amount: two prompts and twelve suffixes, not twelve prompts.
+    assert stats.kv_bytes == (2 * len(VIDEO.input_ids) + len(TEXT.input_ids) + 18 * 3) * TOKEN
 
 
 def test_prompts_are_prefilled_in_bounded_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = ending(), []
+    model = ending()
     requests = mixed(model)
     expected = answers(LocalEngine(model, OPTIONS).generate(requests))
-    monkeypatch.setattr(videor1.rollout.local.engine, "PREFILL_TOKENS", 2 * len(VIDEO.input_ids) + 1)
-    model.hf.model.language_model.register_forward_hook(
-        lambda _module, _args, out: tokens.append(out.last_hidden_state.shape[1])
-    )
+    most = 2 * len(VIDEO.input_ids) + 1
+    monkeypatch.setattr(local, "PREFILL_TOKENS", most)
+    passes = prefilled(model)
     assert_same(answers(LocalEngine(model, OPTIONS).generate(requests)), expected)
-    assert len(tokens) >= 3
-    assert max(tokens) <= 2 * len(VIDEO.input_ids) + 1
+    assert len(passes) >= 3
+    assert max(passes) <= most
+    assert LocalEngine(model, OPTIONS).generate([]).groups == []
 
 
-def test_the_cache_takes_the_shared_amount() -> None:
+def test_a_budget_that_cannot_be_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_lm()
-    rollout = LocalEngine(model, OPTIONS).generate([both(model, VIDEO, 8, 4)])
-    assert rollout.stats.kv_bytes == (2 * len(VIDEO.input_ids) + 12 * 9) * TOKEN
-
-
-def test_a_budget_too_small_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_lm()
-    monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", lambda *_: pytest.fail("memory was taken"))
-    needs = (
-        r"kv_mib: 8 completions of up to 9 tokens to a prompt of \d+ tokens need 0\.1\d+ MiB .* budget is 0\.009537 MiB"
-    )
-    with pytest.raises(ConfigError, match=needs):
-        LocalEngine(model, OPTIONS, kv_bytes=10_000).generate([ask(model, VIDEO, 8)])
-
-
-def test_a_budget_above_the_machines_memory_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_lm()
-    monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", lambda *_: pytest.fail("memory was taken"))
-    with pytest.raises(ConfigError, match=r"rollout.kv_mib: expected at most [\d,]+, the memory of this cpu"):
-        LocalEngine(model, OPTIONS, kv_bytes=2**60).generate([ask(model, VIDEO, 8)])
-    with pytest.raises(ConfigError, match="lower max_completion_length, num_generations"):
-        LocalEngine(model, SamplingOptions(2**24), max_rows=2**16).generate([ask(model, VIDEO, 2**16)])
-
-
-def test_no_request_no_group() -> None:
-    assert LocalEngine(make_lm(), OPTIONS).generate([]).groups == []
-
-
-class After(Verdict):
-    """Says ``verdict`` once it has heard of ``count`` answers; None before."""
-
-    def __init__(self, count: int, verdict: bool) -> None:
-        super().__init__()
-        self._count, self._verdict = count, verdict
-
-    @property  # type: ignore[override]
-    def needed(self) -> bool | None:
-        return self._verdict if len(self.heard) >= self._count else None
-
-    @needed.setter
-    def needed(self, value: bool | None) -> None:
-        pass
+    monkeypatch.setattr(local, "KVCache", lambda *_: pytest.fail("memory was taken"))
+    small = r"kv_mib: 8 completions of up to 9 tokens to a prompt of \d+ tokens need 0\.1\d+ MiB .* is 0\.009537 MiB"
+    large = r"rollout.kv_mib: expected at most [\d,]+, the memory of this cpu"
+    for engine, count, message in (
+        (LocalEngine(model, OPTIONS, kv_bytes=10_000), 8, small),
+        (LocalEngine(model, OPTIONS, kv_bytes=2**60), 8, large),
+        (LocalEngine(model, SamplingOptions(2**24), max_rows=2**16), 2**16, "lower max_completion_length, num_gen"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.generate([ask(model, VIDEO, count)])
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -169,20 +133,15 @@ def test_shuffled_answers_that_do_not_matter(eager: bool) -> None:
     model = ending()
     plain = [both(model, VIDEO, 6, 3), both(model, IMAGE, 5, 2), both(model, TEXT, 4, 2)]
     whole = LocalEngine(model, OPTIONS, eager=eager).generate(plain)
-    judges = [After(2, False), After(3, True), After(5, False)]
+    judges = [Judge(None, None, False), Judge(None, None, None, True), Judge(*[None] * 5, False)]
     judged = [dataclasses.replace(r, judge=judge) for r, judge in zip(plain, judges, strict=True)]
     rollout = LocalEngine(model, OPTIONS, eager=eager).generate(judged)
-    kept = [[c.token_ids.tolist() for c in group] for group in answers(rollout)]
     for group, reference, request in zip(rollout.groups, whole.groups, plain, strict=True):
-        assert group is not None
-        assert reference is not None
-        assert request.shuffled is not None
-        assert [c.token_ids.tolist() for c in group.ordered] == [c.token_ids.tolist() for c in reference.ordered]
-        ran = [c.token_ids.tolist() for c in group.shuffled]
-        assert all(ids in [c.token_ids.tolist() for c in reference.shuffled] for ids in ran)
-        assert group.shuffled_asked == request.shuffled.count
-        assert group.permutation == (1, 0)
-    stats = rollout.stats
+        assert tokens([group.ordered]) == tokens([reference.ordered])
+        ran, every = tokens([group.shuffled, reference.shuffled])
+        assert all(ids in every for ids in ran)
+        assert (group.shuffled_asked, group.permutation) == (request.shuffled.count, (1, 0))
+    kept, stats = answers(rollout), rollout.stats
     assert len(kept[1]) == 7  # those that matter are all there
     assert stats.shuffled_asked == 7
     missing = sum(map(len, answers(whole))) - sum(map(len, kept))
@@ -190,9 +149,8 @@ def test_shuffled_answers_that_do_not_matter(eager: bool) -> None:
     assert stats.row_steps < whole.stats.row_steps
     assert (stats.shuffled_stopped > 0) >= eager
     # Each judge has heard of every answer of its group that was finished.
-    for judge, group in zip(judges, rollout.groups, strict=True):
-        assert group is not None
-        assert {id(c) for c in judge.heard} == {id(c) for c in (*group.ordered, *group.shuffled)}
+    for judge, group in zip(judges, kept, strict=True):
+        assert {id(c) for c in (*judge.ordered, *judge.shuffled)} == {id(c) for c in group}
 
 
 def fake_capture(log: list[int], step: Any, inputs: StepInputs) -> Captured:
@@ -209,38 +167,37 @@ def fake_capture(log: list[int], step: Any, inputs: StepInputs) -> Captured:
 
 
 def test_graphed_steps_answer_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the kernels, which read nothing but a graph's inputs; batches between two sizes are filled up."""
-    model, sizes = ending(), []
-    options = SamplingOptions(4)
-    requests = [both(model, VIDEO, 3, 1), ask(model, TEXT, 2)]
+    """On the kernels, which read nothing but a graph's inputs; a batch is filled up, and its first row leaves."""
+    model = VideoLM(make_model(num_hidden_layers=1), make_tokenizer(), source="tiny", position_rule="paper")
+    rig(model, model.special.eos, 5.0)
+    options, sizes = SamplingOptions(4), []
+
+    def lengths(prompt: Prompt, count: int, seed: int) -> list[int]:
+        return [len(c.token_ids) for c in answer(model, [ask(model, prompt, count, seed)], options)[0]]
+
+    first_leaves = next(s for s in range(1000) if 1 < (n := lengths(TEXT, 3, s))[0] < min(n[1:]))
+    goes_on = next(s for s in range(1000) if lengths(IMAGE, 1, s)[0] > 1)
+    requests = [ask(model, TEXT, 3, first_leaves), ask(model, IMAGE, 1, goes_on)]
     plain = LocalEngine(model, options).generate(requests)
-    engine = functools.partial(LocalEngine, model, options, max_rows=5, backend="triton")
+    start = DecodeStep.__init__
 
     def capturable(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         self.capturable = True
 
-    start = DecodeStep.__init__
     monkeypatch.setattr(DecodeStep, "__init__", capturable)
-    monkeypatch.setattr(
-        videor1.rollout.local.engine,
-        "GraphedSteps",
-        lambda step: GraphedSteps(step, functools.partial(fake_capture, sizes)),
-    )
-    graphed = engine().generate(requests)
+    capture = functools.partial(fake_capture, sizes)
+    monkeypatch.setattr(local, "GraphedSteps", lambda step: GraphedSteps(step, capture))
+    LocalEngine(model, options, cuda_graphs=False).generate(requests)
+    assert not sizes
+    graphed = LocalEngine(model, options, max_rows=3, backend="triton").generate(requests)
     assert last_backend("prefix_decode_attention") == last_backend("sample_tokens") == "triton"
     assert_same(answers(graphed), answers(plain))
-    assert sizes
-    assert len(set(sizes)) == len(sizes)
-    assert set(sizes) <= set(SIZES)
-    sizes.clear()
-    engine(cuda_graphs=False).generate(requests)
-    assert not sizes
+    assert sizes == [4, 1]  # each captured once, whatever was filled up to it
 
 
 def test_sizes_of_graphs() -> None:
-    captured: list[int] = []
-    steps = GraphedSteps(lambda _: pytest.fail("not run"), functools.partial(fake_capture, captured))
+    steps = GraphedSteps(lambda _: pytest.fail("not run"), functools.partial(fake_capture, []))
     assert [steps.size(n) for n in (1, 3, 12, 13, 512, 513, 1025)] == [1, 4, 12, 16, 512, 1024, 1536]
     steps._captured = {12: None, 32: None}  # type: ignore[dict-item]
     assert [steps.size(n) for n in (12, 9, 7, 6, 5, 4, 17, 16, 13)] == [12, 12, 12, 12, 12, 4, 32, 32, 32]

@@ -4,60 +4,51 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rollouts import Judge
 from tiny import make_model, make_prompt
 
 from videor1.errors import ConfigError
 from videor1.rollout.local.kv_cache import Capacity, KVCache, Spans, bytes_per_token, plan_capacity
 from videor1.rollout.local.scheduler import Job, Scheduler
 from videor1.rollout.protocol import Branch, Request
-from videor1.types import Completion, Prompt
+from videor1.types import Prompt
 
 
-@dataclass
-class Verdict:
-    """A judge that says what it is told to say."""
-
-    needed: bool | None = None
-    heard: list[Completion] = field(default_factory=list)
-
-    def ordered_done(self, answer: Completion) -> None:
-        self.heard.append(answer)
-
-    def shuffled_done(self, answer: Completion) -> None:
-        self.heard.append(answer)
-
-
-def request(tokens: int, ordered: int, shuffled: int = 0, judge: Verdict | None = None) -> Request:
-    plain = make_prompt(None, "x")
-    prompt = Prompt(plain.sample, torch.zeros(tokens, dtype=torch.int64), None, 0)
+def request(tokens: int, ordered: int, shuffled: int = 0, judge: Judge | None = None) -> Request:
+    prompt = Prompt(make_prompt(None, "x").sample, torch.zeros(tokens, dtype=torch.int64), None, 0)
     second = Branch(shuffled, ("shuffled", 0)) if shuffled else None
     return Request(prompt, 0, Branch(ordered, ("ordered", 0)), second, judge)
 
 
-def names(jobs: list[Job]) -> list[tuple[int, bool]]:
+def schedule(requests: Sequence[Request], slots: int, prefix: int = 99, *, eager: bool = False) -> Scheduler:
+    return Scheduler(requests, Capacity(slots, prefix, 4, 1), eager=eager)
+
+
+def names(jobs: Sequence[Job]) -> list[tuple[int, bool]]:
+    """(number of the request, whether shuffled) of each."""
     return [(job.number, job.shuffled) for job in jobs]
 
 
 def test_everything_enters_where_there_is_room() -> None:
-    scheduler = Scheduler([request(5, 2, 1), request(3, 2)], Capacity(5, 13, 4, 1), eager=False)
+    scheduler = schedule([request(5, 2, 1), request(3, 2)], 5, 13)
     entered = scheduler.admit()
     assert names(entered) == [(0, False), (0, True), (1, False)]
     assert sorted((job.start, job.length) for job in entered) == [(0, 5), (5, 5), (10, 3)]
-    slots = [sequence.slot for job in entered for sequence in job.sequences]
-    assert sorted(slots) == [0, 1, 2, 3, 4]
-    assert [sequence.buffer_row for job in entered for sequence in job.sequences] == [0, 1, 2, 3, 4]
-    assert [[sequence.index for sequence in job.sequences] for job in entered] == [[0, 1], [0], [0, 1]]
+    sequences = [sequence for job in entered for sequence in job.sequences]
+    assert sorted(sequence.slot for sequence in sequences) == [0, 1, 2, 3, 4]
+    assert [sequence.buffer_row for sequence in sequences] == [0, 1, 2, 3, 4]
+    assert [sequence.index for sequence in sequences] == [0, 1, 0, 0, 1]
     assert scheduler.admit() == []
 
 
 def test_rows_that_leave_make_room_at_once() -> None:
-    scheduler = Scheduler([request(4, 2), request(6, 2), request(2, 1)], Capacity(3, 10, 4, 1), eager=False)
+    scheduler = schedule([request(4, 2), request(6, 2), request(2, 1)], 3, 10)
     first, *none = scheduler.admit()
     assert not none  # three slots: the second branch does not fit, and the third does not overtake it
     scheduler.leave(first.sequences[0])
@@ -70,47 +61,42 @@ def test_rows_that_leave_make_room_at_once() -> None:
     assert third.start == 0  # the first prompt's place
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_shuffled_branches_that_may_matter(eager: bool) -> None:
-    judges = [Verdict(), Verdict()]
+def test_shuffled_branches_that_may_matter() -> None:
+    judges = [Judge(None), Judge(None)]
     asked = [request(2, 2, 1, judge) for judge in judges]
-    scheduler = Scheduler(asked, Capacity(9, 99, 4, 1), eager=eager)
-    entered = scheduler.admit()
-    open_ones = [(0, True), (1, True)] if eager else []
-    assert names(entered) == [(0, False), (1, False), *open_ones]
-    if not eager:
-        judges[1].needed = True
-        assert names(scheduler.admit()) == [(1, True)]
-        assert scheduler.admit() == []
-        for job in list(scheduler.running):
-            for sequence in list(job.sequences):
-                scheduler.leave(sequence)
-        assert names(scheduler.admit()) == [(0, True)]  # nothing else is left to do
-
-
-def test_ordered_ones_before_those_that_may_matter() -> None:
-    scheduler = Scheduler([request(2, 2, 2, Verdict()), request(2, 2)], Capacity(4, 99, 4, 1), eager=True)
+    assert names(schedule(asked, 9, eager=True).admit()) == [(0, False), (1, False), (0, True), (1, True)]
+    scheduler = schedule(asked, 9)
+    assert names(scheduler.admit()) == [(0, False), (1, False)]
+    judges[1].verdicts = (True,)
+    assert names(scheduler.admit()) == [(1, True)]
+    assert scheduler.admit() == []
+    for job in list(scheduler.running):
+        for sequence in list(job.sequences):
+            scheduler.leave(sequence)
+    assert names(scheduler.admit()) == [(0, True)]  # nothing else is left to do
+    # Ordered ones come before those that may matter.
+    scheduler = schedule([request(2, 2, 2, Judge(None)), request(2, 2)], 4, eager=True)
     assert names(scheduler.admit()) == [(0, False), (1, False)]
 
 
 def test_what_no_longer_matters_is_dropped() -> None:
-    judges = [Verdict(True), Verdict(None)]
-    scheduler = Scheduler([request(2, 1, 2, judges[0]), request(2, 1, 2, judges[1])], Capacity(4, 99, 4, 1), eager=True)
+    judges = [Judge(True), Judge(None)]
+    scheduler = schedule([*(request(2, 1, 2, judge) for judge in judges), request(2, 2)], 4, eager=True)
     assert names(scheduler.admit()) == [(0, False), (0, True), (1, False)]
     for judge in judges:
-        judge.needed = False
+        judge.verdicts = (False,)
     waiting, running = scheduler.drop()
     assert (names(waiting), names(running)) == ([(1, True)], [(0, True)])
     assert scheduler.drop() == ([], [])
-    assert scheduler.waiting == []
     assert names(scheduler.running) == [(0, False), (1, False)]
-    assert len(scheduler._slots) == 2
+    assert names(scheduler.admit()) == [(2, False)]  # in the slots of those that were stopped
+    assert scheduler.waiting == []
 
 
 def test_random_runs_never_share_memory_and_always_end() -> None:
     for seed in range(30):
         rng = random.Random(seed)
-        judges = [rng.choice([None, Verdict(True), Verdict()]) for _ in range(12)]
+        judges = [rng.choice([None, Judge(True), Judge(None)]) for _ in range(12)]
         asked = [request(rng.randint(1, 30), rng.randint(1, 6), rng.randint(0, 3), judge) for judge in judges]
         branches = [(len(r.prompt.input_ids), b.count) for r in asked for b in (r.ordered, r.shuffled) if b]
         capacity = plan_capacity(branches, 4, 1, max_rows=rng.randint(1, 20))
@@ -129,9 +115,9 @@ def test_random_runs_never_share_memory_and_always_end() -> None:
             for sequence in rng.sample(running, rng.randint(1, len(running))):
                 scheduler.leave(sequence)
                 done += 1
-            for r in asked:
-                if r.judge is not None and rng.random() < 0.1:
-                    r.judge.needed = True  # type: ignore[misc]
+            for judge in judges:
+                if judge is not None and rng.random() < 0.1:
+                    judge.verdicts = (True,)
         assert not scheduler.waiting
         assert done == sum(count for _, count in branches)
 
@@ -144,8 +130,7 @@ def test_spans(steps: list[tuple[bool, int]]) -> None:
             start = spans.take(length)
             if start is None:
                 used = {i for a, n in taken for i in range(a, a + n)}
-                free = [i not in used for i in range(40)]
-                assert not any(all(free[i : i + length]) and i + length <= 40 for i in range(40))
+                assert not any(used.isdisjoint(range(i, i + length)) for i in range(41 - length))
             else:
                 assert all(start + length <= a or a + n <= start for a, n in taken)
                 assert 0 <= start <= 40 - length
@@ -159,9 +144,13 @@ def test_spans(steps: list[tuple[bool, int]]) -> None:
 
 def test_the_cache_is_the_shared_amount() -> None:
     """A group of 8 ordered and 4 shuffled answers: two prompts and twelve suffixes, not twelve prompts."""
-    capacity = plan_capacity([(1224, 8), (1224, 4)], 768, 57344, max_rows=64, budget=10**10)
+    group = [(1224, 8), (1224, 4)]
+    capacity = plan_capacity(group, 768, 57344, max_rows=64, budget=10**10)
     assert capacity.bytes == (2 * 1224 + 12 * 768) * 57344
-    assert plan_capacity([(1224, 8), (1224, 4)], 768, 57344, max_rows=64) == capacity
+    assert plan_capacity(group, 768, 57344, max_rows=64) == capacity
+    needs = r"kv_mib: 8 completions of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
+    with pytest.raises(ConfigError, match=needs):
+        plan_capacity(group, 768, 57344, max_rows=64, budget=400 * 2**20)
     config = make_model().config.text_config
     assert bytes_per_token(config, torch.float32) == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
     cache = KVCache(Capacity(3, 7, 5, 256), config, torch.float32, torch.device("cpu"))
@@ -179,9 +168,3 @@ def test_budgets() -> None:
     # Without a budget the rows bound; one branch always fits.
     assert plan_capacity(branches, 50, 4, max_rows=16) == Capacity(16, 200, 50, 4)
     assert plan_capacity(branches, 50, 4, max_rows=1) == Capacity(8, 100, 50, 4)
-
-
-def test_a_budget_too_small_for_one_branch_says_what_is_needed() -> None:
-    needs = r"kv_mib: 8 completions of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
-    with pytest.raises(ConfigError, match=needs):
-        plan_capacity([(1224, 8), (1000, 4)], 768, 57344, max_rows=64, budget=400 * 2**20)

@@ -7,52 +7,37 @@ import contextlib
 import re
 import resource
 import socket
+import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterator
-
-import pytest
+from collections.abc import Callable
 
 from videor1.rollout.server.client import RequestFailed, ServerClient
 
 Send = Callable[[socket.socket], None]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-@contextlib.contextmanager
-def raw_server(send: Send) -> Iterator[str]:
-    """The address of a server that reads a request's beginning and then calls ``send`` until the client hangs up."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    stopped = threading.Event()
+Cases = dict[str, tuple[Send, str]]
 
-    def answer(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            send(connection)
 
-    def serve() -> None:
+class RawServer(socketserver.ThreadingTCPServer):
+    """Reads a request's beginning, and then sends as the case says whose number stands in its path."""
+
+    daemon_threads = True
+
+    def __init__(self, cases: Cases) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.sends = [send for send, _ in cases.values()]
+
+    def finish_request(self, request: socket.socket, client_address: object) -> None:
         with contextlib.suppress(OSError):
-            while not stopped.is_set():
-                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        stopped.set()
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
+            self.sends[int(request.recv(65536).split(b"/")[1])](request)
 
 
-def drip(parts: Iterator[bytes], pause: float = 0.0) -> Send:
-    def send(connection: socket.socket) -> None:
-        for part in parts:
-            connection.sendall(part)
-            time.sleep(pause)
-
-    return send
+def once(data: bytes) -> Send:
+    return lambda connection: connection.sendall(data)
 
 
 def forever(first: bytes, part: bytes, pause: float = 0.0) -> Send:
@@ -65,69 +50,58 @@ def forever(first: bytes, part: bytes, pause: float = 0.0) -> Send:
     return send
 
 
-def failure(send: Send, timeout: float, max_bytes: int = 2**20) -> tuple[str, float]:
-    """The reason for which a request fails, and after how many seconds."""
-
-    async def ask(url: str) -> None:
-        async with ServerClient(url, timeout=timeout, retries=0, api_key="k", max_bytes=max_bytes) as client:
-            await client.post("/chat/completions", {"model": "x"})
-
-    with raw_server(send) as url:
-        started = time.monotonic()
-        with pytest.raises(RequestFailed) as error:
-            asyncio.run(ask(url))
-    return str(error.value), time.monotonic() - started
+async def failure(url: str, timeout: float) -> str:
+    """The reason for which a request fails."""
+    async with ServerClient(url, timeout=timeout, retries=0, api_key="k", max_bytes=2**20) as client:
+        try:
+            return f"none: {await client.post('/chat/completions', {'model': 'x'})}"
+        except RequestFailed as error:
+            return str(error)
 
 
-@pytest.mark.parametrize(
-    ("send", "reason"),
-    [
-        (forever(OK + b"Content-Length: 100000\r\n\r\n[", b" ", 0.05), "no answer within 1 s"),
-        (forever(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n[\r\n", 0.05), "no answer within 1 s"),
-        (forever(b"HTTP/1.1 200 OK\r\n", b"a", 0.05), "no answer within 1 s"),
-        (forever(b"", b"H", 0.3), "no answer within 1 s|the connection failed"),
-        (forever(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.05), "no answer within 1 s"),
-    ],
-    ids=["body", "chunks", "header", "status line", "informational replies"],
-)
-def test_a_reply_that_drips_is_a_timeout_of_the_whole(send: Send, reason: str) -> None:
-    message, seconds = failure(send, timeout=1.0)
-    assert re.search(reason, message), message
-    assert seconds < 20.0  # on a busy machine; read by read it would take minutes or no end
+def assert_fail(cases: Cases, timeout: float) -> None:
+    async def ask(port: int) -> list[str]:
+        urls = [f"http://127.0.0.1:{port}/{number}/v1" for number in range(len(cases))]
+        return await asyncio.gather(*(failure(url, timeout) for url in urls))
+
+    with RawServer(cases) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        told = dict(zip(cases, asyncio.run(ask(server.server_address[1])), strict=True))
+        server.shutdown()
+    assert {name: reason for name, reason in told.items() if not re.search(cases[name][1], reason)} == {}
 
 
-@pytest.mark.parametrize(
-    ("send", "reason"),
-    [
-        (forever(OK + b"\r\n", b"[" * 65536), "more than 1048576 bytes"),
-        (
-            forever(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"8000\r\n" + b"[" * 0x8000 + b"\r\n"),
-            "more than 1048576",
-        ),
-        (forever(b"HTTP/1.1 200 OK\r\n", b"X-A: " + b"b" * 1000 + b"\r\n"), "the connection failed"),
-        (forever(b"HTTP/1.1 200 OK\r\nX-A: ", b"b" * 1000), "the connection failed"),
-        (forever(b"", b"\x00\xff" * 1000), "the connection failed"),
-        (drip(iter([OK + b"Content-Length: 99\r\n\r\n[]"])), "the connection failed"),
-        (drip(iter([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n[]"])), "the connection failed"),
-        (drip(iter([OK + b"Content-Length: -1\r\n\r\n[]"])), "the connection failed"),
-        (drip(iter([OK + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n[]"])), r"is compressed \(br\)"),
-        (drip(iter([])), "the connection failed"),
-    ],
-    ids=[
-        "a body without end",
-        "chunks without end",
-        "headers without end",
-        "a header without end",
-        "noise",
-        "half a body",
-        "two lengths",
-        "a negative length",
-        "an encoding",
-        "nothing",
-    ],
-)
-def test_a_reply_that_breaks_a_bound_is_refused(send: Send, reason: str) -> None:
+def test_a_reply_that_drips_is_a_timeout_of_the_whole() -> None:
+    """Read by read it would take minutes or have no end."""
+    assert_fail(
+        {
+            "body": (forever(OK + b"Content-Length: 100000\r\n\r\n[", b" ", 0.05), "no answer within 1 s"),
+            "chunks": (forever(CHUNKS, b"1\r\n[\r\n", 0.05), "no answer within 1 s"),
+            "header": (forever(b"HTTP/1.1 200 OK\r\n", b"a", 0.05), "no answer within 1 s"),
+            "status line": (forever(b"", b"H", 0.3), "no answer within 1 s|the connection failed"),
+            "informational": (forever(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.05), "no answer within 1 s"),
+        },
+        timeout=1.0,
+    )
+
+
+def test_a_reply_that_breaks_a_bound_is_refused() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    message, _ = failure(send, timeout=600.0)
-    assert re.search(reason, message), message
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    two_lengths = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n[]"
+    endless = b"8000\r\n" + b"[" * 0x8000 + b"\r\n"
+    assert_fail(
+        {
+            "a body without end": (forever(OK + b"\r\n", b"[" * 65536), "more than 1048576 bytes"),
+            "chunks without end": (forever(CHUNKS, endless), "more than 1048576 bytes"),
+            "headers": (forever(b"HTTP/1.1 200 OK\r\n", b"X-A: " + b"b" * 1000 + b"\r\n"), "the connection failed"),
+            "a header without end": (forever(b"HTTP/1.1 200 OK\r\nX-A: ", b"b" * 1000), "the connection failed"),
+            "noise": (forever(b"", b"\x00\xff" * 1000), "the connection failed"),
+            "half a body": (once(OK + b"Content-Length: 99\r\n\r\n[]"), "the connection failed"),
+            "two lengths": (once(two_lengths), "the connection failed"),
+            "a negative length": (once(OK + b"Content-Length: -1\r\n\r\n[]"), "the connection failed"),
+            "an encoding": (once(OK + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n[]"), r"compressed \(br\)"),
+            "nothing": (once(b""), "the connection failed"),
+        },
+        timeout=600.0,
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB, of ten replies

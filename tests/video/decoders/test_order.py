@@ -2,226 +2,198 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from coded_videos import OPEN_GOP, X264
-from media import coded_frames, coded_numbers, in_decode_order, join, later, remux, write_video
+from coded_videos import MADE, X264, Make, decode, decoded_numbers
+from media import (
+    coded_frames,
+    coded_numbers,
+    ffmpeg_frames,
+    in_decode_order,
+    join,
+    later,
+    packets_of,
+    refusal,
+    remux,
+    write_video,
+)
 
-from videor1.types import SampleError
+from videor1.types import Clip
 from videor1.video import read_frames, sample_indices
-from videor1.video.decoders import open_decoder
-from videor1.video.decoders.pyav import PyAvDecoder
-from videor1.video.decoders.timeline import timeline_of_frames, timeline_of_packets
+from videor1.video.decoders.decord import DecordDecoder
+from videor1.video.decoders.timeline import Timeline, timeline_of_frames, timeline_of_packets
+from videor1_kernels.frames_to_patches import YuvFrames
 
-COUNT = 120
-CODED = {
-    "b-frames": ("libx264", X264 | {"bf": "3", "g": "24"}),
-    "one b-frame": ("libx264", X264 | {"bf": "1", "b-adapt": "0", "g": "60"}),
-    "b-pyramid": ("libx264", X264 | {"bf": "7", "b-pyramid": "normal", "b-adapt": "0", "g": "48"}),
-    "open gop": ("libx264", OPEN_GOP),
-    "no b-frames": ("libx264", X264 | {"bf": "0", "g": "24"}),
-    "hevc": ("libx265", {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:bframes=4:b-adapt=0"}),
-    "mpeg4": ("mpeg4", {"g": "12", "bf": "2", "b": "2M"}),
-    "mpeg2": ("mpeg2video", {"g": "12", "bf": "2", "b": "2M"}),
-}
-IN = dict.fromkeys(list(CODED)[:5], ("a.mp4", "a.mov", "a.mkv", "a.flv", "a.ts"))
-IN |= {"hevc": ("a.mp4", "a.mkv", "a.ts"), "mpeg4": ("a.mp4", "a.mkv"), "mpeg2": ("a.mkv", "a.ts")}
+IN = dict.fromkeys(
+    ("b-frames", "one b-frame", "b-pyramid", "open gop", "gop 12"), (".mp4", ".mov", ".mkv", ".flv", ".ts")
+)
+IN |= {"hevc": (".mp4", ".mkv", ".ts"), "mpeg4 mp4": (".mp4", ".mkv"), "mpeg2 mkv": (".mkv", ".ts")}
+
+
+@functools.cache
+def recording(folder: Path, name: str, number: int) -> Path:
+    """Four seconds, coded as a file of MADE: frames 40 ``number`` and on."""
+    path = folder / f"{name} {number}.mp4"
+    return write_video(path, coded_frames(40 * number + 40)[-40:], options=MADE[name].options)
 
 
 @pytest.fixture(scope="module")
-def coded(tmp_path_factory):
-    """Each of CODED with true times, and in each container of IN with those of decoding; read only."""
-    folder = tmp_path_factory.mktemp("coded")
-    made = {}
-
-    def make(name, container=None):
-        if (name, container) not in made:
-            codec, options = CODED[name]
-            inner = folder / name / str(container)
-            inner.mkdir(parents=True)
-            if container is None:
-                made[name, None] = write_video(inner / "a.mp4", coded_frames(COUNT), codec=codec, options=options)
-            else:
-                made[name, container] = remux(make(name), inner / container, in_decode_order)
-        return made[name, container]
-
-    return make
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recordings")
 
 
-def shown(path):
-    """Return the numbers of the frames as they leave the decoder, of a whole decode without this library's reader."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
-    return coded_numbers(np.stack(frames))
+def shown(path: Path) -> list[int]:
+    """The numbers of the frames as they leave the decoder."""
+    return coded_numbers(np.stack([frame.to_ndarray(format="gray") for frame in ffmpeg_frames(path)]))
 
 
-def assert_in_order(path, *, count=None, fps=10.0, max_frames=16):
-    """Read a clip; its frames must be those that FFmpeg shows, sampled by the reference's rule."""
-    truth = shown(path)
+def assert_in_order(path: Path, *max_frames: int, truth: list[int] | None = None) -> Clip:
+    """Read clips, as RGB and as planes by turns; their frames must be those that FFmpeg shows, sampled by the rule."""
+    truth = truth or shown(path)
     assert truth == sorted(truth), "the decoder gives them in order"
-    assert count is None or truth == list(range(count))
-    for planes, threads in ((False, 1), (True, 0)):
-        clip = read_frames(path, max_frames=max_frames, planes=planes, threads=threads)
-        picture = clip.frames.planes[0] if planes else clip.frames
-        expected = sample_indices(len(truth), clip.source_fps, max_frames=max_frames, fps=2.0)
-        assert coded_numbers(picture) == [truth[i] for i in expected]
+    for turn, most in enumerate(max_frames or (16, 16)):
+        clip = read_frames(path, max_frames=most, planes=turn % 2 == 1, threads=1 - turn % 2)
+        pixels = clip.frames.planes[0] if isinstance(clip.frames, YuvFrames) else clip.frames
+        expected = sample_indices(len(truth), clip.source_fps, max_frames=most, fps=2.0)
+        assert coded_numbers(pixels) == [truth[i] for i in expected]
         assert clip.total_frames == len(truth)
-        assert clip.source_fps == pytest.approx(fps, rel=0.01)
+        assert clip.source_fps == pytest.approx(10.0, rel=0.01)
         assert list(clip.timestamps) == sorted(clip.timestamps)
     return clip
 
 
-@pytest.mark.parametrize(("name", "container"), [(name, container) for name in IN for container in IN[name]])
-def test_times_that_follow_decoding(coded, name, container):
-    path = coded(name, container)
-    with av.open(str(path)) as file:
-        stamps = [packet.pts for packet in file.demux(video=0) if packet.size]
+@pytest.mark.parametrize(("name", "suffix"), [(name, suffix) for name in IN for suffix in IN[name]])
+def test_times_that_follow_decoding(made: Make, tmp_path: Path, name: str, suffix: str) -> None:
+    path = remux(made(name), tmp_path / f"a{suffix}", in_decode_order, most=120)
+    stamps = [packet.pts for packet in packets_of(path)]
     assert all(a < b for a, b in pairwise(stamps)), "no time shows that frames are reordered"
-    for max_frames in (2, 4, 16):
-        assert_in_order(path, max_frames=max_frames)
+    assert_in_order(path, 2, 4, 16)
 
 
 @pytest.mark.parametrize("name", ["b-frames", "b-pyramid"])
-def test_avi(tmp_path, name):
+def test_avi(tmp_path: Path, name: str) -> None:
     """H.264 in AVI, as UCF101 and HMDB51 are published."""
-    path = write_video(tmp_path / "a.avi", coded_frames(COUNT), options=CODED[name][1])
-    for max_frames in (2, 16):
-        assert_in_order(path, count=COUNT, max_frames=max_frames)
+    path = write_video(tmp_path / "a.avi", coded_frames(120), options=MADE[name].options)
+    assert_in_order(path, 2, 16, truth=list(range(120)))
 
 
-@pytest.mark.parametrize("container", ["a.mp4", "a.mkv", "a.flv"])
-def test_frames_that_are_reordered_late_in_the_file(tmp_path, container):
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv"])
+def test_frames_that_are_reordered_late_in_the_file(tmp_path: Path, suffix: str) -> None:
     """The first groups of pictures show nothing, and single frames are sought for."""
-    count, first = 144, 72
-    source = tmp_path / "source.mp4"
+    source, first, kinds = tmp_path / "source.mp4", 72, av.video.frame.PictureType
     with av.open(str(source), "w") as out:
         stream = out.add_stream("libx264", rate=10, options=X264 | {"bf": "3", "b-adapt": "0", "g": "24"})
         stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
-        kinds = av.video.frame.PictureType
-        for number, pixels in enumerate(coded_frames(count)):
+        for number, pixels in enumerate(coded_frames(2 * first)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if number < first:
                 frame.pict_type = kinds.P if number % 24 else kinds.I
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    path = remux(source, tmp_path / container, in_decode_order)
-    for max_frames in (2, 4, 6, 16):
-        assert_in_order(path, max_frames=max_frames)
+    path = remux(source, tmp_path / f"a{suffix}", in_decode_order)
     truth = shown(path)
+    assert_in_order(path, 2, 4, 6, 16, truth=truth)
     for number in range(60, len(truth), 5):
-        decoder = PyAvDecoder(path)
-        assert coded_numbers(decoder.frames([number]).pixels) == [truth[number]]
-        decoder.close()
+        assert decoded_numbers(decode(path, [number])) == [truth[number]]
 
 
-def test_true_times_cost_nothing_and_no_reordering_little(coded):
+def test_true_times_cost_nothing_and_no_reordering_little(made: Make) -> None:
     decoded = {}
-    for name in ("b-frames", "no b-frames"):
-        decoder = PyAvDecoder(coded(name))
-        frames = [decoder.frames([number]) for number in (0, 50, 95, 119)]
-        assert [coded_numbers(one.pixels)[0] for one in frames] == [0, 50, 95, 119]
+    for name in ("b-frames", "gop 12"):
+        frames = [decode(made(name), [number]) for number in (0, 50, 95, 119)]
+        assert [decoded_numbers(one)[0] for one in frames] == [0, 50, 95, 119]
         decoded[name] = [one.decoded for one in frames]
-        decoder.close()
     assert decoded["b-frames"][0] == 1
     assert max(decoded["b-frames"]) <= 24
-    assert decoded["no b-frames"] == [3, 5, 24, 24], "at most two more than the frame needs, none past a key frame"
+    assert decoded["gop 12"] == [3, 5, 12, 12], "at most two more than the frame needs, none past a key frame"
 
 
-@pytest.mark.parametrize("name", ["b-frames", "no b-frames", "b-pyramid"])
-@pytest.mark.parametrize("suffix", [".ts", ".flv", ".mkv"])
-@pytest.mark.parametrize("starts", [(1, 1), (1, 4.95), (10, 1), (1, 2.5, 1.75), (5, 2.05), (1, 0.9), (1, 3.5)])
-def test_a_clock_that_is_set_back(tmp_path, name, suffix, starts):
+@pytest.mark.grid(
+    name=["b-frames", "gop 12", "b-pyramid"],
+    suffix=[".ts", ".flv", ".mkv"],
+    starts=[(1, 1), (1, 4.95), (10, 1), (1, 2.5, 1.75), (5, 2.05), (1, 0.9), (1, 3.5)],
+)
+def test_a_clock_that_is_set_back(
+    folder: Path, tmp_path: Path, name: str, suffix: str, starts: tuple[float, ...]
+) -> None:
     """Recordings of 4 s in one file, whose clocks begin at these seconds."""
-    pieces = []
-    for number, start in enumerate(starts):
-        frames = coded_frames(40 * len(starts))[40 * number : 40 * number + 40]
-        piece = write_video(tmp_path / f"{number}.mp4", frames, options=CODED[name][1])
-        live = {"live": "1"} if suffix == ".mkv" else {}
-        pieces.append(remux(piece, tmp_path / f"{number}{suffix}", later(start), **live))
+    live = {"live": "1"} if suffix == ".mkv" else {}
+    pieces = [
+        remux(recording(folder, name, number), tmp_path / f"{number}{suffix}", later(start), **live)
+        for number, start in enumerate(starts)
+    ]
     path = join(pieces, tmp_path / f"whole{suffix}")
-    clip = assert_in_order(path, count=40 * len(starts))
-    steps = np.diff(clip.timestamps)
-    assert steps.min() > 0.15, "one piece after the other"
+    clip = assert_in_order(path, truth=list(range(40 * len(starts))))
+    assert np.diff(clip.timestamps).min() > 0.15, "one piece after the other"
     part = read_frames(path, max_frames=4, start=4.5, end=6.0)  # of the second piece
     assert all(44 <= number <= 61 for number in coded_numbers(part.frames))
 
 
-def test_transport_streams_joined_by_cat_are_whole(tmp_path):
+def test_transport_streams_joined_by_cat_are_whole(tmp_path: Path) -> None:
     pieces = [
-        write_video(tmp_path / f"{number}.ts", coded_frames(130)[a:b], options=CODED["b-frames"][1])
-        for number, (a, b) in enumerate(((0, 40), (40, 90), (90, 130)))
+        write_video(tmp_path / f"{first}.ts", coded_frames(130)[first:stop], options=MADE["b-frames"].options)
+        for first, stop in ((0, 40), (40, 90), (90, 130))
     ]
     path = join(pieces, tmp_path / "whole.ts")
-    with av.open(str(path)) as container:
-        assert any(packet.is_corrupt for packet in container.demux(video=0)), "FFmpeg suspects a loss at each joint"
-    assert_in_order(path, count=130)
+    assert any(packet.is_corrupt for packet in packets_of(path)), "FFmpeg suspects a loss at each joint"
+    assert_in_order(path, truth=list(range(130)))
 
 
-def test_a_loss_in_a_transport_stream_is_an_error_where_it_is_decoded(tmp_path):
+def test_a_loss_in_a_transport_stream_is_an_error_where_it_is_decoded(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
     path = write_video(tmp_path / "a.ts", noise, options=X264 | {"bf": "0", "g": "10"})
     data = path.read_bytes()
     packets = [data[at : at + 188] for at in range(0, len(data), 188)]
     for at, lost in ((len(packets) // 2 + 5, 1), (len(packets) // 3, 3)):
         path.write_bytes(b"".join(packets[:at] + packets[at + lost :]))
-        with av.open(str(path)) as container:
-            assert any(packet.is_corrupt for packet in container.demux(video=0))
-        decoder = PyAvDecoder(path)
-        with pytest.raises(SampleError) as caught:
-            decoder.frames(range(40))
-        assert caught.value.kind == "decode"
-        assert len(decoder.frames([5, 35]).pixels) == 2, "of other groups"
-        decoder.close()
+        assert any(packet.is_corrupt for packet in packets_of(path))
+        assert refusal(decode, path, range(40)).kind == "decode"
+        assert len(decode(path, [5, 35]).pixels) == 2, "of other groups"
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-@pytest.mark.parametrize(("name", "container"), [("b-frames", "a.mp4"), ("b-frames", "a.mkv"), ("hevc", "a.mp4")])
-def test_other_decoders_refuse_what_they_cannot_order(tmp_path, backend, name, container):
-    """Frames wide enough for decord."""
-    if backend == "decord":
-        pytest.importorskip("decord")
-    codec, options = CODED[name]
-    source = write_video(tmp_path / "source.mp4", coded_frames(COUNT, 64, 160), codec=codec, options=options)
-    path = remux(source, tmp_path / container, in_decode_order)
+@pytest.mark.parametrize(("name", "suffix"), [("b-frames", ".mp4"), ("b-frames", ".mkv"), ("hevc", ".mp4")])
+def test_other_decoders_refuse_what_they_cannot_order(made: Make, tmp_path: Path, name: str, suffix: str) -> None:
+    pytest.importorskip("decord")
+    path = remux(made(name), tmp_path / f"a{suffix}", in_decode_order)
     truth = shown(path)
-    decoder = open_decoder(path, backend=backend)
     for numbers in ([0, 50, 100], [97], list(range(30, 60))):
-        if backend == "decord":
-            with pytest.raises(SampleError, match="in which order they are shown"):
-                decoder.frames(numbers)
-        else:
-            assert coded_numbers(decoder.frames(numbers).pixels) == [truth[number] for number in numbers]
-    decoder.close()
-    decoder = open_decoder(source, backend=backend)
-    assert coded_numbers(decoder.frames([0, 50, 100]).pixels) == [0, 50, 100]
-    decoder.close()
+        assert decoded_numbers(decode(path, numbers)) == [truth[number] for number in numbers]
+        assert "in which order they are shown" in refusal(decode, path, numbers, by=DecordDecoder).message
+    assert decoded_numbers(decode(made(name), [0, 50, 100], by=DecordDecoder)) == [0, 50, 100]
 
 
-def test_timelines():
-    def of(stamps, clock=None, key=(), reorder=2, header=None):
-        keys = [number in key for number in range(len(stamps))]
-        return timeline_of_packets(stamps, clock or [None] * len(stamps), keys, reorder, Fraction(1, 10), header)
+def timeline(
+    stamps: Sequence[int | None], clock: Sequence[int] = (), key: Sequence[int] = (), header: Fraction | None = None
+) -> Timeline:
+    keys = [number in key for number in range(len(stamps))]
+    return timeline_of_packets(stamps, clock or [None] * len(stamps), keys, 2, Fraction(1, 10), header)
 
-    plain = of([0, 3, 1, 2, 6, 4, 5])
+
+def test_timelines() -> None:
+    plain = timeline([0, 3, 1, 2, 6, 4, 5])
     assert (plain.stamps, plain.by_pts, plain.fps) == ((0, 1, 2, 3, 4, 5, 6), True, 10.0)
-    back = of([10, 11, 12, 13, 3, 4, 5, 6])
+    assert [timeline([0, 1, 2], header=Fraction(rate)).fps for rate in ("10.05", "11")] == [10.05, 10.0]
+    back = timeline([10, 11, 12, 13, 3, 4, 5, 6])
     assert (back.by_pts, back.fps) == (False, 10.0)
     assert back.seconds == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
-    little = of([10, 12, 14, 13, 15, 17], clock=[8, 9, 10, 9, 10, 11], key=(3,))
+    little = timeline([10, 12, 14, 13, 15, 17], clock=[8, 9, 10, 9, 10, 11], key=(3,))
     assert (little.by_pts, little.fps) == (False, 5.0)
-    assert not of([10, 12, 14, 13, 15, 17], clock=[8, 9, 10, 9, 10, 11]).by_pts, "decode times fall"
-    twice = of([0, 1, 2, 2, 3])
+    assert not timeline([10, 12, 14, 13, 15, 17], clock=[8, 9, 10, 9, 10, 11]).by_pts, "decode times fall"
+    twice = timeline([0, 1, 2, 2, 3])
     assert not twice.by_pts, "no frame has a time of its own"
     assert list(twice.seconds) == sorted(twice.seconds)
-    untimed = of([0, None, 2], header=Fraction(5))
+    untimed = timeline([0, None, 2], header=Fraction(5))
     assert (untimed.by_pts, untimed.seconds) == (False, (0.0, 0.2, 0.4))
-    assert of([]).seconds == ()
-    assert of([7]).seconds == (0.7,)
-    assert of([7, 7, 7], header=Fraction(4)).seconds == (0.0, 0.25, 0.5)
+    assert timeline([]).seconds == ()
+    assert timeline([7]).seconds == (0.7,)
+    assert timeline([7, 7, 7], header=Fraction(4)).seconds == (0.0, 0.25, 0.5)
     given = timeline_of_frames([0, 2, 3, 1, 5, 6, 4], Fraction(1, 10), None)
     assert (given.by_pts, given.fps, given.seconds[3]) == (False, 10.0, 0.3)
     assert timeline_of_frames([1, 2, 3], Fraction(1, 10), None).by_pts

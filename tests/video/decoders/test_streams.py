@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import av
+import numpy as np
 import pytest
-from media import coded_frames, coded_numbers
+from coded_videos import decode, decoded_numbers
+from media import coded_frames, coded_numbers, ffmpeg_frames, refusal
 
-from videor1.types import SampleError
 from videor1.video import read_frames
-from videor1.video.decoders import open_decoder
 from videor1.video.decoders.container import best_stream, open_video
+from videor1.video.decoders.decord import DecordDecoder
 
-DEFAULT = av.stream.Disposition.default
+KINDS = av.stream.Disposition
+DEFAULT, ATTACHED = KINDS.default, KINDS.attached_pic
 COUNT = 40
 
 
-def write_streams(path, *kinds):
+def write_streams(path: Path, *kinds: tuple[int, int, int, Any]) -> Path:
     """Write a file with a stream for each (number of frames, first number that they show, scale, disposition)."""
     with av.open(str(path), "w") as out:
         streams = []
@@ -38,74 +44,65 @@ CASES = {  # streams of which the second or the first shows 0, 1, 2, ... and is 
     "equal": [(COUNT, 0, 1, DEFAULT), (COUNT, 100, 1, DEFAULT)],
     "none is default": [(COUNT, 0, 1, 0), (COUNT, 100, 1, 0)],
     "few frames first": [(2, 500, 1, 0), (COUNT, 0, 1, 0)],
-    "impaired first": [(COUNT, 100, 1, av.stream.Disposition.visual_impaired), (COUNT, 0, 1, 0)],
+    "impaired first": [(COUNT, 100, 1, KINDS.visual_impaired), (COUNT, 0, 1, 0)],
 }
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_best_stream(tmp_path, case, suffix):
-    streams = CASES[case]
-    path = write_streams(tmp_path / f"a{suffix}", *streams)
-    with av.open(str(path)) as container:
-        best = container.streams.best("video").index
-        expected = coded_numbers([f.to_ndarray(format="gray") for f in container.decode(container.streams[best])])
+def test_the_best_stream(tmp_path: Path, case: str, suffix: str) -> None:
+    path = write_streams(tmp_path / f"a{suffix}", *CASES[case])
+    expected = coded_numbers(np.stack([frame.to_ndarray(format="gray") for frame in ffmpeg_frames(path)]))
     clip = read_frames(path, max_frames=64, fps=100.0)
     assert coded_numbers(clip.frames) == expected[: len(clip.frames)]
     if suffix == ".mkv" or case not in ("equal", "none is default", "impaired first", "few frames first"):
         assert expected[0] == 0, "an MP4 has other defaults"
-    with open_video(path) as (_, stream):
-        assert stream.index == best
+    with av.open(str(path)) as container, open_video(path) as (_, stream):
+        assert stream.index == container.streams.best("video").index
 
 
-class Stream:
+def stream(disposition: Any = 0, frames: int = 100, bit_rate: int | None = 1000, decoder: bool = True) -> Any:
     """A stream of a fake container."""
-
-    def __init__(self, index, disposition=0, frames=100, bit_rate=1000, decoder=True):
-        self.index, self.disposition, self.frames = index, av.stream.Disposition(disposition), frames
-        self.codec_context = type("Context", (), {"bit_rate": bit_rate})() if decoder else None
+    context = SimpleNamespace(bit_rate=bit_rate) if decoder else None
+    return SimpleNamespace(disposition=KINDS(disposition), frames=frames, codec_context=context)
 
 
-class Container:
+def container(best: int | None, *videos: Any) -> Any:
     """A fake container of which FFmpeg considers one stream the best."""
+    for index, video in enumerate(videos):
+        video.index = index
+    streams = SimpleNamespace(video=videos, best=lambda kind: None if best is None else videos[best])
+    return SimpleNamespace(streams=streams)
 
-    def __init__(self, best, *videos):
-        self.streams = self
-        self.video = list(videos)
-        self.best = lambda kind: self.video[best] if best is not None else None
 
-
-ATTACHED = av.stream.Disposition.attached_pic
+COVER = ATTACHED | DEFAULT
 
 
 @pytest.mark.parametrize(
-    ("container", "expected"),
+    ("opened", "expected"),
     [
-        (Container(0, Stream(0, DEFAULT), Stream(1, DEFAULT)), 0),
-        (Container(1, Stream(0), Stream(1, DEFAULT)), 1),
-        (Container(0, Stream(0, ATTACHED | DEFAULT), Stream(1)), 1),
-        (Container(0, Stream(0, ATTACHED | DEFAULT), Stream(1), Stream(2, DEFAULT)), 2),
-        (Container(0, Stream(0, ATTACHED | DEFAULT), Stream(1), Stream(2)), 1),
-        (Container(0, Stream(0, ATTACHED | DEFAULT), Stream(1, bit_rate=None), Stream(2, bit_rate=9)), 2),
-        (Container(0, Stream(0, ATTACHED | DEFAULT), Stream(1, frames=1), Stream(2)), 2),
-        (Container(0, Stream(0, DEFAULT, decoder=False), Stream(1)), 1),
-        (Container(0, Stream(0, decoder=False)), 0),
-        (Container(0, Stream(0, ATTACHED | DEFAULT)), None),
-        (Container(None), None),
+        (container(0, stream(DEFAULT), stream(DEFAULT)), 0),
+        (container(1, stream(), stream(DEFAULT)), 1),
+        (container(0, stream(COVER), stream()), 1),
+        (container(0, stream(COVER), stream(), stream(DEFAULT)), 2),
+        (container(0, stream(COVER), stream(), stream()), 1),
+        (container(0, stream(COVER), stream(bit_rate=None), stream(bit_rate=9)), 2),
+        (container(0, stream(COVER), stream(frames=1), stream()), 2),
+        (container(0, stream(DEFAULT, decoder=False), stream()), 1),
+        (container(0, stream(decoder=False)), 0),
+        (container(0, stream(COVER)), None),
+        (container(None), None),
     ],
 )
-def test_cover_art_is_never_the_video(container, expected):
-    found = best_stream(container)
+def test_cover_art_is_never_the_video(opened: Any, expected: int | None) -> None:
+    found = best_stream(opened)
     assert (None if found is None else found.index) == expected
 
 
-def test_decord_refuses_several_streams(tmp_path):
+def test_decord_refuses_several_streams(tmp_path: Path) -> None:
     """It has another FFmpeg inside, which does not ask for the default."""
     pytest.importorskip("decord")
-    decoder = open_decoder(write_streams(tmp_path / "a.mkv", *CASES["preview first"]), backend="decord")
-    with pytest.raises(SampleError, match="2 video streams, and it cannot be told which to read"):
-        decoder.frames([0])
-    decoder.close()
-    decoder = open_decoder(write_streams(tmp_path / "b.mkv", (COUNT, 0, 1, 0)), backend="decord")
-    assert coded_numbers(decoder.frames([0, 7, 30]).pixels) == [0, 7, 30]
-    decoder.close()
+    several = write_streams(tmp_path / "a.mkv", *CASES["preview first"])
+    assert "2 video streams, and it cannot be told which" in refusal(decode, several, [0], by=DecordDecoder).message
+    single = write_streams(tmp_path / "b.mkv", (COUNT, 0, 1, 0))
+    assert decoded_numbers(decode(single, [0, 7, 30], by=DecordDecoder)) == [0, 7, 30]

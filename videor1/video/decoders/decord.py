@@ -9,8 +9,10 @@ The last release (2021, with a private copy of FFmpeg 4) has these faults, which
 - It turns a picture by the angle of its display matrix, and does not mirror it; that is left to the caller.
 - After a seek it may silently give another frame than requested, or a damaged one: where key frames are not shown in
   the order they are stored (open GOPs, the default of x265), where packets are called key frames that are none (intra
-  refresh), and in containers without an index (FLV). It is therefore allowed to seek only in MP4 and Matroska files of
-  closed GOPs; in other files all frames are decoded in order from the first.
+  refresh), and in containers without a table of packets (FLV). It is therefore allowed to seek only in MP4 and Matroska
+  files of closed GOPs; in others of them all frames up to the last one wanted are decoded in order.
+- In a container without such a table it may begin behind the first frame (MPEG-TS with B-frames). All of such a file is
+  decoded, and the number of its frames must be the file's.
 - It repeats a good frame in place of one that does not decode. ``fault_tol`` makes that an error.
 - Frames narrower than about 64 pixels may have another shape than expected, which is an error here. It has no decoder
   for AV1, which is an error too.
@@ -62,9 +64,9 @@ class DecordDecoder(LibraryDecoder):
         reader = self.library.VideoReader(self.file.name, num_threads=self.threads, fault_tol=_FAULT_TOLERANCE)
         self._check_times(reader)
         with self.library.bridge.use_torch():
-            if not all(self.index.shown):
-                # The decoder leaves out packets that are not shown. Whether it left out the right number of them can
-                # only be checked at the end of the file.
+            if not all(self.index.shown) or not self._has_table():
+                # The decoder leaves out packets that are not shown, and in a container without a table of packets it
+                # may begin behind the first. Whether it left out the right number can only be checked at the end.
                 pixels = self._read_in_order(reader, numbers, self.index.info.num_frames)
                 self._check_end(reader)
                 return pixels, self.index.info.num_frames
@@ -85,16 +87,19 @@ class DecordDecoder(LibraryDecoder):
             where = f"{reported[number] - reported[0]:.4f} s after the first, the file's is at {expected[number]:.4f} s"
             raise self.error(f"its packet {number} is at {where}: frames cannot be told apart")
 
+    def _has_table(self) -> bool:
+        """Return whether this is an MP4 or a Matroska file, which say where their packets are."""
+        with self.file.reader() as file:
+            head = file.read(8)
+        return head[:4] == _EBML or head[4:] == b"ftyp"
+
     def _may_seek(self, reader: Any) -> bool:
         """Return whether seeking in this file is reliable.
 
-        The container must have an index, and each key frame must be decodable by itself and separate the frames shown
-        before it from those shown after it.
+        Each key frame must be decodable by itself and separate the frames shown before it from those shown after it.
         """
-        with self.file.reader() as file:
-            head = file.read(8)
         keys = [position for position, key in enumerate(self.index.key) if key]
-        if (head[:4] != _EBML and head[4:] != b"ftyp") or list(reader.get_key_indices()) != keys:
+        if list(reader.get_key_indices()) != keys:
             return False
         pts = [stamp for stamp in self.index.pts if stamp is not None]
         before = [pts[0] - 1, *accumulate(pts, max)]

@@ -1,0 +1,344 @@
+"""What the tests of the losses and of the linear head share: oracles in plain torch, inputs, and the comparison.
+
+``dense`` is the head with all logits at once, ``naive`` the loss as a loop over completions. Both are written apart
+from the library, run in fp64 and are differentiated by autograd; the reference and Triton are compared with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from triton_cases import DEVICE, DTYPES, Head, leaf, make_head, upstream
+
+from videor1_kernels import GrpoLoss, grpo_loss, last_backend, linear_grpo_loss, linear_logprob
+from videor1_kernels.linear_logprob import products, triton_rows
+from videor1_kernels.testing import assert_matches, poisoned_memory, rounding
+
+# Results in fp64 beside those by hand: at most some hundred operations on numbers up to 10. 4.4e-14.
+BY_HAND = rounding(100, 10.0, torch.float64)
+
+Clips = tuple[float | None, float | None]
+Kind = tuple[str, torch.dtype]  # a backend, and the dtype of its inputs
+BACKENDS = ("reference", "triton")
+KINDS: list[Kind] = [("reference", torch.float64), *(("triton", dtype) for dtype in DTYPES)]
+FP32: list[Kind] = [(backend, torch.float32) for backend in BACKENDS]
+LOW: list[Kind] = [
+    *(("reference", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(("triton", dtype) for dtype in DTYPES),
+]
+
+LOSSES = [
+    {"loss_type": "grpo"},
+    {"loss_type": "bnpo"},
+    {"loss_type": "dr_grpo", "max_completion_length": 9},
+    {"loss_type": "dapo", "num_tokens": 41},
+]
+LEVELS = ("token", "sequence")
+CLIPS = [(None, None), (0.2, None), (None, 0.28), (0.2, 0.28)]
+BOTH = {"clip_low": 0.2, "clip_high": 0.28}
+LENGTHS = (5, 1, 0, 5)
+LEAVES = ("hidden", "weight", "bias")
+
+
+def strided(values: Tensor) -> Tensor:
+    """The same values, every second element of a wider tensor whose others are others."""
+    other = ~values if values.dtype == torch.bool else torch.full_like(values, 77)
+    return torch.stack([values, other], -1)[..., 0]
+
+
+def shifted(values: Tensor) -> Tensor:
+    """The same values and strides, one element past an aligned address."""
+    memory = torch.empty(values.numel() + 8, dtype=values.dtype, device=values.device)
+    view = memory[1 : 1 + values.numel()].view(values.shape)
+    return view.copy_(values)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "shifted": shifted,
+    "strided": strided,
+    "column-major": lambda x: x.T.contiguous().T,
+    "rows of a wider matrix": lambda x: torch.cat([torch.full_like(x, 77), x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every second row": lambda x: torch.stack([x, torch.full_like(x, 77)], 1)[:, 0],
+}
+
+
+def double(value: Any) -> Any:
+    """Floats of a tensor, of a dict's values, or anything else as it is, in fp64."""
+    if isinstance(value, dict):
+        return {name: double(item) for name, item in value.items()}
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def cumulative(lengths: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def assert_same_bits(call: Callable[[], Iterable[Tensor]]) -> None:
+    """Whatever its memory held before, under autocast, and whatever torch's default dtype is."""
+    first = call()
+    defaults = [default_dtype(dtype) for dtype in (torch.bfloat16, torch.float64)]
+    for surroundings in (poisoned_memory(), torch.autocast(DEVICE, torch.bfloat16), *defaults):
+        with surroundings:
+            again = call()
+        for a, b in zip(first, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_differentiable_once(value: Tensor, leaves: list[Tensor]) -> None:
+    """Again and scaled, the gradients are the same; a second derivative is an error, and not a missing term."""
+    once, again, scaled = (torch.autograd.grad(f * value, leaves, retain_graph=True) for f in (1, 1, -8))
+    for a, b, c in zip(once, again, scaled, strict=True):
+        assert torch.equal(a, b)
+        assert_matches(c / -8, a)
+    (grad, *_) = torch.autograd.grad(value, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.sum().backward()
+
+
+def multiplications(call: Callable[[], object]) -> int:
+    """Of the matrix products in ``call``, inside operators too."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        call()
+    total = 0
+    for event in profiler.events():
+        if event.name in ("aten::addmm", "aten::addmm_", "aten::mm", "mkldnn::_linear_pointwise"):
+            shapes = [shape for shape in event.input_shapes if len(shape) == 2]
+            (n, _), b = shapes[1:3] if "addmm" in event.name else shapes[:2]  # what a product is added to comes first
+            total += n * math.prod(b)
+    return total
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes chunks of 4 rows at most, and a row in several steps."""
+    monkeypatch.setattr(products, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(triton_rows, "BLOCK", 128)
+
+
+# The head.
+
+
+def dense(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies from all logits at once; autograd does the rest."""
+    logits = torch.einsum("...h,vh->...v", hidden, weight)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    top = logits.amax(-1, keepdim=True)
+    scores = logits - (top + (logits - top).exp().sum(-1, keepdim=True).log())
+    logp = torch.gather(scores, -1, labels.clamp(min=0)[..., None])[..., 0]
+    probs = scores.exp()
+    entropy = -torch.where(probs > 0, probs * torch.where(probs > 0, scores, 0.0), 0.0).sum(-1)
+    return torch.where(labels != -100, logp, 0.0), torch.where(labels != -100, entropy, 0.0)
+
+
+def plain(head: Head) -> tuple[Tensor, Tensor]:
+    """What one writes in torch, in the inputs' dtype."""
+    logits = head.hidden @ head.weight.T
+    scores = (logits if head.bias is None else logits + head.bias).float().log_softmax(-1)
+    return scores.gather(-1, head.labels[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
+
+
+def evaluate(
+    backend: str, head: Head, temperature: float | Tensor = 1.0, g: Tensor | None = None, e: Tensor | None = None
+) -> list[Tensor]:
+    """[logp, entropy, gradients of the leaves] for incoming gradients g of logp and e of entropy."""
+    if backend == "dense":
+        out = dense(head.hidden, head.weight, head.labels, head.bias, double(temperature))
+    elif backend == "plain":
+        out = plain(head)
+    else:
+        out = linear_logprob(
+            head.hidden, head.weight, head.labels, bias=head.bias, temperature=temperature, backend=backend
+        )
+        assert last_backend("linear_logprob") == backend
+    used = [(x, grad.to(x.dtype)) for x, grad in zip(out, (g, e), strict=True) if grad is not None]
+    grads = torch.autograd.grad([x for x, _ in used], head.leaves, [grad for _, grad in used]) if used else ()
+    return [*out, *grads]
+
+
+def check_head(
+    backend: str, head: Head, temperature: float | Tensor = 1.0, g: str | None = "random", e: str | None = "random"
+) -> list[Tensor]:
+    """linear_logprob against ``dense``: log-probs to fp32's rounding whatever the inputs' dtype, gradients to theirs.
+
+    Ignored rows may hold anything.
+    """
+    incoming = [upstream(*head.labels.shape, seed=i) if x else None for i, x in enumerate((g, e))]
+    ours = evaluate(backend, head, temperature, *incoming)
+    exact = evaluate("dense", head.oracle(), temperature, *incoming)
+    statistics = torch.float64 if torch.float64 in [x.dtype for x in head.leaves] else torch.float32
+    assert [x.dtype for x in ours] == [statistics] * 2 + [x.dtype for x in head.leaves]
+    for i, (a, o) in enumerate(zip(ours, exact, strict=True)):
+        assert a.shape == o.shape
+        assert_matches(a, o, name=f"result {i}")
+    return ours
+
+
+# The loss.
+
+
+def naive(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss_type: str = "grpo",
+    beta: float = 0.04,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    kl_clamp: float = 10.0,
+    importance_level: str = "token",
+    max_completion_length: float = 0,
+    num_tokens: float = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL and clip fraction."""
+    nothing = logp[:0].sum()
+    per_completion, kls, clipped, count = [], [nothing], 0, 0
+    for s in range(len(advantages)):
+        kept = [t for t in range(int(cu_seqlens[s]), int(cu_seqlens[s + 1])) if mask is None or mask[t]]
+        if not kept:
+            continue
+        count += len(kept)
+        lp, a = logp[kept], advantages[s]
+        log_ratio = lp - (lp.detach() if old_logp is None else old_logp[kept])
+        if importance_level == "sequence":
+            log_ratio = log_ratio.mean().expand(len(kept))
+        r = log_ratio.exp()
+        bounded = r.clamp(0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high)
+        terms = -torch.minimum(r * a, bounded * a)
+        clipped += int((bounded * a < r * a).sum())
+        if beta:
+            assert ref_logp is not None
+            x = (ref_logp[kept] - lp).clamp(-kl_clamp, kl_clamp)
+            terms = terms + beta * (x.exp() - x - 1)
+            kls.append((x.exp() - x - 1).sum())
+        per_completion.append(terms)
+    if loss_type == "grpo":
+        loss = sum((terms.mean() for terms in per_completion), nothing) / max(len(advantages), 1)
+    else:
+        size = {"bnpo": count, "dr_grpo": len(advantages) * max_completion_length, "dapo": num_tokens}[loss_type]
+        loss = sum((terms.sum() for terms in per_completion), nothing) / (size or 1)
+    return loss, sum(kls).detach() / max(count, 1), nothing.detach() + clipped / max(count, 1)
+
+
+def make_case(
+    lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float32, *, masked: bool = False, seed: int = 0
+) -> tuple[Tensor, dict[str, Any]]:
+    """Log-probs [N] that require a gradient, and what goes with them; ratios on both sides of every clip.
+
+    Where masked, as the only token of the second completion is, all is NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    logp = -3 * torch.rand(n, generator=generator)
+    case = {
+        "advantages": torch.randn(len(lengths), generator=generator).abs() * torch.tensor([1, -1] * 9)[: len(lengths)],
+        "old_logp": logp + 0.8 * torch.randn(n, generator=generator),
+        "ref_logp": logp + 2 * torch.randn(n, generator=generator),
+    }
+    if masked:
+        mask = torch.arange(n) % 4 != 1
+        for values in (logp, case["old_logp"], case["ref_logp"]):
+            values[~mask] = math.nan
+        case["mask"] = mask
+    case = {name: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) for name, x in case.items()}
+    return leaf(logp.to(DEVICE, dtype)), case | {"cu_seqlens": cumulative(lengths)}
+
+
+def check_loss(backend: str, logp: Tensor, case: dict[str, Any], **options: Any) -> tuple[GrpoLoss, Tensor]:
+    """grpo_loss against ``naive``; loss and statistics are fp32 or wider, the gradient of the log-probs' dtype."""
+    with poisoned_memory():
+        ours = grpo_loss(logp, **case, **options, backend=backend)
+        (grad,) = torch.autograd.grad(3 * ours.loss, logp)
+    assert last_backend("grpo_loss") == backend
+    exact = leaf(logp.double())
+    oracle = naive(exact, **double(case), **options)
+    (exact_grad,) = torch.autograd.grad(3 * oracle[0], exact)
+    shown = exact.detach() if case.get("mask") is None else exact.detach().masked_fill(~case["mask"], 0.0)
+    wide = torch.promote_types(logp.dtype, torch.float32)
+    for a, o in zip((ours.loss, ours.kl, ours.clip_fraction, ours.logp), (*oracle, shown), strict=True):
+        assert a.dtype == wide
+        assert_matches(a, o)
+    assert grad.dtype == logp.dtype
+    assert_matches(grad, exact_grad)
+    assert (grad[exact_grad == 0] == 0).all()
+    assert ours.skipped_rows == int((exact_grad == 0).sum())
+    return ours, grad
+
+
+def make_linear(
+    dtype: torch.dtype,
+    lengths: tuple[int, ...] = LENGTHS,
+    *,
+    vocab: int = 70,
+    size: int = 16,
+    temperature: float | Tensor = 1.0,
+    **options: Any,
+) -> tuple[Head, dict[str, Any]]:
+    """A head [N, size] and a case whose old and reference log-probs lie around its own."""
+    head = make_head(sum(lengths), vocab, size, dtype, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    noise, case = make_case(lengths, wide)
+    logp = evaluate("dense", head.oracle(), temperature)[0].detach().to(wide)
+    noise = noise.detach() + 1.5  # from -1.5 to 1.5
+    return head, case | {"old_logp": logp + 0.4 * noise, "ref_logp": logp - noise}
+
+
+def run_linear(
+    backend: str, head: Head, case: dict[str, Any], factor: float = 1.0, **options: Any
+) -> tuple[GrpoLoss, tuple[Tensor, ...]]:
+    """GrpoLoss, and the gradients of factor times its loss."""
+    out = linear_grpo_loss(head.hidden, head.weight, head.labels, **case, bias=head.bias, **options, backend=backend)
+    assert last_backend("linear_grpo_loss") == backend
+    return out, torch.autograd.grad(factor * out.loss, head.leaves) if out.loss.requires_grad else ()
+
+
+def check_linear(
+    backend: str,
+    head: Head,
+    case: dict[str, Any],
+    *,
+    factor: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    **options: Any,
+) -> tuple[GrpoLoss, tuple[Tensor, ...]]:
+    """linear_grpo_loss against both oracles. Statistics to fp32's rounding, gradients to their dtype's."""
+    ours, grads = run_linear(backend, head, case, factor, temperature=temperature, **options)
+    exact = head.oracle()
+    logp, entropy = evaluate("dense", exact, temperature)
+    loss, kl, clip_fraction = naive(logp, **double(case), mask=exact.labels != -100, **options)
+    *exact_grads, coefficient = torch.autograd.grad(factor * loss, [*exact.leaves, logp])
+    wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+    theirs = {"loss": loss, "kl": kl, "clip_fraction": clip_fraction, "logp": logp, "entropy": entropy}
+    for name, value in theirs.items():
+        assert getattr(ours, name).dtype == wide
+        assert_matches(getattr(ours, name), value, name=name)
+    assert [x.dtype for x in grads] == [x.dtype for x in head.leaves]
+    for i, (a, o) in enumerate(zip(grads, exact_grads, strict=True)):
+        scale = o.abs().max().clamp(min=1) if o.numel() else 1.0
+        assert_matches(a.double() / scale, o / scale, a.dtype, f"gradient {i}")
+    assert ours.skipped_rows == int((coefficient == 0).sum())
+    return ours, grads
