@@ -171,6 +171,10 @@ def test_a_stream_of_nothing_usable_ends(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(videor1.data.stream, "MAX_FAILURES", 12)
     with Reader(stream_of(tmp_path)) as reader, pytest.raises(DataError, match="none of the last 12 samples"):
         reader.source.take(1)
+    half = [row(i, solution="none") if i % 2 else row(i) for i in range(30)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(half))
+    with Reader(stream_of(tmp_path)) as reader:  # failures before a success no longer count
+        assert len(reader.source.take(20)) == 20
 
 
 ROWS, MIB = 50_000, 2**20  # of 1 KiB: 50 MiB that are not held

@@ -204,7 +204,7 @@ def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
                 hit.add(pid)
-        time.sleep(0.01)
+        time.sleep(0.002)
     out, err = script.communicate(timeout=PATIENCE)
     assert err == ""
     assert out.split() == ["0", "worker_died", "2", "0"]
