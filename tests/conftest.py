@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grids
 import pytest
@@ -49,12 +49,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked ``full``, unless it is named; files with slow tests go first, for a short end."""
+    """Leave out what is marked ``full``, unless it is named, and what does not fit; slow files go first, for a short
+    end."""
+    items[:] = [item for item in items if all(mark.args[0](**_chosen(item)) for mark in item.iter_markers("fits"))]
     if not config.getoption("--full") and not any("::" in argument for argument in config.args):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _chosen(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

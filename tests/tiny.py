@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -66,18 +67,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(seed: int = 0, **text: Any) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of 0.2 M random parameters for :func:`make_tokenizer`, with logits large enough to matter.
 
-    It may be changed; torch's generator is left as if its parameters had been drawn now.
+    ``text`` are other sizes of its language model. It may be changed; torch's generator is left as if its parameters
+    had been drawn now.
     """
-    model, state = _drawn_model(seed)
+    model, state = _drawn_model(seed, tuple(text.items()))
     torch.set_rng_state(state)
     return copy.deepcopy(model)
 
 
 @functools.cache
-def _drawn_model(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Tensor]:
+def _drawn_model(seed: int, text: tuple[tuple[str, Any], ...]) -> tuple[Qwen2_5_VLForConditionalGeneration, Tensor]:
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -95,6 +97,7 @@ def _drawn_model(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Tensor]
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "tie_word_embeddings": True,
+            **dict(text),
         },
         vision_config={
             "depth": 2,

@@ -50,12 +50,16 @@ def test_equals_the_loop(
         assert torch.equal(prefix_decode_attention(*tensors, **index, scale=scale, backend=backend), out)
 
 
+OWN = {"native": [torch.float32], "triton": HALF}  # the dtypes of those that do not take all
+
+
+@pytest.mark.fits(
+    lambda dtype, backend, **_: dtype in {"native": [torch.float32], "triton": HALF}.get(backend, [dtype])
+)
 @pytest.mark.grid(
     dtype=[torch.float32, torch.bfloat16, torch.float16], backend=BACKENDS, name=["ragged groups", "long"]
 )
 def test_no_worse_than_plain_torch_at_its_dtype(dtype: torch.dtype, backend: str, name: str) -> None:
-    if dtype not in {"native": [torch.float32], "triton": HALF}.get(backend, [dtype]):
-        pytest.skip("not its dtype")
     case = Case(*CASES[name], dim=32, backend=backend, dtype=dtype, scattered=True)
     out, exact = case(), case.exact()
     assert out.dtype == dtype

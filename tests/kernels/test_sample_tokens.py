@@ -48,10 +48,9 @@ def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None
     assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.fits(lambda sample, options: CUDA or sample != "triton" or options not in ALIKE)  # one kernel
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_every_setting_on_hard_logits(sample: Sampler, options: Options) -> None:
-    if sample.interpreted and options in ALIKE:
-        pytest.skip("the interpreter is slow, and the kernel the same as for another setting")
     sizes = [(70, [69, 3, 40, 3])] if sample.interpreted else [(61, None), (8, [3]), (300, [299, 0, 150, 0])]
     places = torch.tensor([0.0, 0.37, ALMOST_ONE]) if sample.interpreted else numbers(8)
     each = 1 if sample.interpreted else len(places)  # numbers for each kind of logits
@@ -130,11 +129,10 @@ def test_by_hand(sample: Sampler, options: Options, ends: list[float], ids: list
     torch.testing.assert_close(logp, exact, rtol=0, atol=rounding(4, 5.0))
 
 
+@pytest.mark.fits(lambda sample, count: CUDA or sample != "triton" or count in (1, 10, 100))
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 16, 100, 152064])
 def test_equal_tokens(sample: Sampler, count: int) -> None:
     """k of them, or the least number that reaches top_p exactly, and those of the lowest ids."""
-    if sample.interpreted and count not in (1, 10, 100):
-        pytest.skip("the interpreter is slow")
     logits = torch.full((2, count + 3), -2.5)
     banned = torch.tensor([0, 2, count + 2])
     ids = [token for token in range(count + 3) if token not in (0, 2, count + 2)]
@@ -175,11 +173,12 @@ def test_without_truncation_the_reference_sorts_nothing() -> None:
     assert sorting & set(operations.names)
 
 
+@pytest.mark.fits(
+    lambda sample, vocabulary, dtype, **_: sample != "triton" or (dtype, vocabulary) == (torch.float32, 33)
+)
 @pytest.mark.grid(vocabulary=[1, 7, 33, 300, 1001], dtype=DTYPES, options=SETTINGS[:6] + KINDS[2:])
 def test_rows_do_not_know_of_each_other(sample: Sampler, vocabulary: int, dtype: torch.dtype, options: Options) -> None:
     rows = 3 if sample.interpreted else 9
-    if sample.backend == "triton" and (dtype != torch.float32 or vocabulary != 33):
-        pytest.skip("the interpreter is slow")
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
     uniform = torch.rand(rows, generator=generator)
