@@ -28,6 +28,7 @@ from videor1.plan.table import table
 from videor1.train import main as train
 from videor1_kernels import PrefixLayout, linear_grpo_loss, prefix_attention
 from videor1_kernels.linear_logprob import tiles
+from videor1_kernels.linear_logprob.products import chunk_rows
 
 CPU = torch.device("cpu")
 TINY = ["--max_completion_length", "24", "--video.max_frames", "4", "--video.max_pixels", "12544"]
@@ -176,9 +177,10 @@ def test_resident_bytes_of_a_run_on_a_card(layers: int) -> None:
     assert parts["weights"] == pytest.approx(4 * base, rel=1e-3)
     assert parts["reference model"] == pytest.approx(2 * base, rel=1e-3)
     assert parts["optimizer states"] == pytest.approx(8 * base, rel=1e-2)
-    # 16 bytes a parameter of states, 2 of the reference, 4 of the temporary of AdamW's update.
-    assert whole.peak == pytest.approx(22 * base, rel=1e-2)
-    assert whole.binding.name == "optimizer"
+    # 16 bytes a parameter of states, 2 of the reference; the fused update of AdamW needs no more.
+    update = next(phase for phase in whole.phases if phase.name == "optimizer")
+    assert sum(update.parts.values()) == pytest.approx(18 * base, rel=1e-2)
+    assert whole.binding.name == "policy"
     assert whole.total > whole.peak + GIB
     if layers == 36:
         assert "24 GB no, 48 GB no, 80 GB no, 141 GB yes" in table(whole)
@@ -197,7 +199,7 @@ def test_a_plan_for_a_cpu_names_no_card_and_what_fits_on_one() -> None:
 @pytest.mark.parametrize("tokens", [1000, 12288])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_loss_on_a_card_takes_what_its_kernels_do(tokens: int, frozen: bool) -> None:
-    """fp32 logits of a chunk of at most 4096 rows, d_weight in fp32, a gradient of each input in bf16."""
+    """fp32 logits of a chunk of at most 2816 rows, d_weight in fp32, a gradient of each input in bf16."""
     hidden, vocabulary = 64, 151936
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(cuda=True)
     with fake:
@@ -211,7 +213,8 @@ def test_the_loss_on_a_card_takes_what_its_kernels_do(tokens: int, frozen: bool)
         forward = sum(ledger.peak.values()) - before
         held = ledger.total - before
         loss.backward()
-    rows = min(tokens, 4096)
+    rows = chunk_rows(tokens, vocabulary)
+    assert rows <= 2816
     d_hidden, d_weight = 2 * tokens * hidden, 4 * vocabulary * hidden * (not frozen)
     logits = 4 * rows * vocabulary
     assert held == pytest.approx(d_hidden + d_weight, rel=0.1)

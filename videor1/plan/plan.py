@@ -145,7 +145,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
     work = make_work(config, model, patches, text_tokens)
     optimizer = make_optimizer(model.trainable(), config)
     for group in optimizer.param_groups:
-        group["foreach"] = target.cuda  # torch's default on a GPU, which allocates a temporary of the parameters' size
+        group["fused"], group["foreach"] = target.cuda, False  # as make_optimizer has it on a GPU: no temporaries
     capacity = _capacity(config, model, work)
     engine = _FakeEngine(config, model, work, capacity, ledger, fake)
     step = TrainingStep(config, model, frozen, optimizer, work, engine)

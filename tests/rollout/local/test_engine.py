@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import pytest
-from rollouts import IMAGE, TEXT, VIDEO, Judge, answer, ask, ending, rig, tokens
-from tiny import log_prob_rounding, make_lm, make_model, make_tokenizer
+from rollouts import IMAGE, TEXT, VIDEO, Judge, ask, ending, tokens
+from tiny import log_prob_rounding, make_lm
 from torch import Tensor
 
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, SamplingOptions
 from videor1.rollout.local import engine as local
-from videor1.rollout.local.graph import Captured, GraphedSteps
-from videor1.rollout.local.step import DecodeStep, StepInputs
+from videor1.rollout.local.step import DecodeStep
 from videor1.types import Completion, Prompt
-from videor1_kernels import last_backend
 
 OPTIONS = SamplingOptions(9, top_p=0.95)
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of K and V, 2 layers, 2 heads of 16, fp32
@@ -151,53 +148,3 @@ def test_shuffled_answers_that_do_not_matter(eager: bool) -> None:
     # Each judge has heard of every answer of its group that was finished.
     for judge, group in zip(judges, kept, strict=True):
         assert {id(c) for c in (*judge.ordered, *judge.shuffled)} == {id(c) for c in group}
-
-
-def fake_capture(log: list[int], step: Any, inputs: StepInputs) -> Captured:
-    """As a CUDA graph: later replays see only what is written into the captured inputs."""
-    held = inputs.clone()
-    outputs = step(held)
-    log.append(len(held.tokens))
-
-    def replay() -> None:
-        for old, new in zip(outputs, step(held), strict=True):
-            old.copy_(new)
-
-    return Captured(held, outputs, replay)
-
-
-def test_graphed_steps_answer_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the kernels, which read nothing but a graph's inputs; a batch is filled up, and its first row leaves."""
-    model = VideoLM(make_model(num_hidden_layers=1), make_tokenizer(), source="tiny", position_rule="paper")
-    rig(model, model.special.eos, 5.0)
-    options, sizes = SamplingOptions(4), []
-
-    def lengths(prompt: Prompt, count: int, seed: int) -> list[int]:
-        return [len(c.token_ids) for c in answer(model, [ask(model, prompt, count, seed)], options)[0]]
-
-    first_leaves = next(s for s in range(1000) if 1 < (n := lengths(TEXT, 3, s))[0] < min(n[1:]))
-    goes_on = next(s for s in range(1000) if lengths(IMAGE, 1, s)[0] > 1)
-    requests = [ask(model, TEXT, 3, first_leaves), ask(model, IMAGE, 1, goes_on)]
-    plain = LocalEngine(model, options).generate(requests)
-    start = DecodeStep.__init__
-
-    def capturable(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **kwargs)
-        self.capturable = True
-
-    monkeypatch.setattr(DecodeStep, "__init__", capturable)
-    capture = functools.partial(fake_capture, sizes)
-    monkeypatch.setattr(local, "GraphedSteps", lambda step: GraphedSteps(step, capture))
-    LocalEngine(model, options, cuda_graphs=False).generate(requests)
-    assert not sizes
-    graphed = LocalEngine(model, options, max_rows=3, backend="triton").generate(requests)
-    assert last_backend("prefix_decode_attention") == last_backend("sample_tokens") == "triton"
-    assert_same(answers(graphed), answers(plain))
-    assert sizes == [4, 1]  # each captured once, whatever was filled up to it
-
-
-def test_sizes_of_graphs() -> None:
-    steps = GraphedSteps(lambda _: pytest.fail("not run"), functools.partial(fake_capture, []))
-    assert [steps.size(n) for n in (1, 3, 12, 13, 512, 513, 1025)] == [1, 4, 12, 16, 512, 1024, 1536]
-    steps._captured = {12: None, 32: None}  # type: ignore[dict-item]
-    assert [steps.size(n) for n in (12, 9, 7, 6, 5, 4, 17, 16, 13)] == [12, 12, 12, 12, 12, 4, 32, 32, 32]

@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from rollouts import ask
-from test_answers import TEXT, VIDEO
-from tiny import make_lm
+from rollouts import IMAGE, TEXT, answer, ask, rig
+from test_engine import answers, assert_same
+from tiny import make_lm, make_model, make_tokenizer
 from torch import Tensor
 
-from videor1.rollout import LocalEngine, Rollout, SamplingOptions
+from videor1.model import VideoLM
+from videor1.rollout import LocalEngine, SamplingOptions
 from videor1.rollout.local import engine
-from videor1.rollout.local.graph import SIZES, GraphedSteps
+from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.local.step import DecodeStep, StepInputs
+from videor1.types import Prompt
+from videor1_kernels import last_backend
 
 
 class Graph:
@@ -86,19 +89,25 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def answers(rollout: Rollout) -> list[list[int]]:
-    return [c.token_ids.tolist() for group in rollout.groups if group is not None for c in group.ordered]
-
-
 def test_graphed_steps_answer_as_plain_ones(graphed: list[str]) -> None:
-    """Replays see only what is written into the captured inputs; batches between two sizes are filled up."""
-    model, options = make_lm(), SamplingOptions(4)
-    requests = [ask(model, VIDEO, 3), ask(model, TEXT, 2)]
-    plain = answers(LocalEngine(model, options, cuda_graphs=False).generate(requests))
+    """On the kernels, which read nothing but a graph's inputs; a batch is filled up, and its first row leaves."""
+    model = VideoLM(make_model(num_hidden_layers=1), make_tokenizer(), source="tiny", position_rule="paper")
+    rig(model, model.special.eos, 5.0)
+    options = SamplingOptions(4)
+
+    def lengths(prompt: Prompt, count: int, seed: int) -> list[int]:
+        return [len(c.token_ids) for c in answer(model, [ask(model, prompt, count, seed)], options)[0]]
+
+    first_leaves = next(s for s in range(1000) if 1 < (n := lengths(TEXT, 3, s))[0] < min(n[1:]))
+    goes_on = next(s for s in range(1000) if lengths(IMAGE, 1, s)[0] > 1)
+    requests = [ask(model, TEXT, 3, first_leaves), ask(model, IMAGE, 1, goes_on)]
+    graphed.clear()
+    plain = LocalEngine(model, options, cuda_graphs=False).generate(requests)
     assert not graphed
-    assert answers(LocalEngine(model, options).generate(requests)) == plain
-    assert graphed[:2] == ["warm-up", "capture"]
-    assert graphed.count("capture") == len(graphed) / 2
+    replayed = LocalEngine(model, options, max_rows=3, backend="triton").generate(requests)
+    assert last_backend("prefix_decode_attention") == last_backend("sample_tokens") == "triton"
+    assert_same(answers(replayed), answers(plain))
+    assert graphed == ["warm-up", "capture"] * 2  # for 4 rows and for 1, each once
 
 
 def test_memory_is_gone_when_a_rollout_returns(graphed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,4 +137,5 @@ def test_memory_is_gone_when_a_rollout_returns(graphed: list[str], monkeypatch: 
 def test_sizes() -> None:
     steps = GraphedSteps(lambda _: pytest.fail("not run"), Graphs())
     assert [steps.size(n) for n in (1, 3, 12, 13, 512, 513, 1025)] == [1, 4, 12, 16, 512, 1024, 1536]
-    assert list(SIZES) == sorted(SIZES)
+    steps._captured = {12: None, 32: None}  # type: ignore[dict-item]
+    assert [steps.size(n) for n in (12, 9, 7, 6, 5, 4, 17, 16, 13)] == [12, 12, 12, 12, 12, 4, 32, 32, 32]

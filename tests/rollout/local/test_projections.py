@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollouts import ask
-from test_answers import TEXT, VIDEO
+from rollouts import TEXT, VIDEO, ask
 from tiny import log_prob_rounding, make_lm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -110,11 +110,26 @@ def test_no_nvdec_without_a_card_or_with_an_old_pyav(with_a_card: pytest.MonkeyP
             assert reason in decide(INFO, **CUDA).reason
 
 
+class Plane:
+    """A plane in GPU memory as PyAV has it: it gives its memory to no stream, and is no tensor."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0  # CUDA's first
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        if stream is not None:
+            raise NotImplementedError("CUDA stream synchronization is not supported")
+        return self.memory.__dlpack__()
+
+
 @dataclass
 class Surface:
     """A fake frame in GPU memory with the attributes that ``SurfaceStack`` uses."""
 
-    planes: list[torch.Tensor]
+    planes: list[Plane]
     colorspace: int = 1
     color_range: int = 1
     side_data: dict[str, bytes] = field(default_factory=dict)
@@ -125,7 +140,7 @@ def surface(height: int = 4, dtype: torch.dtype = torch.uint8, value: int = 0, *
     pitch, width = 16, 6  # samples a line takes up, and those of the picture: surfaces are padded
     Y = torch.full((height, pitch), value, dtype=dtype)[:, :width]
     UV = torch.full((height // 2, pitch), value, dtype=dtype)[:, :width].unflatten(1, (-1, 2))
-    return Surface([Y, UV], **kwargs)
+    return Surface([Plane(Y), Plane(UV)], **kwargs)
 
 
 def matrix(rotation: int) -> dict[str, bytes]:
@@ -140,7 +155,7 @@ def test_surfaces_are_copied() -> None:
         given = surface(value=value, side_data=matrix(90))
         surfaces.put(slot, given)
         for plane in given.planes:
-            plane.zero_()  # the surface is used again
+            plane.memory.zero_()  # the surface is used again
     pixels = surfaces.pixels()
     assert [list(plane.shape) for plane in pixels.planes] == [[2, 4, 6], [2, 2, 3, 2]]
     for plane in pixels.planes:
@@ -174,7 +189,9 @@ class CardStack(SurfaceStack):
     def put(self, slot: int, frame: av.VideoFrame) -> None:
         Y, U, V = (np.frombuffer(p, np.uint8).reshape(p.height, -1)[:, : p.width].copy() for p in frame.planes)
         planes = [torch.from_numpy(Y), torch.from_numpy(np.stack((U, V), -1))]
-        super().put(slot, Surface(planes, int(frame.colorspace), int(frame.color_range), frame.side_data))
+        super().put(
+            slot, Surface([*map(Plane, planes)], int(frame.colorspace), int(frame.color_range), frame.side_data)
+        )
 
 
 @pytest.fixture
@@ -209,6 +226,16 @@ def refuses_frames(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CardStack, "put", Mock(side_effect=SampleError("decode", "no such luck")))
 
 
+def cannot_give_its_planes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Plane, "__dlpack__", lambda plane: (_ for _ in ()).throw(NotImplementedError("no DLPack")))
+
+
+def runs_out_of_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        hardware, "empty_planes", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
+
+
 def loses_a_frame(patch: pytest.MonkeyPatch) -> None:
     decode_all = PacketReader.decode
 
@@ -230,6 +257,8 @@ def cannot_be_opened(patch: pytest.MonkeyPatch) -> None:
     ("breaks", "kind", "message"),
     [
         (refuses_frames, ConfigError, "NVDEC cannot decode .*: no such luck"),
+        (cannot_give_its_planes, ConfigError, "NVDEC cannot decode .*: no DLPack"),
+        (runs_out_of_memory, ConfigError, "NVDEC cannot decode .*: CUDA out of memory"),
         (loses_a_frame, FramesChangedError, "319 frames, not the 320"),
         (cannot_be_opened, ConfigError, "Operation not permitted"),
     ],
@@ -239,6 +268,6 @@ def test_a_card_that_fails(
 ) -> None:
     breaks(with_a_fake_card)
     frames = decode(made("b-frames"), [5, 300], planes=True, hardware="auto", device="cuda")
-    assert (frames.backend, decoded_numbers(frames)) == ("pyav", [5, 300])
+    assert (frames.backend, decoded_numbers(frames)) == ("pyav-after-nvdec", [5, 300]), "which is counted apart"
     with pytest.raises(kind, match=message):
         decode(made("b-frames"), [5, 300], planes=True, hardware="cuda", device="cuda")
