@@ -133,6 +133,10 @@ def write_video(
     with av.open(str(path), "w", format=container, options=mux_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        if "vp" in codec:
+            stream.codec_context.thread_count = (
+                1  # libvpx's wait for each other in a loop: for minutes on a busy machine
+            )
         if pts_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for i, pixels in enumerate(frames):

@@ -39,6 +39,9 @@ class Tile:
     descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
     flatten: bool = False  # overlap the next tile's loads with this tile's statistics
     warp_specialize: bool = False
+    early: bool = (
+        False  # read labels and temperatures before the product, not after it: elsewhere this spills registers
+    )
     bias_block_v: int | None = None  # replaces block_v if there is a bias
 
 
@@ -47,7 +50,7 @@ TILES: dict[int, Tile] = {
     80: Tile(128, 128, 64, num_warps=8, num_stages=3),
     86: Tile(128, 128, 32, num_warps=8, num_stages=4),
     89: Tile(128, 128, 32, num_warps=8, num_stages=4),
-    90: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
+    90: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, early=True),
     # With a bias, 256 columns would spill registers: a thread holds half a row and needs as many values of the bias.
     100: Tile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True, flatten=True, bias_block_v=128),
     120: Tile(128, 128, 32, num_warps=8, num_stages=4),
@@ -129,7 +132,7 @@ def _statistics(
 
 @triton.jit
 def _of_rows(tile_n, labels, scale, N, BLOCK_N: tl.constexpr):
-    """Labels and 1 / temperatures of a row tile, [BLOCK_N]: read before the product, so that nothing waits for them."""
+    """Labels and 1 / temperatures of a row tile, [BLOCK_N]."""
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     label = tl.load(labels + rows, mask=rows < N, other=-1).to(tl.int32)
     return label, tl.load(scale + rows, mask=rows < N, other=0.0)
@@ -155,6 +158,7 @@ def product_descriptors(
     HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The product with a persistent grid; hidden and weight are descriptors of [N, H] and [V, H]."""
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -163,12 +167,15 @@ def product_descriptors(
         tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
     ):
         tile_n, tile_v = _tile_at(tile, tiles_n, tiles_v, GROUP_N)
-        label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
+        if EARLY:
+            label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for h in range(0, H, BLOCK_H):
             x = hidden.load([tile_n * BLOCK_N, h])  # [BLOCK_N, BLOCK_H]
             w = weight.load([tile_v * BLOCK_V, h])  # [BLOCK_V, BLOCK_H]
             z = tl.dot(x, w.T, z, input_precision="ieee")
+        if not EARLY:
+            label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
         _statistics(z, label, t, tile_n, tile_v, bias, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
@@ -195,7 +202,6 @@ def product_pointers(
 ):
     """The product with one tile per program; hidden [N, H] and weight [V, H] have unit stride in H."""
     tile_n, tile_v = _tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
-    label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
     # Rows past the end read the first rows again; their results are not stored.
     rows = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
     columns = (tile_v * BLOCK_V + tl.arange(0, BLOCK_V)) % V
@@ -209,6 +215,7 @@ def product_pointers(
         z = tl.dot(x, w.T, z, input_precision="ieee")
         x_at += BLOCK_H
         w_at += BLOCK_H
+    label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
     _statistics(z, label, t, tile_n, tile_v, bias, parts, label_logit, N, V, plane, BLOCK_N, BLOCK_V, HAS_BIAS)
 
 
@@ -289,6 +296,7 @@ def product_statistics(
             **options,
             FLATTEN=tile.flatten,
             WARP_SPECIALIZE=tile.warp_specialize,
+            EARLY=tile.early,
         )
     else:
         product_pointers[(tiles_n * tiles_v,)](hidden, weight, *shared, hidden.stride(0), weight.stride(0), **options)
