@@ -27,7 +27,7 @@ from benchmarks.record import RESULTS, card_name, driver, revision, versions
 from videor1.atomic import write_atomic
 
 ROOT = Path(__file__).parent.parent
-KERNEL_TESTS = ("tests/kernels/test_triton_*.py", "tests/kernels/test_ops.py")
+KERNEL_TESTS = ("tests/kernels/test_[glops]*.py", "tests/kernels/test_triton_*.py")  # those that run Triton's kernels
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def _tests(device: str, out: Path, seconds: int) -> list[str]:
     patterns = KERNEL_TESTS if device == "cuda" else ("tests/kernels/test_group_advantage.py",)
     files = [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     count = min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 1
-    # confcutdir: the trainer's fixtures need packages that the kernels do not.
-    return ["-m", "pytest", "-q", "-x", "-n", str(count), "--confcutdir=tests/kernels", *files]
+    return ["-m", "pytest", "-q", "-x", "-n", str(count), *files]
 
 
 PARTS = (

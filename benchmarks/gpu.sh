@@ -51,15 +51,14 @@ if [ "$part" = growth ]; then
 fi
 tests="not run"
 case "$part" in
-kernels) files=${TESTS:-tests/kernels/test_triton_*.py tests/kernels/test_ops.py} ;;
+kernels) files=${TESTS:-tests/kernels/test_[glops]*.py tests/kernels/test_triton_*.py} ;;
 video) files=${TESTS:-tests/kernels/test_native_frames.py} ;;
 *) files= ;;
 esac
 if [ -n "$files" ] && "$python" -c "import pytest" 2>/dev/null; then
     tests=passed
-    # confcutdir: the trainer's fixtures need packages that the kernels do not
-    timeout "${SECONDS_FOR_TESTS:-240}" "$python" -m pytest -x -q --durations=5 --confcutdir=tests/kernels \
-        $files >"$out/tests.log" 2>&1 || tests=failed
+    timeout "${SECONDS_FOR_TESTS:-240}" "$python" -m pytest -x -q --durations=5 $files >"$out/tests.log" 2>&1 ||
+        tests=failed
     tail -n 15 "$out/tests.log"
 fi
 "$python" -m benchmarks.run "$part" --device cuda --record "$out" --tests "$tests" \

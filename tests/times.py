@@ -91,7 +91,7 @@ def page(
         "|---|---:|---:|---:|",
     ]
     for file, (count, taken) in sorted(times.items(), key=lambda row: -row[1][1]):
-        lines.append(f"| `{file}` | {count:,} | {taken:.1f} | {collected.get(file, 0):.1f} |")
+        lines.append(f"| `{file}` | {count:,} | {taken:.1f} | {collected.get(file, 0):.2f} |")
     return "\n".join(lines) + "\n"
 
 
