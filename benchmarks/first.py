@@ -1,17 +1,16 @@
 """The first minutes on a card, in this order: ``benchmarks/gpu.sh first``, or ``python -m benchmarks.first``.
 
 Each part is a process of its own with its own time limit, and the next runs whatever the last did. Results are written
-as they come: ``<card>-first.json`` holds what is known after each part, ``first-<part>.log`` what it printed. With
-``--device cpu`` everything runs in small sizes, to rehearse. Ends with 1 if a part failed or ran out of time.
+as they come, into a folder ``first``: ``<card>-first.json`` holds what is known after each part, ``first-<part>.log``
+what it printed. With ``--device cpu`` everything runs in small sizes, to rehearse. Ends with 1 if a part failed or ran
+out of time.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.options import default_device
-from benchmarks.record import RESULTS, card_name, driver, revision, versions
+from benchmarks.record import RESULTS, card_name, file_name, surroundings
 from videor1.atomic import write_atomic
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +31,10 @@ KERNEL_TESTS = ("tests/kernels/test_[glops]*.py", "tests/kernels/test_triton_*.p
 
 @dataclass(frozen=True)
 class Part:
-    """One part: its command, given (device, folder of the results, seconds)."""
+    """One part: its command, given (device, folder of these looks, seconds).
+
+    What the benchmarks record lies in the folder around it, as of their other runs.
+    """
 
     name: str
     what: str
@@ -62,7 +64,7 @@ def _measured(part: str, *sizes: str) -> Callable[[str, Path, int], list[str]]:
     def command(device: str, out: Path, seconds: int) -> list[str]:
         given = list(sizes) if device == "cuda" else _SMALL[part]
         budget = ["--seconds", str(max(10, seconds - 60))]  # what is begun then still ends within the limit
-        return ["-m", "benchmarks.run", part, "--device", device, "--record", str(out), *budget, *given]
+        return ["-m", "benchmarks.run", part, "--device", device, "--record", str(out.parent), *budget, *given]
 
     return command
 
@@ -131,19 +133,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def record(outcomes: dict[str, Outcome], device: torch.device, out: Path) -> Path:
     """Write what is known so far; return the file."""
-    commit, dirty = revision()
-    card = "cpu" if device.type == "cpu" else card_name(device).lower()
-    path = out / f"{re.sub('[^a-z0-9]+', '-', card).strip('-')}-first.json"
-    known = {
-        "card": card_name(device),
-        "driver": driver(device),
-        "torch": torch.__version__,
-        "packages": versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "parts": {name: asdict(outcome) for name, outcome in outcomes.items()},
-    }
+    card = card_name(device)
+    path = out / file_name(device, card, "first")
+    known = surroundings(device, card) | {"parts": {name: asdict(outcome) for name, outcome in outcomes.items()}}
     write_atomic(path, json.dumps(known, indent=1) + "\n")
     return path
 
@@ -159,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",") if options.only else names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.out.resolve() / "first"  # beside what the benchmarks record, which the report reads whole
+    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     outcomes: dict[str, Outcome] = {}
     for part in PARTS:
@@ -167,11 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         limit = max(1, round(part.seconds * options.scale))
         print(f"{part.name}: {part.what} (at most {limit} s)", flush=True)
-        outcomes[part.name] = outcome = run_part(part, options.device, options.out.resolve(), limit)
-        path = record(outcomes, device, options.out)
+        outcomes[part.name] = outcome = run_part(part, options.device, folder, limit)
+        path = record(outcomes, device, folder)
         print(
-            f"{part.name}: {outcome.status} in {outcome.seconds:.0f} s; {options.out / f'first-{part.name}.log'}",
-            flush=True,
+            f"{part.name}: {outcome.status} in {outcome.seconds:.0f} s; {folder / f'first-{part.name}.log'}", flush=True
         )
         for name, value in outcome.found.items():
             print(f"    {name}: {json.dumps(value)[:200]}", flush=True)

@@ -61,23 +61,13 @@ class Record:
     @property
     def path(self) -> str:
         """File name: the card's name and the part."""
-        card = "cpu" if self.device.type == "cpu" else self.card.lower()
-        return f"{re.sub('[^a-z0-9]+', '-', card).strip('-')}-{self.part}.json"
+        return file_name(self.device, self.card, self.part)
 
     def to_json(self) -> dict[str, Any]:
-        commit, dirty = revision()
         return {
             "schema": SCHEMA,
             "part": self.part,
-            "card": self.card,
-            "driver": driver(self.device),
-            "cuda": torch.version.cuda if self.device.type == "cuda" else None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "packages": versions(),
-            "commit": commit,
-            "dirty": dirty,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            **surroundings(self.device, self.card),
             "tests": self.tests,
             "complete": len(self.rows) >= self.expected_rows,
             "ceilings": self.ceilings.to_json(),
@@ -103,6 +93,28 @@ def load(path: Path) -> dict[str, Any]:
     if data["schema"] != SCHEMA:
         raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {data['schema']!r}; record the run again")
     return data
+
+
+def file_name(device: torch.device, card: str, part: str) -> str:
+    """The card's name and the part."""
+    name = "cpu" if device.type == "cpu" else card.lower()
+    return f"{re.sub('[^a-z0-9]+', '-', name).strip('-')}-{part}.json"
+
+
+def surroundings(device: torch.device, card: str) -> dict[str, Any]:
+    """What a result was found on and with, and when."""
+    commit, dirty = revision()
+    return {
+        "card": card,
+        "driver": driver(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def card_name(device: torch.device) -> str:

@@ -22,14 +22,16 @@ def test_parts_end_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that fails, one that hangs with a child of its own, and one that passes."""
-    write = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'first-good.json').write_text('{{\"answer\": 42}}')"
+    write = (
+        f"import pathlib; pathlib.Path({str(tmp_path / 'first')!r}, 'first-good.json').write_text('{{\"answer\": 42}}')"
+    )
     hang = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']).wait()"
     )
     parts = (part("bad", "print('so it goes'); raise SystemExit(3)"), part("hangs", hang, 2), part("good", write))
     monkeypatch.setattr(first, "PARTS", parts)
     assert first.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "cpu-first.json").read_text())
+    found = json.loads((tmp_path / "first" / "cpu-first.json").read_text())
     assert {name: p["status"] for name, p in found["parts"].items()} == {
         "bad": "failed",
         "hangs": "out of time",
@@ -37,7 +39,7 @@ def test_parts_end_one_by_one(
     }
     assert found["parts"]["good"]["found"] == {"answer": 42}
     assert found["torch"] == torch.__version__
-    assert "so it goes" in (tmp_path / "first-bad.log").read_text()
+    assert "so it goes" in (tmp_path / "first" / "first-bad.log").read_text()
     assert "hangs: out of time in 2 s" in capsys.readouterr().out
     assert first.main(["--device", "cpu", "--out", str(tmp_path), "--only", "good"]) == 0
     with pytest.raises(SystemExit):
@@ -74,8 +76,8 @@ def test_memory_that_grows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_rehearsal(tmp_path: Path) -> None:
     """All parts but the kernels' tests, on this machine, in small sizes."""
     assert first.main(["--device", "cpu", "--out", str(tmp_path), "--scale", "10", "--only", "smoke,memory,trace"]) == 0
-    found = json.loads((tmp_path / "cpu-first.json").read_text())["parts"]
+    found = json.loads((tmp_path / "first" / "cpu-first.json").read_text())["parts"]
     assert set(found["smoke"]["found"]["kernels"]) == set(first_looks.KERNELS)
     assert len(found["memory"]["found"]["MiB after each rollout"]) == first_looks.ROLLOUTS
     assert found["trace"]["found"]["longest"][0]["calls"] > 0
-    assert sys.executable in (tmp_path / "first-smoke.log").read_text()
+    assert sys.executable in (tmp_path / "first" / "first-smoke.log").read_text()

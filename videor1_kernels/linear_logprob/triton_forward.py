@@ -39,9 +39,7 @@ class Tile:
     descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
     flatten: bool = False  # overlap the next tile's loads with this tile's statistics
     warp_specialize: bool = False
-    early: bool = (
-        False  # read labels and temperatures before the product, not after it: elsewhere this spills registers
-    )
+    early: bool = False  # read labels and temperatures before the product; on other architectures that spills registers
     bias_block_v: int | None = None  # replaces block_v if there is a bias
 
 
