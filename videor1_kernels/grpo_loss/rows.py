@@ -21,6 +21,7 @@ class KnownRows(NamedTuple):
 
     boundaries: list[int]  # the values of cu_seqlens, [S+1]
     tokens: list[int]  # [S]: the unmasked tokens of each completion
+    counts: Tensor  # int64 [S]: the same on the device
     zero: list[bool]  # [S]: whether its advantage is 0
     bad_labels: int  # labels that are neither ignored nor of the vocabulary
     bad_temperatures: int  # temperatures that are not finite and above 0
@@ -42,6 +43,5 @@ def read_rows(
         found.append(read[: len(part)])
         read = read[len(part) :]
     boundaries_read, tokens_read, zero, (bad_labels,), *rest = found
-    return KnownRows(
-        boundaries_read, tokens_read, [value == 1 for value in zero], bad_labels, rest[0][0] if rest else 0
-    )
+    zeros = [value == 1 for value in zero]
+    return KnownRows(boundaries_read, tokens_read, tokens, zeros, bad_labels, rest[0][0] if rest else 0)

@@ -147,8 +147,6 @@ def linear_grpo_loss(
     head_hidden, head_weight = common_dtype(hidden, weight)
     boundaries = cu_seqlens.long()
     keep = labels != IGNORED
-    counted = torch.cat([boundaries.new_zeros(1), keep.long().cumsum(0)])
-    tokens = counted[boundaries].diff()  # [S]
     # Without a KL term a completion of advantage 0 has no gradient: its rows only need their statistics.
     split = options.beta == 0 and any(needs)
     spans, live = _spans(known.tokens, [zero and split for zero in known.zero])
@@ -168,8 +166,8 @@ def linear_grpo_loss(
         None if old_logp is None else ordered(old_logp),
         None if ref_logp is None else ordered(ref_logp),
         advantages.contiguous(),
-        tokens,
-        tokens.sum(),
+        known.counts,
+        known.counts.sum(),
         spans,
         live,
         any(known.zero),
