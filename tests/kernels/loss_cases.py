@@ -90,11 +90,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def assert_same_bits(call: Callable[[], Iterable[Tensor]]) -> None:
-    """Whatever its memory held before, under autocast, and whatever torch's default dtype is."""
+def assert_same_bits(call: Callable[[], Iterable[Tensor]], *, autocast: bool = True) -> None:
+    """Whatever its memory held before, under autocast unless it counts, and whatever torch's default dtype is."""
     first = call()
     defaults = [default_dtype(dtype) for dtype in (torch.bfloat16, torch.float64)]
-    for surroundings in (poisoned_memory(), torch.autocast(DEVICE, torch.bfloat16), *defaults):
+    for surroundings in (poisoned_memory(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), *defaults):
         with surroundings:
             again = call()
         for a, b in zip(first, again, strict=True):

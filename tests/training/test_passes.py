@@ -228,3 +228,21 @@ def test_reference_as_a_frozen_copy_does_not_move() -> None:
     assert model.hf.training
     with pytest.raises(ValueError, match="frozen copy, or LoRA"), HELPER.as_reference(None):
         pass
+
+
+@pytest.mark.parametrize("loss", ["sft", "tgrpo"])
+def test_the_gradient_of_fp32_weights_is_not_rounded_to_bf16_at_the_head(loss: str) -> None:
+    """A whole model in bf16 computes under autocast; the head's gradient is summed in fp32, and stays it."""
+    hf = make_model()
+    hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())  # not the embedding, which has a gradient too
+    model = VideoLM(hf, make_tokenizer(), bf16=True, position_rule="transformers")
+    packed = pack(model, PROMPTS, ANSWERS)
+    if loss == "sft":
+        sft_loss(model, packed, N).backward()
+    else:
+        config = TrainConfig(beta=0.0, model_name_or_path="x", dataset_name="x")
+        tgrpo_loss(model, packed, ADVANTAGES.float(), config, num_tokens=N).loss.backward()
+    grad = model.hf.lm_head.weight.grad
+    assert grad is not None
+    assert grad.dtype == torch.float32
+    assert not torch.equal(grad, grad.bfloat16().float())

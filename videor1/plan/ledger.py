@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from videor1_kernels.checks import IGNORED
 from videor1_kernels.linear_logprob import reference as head_reference
 from videor1_kernels.linear_logprob import tiles
-from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.linear_logprob.inputs import HeadInputs, head_inputs
 from videor1_kernels.linear_logprob.products import chunk_rows
 from videor1_kernels.prefix_attention import MOST_D
 from videor1_kernels.prefix_attention import ops as attention_ops
@@ -237,13 +237,15 @@ class Ledger(TorchDispatchMode):
         bias: Any,
         temperatures: Any,
         temperature: float,
+        operands: torch.dtype | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self, self.part("head and loss"), _without_pointers():
+            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands)
             if not self.cuda:
-                return head_reference.forward(HeadInputs(hidden, weight, labels, bias, temperature))
+                return head_reference.forward(inputs)
             rows, vocabulary = len(labels), len(weight)
-            if hidden.dtype.itemsize == 2:
+            if inputs.hidden.dtype.itemsize == 2:
                 self.workspace(3 * -(-vocabulary // HEAD_BLOCK) * rows * 4)
             else:
                 self.workspace(_logits_bytes(rows, vocabulary))
@@ -262,16 +264,18 @@ class Ledger(TorchDispatchMode):
         bias: Any,
         temperatures: Any,
         temperature: float,
+        operands: torch.dtype | None,
         *options: Any,
     ) -> tuple[Any, ...]:
         needs: Sequence[bool] = options[-2]
         with self, self.part("head and loss"), _without_pointers():
             scalars = [hidden.new_empty((), dtype=torch.float32) for _ in range(4)]
             logp, entropy = (hidden.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
+            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands)
             if self.cuda:
-                d_hidden, d_weight = self._loss_kernel(hidden, weight, needs)
+                d_hidden, d_weight = self._loss_kernel(inputs.hidden, inputs.weight, needs)
             else:
-                d_hidden, d_weight = _loss_reference(hidden, weight, labels, bias, temperature, needs)
+                d_hidden, d_weight = _loss_reference(inputs, needs)
             nothing = hidden.new_empty(0)
             return (
                 scalars[0],
@@ -298,14 +302,11 @@ class Ledger(TorchDispatchMode):
         return d_hidden, d_weight
 
 
-def _loss_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Any, temperature: float, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    inputs = HeadInputs(hidden, weight, labels, bias, temperature)
+def _loss_reference(inputs: HeadInputs, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
     _, entropy, lse = head_reference.forward(inputs)
     if not any(needs):
         return None, None
-    grad_logp = (labels != IGNORED).float()  # Every token has a gradient, which takes the most memory.
+    grad_logp = (inputs.labels != IGNORED).float()  # Every token has a gradient, which takes the most memory.
     d_hidden, d_weight, _ = head_reference.backward(inputs, (grad_logp, None), entropy, lse, needs)
     return d_hidden, d_weight
 

@@ -62,7 +62,9 @@ def completion_logp(
 ) -> Tensor:
     """Return the log-probs [N] of the completions' tokens, fp32, in nats."""
     hidden = predicting_states(model, packed, features, backend)
-    return linear_logprob(hidden, model.head_weight, packed.labels, temperature=temperature, backend=backend)[0]
+    head = model.hf.lm_head.weight
+    with model.autocast():  # fp32 weights are multiplied in bf16, and their gradient stays in fp32
+        return linear_logprob(hidden, head, packed.labels, temperature=temperature, backend=backend)[0]
 
 
 def tgrpo_loss(
@@ -85,25 +87,27 @@ def tgrpo_loss(
         ref_logp: [N] log-probs under the reference model; None where beta is 0.
         features: vision features from a frozen tower; None runs the tower, with gradients if it is trained.
     """
-    return linear_grpo_loss(
-        predicting_states(model, packed, features, config.kernels),
-        model.head_weight,
-        packed.labels,
-        advantages.to(model.device),
-        packed.layout.cu_completions,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        loss_type=config.loss_type,
-        beta=config.beta,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        kl_clamp=config.kl_clamp,
-        importance_level=config.importance_level,
-        temperature=config.temperature,
-        max_completion_length=config.max_completion_length,
-        num_tokens=num_tokens,
-        backend=config.kernels,
-    )
+    hidden = predicting_states(model, packed, features, config.kernels)
+    with model.autocast():  # as above
+        return linear_grpo_loss(
+            hidden,
+            model.hf.lm_head.weight,
+            packed.labels,
+            advantages.to(model.device),
+            packed.layout.cu_completions,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            loss_type=config.loss_type,
+            beta=config.beta,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_clamp=config.kl_clamp,
+            importance_level=config.importance_level,
+            temperature=config.temperature,
+            max_completion_length=config.max_completion_length,
+            num_tokens=num_tokens,
+            backend=config.kernels,
+        )
 
 
 def dummy_tower_loss(model: VideoLM) -> Tensor:

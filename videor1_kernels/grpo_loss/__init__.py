@@ -13,6 +13,7 @@ from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import count_op, grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Completions, GrpoLossOptions
 from videor1_kernels.linear_logprob import check_head, split_temperature
+from videor1_kernels.linear_logprob.inputs import autocast_dtype
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
 
@@ -147,8 +148,10 @@ def linear_grpo_loss(
     """GRPO loss of packed completions from the hidden states that predict their tokens.
 
     It is :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`; see there for the
-    formulas. The logits are never whole in memory. A token whose coefficient d loss / d logp is exactly 0 (it is masked
-    or clipped, or its advantage is 0 and there is no KL term) takes no part in the products of the gradient.
+    formulas, and for what autocast does. The logits are never whole in memory.
+
+    A token whose coefficient d loss / d logp is exactly 0 (it is masked or clipped, or its advantage is 0 and there is
+    no KL term) takes no part in the products of the gradient.
 
     This call already computes the gradients of ``hidden``, ``weight`` and ``bias``, as far as they require one and not
     under ``torch.no_grad()``; ``loss.backward()`` only scales them. If C rows have a coefficient other than 0, the
@@ -199,6 +202,7 @@ def linear_grpo_loss(
         bias,
         temperatures,
         scalar,
+        autocast_dtype(hidden, weight, bias),
         *astuple(options),
         needs,
         backend,

@@ -139,7 +139,7 @@ def linear_grpo_loss(
     The host does not wait for the device after ``known`` (None: read here), except for the size of each chunk's
     products where a ratio may be clipped, or the KL term is all that a completion has.
     """
-    hidden, weight, labels, bias, temperature = inputs
+    hidden, weight, labels, bias, temperature, _ = inputs
     advantages, cu_seqlens, old_logp, ref_logp = completions
     if known is None:
         known = read_rows(labels, advantages, cu_seqlens, None, len(weight))
@@ -174,7 +174,8 @@ def linear_grpo_loss(
         options,
     )
     logp, entropy, coefficient = (torch.zeros(kept, dtype=torch.float32, device=device) for _ in range(3))
-    gradients = HeadGradients(rows.hidden, head_weight, needs)
+    own = inputs.gradient_dtypes[0] == head_hidden.dtype  # else fp32, to be rounded only once it is scaled
+    gradients = HeadGradients(rows.hidden, head_weight, needs, head_hidden.dtype if own else torch.float32)
     norm = _norm(rows)
     sums = torch.zeros(3, dtype=torch.float32, device=device)
     if any(needs):
@@ -187,7 +188,7 @@ def linear_grpo_loss(
     if order is not None:
         logp, entropy = (v.new_zeros(size).index_copy_(0, order, v) for v in (logp, entropy))
         if d_hidden is not None:
-            d_hidden = torch.zeros_like(head_hidden).index_copy_(0, order, d_hidden)
+            d_hidden = torch.zeros_like(head_hidden, dtype=d_hidden.dtype).index_copy_(0, order, d_hidden)
     share = rows.whole.clamp(min=1)
     return LinearResult(
         sums[0].clone(),

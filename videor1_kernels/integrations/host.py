@@ -1,4 +1,4 @@
-"""What the integrations share: how to replace a function of a host library, and how to follow the host's autocast."""
+"""What the integrations share: how to replace a function of a host library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,6 @@ def with_backend(module: type[torch.nn.Module], backend: str) -> type[torch.nn.M
     """A subclass of ``module`` that is built with this ``backend``."""
     init = functools.partialmethod(module.__init__, backend=backend)
     return type(module.__name__, (module,), {"__init__": init, "__module__": module.__module__})
-
-
-def autocast_like_linear(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that ``F.linear`` would take them in here: autocast's, where it is on."""
-    kind = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def _find(host: str, entry: Replacement) -> Any:

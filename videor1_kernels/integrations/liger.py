@@ -15,7 +15,7 @@ from torch import Tensor
 
 import videor1_kernels
 from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_tensor, fail
-from videor1_kernels.integrations.host import Replacement, autocast_like_linear, replace, with_backend
+from videor1_kernels.integrations.host import Replacement, replace, with_backend
 
 __all__ = ["LigerFusedLinearGRPOLoss", "use"]
 
@@ -155,10 +155,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         ref_logp = None
         if with_kl:
             ref_logp = self._reference(labels, keep, ref_per_token_logps, ref_input, ref_weight, ref_bias)
-        hidden, weight, bias = autocast_like_linear(_input[keep], lin_weight, bias)
         result = videor1_kernels.linear_grpo_loss(
-            hidden,  # type: ignore[arg-type]
-            weight,  # type: ignore[arg-type]
+            _input[keep],
+            lin_weight,
             labels,
             advantages,
             cu_seqlens,
@@ -201,14 +200,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             )
         check_tensor(OP, "ref_input", ref_input, (*keep.shape, "H"), device=keep.device)
         with torch.no_grad():
-            hidden, weight, bias = autocast_like_linear(ref_input[keep], ref_weight, ref_bias)
             logp, _ = videor1_kernels.linear_logprob(
-                hidden,  # type: ignore[arg-type]
-                weight,  # type: ignore[arg-type]
-                labels,
-                bias=bias,
-                temperature=self.temperature,
-                backend=self.backend,
+                ref_input[keep], ref_weight, labels, bias=ref_bias, temperature=self.temperature, backend=self.backend
             )
         return logp
 

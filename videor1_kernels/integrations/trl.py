@@ -22,7 +22,7 @@ from torch import Tensor
 
 import videor1_kernels
 from videor1_kernels.checks import check_number, fail
-from videor1_kernels.integrations.host import Replacement, autocast_like_linear, replace
+from videor1_kernels.integrations.host import Replacement, replace
 
 __all__ = ["FusedHead", "selective_log_softmax", "use"]
 
@@ -125,7 +125,6 @@ class FusedHead:
         if hasattr(weight, "ds_id"):
             raise fail(op, "weight", "a whole parameter (under DeepSpeed ZeRO-3 train without use())", "a ZeRO-3 one")
         check_number(op, "logit_scale", logit_scale, above=0)
-        hidden, weight, bias = autocast_like_linear(hidden, weight, bias)  # type: ignore[assignment]
         logp, entropy = videor1_kernels.linear_logprob(
             hidden, weight, targets, bias=bias, temperature=temperature / logit_scale, backend=self.backend
         )

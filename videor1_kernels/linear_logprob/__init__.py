@@ -8,6 +8,7 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.linear_logprob import reference, reference_selective
+from videor1_kernels.linear_logprob.inputs import autocast_dtype
 from videor1_kernels.linear_logprob.ops import linear_logprob_op, selective_op
 
 __all__ = ["linear_logprob", "selective_log_softmax"]
@@ -30,6 +31,9 @@ def linear_logprob(
 
     z = (hidden @ weight^T + bias) / temperature, p = softmax(z) over the vocabulary;
     logp = log p[label], entropy = -sum_v p_v log p_v, both in nats.
+
+    Under autocast hidden, weight and bias are taken in autocast's dtype, as ``F.linear`` takes them, but for fp64.
+    Their gradients keep their own dtypes: that of an fp32 weight is never rounded to 16 bits.
 
     Args:
         hidden: [..., H], fp64, fp32, bf16 or fp16.
@@ -57,7 +61,10 @@ def linear_logprob(
     check_head(op, hidden, weight, labels, bias)
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy, _ = linear_logprob_op(rows, weight, labels.reshape(-1), bias, temperatures, scalar, backend)
+    operands = autocast_dtype(hidden, weight, bias)
+    logp, entropy, _ = linear_logprob_op(
+        rows, weight, labels.reshape(-1), bias, temperatures, scalar, operands, backend
+    )
     return logp.reshape(labels.shape), entropy.reshape(labels.shape)
 
 

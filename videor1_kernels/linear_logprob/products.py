@@ -76,14 +76,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 class HeadGradients:
     """The head's gradients, summed over chunks of rows: d_hidden [N, H], d_weight fp32 [V, H], d_bias fp32 [V].
 
-    A gradient that is not needed stays None. A row of d_hidden is written once, so it is rounded once.
+    A gradient that is not needed stays None. A row of d_hidden is written once, so it is rounded once, to ``dtype``.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Sequence[bool], dtype: torch.dtype) -> None:
         need_hidden, need_weight, need_bias = needs
         vocabulary, device = len(weight), hidden.device
         self.weight = weight
-        self.d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         self._need_weight = need_weight
         self._d_weight: Tensor | None = None  # made by the first chunk: zeros would be written, and read again
         self.d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None

@@ -34,7 +34,7 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     All three are 0 in ignored rows, whose hidden state is never read. lse = log sum_v exp z_v is always fp64, because
     the backward pass makes the rounding error of lse a relative error of every probability in its row.
     """
-    hidden, weight, labels, bias, temperature = inputs
+    hidden, weight, labels, bias, temperature, _ = inputs
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
     n, m = tile_sizes(len(live), weight, dtype)
@@ -65,14 +65,16 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias, None for each that ``needs`` leaves out.
 
-    Each has the dtype of its input and is rounded to it once. Rows whose incoming gradients are 0 are left out.
+    Each has the dtype of its input as it was given, and is rounded to it once.
+    Rows whose incoming gradients are 0 are left out.
 
     Args:
         grads: the incoming gradients [N] of logp and of entropy, each a tensor or None.
         entropy, lse: what :func:`forward` returned.
         needs: which of the three gradients are wanted.
     """
-    hidden, weight, labels, bias, temperature = inputs
+    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden_dtype, weight_dtype, *bias_dtype = inputs.gradient_dtypes
     grad_logp, grad_entropy = grads
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden, weight, bias)
@@ -82,8 +84,8 @@ def backward(
     lse_high = lse.to(dtype)
     lse_low = (lse.double() - lse_high).to(dtype)
     d_rows = torch.zeros(len(live), hidden.shape[1], dtype=dtype, device=hidden.device) if need_hidden else None
-    d_weight = torch.zeros_like(weight) if need_weight else None
-    d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    d_weight = torch.zeros_like(weight, dtype=weight_dtype) if need_weight else None
+    d_bias = torch.zeros_like(bias, dtype=bias_dtype[0]) if need_bias and bias is not None else None
     scratch = hidden.new_empty(n * m, dtype=dtype)
     for columns in spans(len(weight), m):
         head = weight[columns].to(operand)
@@ -121,8 +123,8 @@ def backward(
             d_bias[columns] = d_offset
     d_hidden = None
     if d_rows is not None:
-        d_hidden = torch.zeros_like(hidden)
-        d_hidden[live] = d_rows.to(hidden.dtype)
+        d_hidden = torch.zeros_like(hidden, dtype=hidden_dtype)
+        d_hidden[live] = d_rows.to(hidden_dtype)
     return d_hidden, d_weight, d_bias
 
 

@@ -34,7 +34,7 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     Rows without a label are left out, for which the host waits once to know how many there are. While a CUDA graph is
     captured nothing may wait: then they are computed, and their results are 0 all the same.
     """
-    hidden, weight, labels, bias, temperature = inputs
+    hidden, weight, labels, bias, temperature, _ = inputs
     scale = inverse(temperature, labels)
     if capturing(labels):
         wanted = labels != IGNORED
@@ -79,7 +79,8 @@ def backward(
     logits: if those of the forward pass were used, the rounding of a log-sum-exp of 1e4 would be a relative error of
     5e-4 in every probability.
     """
-    hidden, weight, labels, bias, temperature = inputs
+    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden_dtype, weight_dtype, *bias_dtype = inputs.gradient_dtypes
     grad_logp, grad_entropy = grads
     head_hidden, head_weight = common_dtype(hidden, weight)
     incoming = [g.float() for g in grads if g is not None]
@@ -87,7 +88,7 @@ def backward(
     for grad in incoming:
         active |= grad != 0
     live = (active & (labels != IGNORED)).nonzero()[:, 0]
-    gradients = HeadGradients(head_hidden, head_weight, needs)
+    gradients = HeadGradients(head_hidden, head_weight, needs, hidden_dtype)
     norm = power_of_two(torch.cat([grad[live] for grad in incoming]))
     scale = inverse(temperature, labels)
     size = chunk_rows(len(live), len(weight))
@@ -103,9 +104,9 @@ def backward(
         gradients.add(rows, x, d_logits)
     buffer = logits = d_logits = x = None  # type: ignore[assignment]  # d_weight's last step needs room for another
     return (
-        scaled(gradients.d_hidden, norm, hidden.dtype),
-        scaled(gradients.d_weight, norm, weight.dtype),
-        scaled(gradients.d_bias, norm, None if bias is None else bias.dtype),
+        scaled(gradients.d_hidden, norm, hidden_dtype),
+        scaled(gradients.d_weight, norm, weight_dtype),
+        scaled(gradients.d_bias, norm, bias_dtype[0] if bias_dtype else None),
     )
 
 
