@@ -78,7 +78,8 @@ def test_the_loss_at_16384_tokens(frozen: bool, dtype: torch.dtype) -> None:
             planned = plan._loss_kernel(hidden, weight, (True, not frozen, False))
             workspace = sum(plan.peak.values()) - start - size(*planned)
     assert size(*planned) == size(out.d_hidden, out.d_weight)
-    assert launcher <= workspace <= 1.03 * launcher  # where a ratio may be clipped, the rows that are left are copied
+    # Where a ratio may be clipped, the rows that are left are copied too; vectors [N] are not planned.
+    assert launcher - 64 * TOKENS <= workspace <= 1.03 * launcher
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
