@@ -34,16 +34,22 @@ from videor1_kernels.prefix_attention import triton as attention
 from videor1_kernels.prefix_attention.triton import Block, Blocks
 
 Variant = tuple[str, Callable[[], Tensor]]
+HALF_SHARED_MEMORY = 113 << 10  # bytes of a Hopper's or Blackwell's multiprocessor for each of two programs
 TOLERANCE = 2e-3  # between variants: the order of fp32 sums only
 
 
-def tiles(descriptors: bool) -> Iterator[Tile]:
-    """Tiles worth a try on Hopper; a smaller accumulator leaves registers, a larger one reads less."""
-    for (n, v, warps), h, stages, group in itertools.product(
-        [(128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 4)], (64,), (3, 4), (8, 16)
+def tiles(capability: int) -> Iterator[Tile]:
+    """Tiles worth a try; a smaller accumulator leaves registers, or room for a second program, a larger reads less."""
+    descriptors = capability >= 9
+    for (n, v, warps), stages, group in itertools.product(
+        [(128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 4)], (3, 4), (8, 16)
     ):
-        for flatten in (False, True) if descriptors else (False,):
-            yield Tile(n, v, h, warps, stages, group, descriptors=descriptors, flatten=flatten)
+        tile = Tile(n, v, 64, warps, stages, group, descriptors=descriptors, early=capability == 9)
+        yield tile
+        if descriptors and warps == 4 and stages * (n + v) * 128 <= HALF_SHARED_MEMORY:
+            yield replace(tile, programs=2)
+        if capability == 10:  # on Hopper it puts a wait behind every matrix instruction
+            yield replace(tile, flatten=True)
 
 
 def forward_variants(inputs: HeadInputs) -> Iterator[Variant]:
@@ -59,7 +65,7 @@ def forward_variants(inputs: HeadInputs) -> Iterator[Variant]:
 
     yield "forward: as shipped", fused(None)
     yield "forward: torch.mm by chunks, row kernel", in_chunks
-    for tile in tiles(descriptors=capability >= 9):
+    for tile in tiles(capability):
         yield f"forward: {tile}", fused(tile)
 
 

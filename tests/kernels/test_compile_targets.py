@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
-import compile_report
 import pytest
-from compile_report import Kernel, Report, kept_report, kernel_names, release_order, report, sources_key, table
 
 import videor1_kernels
+from benchmarks import compiling, launches, static
+from benchmarks.compiling import Kernel, Report, kept_report, kernel_names, release_order, report, sources_key, table
 from videor1_kernels.linear_logprob.triton_forward import TILES
 from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.triton import BLOCKS
@@ -41,8 +41,8 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, full: bool) -> Report:
     """By default, each launch that asks little of a GPU for one target; with ``--full`` for all that have it."""
-    folder = Path(compile_report.__file__).parent
-    key = sources_key(PACKAGE, folder / "compile_launches.py", folder / "compile_report.py")
+    folder = Path(compiling.__file__).parent
+    key = sources_key(PACKAGE, *(folder / f"{name}.py" for name in ("launches", "compiling", "sass")))
     file = None
     with suppress(AttributeError, OSError):  # there may be no cache, or none that can be written
         file = request.config.cache.mkdir("compiled-kernels") / f"{'full' if full else 'default'}.json"
@@ -70,7 +70,7 @@ def test_table(compiled: Report) -> None:
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> None:
-    """A kernel without a launch in compile_launches.py fails here."""
+    """A kernel without a launch in benchmarks/launches.py fails here."""
     names = kernel_names(PACKAGE, "videor1_kernels")
     assert {DESCRIPTORS, POINTERS} < set(names)
     missing = [
@@ -80,7 +80,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: Report) -> No
         if (name != DESCRIPTORS or TILES[capability].descriptors)
         and not any((k.name, k.capability) == (name, capability) for k in compiled.kernels)
     ]
-    assert not missing, "nothing in compile_launches.py launches: " + ", ".join(missing)
+    assert not missing, "nothing in benchmarks/launches.py launches: " + ", ".join(missing)
 
 
 def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
@@ -151,7 +151,7 @@ def test_every_flag_is_compiled_on_and_off(compiled: Report, full: bool) -> None
     for name in {kernel.name for kernel in compiled.kernels}:
         for targets in targets_together(full):
             flags = [k.flags for k in compiled.kernels if k.name == name and k.capability in targets]
-            for flag in set().union(*flags) - {"FLATTEN", "WARP_SPECIALIZE", "EARLY"}:
+            for flag in set().union(*flags) - {"FLATTEN", "EARLY"}:
                 values = {constants[flag] for constants in flags if isinstance(constants[flag], bool)}
                 assert values in (set(), {False, True}), f"{name} for {targets}: {flag} is never {not values.pop()}"
 
@@ -196,6 +196,53 @@ def test_descriptors_are_read_by_tma(compiled: Report) -> None:
     assert not (found := failing(described, lambda k: not k.instructions["TMA"])), found
     pointers = [kernel for kernel in compiled.kernels if kernel.name == POINTERS]
     assert not (found := failing(pointers, lambda k: bool(k.instructions["TMA"]))), found
+
+
+def test_matrix_instructions_of_the_head_overlap(compiled: Report) -> None:
+    """On Hopper one is under way while the next is issued; the loop over tiles, flattened, waits behind each."""
+    head = [k for k in compiled.kernels if k.loops and k.name in (DESCRIPTORS, POINTERS)]
+    (fault,) = (k for k in compiled.faults if k.launch == launches.FLATTENED and k.name == DESCRIPTORS)
+    assert len(head) == 2
+    for kernel, drained in [*((k, False) for k in head), (fault, True)]:
+        assert kernel.loops is not None
+        loop = kernel.loops.own[kernel.loops.main]
+        assert loop.matrix == 4
+        assert (loop.drains > 0) == drained, f"\n{table([kernel])}"
+
+
+def test_main_loops_are_no_worse_than_recorded(compiled: Report) -> None:
+    assert not static.worse(static.measured(compiled.kernels), static.recorded())
+
+
+def test_what_is_worse_is_told_with_both_numbers(compiled: Report) -> None:
+    kernels = static.measured(compiled.kernels)
+    name, kernel = next(iter(kernels.items()))
+    now = static.recorded_values(name, kernel)
+    assert not static.worse({name: kernel}, {name: {**now, "registers": now["registers"] - 1}})
+    for what, before, sentence in (
+        ("instructions", now["instructions"] - 1, f"instructions in the main loop: {now['instructions'] - 1} before"),
+        ("programs", now["programs"] + 1, f"{now['programs'] + 1} before, {now['programs']} now"),
+    ):
+        (told,) = static.worse({name: kernel}, {name: {**now, what: before}})
+        assert sentence in told
+        assert str(now[what]) in told
+    # A loop unrolled twice has twice the instructions for twice the products: no worse.
+    twice = {what: 2 * now[what] for what in ("instructions", "matrix instructions", "slow instructions")}
+    assert not static.worse({name: kernel}, {name: now | twice})
+    assert "not recorded" in static.worse({name: kernel}, {})[0]
+
+
+def test_predictions_keep_to_their_floors(compiled: Report) -> None:
+    kernels, card = static.measured(compiled.kernels), static.Card()
+    for name, kernel in kernels.items():
+        work = static.work_of(name, kernel)
+        found = static.predict(kernel, work, card)
+        assert found.total >= max(work.flops / (card.tflops * 1e12), work.bytes / (card.bandwidth * 1e12)) > 0
+    text = static.table(kernels, card)
+    assert "Predictions, not measurements" in text
+    assert len(text.splitlines()) == 4 + len(static.WORK)
+    with pytest.raises(ValueError, match="expected a kernel with a loop for each"):
+        static.measured([])
 
 
 @pytest.mark.parametrize("capability", sorted(ARCHITECTURES))
@@ -253,10 +300,10 @@ def test_kernels_are_found_in_sources(tmp_path: Path) -> None:
 
 
 def test_a_crash_shows_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "crash.py"
-    script.write_text("raise SystemExit('no such compiler')")
-    monkeypatch.setattr(compile_report, "__file__", str(script))
-    with pytest.raises(RuntimeError, match=r"crash\.py --json 90 ended with status 1:\nno such compiler"):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "compiling.py").write_text("raise SystemExit('no such compiler')")
+    monkeypatch.setattr(compiling, "ROOT", tmp_path)
+    with pytest.raises(RuntimeError, match=r"benchmarks\.compiling --json 90 ended with status 1:\nno such compiler"):
         report(90)
 
 
@@ -296,6 +343,6 @@ def test_a_changed_source_changes_the_key(tmp_path: Path, monkeypatch: pytest.Mo
     kernel.with_name("new.py").touch()
     keys.append(sources_key(tmp_path / "part", launches))
     assert keys[-1] == sources_key(tmp_path / "part", launches)
-    monkeypatch.setattr(compile_report, "version", lambda package: f"another {package}")
+    monkeypatch.setattr(compiling, "version", lambda package: f"another {package}")
     keys.append(sources_key(tmp_path / "part", launches))
     assert len(set(keys)) == 5

@@ -37,8 +37,8 @@ class Tile:
     num_stages: int
     group_n: int = 16  # row tiles that share a sweep over the vocabulary: their hidden states stay in the L2 cache
     descriptors: bool = False  # tensor descriptors (TMA) and a persistent grid; else pointers and one program per tile
-    flatten: bool = False  # overlap the next tile's loads with this tile's statistics
-    warp_specialize: bool = False
+    flatten: bool = False  # overlap the next tile's loads with this tile's statistics; on sm_90 it serialises wgmma
+    programs: int = 1  # of the persistent grid, those that a multiprocessor has room for
     early: bool = False  # read labels and temperatures before the product; on other architectures that spills registers
     bias_block_v: int | None = None  # replaces block_v if there is a bias
 
@@ -155,15 +155,12 @@ def product_descriptors(
     GROUP_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """The product with a persistent grid; hidden and weight are descriptors of [N, H] and [V, H]."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(
-        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_n, tile_v = _tile_at(tile, tiles_n, tiles_v, GROUP_N)
         if EARLY:
             label, t = _of_rows(tile_n, labels, scale, N, BLOCK_N)
@@ -286,14 +283,13 @@ def product_statistics(
         "num_stages": tile.num_stages,
     }
     if tile.descriptors:
-        grid = min(tiles_n * tiles_v, _processors(hidden.device))
+        grid = min(tiles_n * tiles_v, tile.programs * _processors(hidden.device))
         product_descriptors[(grid,)](
             TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h]),
             TensorDescriptor.from_tensor(weight, [block_v, tile.block_h]),
             *shared,
             **options,
             FLATTEN=tile.flatten,
-            WARP_SPECIALIZE=tile.warp_specialize,
             EARLY=tile.early,
         )
     else:

@@ -1,7 +1,7 @@
 """What the package's Triton kernels compile to, for GPUs that need not be there.
 
-python tests/kernels/compile_report.py            a Markdown table of every launch
-python tests/kernels/compile_report.py --json 90  the kernels for sm_90 as JSON
+python -m benchmarks.compiling            a Markdown table of every launch
+python -m benchmarks.compiling --json 90  the kernels for sm_90 as JSON
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.sass import Count, Loops, count_loops
+
+ROOT = Path(__file__).parents[1]
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
     "tcgen05": r"\btcgen05\.mma\b",
@@ -54,6 +57,7 @@ class Kernel:
     instructions: dict[str, int]  # of the tensor cores and of TMA, in its PTX
     counts: int  # atomics that release what the program stored and acquire what others did
     ordered: bool  # of these, all stand between barriers
+    loops: Loops | None = None  # for sm_90 and the launches of launches.MEASURED
 
     @property
     def configuration(self) -> str:
@@ -75,6 +79,10 @@ class Report:
     def of(text: str) -> Report:
         """From its JSON."""
         found = json.loads(text)
+        for kernel in (*found["kernels"], *found["faults"]):
+            if kernel["loops"]:
+                own, main, around = kernel["loops"].values()
+                kernel["loops"] = Loops(tuple(Count(**x) for x in own), main, Count(**around))
         kernels, faults = ([Kernel(**kernel) for kernel in found[key]] for key in ("kernels", "faults"))
         return Report(found["versions"], kernels, faults)
 
@@ -83,8 +91,15 @@ def report(*capabilities: int, full: bool = True) -> Report:
     """Compile for ``capabilities``, or for all that have a tile, in a process of its own: in this one, Triton may
     already be set to interpret.
     """
-    command = [sys.executable, __file__, "--json", *([] if full else ["--default"]), *map(str, capabilities)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compiling",
+        "--json",
+        *([] if full else ["--default"]),
+        *map(str, capabilities),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
     return Report.of(done.stdout)
@@ -181,9 +196,10 @@ class _Target:
 
 def _compile(capability: int, full: bool) -> tuple[list[Kernel], list[Kernel]]:
     """Make every launch with Triton's launch replaced by its compilation."""
-    from compile_launches import launch_all, launch_faults
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from benchmarks.launches import launch_all, launch_faults
 
     warnings.simplefilter("ignore")
     run = JITFunction.run
@@ -211,7 +227,8 @@ def _compile_all(capabilities: list[int], full: bool) -> Report:
     """In a process for each processor, those that take longest first. Forked: Torch and Triton are imported once."""
     import torch
     import triton
-    from compile_launches import TILES, twin
+
+    from benchmarks.launches import TILES, twin
 
     capabilities = capabilities or list(TILES)
     chosen = {c: c if full else twin(c) for c in capabilities}
@@ -234,13 +251,16 @@ def _inspect(file: Path, *options: str) -> str:
 
 
 def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel:
+    from benchmarks.launches import MEASURED
+
+    measured = capability == 90 and launch in MEASURED
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _inspect(cubin, "-res-usage"))
         usage = {name: int(size) for name, size in found}
-        # Disassembly takes longer than many compilations: only where there is local memory.
-        sass = _inspect(cubin, "-sass") if usage["STACK"] or usage["LOCAL"] else ""
+        # Disassembly takes longer than many compilations: only where it is asked for, or there is local memory.
+        code = _inspect(cubin, "-sass") if measured or usage["STACK"] or usage["LOCAL"] else ""
     ptx = kernel.asm["ptx"]
     declared = {parameter.name for parameter in function.params if parameter.is_constexpr}
     constants = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
@@ -261,11 +281,12 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
         shared=kernel.metadata.shared,
         stack=usage["STACK"],
         local=usage["LOCAL"],
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         matrix="tt.dot" in kernel.asm["ttir"],
         instructions={name: len(re.findall(text, ptx)) for name, text in INSTRUCTIONS.items()},
         counts=counts,
         ordered=ordered,
+        loops=count_loops(code) if measured else None,
     )
 
 
@@ -289,7 +310,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--default", action="store_true", help="only what the tests compile without --full")
     options = parser.parse_args()
-    sys.path.insert(1, str(Path(__file__).parents[2]))  # the package beside the tests, if it is there
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled before is taken from a cache

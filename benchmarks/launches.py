@@ -11,7 +11,7 @@ are CPU memory that is never touched: the launchers and Triton read only shapes,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,17 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # What a launch is compiled for by default: every target that has it, or
 ONCE = (80,)  # which takes the compiler least time
+# The launches at a 7B model's shapes whose machine code is looked at, for sm_90: benchmarks/static.py.
+MEASURED = (
+    HEAD := "7B head, odd N, bf16",
+    STATISTICS := "chunk of fp32 logits, entropy",
+    GRADIENT := "fp32 logits to bf16 in place, moved",
+    SAMPLE := "12 rows of torch.bfloat16, all",
+    SAMPLE_TOP_P := "12 rows of torch.bfloat16, top-p",
+    ATTENTION := "7B group, bf16",
+    DECODE := "7B decode, 12 rows, bf16",
+    FLATTENED := "the loop over tiles flattened",  # a fault, see launch_faults
+)
 
 
 Launch = tuple[str, tuple[int, ...]]
@@ -81,6 +92,11 @@ def launch_faults(capability: int) -> Iterator[Launch]:
     spilling_kernel[(1,)](ALIGNED(4096), ALIGNED(4096), BLOCK=4096, num_warps=1, maxnreg=64)
     yield "a product of fp32", TARGETS
     scalar_product_kernel[(1,)](ALIGNED(32, 32), ALIGNED(32, 32), BLOCK=32)
+    if capability == 90:
+        yield FLATTENED, TARGETS
+        hidden, weight = (ALIGNED(n, MODEL[2], dtype=BF16) for n in MODEL[:2])
+        labels, tile = ALIGNED(MODEL[0], dtype=torch.int64), replace(TILES[90], flatten=True)
+        product_statistics(hidden, weight, labels, None, ALIGNED(MODEL[0]), tile)
 
 
 @triton.jit
@@ -120,7 +136,7 @@ def _head(tile: Tile, *, full: bool) -> Iterator[Launch]:
         labels, biases = memory(rows, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
         product_statistics(hidden, weight, labels, biases, memory(rows), tile)
 
-    yield "7B head, odd N, bf16", TARGETS
+    yield HEAD, TARGETS
     launch((16383, *MODEL[1:]), BF16, ALIGNED, None)
     yield "odd everything, bf16, fp32 bias", TARGETS
     launch((333, 1001, 41), BF16, ODD, FP32)
@@ -137,7 +153,7 @@ def _statistics() -> Iterator[Launch]:
         index, biases = memory(rows, entries, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
         row_statistics(logits, index, biases, memory(rows), entropy=entropy)
 
-    yield "chunk of fp32 logits, entropy", TARGETS
+    yield STATISTICS, TARGETS
     launch(_chunk(4096, 152064, FP32), 1, ALIGNED, entropy=True)
     yield "chunk of fp32 logits, odd V, entropy, bf16 bias", ONCE
     launch(_chunk(333, 1001, FP32), 1, ODD, entropy=True, bias=BF16)
@@ -167,7 +183,7 @@ def _gradients() -> Iterator[Launch]:
             source=memory(rows, dtype=torch.int64) if "moved" in given else None,
         )
 
-    yield "fp32 logits to bf16 in place, moved", ONCE
+    yield GRADIENT, (80, 90)
     buffer = logits_buffer(4096, 152064, torch.device("cpu"))
     launch(*(narrow_rows(buffer, 4096, 152064, dtype) for dtype in (FP32, BF16)), 1, ALIGNED, moved=True)
     yield "fp32 logits to fp16 in place, odd V, entropy, fp16 bias", ONCE
@@ -264,6 +280,7 @@ def _samples() -> Iterator[Launch]:
         ("the likeliest but 16", (0.0, 1.0, 0), 16, ONCE, ()),
         ("top-k but 16", (0.7, 1.0, 50), 16, (), ()),
         ("top-p but 16", (1.0, 0.95, 0), 16, (), ()),
+        ("top-p", (1.0, 0.95, 0), 0, (90,), ()),
         ("top-k and top-p but 16", (1.0, 0.95, 50), 16, (), TARGETS),
     ]
     for what, options, banned, *targets in kinds:
@@ -284,7 +301,7 @@ def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:
         out, lse = prefix_attention.forward(q, k, v, layout, 0.1, blocks)
         prefix_attention.backward(grad, q, k, v, out, lse, layout, 0.1, blocks)
 
-    yield "7B group, bf16", TARGETS
+    yield ATTENTION, TARGETS
     launch(PrefixLayout([1224], [[768] * 8]), (28, 4), 128, BF16, ALIGNED)
     if full:
         yield "head dim 80, odd everything, fp16", (90,)
@@ -315,7 +332,7 @@ def _decode(block: Block, *, full: bool) -> Iterator[Launch]:
         inputs = DecodeInputs(q, *prefixes, *suffixes, suffix_lengths)
         triton_decode.prefix_decode_attention(inputs, layout, 0.1, block)
 
-    yield "7B decode, 12 rows, bf16", TARGETS
+    yield DECODE, TARGETS
     launch([8, 4], (1224, 768), (28, 4), 128, BF16, ALIGNED)
     if full:
         yield "3B decode, 12 rows, slots, bf16", ()
