@@ -2,6 +2,7 @@
 
 python -m benchmarks.compiling            a Markdown table of every launch
 python -m benchmarks.compiling --json 90  the kernels for sm_90 as JSON
+python -m benchmarks.compiling --cache results/triton 90   and keep them, for a card's first minutes
 """
 
 from __future__ import annotations
@@ -309,11 +310,16 @@ def main() -> None:
     parser.add_argument("capabilities", nargs="*", type=int, help="80, 90, ...; all that have a tile, unless given")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--default", action="store_true", help="only what the tests compile without --full")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="keep what is compiled, as Triton's cache for a machine with a card"
+    )
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled before is taken from a cache
-        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it changes no instruction, and takes time
+    with tempfile.TemporaryDirectory() as unused:
+        # Nothing compiled before is taken from a cache, unless it is to be added to.
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve() if options.cache else unused)
+        if options.cache is None:
+            os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it changes no instruction, takes time, and is part of a key
         compiled = _compile_all(options.capabilities, not options.default)
     print(json.dumps(asdict(compiled)) if options.json else f"{compiled.versions}\n\n{table(compiled.kernels)}")
 

@@ -79,7 +79,7 @@ def _tests(device: str, out: Path, seconds: int) -> list[str]:
     """Those of the kernels, on a card compiled in as many processes as there are cores for; here one file."""
     patterns = KERNEL_TESTS if device == "cuda" else ("tests/kernels/test_group_advantage.py",)
     files = [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    count = min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 1
+    count = min(12, len(os.sched_getaffinity(0))) if device == "cuda" else 1
     return ["-m", "pytest", "-q", "-x", "-n", str(count), *files]
 
 

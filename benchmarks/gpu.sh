@@ -24,6 +24,9 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 # Steps of very different sizes follow each other: without this the memory breaks into pieces that fit none of them.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# Kernels compiled elsewhere by the same Triton and Python (python -m benchmarks.compiling --cache DIR 90), or by an
+# earlier run, are not compiled again.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.triton}
 mkdir -p "$out"
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
