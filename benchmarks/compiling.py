@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--default", action="store_true", help="only what the tests compile without --full")
     parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="keep what is compiled, as Triton's cache for a machine with a card"
+        "--cache", type=Path, metavar="FOLDER", help="keep what is compiled: the Triton cache of a machine with a card"
     )
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)

@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from patience import PATIENCE
+from triton.runtime import interpreter
 
 import videor1.video
 import videor1_kernels
+from benchmarks.compiling import kernel_names
 from videor1.doctor import __main__ as doctor
 from videor1.doctor import machine, packages, selfcheck, tools
 from videor1.doctor.rows import Finding, Section, problems, redact_home, text
 from videor1.types import SampleError
 from videor1_kernels import dispatch, extension
+from videor1_kernels.frames_to_patches import native
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -63,6 +66,7 @@ def fake_gpu(monkeypatch: Patch) -> SimpleNamespace:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(machine, "nvidia_smi", lambda: [("NVIDIA H200", "580.95")])
     monkeypatch.setattr(extension, "load_operators", lambda device_type: None)
+    monkeypatch.setattr(native, "_launch", lambda device: None)
     return SimpleNamespace(card=card, memory=memory)
 
 
@@ -254,6 +258,40 @@ def test_a_gpu(fake_gpu: SimpleNamespace, monkeypatch: Patch) -> None:
     rows = selfcheck.operation_rows()
     assert {row.status for row in rows} == {"broken"}
     assert all(row.fix for row in rows)
+
+
+def test_every_kernel_is_launched(monkeypatch: Patch) -> None:
+    """By the check of operations, were this a card; here the interpreter's launches are counted."""
+    launched = set()
+    run = interpreter.GridExecutor.__call__
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        launched.add(f"{self.fn.__module__}.{self.fn.__name__}")
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
+    for op, case in selfcheck.CASES.items():
+        if videor1_kernels.backends(op).get("triton", "none") is None:
+            case(lambda x: x.to(torch.float16), "triton")
+    assert launched == set(kernel_names(Path(videor1_kernels.__file__).parent, "videor1_kernels"))
+
+
+def test_an_operation_that_falls_back_on_a_gpu_says_why(fake_gpu: SimpleNamespace, monkeypatch: Patch) -> None:
+    """As where nvcc is newer than the driver: the library loads, and its first launch fails."""
+
+    def launch(device: torch.device) -> None:
+        raise extension.Unavailable("its code does not run on cuda (unsupported toolchain); is nvcc newer")
+
+    monkeypatch.setattr(native, "_launch", launch)
+    native._failure.cache_clear()
+    try:
+        row = by_name(tools.kernels())["frames_to_patches"]
+    finally:
+        native._failure.cache_clear()
+    assert row.status == "warning"
+    assert "reference (bfloat16 on cuda)" in row.value
+    assert "native: its code does not run on cuda (unsupported toolchain); is nvcc newer" in row.value
+    assert "CUDA toolkit" in row.fix
 
 
 def test_a_gpu_without_compilers(fake_gpu: SimpleNamespace, monkeypatch: Patch, tmp_path: Path) -> None:

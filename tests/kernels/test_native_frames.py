@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -256,3 +257,22 @@ def test_the_bindings_compile_for_cuda(tmp_path: Path) -> None:
     definitions = [extension.STABLE_ABI, "-DVIDEOR1_CUDA", "-DUSE_CUDA"]
     include = Path(torch.__file__).parent / "include"
     nvcc("-c", *definitions, f"-I{include}", str(CSRC / "bindings.cpp"), "-o", str(tmp_path / "bindings.o"))
+
+
+def test_code_that_fails_at_its_launch_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch that is tried on a card, here on the CPU; and what it makes of a driver that refuses, or lies."""
+    extension.load_operators("cpu")
+    native._launch(torch.device("cpu"))
+    for fault, message in (
+        (RuntimeError("CUDA error: the provided PTX was compiled with an unsupported toolchain.\nmore"), "PTX.*newer"),
+        (None, "black"),
+    ):
+
+        def make(frame: Tensor, fault: Exception | None = fault, **options: Any) -> Tensor:
+            if fault is not None:
+                raise fault
+            return torch.ones(1, dtype=torch.uint8)
+
+        monkeypatch.setattr(native, "frames_to_patches", make)
+        with pytest.raises(extension.Unavailable, match=message):
+            native._launch(torch.device("cpu"))

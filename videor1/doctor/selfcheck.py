@@ -120,7 +120,9 @@ def _linear_logprob(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     hidden, weight, labels = _head(cast)
     logp, entropy = kernels.linear_logprob(hidden, weight, labels, backend=backend)
-    return _with_gradients({"logp": logp, "entropy": entropy}, {"hidden": hidden, "weight": weight})
+    # Rows that start at odd addresses take a kernel of their own.
+    odd, _ = kernels.linear_logprob(hidden[:, 1:], weight[:, 1:], labels, backend=backend)
+    return _with_gradients({"logp": logp, "entropy": entropy, "odd": odd}, {"hidden": hidden, "weight": weight})
 
 
 def _selective_log_softmax(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -178,8 +180,9 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
 def _prefix_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
-    q, k, v = (cast(_randn(6 + i, 17, heads, 32)).requires_grad_() for i, heads in enumerate((4, 2, 2)))
-    layout = kernels.PrefixLayout([5, 3], [[2, 3], [4]], device=q.device)
+    # The first prompt is long enough that several programs share the gradients of its keys.
+    q, k, v = (cast(_randn(6 + i, 712, heads, 32)).requires_grad_() for i, heads in enumerate((4, 2, 2)))
+    layout = kernels.PrefixLayout([700, 3], [[2, 3], [4]], device=q.device)
     out = kernels.prefix_attention(q, k, v, layout, backend=backend)
     return _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
 

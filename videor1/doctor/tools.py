@@ -171,10 +171,15 @@ def kernels() -> list[Finding]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for op in ops:
         taken = videor1_kernels.chosen_backend(op, device, dtype=dtype)
-        rows.append(Finding(op, f"{taken} ({shown} on {device})", "ok"))
-        for backend, reason in videor1_kernels.backends(op, device).items():
+        found = videor1_kernels.backends(op, device)
+        for backend, reason in found.items():
             if reason is not None:
                 reasons.setdefault((backend, reason), []).append(op)
+        rows.append(Finding(op, f"{taken} ({shown} on {device})", "ok"))
+        if device == "cuda" and taken == "reference":
+            why = "; ".join(f"{backend}: {reason}" for backend, reason in found.items() if reason is not None)
+            value = f"reference ({shown} on {device}), plain torch and slower: {why}"
+            rows[-1] = Finding(op, value, "warning", GET_NVCC)
     return rows + [
         Finding(f"not {backend}", f"for {'all of them' if without == ops else ', '.join(without)}: {reason}")
         for (backend, reason), without in reasons.items()

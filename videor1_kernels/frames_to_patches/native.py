@@ -31,6 +31,8 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
 def _failure(device_type: str) -> str | None:
     try:
         extension.load_operators(device_type)  # "cpu" has the schemas too
+        if device_type == "cuda":
+            _launch(torch.device(device_type))
     except extension.Unavailable as reason:
         where = "CPU" if device_type == "cpu" else "card"
         extension.log.warning(
@@ -38,6 +40,25 @@ def _failure(device_type: str) -> str | None:
         )
         return str(reason)
     return None
+
+
+def _launch(device: torch.device) -> None:
+    """Make one patch. Code that a compiler newer than the driver has made loads, and fails only when it is launched.
+
+    Raises:
+        Unavailable: it does not run there.
+    """
+    frame = torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=device)
+    options = {"permutation": None, "dtype": torch.uint8, "rotation": 0, "mirrored": False, "both": False}
+    try:
+        made = frames_to_patches(frame, size=(PATCH, PATCH), **options)  # type: ignore[arg-type]
+        right = not bool(made.any())  # type: ignore[union-attr]  # waits for the device, which is when some errors are told
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"its code does not run on {device} ({first}); is nvcc newer than the driver?"
+        raise extension.Unavailable(what) from error
+    if not right:
+        raise extension.Unavailable(f"its code runs on {device}, but a black frame does not stay black")
 
 
 def frames_to_patches(
