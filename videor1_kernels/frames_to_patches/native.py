@@ -43,15 +43,16 @@ def _failure(device_type: str) -> str | None:
 
 
 def _launch(device: torch.device) -> None:
-    """Make one patch. Code that a compiler newer than the driver has made loads, and fails only when it is launched.
+    """Make patches once. Code that a compiler newer than the driver has made loads, and fails only when it is launched.
 
     Raises:
         Unavailable: it does not run there.
     """
-    frame = torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=device)
+    side = 2 * PATCH  # of the least size
+    frame = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
     options = {"permutation": None, "dtype": torch.uint8, "rotation": 0, "mirrored": False, "both": False}
     try:
-        made = frames_to_patches(frame, size=(PATCH, PATCH), **options)  # type: ignore[arg-type]
+        made = frames_to_patches(frame, size=(side, side), **options)  # type: ignore[arg-type]
         right = not bool(made.any())  # type: ignore[union-attr]  # waits for the device, which is when some errors are told
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
