@@ -9,15 +9,25 @@ import peft
 import pytest
 import torch
 from rollouts import answer, ask
-from tiny import GRADIENT_ROUNDING, PROMPTS, hf_inputs, log_prob_rounding, make_lm, make_model, make_tokenizer
+from tiny import (
+    GRADIENT_ROUNDING,
+    PROMPTS,
+    hf_inputs,
+    log_prob_rounding,
+    make_lm,
+    make_media,
+    make_model,
+    make_prompt,
+    make_tokenizer,
+)
 from torch import Tensor
 
 import videor1.rollout
 import videor1.rollout.local
 import videor1.rollout.local.decode
 import videor1_kernels.integrations.transformers
-from videor1.config import LoraConfig
-from videor1.model import VideoLM
+from videor1.config import LoraConfig, ModelConfig
+from videor1.model import VideoLM, load
 from videor1.model.lm import set_checkpointing
 from videor1.rollout import SamplingOptions
 from videor1.training.passes import completion_logp, pack, predicting_states
@@ -154,3 +164,44 @@ def test_adapters_are_made_without_the_warning_that_is_not_ours(monkeypatch: pyt
         warnings.simplefilter("always")
         model.add_lora(LoraConfig(rank=2), seed=0)
     assert [str(one.message) for one in shown if one.category is FutureWarning] == ["another name is deprecated"]
+
+
+@pytest.mark.parametrize("layers", [None, 0, 1])
+def test_so_many_layers_are_computed_again(layers: int | None) -> None:
+    """The first ones, and all of the tower's; the gradients stay the same."""
+    gradients, counts = [], []
+    for on in (False, True):
+        model = make_lm()
+        model.hf.train()
+        set_checkpointing(model.hf, on, layers)
+        passes = [0] * len(model.hf.model.language_model.layers)
+
+        def count(i: int, passes: list[int]) -> Any:
+            def before(*args: Any) -> None:
+                passes[i] += 1
+
+            return before
+
+        for i, layer in enumerate(model.hf.model.language_model.layers):
+            layer.self_attn.register_forward_pre_hook(count(i, passes))
+        packed = pack(model, [make_prompt(make_media())], [[torch.arange(5)]])
+        completion_logp(model, packed).sum().backward()
+        gradients.append([p.grad for p in model.hf.parameters()])
+        counts.append(passes)
+    assert counts == [[1, 1], [2 if layers is None or i < layers else 1 for i in range(2)]]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "used"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_liger_is_used_on_a_gpu_where_it_is_installed(
+    asked: bool | None, installed: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(load, "use_liger", calls.append)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    for device in ("cpu", "cuda"):
+        load._use_libraries("a model", ModelConfig(liger=asked), torch.device(device))
+    assert calls == (["a model"] if used else [])

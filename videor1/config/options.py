@@ -198,8 +198,8 @@ class ModelConfig:
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Attention of the vision tower, and of prompts at the start of a rollout; flash_attention_2 needs flash-attn and a
     GPU (with sdpa, videor1_kernels computes the prompts' attention)."""
-    liger: bool = False
-    """Use liger-kernel's RMSNorm, SwiGLU and (M-)RoPE; needs a GPU."""
+    liger: bool | None = None
+    """Use liger-kernel's RMSNorm, SwiGLU and (M-)RoPE; needs a GPU. Default: on a GPU, if liger-kernel is installed."""
 
 
 @dataclass
@@ -265,6 +265,10 @@ class CommonConfig:
     """Do not train the vision tower and its merger."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    checkpoint_layers: Annotated[int | None, at_least(0)] = None
+    """With gradient_checkpointing: recompute only this many of the language model's layers, and keep the activations of
+    the others, which saves their recomputation (a third of a layer's training FLOPs). Default: all. --plan shows what
+    fits."""
     bf16: bool | None = None
     """Compute in bf16 with fp32 master weights; default: true on a GPU, false on CPU."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from videor1.config import LoraConfig
 from videor1.errors import ConfigError
 from videor1.model import vision
+from videor1.model.lora import use_lean_lora
 from videor1.model.positions import PositionRule, prompt_positions
 from videor1.model.prompts import SpecialIds, special_ids
 from videor1.seeding import derive_seed
@@ -186,6 +187,7 @@ class VideoLM:
                 self.peft = get_peft_model(self.hf, options)
             except ValueError as error:
                 raise ConfigError(f"lora.target_modules: {config.target_modules}: {error}") from error
+        use_lean_lora(self.hf)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name, in the model's order."""
@@ -209,11 +211,18 @@ class VideoLM:
             raise ConfigError(f"{self.source}: the tokenizer has {tokens} tokens, the model {vocabulary}")
 
 
-def set_checkpointing(hf: Any, on: bool) -> None:
-    """Switch gradient checkpointing on or off; the methods' names differ between the supported transformers."""
+def set_checkpointing(hf: Any, on: bool, layers: int | None = None) -> None:
+    """Switch gradient checkpointing on or off; the methods' names differ between the supported transformers.
+
+    Args:
+        layers: how many of the language model's layers, the first ones, recompute their activations; default: all.
+    """
     if hasattr(hf, "activation_checkpointing_enable"):
         hf.activation_checkpointing_enable({"use_reentrant": False}) if on else hf.activation_checkpointing_disable()
     elif on:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         hf.gradient_checkpointing_disable()
+    if on and layers is not None:
+        for layer in hf.model.language_model.layers[layers:]:
+            layer.gradient_checkpointing = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def make_trainable(model: VideoLM, config: CommonConfig) -> None:
     if config.lora.rank:
         model.add_lora(config.lora, config.seed)
     if config.gradient_checkpointing:
-        set_checkpointing(model.hf, True)
+        set_checkpointing(model.hf, True, config.checkpoint_layers)
     model.hf.train()
 
 
@@ -78,14 +79,17 @@ def _use_libraries(hf: Any, options: ModelConfig, device: torch.device) -> None:
     Raises:
         ConfigError: the run is on a CPU, or a library is not installed.
     """
-    if device.type == "cpu" and (options.liger or options.attention != "sdpa"):
+    liger = options.liger
+    if liger is None:
+        liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    if device.type == "cpu" and (liger or options.attention != "sdpa"):
         raise ConfigError("model.liger, model.attention flash_attention_2: they run on a GPU, and this run is on a CPU")
     if options.attention == "flash_attention_2":
         try:
             hf.model.visual.set_attn_implementation("flash_attention_2")
         except (ImportError, ValueError) as error:
             raise ConfigError(f"model.attention: {error}; {install('flash-attn')}") from error
-    if options.liger:
+    if liger:
         use_liger(hf)
 
 
