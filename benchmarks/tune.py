@@ -2,9 +2,9 @@
 
 Each sweep is gated by its first variant's result: the tiles of the fused log-prob forward (and the way without it:
 cuBLAS logits by chunks and a row kernel), the rows of a chunk of linear_grpo_loss, the block and warps of the row
-kernels, and the blocks of the three attention kernels. The winners go into ``TILES`` (triton_forward.py),
-``MIN_CHUNK_ROWS`` (products.py), ``BLOCK`` and ``NUM_WARPS`` (triton_rows.py), and ``BLOCKS``
-(prefix_attention/triton.py).
+kernels, and the blocks of the three attention kernels. The winners go into ``WAYS`` (linear_logprob/triton.py),
+``TILES`` (triton_forward.py), ``MIN_CHUNK_ROWS`` (products.py), ``BLOCK`` and ``NUM_WARPS`` (triton_rows.py), and
+``BLOCKS`` (prefix_attention/triton.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.measure import Clock, ceilings, l2_flush, plain_stopwatch
 from benchmarks.options import default_device
 from benchmarks.shapes import HeadInputs, Size, head_inputs, qwen_7b
 from videor1_kernels.linear_logprob import products, triton_forward, triton_rows
+from videor1_kernels.linear_logprob import triton as head
 from videor1_kernels.linear_logprob.triton_forward import Tile, product_statistics
 from videor1_kernels.prefix_attention import triton as attention
 from videor1_kernels.prefix_attention.triton import Block, Blocks
@@ -55,34 +56,16 @@ def tiles(capability: int) -> Iterator[Tile]:
 def forward_variants(inputs: HeadInputs) -> Iterator[Variant]:
     hidden, weight, labels = inputs.hidden.detach(), inputs.weight.detach(), inputs.labels
     scale = torch.ones(len(labels), device=hidden.device)
+    operands = hidden, weight, labels, None, scale
     capability = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 0
 
-    def fused(tile: Tile | None) -> Callable[[], Tensor]:
+    def fused(tile: Tile) -> Callable[[], Tensor]:
         return lambda: product_statistics(hidden, weight, labels, None, scale, tile)[0]
 
-    def in_chunks() -> Tensor:
-        return log_probs_by_chunks(hidden, weight, labels, scale)
-
-    yield "forward: as shipped", fused(None)
-    yield "forward: torch.mm by chunks, row kernel", in_chunks
+    yield "forward: as shipped", lambda: head.statistics(*operands)[0]
+    yield "forward: torch.mm by chunks, row kernel", lambda: head.statistics(*operands, way="chunks")[0]
     for tile in tiles(capability):
         yield f"forward: {tile}", fused(tile)
-
-
-def log_probs_by_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """The forward pass without the fused kernel."""
-    logp = torch.empty_like(scale)
-    rows = products.chunk_rows(len(labels), len(weight))
-    buffer = products.logits_buffer(rows, len(weight), hidden.device)
-    for first in range(0, len(labels), rows):
-        part = slice(first, first + rows)
-        size = len(labels[part])
-        logits = products.product(
-            hidden[part], weight.T, products.narrow_rows(buffer, size, len(weight), torch.float32)
-        )
-        found = triton_rows.row_statistics(logits, labels[part, None], None, scale[part], entropy=True)
-        logp[part] = found[0][:, 0]
-    return logp
 
 
 def loss_variants(inputs: HeadInputs, rows: Sequence[int]) -> Iterator[Variant]:

@@ -312,3 +312,21 @@ def test_a_row_without_gradient_becomes_zero_unread() -> None:
     statistics = RowStatistics(ones, ones, ones)
     row_gradient(logits, logits, index, None, ones, statistics, zeros, grad_entropy=zeros[:, 0])
     assert (logits == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_both_ways_to_the_statistics_are_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes fp32 sums, which no logits of 16 bits lie between; a card says which is faster."""
+    cases.cut_small(monkeypatch)
+    head = make_head(13, 300, 16, dtype, bias=True)
+    scale = torch.full((13,), 1 / 0.7, device=DEVICE)
+    exact = cases.evaluate("dense", head.oracle(), 0.7)
+    counted = Counter(triton.product)
+    monkeypatch.setattr(triton, "product", counted)
+    for way, expected in (("fused", 0 if dtype == torch.float16 else 4), ("chunks", 4)):
+        counted.calls = 0
+        with torch.no_grad():
+            logp, entropy, _ = triton.statistics(head.hidden, head.weight, head.labels, head.bias, scale, way)
+        assert counted.calls == expected
+        assert_matches(logp, exact[0])
+        assert_matches(entropy, exact[1])

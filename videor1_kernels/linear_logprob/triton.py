@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, capturing
+from videor1_kernels.dispatch import nearest_capability
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
@@ -26,6 +27,11 @@ from videor1_kernels.linear_logprob.products import (
 )
 from videor1_kernels.linear_logprob.triton_forward import product_statistics
 from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
+
+# How the statistics of 16-bit inputs are found, by compute capability; others take the nearest one below. "fused": one
+# kernel computes product and statistics. "chunks": cuBLAS computes logits in fp32, and a row kernel reads them. A card
+# says which is faster: python -m benchmarks.tune.
+WAYS: dict[int, str] = {80: "fused", 90: "fused", 100: "fused"}
 
 
 def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,11 +58,15 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def statistics(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor, way: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logp, entropy, lse) of rows that all have labels; scale fp32 [N]: 1 / temperature."""
+    """Return (logp, entropy, lse) of rows that all have labels; scale fp32 [N]: 1 / temperature.
+
+    way: one of :data:`WAYS`, for 16-bit inputs; None: that of the device.
+    """
     hidden, weight = common_dtype(hidden, weight)
-    if hidden.dtype != torch.float32 and len(hidden):
+    way = way or (WAYS[nearest_capability(WAYS, hidden.device)] if hidden.is_cuda else "fused")
+    if hidden.dtype != torch.float32 and len(hidden) and way == "fused":
         return product_statistics(hidden, weight, labels, bias, scale)
     logp, entropy, lse = (hidden.new_empty(len(labels), dtype=torch.float32) for _ in range(3))
     size = chunk_rows(len(labels), len(weight))
