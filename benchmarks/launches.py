@@ -22,7 +22,7 @@ from torch import Tensor
 from videor1_kernels.group_advantage import reference as group_advantage
 from videor1_kernels.group_advantage.triton import tgrpo_advantages
 from videor1_kernels.grpo_loss import reference as grpo_loss
-from videor1_kernels.grpo_loss.triton_terms import terms
+from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
 from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
@@ -205,6 +205,9 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 
 def _terms() -> Iterator[Launch]:
+    def options(loss_type: str, level: str, clips: tuple[float | None, float | None], beta: float) -> Any:
+        return grpo_loss.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0)
+
     def launch(
         completions: int,
         memory: Memory,
@@ -225,9 +228,15 @@ def _terms() -> Iterator[Launch]:
             memory(completions),
             memory(completions, dtype=torch.int64),
             memory(1, dtype=torch.int64)[0],
-            grpo_loss.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0),
+            options(loss_type, level, clips, beta),
             memory(6144),
         )
+
+    def launch_whole(loss_type: str, level: str, beta: float, masked: bool, lengths: torch.dtype, size: int) -> None:
+        logp, mask = ALIGNED(6144), ALIGNED(6144, dtype=torch.bool).fill_(True) if masked else None
+        advantages, cu_seqlens = ALIGNED(size), ALIGNED(size + 1, dtype=lengths)
+        completions = grpo_loss.Completions(advantages, cu_seqlens, logp, logp)
+        whole_terms(logp, completions, mask, options(loss_type, level, (0.2, 0.2), beta))
 
     yield "on policy, KL", ONCE
     launch(16, ALIGNED, "grpo", "token", (None, None), 0.04, old=False)
@@ -239,6 +248,10 @@ def _terms() -> Iterator[Launch]:
     launch(333, ALIGNED, "grpo", "sequence", (0.2, None), 0.04, masked=True)
     yield "GSPO over all tokens, one segment, fp16", ONCE
     launch(1, ALIGNED, "bnpo", "sequence", dtype=FP16)
+    yield "whole completions, KL, int32", TARGETS
+    launch_whole("grpo", "token", 0.04, False, torch.int32, 16)
+    yield "whole completions, all tokens, mask, sequence, int64", ONCE
+    launch_whole("bnpo", "sequence", 0.0, True, torch.int64, 1)
 
 
 def _advantages() -> Iterator[Launch]:

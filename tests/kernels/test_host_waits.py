@@ -15,6 +15,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from loss_cases import BOTH, make_case, make_linear
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import DEVICE
 
 from videor1_kernels import DecodeLayout
@@ -155,3 +156,28 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(logprob, "capturing", lambda _: False)
     for ours, theirs in zip(found, logprob.forward(inputs), strict=True):
         assert_matches(ours, theirs)  # in other tiles: not to the bit
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "masked", "most"), [("grpo", False, 2), ("bnpo", False, 2), ("grpo", True, 2), ("bnpo", True, 3)]
+)
+def test_a_loss_of_log_probs_is_few_launches(
+    loss_type: str, masked: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels, and the sum of a mask where it decides what all are divided by: each takes longer to launch than to
+    run."""
+    logp, case = make_case(masked=masked)
+    mask = case.pop("mask", None)
+    launched: list[str] = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: launched.append(self.fn.__name__))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "empty" not in str(func) and not func.is_view and "detach" not in str(func):
+                launched.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Operations(), torch.no_grad():
+        grpo.grpo_loss(logp, Completions(**case), mask, options(loss_type=loss_type, beta=0.04))
+    assert launched.count("terms_kernel") == launched.count("finish_kernel") == 1
+    assert len(launched) == most, launched

@@ -24,7 +24,7 @@ from torch import Tensor
 from videor1_kernels.checks import IGNORED
 from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, LinearResult, Result
 from videor1_kernels.grpo_loss.rows import KnownRows, read_rows
-from videor1_kernels.grpo_loss.triton_terms import terms
+from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.linear_logprob.products import (
     HeadGradients,
@@ -42,31 +42,7 @@ from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statist
 
 def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
     """The loss from log-probs [N], and its gradient."""
-    boundaries = completions.cu_seqlens.long().contiguous()
-    tokens = boundaries.diff()  # [S]
-    if mask is not None:
-        counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
-        tokens = counted[boundaries].diff()
-    whole = tokens.sum()
-    coefficient = logp.new_empty(len(logp), dtype=torch.float32)
-    segments = (boundaries[:-1], boundaries[1:], torch.arange(len(tokens), device=logp.device))
-    sums = terms(
-        logp.contiguous(),
-        _contiguous(completions.old_logp),
-        _contiguous(completions.ref_logp),
-        _contiguous(mask),
-        segments,
-        completions.advantages.contiguous(),
-        tokens,
-        whole,
-        options,
-        coefficient,
-    ).sum(1)
-    shown = logp.detach().to(torch.float32, copy=True)
-    if mask is not None:
-        shown.masked_fill_(~mask, 0.0)
-    share = whole.clamp(min=1)
-    return Result(sums[0], shown, sums[1] / share, sums[2] / share, coefficient, (coefficient == 0).sum())
+    return whole_terms(logp, completions, mask, options)
 
 
 @dataclass(frozen=True)
@@ -321,7 +297,3 @@ def _norm(rows: _Rows) -> Tensor:
         "dapo": options.num_tokens or 0,
     }[options.loss_type]
     return power_of_two(rows.advantages.float().abs().max().clamp(min=1) / divisor)
-
-
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()

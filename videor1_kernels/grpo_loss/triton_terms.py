@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videor1_kernels.grpo_loss.reference import GrpoLossOptions
+from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, Result
 
 BLOCK = 512  # 1024 takes twice the registers, and some are spilled
 
@@ -35,7 +35,9 @@ def terms_kernel(
     tokens,
     whole,
     coefficient,
+    shown,
     sums,
+    counts,
     segments,
     clip_low,
     clip_high,
@@ -49,21 +51,44 @@ def terms_kernel(
     KL: tl.constexpr,
     SEQUENCE: tl.constexpr,
     PER_COMPLETION: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write coefficient [N] and sums [3, segments]: of loss, KL and clipped tokens.
 
     Segment i is tokens starts[i] to stops[i] - 1, of completion completions[i]. tokens [S]: the unmasked tokens of each
-    completion. The weight of a token is 1 / (its completion's tokens * denominator) with PER_COMPLETION, else
-    1 / (whole * denominator).
+    completion. The weight of a token is 1 / (its completion's tokens * denominator) with PER_COMPLETION,
+    1 / (whole * denominator) with PER_TOKEN, else 1 / denominator.
+
+    With WHOLE, segment i is completion i: ``starts`` is cu_seqlens [S+1], and stops, completions and tokens are not
+    read. Then shown [N], the log-probs with 0 at masked tokens, and counts [2, segments], of unmasked tokens and of
+    coefficients that are not 0, are written too.
     """
     segment = tl.program_id(0)
-    first = tl.load(starts + segment)
-    stop = tl.load(stops + segment)
-    completion = tl.load(completions + segment)
+    first = tl.load(starts + segment).to(tl.int64)
+    if WHOLE:
+        stop = tl.load(starts + segment + 1).to(tl.int64)
+        completion = segment
+        unmasked = stop - first
+        if HAS_MASK:
+            kept = tl.zeros((BLOCK,), tl.int32)
+            for block in range(first, stop, BLOCK):
+                at = block + tl.arange(0, BLOCK)
+                kept += (tl.load(mask + at, mask=at < stop, other=0) != 0).to(tl.int32)
+            unmasked = tl.sum(kept, 0).to(tl.int64)
+        live = tl.zeros((BLOCK,), tl.int32)
+    else:
+        stop = tl.load(stops + segment).to(tl.int64)
+        completion = tl.load(completions + segment)
+        unmasked = tl.load(tokens + completion).to(tl.int64)
     advantage = tl.load(advantages + completion).to(tl.float32)
-    count = tl.maximum(tl.load(tokens + completion), 1).to(tl.float32)
-    share = count if PER_COMPLETION else tl.maximum(tl.load(whole), 1).to(tl.float32)
+    count = tl.maximum(unmasked, 1).to(tl.float32)
+    share = 1.0
+    if PER_COMPLETION:
+        share = count
+    elif PER_TOKEN:
+        share = tl.maximum(tl.load(whole), 1).to(tl.float32)
     weight = tl.div_rn(1.0, share * denominator)
     mean = 0.0
     if SEQUENCE and HAS_OLD:
@@ -111,10 +136,69 @@ def terms_kernel(
             slope -= beta * tl.where(tl.abs(apart) > kl_clamp, 0.0, growth)
         losses += tl.where(here, weight * term, 0.0)
         clips += tl.where(here & clipped, 1.0, 0.0)
-        tl.store(coefficient + at, tl.where(here, weight * slope, 0.0), mask=inside)
+        slope = tl.where(here, weight * slope, 0.0)
+        tl.store(coefficient + at, slope, mask=inside)
+        if WHOLE:
+            live += (slope != 0).to(tl.int32)
+            tl.store(shown + at, tl.where(here, new, 0.0), mask=inside)
+    if WHOLE:
+        tl.store(counts + segment, unmasked)
+        tl.store(counts + segments + segment, tl.sum(live, 0).to(tl.int64))
     tl.store(sums + segment, tl.sum(losses, 0))
     tl.store(sums + segments + segment, tl.sum(kls, 0))
     tl.store(sums + 2 * segments + segment, tl.sum(clips, 0))
+
+
+@triton.jit
+def finish_kernel(sums, counts, loss, kl, clip_fraction, skipped, N, segments, BLOCK: tl.constexpr):
+    """Write the loss, KL and clipped tokens by unmasked token, and how many tokens have a coefficient of 0."""
+    losses = tl.zeros((BLOCK,), tl.float32)
+    kls = tl.zeros((BLOCK,), tl.float32)
+    clips = tl.zeros((BLOCK,), tl.float32)
+    unmasked = tl.zeros((BLOCK,), tl.int64)
+    live = tl.zeros((BLOCK,), tl.int64)
+    for block in range(0, segments, BLOCK):
+        at = block + tl.arange(0, BLOCK)  # [BLOCK]
+        here = at < segments
+        losses += tl.load(sums + at, mask=here, other=0.0)
+        kls += tl.load(sums + segments + at, mask=here, other=0.0)
+        clips += tl.load(sums + 2 * segments + at, mask=here, other=0.0)
+        unmasked += tl.load(counts + at, mask=here, other=0)
+        live += tl.load(counts + segments + at, mask=here, other=0)
+    share = tl.maximum(tl.sum(unmasked, 0), 1).to(tl.float32)
+    tl.store(loss, tl.sum(losses, 0))
+    tl.store(kl, tl.div_rn(tl.sum(kls, 0), share))
+    tl.store(clip_fraction, tl.div_rn(tl.sum(clips, 0), share))
+    tl.store(skipped, N - tl.sum(live, 0))
+
+
+def whole_terms(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
+    """Return the loss of whole completions, and its gradient.
+
+    Two launches, or three where a mask decides what all tokens are divided by.
+    """
+    cu_seqlens, advantages, segments = completions.cu_seqlens, completions.advantages, len(completions.advantages)
+    coefficient, shown = (logp.new_empty(len(logp), dtype=torch.float32) for _ in range(2))
+    sums = logp.new_empty((3, segments), dtype=torch.float32)
+    loss, kl, clip_fraction = (logp.new_empty((), dtype=torch.float32) for _ in range(3))
+    counts, skipped = (logp.new_empty(shape, dtype=torch.int64) for shape in ((2, segments), ()))
+    boundaries = cu_seqlens.contiguous()
+    if segments:
+        by_all = options.loss_type == "bnpo"
+        whole = mask.sum() if by_all and mask is not None else None
+        values = (logp, completions.old_logp, completions.ref_logp, mask)
+        _launch(
+            tuple(None if x is None else x.contiguous() for x in values),  # type: ignore[arg-type]
+            (boundaries, boundaries, boundaries),
+            advantages.contiguous(),
+            boundaries,
+            whole,
+            len(logp) if by_all and mask is None else 1,
+            options,
+            (coefficient, shown, sums, counts),
+        )
+    finish_kernel[(1,)](sums, counts, loss, kl, clip_fraction, skipped, len(logp), segments, BLOCK=128, num_warps=4)
+    return Result(loss, shown, kl, clip_fraction, coefficient, skipped)
 
 
 def terms(
@@ -134,36 +218,67 @@ def terms(
     segments: (starts, stops, completions), int64. With importance_level "sequence" a segment is a whole completion.
     tokens int64 [S]: the unmasked tokens of every completion; whole int64 scalar: those of all completions.
     """
-    starts, stops, completions = segments
-    sums = logp.new_empty((3, len(starts)), dtype=torch.float32)
-    if not len(starts):
-        return sums
+    sums = logp.new_empty((3, len(segments[0])), dtype=torch.float32)
+    if len(segments[0]):
+        divided_by_all = options.loss_type not in ("dr_grpo", "dapo")
+        _launch(
+            (logp, old_logp, ref_logp, mask),
+            segments,
+            advantages,
+            tokens,
+            whole if divided_by_all else None,
+            1,
+            options,
+            (coefficient, None, sums, None),
+        )
+    return sums
+
+
+def _launch(
+    values: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    segments: tuple[Tensor, Tensor, Tensor],
+    advantages: Tensor,
+    tokens: Tensor,
+    whole: Tensor | None,
+    total: int,
+    options: GrpoLossOptions,
+    outputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+) -> None:
+    """Launch :func:`terms_kernel`.
+
+    Args:
+        values: log-probs, old ones, reference ones, mask.
+        whole, total: what weights are divided by: the former if it is given, else the latter.
+        outputs: coefficient, shown, sums, counts; shown and counts for whole completions alone.
+    """
+    logp, old_logp, ref_logp, mask = values
+    coefficient, shown, sums, counts = outputs
+    completions = len(advantages)
     denominator = {
-        "grpo": float(len(tokens)),
+        "grpo": float(completions),
         "bnpo": 1.0,
-        "dr_grpo": float(len(tokens) * (options.max_completion_length or 0)),
+        "dr_grpo": float(completions * (options.max_completion_length or 0)),
         "dapo": float(options.num_tokens or 0),
     }[options.loss_type]
-    only_constant = options.loss_type in ("dr_grpo", "dapo")
-    terms_kernel[(len(starts),)](
+    terms_kernel[(sums.shape[1],)](
         logp,
         logp if old_logp is None else old_logp,
         logp if ref_logp is None else ref_logp,
         logp if mask is None else mask.view(torch.uint8),
-        starts,
-        stops,
-        completions,
+        *segments,
         advantages,
         tokens,
-        torch.ones_like(whole) if only_constant else whole,
+        tokens if whole is None else whole,
         coefficient,
+        coefficient if shown is None else shown,
         sums,
-        len(starts),
+        tokens if counts is None else counts,
+        sums.shape[1],
         options.clip_low or 0.0,
         options.clip_high or 0.0,
         options.kl_clamp,
         options.beta,
-        denominator,
+        denominator * total,
         HAS_OLD=old_logp is not None,
         HAS_MASK=mask is not None,
         CLIP_LOW=options.clip_low is not None,
@@ -171,7 +286,8 @@ def terms(
         KL=options.beta > 0,
         SEQUENCE=options.importance_level == "sequence",
         PER_COMPLETION=options.loss_type == "grpo",
+        PER_TOKEN=whole is not None,
+        WHOLE=counts is not None,
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return sums
