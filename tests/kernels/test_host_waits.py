@@ -17,6 +17,7 @@ from loss_cases import BOTH, make_case, make_linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import DEVICE
+from waits import READS
 
 from videor1_kernels import DecodeLayout
 from videor1_kernels.grpo_loss import ops as grpo_ops
@@ -30,11 +31,6 @@ from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
 from videor1_kernels.testing import assert_matches
-
-READS = {
-    getattr(torch.Tensor, name)
-    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "unique")
-} | {torch.nonzero, torch.unique, torch.masked_select}
 
 
 class Waits(TorchFunctionMode):

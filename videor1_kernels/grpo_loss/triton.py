@@ -38,6 +38,7 @@ from videor1_kernels.linear_logprob.products import (
 )
 from videor1_kernels.linear_logprob.triton import inverse, statistics
 from videor1_kernels.linear_logprob.triton_rows import row_gradient, row_statistics
+from videor1_kernels.transfer import to_device
 
 
 def grpo_loss(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
@@ -78,9 +79,7 @@ class _Rows:
             for first, stop in parts
         ]
         table = torch.tensor([piece for part in pieces for piece in part], dtype=torch.int64).reshape(-1, 3).T
-        table = table.contiguous()
-        if self.hidden.is_cuda:  # from memory that stays in place, the copy does not stop the host
-            table = table.pin_memory().to(self.hidden.device, non_blocking=True)
+        table = to_device(table.contiguous(), self.hidden.device)
         return list(table.split([len(part) for part in pieces], 1))
 
     def add_terms(self, first: int, segments: Tensor, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import INTEGERS, check_cu_seqlens, check_indices, check_tensor, fail
+from videor1_kernels.transfer import to_device
 
 TILE_ROWS = 8  # rows of one prefix that the kernel works on together
 
@@ -117,13 +119,13 @@ class DecodeLayout:
                 tiles.append([start, length, *own, *[-1] * (TILE_ROWS - len(own))])
         spare = [0, 0, *[-1] * TILE_ROWS]
         tiles += [spare] * (len(self.row_group) - len(tiles))
-        return torch.tensor(tiles, dtype=torch.int32, device=self.device).reshape(-1, 2 + TILE_ROWS)
+        return to_device(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2 + TILE_ROWS), self.device)
 
     @cached_property
     def prefix_lengths(self) -> Tensor:
         """int32 [R]: the length of the prefix that each row reads."""
         lengths = {row: length for (_, length), rows in zip(self.spans, self.members, strict=True) for row in rows}
-        return torch.tensor([lengths[row] for row in range(len(lengths))], dtype=torch.int32, device=self.device)
+        return to_device(torch.tensor([lengths[row] for row in range(len(lengths))], dtype=torch.int32), self.device)
 
     @cached_property
     def longest_prefix(self) -> int:
@@ -157,10 +159,24 @@ class DecodeLayout:
             in_order=[place[row] for row in range(len(place))] == list(range(len(used) * most)),
         )
 
+    def to(self, device: torch.device) -> DecodeLayout:
+        """The layout on another device; made on the host and moved, nothing of it is read from a GPU."""
+        made = copy.copy(self)
+        for name in ("cu_prefix", "row_group", "prefix_starts", "suffix_slots"):
+            values = getattr(self, name)
+            object.__setattr__(made, name, None if values is None else to_device(values, device))
+        for name in ("tiles", "prefix_lengths", "table", "gather"):
+            made.__dict__.pop(name, None)
+        object.__setattr__(made, "number", next(_numbers))
+        LAYOUTS[made.number] = made
+        return made
+
     def clone(self) -> DecodeLayout:
         """A layout with indices of its own, to be overwritten by :meth:`copy_`."""
-        starts, slots = (None if x is None else x.clone() for x in (self.prefix_starts, self.suffix_slots))
-        layout = DecodeLayout(self.cu_prefix.clone(), self.row_group.clone(), starts, slots)
+        layout = self.to(self.device)
+        for name in ("cu_prefix", "row_group", "prefix_starts", "suffix_slots"):
+            values = getattr(layout, name)
+            object.__setattr__(layout, name, None if values is None else values.clone())
         object.__setattr__(layout, "slots_in_order", False)  # copy_ may change the order
         return layout
 

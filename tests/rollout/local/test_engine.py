@@ -6,16 +6,22 @@ import dataclasses
 from typing import Any
 
 import pytest
-from rollouts import IMAGE, TEXT, VIDEO, Judge, ask, ending, tokens
-from tiny import log_prob_rounding, make_lm
+import torch
+from rollouts import IMAGE, TEXT, VIDEO, Judge, ask, ending, rig, tokens
+from tiny import log_prob_rounding, make_lm, make_model, make_tokenizer
 from torch import Tensor
+from triton.runtime import interpreter
+from waits import READS
 
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, SamplingOptions
 from videor1.rollout.local import engine as local
+from videor1.rollout.local import inflight
+from videor1.rollout.local.inflight import InFlight
 from videor1.rollout.local.step import DecodeStep
 from videor1.types import Completion, Prompt
+from videor1_kernels import last_backend
 
 OPTIONS = SamplingOptions(9, top_p=0.95)
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of K and V, 2 layers, 2 heads of 16, fp32
@@ -148,3 +154,68 @@ def test_shuffled_answers_that_do_not_matter(eager: bool) -> None:
     # Each judge has heard of every answer of its group that was finished.
     for judge, group in zip(judges, kept, strict=True):
         assert {id(c) for c in (*judge.ordered, *judge.shuffled)} == {id(c) for c in group}
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("rows", [64, 6])
+def test_steps_that_are_read_late_show_in_no_answer(ahead: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the next step is launched first: a row that has ended runs along for nothing."""
+    model = make_lm()
+    rig(model, model.special.eos, 2.0)
+    requests, start = mixed(model), local.Run.__init__
+    engine = LocalEngine(model, OPTIONS, max_rows=rows)
+    plain = engine.generate(requests)
+
+    def late(self: local.Run, *args: Any) -> None:
+        start(self, *args)
+        self.ahead = ahead
+
+    monkeypatch.setattr(local.Run, "__init__", late)
+    other = engine.generate(requests)
+    assert_same(answers(other), answers(plain))
+    assert other.stats.tokens == plain.stats.tokens
+    assert other.stats.row_steps > plain.stats.row_steps
+
+
+class OnDevice(Tensor):
+    """A tensor that a GPU would hold, as all that is computed from one; what reads its values is noted."""
+
+    reads: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            cls.reads.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read the tokens of a step, and for nothing else: neither rows that end nor prompts that enter wait."""
+    model = VideoLM(make_model(num_hidden_layers=1), make_tokenizer(), source="tiny", position_rule="paper")
+    rig(model, model.special.eos, 2.0)
+    requests, layout, launch = mixed(model), InFlight._layout, interpreter.GridExecutor.__call__
+
+    def scattered(self: InFlight, padded: Any) -> Any:
+        made = layout(self, padded)
+        object.__setattr__(made, "slots_in_order", False)  # which the CPU's own shortcut would ask for
+        return made
+
+    def unseen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return launch(self, *args, **kwargs)
+
+    def sampled(self: DecodeStep, *args: Any) -> Any:  # a kernel fills memory, which is no tensor that was computed
+        return tuple(x.as_subclass(OnDevice) for x in draw(self, *args))
+
+    draw = DecodeStep.draw
+    monkeypatch.setattr(DecodeStep, "draw", sampled)
+    monkeypatch.setattr(InFlight, "_layout", scattered)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", unseen)
+    for module in (inflight, local):
+        monkeypatch.setattr(module, "to_device", lambda values, device: values.as_subclass(OnDevice))
+    OnDevice.reads = []
+    stats = LocalEngine(model, SamplingOptions(5), max_rows=6, backend="triton").generate(requests).stats
+    assert last_backend("prefix_decode_attention") == last_backend("sample_tokens") == "triton"
+    # Seven branches enter one by one or together, each time with one more read.
+    assert set(OnDevice.reads) == {"tolist"}
+    assert stats.decode_steps < len(OnDevice.reads) <= stats.decode_steps + 7

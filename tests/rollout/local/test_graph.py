@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from rollouts import IMAGE, TEXT, answer, ask, rig
 from test_engine import answers, assert_same
 from tiny import make_lm, make_model, make_tokenizer
@@ -19,7 +20,7 @@ from videor1.rollout import LocalEngine, SamplingOptions
 from videor1.rollout.local import engine
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.kv_cache import KVCache
-from videor1.rollout.local.step import DecodeStep, StepInputs
+from videor1.rollout.local.step import Batch, DecodeStep
 from videor1.types import Prompt
 from videor1_kernels import last_backend
 
@@ -28,13 +29,12 @@ class Graph:
     """In place of a CUDA graph: ``replay`` does again what was captured, on what its inputs hold by then."""
 
     def __init__(self) -> None:
-        self.work: list[Callable[[], tuple[Tensor, ...]]] = []
-        self.results: list[tuple[Tensor, ...]] = []
+        self.work: list[Callable[[], Tensor]] = []
+        self.results: list[Tensor] = []
 
     def replay(self) -> None:
-        for call, results in zip(self.work, self.results, strict=True):
-            for old, new in zip(results, call(), strict=True):
-                old.copy_(new)
+        for call, result in zip(self.work, self.results, strict=True):
+            result.copy_(call())
 
 
 class Graphs:
@@ -59,13 +59,14 @@ class Graphs:
         yield
         self.graph = None
 
-    def watch(self, step: DecodeStep) -> Callable[[StepInputs], tuple[Tensor, Tensor]]:
-        def call(inputs: StepInputs) -> tuple[Tensor, Tensor]:
-            result = step(inputs)
-            if self.graph is not None:
-                self.graph.work.append(lambda: step(inputs))
-                self.graph.results.append(result)
-            return result
+    def watch(self, step: DecodeStep) -> Callable[[Batch], Tensor]:
+        def call(batch: Batch) -> Tensor:
+            if self.graph is None:
+                return step(batch)
+            # A capture runs nothing: its result is memory that a replay fills.
+            self.graph.work.append(lambda: step(batch))
+            self.graph.results.append(torch.full((2, len(batch.tokens)), torch.nan, dtype=torch.float64))
+            return self.graph.results[-1]
 
         return call
 

@@ -7,6 +7,7 @@ step (continuous batching); the slots of ended sequences go to waiting branches.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOpt
 from videor1.seeding import generator
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
+from videor1_kernels.transfer import to_device
 
 PREFILL_TOKENS = 16384  # most prompt tokens of one prefill pass, which bounds the memory of its activations
 
@@ -84,6 +86,24 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+class Reading:
+    """Values on their way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def values(self) -> list[list[float]]:
+        """Wait for them, and for nothing that was launched later."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
 class Run:
     """The state of one call of :meth:`LocalEngine.generate`."""
 
@@ -109,7 +129,11 @@ class Run:
         new_positions = range(min(firsts), max(firsts) + options.max_new_tokens)
         self.step = DecodeStep(model, self.cache, options, positions=new_positions, backend=engine.backend)
         self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.capturable else None
-        self.stops = torch.tensor([special.eos, special.pad], device=device)
+        # The tokens of steps that were launched and not yet read. On a GPU the next step is launched first, so that the
+        # GPU does not wait for the host; a sequence that has ended then runs along once more, for nothing.
+        self.unread: deque[tuple[list[RunningSequence], Reading]] = deque()
+        self.ahead = 1 if device.type == "cuda" else 0
+        self.stops = {special.eos, special.pad}
         self.in_flight = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
         # For each request: the ordered and the shuffled completions; None until they are finished.
         self.completions: list[tuple[list[Completion | None], list[Completion | None]]] = [
@@ -125,8 +149,10 @@ class Run:
                     self._prefill(jobs)
             elif self.in_flight.sequences:
                 self._decode()
-            else:
+            elif not self.unread:
                 break
+            while len(self.unread) > (self.ahead if self.in_flight.sequences else 0):
+                self._read()
         assert not self.scheduler.waiting, "nothing is in flight, and still a branch finds no room"
         groups: list[Group | None] = [
             Group(
@@ -153,53 +179,61 @@ class Run:
             context,
             [job.branch.features for job in jobs if job.branch.features is not None],
         )
-        ends = torch.tensor(layout.prompt_lengths, device=model.device).cumsum(0) - 1
-        new, start = [sequence for job in jobs for sequence in job.sequences], len(self.in_flight)
+        ends = torch.tensor(layout.prompt_lengths).cumsum(0) - 1
+        new = [sequence for job in jobs for sequence in job.sequences]
         counts = torch.tensor([len(job.sequences) for job in jobs])
         uniform = torch.stack([*map(self._uniform, new)])
-        self.in_flight.add(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
+        first_uniform = self.in_flight.add(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
         # The head computes one position per branch: all its sequences draw their first token from the same logits.
-        logits = self.step.logits(hidden[ends]).repeat_interleave(counts.to(model.device), 0)
-        self._record(start, *self.step.draw(logits, self.in_flight.uniform[self.in_flight.buffer_rows[start:], 0]))
+        branch = torch.arange(len(jobs)).repeat_interleave(counts)
+        ends, branch = (to_device(x, model.device) for x in (ends, branch))
+        tokens, logp = self.step.draw(self.step.logits(hidden[ends])[branch], first_uniform)
+        self.in_flight.first_tokens(tokens)
+        self._launched(new, torch.stack([tokens.double(), logp.double()]))
 
     def _decode(self) -> None:
         """Sample one more token of every sequence in flight."""
-        count = len(self.in_flight)
-        size = self.graphs.size(count) if self.graphs else count
-        tokens, logp = (self.graphs or self.step)(self.in_flight.inputs(size))
+        count, in_flight = len(self.in_flight), self.in_flight
+        if self.graphs:
+            output, batch = self.graphs(in_flight.batch(self.graphs.size(count)))
+            in_flight.advanced(batch)
+        else:
+            output = self.step(in_flight.batch(count))
         self.stats.decode_steps += 1
         self.stats.row_steps += count
-        self._record(0, tokens[:count], logp[:count])
+        self._launched(in_flight.sequences, output[:, :count])
 
-    def _record(self, start: int, tokens: Tensor, logp: Tensor) -> None:
-        """Record the sampled tokens of the sequences from index ``start`` on, and remove those that have ended."""
-        in_flight, limit = self.in_flight, self.options.max_new_tokens
-        in_flight.record(start, tokens, logp)
-        self.stats.tokens += len(tokens)
-        # Both tensors are copied to the host together, so that a step waits for the device only once.
-        stopped, lengths = torch.stack([torch.isin(tokens, self.stops).long(), in_flight.counts[start:]]).tolist()
-        running = [not stop and length < limit for stop, length in zip(stopped, lengths, strict=True)]
-        if not all(running):
-            ended = [i for i, runs in enumerate(running) if not runs]
-            self._finish(
-                [in_flight.sequences[start + i] for i in ended],
-                [lengths[i] for i in ended],
-                [bool(stopped[i]) for i in ended],
-            )
-            in_flight.keep([True] * start + running)
+    def _launched(self, sequences: Sequence[RunningSequence], output: Tensor) -> None:
+        """Note that ``output`` will hold one more token of each sequence; those at their limit need no more steps."""
+        self.unread.append((list(sequences), Reading(output)))
+        for sequence in sequences:
+            sequence.launched += 1
+        limit = self.options.max_new_tokens
+        self.in_flight.keep([sequence.launched < limit for sequence in self.in_flight.sequences])
 
-    def _finish(self, ended: Sequence[RunningSequence], lengths: Sequence[int], stopped: Sequence[bool]) -> None:
-        """Store the completions of sequences that have ended, and report them to the judges of their groups."""
-        rows = torch.tensor([sequence.buffer_row for sequence in ended], device=self.model.device)
-        tokens, logp = self.in_flight.sampled[rows].cpu(), self.in_flight.logp[rows].cpu()
-        for i, sequence in enumerate(ended):
-            job, ids = sequence.job, tokens[i, : lengths[i]].clone()
-            text = self.model.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-            completion = Completion(ids, logp[i, : lengths[i]].clone(), stopped[i], text)
-            self.completions[job.number][job.shuffled][sequence.index] = completion
-            self.scheduler.leave(sequence)
-            if job.request.judge is not None:
-                (job.request.judge.shuffled_done if job.shuffled else job.request.judge.ordered_done)(completion)
+    def _read(self) -> None:
+        """Read the tokens of the oldest step that has not been read, and finish the sequences that end with them."""
+        sequences, reading = self.unread.popleft()
+        for sequence, token, logp in zip(sequences, *reading.values(), strict=True):
+            if sequence.done:  # it ended with the token before, or is not needed
+                continue
+            sequence.tokens.append(int(token))
+            sequence.logp.append(logp)
+            self.stats.tokens += 1
+            stopped = int(token) in self.stops
+            if stopped or len(sequence.tokens) == self.options.max_new_tokens:
+                self._finish(sequence, stopped)
+        self.in_flight.keep([not sequence.done for sequence in self.in_flight.sequences])
+
+    def _finish(self, sequence: RunningSequence, stopped: bool) -> None:
+        """Store the completion of a sequence that has ended, and report it to the judge of its group."""
+        job, ids = sequence.job, torch.tensor(sequence.tokens)
+        text = self.model.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
+        completion = Completion(ids, torch.tensor(sequence.logp, dtype=torch.float32), stopped, text)
+        self.completions[job.number][job.shuffled][sequence.index] = completion
+        self.scheduler.leave(sequence)
+        if job.request.judge is not None:
+            (job.request.judge.shuffled_done if job.shuffled else job.request.judge.ordered_done)(completion)
 
     def _drop_unneeded(self) -> None:
         """Skip or stop the shuffled completions that can no longer change the advantages."""

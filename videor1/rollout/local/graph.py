@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: a step of hundreds of small kernels becomes one launch.
 
-A graph is captured for a number of sequences, and replayed for others by writing into its inputs. A batch between two
-sizes is padded with copies of its first sequence, which write to the cache what that one writes.
+A graph is captured for a number of sequences, and replayed for others by writing into its batch, which it advances by
+itself. A batch between two sizes is padded with copies of its first sequence, which write to the cache what that one
+writes.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from videor1.rollout.local.step import StepInputs
+from videor1.rollout.local.step import Batch
 
 # Batch sizes of the graphs; above the last one, its multiples.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
-StepFunction = Callable[[StepInputs], tuple[Tensor, Tensor]]
+StepFunction = Callable[[Batch], Tensor]
 
 
 class Graphs(Protocol):
@@ -67,16 +68,15 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 @dataclass
 class Captured:
-    """A captured step: ``graph.replay()`` runs it again on the current contents of ``inputs``."""
+    """A captured step: ``graph.replay()`` runs it again on ``batch``, which it advances."""
 
-    inputs: StepInputs
-    outputs: tuple[Tensor, Tensor]
+    batch: Batch
+    output: Tensor
     graph: Any
-    source: Any = None  # the layout that was last copied into the inputs
 
 
 class GraphedSteps:
-    """Runs decode steps as CUDA graphs; called like the step it wraps, with a batch padded to :meth:`size`.
+    """Runs decode steps as CUDA graphs, on batches padded to :meth:`size`.
 
     Nothing here refers to itself: graphs and the KV cache are freed as soon as the last reference to this is gone.
 
@@ -98,28 +98,26 @@ class GraphedSteps:
         smallest = next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
         return min((size for size in self._captured if smallest <= size <= 2 * smallest), default=smallest)
 
-    def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        size = len(inputs.tokens)
+    def __call__(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Return the step's output, which the next call overwrites, and the batch that the step has advanced."""
+        size = len(batch.tokens)
         if size not in self._captured:
-            self._captured[size] = self._capture(inputs)
+            self._captured[size] = self._capture(batch)
         captured = self._captured[size]
-        for name in ("tokens", "positions", "lengths", "uniform"):
-            getattr(captured.inputs, name).copy_(getattr(inputs, name))
-        if captured.source is not inputs.layout:
-            captured.inputs.layout.copy_(inputs.layout)
-            captured.source = inputs.layout
+        if batch is not captured.batch:
+            captured.batch.copy_(batch)
         captured.graph.replay()
-        return captured.outputs
+        return captured.output, captured.batch
 
-    def _capture(self, inputs: StepInputs) -> Captured:
-        """Capture the step for this size, in inputs of its own.
+    def _capture(self, batch: Batch) -> Captured:
+        """Capture the step for this size, on a batch of its own.
 
         It runs twice before. The same inputs give the same keys and values, so that the cache is as after one step.
         """
-        static_inputs, graph = inputs.clone(), self._graphs.new()
+        own, graph = replace(batch.clone(), layout=batch.layout.clone()), self._graphs.new()
         with self._graphs.warm_up():
             for _ in range(2):
-                self._step(static_inputs)
+                self._step(own.clone())
         with self._graphs.capture(graph):
-            outputs = self._step(static_inputs)
-        return Captured(static_inputs, outputs, graph)
+            output = self._step(own)
+        return Captured(own, output, graph)

@@ -20,7 +20,11 @@ class RunningSequence:
     job: Job
     index: int  # in its branch
     slot: int
-    buffer_row: int  # index of its tokens in the rollout's buffers
+    buffer_row: int  # index of its random numbers in the rollout's buffer
+    launched: int = 0  # tokens that steps have been asked for
+    done: bool = False  # whether it has ended, or is not needed any more
+    tokens: list[int] = field(default_factory=list)  # those that the host has read, and their log-probs
+    logp: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -96,7 +100,7 @@ class Scheduler:
 
     def leave(self, sequence: RunningSequence) -> None:
         """Free the slot of a sequence that has ended and, with the last of its branch, the prompt's tokens."""
-        job = sequence.job
+        sequence.done, job = True, sequence.job
         job.sequences.remove(sequence)
         self._slots.append(sequence.slot)
         if not job.sequences:

@@ -1,8 +1,8 @@
-"""A decode step: one more token of every sequence, from tensors whose shapes depend on the batch size alone."""
+"""A decode step: one more token of every sequence, with tensors whose shapes depend on the batch size alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,27 +16,36 @@ from videor1_kernels.linear_logprob.products import product
 from videor1_kernels.sampling.reference import SampleTokensOptions
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """The inputs of a decode step for R sequences."""
+@dataclass
+class Batch:
+    """The state of R sequences, which a decode step advances in place."""
 
     tokens: Tensor  # int64 [R], the last sampled tokens
-    positions: Tensor  # int64 [R], of these tokens
-    lengths: Tensor  # int64 [R], number of sampled tokens, these included
-    uniform: Tensor  # fp32 [R], random numbers for sampling
+    counts: Tensor  # int64 [R], tokens sampled so far
+    first: Tensor  # int64 [R], position of the first sampled token
+    rows: Tensor  # int64 [R], of ``uniform``
+    uniform: Tensor  # fp32 [N, C], the random numbers of all N sequences of the rollout
     layout: DecodeLayout  # its suffix_slots are the sequences' cache slots
 
-    def clone(self) -> StepInputs:
-        """Return a copy in memory of its own."""
-        return StepInputs(
-            self.tokens.clone(), self.positions.clone(), self.lengths.clone(), self.uniform.clone(), self.layout.clone()
-        )
+    STATE = ("tokens", "counts", "first", "rows")
+
+    def clone(self) -> Batch:
+        """Return a copy of the state in memory of its own, for the same layout and random numbers."""
+        return replace(self, **{name: getattr(self, name).clone() for name in self.STATE})
+
+    def copy_(self, other: Batch) -> None:
+        """Overwrite the state, and what kernels read of the layout."""
+        for name in self.STATE:
+            getattr(self, name).copy_(getattr(other, name))
+        if other.layout is not self.layout:
+            self.layout.copy_(other.layout)
 
 
 class DecodeStep:
-    """The decode step, as a callable: inputs -> (new tokens int64 [R], their log-probs fp32 [R]).
+    """The decode step, as a callable: batch -> fp64 [2, R], the new tokens and their log-probs.
 
-    It writes the keys and values of the input tokens into the cache.
+    It writes the keys and values of the last tokens into the cache and advances the batch, so that nothing is left to
+    do between two steps. fp64 holds both exactly, and one copy takes both to the host.
     """
 
     def __init__(
@@ -57,10 +66,13 @@ class DecodeStep:
         # A CUDA graph can capture the step only if it never waits for the device.
         self.capturable = device.type == "cuda" and chosen == ["triton"] * 2
 
-    def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        context = Decode(inputs.layout, self.cache, inputs.lengths, self.attention)
-        hidden = self.decoder.states(inputs.tokens, inputs.positions, context)
-        return self.draw(self.logits(hidden), inputs.uniform)
+    def __call__(self, batch: Batch) -> Tensor:
+        context = Decode(batch.layout, self.cache, batch.counts, self.attention)
+        hidden = self.decoder.states(batch.tokens, batch.first + batch.counts - 1, context)
+        tokens, logp = self.draw(self.logits(hidden), batch.uniform[batch.rows, batch.counts])
+        batch.tokens.copy_(tokens)
+        batch.counts.add_(1)
+        return torch.stack([tokens.double(), logp.double()])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, fp32 [R, V], of hidden states [R, H]."""
