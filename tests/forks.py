@@ -3,8 +3,6 @@
 Decode workers import this file again, so that it imports little by itself.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

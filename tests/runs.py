@@ -1,7 +1,5 @@
 """Short training runs for tests, in this process and as commands, and what they leave behind."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -20,6 +18,7 @@ import pytest
 import torch
 from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
+from spies import wrap
 from tiny import GRADIENT_ROUNDING
 
 from videor1.config import SFTConfig, TrainConfig
@@ -58,14 +57,14 @@ class Killed(BaseException):
 
 def kill_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """The ``call``-th call of a function raises Killed instead."""
-    original, calls = getattr(owner, name), itertools.count(1)
+    calls = itertools.count(1)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def counting(original: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
             raise Killed
         return original(*args, **kwargs)
 
-    patch.setattr(owner, name, counting)
+    wrap(patch, owner, name, counting)
 
 
 def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
@@ -78,14 +77,13 @@ def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
 
 def ctrl_c(patch: pytest.MonkeyPatch, run: Trainer | SFTTrainer, step: int, times: int = 1) -> None:
     """Ctrl-C, as often, in the batch before which ``step`` steps are done."""
-    original = run.train_batch
 
-    def batch() -> None:
+    def batch(original: Any) -> None:
         for _ in range(times * (run.step == step)):
             os.kill(os.getpid(), signal.SIGINT)
         original()
 
-    patch.setattr(run, "train_batch", batch)
+    wrap(patch, run, "train_batch", batch)
 
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:

@@ -15,7 +15,7 @@ from patience import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from videor1.config import CommonConfig, DataConfig, VideoConfig
+from videor1.config import VideoConfig
 from videor1.data import cache
 from videor1.data.cache import ABSENT, CacheRead, DiskCache, MemoryCache, disk_cache
 from videor1.data.workers import WorkerPool
@@ -452,9 +452,3 @@ def test_processes_share_a_folder(folder: Path) -> None:
         pool.stop()
     assert not temporaries(folder)
     assert 2 * SIZE < most <= 5.5 * SIZE
-
-
-def test_options() -> None:
-    assert DataConfig().cache_dir is None
-    with pytest.raises(ConfigError, match=r"data\.cache_dir_mb: expected at least 1, got 0"):
-        CommonConfig(data=DataConfig(cache_dir_mb=0))

@@ -1,7 +1,5 @@
 """Two processes on DeepSpeed's ZeRO against one: the same losses, answers and weights; resume; a killed rank."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

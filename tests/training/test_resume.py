@@ -1,7 +1,5 @@
 """A run that was interrupted anywhere and resumed equals one that was not, bit for bit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -14,6 +12,7 @@ import runs
 from forks import TRAINERS, ForkServer
 from patience import PATIENCE
 from runs import Lab, metrics, train_flags, trainer
+from spies import spy
 
 import videor1.sft
 import videor1.train
@@ -150,14 +149,7 @@ def test_back_to_an_earlier_checkpoint(mixed_runs: MixedRuns, tmp_path: Path, mo
     mixed_runs.make(tmp_path, save_total_limit=3).train()
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6, 8]
     run = mixed_runs.make(tmp_path, save_total_limit=3, resume=tmp_path / "checkpoints" / "step-4")
-    seen = []
-
-    def save_and_look(**how: bool) -> Path:
-        path = Loop._save(run, **how)
-        seen.append([step for step, _ in checkpoints(tmp_path)])
-        return path
-
-    monkeypatch.setattr(run, "_save", save_and_look)
+    seen = spy(monkeypatch, run, "_save", lambda *_, **__: [step for step, _ in checkpoints(tmp_path)])
     run.train()
     assert seen == [[4, 6], [4, 6, 8]]
     runs.assert_same_run(tmp_path, mixed_runs.whole())
