@@ -138,7 +138,8 @@ def test_ranks_stay_together_whatever_one_meets(ranks: ForkServer, lab: Lab, sta
     assert all(bool(tensor.isfinite().all()) for tensor in weights(lab.folder / "run", 4).values())
 
 
-def test_sft_on_two_with_an_offloaded_optimizer(ranks: ForkServer, lab: Lab) -> None:
+def test_sft_on_two(ranks: ForkServer, lab: Lab) -> None:
+    """And the optimizer's state in the host's memory."""
     options = {"max_steps": 3, "save_steps": 0}
     lab.sft("one", per_device_train_batch_size=2, **options).train()
     options |= {"distributed__offload_optimizer": True} | zero(2)
