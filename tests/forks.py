@@ -60,7 +60,7 @@ class ForkServer:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
-    def run_ranks(self, flags: list[str], command: str = "videor1.train:main") -> None:
+    def run_ranks(self, flags: list[str], command: str = "forks:only_train") -> None:
         self.start(command, flags, world=2)
         codes = self.wait()
         assert codes == [0, 0], self.log.read_text()[-3000:]
@@ -68,6 +68,16 @@ class ForkServer:
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
+
+
+def only_train(argv: list[str]) -> int:
+    """``videor1.train`` without its curves and its report."""
+    from videor1.config import TrainConfig
+    from videor1.config.cli import parse
+    from videor1.training.tgrpo import Trainer
+
+    Trainer(parse(TrainConfig, argv, prog="train", description="")).train()
+    return 0
 
 
 def out_of_memory(argv: list[str]) -> int:
@@ -132,6 +142,8 @@ def run(order: dict[str, Any], rank: int) -> int:
     code = 1
     try:
         code = run_main(getattr(importlib.import_module(module), function), order["flags"])
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -150,22 +150,11 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeo
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session (zombies do not count)."""
-    return _live_processes(3, session)
-
-
-def children(process: int) -> list[int]:
-    """Live processes that a process has started."""
-    return _live_processes(1, process)
-
-
-def _live_processes(field: int, value: int) -> list[int]:
-    """Those with ``value`` in a field of /proc/PID/stat, counted from the state on."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                found += [int(folder.name)] if int(fields[field]) == value and fields[0] != "Z" else []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            found += [int(folder.name)] if int(of) == session and state != "Z" else []
     return found
 
 

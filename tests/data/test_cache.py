@@ -361,19 +361,6 @@ def test_a_write_that_fails_leaves_nothing_and_raises_nothing(
     assert held(disk) == [0, 1]
 
 
-def test_a_write_that_the_kernel_ends_in_the_middle(disk: DiskCache, folder: Path) -> None:
-    from runs import largest_file  # the workers, which import this file, need no trainer
-
-    assert disk.write(key(0), media(0)) is None
-    with largest_file(20_000):
-        failure: Any = disk.write(key(1), media(1))
-    assert (failure.kind, failure.code) == ("write", errno.EFBIG)
-    assert held(disk) == [0]
-    assert not temporaries(folder)
-    assert disk.write(key(1), media(1)) is None
-    assert held(disk) == [0, 1]
-
-
 def test_a_read_that_fails_is_told(disk: DiskCache, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.write(key(), media())
 

@@ -61,13 +61,11 @@ def single(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(dict(checkpoints(run_dir))[step] / "model.safetensors")
+    return runs.weights(dict(checkpoints(run_dir))[step])
 
 
 def assert_same_weights(one: Path, other: Path, assets: Assets, step: int) -> None:
-    runs.assert_moved_alike(
-        weights(one, step), weights(other, step), load_file(assets.model / "model.safetensors"), step
-    )
+    runs.assert_moved_alike(weights(one, step), weights(other, step), runs.weights(assets.model), step)
 
 
 def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
@@ -179,7 +177,7 @@ def test_bf16_goes_on_from_its_fp32_weights(ranks: ForkServer, lab: Lab, stage: 
 
 def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(ranks: ForkServer, lab: Lab) -> None:
     flags = train_flags(lab.assets, lab.folder, max_steps=500, save_steps=2, distributed__timeout=10.0, **zero(2))
-    _, rank_1 = ranks.start("videor1.train:main", flags, world=2)
+    _, rank_1 = ranks.start("forks:only_train", flags, world=2)
     runs.wait_for_lines(ranks.process, lab.folder / "metrics.jsonl", 5)
     os.kill(rank_1, signal.SIGKILL)
     assert ranks.wait() == [1, -signal.SIGKILL]

@@ -97,7 +97,6 @@ Place = tuple[Any, str, int]  # owner, name and number of the call that raises i
 PLACES: dict[str, Place] = {
     "first update": (Loop, "optimizer_step", 1),
     "between two updates of a rollout": (Loop, "optimizer_step", 6),
-    "rollout": (LocalEngine, "generate", 5),
     "metrics line": (JsonlWriter, "write", 10),
     "evaluation": (Loop, "_evaluate", 1),
     "checkpoint not renamed": (videor1.training.checkpoint, "_sync", 3),

@@ -52,14 +52,6 @@ def test_frozen_vision_stays_and_its_features_are_used_again(lab: Lab, monkeypat
     assert not all(torch.equal(before[name], weights(final)[name]) for name in vision)
 
 
-def test_frozen_features_give_the_gradients_of_encoding_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"max_steps": 2, "freeze_vision": True}
-    reused = lab.make("reused", **options).train()
-    monkeypatch.setattr(Trainer, "_frozen_features", lambda *_: None)
-    again = lab.make("again", **options).train()
-    assert same_weights(weights(reused), weights(again))
-
-
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
 def test_identity_permutation_makes_both_branches_equal(unit: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same random numbers, shuffled answers are the ordered ones, token by token and log-prob by log-prob."""
