@@ -110,6 +110,7 @@ DAMAGE: dict[str, Damage] = {
     "a bit of the moments": lambda f: flip(f / OPTIMIZER),
     "a bit of the template": lambda f: flip(f / "chat_template.jinja"),
     "weights cut": lambda f: os.truncate(f / MODEL, 5000),
+    "moments cut": lambda f: os.truncate(f / OPTIMIZER, 5000),
     "moments gone": lambda f: (f / OPTIMIZER).unlink(),
     "step edited": lambda f: state(f, step=2),
     "state cut": lambda f: os.truncate(f / STATE, 40),

@@ -79,9 +79,7 @@ def test_a_nonfinite_step_changes_nothing(
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient])
 def test_too_many_nonfinite_steps_stop_the_run(poison: Poison, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with two updates a rollout, and lines averaged over more steps than there were.
-
-    Step 4 is due for a checkpoint, but is not finite."""
+    """Step 4 is due for a checkpoint, but is not finite."""
     options = {"max_nonfinite_steps": 3, "save_steps": 2, "num_iterations": 2, "logging_steps": 10}
     run = lab.make(max_steps=20, **options)
     poison(monkeypatch, run, range(3, 20), math.nan)
