@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -82,16 +81,6 @@ def prefetcher(workers: int = 1, depth: int = 4, timeout: float = PATIENCE, cach
 def results(ahead: Prefetcher, items: Iterable[Any]) -> list[Any]:
     """Of every item its result, or the kind of its error."""
     return [getattr(result, "kind", result) for _, result in ahead.iterate(items)]
-
-
-def run_script(tmp_path: Path, body: str, **kwargs: Any) -> subprocess.Popen[str]:
-    """A Python program that takes Ctrl-C, also where these tests run in the background of a shell."""
-    script = tmp_path / "script.py"
-    takes_it = "if __name__ == '__main__':\n    import signal\n    signal.signal(2, signal.default_int_handler)\n"
-    script.write_text(takes_it + textwrap.dedent(body))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, str(script)], text=True, env=environment, **pipes, **kwargs)
 
 
 def alive(pid: int) -> bool:

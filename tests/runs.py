@@ -1,7 +1,5 @@
 """Short training runs for tests, in this process and as commands, and what they leave behind."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -20,6 +18,7 @@ import pytest
 import torch
 from patience import PATIENCE, THREADS
 from safetensors.torch import load_file
+from spies import wrap
 from tiny import GRADIENT_ROUNDING
 
 from videor1.config import SFTConfig, TrainConfig
@@ -58,14 +57,14 @@ class Killed(BaseException):
 
 def kill_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """The ``call``-th call of a function raises Killed instead."""
-    original, calls = getattr(owner, name), itertools.count(1)
+    calls = itertools.count(1)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def counting(original: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
             raise Killed
         return original(*args, **kwargs)
 
-    patch.setattr(owner, name, counting)
+    wrap(patch, owner, name, counting)
 
 
 def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
@@ -78,14 +77,13 @@ def kill(run: Trainer | SFTTrainer, owner: Any, name: str, call: int) -> None:
 
 def ctrl_c(patch: pytest.MonkeyPatch, run: Trainer | SFTTrainer, step: int, times: int = 1) -> None:
     """Ctrl-C, as often, in the batch before which ``step`` steps are done."""
-    original = run.train_batch
 
-    def batch() -> None:
+    def batch(original: Any) -> None:
         for _ in range(times * (run.step == step)):
             os.kill(os.getpid(), signal.SIGINT)
         original()
 
-    patch.setattr(run, "train_batch", batch)
+    wrap(patch, run, "train_batch", batch)
 
 
 def train_flags(assets: Assets, output_dir: Path, **options: Any) -> list[str]:
@@ -152,22 +150,11 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeo
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session (zombies do not count)."""
-    return _live_processes(3, session)
-
-
-def children(process: int) -> list[int]:
-    """Live processes that a process has started."""
-    return _live_processes(1, process)
-
-
-def _live_processes(field: int, value: int) -> list[int]:
-    """Those with ``value`` in a field of /proc/PID/stat, counted from the state on."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                found += [int(folder.name)] if int(fields[field]) == value and fields[0] != "Z" else []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            found += [int(folder.name)] if int(of) == session and state != "Z" else []
     return found
 
 

@@ -1,37 +1,43 @@
-"""The examples, run as a user runs them: without network, in a folder of their own."""
-
-from __future__ import annotations
+"""The examples, run as scripts: without network, in a folder of their own."""
 
 import ast
-import io
-import os
 import re
-import resource
-import subprocess
-import sys
-import tokenize
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE
+from forks import ForkServer
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CPU_SECONDS = 60  # the docstrings promise 20 on a machine that has nothing else to do
 
 
-def run_example(name: str, folder: Path) -> str:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    modules = ["transformers.models.qwen2.modeling_qwen2", "trl", "datasets"]
+    variables = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    server = ForkServer(tmp_path_factory.mktemp("examples") / "log", list(filter(installed, modules)), **variables)
+    yield server
+    server.close()
+
+
+def installed(module: str) -> bool:
+    return find_spec(module.partition(".")[0]) is not None
+
+
+@pytest.fixture
+def run_example(server: ForkServer, tmp_path: Path) -> Callable[[str], str]:
     """Its output. It may use one thread, no GPU, and no network."""
-    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command, env = [sys.executable, EXAMPLES / name], os.environ | variables
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=PATIENCE, env=env)
-    assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
-    assert not list(folder.iterdir()), "an example leaves nothing behind"
-    return done.stdout
+
+    def run(name: str) -> str:
+        server.start("forks:script", [str(EXAMPLES / name), str(tmp_path), str(CPU_SECONDS)])
+        codes, said = server.wait(), server.log.read_text()
+        assert codes == [0], said
+        assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
+        return said
+
+    return run
 
 
 def found(pattern: str, text: str) -> tuple[float, ...]:
@@ -40,31 +46,17 @@ def found(pattern: str, text: str) -> tuple[float, ...]:
     return tuple(map(float, match.groups()))
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold code: no blanks, comments or docstrings."""
-    source = path.read_text(encoding="utf-8")
-    docstrings: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in silent:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    return len(lines - docstrings)
-
-
-def test_plain_loop(tmp_path: Path) -> None:
-    said = run_example("plain_grpo.py", tmp_path)
+def test_plain_loop(run_example: Callable[[str], str]) -> None:
+    said = run_example("plain_grpo.py")
     before, after = found(r"reward ([\d.]+) -> ([\d.]+); loss on the backend reference", said)
     assert before < 0.15  # of 16 words one is right
     assert after > 0.5
-    assert 20 < code_lines(EXAMPLES / "plain_grpo.py") <= 40
+    tree = ast.parse((EXAMPLES / "plain_grpo.py").read_text(encoding="utf-8"))
+    assert 20 < sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) <= 36
 
 
-def test_shared_prefix_in_transformers(tmp_path: Path) -> None:
-    said = run_example("transformers_prefix.py", tmp_path)
+def test_shared_prefix_in_transformers(run_example: Callable[[str], str]) -> None:
+    said = run_example("transformers_prefix.py")
     assert "attention videor1_prefix on the backend reference" in said
     packed, repeated, factor = found(
         r"tokens: (\d+) in one packed row, (\d+) in 7 repeated rows \(([\d.]+) times", said
@@ -80,9 +72,9 @@ def test_shared_prefix_in_transformers(tmp_path: Path) -> None:
     assert gradient < 1e-5
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed (extra test)")
-def test_trl(tmp_path: Path) -> None:
-    said = run_example("trl_grpo.py", tmp_path)
+@pytest.mark.skipif(not installed("trl"), reason="TRL is not installed (extra test)")
+def test_trl(run_example: Callable[[str], str]) -> None:
+    said = run_example("trl_grpo.py")
     before, after = found(r"reward ([\d.]+) -> ([\d.]+) in 16 steps of trl.GRPOTrainer", said)
     assert before < 0.3
     assert after > 0.7

@@ -15,7 +15,7 @@ from patience import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from videor1.config import CommonConfig, DataConfig, VideoConfig
+from videor1.config import VideoConfig
 from videor1.data import cache
 from videor1.data.cache import ABSENT, CacheRead, DiskCache, MemoryCache, disk_cache
 from videor1.data.workers import WorkerPool
@@ -361,19 +361,6 @@ def test_a_write_that_fails_leaves_nothing_and_raises_nothing(
     assert held(disk) == [0, 1]
 
 
-def test_a_write_that_the_kernel_ends_in_the_middle(disk: DiskCache, folder: Path) -> None:
-    from runs import largest_file  # the workers, which import this file, need no trainer
-
-    assert disk.write(key(0), media(0)) is None
-    with largest_file(20_000):
-        failure: Any = disk.write(key(1), media(1))
-    assert (failure.kind, failure.code) == ("write", errno.EFBIG)
-    assert held(disk) == [0]
-    assert not temporaries(folder)
-    assert disk.write(key(1), media(1)) is None
-    assert held(disk) == [0, 1]
-
-
 def test_a_read_that_fails_is_told(disk: DiskCache, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.write(key(), media())
 
@@ -452,9 +439,3 @@ def test_processes_share_a_folder(folder: Path) -> None:
         pool.stop()
     assert not temporaries(folder)
     assert 2 * SIZE < most <= 5.5 * SIZE
-
-
-def test_options() -> None:
-    assert DataConfig().cache_dir is None
-    with pytest.raises(ConfigError, match=r"data\.cache_dir_mb: expected at least 1, got 0"):
-        CommonConfig(data=DataConfig(cache_dir_mb=0))

@@ -285,24 +285,6 @@ def test_a_worker_that_ends_in_a_write_leaves_nothing_behind(end: str, videos: l
     assert left_in(tmp_path) == [".safetensors"] * (1 if end == "closed" else 3)
 
 
-def test_the_same_results_in_the_same_order_with_any_number_of_workers(videos: list[Path], tmp_path: Path) -> None:
-    """And with caches that hold only one of the videos."""
-    paths = [*videos, tmp_path / "missing.mp4"]
-    order = [paths[i] for i in (0, 4, 1, 0, 2, 3, 3, 4, 1, 0, 2)]
-    runs = []
-    for number, (workers, depth, kept) in enumerate([(0, 1, "disk"), (1, 4, "both"), (3, 8, "memory"), (2, 3, "disk")]):
-        folder, limit = tmp_path / str(number), 2**16
-        with Decoder(folder, kept, limit=limit, workers=workers, depth=depth) as ahead:
-            runs.append(ahead.all(order))
-        assert sum(path.stat().st_size for path in (folder / "cache").glob("*.safetensors")) <= limit
-    for run in runs:
-        for result, expected in zip(run, runs[0], strict=True):
-            if isinstance(expected, SampleError):
-                assert (result.kind, str(result)) == (expected.kind, str(expected))
-            else:
-                assert_same(result, expected)
-
-
 def test_reports_are_log_warnings_unless_asked_for(videos: list[Path], caplog: pytest.LogCaptureFixture) -> None:
     load = functools.partial(load_media, video=SMALL)
     with Prefetcher(load, workers=0, depth=1, timeout=9, cache_bytes=2**20, key=media_key) as ahead:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spies import spy
 from streams import drawn, ids, json_lines, lines, order_of, parquet, row, samples, stream_of
 
 import videor1.data.shards
@@ -67,16 +68,12 @@ def test_blocks_hold_every_line_once(
 def test_a_line_too_long_to_be_held_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(videor1.data.shards, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(videor1.data.shards, "MAX_ROW_BYTES", 200_000)
-    path, read, original = tmp_path / "long.jsonl", [], LocalFile.read
+    path = tmp_path / "long.jsonl"
     path.write_bytes(b"1\n" + b"2" * 900_000 + b"\n3\n")
     too_long = Unparsed("a line of more than 200000 bytes")
     assert all_lines(path) == [(0, 1), (2, too_long), (900_003, 3)]
 
-    def reading(file: LocalFile, start: int, stop: int) -> bytes:
-        read.append(stop - start)
-        return original(file, start, stop)
-
-    monkeypatch.setattr(LocalFile, "read", reading)
+    read = spy(monkeypatch, LocalFile, "read", lambda _, file, start, stop: stop - start)
     JsonlShard(LocalFile(str(path), path.stat().st_size)).read(0)
     assert 200_000 < sum(read) < 600_000
     assert [error.kind for error in samples(stream_of(path), 3)] == ["wrong_type", "bad_json", "wrong_type"]

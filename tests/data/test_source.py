@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import entries, last_metrics, run_lines, trainer, write_data
+from spies import spy
 
 from videor1.config import DataConfig, TrainConfig, VideoConfig
 from videor1.data import Dataset, load_samples
@@ -198,15 +199,10 @@ def test_metrics_of_runs_with_a_cache_on_disk(
 def test_a_file_that_changes_during_a_run_is_counted_over_its_resumption(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    clip, first, batch = tmp_path / "clip.mp4", entries(assets.train)[0], Trainer.train_batch
+    clip, first = tmp_path / "clip.mp4", entries(assets.train)[0]
     clip.write_bytes(Path(first["path"]).read_bytes())
 
-    def touched(run: Trainer) -> None:
-        batch(run)
-        if run.step == 1:
-            os.utime(clip, (5, 5))
-
-    monkeypatch.setattr(Trainer, "train_batch", touched)
+    spy(monkeypatch, Trainer, "train_batch", lambda _, run: os.utime(clip, (5, 5)) if run.step == 1 else None)
     data = write_data(tmp_path / "data.json", [first | {"path": "clip.mp4"}])
     options: dict[str, Any] = {"dataset_name": data, "data__prefetch": 1, "num_train_epochs": 9}
     trainer(assets, tmp_path / "run", max_steps=3, **options).train()

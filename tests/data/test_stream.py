@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spies import spy
 from streams import drawn, ids, json_lines, lines, order_of, parquet, row, stream_of, write_shards
 from test_source import Reader
 
@@ -233,22 +234,13 @@ def test_opening_and_resuming_read_a_window_and_hold_no_more(write: Callable[[Pa
 @pytest.mark.parametrize("kind", [JsonlShard, ParquetShard])
 def test_one_window_is_held_at_a_time(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most, original = 0, kind.read
-
-    def read(shard: Any, block: int) -> Any:
-        nonlocal most
-        rows = original(shard, block)
-        alive.add(rows)
-        most = max(most, len(alive))
-        return rows
-
-    monkeypatch.setattr(kind, "read", read)
+    held = spy(monkeypatch, kind, "read", lambda rows, *_: alive.add(rows) or len(alive))
     if kind is JsonlShard:
         write_shards(tmp_path)
     else:
         parquet(tmp_path / "a.parquet", [row(i) for i in range(300)])
     assert len(drawn(stream_of(tmp_path), 700)) == 700
-    assert most == 4
+    assert max(held) == 4
 
 
 def test_large_columns_that_no_sample_has_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

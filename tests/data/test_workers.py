@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import ForkServer
 from patience import PATIENCE
-from prefetchers import Work, alive, prefetcher, results, run_script, wait_for_end, wait_until
+from prefetchers import Work, alive, prefetcher, results, wait_for_end, wait_until
 
 from videor1.data.workers import WorkerPool
 
@@ -150,20 +152,37 @@ HANGS = f"""
     """
 
 
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("scripts") / "log", ["videor1.data.prefetch", "videor1.video.version"])
+    yield server
+    server.close()
+
+
+def run_script(scripts: ForkServer, folder: Path, body: str) -> int:
+    """A program in a session of its own that takes Ctrl-C, also where these tests run in the background of a shell."""
+    script = folder / "script.py"
+    takes_it = "if __name__ == '__main__':\n    import signal\n    signal.signal(2, signal.default_int_handler)\n"
+    script.write_text(takes_it + textwrap.dedent(body))
+    (pid,) = scripts.start("forks:script", [str(script), str(folder), str(PATIENCE)])
+    return pid
+
+
 @pytest.mark.parametrize("end", ["killed", "ctrl-c"])
-def test_workers_do_not_outlive_their_parent(end: str, tmp_path: Path) -> None:
+def test_workers_do_not_outlive_their_parent(end: str, scripts: ForkServer, tmp_path: Path) -> None:
     """Nor what they started, where it was killed. Ctrl-C needs no close, and leaves no workers' tracebacks."""
-    script = run_script(tmp_path, HANGS, start_new_session=True)
-    assert script.stdout is not None
-    workers, programs = zip(*(map(int, script.stdout.readline().split()) for _ in range(2)), strict=True)
+    script = run_script(scripts, tmp_path, HANGS)
+    wait_until(lambda: scripts.log.exists() and scripts.log.read_text().count("\n") == 2)
+    said = scripts.log.read_text()
+    workers, programs = zip(*(map(int, line.split()) for line in said.splitlines()), strict=True)
     if end == "killed":
-        script.kill()
+        os.kill(script, signal.SIGKILL)
         wait_for_end(programs)
     else:
         time.sleep(0.75)  # amid a wait of half a second: at its end, Python's own Condition may lose its lock to Ctrl-C
-        os.killpg(script.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, err = script.communicate(timeout=PATIENCE)
-    assert end == "killed" or (script.returncode, err) == (5, "")
+        os.killpg(script, signal.SIGINT)  # as a terminal does: the whole group
+    assert scripts.wait() == [-signal.SIGKILL if end == "killed" else 5]
+    assert end == "killed" or scripts.log.read_text() == said
     wait_for_end(workers)
     for pid in filter(alive, programs):  # that Ctrl-C has left
         os.kill(pid, signal.SIGKILL)
@@ -195,17 +214,16 @@ def started_processes(session: int) -> Iterator[int]:
                 yield pid
 
 
-def test_ctrl_c_cannot_hit_a_worker_that_starts(tmp_path: Path) -> None:
-    script, hit = run_script(tmp_path, STARTS, start_new_session=True), set()
+def test_ctrl_c_cannot_hit_a_worker_that_starts(scripts: ForkServer, tmp_path: Path) -> None:
+    script, hit = run_script(scripts, tmp_path, STARTS), set()
     deadline = time.monotonic() + PATIENCE
-    while script.poll() is None:
+    while alive(script):
         assert time.monotonic() < deadline, "waited too long"
-        for pid in started_processes(script.pid):
+        for pid in started_processes(script):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
                 hit.add(pid)
         time.sleep(0.002)
-    out, err = script.communicate(timeout=PATIENCE)
-    assert err == ""
-    assert out.split() == ["0", "worker_died", "2", "0"]
+    assert scripts.wait() == [0]
+    assert scripts.log.read_text().split() == ["0", "worker_died", "2", "0"]
     assert len(hit) == 4  # the last one in place of the worker that died

@@ -1,6 +1,7 @@
 """One process at a time writes into a run's folder; a second one is told who does, and a killed one leaves it free."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ with FolderLock(Path(sys.argv[1]), "videor1.train"):
     time.sleep(1000)
 """
 HERE = socket.gethostname()
+DeadAfter = Callable[[float], None]
 
 
 @pytest.fixture
@@ -47,6 +49,12 @@ def take(folder: Path) -> None:
         pass
 
 
+@pytest.fixture
+def dead_after(monkeypatch: pytest.MonkeyPatch) -> DeadAfter:
+    """How long another machine may give no sign of life."""
+    return functools.partial(monkeypatch.setattr, lock, "DEAD_SECONDS")
+
+
 @contextlib.contextmanager
 def without_flock() -> Iterator[None]:
     """As on a file system without such locks, where the file alone says who holds it."""
@@ -57,7 +65,7 @@ def without_flock() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_second_process_is_told_who_holds_it_until_the_holder_is_killed(
-    number: signal.Signals, holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, holder: subprocess.Popen[str], tmp_path: Path, dead_after: DeadAfter
 ) -> None:
     expected = rf"is in use by process {holder.pid} on {HERE} \(videor1.train, since 20"
     for name in (tmp_path, tmp_path / ".." / tmp_path.name):
@@ -73,7 +81,7 @@ def test_a_second_process_is_told_who_holds_it_until_the_holder_is_killed(
     holder.send_signal(number)
     holder.wait(PATIENCE)
     assert (tmp_path / LOCK).exists()
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 120.0)
+    dead_after(120.0)
     began = time.monotonic()
     with without_flock() if number == signal.SIGKILL else contextlib.nullcontext():
         take(tmp_path)
@@ -122,12 +130,10 @@ def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None
         take(tmp_path)
 
 
-def test_dead_holders_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ended, dead_seconds, least, most in (
-        (-3600, 120.0, 0.0, 100.0),
-        (3600, 0.7, 0.6, PATIENCE),
-    ):  # an hour ago; now
-        monkeypatch.setattr(lock, "DEAD_SECONDS", dead_seconds)
+def test_dead_holders_on_another_machine(tmp_path: Path, dead_after: DeadAfter) -> None:
+    # An hour ago; now.
+    for ended, dead_seconds, least, most in ((-3600, 120.0, 0.0, 100.0), (3600, 0.7, 0.6, PATIENCE)):
+        dead_after(dead_seconds)
         os.utime(write(tmp_path), (time.time() + ended,) * 2)
         began = time.monotonic()
         take(tmp_path)
@@ -135,9 +141,9 @@ def test_dead_holders_on_another_machine(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("skew", [0.0, 3600.0, -5.0])
-def test_a_living_holder_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
+def test_a_living_holder_on_another_machine(tmp_path: Path, dead_after: DeadAfter, skew: float) -> None:
     """Its clock may be wrong: what counts is that the time of its file changes."""
-    monkeypatch.setattr(lock, "DEAD_SECONDS", PATIENCE)
+    dead_after(PATIENCE)
     file, ended = write(tmp_path), threading.Event()
 
     def beat() -> None:
@@ -166,8 +172,8 @@ def test_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": 3}', '{"pid": "x", "host": null}', "\0" * 100])
-def test_whatever_the_file_says_it_is_no_crash(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.1)
+def test_whatever_the_file_says_it_is_no_crash(text: str, tmp_path: Path, dead_after: DeadAfter) -> None:
+    dead_after(0.1)
     (tmp_path / LOCK).write_text(text)
     take(tmp_path)
 

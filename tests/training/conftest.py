@@ -1,7 +1,5 @@
 """What the tests of training share: tiny runs in a test's own folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Dynamic sampling: prompts without variance in reward make room for the next ones, within a bound."""
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from collections.abc import Sequence
@@ -12,9 +10,7 @@ import pytest
 import torch
 from runs import Lab, assert_same_run, entries, kill, run_lines, same_weights, weights, write_data
 
-from videor1.config import TrainConfig
 from videor1.demo.assets import Assets
-from videor1.errors import ConfigError
 from videor1.rewards.advantages import Scored
 from videor1.rollout import Rollout, RolloutStats
 from videor1.training.batch import Batch, refill
@@ -187,8 +183,3 @@ def test_the_gradient_is_that_of_the_groups_that_are_left(lab: Lab) -> None:
     other = lab.make("other", **skipped).train()
     assert drawn(lab.folder / "one") == drawn(lab.folder / "other") == [(1, 0), (1, 2)]
     assert same_weights(weights(one), weights(other))
-
-
-def test_fewer_than_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dynamic_sampling: expected 0 \(off\) or more, got -1"):
-        TrainConfig(dynamic_sampling=-1)

@@ -1,7 +1,5 @@
 """A resume from a damaged checkpoint stops, or goes back to the newest whole one and says so; early ones go on."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.config.cli import run_main
+from videor1.data import load_samples
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.model import VideoLM, load_model
@@ -24,7 +23,6 @@ from videor1.model.manifest import MANIFEST
 from videor1.model.save import base_digest, sampled_digest
 from videor1.train import main
 from videor1.training.checkpoint import checkpoints, find_resume
-from videor1.training.trainer_state import check_optimizer
 
 OPTIONS = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
 VARIANTS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 2}, "bf16": {"bf16": True}}
@@ -110,17 +108,11 @@ PART = "trainer/optimizer-{:05}-of-{:05}.safetensors"
 DAMAGE: dict[str, Damage] = {
     "a bit of the weights": lambda f: flip(f / MODEL),
     "a bit of the moments": lambda f: flip(f / OPTIMIZER),
-    "a bit of a header": lambda f: flip(f / MODEL, 20),
     "a bit of the template": lambda f: flip(f / "chat_template.jinja"),
-    "a NaN weight": edited(MODEL, nan_weight),
-    "a tensor gone": edited(MODEL, one_less),
-    "a tensor added": edited(MODEL, one_more),
     "weights cut": lambda f: os.truncate(f / MODEL, 5000),
     "moments cut": lambda f: os.truncate(f / OPTIMIZER, 5000),
-    "moments emptied": edited(OPTIMIZER, zero_moments),
     "moments gone": lambda f: (f / OPTIMIZER).unlink(),
     "step edited": lambda f: state(f, step=2),
-    "position edited": lambda f: state(f, position=1),
     "state cut": lambda f: os.truncate(f / STATE, 40),
     "state gone": lambda f: (f / STATE).unlink(),
     "trainer gone": lambda f: shutil.rmtree(f / "trainer"),
@@ -202,10 +194,7 @@ EARLY: dict[str, tuple[str, Damage, str]] = {
     "a NaN weight": ("full", edited(MODEL, nan_weight), "NaN or Inf in its weights"),
     "a pickle": ("full", lambda f: (f / MODEL).rename(f / "pytorch_model.bin"), "not a whole safetensors|neither"),
     "moments lack a tensor": ("full", edited(OPTIMIZER, one_less), "of every trained parameter"),
-    "moments gone": ("full", edited(OPTIMIZER, lambda t: t.clear()), "of every trained parameter"),
     "another step": ("full", lambda f: state(f, step=2), "state.json says step 2, the folder's name step-3"),
-    "a step of text": ("full", lambda f: state(f, step="3"), "step: expected a whole number"),
-    "no position": ("full", lambda f: state(f, position=None), "position: expected"),
     "more not finite": ("full", lambda f: state(f, counters={"nonfinite_steps": 1}), "optimizer's step: expected 2"),
     "a strange part": (
         "full",
@@ -214,11 +203,8 @@ EARLY: dict[str, tuple[str, Damage, str]] = {
     ),
     "one part of two": ("full", lambda f: (f / OPTIMIZER).rename(f / PART.format(1, 2)), "expected all parts"),
     "adapters lack a tensor": ("lora", edited(ADAPTER, one_less), OTHERS),
-    "adapters have one more": ("lora", edited(ADAPTER, one_more), OTHERS),
     "adapters gone": ("lora", lambda f: (f / ADAPTER).unlink(), OTHERS),
-    "a NaN in an adapter": ("lora", edited(ADAPTER, nan_weight), "NaN or Inf in its weights"),
     "master weights lack a tensor": ("bf16", edited(MASTER, one_less), OTHERS),
-    "master weights of another dtype": ("bf16", edited(MASTER, rounded), OTHERS),
 }
 
 
@@ -239,12 +225,6 @@ def test_emptied_moments_are_told_without_a_manifest(
     edited(OPTIMIZER, zero_moments)(step(run_dir))
     trainer(assets, run_dir, resume="auto", **OPTIONS).train()
     assert "the optimizer's moments are all 0" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_optimizer_of_a_run_is_whole(variant: str, lab: Lab, saved: Saved) -> None:
-    run = lab.make("run", **VARIANTS[variant])
-    check_optimizer(load_file(step(saved(variant)) / OPTIMIZER), dict(run.model.trainable()), 3)
 
 
 def test_a_damaged_checkpoint_is_no_model(assets: Assets, run_dir: Path) -> None:
@@ -291,9 +271,13 @@ def own_data(assets: Assets, run_dir: Path) -> dict[str, Any]:
     return OPTIONS | {"dataset_name": data, "data__root": assets.folder, "resume": "auto"}
 
 
-@pytest.mark.parametrize("kind", DATA)
-def test_changed_data_is_noticed(kind: str, assets: Assets, own_data: dict[str, Any], run_dir: Path) -> None:
-    write_data(own_data["dataset_name"], DATA[kind](entries(assets.train)))
+def test_changed_data_is_noticed(assets: Assets, own_data: dict[str, Any], run_dir: Path) -> None:
+    def digest(data: list[dict[str, Any]]) -> str:
+        return load_samples(write_data(own_data["dataset_name"], data), root=assets.folder).digest()
+
+    found = entries(assets.train)
+    assert digest(found) == digest(found)
+    assert len({digest(found), *(digest(change(found)) for change in DATA.values())}) == 1 + len(DATA)
     with pytest.raises(ConfigError, match=r"dataset_name \(digest of its samples\).*--data.changed_ok true"):
         trainer(assets, run_dir, **own_data).train()
 

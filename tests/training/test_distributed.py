@@ -1,16 +1,12 @@
 """Two processes on DeepSpeed's ZeRO against one: the same losses, answers and weights; resume; a killed rank."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +15,11 @@ from typing import Any
 import pytest
 import runs
 import torch
+from forks import RANKS, ForkServer
 from patience import PATIENCE
 from runs import Lab, metrics, train_flags, trainer
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
-from zero_ranks import RankServer
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
@@ -50,8 +46,8 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
-    server = RankServer(tmp_path_factory.mktemp("ranks") / "log")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("ranks") / "log", RANKS)
     yield server
     server.close()
 
@@ -65,13 +61,11 @@ def single(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(dict(checkpoints(run_dir))[step] / "model.safetensors")
+    return runs.weights(dict(checkpoints(run_dir))[step])
 
 
 def assert_same_weights(one: Path, other: Path, assets: Assets, step: int) -> None:
-    runs.assert_moved_alike(
-        weights(one, step), weights(other, step), load_file(assets.model / "model.safetensors"), step
-    )
+    runs.assert_moved_alike(weights(one, step), weights(other, step), runs.weights(assets.model), step)
 
 
 def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
@@ -95,10 +89,10 @@ def assert_same_runs(one: Path, other: Path, assets: Assets, step: int) -> None:
 
 
 @STAGES
-def test_two_processes_train_as_one(single: Path, ranks: RankServer, lab: Lab, stage: int) -> None:
+def test_two_processes_train_as_one(single: Path, ranks: ForkServer, lab: Lab, stage: int) -> None:
     """Two prompts each. And they are resumed: by two processes, and by one."""
     run_dir, options = lab.folder / "run", OPTIONS | {"data__eval_path": lab.assets.dev}
-    ranks.run(train_flags(lab.assets, run_dir, **options, **zero(stage)))
+    ranks.run_ranks(train_flags(lab.assets, run_dir, **options, **zero(stage)))
     assert_same_runs(single, run_dir, lab.assets, 3)
     assert metrics(single)[-1]["eval/ordered"] == metrics(run_dir)[-1]["eval/ordered"]
     assert metrics(run_dir)[-1]["eval/samples"] == 3
@@ -112,14 +106,14 @@ def test_two_processes_train_as_one(single: Path, ranks: RankServer, lab: Lab, s
 
     shutil.rmtree(last)
     alone = Path(shutil.copytree(run_dir, lab.folder / "alone"))
-    ranks.run(train_flags(lab.assets, run_dir, resume="auto", **options, **zero(stage)))
+    ranks.run_ranks(train_flags(lab.assets, run_dir, resume="auto", **options, **zero(stage)))
     assert_same_runs(single, run_dir, lab.assets, 3)
     trainer(lab.assets, alone, resume="auto", gradient_accumulation_steps=2, **options).train()
     assert_same_weights(single, alone, lab.assets, 3)
 
 
 @STAGES
-def test_ranks_stay_together_whatever_one_meets(ranks: RankServer, lab: Lab, stage: int) -> None:
+def test_ranks_stay_together_whatever_one_meets(ranks: ForkServer, lab: Lab, stage: int) -> None:
     """A video that is not there, groups with nothing to learn (left out of the rows), and no memory for a rollout."""
     samples = json.loads(lab.assets.train.read_text())
     bad = samples[0] | {"problem_id": "bad", "path": "./nowhere.mp4"}
@@ -130,7 +124,7 @@ def test_ranks_stay_together_whatever_one_meets(ranks: RankServer, lab: Lab, sta
     options |= {"max_steps": 4, "save_steps": 0, "beta": 0.0, "per_device_train_batch_size": 2}
     options |= {"reward__functions": "toy_rewards:sometimes"}
     flags = train_flags(lab.assets, lab.folder / "run", **options, **zero(stage))
-    ranks.run(flags, "zero_ranks:out_of_memory")
+    ranks.run_ranks(flags, "forks:out_of_memory")
     rows = lab.rows("run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["rollout/failed"] for row in rows] == [0, 2, 0, 0]
@@ -142,40 +136,35 @@ def test_ranks_stay_together_whatever_one_meets(ranks: RankServer, lab: Lab, sta
     assert all(bool(tensor.isfinite().all()) for tensor in weights(lab.folder / "run", 4).values())
 
 
-def test_sft_on_two(ranks: RankServer, lab: Lab) -> None:
+def test_sft_on_two(ranks: ForkServer, lab: Lab) -> None:
+    """And the optimizer's state in the host's memory."""
     options = {"max_steps": 3, "save_steps": 0}
     lab.sft("one", per_device_train_batch_size=2, **options).train()
-    ranks.run(runs.sft_flags(lab.assets, lab.folder / "two", **options, **zero(2)), "videor1.sft:main")
+    options |= {"distributed__offload_optimizer": True} | zero(2)
+    ranks.run_ranks(runs.sft_flags(lab.assets, lab.folder / "two", **options), "videor1.sft:main")
     losses = [[row["loss"] for row in lab.rows(name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
     assert_same_weights(lab.folder / "one", lab.folder / "two", lab.assets, 3)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"lora__rank": 4} | zero(3),
-        {"freeze_vision": True, "gradient_checkpointing": True} | zero(3),
-        {"distributed__offload_optimizer": True} | zero(2),
-    ],
-    ids=["lora", "frozen", "offloaded"],
+    "options", [{"lora__rank": 4}, {"freeze_vision": True, "gradient_checkpointing": True}], ids=["lora", "frozen"]
 )
-def test_trained_with(options: dict[str, Any], ranks: RankServer, lab: Lab) -> None:
+def test_trained_with(options: dict[str, Any], ranks: ForkServer, lab: Lab) -> None:
     options = options | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
-    alone = {name: value for name, value in options.items() if not name.startswith("distributed__")}
-    lab.make("one", per_device_train_batch_size=2, **alone).train()
-    ranks.run(train_flags(lab.assets, lab.folder / "two", **options))
+    lab.make("one", per_device_train_batch_size=2, **options).train()
+    ranks.run_ranks(train_flags(lab.assets, lab.folder / "two", **options, **zero(3)))
     assert_same_runs(lab.folder / "one", lab.folder / "two", lab.assets, 2)
 
 
 @STAGES
-def test_bf16_goes_on_from_its_fp32_weights(ranks: RankServer, lab: Lab, stage: int) -> None:
+def test_bf16_goes_on_from_its_fp32_weights(ranks: ForkServer, lab: Lab, stage: int) -> None:
     options = {"bf16": True, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"} | zero(stage)
     whole, again = lab.folder / "whole", lab.folder / "again"
-    ranks.run(train_flags(lab.assets, whole, **options))
+    ranks.run_ranks(train_flags(lab.assets, whole, **options))
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "step-2")
-    ranks.run(train_flags(lab.assets, again, resume="auto", **options))
+    ranks.run_ranks(train_flags(lab.assets, again, resume="auto", **options))
     assert metrics(whole) == metrics(again)
     mine, theirs = weights(whole, 2), weights(again, 2)
     assert runs.same_weights(mine, theirs)
@@ -186,35 +175,30 @@ def test_bf16_goes_on_from_its_fp32_weights(ranks: RankServer, lab: Lab, stage: 
     assert any(not torch.equal(value, value.bfloat16().float()) for value in masters)
 
 
-def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(assets: Assets, tmp_path: Path) -> None:
-    """Each rank under a launcher of its own, as on two machines: no launcher of the same machine ends the other."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    flags = train_flags(assets, tmp_path / "run", max_steps=500, save_steps=2, distributed__timeout=10.0, **zero(2))
-    place = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=0", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    command = ["-m", "videor1.train", *flags]
-    machines = [
-        runs.start("torch.distributed.run", [*place, f"--node_rank={node}", *command], DS_ACCELERATOR="cpu")
-        for node in (0, 1)
-    ]
-    runs.wait_for_lines(machines[0], tmp_path / "run" / "metrics.jsonl", 5)
-    (rank_0,), (rank_1,) = (runs.children(machine.pid) for machine in machines)
-    for process in (machines[1].pid, rank_1):
-        os.kill(process, signal.SIGKILL)
-    began = time.monotonic()
-    while rank_0 in runs.children(machines[0].pid):
-        assert time.monotonic() - began < PATIENCE, "rank 0 waits for the dead"
-        time.sleep(0.1)
-    os.kill(machines[0].pid, signal.SIGKILL)  # the launcher, which waits minutes for that of the dead machine
-    said = machines[0].communicate(timeout=PATIENCE)[1]
-    machines[1].communicate()
+def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint_whole(ranks: ForkServer, lab: Lab) -> None:
+    flags = train_flags(lab.assets, lab.folder, max_steps=500, save_steps=2, distributed__timeout=10.0, **zero(2))
+    _, rank_1 = ranks.start("forks:only_train", flags, world=2)
+    runs.wait_for_lines(ranks.process, lab.folder / "metrics.jsonl", 5)
+    os.kill(rank_1, signal.SIGKILL)
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    said = ranks.log.read_text()
     assert re.search("another process of this run is gone|rank 1 has not been heard of", said), said[-2000:]
-    step, path = checkpoints(tmp_path / "run")[-1]
+    step, path = checkpoints(lab.folder)[-1]
     assert step % 2 == 0
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*.*"))
+    assert not list((lab.folder / "checkpoints").glob("step-*.*"))
     Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
     assert len(list((path / "trainer").glob("optimizer-*.safetensors"))) == 2
+
+
+@pytest.mark.full
+def test_under_torchrun(lab: Lab) -> None:
+    """In whose place the other tests fork ranks."""
+    flags = train_flags(lab.assets, lab.folder, max_steps=1, **zero(2))
+    command = ["--standalone", "--nproc_per_node=2", "-m", "videor1.train", *flags]
+    launcher = runs.start("torch.distributed.run", command, DS_ACCELERATOR="cpu")
+    assert "Saved" in launcher.communicate(timeout=PATIENCE)[0]
+    assert launcher.returncode == 0
+    assert len(list((lab.folder / "checkpoints" / "step-1" / "trainer").glob("optimizer-*.safetensors"))) == 2
 
 
 def test_positions_on_another_number_of_ranks() -> None:

@@ -1,7 +1,5 @@
 """What a run counts: the seconds of a row, steps that are not finite, means over steps, and what a checkpoint keeps."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

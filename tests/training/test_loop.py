@@ -1,7 +1,5 @@
 """Steps that are not finite, disks that are full, and runs that cannot begin."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -17,6 +15,7 @@ import pytest
 import torch
 from patience import PATIENCE
 from runs import Lab, ctrl_c, largest_file, last_metrics, same_weights, start, train_flags
+from spies import spy, wrap
 
 import videor1.training.checkpoint
 import videor1.training.tgrpo
@@ -33,13 +32,12 @@ Poison = Callable[[pytest.MonkeyPatch, Trainer, Any, float], None]
 
 def poison_loss(patch: pytest.MonkeyPatch, run: Trainer, steps: Any, value: float = math.nan) -> None:
     """The loss of these steps (from 0) is NaN or Inf."""
-    original = videor1.training.tgrpo.tgrpo_loss
 
-    def poisoned(*args: Any, **kwargs: Any) -> Any:
+    def poisoned(original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         return dataclasses.replace(result, loss=result.loss + value) if run.step in steps else result
 
-    patch.setattr(videor1.training.tgrpo, "tgrpo_loss", poisoned)
+    wrap(patch, videor1.training.tgrpo, "tgrpo_loss", poisoned)
 
 
 def poison_gradient(_: pytest.MonkeyPatch, run: Trainer, steps: Any, value: float = math.nan) -> None:
@@ -66,15 +64,12 @@ def test_a_nonfinite_step_changes_nothing(
     """Neither weights nor the optimizer; and two in all, never in a row, do not stop the run."""
     run = lab.make(max_steps=5, max_nonfinite_steps=2, gradient_accumulation_steps=2)
     poison(monkeypatch, run, {1, 3}, value)
-    states = []
 
-    def batch() -> None:
-        Trainer.train_batch(run)
-        parameters = run.model.trainable()
-        state = state_tensors(run.optimizer, parameters) | parameters
-        states.append({name: tensor.detach().clone() for name, tensor in state.items()})
+    def state(_: None) -> dict[str, torch.Tensor]:
+        tensors = state_tensors(run.optimizer, run.model.trainable()) | run.model.trainable()
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
-    monkeypatch.setattr(run, "train_batch", batch)
+    states = spy(monkeypatch, run, "train_batch", state)
     run.train()
     changed = [not same_weights(before, after) for before, after in itertools.pairwise(states)]
     assert changed == [False, True, False, True]
@@ -84,9 +79,7 @@ def test_a_nonfinite_step_changes_nothing(
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient])
 def test_too_many_nonfinite_steps_stop_the_run(poison: Poison, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with two updates a rollout, and lines averaged over more steps than there were.
-
-    Step 4 is due for a checkpoint, but is not finite."""
+    """Step 4 is due for a checkpoint, but is not finite."""
     options = {"max_nonfinite_steps": 3, "save_steps": 2, "num_iterations": 2, "logging_steps": 10}
     run = lab.make(max_steps=20, **options)
     poison(monkeypatch, run, range(3, 20), math.nan)
@@ -158,16 +151,7 @@ def test_the_one_checkpoint_before_nonfinite_steps_goes_after_a_finite_one(
 
 def watch(patch: pytest.MonkeyPatch, run: Trainer, name: str) -> list[tuple[int, list[int]]]:
     """(step, the steps of the checkpoints) after every call of a method."""
-    seen: list[tuple[int, list[int]]] = []
-    original = getattr(run, name)
-
-    def noted(*args: Any, **how: Any) -> Any:
-        result = original(*args, **how)
-        seen.append((run.step, steps(run.run_dir)))
-        return result
-
-    patch.setattr(run, name, noted)
-    return seen
+    return spy(patch, run, name, lambda *_, **__: (run.step, steps(run.run_dir)))
 
 
 def full(*_: Any, **__: Any) -> Any:
@@ -201,15 +185,14 @@ def test_a_full_disk_while_saving(
     """The second of three checkpoints fails: the first survives, the run goes on and counts it."""
     run = lab.make(max_steps=3, save_steps=1)
     folder = lab.folder / "checkpoints"
-    contents: list[dict[Path, bytes]] = []
 
-    def save(**how: bool) -> Path:
+    def save(original: Any, **how: bool) -> Path:
         with full_disk(place) if run.step == 2 else contextlib.nullcontext():
-            final = Trainer._save(run, **how)
-        contents.append({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-        return final
+            return original(**how)
 
-    monkeypatch.setattr(run, "_save", save)
+    wrap(monkeypatch, run, "_save", save)
+    files = lambda *_, **__: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}  # noqa: E731
+    contents = spy(monkeypatch, run, "_save", files)
     run.train()
     assert contents[0] == contents[1] != contents[2]
     assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-3"]
@@ -231,16 +214,15 @@ def test_a_full_disk_at_the_last_checkpoint(lab: Lab, capfd: pytest.CaptureFixtu
 def test_a_full_disk_at_a_line_of_metrics(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    original = JsonlWriter.write
 
-    def write(self: JsonlWriter, step: int, row: Any) -> None:
+    def write(original: Any, self: JsonlWriter, step: int, row: Any) -> None:
         if self.path.name == "metrics.jsonl" and step == 3:
             self._file.write(b'{"half')
             full()
         original(self, step, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JsonlWriter, "write", write)
+        wrap(patch, JsonlWriter, "write", write)
         assert run_main(main, train_flags(lab.assets, lab.folder, max_steps=4, save_steps=2)) == 1
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {lab.folder} cannot be written to: ")
@@ -305,10 +287,10 @@ def test_averaged_lines_equal_the_means_of_single_ones(lab: Lab) -> None:
 
 def test_the_command_ends_well(lab: Lab) -> None:
     """The one run as a real command that is left alone."""
-    process = start("videor1.train", train_flags(lab.assets, lab.folder, max_steps=2))
+    process = start("videor1.train", train_flags(lab.assets, lab.folder, max_steps=1))
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
-    assert f"Saved {lab.folder / 'checkpoints' / 'step-2'}" in stdout
+    assert f"Saved {lab.folder / 'checkpoints' / 'step-1'}" in stdout
     assert f"Report: {lab.folder / 'report.html'}" in stdout
     for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "curves.png", "report.html"):
         assert (lab.folder / name).exists(), name

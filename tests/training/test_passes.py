@@ -1,7 +1,5 @@
 """T-GRPO and SFT losses of a packed row against plain transformers: repeated rows, whole logits, autograd, in fp64."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator

@@ -1,18 +1,18 @@
 """A run that was interrupted anywhere and resumed equals one that was not, bit for bit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
+from forks import TRAINERS, ForkServer
 from patience import PATIENCE
 from runs import Lab, metrics, train_flags, trainer
+from spies import spy
 
 import videor1.sft
 import videor1.train
@@ -86,11 +86,17 @@ def mixed_runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Mixe
     return MixedRuns(assets, tmp_path_factory.mktemp)
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("commands") / "log", TRAINERS)
+    yield server
+    server.close()
+
+
 Place = tuple[Any, str, int]  # owner, name and number of the call that raises instead
 PLACES: dict[str, Place] = {
     "first update": (Loop, "optimizer_step", 1),
     "between two updates of a rollout": (Loop, "optimizer_step", 6),
-    "rollout": (LocalEngine, "generate", 5),
     "metrics line": (JsonlWriter, "write", 10),
     "evaluation": (Loop, "_evaluate", 1),
     "checkpoint not renamed": (videor1.training.checkpoint, "_sync", 3),
@@ -142,14 +148,7 @@ def test_back_to_an_earlier_checkpoint(mixed_runs: MixedRuns, tmp_path: Path, mo
     mixed_runs.make(tmp_path, save_total_limit=3).train()
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6, 8]
     run = mixed_runs.make(tmp_path, save_total_limit=3, resume=tmp_path / "checkpoints" / "step-4")
-    seen = []
-
-    def save_and_look(**how: bool) -> Path:
-        path = Loop._save(run, **how)
-        seen.append([step for step, _ in checkpoints(tmp_path)])
-        return path
-
-    monkeypatch.setattr(run, "_save", save_and_look)
+    seen = spy(monkeypatch, run, "_save", lambda *_, **__: [step for step, _ in checkpoints(tmp_path)])
     run.train()
     assert seen == [[4, 6], [4, 6, 8]]
     runs.assert_same_run(tmp_path, mixed_runs.whole())
@@ -160,7 +159,12 @@ def test_back_to_an_earlier_checkpoint(mixed_runs: MixedRuns, tmp_path: Path, mo
     ("number", "variant"), [(signal.SIGKILL, "full"), (signal.SIGINT, "full"), (signal.SIGTERM, "sft")]
 )
 def test_signals(
-    number: signal.Signals, variant: str, mixed_runs: MixedRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    variant: str,
+    mixed_runs: MixedRuns,
+    commands: ForkServer,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Of the real command with decode workers, which end with it. While it runs, its folder belongs to it alone;
     afterwards a resume goes on at once. Signals that can be handled save and end with 130."""
@@ -169,29 +173,26 @@ def test_signals(
     killed = number is signal.SIGKILL
     options = mixed_runs.options(variant, data__workers=1, save_steps=2 if killed else 0)
     given = flags(mixed_runs.assets, tmp_path, **options)
-    process = runs.start("held_training", [command.__name__, *given])
-    runs.wait_for_lines(process, tmp_path / "metrics.jsonl", 1)
+    (process,) = commands.start("forks:held", [command.__name__, *given])
+    runs.wait_for_lines(commands.process, tmp_path / "metrics.jsonl", 1)
     for more in (["--resume=auto"], []):
         assert run_main(command.main, [*given, *more]) == 2
         message = capfd.readouterr().err.strip().splitlines()[-1]
-        assert f"is in use by process {process.pid} on " in message
+        assert f"is in use by process {process} on " in message
         assert f"({command.__name__}, since " in message
-    assert process.poll() is None
-    if number is signal.SIGINT:
-        os.killpg(process.pid, number)  # a terminal sends it to the decode workers too
-    else:
-        process.send_signal(number)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    # A terminal sends Ctrl-C to the decode workers too.
+    (os.killpg if number is signal.SIGINT else os.kill)(process, number)
+    assert commands.wait() == [-number if killed else 130]
     if not killed:
-        assert process.returncode == 130, stderr
+        said = commands.log.read_text()
         ((step, checkpoint),) = checkpoints(tmp_path)
         assert step == (3 if variant == "sft" else 4), "the end of the batch in which the signal came"
-        assert "Traceback" not in stderr
+        assert "Traceback" not in said
         shown = f"python -m {command.__name__} --resume auto --output_dir {tmp_path}"
-        assert stderr.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {shown}"
+        assert said.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {shown}"
     deadline = time.monotonic() + PATIENCE
-    while runs.session_members(process.pid):
-        assert time.monotonic() < deadline, f"still alive: {runs.session_members(process.pid)}"
+    while runs.session_members(process):
+        assert time.monotonic() < deadline, f"still alive: {runs.session_members(process)}"
         time.sleep(0.05)
     mixed_runs.assert_resumes(tmp_path, variant)
 
@@ -234,7 +235,3 @@ def test_where_nothing_can_be_resumed(lab: Lab, mixed_runs: MixedRuns) -> None:
         mixed_runs.make(mixed_runs.whole())
     with pytest.raises(ConfigError, match="resume: auto needs output_dir"):
         trainer(lab.assets, "null", resume="auto")  # type: ignore[arg-type]
-    checkpoint = lab.make("damaged", max_steps=1, beta=0).train()
-    os.truncate(checkpoint / "trainer" / "optimizer.safetensors", 1000)
-    with pytest.raises(ConfigError, match="step-1: a damaged checkpoint"):
-        lab.make("damaged", max_steps=2, beta=0, resume="auto").train()

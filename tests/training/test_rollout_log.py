@@ -1,7 +1,5 @@
 """What rollouts.jsonl holds of a step, token by token where it is asked for."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest
@@ -9,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import Lab, run_lines
 
-from videor1.config import TrainConfig
 from videor1.demo.tokenizer import make_tokenizer
-from videor1.errors import ConfigError
 from videor1.training.rollout_log import token_strings
 
 tokenizer = functools.cache(make_tokenizer)
@@ -58,8 +54,3 @@ def test_the_first_prompts_of_each_step_have_their_tokens(count: int, lab: Lab) 
             end = "<|im_end|>" if row["finished"][answer] else ""
             assert "".join(tokens).removesuffix(end) == row["completions"][answer]
             assert all(logp <= 0 and logp == round(logp, 4) for logp in row["logps"][answer])
-
-
-def test_a_negative_count_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"log_tokens: expected 0 \(none\) or more, got -1"):
-        TrainConfig(log_tokens=-1)

@@ -1,7 +1,5 @@
 """How a batch is cut into packed rows: the bounds hold, and neither the loss nor the gradient knows."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Any

@@ -1,19 +1,15 @@
 """SFT: packing that changes nothing, and a cold start that knows when to stop. Its loss is in test_passes.py."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from batches import opened
 from runs import Lab, entries, last_metrics, same_weights, sft_flags, weights, write_data
+from spies import spy
 
 import videor1.training.sft
 from videor1.config.cli import run_main
 from videor1.errors import ConfigError, DataError
 from videor1.sft import main
 from videor1.training.checkpoint import checkpoints
-from videor1.training.passes import Packed, pack
 
 
 def test_examples_end_with_the_answer(lab: Lab) -> None:
@@ -29,14 +25,8 @@ def test_examples_end_with_the_answer(lab: Lab) -> None:
 
 def test_packing_and_accumulation_do_not_change_the_update(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of four samples, rows under a bound, and four accumulated batches: the same step up to rounding."""
-    rows: list[tuple[int, int]] = []  # (prompts, tokens) of each
-
-    def noted(*arguments: Any) -> Packed:
-        packed = pack(*arguments)
-        rows.append((len(packed.prompts), packed.layout.total_tokens))
-        return packed
-
-    monkeypatch.setattr(videor1.training.sft, "pack", noted)
+    note = lambda packed, *_: (len(packed.prompts), packed.layout.total_tokens)  # noqa: E731
+    rows = spy(monkeypatch, videor1.training.sft, "pack", note)
     options = {"max_steps": 2, "data__shuffle": False, "learning_rate": 1e-4}
     variants = {
         "packed": {"per_device_train_batch_size": 4},

@@ -1,7 +1,5 @@
 """One packed row against repeated rows: the same log-probs, the same gradients, the same training."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training on a stream: interrupted and resumed as any other run, SFT too; and what needs max_steps."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

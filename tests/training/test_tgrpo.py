@@ -1,8 +1,8 @@
 """What a T-GRPO batch does: branches, frozen parts, engines, and gradients that do not depend on the backend."""
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
+import math
 import threading
 import zlib
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 from batches import groups_of, opened
 from patience import PATIENCE
 from runs import Lab, assert_moved_alike, last_metrics, metrics, run_lines, same_weights, weights
+from spies import spy, wrap
 from tiny import LOG_PROB_TERMS, log_prob_rounding, make_model, make_tokenizer
 from torch import Tensor
 
@@ -25,20 +26,12 @@ from videor1.rollout import Request, Rollout, RolloutError
 from videor1.training.rows import training_rows
 from videor1.training.tgrpo import KERNELS, Trainer
 from videor1.types import Completion, Group, Prompt
-from videor1.video.shuffle import draw_permutation
 from videor1_kernels import last_backend
 from videor1_kernels.testing import rounding
 
 
 def test_frozen_vision_stays_and_its_features_are_used_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-    original = VideoLM.vision_features
-
-    def counting(self: VideoLM, media: Any, patches: Any = None) -> list[Tensor]:
-        encoded.append(len(media))
-        return original(self, media, patches)
-
-    monkeypatch.setattr(VideoLM, "vision_features", counting)
+    encoded = spy(monkeypatch, VideoLM, "vision_features", lambda _, model, media, *rest: len(media))
     options: dict[str, Any] = {"max_steps": 2, "data__shuffle": False, "num_iterations": 1}
     final = lab.make("frozen", freeze_vision=True, beta=0, **options).train()
     # Each of the two steps on a video encodes the ordered and the shuffled frames once, for the rollout.
@@ -59,31 +52,25 @@ def test_frozen_vision_stays_and_its_features_are_used_again(lab: Lab, monkeypat
     assert not all(torch.equal(before[name], weights(final)[name]) for name in vision)
 
 
-def test_frozen_features_give_the_gradients_of_encoding_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"max_steps": 2, "freeze_vision": True}
-    reused = lab.make("reused", **options).train()
-    monkeypatch.setattr(Trainer, "_frozen_features", lambda *_: None)
-    again = lab.make("again", **options).train()
-    assert same_weights(weights(reused), weights(again))
-
-
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
 def test_identity_permutation_makes_both_branches_equal(unit: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same random numbers, shuffled answers are the ordered ones, token by token and log-prob by log-prob."""
 
-    def identity(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
-        real = draw_permutation(prompt, unit, seed)
+    def identity(draw: Any, prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
+        real = draw(prompt, unit, seed)
         return None if real is None else tuple(sorted(real))
 
-    branch = videor1.training.tgrpo.Branch
+    def alike(branch: Any, count: int, names: Any, *rest: Any) -> Any:
+        return branch(count, ("both", names[1]), *rest)
+
     options = {"num_generations": 3, "temporal__num_generations": 3, "temporal__skip_shuffled": False}
     run = lab.make(temporal__shuffle_unit=unit, max_completion_length=12, **options)
     with opened(run, 4) as prompts:
         real = groups_of(run, prompts)
     tgrpo = videor1.training.tgrpo
-    monkeypatch.setattr(tgrpo, "Branch", lambda count, names, *rest: branch(count, ("both", names[1]), *rest))
+    wrap(monkeypatch, tgrpo, "Branch", alike)
     different = groups_of(run, prompts)
-    monkeypatch.setattr(tgrpo, "draw_permutation", identity)
+    wrap(monkeypatch, tgrpo, "draw_permutation", identity)
     groups = groups_of(run, prompts)
     videos = [g for g in groups if g.permutation is not None]
     assert len(videos) == 3
@@ -130,9 +117,7 @@ def test_plain_grpo_draws_no_shuffled_answers(enabled: bool, lab: Lab) -> None:
 def test_reference_model_is_copied_only_where_needed(
     options: dict[str, Any], copies: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[VideoLM] = []
-    original = VideoLM.frozen_copy
-    monkeypatch.setattr(VideoLM, "frozen_copy", lambda self: (made.append(self), original(self))[1])
+    made = spy(monkeypatch, VideoLM, "frozen_copy", lambda _, model: model)
     lab.make(max_steps=2, **options).train()
     assert len(made) == copies
     kl = [row["kl"] for row in lab.rows()]
@@ -142,35 +127,24 @@ def test_reference_model_is_copied_only_where_needed(
 
 def test_second_update_of_a_rollout_uses_its_own_log_probs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first update has no old log-probs; the second's are those of the first, which were the rollout's."""
-    seen: list[tuple[Tensor | None, Tensor]] = []
-    original = videor1.training.tgrpo.tgrpo_loss
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        seen.append((kwargs["old_logp"], result.logp))
-        return result
-
-    monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", spy)
+    note = lambda result, *_, old_logp, **__: (old_logp, result.logp)  # noqa: E731
+    seen = spy(monkeypatch, videor1.training.tgrpo, "tgrpo_loss", note)
     lab.make(num_iterations=3, max_steps=3, clip_low=0.2, clip_high=0.2).train()
     assert [old is None for old, _ in seen] == [True, False, False]
     first = seen[0][1]
-    assert torch.equal(seen[1][0], first)  # type: ignore[arg-type]
-    assert torch.equal(seen[2][0], first)  # type: ignore[arg-type]
+    assert torch.equal(seen[1][0], first)
+    assert torch.equal(seen[2][0], first)
     assert not torch.equal(seen[1][1], first)
     assert lab.rows()[0]["clip_ratio/region_mean"] == 0
 
 
 def test_a_skipped_first_update_does_not_disturb_the_second(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = videor1.training.tgrpo.tgrpo_loss
-    calls: list[None] = []
+    factors = itertools.chain([1.0, math.nan], itertools.repeat(1.0))  # the second micro-batch of the first update
 
-    def nan_once(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 2:  # the second micro-batch of the first update
-            args = (*args[:2], args[2] * torch.nan, *args[3:])
-        return original(*args, **kwargs)
+    def nan_once(original: Any, model: Any, packed: Any, advantages: Tensor, *rest: Any, **given: Any) -> Any:
+        return original(model, packed, advantages * next(factors), *rest, **given)
 
-    monkeypatch.setattr(videor1.training.tgrpo, "tgrpo_loss", nan_once)
+    wrap(monkeypatch, videor1.training.tgrpo, "tgrpo_loss", nan_once)
     lab.make(num_iterations=2, gradient_accumulation_steps=3, max_steps=2).train()
     assert [row["nonfinite_steps"] for row in lab.rows()] == [1, 1]
     assert lab.rows()[1]["grad_norm"] > 0
@@ -192,15 +166,14 @@ def test_steps_that_teach_nothing_are_told_of_once(
     reward: str, bonus: bool, told: int, lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bonus alone teaches: all answers right, and all favoured by temporal.apply advantage."""
-    original = videor1.training.tgrpo.score_groups
 
-    def favoured(*arguments: Any) -> Any:
+    def favoured(original: Any, *arguments: Any) -> Any:
         scored = original(*arguments)
         advantages = torch.full_like(scored.result.advantages, 0.3)
         return dataclasses.replace(scored, result=dataclasses.replace(scored.result, advantages=advantages))
 
     if bonus:
-        monkeypatch.setattr(videor1.training.tgrpo, "score_groups", favoured)
+        wrap(monkeypatch, videor1.training.tgrpo, "score_groups", favoured)
     lab.make(max_steps=6, reward__functions=f"toy_rewards:{reward}").train()
     said = capsys.readouterr().err
     assert said.count("step 5: in the last 5 steps all completions of a question earned the same reward") == told
@@ -272,7 +245,7 @@ def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatc
 @pytest.mark.parametrize(
     ("model", "importance_level", "options"),
     [
-        ("tiny", "token", {"max_steps": 2, "max_completion_length": 5, "per_device_train_batch_size": 1}),
+        ("tiny", "token", {"max_steps": 2, "max_completion_length": 3, "per_device_train_batch_size": 1}),
         pytest.param("demo", "token", {"max_steps": 3, "gradient_accumulation_steps": 2}, marks=pytest.mark.full),
         pytest.param("demo", "sequence", {"max_steps": 3}, marks=pytest.mark.full),
     ],
@@ -285,7 +258,7 @@ def test_same_trajectory_on_the_kernels_as_on_the_references(
     folder = lab.assets.model
     if model == "tiny":
         folder = lab.folder / "model"
-        make_model().save_pretrained(folder)
+        make_model(num_hidden_layers=1).save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
     options |= {"model_name_or_path": folder, "importance_level": importance_level}
     ends = {}

@@ -1,7 +1,5 @@
 """The trainer's state and the optimizer's tensors are only accepted whole."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
