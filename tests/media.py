@@ -1,7 +1,5 @@
 """Small video, sound and image files for tests."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import struct

@@ -1,7 +1,5 @@
 """``python -m videor1.evaluate``: all six benchmarks, its figures, bad videos, options that cannot be."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

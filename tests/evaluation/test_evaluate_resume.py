@@ -1,7 +1,5 @@
 """An evaluation that was stopped goes on where it was, and on the same model, questions and options only."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The held-out evaluation on the demo's clips: what is counted, what is skipped, and that it repeats."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Confidence intervals against textbook formulas and scipy's own, and how often they hold the truth."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@ used; else stand-ins with the fields and the signatures of version 0.7.3. That t
 is tested only where it is found.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

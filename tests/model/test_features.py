@@ -1,7 +1,5 @@
 """Vision features of prompts in either order: bounded passes of the tower give what one pass gives, gradients too."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from typing import Any

@@ -4,8 +4,6 @@ Their kernels need a GPU: here flash-attn and Liger's norm are stood in for by t
 classes are checked for what is relied on.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 import types

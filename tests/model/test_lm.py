@@ -1,7 +1,5 @@
 """The packed row, its positions, its gradients and the sampler, against an unmodified transformers model."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

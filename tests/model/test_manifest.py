@@ -1,7 +1,5 @@
 """A manifest notices whatever happens to the files of a folder after it was written, and accepts what has no part."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

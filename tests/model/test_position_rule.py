@@ -1,8 +1,6 @@
 """The position rule travels: from a run to its checkpoints, to whoever asks or goes on with them, and out of runs that
 are older than the option."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

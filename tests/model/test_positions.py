@@ -1,8 +1,6 @@
 """M-RoPE positions over grids and frame rates that no test would think of: the rule ``paper`` against the paper's
 sentence, ``transformers`` against its get_rope_index."""
 
-from __future__ import annotations
-
 import dataclasses
 from fractions import Fraction
 from typing import Any

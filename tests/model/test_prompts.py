@@ -1,7 +1,5 @@
 """Prompts in the chat template of Qwen2.5-VL's tokenizer, the ids that SFT trains on, and refused templates."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The vision tower passes all windows to its attention at once, reads nothing back, and computes what it did before."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Model folders that hold something else than whole safetensors weights are refused, with what to do."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import json

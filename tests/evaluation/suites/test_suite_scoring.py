@@ -1,7 +1,5 @@
 """The scoring rules at their borders."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The readers on small files in each benchmark's published format."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The in-process engine on the tiny model: where answers end, what log-probs mean, what a call leaves untouched."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """The in-process engine: what is computed how often, in how much memory, and that none of it shows in the answers."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

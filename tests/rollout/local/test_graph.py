@@ -1,7 +1,5 @@
 """Graphed decode steps: what is captured when, for which batches, and that nothing outlives its rollout."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import weakref

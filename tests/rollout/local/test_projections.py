@@ -1,7 +1,5 @@
 """Layers of a decode step with adapters: the same numbers as peft's, in few operations, from weights of now."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which branches are in flight, and the room they need: no model here."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the tests of the server engine ask, and with which engine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

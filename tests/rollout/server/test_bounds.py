@@ -1,7 +1,5 @@
 """What a hostile or broken server sends, byte by byte: each request fails in bounded time, with a reason."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """The server engine itself: in which order it asks, what it stops, and how it hands over weights."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import sys

@@ -1,7 +1,5 @@
 """What a request says and brings, and what becomes of a server's answer."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -1,7 +1,5 @@
 """Servers that fail: a row fails its group alone, what passes is tried again, and nothing that came is trusted."""
 
-from __future__ import annotations
-
 import gc
 import gzip
 import math

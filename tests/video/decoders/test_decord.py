@@ -1,7 +1,5 @@
 """decord returns the requested frames or a SampleError; it never returns others."""
 
-from __future__ import annotations
-
 import importlib
 import platform
 import sys

@@ -3,8 +3,6 @@
 Where NVDEC is forced, its failure is an error.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from contextlib import closing

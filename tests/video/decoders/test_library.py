@@ -3,8 +3,6 @@
 test_decoders.py and test_decord.py try the real ones, where they can be imported.
 """
 
-from __future__ import annotations
-
 import functools
 import platform
 import sys

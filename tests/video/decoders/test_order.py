@@ -1,7 +1,5 @@
 """Frames come in the order in which they leave the decoder where a file's times follow another one."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Seeking decodes no more than it needs, and every difference between the index or a seek and the file is noticed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Planes are the decoder's own, to the bit; what has none comes as RGB, which is within 3 levels of the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The stream that is read is the one that FFmpeg considers the best, with every decoder; cover art is never a video."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
