@@ -25,10 +25,14 @@ load = functools.partial(load_media, video=VIDEO)
 
 
 @pytest.fixture(params=["with /proc", "without /proc"])
-def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with a video and an image; ``outside`` beside it has others of these names."""
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if request.param == "without /proc":
         monkeypatch.setattr(opened, "_OPEN_FILES", str(tmp_path / "no such folder"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with a video and an image; ``outside`` beside it has others of these names."""
     for name, frames, shade in (("root", coded_frames(20), 40), ("outside", coded_frames(20)[::-1], 200)):
         (tmp_path / name).mkdir()
         write_video(tmp_path / name / "a.mp4", frames)
@@ -42,7 +46,7 @@ def swap(path: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.mp4", "video"), ("a.png", "image")])
-def test_a_file_that_became_a_symlink(root: Path, name: str, kind: str) -> None:
+def test_a_file_that_became_a_symlink(system: None, root: Path, name: str, kind: str) -> None:
     (root / "inner").mkdir()
     path, moved = (root / name).rename(root / "inner" / name), root / name
     outside, sample = root.with_name("outside"), sample_of(path, kind, root=root)
@@ -62,7 +66,7 @@ def test_a_file_that_became_a_symlink(root: Path, name: str, kind: str) -> None:
     assert refusal(load, sample).kind == "outside_root", "its folder became a link"
 
 
-def test_swapped_at_any_moment(root: Path) -> None:
+def test_swapped_at_any_moment(system: None, root: Path) -> None:
     """The path leads elsewhere from each line on that opens and checks a file: frames of the outside never come."""
     inside, path = root / "a.mp4", root / "link.mp4"
     targets = (inside, root.with_name("outside") / "a.mp4")
@@ -107,7 +111,7 @@ def test_swapped_at_any_moment(root: Path) -> None:
     assert seen == {(inside_first, kind) for inside_first in (True, False) for kind in ("frames", "outside_root")}
 
 
-def test_who_else_reads_files_stays_in_the_root(root: Path) -> None:
+def test_who_else_reads_files_stays_in_the_root(system: None, root: Path) -> None:
     """A folder's images, samples of a data file, a cache that holds the outside file by its path, and thumbnails."""
     folder = root / "frames"
     folder.mkdir()
