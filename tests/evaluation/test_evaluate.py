@@ -169,8 +169,9 @@ def test_the_shuffle_belongs_to_the_seed_and_the_question(evaluate: Evaluate, or
 
 GIVEN = {"benchmark": "mmvu"}
 ASKED = GIVEN | {"model_name_or_path": "no/such/model"}  # told before it is loaded
+NEITHER = ASKED | {"benchmark": None}
 MISTAKES: list[tuple[int, dict[str, Any], str]] = [
-    (2, ASKED | {"benchmark": None}, "benchmark (names) or dataset_name (a data file in the Video-R1 format), got"),
+    (2, NEITHER, "benchmark (names) or dataset_name (a data file in the Video-R1 format), got neither"),
     (2, ASKED | {"dataset_name": "x.json"}, "got both"),
     (2, ASKED | {"benchmark": "mvbensh"}, "got 'mvbensh'; did you mean 'mvbench'?"),
     (2, ASKED | {"data__root": None}, "data.root: expected the folder that holds mmvu, got no"),

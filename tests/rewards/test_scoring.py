@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,24 +38,13 @@ def pairs(text: str) -> list[list[str]]:
     return [pair.split(" = ") for pair in text.split(" | ")]
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("(B)", "B"),
-        ("[A or B]\n(\n  B \t) and more", "B"),
-        ("(A)(B)", "A"),
-        (")A(B)", "B"),
-        ("(A(B))", "A(B"),
-        ("(two\nlines)", "two\nlines"),
-        *((none, "") for none in ("()", "(B", "B)", "<Answer>B</Answer>", "B", "")),
-    ],
-)
-def test_answer_is_the_first_pair_of_tags(completion: str, answer: str) -> None:
-    assert accuracy_reward(tagged(completion), tagged(f"({answer})"), "multiple choice") == 1.0
-    assert accuracy_reward(tagged(completion), tagged(f"({answer}x)"), "multiple choice") == 0.0
-
-
-def test_answers_missing_on_both_sides_are_equal_as_in_the_reference() -> None:
+def test_answer_is_the_first_pair_of_tags() -> None:
+    first = {"(B)": "B", "[A or B]\n(\n  B \t) and more": "B", "(A)(B)": "A", ")A(B)": "B", "(A(B))": "A(B"}
+    first |= {"(two\nlines)": "two\nlines"} | dict.fromkeys(("()", "(B", "B)", "<Answer>B</Answer>", "B", ""), "")
+    for completion, answer in first.items():
+        assert accuracy_reward(tagged(completion), tagged(f"({answer})"), "multiple choice") == 1.0, completion
+        assert accuracy_reward(tagged(completion), tagged(f"({answer}x)"), "multiple choice") == 0.0, completion
+    # Missing on both sides they are equal, as in the reference.
     earned = {kind: accuracy_reward("I do not know", "B", kind) for kind in TYPES}
     assert earned == {"multiple choice": 1.0, "numerical": 0.0, "OCR": 1.0, "free-form": 0.0, "regression": 0.0}
 
@@ -248,9 +238,8 @@ def test_score(my_rewards: Any) -> None:
     assert error.value.__notes__ == ["raised by the reward function my_rewards:broken"]
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
+def test_what_a_custom_reward_must_not_return(my_rewards: Any) -> None:
+    for returned, message in (
         ([1.0, 2.0], "expected 3 values, one per completion, got 2"),
         (1.0, "expected a list of 3 floats, got float"),
         (None, "expected a list of 3 floats, got NoneType"),
@@ -260,31 +249,27 @@ def test_score(my_rewards: Any) -> None:
         ([1.0, math.inf, 1.0], "expected a finite number for completion 1, got inf"),
         ([1.0, 10**400, 1.0], "expected a finite number for completion 1, got 1000"),
         (torch.zeros(3, 2), "expected a finite number for completion 0, got tensor"),
-    ],
-)
-def test_what_a_custom_reward_must_not_return(my_rewards: Any, returned: Any, message: str) -> None:
-    my_rewards.broken = lambda completions, samples: returned
-    with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
-        scored("my_rewards:broken")
+    ):
+        my_rewards.broken = Mock(return_value=returned)
+        load_reward.cache_clear()
+        with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
+            scored("my_rewards:broken")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("videor1.rewards", "expected 'module:function', got 'videor1.rewards'"),
-        *((name, "expected 'module:function'") for name in (":score", "videor1.rewards:", "..rewards:score")),
-        ("my rewards:score", "expected 'module:function'"),
-        ("vidoer1:score", "no module 'vidoer1'; did you mean 'videor1'?"),
-        ("videor1.reward:score", "no module 'videor1.reward'; did you mean 'videor1.rewards'?"),
-        ("zzqx_nothing_like_it:score", "no module 'zzqx_nothing_like_it'; it must be"),
-        ("videor1.rewards:scor", "'videor1.rewards' has no 'scor'; did you mean 'score'?"),
-        ("videor1.rewards:score.x.y", "'videor1.rewards' has no 'score.x.y'"),
-        ("videor1.config:IMAGE_MAX_PIXELS", "is int, expected a function"),
-    ],
-)
-def test_custom_rewards_that_cannot_be_loaded(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        load_reward(name)
+def test_custom_rewards_that_cannot_be_loaded() -> None:
+    unnamed = (":score", "videor1.rewards:", "..rewards:score", "my rewards:score")
+    for name, message in {
+        "videor1.rewards": "expected 'module:function', got 'videor1.rewards'",
+        **dict.fromkeys(unnamed, "expected 'module:function'"),
+        "vidoer1:score": "no module 'vidoer1'; did you mean 'videor1'?",
+        "videor1.reward:score": "no module 'videor1.reward'; did you mean 'videor1.rewards'?",
+        "zzqx_nothing_like_it:score": "no module 'zzqx_nothing_like_it'; it must be",
+        "videor1.rewards:scor": "'videor1.rewards' has no 'scor'; did you mean 'score'?",
+        "videor1.rewards:score.x.y": "'videor1.rewards' has no 'score.x.y'",
+        "videor1.config:IMAGE_MAX_PIXELS": "is int, expected a function",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_reward(name)
 
 
 def test_a_module_of_rewards_is_loaded_once_and_a_broken_import_in_it_is_shown_as_it_is(

@@ -46,10 +46,6 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
 
 
-def write_lines(file: Path, rows: list[Any]) -> None:
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-
-
 def kinds(loaded: Loaded) -> list[str]:
     return [error.kind for error in loaded.errors]
 
@@ -84,18 +80,7 @@ def test_vsibench(benchmarks: Path) -> None:
     assert set(loaded.overall.groups) == {f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")}
 
 
-@pytest.mark.parametrize("files", [["test-00000-of-00001"], ["test_debiased", "test_pruned"]])
-def test_vsibench_of_other_releases(one: One, files: list[str]) -> None:
-    folder = one("vsibench")
-    rows = rows_of(folder / "test.jsonl")
-    (folder / "test.jsonl").unlink()
-    for i, name in enumerate(files):
-        write_parquet(folder / f"{name}.parquet", rows[i :: len(files)])
-    loaded = load_suite("vsibench", folder.parent)
-    assert (len(loaded.questions), loaded.errors) == (5, [])
-
-
-def test_vsibench_says_what_is_wrong_with_a_row(one: One) -> None:
+def test_vsibench_with_bad_rows_and_of_other_releases(one: One) -> None:
     folder = one("vsibench")
     rows = rows_of(folder / "test.jsonl")
     number, row = rows[0], rows[1]
@@ -117,12 +102,22 @@ def test_vsibench_says_what_is_wrong_with_a_row(one: One) -> None:
         (number | {"ground_truth": "\ud83d"}, "wrong_type"),
         ("{not json", "bad_json"),
     ]
-    write_lines(folder / "test.jsonl", [row, *(one for one, _ in bad), number])
+    given = [row, *(one for one, _ in bad), number]
+    (folder / "test.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in given))
     loaded = load_suite("vsibench", folder.parent)
     assert [question.sample.index for question in loaded.questions] == [0, len(bad) + 1]
     assert kinds(loaded) == [kind for _, kind in bad]
     assert "line 2" in loaded.errors[0].message
     assert str(loaded.errors[0].path).endswith("test.jsonl")
+    # Other releases.
+    (folder / "test.jsonl").unlink()
+    for files in (["test-00000-of-00001"], ["test_debiased", "test_pruned"]):
+        for i, name in enumerate(files):
+            write_parquet(folder / f"{name}.parquet", rows[i :: len(files)])
+        loaded = load_suite("vsibench", folder.parent)
+        assert (len(loaded.questions), loaded.errors) == (5, [])
+        for name in files:
+            (folder / f"{name}.parquet").unlink()
 
 
 def test_videommmu(benchmarks: Path) -> None:
@@ -156,6 +151,15 @@ def test_mvbench(benchmarks: Path) -> None:
     assert rates == {"episodic_reasoning": 3.0}
     for text, score in (("blue", 1.0), ("B. blue", 1.0), ("A. red", 0.0)):  # also the option's text alone
         assert scores(loaded, text) == 20 * [score]
+    for given, expected in (  # options are lettered once
+        (["red", "blue"], ["A. red", "B. blue"]),
+        (["A. red", "B. blue"], ["A. red", "B. blue"]),
+        (["A) red", "B) blue"], ["A) red", "B) blue"]),
+        (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
+    ):
+        assert lettered(given) == expected
+    with pytest.raises(BadRowError):
+        lettered(["x"] * 27)
 
 
 def test_mvbench_refuses_an_answer_that_is_no_candidate(one: One) -> None:
@@ -225,6 +229,8 @@ def test_missing_data_tell_how_to_get_them(one: One, tmp_path: Path, name: str) 
     with pytest.raises(DataError, match=f"{name}: no .*found: nothing") as caught:
         load_suite(name, elsewhere)
     assert command in str(caught.value)
+    with pytest.raises(ConfigError, match=rf"got '{name[:3] + name[4:]}'; did you mean '{name}'\?"):
+        load_suite(name[:3] + name[4:], tmp_path)
     # Archives that were not unpacked.
     folder = one(name)
     for path in folder.rglob("*"):
@@ -256,12 +262,6 @@ def test_nothing_that_can_be_asked(one: One) -> None:
         file.write_text(content)
         with pytest.raises(DataError, match=message):
             load_suite("mmvu", folder.parent)
-
-
-@pytest.mark.parametrize(("given", "near"), [("mvbnch", "mvbench"), ("video_mmmmu", "videommmu"), ("vsi", "vsibench")])
-def test_an_unknown_benchmark_gets_the_nearest_name(tmp_path: Path, given: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=rf"got '{given}'; did you mean '{near}'\?"):
-        load_suite(given, tmp_path)
 
 
 def test_parquet_that_is_none_or_not_utf8(one: One) -> None:
@@ -315,15 +315,3 @@ def test_a_data_files_solutions_are_checked_by_the_scores_of_an_evaluation(tmp_p
     assert any("problem 6" in error.message for error in loaded.errors)
     texts = ("12", "12 cm", "12 centimeters", "$\\frac{24}{2}$", "12 m")
     assert [by_index[1](answer(text)) for text in texts] == [1, 1, 1, 1, 0]
-
-
-def test_options_are_lettered_once() -> None:
-    for given, expected in (
-        (["red", "blue"], ["A. red", "B. blue"]),
-        (["A. red", "B. blue"], ["A. red", "B. blue"]),
-        (["A) red", "B) blue"], ["A) red", "B) blue"]),
-        (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
-    ):
-        assert lettered(given) == expected
-    with pytest.raises(BadRowError):
-        lettered(["x"] * 27)

@@ -75,13 +75,6 @@ def test_times_that_follow_decoding(made: Make, tmp_path: Path, name: str, suffi
     assert_in_order(path, 2, 4, 16)
 
 
-@pytest.mark.parametrize("name", ["b-frames", "b-pyramid"])
-def test_avi(tmp_path: Path, name: str) -> None:
-    """H.264 in AVI, as UCF101 and HMDB51 are published."""
-    path = write_video(tmp_path / "a.avi", coded_frames(120), options=MADE[name].options)
-    assert_in_order(path, 2, 16, truth=list(range(120)))
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv"])
 def test_frames_that_are_reordered_late_in_the_file(tmp_path: Path, suffix: str) -> None:
     """The first groups of pictures show nothing, and single frames are sought for."""
@@ -100,17 +93,6 @@ def test_frames_that_are_reordered_late_in_the_file(tmp_path: Path, suffix: str)
     assert_in_order(path, 2, 4, 6, 16, truth=truth)
     for number in range(60, len(truth), 5):
         assert decoded_numbers(decode(path, [number])) == [truth[number]]
-
-
-def test_true_times_cost_nothing_and_no_reordering_little(made: Make) -> None:
-    decoded = {}
-    for name in ("b-frames", "gop 12"):
-        frames = [decode(made(name), [number]) for number in (0, 50, 95, 119)]
-        assert [decoded_numbers(one)[0] for one in frames] == [0, 50, 95, 119]
-        decoded[name] = [one.decoded for one in frames]
-    assert decoded["b-frames"][0] == 1
-    assert max(decoded["b-frames"]) <= 24
-    assert decoded["gop 12"] == [3, 5, 12, 12], "at most two more than the frame needs, none past a key frame"
 
 
 @pytest.mark.grid(
@@ -134,7 +116,11 @@ def test_a_clock_that_is_set_back(
     assert all(44 <= number <= 61 for number in coded_numbers(part.frames))
 
 
-def test_transport_streams_joined_by_cat_are_whole(tmp_path: Path) -> None:
+def test_whole_files(made: Make, tmp_path: Path) -> None:
+    """H.264 in AVI, as UCF101 and HMDB51 are published, and transport streams joined by cat."""
+    for name in ("b-frames", "b-pyramid"):
+        path = write_video(tmp_path / f"{name}.avi", coded_frames(120), options=MADE[name].options)
+        assert_in_order(path, 2, 16, truth=list(range(120)))
     pieces = [
         write_video(tmp_path / f"{first}.ts", coded_frames(130)[first:stop], options=MADE["b-frames"].options)
         for first, stop in ((0, 40), (40, 90), (90, 130))
@@ -142,6 +128,15 @@ def test_transport_streams_joined_by_cat_are_whole(tmp_path: Path) -> None:
     path = join(pieces, tmp_path / "whole.ts")
     assert any(packet.is_corrupt for packet in packets_of(path)), "FFmpeg suspects a loss at each joint"
     assert_in_order(path, truth=list(range(130)))
+    # True times cost nothing, and no reordering little.
+    decoded = {}
+    for name in ("b-frames", "gop 12"):
+        frames = [decode(made(name), [number]) for number in (0, 50, 95, 119)]
+        assert [decoded_numbers(one)[0] for one in frames] == [0, 50, 95, 119]
+        decoded[name] = [one.decoded for one in frames]
+    assert decoded["b-frames"][0] == 1
+    assert max(decoded["b-frames"]) <= 24
+    assert decoded["gop 12"] == [3, 5, 12, 12], "at most two more than the frame needs, none past a key frame"
 
 
 def test_a_loss_in_a_transport_stream_is_an_error_where_it_is_decoded(tmp_path: Path) -> None:
