@@ -200,9 +200,7 @@ def test_folders_that_are_no_evaluations(evaluate: Evaluate, tmp_path: Path) -> 
     assert "is the folder of a training run" in evaluate(code=2, benchmark="mmvu").err
 
 
-def test_a_checkpoint_that_was_trained_otherwise_is_told_of(
-    evaluate: Evaluate, oracle: type[Oracle], assets: Assets, tmp_path: Path
-) -> None:
+def test_a_checkpoint_trained_otherwise(evaluate: Evaluate, oracle: Any, assets: Assets, tmp_path: Path) -> None:
     model = tmp_path / "trained" / "checkpoints" / "step-7"
     shutil.copytree(assets.model, model)
     file = tmp_path / "trained" / "config.yaml"

@@ -94,11 +94,10 @@ def hold(arguments: list[str]) -> None:
         run_main(command.main, arguments)
 
 
-def test_a_second_process_is_refused_and_a_killed_one_resumed(
-    assets: Assets, two: dict[str, Any], whole: Path, evaluate: Evaluate
-) -> None:
+def test_a_second_process_is_refused_and_a_killed_one_resumed(two: Any, whole: Path, evaluate: Evaluate) -> None:
     folder = evaluate.folder / "run"
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(flags(assets, folder, **two),))
+    given = flags(evaluate.assets, folder, **two)
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(given,))
     process.start()
     deadline = time.monotonic() + PATIENCE
     while not (folder / "answers.jsonl").exists() or len(answers(folder)) < 2:
@@ -130,9 +129,7 @@ FILES = ["answers.jsonl", "config.yaml", "results.json", "skipped.jsonl", "state
 
 
 @pytest.mark.parametrize("room", [0, 300, 2000])
-def test_a_full_disk_anywhere_is_one_message_and_gone_on_from(
-    evaluate: Evaluate, oracle: type[Oracle], room: int
-) -> None:
+def test_a_full_disk_is_one_message_and_gone_on_from(evaluate: Evaluate, oracle: type[Oracle], room: int) -> None:
     """No file can grow beyond ``room``: the state, a line or the results do not fit."""
     options = {"benchmark": "videomme,vsibench"}
     with largest_file(room):
@@ -199,9 +196,7 @@ def test_a_resume_of_another_evaluation_is_refused(evaluate: Evaluate, finished:
         assert named in told
 
 
-def test_an_evaluation_and_its_data_may_be_moved(
-    evaluate: Evaluate, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_and_its_data_may_be_moved(evaluate: Evaluate, oracle: type[Oracle], monkeypatch: Any) -> None:
     """The model, the data and the run lie in one folder, which is named relative to another one."""
     project = evaluate.folder / "project"
     shutil.copytree(evaluate.benchmarks / "videomme", project / "data" / "videomme")

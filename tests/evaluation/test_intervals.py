@@ -34,10 +34,7 @@ def test_copies_of_a_question_on_one_video_add_nothing() -> None:
     naive = mean_of_shares(list(np.repeat(values, 3)), range(180))
     assert (thrice.value, *ends(thrice)) == pytest.approx((once.value, *ends(once)), abs=2e-3)
     assert naive.high - naive.low < 0.65 * (thrice.high - thrice.low)
-
-
-def test_questions_that_balance_each_other_are_not_taken_for_more_than_they_are() -> None:
-    """One right and one wrong on nearly every video: the clustered error is far too small."""
+    # One right and one wrong on nearly every video: the clustered error is far too small, and not taken.
     found = mean_of_shares([1.0, 0.0] * 29 + [1.0, 1.0], [i // 2 for i in range(60)])
     assert ends(found) == pytest.approx(exact(31, 60))
 
@@ -52,9 +49,7 @@ def test_differences_equal_the_clustered_formula() -> None:
     error = math.sqrt(clusters / (clusters - 1) * sum(s * s for s in sums))
     half = stats.t.ppf(0.975, clusters - 1) * error
     assert (found.value, *ends(found)) == pytest.approx((mean, mean - half, mean + half))
-
-
-def test_differences_of_single_questions_are_students_interval() -> None:
+    # Of single questions: Student's interval.
     values = np.random.default_rng(2).standard_normal(30)
     student = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
     assert ends(mean_of_differences(list(values), range(30))) == pytest.approx(student)
@@ -81,9 +76,7 @@ def test_all_alike() -> None:
     same = mean_of_differences([0.1] * 30, range(30))
     assert same.value == pytest.approx(0.1)
     assert math.isnan(same.low)
-
-
-def test_one_video_and_none_give_no_interval() -> None:
+    # One video and none give no interval.
     one = mean_of_shares([1.0, 0.0], ["a", "a"])
     assert one.value == 0.5
     assert math.isnan(one.low)

@@ -190,9 +190,7 @@ def test_shuffled_frames(make: Make, engine: type[Oracle], video: Path) -> None:
     assert not torch.equal(a.features, b.features)
 
 
-def test_a_bad_video_is_counted(
-    make: Make, engine: type[Oracle], video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_video_is_counted(make: Make, engine: type[Oracle], video: Path, tmp_path: Path, caplog: Any) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
     contents = [[clip(bad), text("a")], [clip(video), text("b")], [clip(tmp_path / "none.mp4"), text("c")]]

@@ -79,6 +79,17 @@ def test_a_checkpoint_is_asked_under_its_own_rule(transformers_run: Path, assets
     assert rule_of(checkpoint, positions="paper") == "paper"
     continued = trainer(assets, tmp_path / "on", model_name_or_path=checkpoint, max_steps=1)
     assert continued.model.position_rule == continued.config.model.positions == "transformers"
+    # A resumed run is refused another rule, and the rule makes a difference to that run.
+    folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(ConfigError, match=r"model\.positions: .*step-2 was trained under 'transformers'.*'paper'"):
+        trainer(assets, folder, model__positions="paper", resume="auto", **OLD)
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    trainer(assets, tmp_path / "paper", **OLD).train()
+    assert last_metrics(transformers_run)["loss"] != last_metrics(tmp_path / "paper")["loss"]
+    with pytest.raises(ConfigError, match="videor1_positions 'newest', expected one of paper, transformers"):
+        trained_rule(tmp_path, "newest")
+    assert trained_rule("Qwen/Qwen2.5-VL-7B-Instruct", None) is None
 
 
 @pytest.mark.parametrize("how", ["bare", "whole"])
@@ -101,29 +112,7 @@ def test_an_older_run_goes_on_under_its_own_rule(
     assert "changed since" not in shown
 
 
-def test_the_rule_makes_a_difference_to_that_run(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path / "paper", **OLD).train()
-    losses = [last_metrics(folder)["loss"] for folder in (transformers_run, tmp_path / "paper")]
-    assert losses[0] != losses[1]
-
-
-def test_a_resumed_run_is_refused_another_rule(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    with pytest.raises(ConfigError, match=r"model\.positions: .*step-2 was trained under 'transformers'.*'paper'"):
-        trainer(assets, folder, model__positions="paper", resume="auto", **OLD)
-    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
-
-
-def test_a_record_that_this_version_does_not_know(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="videor1_positions 'newest', expected one of paper, transformers"):
-        trained_rule(tmp_path, "newest")
-    assert trained_rule("Qwen/Qwen2.5-VL-7B-Instruct", None) is None
-
-
-def test_an_evaluation_says_its_rule_and_an_older_one_goes_on_under_its_own(
-    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_evaluation_says_its_rule_and_an_older_keeps_its_own(assets: Assets, tmp_path: Path, capsys: Any) -> None:
     options = {"dataset_name": assets.dev, "video__max_frames": 8}
     folder = tmp_path / "run"
     assert run(assets, folder, **options) == 0
@@ -143,9 +132,7 @@ def test_an_evaluation_says_its_rule_and_an_older_one_goes_on_under_its_own(
     assert answers(older) == expected
 
 
-def test_asking_under_another_rule_is_told(
-    transformers_run: Path, assets: Assets, tmp_path: Path, oracle: Any, capsys: pytest.CaptureFixture
-) -> None:
+def test_asking_otherwise(transformers_run: Path, assets: Assets, tmp_path: Path, oracle: Any, capsys: Any) -> None:
     folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
     options = {"model_name_or_path": folder / "checkpoints" / "step-2", "dataset_name": assets.dev, "eval_samples": 1}
     for name, given, told in (("own", {}, False), ("other", {"model__positions": "paper"}, True)):

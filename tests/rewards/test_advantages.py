@@ -124,17 +124,12 @@ def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_contro
         assert scored.result.advantages[row].tolist() == pytest.approx(advantages, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("correct_above", "len_control", "rewards"),
-    [(0.1, True, [3.0, 2.3, 1.0]), (0.1, False, [2.3, 2.3, 1.0]), (1.0, True, [2.0, 2.0, 1.0])],
-)
-def test_bonuses_are_the_configured_ones_and_gated_by_correct_above(
-    correct_above: float, len_control: bool, rewards: list[float]
-) -> None:
+def test_bonuses_are_the_configured_ones_and_gated_by_correct_above() -> None:
     group = make_group(answers(RIGHT, RIGHT, WRONG, lengths=(10, 21, 15)), answers(WRONG))
-    reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=correct_above)
-    scored = score_groups([group], config(rule="reference", reward=reward, len_control=len_control))
-    assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
+    for above, control, rewards in ((0.1, True, [3, 2.3, 1]), (0.1, False, [2.3, 2.3, 1]), (1.0, True, [2, 2, 1])):
+        reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=above)
+        scored = score_groups([group], config(rule="reference", reward=reward, len_control=control))
+        assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
 def test_accuracies_that_are_known_and_functions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,9 +272,8 @@ def test_custom_rewards_that_cannot_be_loaded() -> None:
             load_reward(name)
 
 
-def test_a_module_of_rewards_is_loaded_once_and_a_broken_import_in_it_is_shown_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_of_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded once, and a broken import in one is shown as it is."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "breaks_inside.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -162,9 +163,7 @@ def test_other_decoders_refuse_what_they_cannot_order(made: Make, tmp_path: Path
     assert decoded_numbers(decode(made(name), [0, 50, 100], by=DecordDecoder)) == [0, 50, 100]
 
 
-def timeline(
-    stamps: Sequence[int | None], clock: Sequence[int] = (), key: Sequence[int] = (), header: Fraction | None = None
-) -> Timeline:
+def timeline(stamps: Sequence[int | None], clock: Any = (), key: Any = (), header: Fraction | None = None) -> Timeline:
     keys = [number in key for number in range(len(stamps))]
     return timeline_of_packets(stamps, clock or [None] * len(stamps), keys, 2, Fraction(1, 10), header)
 
