@@ -184,20 +184,17 @@ MISTAKES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("code", "options", "message"), MISTAKES, ids=[message for *_, message in MISTAKES])
-def test_what_cannot_be(evaluate: Evaluate, code: int, options: dict[str, Any], message: str) -> None:
-    assert message in evaluate(code=code, **options).err
-
-
-def test_folders_that_are_no_evaluations(evaluate: Evaluate, tmp_path: Path) -> None:
-    """A training run's is left alone; none is made where benchmarks are missing, every one of which is named."""
+def test_what_cannot_be(evaluate: Evaluate, tmp_path: Path) -> None:
+    for code, options, message in MISTAKES:
+        assert message in evaluate(code=code, **options).err
+    # No folder is made where benchmarks are missing, every one of which is named; a training run's is left alone.
     told = evaluate("new", code=1, benchmark="mvbench,videomme", data__root=tmp_path).err
     assert "hf download OpenGVLab/MVBench" in told
     assert "hf download lmms-lab/Video-MME" in told
     assert not (tmp_path / "new").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    assert "is the folder of a training run" in evaluate(code=2, benchmark="mmvu").err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("{}\n")
+    assert "is the folder of a training run" in evaluate("other", code=2, benchmark="mmvu").err
 
 
 def test_a_checkpoint_trained_otherwise(evaluate: Evaluate, oracle: Any, assets: Assets, tmp_path: Path) -> None:

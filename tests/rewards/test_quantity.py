@@ -11,11 +11,6 @@ from hypothesis import strategies as st
 from videor1.rewards import accuracy_reward
 from videor1.rewards.quantity import Quantity, read_quantity
 
-
-def earn(output: str, truth: str, problem_type: str = "numerical") -> float:
-    return accuracy_reward(f"<answer>{output}</answer>", f"<answer>{truth}</answer>", problem_type, lenient=True)
-
-
 READ = {
     (12, ""): r"12 | १२ | １２ | $12$ | \(12\) | \boxed{12} | **12**",
     (-3.5, ""): "-3.5",
@@ -67,9 +62,12 @@ NUMBERS = "1,5 | 10,00 | 1/0 | 0/0 | 1/2/3 | 3-5 | 3 x 4 | 2i | 5! | 1e999 | 12:
 TWO = ["3 or 4", "3 and a half", "3 halves", "12 cm or 13 cm", "$€3", "€3 dollars", r"\frac{1}{0}", r"\frac{}{}"]
 
 
-@pytest.mark.parametrize("text", [*WORDS, *NUMBERS.split(" | "), *TWO])
-def test_what_is_no_number_alone_is_none(text: str) -> None:
-    assert read_quantity(text) is None
+def test_what_is_no_number_alone_is_none() -> None:
+    assert [text for text in (*WORDS, *NUMBERS.split(" | "), *TWO) if read_quantity(text) is not None] == []
+
+
+def earn(output: str, truth: str, problem_type: str = "numerical") -> float:
+    return accuracy_reward(f"<answer>{output}</answer>", f"<answer>{truth}</answer>", problem_type, lenient=True)
 
 
 FORMS = [

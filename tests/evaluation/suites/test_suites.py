@@ -136,7 +136,7 @@ def test_videommmu(benchmarks: Path) -> None:
     assert "__MACOSX" not in str(comprehension.sample.path)
 
 
-def test_mvbench(benchmarks: Path) -> None:
+def test_mvbench(one: One, benchmarks: Path) -> None:
     loaded = load_suite("mvbench", benchmarks)
     assert [question.categories["task"] for question in loaded.questions] == list(TASKS)
     by_task = {question.categories["task"]: question.sample for question in loaded.questions}
@@ -160,16 +160,13 @@ def test_mvbench(benchmarks: Path) -> None:
         assert lettered(given) == expected
     with pytest.raises(BadRowError):
         lettered(["x"] * 27)
-
-
-def test_mvbench_refuses_an_answer_that_is_no_candidate(one: One) -> None:
+    # An answer that is no candidate is refused, and so are windows.
     folder = one("mvbench")
     file = folder / "json" / "action_sequence.json"
     (row,) = rows_of(file)
     write_json(file, [row | {"answer": "black"}, row | {"start": 5.0, "end": 4.0}, row | {"end": None}])
     loaded = load_suite("mvbench", folder.parent)
-    assert kinds(loaded) == ["options", "window", "wrong_type"]
-    assert len(loaded.questions) == 19
+    assert (kinds(loaded), len(loaded.questions)) == (["options", "window", "wrong_type"], 19)
     (folder / "json" / "state_change.json").unlink()
     with pytest.raises(DataError, match=r"no json/state_change\.json"):
         load_suite("mvbench", folder.parent)
@@ -208,12 +205,23 @@ def test_videomme(one: One, tmp_path: Path) -> None:
     assert (len(loaded.questions), loaded.missing) == (6, 3)
 
 
-def test_mmvu(benchmarks: Path) -> None:
-    loaded = load_suite("mmvu", benchmarks)
+def test_mmvu(one: One) -> None:
+    folder = one("mmvu")
+    loaded = load_suite("mmvu", folder.parent)
     (question,) = loaded.questions
     assert question.sample.options == ("A. heap sort", "B. quick sort", "C. merge sort")  # empty ones are none
     assert question.categories == {"discipline": "Engineering", "subject": "Computer Science"}
     assert dict(loaded.left_out) == {f"open-ended: {LEFT_OUT}": 1}
+    # A category that is no text is counted; a file of nothing that can be asked says why.
+    file = folder / "validation.json"
+    rows = rows_of(file)
+    write_json(file, [rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}, *rows])
+    assert kinds(load_suite("mmvu", folder.parent)) == ["bad_text"]
+    nothing = json.dumps([rows[1], {"id": 3}]), r"none of its rows.*missing_field.*open-ended"
+    for content, message in (nothing, ("{}", "expected a JSON list"), ("[", "expected a JSON list")):
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_suite("mmvu", folder.parent)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -246,24 +254,6 @@ def test_missing_data_tell_how_to_get_them(one: One, tmp_path: Path, name: str) 
     assert re.search(r"left out|Left\s+out", text)
 
 
-def test_nothing_that_can_be_asked(one: One) -> None:
-    folder = one("mmvu")
-    file = folder / "validation.json"
-    rows = rows_of(file)
-    # A category that is no text is counted.
-    write_json(file, [rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}, *rows])
-    assert kinds(load_suite("mmvu", folder.parent)) == ["bad_text"]
-    nothing = json.dumps([rows[1], {"id": 3}])
-    for content, message in (
-        (nothing, r"none of its rows.*missing_field.*open-ended"),
-        ("{}", "expected a JSON list"),
-        ("[", "expected a JSON list"),
-    ):
-        file.write_text(content)
-        with pytest.raises(DataError, match=message):
-            load_suite("mmvu", folder.parent)
-
-
 def test_parquet_that_is_none_or_not_utf8(one: One) -> None:
     folder = one("videomme")
     (file,) = folder.glob("**/*.parquet")
@@ -283,8 +273,7 @@ def test_parquet_that_is_none_or_not_utf8(one: One) -> None:
 def test_a_data_file_is_a_benchmark_too(assets: Assets) -> None:
     dataset = load_samples(assets.dev)
     loaded = from_dataset(dataset)
-    assert loaded.name == "dev"
-    assert [question.sample for question in loaded.questions] == dataset.samples
+    assert (loaded.name, [question.sample for question in loaded.questions]) == ("dev", dataset.samples)
     assert all(question.score(answer(question.sample.solution[8:-9])) > 0.6 for question in loaded.questions)
     choice = next(q for q in loaded.questions if q.sample.problem_type == "multiple choice")
     letter = choice.sample.solution[8:-9]

@@ -38,9 +38,8 @@ def test_ordered_answers_are_asked_for_first_then_the_shuffled_ones_that_matter(
     seeds = [derive_seed(7, *names) % 2**31 for names in (("ordered", 1, 0), ("ordered", 9, 0), ("shuffled", 9, 0))]
     assert [body["seed"] for body in server.asked[:3]] == seeds
     assert len(server.asked) == 4
-
-
-def test_shuffled_answers_that_cannot_matter_are_never_asked_for(server: FakeServer) -> None:
+    # Those that cannot matter are never asked for.
+    server.asked.clear()
     judge = Judge(None, None, False)
     rollout = make_engine(server, concurrency=1).generate([request(VIDEO, 2, 3, judge)])
     assert not any(map(is_shuffled, server.asked))
@@ -73,18 +72,7 @@ def test_shuffled_answers_in_flight_are_stopped_once_they_cannot_matter(server: 
     assert (stats.shuffled_asked, stats.shuffled_skipped, stats.shuffled_stopped) == (4, 2, 2)
     assert (len(rollout.groups[0].ordered), rollout.groups[0].shuffled, rollout.failed) == (1, (), {})
     assert (judge.shuffled, len(server.asked)) == ([], 4)
-
-
-def test_an_interrupt_stops_the_requests(server: FakeServer) -> None:
-    hold_shuffled(server)
-    judge = MagicMock(spec=Judge, needed=None)
-    judge.ordered_done.side_effect = KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        make_engine(server).generate([request(VIDEO, 1, 2, judge)])
-    wait_until(lambda: server.cut_off == 2)
-
-
-def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None:
+    # Those that ended before are kept.
     judge = Judge(None, False)
 
     def respond(body: Body, _: int) -> Body:
@@ -96,6 +84,15 @@ def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None
     rollout = make_engine(server, concurrency=2).generate([request(VIDEO, 1, 1, judge)])
     assert len(rollout.groups[0].shuffled) == len(judge.shuffled) == 1
     assert (rollout.stats.shuffled_skipped, rollout.stats.shuffled_stopped) == (0, 0)
+
+
+def test_an_interrupt_stops_the_requests(server: FakeServer) -> None:
+    hold_shuffled(server)
+    judge = MagicMock(spec=Judge, needed=None)
+    judge.ordered_done.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(server).generate([request(VIDEO, 1, 2, judge)])
+    wait_until(lambda: server.cut_off == 2)
 
 
 def test_nothing_is_left_behind(server: FakeServer, tmp_path: Path) -> None:
