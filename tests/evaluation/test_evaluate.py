@@ -151,8 +151,7 @@ def test_options_of_the_answers_and_of_the_media(evaluate: Evaluate, oracle: typ
     assert frames == 2
     assert height * width * 14 * 14 <= 56 * 84
 
-
-def test_the_shuffle_belongs_to_the_seed_and_the_question(evaluate: Evaluate, oracle: type[Oracle]) -> None:
+    # The shuffle belongs to the seed and the question.
     def orders(name: str, benchmark: str = "videomme", **options: Any) -> dict[int, Any]:
         oracle.requests.clear()
         evaluate(name, benchmark=benchmark, **options)

@@ -75,9 +75,7 @@ def test_known_answers_give_known_accuracy(model: VideoLM, dataset: Dataset, ora
     assert [error.kind for error in told[:3]] == [error.kind for error in told[3:]] == list(result.skipped)
     assert result.skipped["missing_file"] == result.skipped["too_long"] == 1
     assert [Path(error.path).name for error in told[:2]] == ["broken.mp4", "not-there.mp4"]
-
-
-def test_images_and_text_count_in_neither_mean() -> None:
+    # Images and text count in neither mean.
     sample = make_prompt(None).sample
     answers = [Answered(sample, *scores, "", None) for scores in ((0.5, 0.25), (0.0, 0.25), (1.0, None))]
     result = Evaluation(answers)

@@ -37,6 +37,20 @@ def test_copies_of_a_question_on_one_video_add_nothing() -> None:
     # One right and one wrong on nearly every video: the clustered error is far too small, and not taken.
     found = mean_of_shares([1.0, 0.0] * 29 + [1.0, 1.0], [i // 2 for i in range(60)])
     assert ends(found) == pytest.approx(exact(31, 60))
+    # All alike.
+    right = mean_of_shares([1.0] * 30, [i // 3 for i in range(30)])
+    assert (right.value, *ends(right)) == (1.0, pytest.approx(exact(10, 10)[0]), 1.0)  # ten videos
+    half = mean_of_shares([0.5] * 30, range(30))
+    assert half.low < 0.5 < half.high
+    same = mean_of_differences([0.1] * 30, range(30))
+    assert same.value == pytest.approx(0.1)
+    assert math.isnan(same.low)
+    # One video and none give no interval.
+    one = mean_of_shares([1.0, 0.0], ["a", "a"])
+    assert one.value == 0.5
+    assert math.isnan(one.low)
+    assert math.isnan(mean_of_differences([1.0, 0.0], ["a", "a"]).high)
+    assert math.isnan(mean_of_shares([], []).value)
 
 
 def test_differences_equal_the_clustered_formula() -> None:
@@ -53,9 +67,7 @@ def test_differences_equal_the_clustered_formula() -> None:
     values = np.random.default_rng(2).standard_normal(30)
     student = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
     assert ends(mean_of_differences(list(values), range(30))) == pytest.approx(student)
-
-
-def test_strata_are_means_of_means() -> None:
+    # Strata are means of means.
     strata = [("a", "a")] * 4 + [("d", "easy")] * 2 + [("d", "hard")] * 6
     values = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     found = mean_of_shares(values, range(12), strata)
@@ -66,22 +78,6 @@ def test_strata_are_means_of_means() -> None:
     error = math.sqrt(12 / 11 * (weights**2 * (np.array(values) - centres) ** 2).sum())
     difference = mean_of_differences(values, range(12), strata)
     assert difference.high - difference.value == pytest.approx(stats.t.ppf(0.975, 11) * error)
-
-
-def test_all_alike() -> None:
-    right = mean_of_shares([1.0] * 30, [i // 3 for i in range(30)])
-    assert (right.value, *ends(right)) == (1.0, pytest.approx(exact(10, 10)[0]), 1.0)  # ten videos
-    half = mean_of_shares([0.5] * 30, range(30))
-    assert half.low < 0.5 < half.high
-    same = mean_of_differences([0.1] * 30, range(30))
-    assert same.value == pytest.approx(0.1)
-    assert math.isnan(same.low)
-    # One video and none give no interval.
-    one = mean_of_shares([1.0, 0.0], ["a", "a"])
-    assert one.value == 0.5
-    assert math.isnan(one.low)
-    assert math.isnan(mean_of_differences([1.0, 0.0], ["a", "a"]).high)
-    assert math.isnan(mean_of_shares([], []).value)
 
 
 @pytest.mark.parametrize("truth", [0.1, 0.5, 0.9])

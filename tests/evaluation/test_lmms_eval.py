@@ -159,7 +159,9 @@ def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Pat
     assert ask(model, contents[2:3]) == ["no tags"]
 
 
-def test_sampling_options_of_the_task(make: Make, engine: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_options_and_shuffled_frames(
+    make: Make, engine: type[Oracle], caplog: pytest.LogCaptureFixture, video: Path
+) -> None:
     model = make(max_new_tokens=5)
     mixed = requests(model, [[text("a")], [text("b")], [text("c")]])
     mixed[1].arguments[2].update({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": True})
@@ -176,9 +178,7 @@ def test_sampling_options_of_the_task(make: Make, engine: type[Oracle], caplog: 
     engine.requests.clear()
     model.generate_until(2 * requests(model, [[text("a")]]))
     assert [asked.ordered.names for asked in engine.requests] == [("lmms-eval", "toy", 0, i) for i in range(2)]
-
-
-def test_shuffled_frames(make: Make, engine: type[Oracle], video: Path) -> None:
+    # Shuffled frames.
     model, contents = make(), [[clip(video), text("Which?")], [text("2 + 2?")]]
     for shuffle in (False, True, True):
         model.shuffle = shuffle

@@ -132,7 +132,7 @@ def test_bounded_passes_give_the_same_gradients(model: VideoLM, passes: list[int
         assert prompt_features(model, [make_prompt(None)]) == [None]
 
 
-def test_batches_by_hand() -> None:
+def test_batches() -> None:
     for sizes, budget, expected in (
         ([], 10, []),
         ([3], 10, [[3]]),
@@ -146,10 +146,7 @@ def test_batches_by_hand() -> None:
         size = Mock(side_effect=lambda item: item)
         assert greedy_batches(iter(sizes), size, budget) == expected
         assert [call.args[0] for call in size.call_args_list] == sizes, "each size is asked once"
-
-
-def test_batches_of_random_sizes() -> None:
-    """Nothing is lost or moved, none holds more than it may, none could have held the next item."""
+    # Nothing is lost or moved, none holds more than it may, none could have held the next item.
     rng = random.Random(0)
     for _ in range(200):
         items = ["x" * rng.randrange(12) for _ in range(rng.randrange(1, 20))]

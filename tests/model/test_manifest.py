@@ -129,6 +129,10 @@ def test_what_has_no_part_in_loading_may_be_there(folder: Path) -> None:
     (folder / MANIFEST).symlink_to("nowhere")
     with pytest.raises(OSError, match=r"nowhere|No such file"):
         check_manifest(folder, trainer=True)
+    # Plain names.
+    assert all(map(is_plain, ["a", "a.b", "..a", "a..", "…"]))
+    others = ["", ".", "..", "a/b", "/a", "a/", "../a", "a\\b", "C:a", "a\0", None, 3, ["a"]]
+    assert not any(map(is_plain, others))
 
 
 def test_the_digests_are_those_of_b2sum_or_given(folder: Path) -> None:
@@ -142,9 +146,3 @@ def test_the_digests_are_those_of_b2sum_or_given(folder: Path) -> None:
     assert listed(folder) == before
     write_manifest(folder, {name: {"bytes": 1, "blake2b": "0" * 64}})
     assert listed(folder)["files"][name]["bytes"] == 1
-
-
-def test_plain_names() -> None:
-    assert all(map(is_plain, ["a", "a.b", "..a", "a..", "…"]))
-    others = ["", ".", "..", "a/b", "/a", "a/", "../a", "a\\b", "C:a", "a\0", None, 3, ["a"]]
-    assert not any(map(is_plain, others))

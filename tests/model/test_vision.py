@@ -33,6 +33,28 @@ def test_as_window_by_window() -> None:
         for lm, out in ((model, ours), (plain, theirs))
     ]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # One call a layer, and nothing read back: on the meta device, whose values cannot be read, as on a GPU, in bf16.
+    visual = make_lm().visual
+    config = copy.deepcopy(visual.config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        tower = type(visual)(config).to(torch.bfloat16)
+    vision.prepare(tower)
+    meta = torch.device("meta")
+    pixels = torch.cat([media.patches for media in MEDIA]).to(meta)
+    lengths = vision.tower_lengths(GRID, tower.config, meta, torch.bfloat16)
+    assert {value.device.type for value in lengths.values() if isinstance(value, Tensor)} == {"meta"}
+    with Calls() as calls:
+        out = tower(normalize_patches(pixels, torch.bfloat16), grid_thw=GRID, **lengths)
+    assert out.pooler_output.shape[0] == sum(t * h * w for t, h, w in GRID.tolist()) // 4
+    assert len(calls.varlen) == config.depth
+    heads = config.num_heads, config.hidden_size // config.num_heads
+    assert {args[0].shape for args in calls.varlen} == {(len(pixels), *heads)}
+    frames, windows = (max(n for n in lengths[key].shape) - 1 for key in ("cu_seqlens", "cu_window_seqlens"))
+    full = [len(args[3]) - 1 == frames for args in calls.varlen]
+    assert [i for i, whole in enumerate(full) if whole] == list(config.fullatt_block_indexes)
+    assert windows > frames
+    assert {args[5] for args in calls.varlen} == {8 * 12, lengths["max_window_seqlen"]}
 
 
 class Calls(TorchDispatchMode):
@@ -59,31 +81,6 @@ def test_lengths(device: str) -> None:
     assert lengths["max_seqlen"] == 96
     assert lengths["max_window_seqlen"] == max(lengths["cu_window_seqlens"].diff().tolist())
     assert lengths["window_index"].device.type == lengths["position_ids"].device.type == device
-
-
-def test_one_call_a_layer_and_nothing_read_back() -> None:
-    """On the meta device, whose values cannot be read: as on a GPU, in bf16."""
-    visual = make_lm().visual
-    config = copy.deepcopy(visual.config)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        tower = type(visual)(config).to(torch.bfloat16)
-    vision.prepare(tower)
-    meta = torch.device("meta")
-    pixels = torch.cat([media.patches for media in MEDIA]).to(meta)
-    lengths = vision.tower_lengths(GRID, tower.config, meta, torch.bfloat16)
-    assert {value.device.type for value in lengths.values() if isinstance(value, Tensor)} == {"meta"}
-    with Calls() as calls:
-        out = tower(normalize_patches(pixels, torch.bfloat16), grid_thw=GRID, **lengths)
-    assert out.pooler_output.shape[0] == sum(t * h * w for t, h, w in GRID.tolist()) // 4
-    assert len(calls.varlen) == config.depth
-    heads = config.num_heads, config.hidden_size // config.num_heads
-    assert {args[0].shape for args in calls.varlen} == {(len(pixels), *heads)}
-    frames, windows = (max(n for n in lengths[key].shape) - 1 for key in ("cu_seqlens", "cu_window_seqlens"))
-    full = [len(args[3]) - 1 == frames for args in calls.varlen]
-    assert [i for i, whole in enumerate(full) if whole] == list(config.fullatt_block_indexes)
-    assert windows > frames
-    assert {args[5] for args in calls.varlen} == {8 * 12, lengths["max_window_seqlen"]}
 
 
 def test_patches_are_embedded_by_a_product() -> None:

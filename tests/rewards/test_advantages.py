@@ -39,7 +39,7 @@ def config(**options: Any) -> TrainConfig:
     return TrainConfig(temporal=TemporalConfig(**temporal), **options)
 
 
-def test_margin_on_the_advantage_by_hand() -> None:
+def test_by_hand() -> None:
     group = make_group(answers(RIGHT, RIGHT, WRONG, WRONG), answers(RIGHT, WRONG, WRONG, WRONG))
     scored = score_groups([group], config())
     assert (scored.accuracy.tolist(), scored.format.tolist()) == ([[1, 1, 0, 0]], [[1, 1, 1, 1]])
@@ -49,9 +49,7 @@ def test_margin_on_the_advantage_by_hand() -> None:
     assert scored.result.rewards.tolist() == [[2, 2, 1, 1]]
     z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert scored.result.advantages[0].tolist() == pytest.approx([z + 0.075, z + 0.075, -z, -z], rel=1e-6)
-
-
-def test_reference_on_the_reward_by_hand() -> None:
+    # The reference on the reward.
     group = make_group(answers(RIGHT, WRONG_BARE), answers(RIGHT))
     scored = score_groups([group], config(rule="reference", mu=0.5))  # p = 0.5 passes 0.5 * 1, and only with >=
     assert scored.result.rewards[0].tolist() == pytest.approx([2.3, 0.0])
@@ -60,6 +58,12 @@ def test_reference_on_the_reward_by_hand() -> None:
     threshold = score_groups([group], config(rule="threshold", mu=0.5))
     assert threshold.result.temporal.tolist() == [0.0]
     assert threshold.result.rewards.tolist() == [[2, 0]]
+    # Bonuses are the configured ones, and gated by correct_above.
+    group = make_group(answers(RIGHT, RIGHT, WRONG, lengths=(10, 21, 15)), answers(WRONG))
+    for above, control, rewards in ((0.1, True, [3, 2.3, 1]), (0.1, False, [2.3, 2.3, 1]), (1.0, True, [2, 2, 1])):
+        reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=above)
+        scored = score_groups([group], config(rule="reference", reward=reward, len_control=control))
+        assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
 def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[float]]:
@@ -122,14 +126,6 @@ def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_contro
         rewards, advantages = expected(group, options)
         assert scored.result.rewards[row].tolist() == pytest.approx(rewards, abs=1e-6)
         assert scored.result.advantages[row].tolist() == pytest.approx(advantages, abs=1e-5)
-
-
-def test_bonuses_are_the_configured_ones_and_gated_by_correct_above() -> None:
-    group = make_group(answers(RIGHT, RIGHT, WRONG, lengths=(10, 21, 15)), answers(WRONG))
-    for above, control, rewards in ((0.1, True, [3, 2.3, 1]), (0.1, False, [2.3, 2.3, 1]), (1.0, True, [2, 2, 1])):
-        reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=above)
-        scored = score_groups([group], config(rule="reference", reward=reward, len_control=control))
-        assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
 def test_accuracies_that_are_known_and_functions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

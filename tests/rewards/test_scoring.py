@@ -238,7 +238,7 @@ def test_score(my_rewards: Any) -> None:
     assert error.value.__notes__ == ["raised by the reward function my_rewards:broken"]
 
 
-def test_what_a_custom_reward_must_not_return(my_rewards: Any) -> None:
+def test_custom_rewards_that_are_refused(my_rewards: Any) -> None:
     for returned, message in (
         ([1.0, 2.0], "expected 3 values, one per completion, got 2"),
         (1.0, "expected a list of 3 floats, got float"),
@@ -254,9 +254,7 @@ def test_what_a_custom_reward_must_not_return(my_rewards: Any) -> None:
         load_reward.cache_clear()
         with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
             scored("my_rewards:broken")
-
-
-def test_custom_rewards_that_cannot_be_loaded() -> None:
+    # Those that cannot be loaded.
     unnamed = (":score", "videor1.rewards:", "..rewards:score", "my rewards:score")
     for name, message in {
         "videor1.rewards": "expected 'module:function', got 'videor1.rewards'",

@@ -156,15 +156,7 @@ def test_damage_is_an_error_not_a_shorter_clip(tmp_path: Path, capfd: pytest.Cap
     assert refusal(read_frames, real_video("corrupted.mp4")).kind == "decode"
 
 
-def test_a_size_that_changes_is_an_error(tmp_path: Path) -> None:
-    small = write_video(tmp_path / "s.264", numbered_frames(20, 32, 48), container="h264")
-    for size, limit, kinds in (((48, 64), 1024, {"decode"}), ((960, 1280), 40, {"decode", "too_large"})):
-        both = write_video(tmp_path / "l.264", numbered_frames(6, *size), container="h264")
-        both.write_bytes(small.read_bytes() + both.read_bytes())
-        assert refusal(read_frames, both, max_decoded_mb=limit).kind in kinds
-
-
-def test_files_that_are_no_video(tmp_path: Path) -> None:
+def test_files_that_make_no_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "good.mp4", numbered_frames(10))
     for name, content in (
         ("text.mp4", "not a video\n" * 100),
@@ -180,9 +172,12 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     assert refusal(read_frames, tmp_path / "nowhere.mp4").kind == "missing_file"
     wide = write_video(tmp_path / "wide.mkv", np.zeros((4, 4, 1000, 3), np.uint8), codec="ffv1", pix_fmt="bgr0")
     assert refusal(read_frames, wide).kind == "aspect_ratio"
-
-
-def test_too_few_frames(tmp_path: Path) -> None:
+    # A size that changes is an error, and so are too few frames.
+    small = write_video(tmp_path / "s.264", numbered_frames(20, 32, 48), container="h264")
+    for size, limit, kinds in (((48, 64), 1024, {"decode"}), ((960, 1280), 40, {"decode", "too_large"})):
+        both = write_video(tmp_path / "l.264", numbered_frames(6, *size), container="h264")
+        both.write_bytes(small.read_bytes() + both.read_bytes())
+        assert refusal(read_frames, both, max_decoded_mb=limit).kind in kinds
     assert refusal(read_frames, write_sound(tmp_path / "none.mkv", with_empty_video=True)).kind == "zero_frames"
     assert refusal(read_frames, write_video(tmp_path / "1.mp4", numbered_frames(1))).kind == "too_few_frames"
     for count, expected in ((2, [0, 1]), (3, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4])):

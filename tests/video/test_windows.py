@@ -60,7 +60,7 @@ def test_only_the_window_is_seen(video: Path, tmp_path: Path, backend: str) -> N
     assert frames_between(path, [], 1.0, 2.0) == range(0)
 
 
-def test_windows_without_frames_and_windows_that_are_none(video: Path) -> None:
+def test_windows_and_folders_that_are_none(video: Path, tmp_path: Path) -> None:
     for start, end in ((5.0, 6.0), (1.01, 1.09), (1.0, 1.05)):
         error = refusal(read_frames, video, start=start, end=end)
         assert error.kind == "too_few_frames"
@@ -70,24 +70,7 @@ def test_windows_without_frames_and_windows_that_are_none(video: Path) -> None:
     for start, end in ((-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (None, 0.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="0 <= start < end"):
             read_frames(video, start=start, end=end)
-
-
-def test_images_of_a_folder_are_a_video(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "clip", name="frame_{}.png")  # in order of their numbers: 10 comes after 9
-    (folder / "notes.txt").write_text("not an image")
-    (folder / ".hidden.png").write_bytes(b"")
-    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
-    clip = read_frame_folder(folder, frames_per_second=3.0, fps=2.0)
-    assert numbers(clip) == [0, 2, 3, 5, 6, 8, 9, 11]  # 12 frames at 3 a second: 4 seconds
-    assert clip.timestamps == pytest.approx([i / 3 for i in (0, 2, 3, 5, 6, 8, 9, 11)])
-    assert clip.fps == pytest.approx(8 / 4)
-    part = read_frame_folder(folder, frames_per_second=3.0, start=1.0, end=2.0, fps=3.0)
-    assert numbers(part) == [3, 4, 5, 6]
-    same = read_frames(write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3), fps=2.0)
-    assert (same.size, same.fps, numbers(same)) == (clip.size, clip.fps, numbers(clip))
-
-
-def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
+    # Folders that are none.
     broken, mixed = write_images(tmp_path / "broken", 6), write_images(tmp_path / "mixed", 6)
     (broken / "00003.png").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(mixed / "00006.png")
@@ -105,6 +88,21 @@ def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
     assert refusal(lambda _: read_frame_folder(broken, frames_per_second=3.0), named).kind == "image"
     with pytest.raises(ValueError, match="frames_per_second"):
         read_frame_folder(mixed, frames_per_second=0.0)
+
+
+def test_images_of_a_folder_are_a_video(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "clip", name="frame_{}.png")  # in order of their numbers: 10 comes after 9
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_bytes(b"")
+    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
+    clip = read_frame_folder(folder, frames_per_second=3.0, fps=2.0)
+    assert numbers(clip) == [0, 2, 3, 5, 6, 8, 9, 11]  # 12 frames at 3 a second: 4 seconds
+    assert clip.timestamps == pytest.approx([i / 3 for i in (0, 2, 3, 5, 6, 8, 9, 11)])
+    assert clip.fps == pytest.approx(8 / 4)
+    part = read_frame_folder(folder, frames_per_second=3.0, start=1.0, end=2.0, fps=3.0)
+    assert numbers(part) == [3, 4, 5, 6]
+    same = read_frames(write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3), fps=2.0)
+    assert (same.size, same.fps, numbers(same)) == (clip.size, clip.fps, numbers(clip))
 
 
 def test_media_and_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:

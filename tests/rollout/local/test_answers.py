@@ -48,15 +48,6 @@ def test_an_answer_ends_with_its_first_stop_token(name: str) -> None:
     assert sum(c.token_ids[-1] == stop for c in completions) >= 16
 
 
-def test_a_row_goes_on_as_if_others_had_not_ended() -> None:
-    model = ending(6.0)
-    *shorter, long = (answer(model, [ask(model, VIDEO, 12)], SamplingOptions(n))[0] for n in (1, 3, 12))
-    for limit, short in zip((1, 3), shorter, strict=True):
-        for a, b in zip(short, long, strict=True):
-            assert a.token_ids.tolist() == b.token_ids[:limit].tolist()
-            assert a.finished == (b.finished and len(b.token_ids) <= limit)
-
-
 @pytest.mark.parametrize("prompt", [VIDEO, IMAGE, TEXT], ids=["video", "image", "text"])
 def test_logp_is_of_the_untruncated_distribution_at_the_temperature(prompt: Prompt) -> None:
     model = make_lm(position_rule="transformers")
@@ -101,6 +92,13 @@ def test_the_size_of_a_batch_does_not_show() -> None:
     # Another name or another seed is another stream of random numbers.
     assert tokens(together)[3] != tokens(together)[0][:2]
     assert tokens(answer(model, [ask(model, VIDEO, 3, seed=1)], options))[0] != tokens(together)[0]
+    # A row goes on as if others had not ended.
+    model = ending(6.0)
+    *shorter, long = (answer(model, [ask(model, VIDEO, 12)], SamplingOptions(n))[0] for n in (1, 3, 12))
+    for limit, short in zip((1, 3), shorter, strict=True):
+        for a, b in zip(short, long, strict=True):
+            assert a.token_ids.tolist() == b.token_ids[:limit].tolist()
+            assert a.finished == (b.finished and len(b.token_ids) <= limit)
 
 
 def test_weights_changed_between_calls_take_effect() -> None:

@@ -82,9 +82,7 @@ def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone() -> None:
     assert stats.tokens == sum(len(c.token_ids) for group in answers(rollout) for c in group)
     # The cache takes the shared amount: two prompts and twelve suffixes, not twelve prompts.
     assert stats.kv_bytes == (2 * len(VIDEO.input_ids) + len(TEXT.input_ids) + 18 * 3) * TOKEN
-
-
-def test_prompts_are_prefilled_in_bounded_passes() -> None:
+    # In bounded passes.
     model = ending()
     requests = mixed(model)
     expected = answers(LocalEngine(model, OPTIONS).generate(requests))

@@ -43,9 +43,7 @@ def test_everything_enters_where_there_is_room() -> None:
     assert [sequence.buffer_row for sequence in sequences] == [0, 1, 2, 3, 4]
     assert [sequence.index for sequence in sequences] == [0, 1, 0, 0, 1]
     assert scheduler.admit() == []
-
-
-def test_rows_that_leave_make_room_at_once() -> None:
+    # Rows that leave make room at once.
     scheduler = schedule([request(4, 2), request(6, 2), request(2, 1)], 3, 10)
     first, *none = scheduler.admit()
     assert not none  # three slots: the second branch does not fit, and the third does not overtake it

@@ -84,9 +84,8 @@ def test_shuffled_answers_in_flight_are_stopped_once_they_cannot_matter(server: 
     rollout = make_engine(server, concurrency=2).generate([request(VIDEO, 1, 1, judge)])
     assert len(rollout.groups[0].shuffled) == len(judge.shuffled) == 1
     assert (rollout.stats.shuffled_skipped, rollout.stats.shuffled_stopped) == (0, 0)
-
-
-def test_an_interrupt_stops_the_requests(server: FakeServer) -> None:
+    # An interrupt stops the requests, too.
+    server.cut_off = 0
     hold_shuffled(server)
     judge = MagicMock(spec=Judge, needed=None)
     judge.ordered_done.side_effect = KeyboardInterrupt

@@ -169,17 +169,7 @@ def test_a_call_of_which_nothing_is_left_raises(server: FakeServer) -> None:
     tried = f"tried 3 times at most, {PATIENCE:g} s each"
     assert all(words in told for words in ("of 2: HTTP 503: loading", tried, f"curl {server.url}/models"))
 
-
-@pytest.mark.parametrize("model", [None, "tiny"])
-def test_a_server_that_is_not_there_raises(model: str | None) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with FakeServer() as unused, pytest.raises(RolloutError, match=url):
-        ask_once(unused, url=url, model=model, retries=0)
-
-
-def test_a_server_that_dies_in_the_middle_leaves_what_it_answered(server: FakeServer) -> None:
+    # A server that dies in the middle leaves what it answered.
     def respond(body: Body, _: int) -> Reply | Body:
         if has_media(body):
             threading.Thread(target=server.shutdown).start()
@@ -195,3 +185,12 @@ def test_a_server_that_dies_in_the_middle_leaves_what_it_answered(server: FakeSe
     assert all("the connection failed" in reason for reason in rollout.failed.values())
     with pytest.raises(RolloutError, match="the connection failed"):
         engine.generate([request(TEXT, 1)])
+
+
+@pytest.mark.parametrize("model", [None, "tiny"])
+def test_a_server_that_is_not_there_raises(model: str | None) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with FakeServer() as unused, pytest.raises(RolloutError, match=url):
+        ask_once(unused, url=url, model=model, retries=0)

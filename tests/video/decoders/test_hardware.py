@@ -137,7 +137,7 @@ def surface(height: int = 4, dtype: Any = torch.uint8, value: int = 0, turn: int
     return Surface([Plane(Y), Plane(UV)], **kwargs)
 
 
-def test_surfaces_are_copied() -> None:
+def test_surfaces() -> None:
     surfaces = SurfaceStack(Path("a.mp4"), 2, "cpu")
     for slot, value in ((1, 3), (0, 7)):
         given = surface(value=value, turn=90)
@@ -154,9 +154,7 @@ def test_surfaces_are_copied() -> None:
     deep.put(0, surface(dtype=torch.uint16, colorspace=9, color_range=2))
     assert deep.pixels().planes[0].dtype == torch.uint16
     assert (deep.pixels().matrix, deep.pixels().range) == ("2020", "full")
-
-
-def test_surfaces_that_do_not_fit_together() -> None:
+    # Those that do not fit together.
     surfaces = SurfaceStack(Path("a.mp4"), 3, "cpu")
     surfaces.put(0, surface())
     for other, message in (

@@ -56,13 +56,23 @@ def test_an_edit_list(made: Make, tmp_path: Path, stand_in: StandIn, library: st
     assert_frames_asked_for(ADAPTERS[library](path), path, backend=library, first=5, levels=LEVELS[library])
 
 
-def test_what_is_left_to_turn(tmp_path: Path, stand_in: StandIn) -> None:
+def test_turns_and_surfaces(tmp_path: Path, stand_in: StandIn, made: Make) -> None:
     for library, shape, left in (("torchcodec", (80, 48), 0), ("pynvvideocodec", (48, 80), 90)):
         stand_in(library)
         decoder = ADAPTERS[library](write_video(tmp_path / "r.mp4", coded_frames(8), rotation=90))
         frames = decoder.frames([2, 1])
         assert (frames.pixels.shape, frames.rotation) == ((2, *shape, 3), left)
         assert decoder.probe().rotation == 90
+    # Surfaces that are used again were copied.
+    stand_in("pynvvideocodec")
+    decoder = PyNvVideoCodecDecoder(made("b-frames"))
+    first, planes = decoder.frames([4, 4, 2]), decoder.frames([9], planes=True)
+    luma = planes.pixels.planes[0].clone()
+    decoder.frames([7])
+    assert decoded_numbers(first) == [4, 4, 2]
+    assert torch.equal(planes.pixels.planes[0], luma)
+    decoder.close()
+    assert decoded_numbers(decoder.frames([8])) == [8]
 
 
 @pytest.mark.parametrize(
@@ -95,27 +105,6 @@ def test_a_library_is_checked(made: Make, stand_in: StandIn, library: str, fault
     assert error.message.startswith(f"{library}: ")
     assert reason in error.message
     assert "\n" not in error.message
-
-
-def test_torchcodec_without_ffmpeg(made: Make, stand_in: StandIn) -> None:
-    reason = "libavutil.so.60: cannot open shared object file: No such file or directory"
-    error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n 1. ...\n  OSError: {reason}")
-    stand_in("torchcodec", error=error)
-    with pytest.raises(ConfigError, match=r"torchcodec does not load .*libavutil") as caught:
-        decode(made("b-frames"), [0], by=TorchcodecDecoder)
-    assert "\n" not in str(caught.value)
-
-
-def test_surfaces_that_are_used_again_were_copied(made: Make, stand_in: StandIn) -> None:
-    stand_in("pynvvideocodec")
-    decoder = PyNvVideoCodecDecoder(made("b-frames"))
-    first, planes = decoder.frames([4, 4, 2]), decoder.frames([9], planes=True)
-    luma = planes.pixels.planes[0].clone()
-    decoder.frames([7])
-    assert decoded_numbers(first) == [4, 4, 2]
-    assert torch.equal(planes.pixels.planes[0], luma)
-    decoder.close()
-    assert decoded_numbers(decoder.frames([8])) == [8]
 
 
 @pytest.mark.parametrize("matrix", ["601", "709"])
@@ -160,7 +149,7 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, libr
     assert str(caught.value) == f"video.backend: {library} {told}"
 
 
-def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path) -> None:
+def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path, stand_in: StandIn) -> None:
     class Exhausted(LibraryDecoder):
         backend, module = "exhausted", "math"
         _read = Mock(side_effect=MemoryError)
@@ -180,3 +169,10 @@ def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path) -> None:
     error = RuntimeError("outer")
     error.__cause__ = OSError("inner\nlines")
     assert root_cause(error) == "inner"
+    # torchcodec without FFmpeg.
+    reason = "libavutil.so.60: cannot open shared object file: No such file or directory"
+    error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n 1. ...\n  OSError: {reason}")
+    stand_in("torchcodec", error=error)
+    with pytest.raises(ConfigError, match=r"torchcodec does not load .*libavutil") as caught:
+        decode(made("b-frames"), [0], by=TorchcodecDecoder)
+    assert "\n" not in str(caught.value)
