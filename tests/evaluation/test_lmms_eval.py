@@ -179,6 +179,7 @@ def test_sampling_options_and_shuffled_frames(
     model.generate_until(2 * requests(model, [[text("a")]]))
     assert [asked.ordered.names for asked in engine.requests] == [("lmms-eval", "toy", 0, i) for i in range(2)]
     # Shuffled frames.
+    engine.requests.clear()
     model, contents = make(), [[clip(video), text("Which?")], [text("2 + 2?")]]
     for shuffle in (False, True, True):
         model.shuffle = shuffle

@@ -140,6 +140,12 @@ def test_odd_questions() -> None:
             ids_of(replace(CHOICE, **changes))
     with refused("bad_text", "cannot encode"):
         sft_ids(process="<think>\ud83d</think>")
+    # SFT refuses what teaches another format.
+    for process in ("", "Red is first.", "<think>Red.", "<think>Red.</think> So:"):
+        with refused("process"):
+            sft_ids(process=process)
+    with refused("process"):
+        sft_ids(solution="<answer>A</answer>.")
 
 
 @pytest.mark.parametrize(
@@ -172,14 +178,6 @@ def test_sft_ids_train_the_answer_alone(space: str) -> None:
     assert answer == f"{CHOICE.process}\n{CHOICE.solution}"
     assert format_reward(answer) == 1.0
     assert accuracy_reward(answer, CHOICE.solution, CHOICE.problem_type) == 1.0
-
-
-def test_sft_refuses_what_teaches_another_format() -> None:
-    for process in ("", "Red is first.", "<think>Red.", "<think>Red.</think> So:"):
-        with refused("process"):
-            sft_ids(process=process)
-    with refused("process"):
-        sft_ids(solution="<answer>A</answer>.")
 
 
 def changed(part: str, other: str) -> str:
