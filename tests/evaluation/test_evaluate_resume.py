@@ -175,7 +175,7 @@ def test_a_finished_evaluation(evaluate: Evaluate, oracle: type[Oracle], finishe
         assert "state.json: cannot be read" in evaluate(code=1, benchmark="videomme", resume="auto").err
 
 
-def test_a_resume_of_another_evaluation_is_refused(evaluate: Evaluate, finished: Path) -> None:
+def test_what_a_resume_takes_for_another_evaluation(evaluate: Evaluate, finished: Path) -> None:
     model = Path(shutil.copytree(evaluate.assets.model, evaluate.folder / "model"))
     weights = load_file(model / "model.safetensors")
     save_file({name: tensor + 0.25 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
@@ -194,6 +194,15 @@ def test_a_resume_of_another_evaluation_is_refused(evaluate: Evaluate, finished:
         told = evaluate(code=2, resume="auto", **{"benchmark": "videomme"} | change).err
         assert "holds another evaluation" in told
         assert named in told
+    # An evaluation of an early version goes on.
+    model = load_model(EvaluateConfig(model_name_or_path=str(evaluate.assets.model), device="cpu"))
+    samples = [question.sample for question in load_suite("videomme", evaluate.benchmarks).questions]
+    early = {"model (digest of its weights)": sampled_digest(model), "questions of videomme": early_digest(samples)}
+    (finished / "state.json").write_text(json.dumps(early))
+    evaluate(benchmark="videomme", resume="auto")
+    early["questions of videomme"] = early_digest(samples[:-1])
+    (finished / "state.json").write_text(json.dumps(early))
+    evaluate(code=2, benchmark="videomme", resume="auto")
 
 
 def test_an_evaluation_and_its_data_may_be_moved(evaluate: Evaluate, oracle: type[Oracle], monkeypatch: Any) -> None:
@@ -226,14 +235,3 @@ def early_digest(samples: list[Sample]) -> str:
         text = ", ".join(f"{name}={getattr(sample, name)!r}" for name in names)
         digest.update(f"Sample({text})".encode())
     return digest.hexdigest()[:16]
-
-
-def test_an_evaluation_of_an_early_version_goes_on(evaluate: Evaluate, finished: Path) -> None:
-    model = load_model(EvaluateConfig(model_name_or_path=str(evaluate.assets.model), device="cpu"))
-    samples = [question.sample for question in load_suite("videomme", evaluate.benchmarks).questions]
-    early = {"model (digest of its weights)": sampled_digest(model), "questions of videomme": early_digest(samples)}
-    (finished / "state.json").write_text(json.dumps(early))
-    evaluate(benchmark="videomme", resume="auto")
-    early["questions of videomme"] = early_digest(samples[:-1])
-    (finished / "state.json").write_text(json.dumps(early))
-    evaluate(code=2, benchmark="videomme", resume="auto")

@@ -22,9 +22,8 @@ from videor1.model import VideoLM
 from videor1.types import Prompt
 from videor1.video import media as video_media
 
-VIDEO = VideoConfig(
-    max_frames=8, max_pixels=56 * 56, min_pixels=56 * 56, image_max_pixels=56 * 56, image_min_pixels=28 * 28
-)
+SIDES = {"max_pixels": 56 * 56, "min_pixels": 56 * 56, "image_max_pixels": 56 * 56, "image_min_pixels": 28 * 28}
+VIDEO = VideoConfig(max_frames=8, **SIDES)
 
 
 def config(*, cache_mb: int = 64, **options: Any) -> EvaluateConfig:

@@ -27,9 +27,7 @@ from videor1.training.passes import completion_logp, pack
 
 
 @pytest.mark.parametrize("options", [{"model__liger": True}, {"model__attention": "flash_attention_2"}])
-def test_what_refuses_them(
-    options: dict[str, Any], assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_refuses_them(options: Any, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU, and a machine without the package."""
     with pytest.raises(ConfigError, match="they run on a GPU, and this run is on a CPU"):
         trainer(assets, tmp_path, **options)

@@ -141,17 +141,13 @@ def test_asking_otherwise(transformers_run: Path, assets: Assets, tmp_path: Path
         assert ("--model.positions transformers" in capsys.readouterr().err) == told
 
 
-@pytest.mark.parametrize("rule", ["paper", "transformers"])
-def test_a_server_that_numbers_otherwise_is_warned_of(tmp_path: Path, rule: Any, recwarn: Any) -> None:
-    config = TrainConfig(rollout=RolloutConfig(engine="server"))
-    make_engine(config, make_lm(position_rule=rule), tmp_path)
+@pytest.mark.parametrize(("rule", "largest"), [("paper", 12600), ("transformers", 0)])
+def test_a_plan_and_a_server(rule: Any, largest: int, tmp_path: Path, recwarn: Any) -> None:
+    """Answers begin past the largest position of 16 frames of two hours, or past the frames' sides; a server that
+    numbers otherwise is warned of."""
+    make_engine(TrainConfig(rollout=RolloutConfig(engine="server")), make_lm(position_rule=rule), tmp_path)
     told = [str(warning.message) for warning in recwarn if "model.positions" in str(warning.message)]
     assert bool(told) == (rule == "transformers")
-
-
-@pytest.mark.parametrize(("rule", "largest"), [("paper", 12600), ("transformers", 0)])
-def test_a_plan_is_of_the_rule_and_of_two_hours(rule: str, largest: int) -> None:
-    """Answers begin past the largest position of 16 frames of two hours, or past the frames' sides."""
     config = parse(TrainConfig, ["--model.positions", rule, "--device", "cpu"], prog="", description="")
     shape, target = shape_of(None), Target.of(config)
     policy, reference = (build(shape, config, target, "meta") for build in (build_policy, build_reference))

@@ -170,13 +170,7 @@ def test_what_is_refused(change: Change, message: str, folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_floats_are_read(dtype: torch.dtype, folder: Path) -> None:
-    tensors(lambda held: held.update({name: tensor.to(dtype) for name, tensor in held.items()}))(folder)
-    assert next(load(folder).hf.parameters()).dtype == torch.float32
-
-
-def test_shards_and_heads_are_read(folder: Path, tmp_path: Path) -> None:
+def test_shards_heads_and_other_floats_are_read(folder: Path, tmp_path: Path) -> None:
     """Shards by plain names; a stored head that equals the embedding is tied, another is one of its own."""
     expected = load(folder).hf.state_dict()
     tied(lambda embedding: embedding)(folder)
@@ -190,6 +184,9 @@ def test_shards_and_heads_are_read(folder: Path, tmp_path: Path) -> None:
     model = load(apart)
     assert model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight
     assert (model.hf.lm_head.weight - model.hf.get_input_embeddings().weight).abs().max() > 5e-4
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        tensors(lambda held, to=dtype: held.update({name: tensor.to(to) for name, tensor in held.items()}))(apart)
+        assert next(load(apart).hf.parameters()).dtype == torch.float32
 
 
 class Pickled:
@@ -202,12 +199,13 @@ class Pickled:
         return open, (str(self.file), "w")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_a_pickle_is_never_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_is_never_read(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
-    torch.save({"weight": Pickled(tmp_path / "ran")}, folder / name)
-    with pytest.raises(ConfigError, match=f"neither model.safetensors nor .*{name} is not read, since"):
-        load(folder)
+    for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth"):
+        torch.save({"weight": Pickled(tmp_path / "ran")}, folder / name)
+        with pytest.raises(ConfigError, match=f"neither model.safetensors nor .*{name} is not read, since"):
+            load(folder)
+        (folder / name).unlink()
     assert not (tmp_path / "ran").exists()
 
 

@@ -97,9 +97,7 @@ def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize
     assert zeros
 
 
-def judge_of(
-    ordered: list[float], shuffled: list[float], config: TrainConfig, size: int = 4, others: int = 2
-) -> TemporalJudge:
+def judge_of(ordered: Any, shuffled: Any, config: TrainConfig, size: int = 4, others: int = 2) -> TemporalJudge:
     judge = TemporalJudge(SAMPLE, config, ordered=size, shuffled=others)
     judge.ordered, judge.shuffled = ordered, shuffled
     return judge

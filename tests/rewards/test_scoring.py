@@ -38,7 +38,7 @@ def pairs(text: str) -> list[list[str]]:
     return [pair.split(" = ") for pair in text.split(" | ")]
 
 
-def test_answer_is_the_first_pair_of_tags() -> None:
+def test_answer_and_format() -> None:
     first = {"(B)": "B", "[A or B]\n(\n  B \t) and more": "B", "(A)(B)": "A", ")A(B)": "B", "(A(B))": "A(B"}
     first |= {"(two\nlines)": "two\nlines"} | dict.fromkeys(("()", "(B", "B)", "<Answer>B</Answer>", "B", ""), "")
     for completion, answer in first.items():
@@ -47,6 +47,11 @@ def test_answer_is_the_first_pair_of_tags() -> None:
     # Missing on both sides they are equal, as in the reference.
     earned = {kind: accuracy_reward("I do not know", "B", kind) for kind in TYPES}
     assert earned == {"multiple choice": 1.0, "numerical": 0.0, "OCR": 1.0, "free-form": 0.0, "regression": 0.0}
+    # The format.
+    for right in ("[a](B)", "[a] \n\n(B)", "[]()", "[a\nb]\n(c\nd)", "[a]b](B)", "[a](B)(C)"):
+        assert format_reward(tagged(right)) == 1.0, right
+    for wrong in ("[a] so (B)", " [a](B)", "[a](B)\n", "[a](B", "[a(B)", "(B)", "<THINK>a</THINK>(B)", "[)", ""):
+        assert format_reward(tagged(wrong)) == 0.0, wrong
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "\x1f", "\u3000", "B", "<", ">"]
@@ -63,13 +68,6 @@ def test_tags_are_read_as_the_references_regular_expressions_read_them(text: str
     assert format_reward(text) == float(wanted)
 
 
-def test_format() -> None:
-    for right in ("[a](B)", "[a] \n\n(B)", "[]()", "[a\nb]\n(c\nd)", "[a]b](B)", "[a](B)(C)"):
-        assert format_reward(tagged(right)) == 1.0, right
-    for wrong in ("[a] so (B)", " [a](B)", "[a](B)\n", "[a](B", "[a(B)", "(B)", "<THINK>a</THINK>(B)", "[)", ""):
-        assert format_reward(tagged(wrong)) == 0.0, wrong
-
-
 # 2.675 is a little less in binary; 0.125 is a tie, which rounds to even
 NUMBERS = "3 = 3 | -3 = -3 | +3 = 3 | -0 = 0 | 3. = 3.00 | 3.14 = 3.141 | 2.675 = 2.67 | 0.125 = 0.12 | 1,000 = 1000.0"
 NUMBERS += " | 1,000 = 1,000 | 1,0,0,0 = 1000. | 1e3 = 1000 | 1_000 = 1000 | ٣ = 3 |  3\n = 3 | 1e999 = 1e999"
@@ -77,9 +75,8 @@ NUMBERS += " | inf = 1e999 | 1e308 = 1e308"
 NO_NUMBERS = "3 = 4 | 3.0 = 3 | 3 = 3.0 | 3.14 = 3.15 | 1,000 = 1000 | 1,5 = 1.5 | 0x10 = 16 | 1/2 = 0.5 | 50% = 50"
 NO_NUMBERS += f" | 50% = 50% | three = 3 | , = 3.0 | 3 cars = 3 | inf = -inf | nan = nan | {'9' * 10_000} = 3 |  = 3"
 # A ground truth of 0 earns nothing: (0 + 1e-9) / (0 + 1e-9) is 1.
-FAR = (
-    "10 = 5 | 100 = 5 | -5 = 5 | 0 = 0 | 1 = 0 | 1e400 = 5 | five = 5 |  = 5 | 5 = five | nan = 5 | 5 = nan | inf = inf"
-)
+FAR = "10 = 5 | 100 = 5 | -5 = 5 | 0 = 0 | 1 = 0 | 1e400 = 5 | five = 5 |  = 5 | 5 = five"
+FAR += " | nan = 5 | 5 = nan | inf = inf"
 TURN = " | ".join(f"{text} = no left turn" for text in ("no right turn", "No left turn", "no left", "no left turn now"))
 SPACES = "no  left\n\tturn = no left turn | no\u00a0left\u3000turn = no left turn"
 
@@ -179,9 +176,10 @@ def test_any_text_earns_a_reward_between_0_and_1(output: str, truth: str, proble
     assert type(strict) is type(lenient) is float
 
 
-@pytest.mark.parametrize(
-    "unit", ["y", "ay", " ", "word ", "9", "1,", ",000", "(", "b) ", ".", "<answer>", "</think> ", "\ud800"]
-)
+UNITS = ["y", "ay", " ", "word ", "9", "1,", ",000", "(", "b) ", ".", "<answer>", "</think> ", "\ud800"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_long_answers_are_scored_in_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))
     begin = time.process_time()  # CPU seconds; what grows with the square of the length takes minutes

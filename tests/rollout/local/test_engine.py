@@ -45,9 +45,8 @@ def assert_same(a: list[list[Completion]], b: list[list[Completion]]) -> None:
 def prefilled(model: VideoLM) -> list[int]:
     """How many prompt tokens each pass of the model took, as it goes on."""
     seen: list[int] = []
-    model.hf.model.language_model.register_forward_hook(
-        lambda _module, _args, out: seen.append(out.last_hidden_state.shape[1])
-    )
+    layers = model.hf.model.language_model
+    layers.register_forward_hook(lambda _module, _args, out: seen.append(out.last_hidden_state.shape[1]))
     return seen
 
 

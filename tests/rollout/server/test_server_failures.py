@@ -187,10 +187,10 @@ def test_a_call_of_which_nothing_is_left_raises(server: FakeServer) -> None:
         engine.generate([request(TEXT, 1)])
 
 
-@pytest.mark.parametrize("model", [None, "tiny"])
-def test_a_server_that_is_not_there_raises(model: str | None) -> None:
+def test_a_server_that_is_not_there_raises() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with FakeServer() as unused, pytest.raises(RolloutError, match=url):
-        ask_once(unused, url=url, model=model, retries=0)
+    for model in (None, "tiny"):
+        with FakeServer() as unused, pytest.raises(RolloutError, match=url):
+            ask_once(unused, url=url, model=model, retries=0)

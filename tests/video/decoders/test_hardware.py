@@ -236,9 +236,7 @@ def fails(error: Exception) -> Any:
         ([(av, "open", unopened), (hardware, "hwaccel", Mock())], ConfigError, "Operation not permitted"),
     ],
 )
-def test_a_card_that_fails(
-    made: Make, with_a_fake_card: None, broken: list[Any], kind: type[Exception], message: str
-) -> None:
+def test_a_card_that_fails(made: Make, with_a_fake_card: None, broken: list[Any], kind: Any, message: str) -> None:
     with contextlib.ExitStack() as breaks:
         for part in broken:
             breaks.enter_context(patch.object(*part))

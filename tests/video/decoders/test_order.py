@@ -30,9 +30,8 @@ from videor1.video.decoders.decord import DecordDecoder
 from videor1.video.decoders.timeline import Timeline, timeline_of_frames, timeline_of_packets
 from videor1_kernels.frames_to_patches import YuvFrames
 
-IN = dict.fromkeys(
-    ("b-frames", "one b-frame", "b-pyramid", "open gop", "gop 12"), (".mp4", ".mov", ".mkv", ".flv", ".ts")
-)
+CODED = ("b-frames", "one b-frame", "b-pyramid", "open gop", "gop 12")
+IN = dict.fromkeys(CODED, (".mp4", ".mov", ".mkv", ".flv", ".ts"))
 IN |= {"hevc": (".mp4", ".mkv", ".ts"), "mpeg4 mp4": (".mp4", ".mkv"), "mpeg2 mkv": (".mkv", ".ts")}
 
 
@@ -101,9 +100,7 @@ def test_frames_that_are_reordered_late_in_the_file(tmp_path: Path, suffix: str)
     suffix=[".ts", ".flv", ".mkv"],
     starts=[(1, 1), (1, 4.95), (10, 1), (1, 2.5, 1.75), (5, 2.05), (1, 0.9), (1, 3.5)],
 )
-def test_a_clock_that_is_set_back(
-    folder: Path, tmp_path: Path, name: str, suffix: str, starts: tuple[float, ...]
-) -> None:
+def test_a_clock_that_is_set_back(folder: Path, tmp_path: Path, name: str, suffix: str, starts: Any) -> None:
     """Recordings of 4 s in one file, whose clocks begin at these seconds."""
     live = {"live": "1"} if suffix == ".mkv" else {}
     pieces = [
