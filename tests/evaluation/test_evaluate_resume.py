@@ -97,7 +97,7 @@ def hold(arguments: list[str]) -> None:
 def test_a_second_process_is_refused_and_a_killed_one_resumed(two: Any, whole: Path, evaluate: Evaluate) -> None:
     folder = evaluate.folder / "run"
     given = flags(evaluate.assets, folder, **two)
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(given,))
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(given,), daemon=True)
     process.start()
     deadline = time.monotonic() + PATIENCE
     while not (folder / "answers.jsonl").exists() or len(answers(folder)) < 2:
