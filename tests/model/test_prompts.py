@@ -51,10 +51,10 @@ def copy_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-WORDS = {"multiple choice": "letter", "numerical": "number", "regression": "number", "OCR": "text", "free-form": "word"}
+WORD = {"multiple choice": "letter", "numerical": "number", "regression": "number", "OCR": "text", "free-form": "words"}
 
 
-@pytest.mark.parametrize(("problem_type", "word"), WORDS.items())
+@pytest.mark.parametrize(("problem_type", "word"), WORD.items())
 def test_question_text(problem_type: Any, word: str) -> None:
     lines = question_text(replace(CHOICE, problem_type=problem_type)).split("\n")
     options = ["Options:", "A. red", "B. blue"] if problem_type == "multiple choice" else []

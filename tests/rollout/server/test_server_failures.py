@@ -164,6 +164,7 @@ def test_a_call_of_which_nothing_is_left_raises(server: FakeServer) -> None:
     server.respond = lambda body, _: Reply(503, "loading")
     with pytest.raises(RolloutError) as error:
         make_engine(server).generate([request(VIDEO, 2), request(TEXT, 2)])
+    assert max(server.attempts.values()) == 2, "the third is the last"
     told = str(error.value)
     assert told.startswith(f"{server.url}: none of 2 prompts was answered. The first: ordered answer ")
     tried = f"tried 3 times at most, {PATIENCE:g} s each"
