@@ -1,7 +1,5 @@
 """An HTTP server on this machine that answers chat completions as vLLM does, and fails as told."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Small video, sound and image files for tests."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import struct
@@ -17,6 +15,7 @@ import pytest
 from videor1.types import Sample, SampleError
 
 REAL_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "videos"
+Change = Callable[[av.Packet], None]
 LEVELS_PER_FRAME = 5  # grey levels between neighbours of ``numbered_frames``: more than a codec blurs
 
 
@@ -63,16 +62,9 @@ def rgb_of(frame: av.VideoFrame) -> np.ndarray:
 
 
 # The eight orientations, (degrees anticlockwise, mirrored first): the matrix of an MP4 that FFmpeg shows so.
-ORIENTATIONS = {
-    (0, False): (1, 0, 0, 1),
-    (90, False): (0, -1, 1, 0),
-    (180, False): (-1, 0, 0, -1),
-    (270, False): (0, 1, -1, 0),
-    (0, True): (-1, 0, 0, 1),
-    (90, True): (0, 1, 1, 0),
-    (180, True): (1, 0, 0, -1),
-    (270, True): (0, -1, -1, 0),
-}
+ORIENTATIONS = {(0, False): (1, 0, 0, 1), (90, False): (0, -1, 1, 0), (180, False): (-1, 0, 0, -1)}
+ORIENTATIONS |= {(270, False): (0, 1, -1, 0), (0, True): (-1, 0, 0, 1), (90, True): (0, 1, 1, 0)}
+ORIENTATIONS |= {(180, True): (1, 0, 0, -1), (270, True): (0, -1, -1, 0)}
 
 
 def turned(pixels: np.ndarray, rotation: int, mirrored: bool) -> np.ndarray:
@@ -83,9 +75,8 @@ def turned(pixels: np.ndarray, rotation: int, mirrored: bool) -> np.ndarray:
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
     """uint8 [count, height, width, 3]: frame i is grey of level 5 i, so that a decoded frame tells its number."""
     assert count * LEVELS_PER_FRAME <= 256
-    return np.repeat(np.arange(count, dtype=np.uint8) * LEVELS_PER_FRAME, height * width * 3).reshape(
-        count, height, width, 3
-    )
+    levels = np.arange(count, dtype=np.uint8)[:, None, None, None] * LEVELS_PER_FRAME
+    return np.broadcast_to(levels, (count, height, width, 3)).copy()
 
 
 def coded_frames(count: int, height: int = 48, width: int = 80) -> np.ndarray:
@@ -133,10 +124,8 @@ def write_video(
     with av.open(str(path), "w", format=container, options=mux_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
-        if "vp" in codec:
-            stream.codec_context.thread_count = (
-                1  # libvpx's wait for each other in a loop: for minutes on a busy machine
-            )
+        if "vp" in codec:  # threads of libvpx wait for each other in a loop: for minutes on a busy machine
+            stream.codec_context.thread_count = 1
         if pts_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for i, pixels in enumerate(frames):
@@ -160,9 +149,7 @@ def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
     return path
 
 
-def remux(
-    path: Path, target: Path, change: Callable[[av.Packet], None], most: int | None = None, **options: str
-) -> Path:
+def remux(path: Path, target: Path, change: Change, most: int | None = None, **options: str) -> Path:
     """Copy the first packets of a video, each changed before, into another file; ``options`` are of its muxer."""
     with av.open(str(path)) as source, av.open(str(target), "w", options=options) as out:
         stream = source.streams.video[0]
@@ -179,7 +166,7 @@ def in_decode_order(packet: av.Packet) -> None:
     packet.pts = packet.dts
 
 
-def later(seconds: float) -> Callable[[av.Packet], None]:
+def later(seconds: float) -> Change:
     """Return a change that lets packets begin so much later."""
 
     def change(packet: av.Packet) -> None:

@@ -1,7 +1,5 @@
 """``python -m videor1.evaluate``: all six benchmarks, its figures, bad videos, options that cannot be."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -18,7 +16,6 @@ from videor1.config import TrainConfig, cli
 from videor1.demo.assets import Assets
 from videor1.evaluation.intervals import mean_of_differences, mean_of_shares
 from videor1.logs.jsonl import read_jsonl
-from videor1.model import features
 from videor1.rollout import SamplingOptions
 
 COUNTS = {"mmvu": 1, "mvbench": 20, "tempcompass": 3, "videomme": 6, "videommmu": 4, "vsibench": 5}
@@ -53,22 +50,18 @@ def test_all_six(evaluate: Evaluate, oracle: type[Oracle]) -> None:
     assert made.bytes("skipped.jsonl") == b""
 
 
-def test_the_models_own_answers(evaluate: Evaluate, assets: Assets, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: the same again, each video in a vision pass of its own; from both orders to every question."""
-    one = evaluate("one", benchmark="videomme,vsibench")
-    monkeypatch.setattr(features, "PASS_PATCHES", 1)
-    assert evaluate("two", benchmark="videomme,vsibench").bytes("answers.jsonl") == one.bytes("answers.jsonl")
-    assert all(isinstance(row["text"], str) and isinstance(row["shuffled_text"], str) for row in one.answers)
-    assert any(row["text"] != row["shuffled_text"] for row in one.answers)
-    settings = json.loads(one.bytes("results.json"))["settings"]
+def test_the_models_own_answers(evaluate: Evaluate, assets: Assets) -> None:
+    """From both orders to every question."""
+    made = evaluate(benchmark="videomme,vsibench")
+    assert all(isinstance(row["text"], str) and isinstance(row["shuffled_text"], str) for row in made.answers)
+    assert any(row["text"] != row["shuffled_text"] for row in made.answers)
+    settings = json.loads(made.bytes("results.json"))["settings"]
     assert (settings["model_name_or_path"], settings["video.max_frames"]) == (str(assets.model), 16)
 
 
 def test_figures_against_a_direct_computation(evaluate: Evaluate, oracle: type[Oracle]) -> None:
     right = np.random.default_rng(0).random((40, 2)) < 0.6
-    oracle.say = staticmethod(
-        lambda solution, index, shuffled, i: solution if right[index, int(shuffled)] else "<think>cut"
-    )
+    oracle.say = staticmethod(lambda solution, index, shuffled, i: solution if right[index, +shuffled] else "cut")
     made = evaluate(benchmark="videomme,vsibench")
     rows = [row for row in made.answers if row["benchmark"] == "videomme"]
     overall = made.results["videomme"]["overall"]
@@ -140,7 +133,7 @@ def test_a_data_file(evaluate: Evaluate, oracle: type[Oracle], assets: Assets, t
     assert told in made.out
 
 
-def test_several_sampled_answers(evaluate: Evaluate, oracle: type[Oracle]) -> None:
+def test_options_of_the_answers_and_of_the_media(evaluate: Evaluate, oracle: type[Oracle]) -> None:
     oracle.say = staticmethod(lambda solution, index, shuffled, i: solution if i < (1 if shuffled else 2) else "cut")
     made = evaluate(benchmark="videomme", eval_temperature=0.1, eval_top_p=0.001, eval_num_samples=3)
     overall = made.results["videomme"]["overall"]
@@ -149,18 +142,16 @@ def test_several_sampled_answers(evaluate: Evaluate, oracle: type[Oracle]) -> No
     assert {len(row["texts"]) for row in made.answers} == {3}
     assert oracle.made == [(SamplingOptions(4, 0.1, 0.001), 2 * 32 * 3)]
     assert {request.ordered.count for request in oracle.requests} == {3}
-
-
-def test_frames_and_pixels_are_arguments(evaluate: Evaluate, oracle: type[Oracle]) -> None:
+    # Frames and pixels are arguments.
+    oracle.requests.clear()
     options = {"video__max_frames": 4, "video__max_pixels": 56 * 84, "video__min_pixels": 28 * 28, "eval_samples": 2}
-    made = evaluate(benchmark="mvbench", **options)
+    made = evaluate("small", benchmark="mvbench", **options)
     assert len(oracle.requests) == made.results["mvbench"]["asked"] == 2  # eval_samples
-    grid = oracle.requests[0].prompt.media.grid_thw
-    assert grid[0] == 2
-    assert grid[1] * grid[2] * 14 * 14 <= 56 * 84
+    frames, height, width = oracle.requests[0].prompt.media.grid_thw
+    assert frames == 2
+    assert height * width * 14 * 14 <= 56 * 84
 
-
-def test_the_shuffle_belongs_to_the_seed_and_the_question(evaluate: Evaluate, oracle: type[Oracle]) -> None:
+    # The shuffle belongs to the seed and the question.
     def orders(name: str, benchmark: str = "videomme", **options: Any) -> dict[int, Any]:
         oracle.requests.clear()
         evaluate(name, benchmark=benchmark, **options)
@@ -175,40 +166,37 @@ def test_the_shuffle_belongs_to_the_seed_and_the_question(evaluate: Evaluate, or
     assert orders("seed", seed=1) != alone
 
 
-NO_MODEL = {"model_name_or_path": "no/such/model"}  # told before it is loaded
+GIVEN = {"benchmark": "mmvu"}
+ASKED = GIVEN | {"model_name_or_path": "no/such/model"}  # told before it is loaded
+NEITHER = ASKED | {"benchmark": None}
 MISTAKES: list[tuple[int, dict[str, Any], str]] = [
-    (2, NO_MODEL, "benchmark (names) or dataset_name (a data file in the Video-R1 format), got neither"),
-    (2, NO_MODEL | {"benchmark": "mmvu", "dataset_name": "x.json"}, "got both"),
-    (2, NO_MODEL | {"benchmark": "mvbensh"}, "got 'mvbensh'; did you mean 'mvbench'?"),
-    (2, NO_MODEL | {"benchmark": "mmvu", "data__root": None}, "data.root: expected the folder that holds mmvu, got no"),
-    (2, NO_MODEL | {"benchmark": "mmvu", "resume": "runs/x"}, "resume: expected auto"),
-    (2, {"benchmark": "mmvu", "resume": "auto", "output_dir": None}, "resume: auto needs output_dir"),
-    (2, {"benchmark": "mmvu", "eval_top_p": 0.5}, "eval_top_p: expected 1, or eval_temperature above 0"),
-    (2, {"benchmark": "mmvu", "eval_num_samples": 4}, "eval_num_samples: expected 1, or eval_temperature above 0"),
-    (2, {"benchmark": "mmvu", "eval_temperature": 0.5, "eval_top_p": 0.0}, "eval_top_p: expected in (0, 1], got 0.0"),
-    (1, {"benchmark": "mmvu", "max_prompt_length": 3}, "none of the 1 questions could be answered"),
+    (2, NEITHER, "benchmark (names) or dataset_name (a data file in the Video-R1 format), got neither"),
+    (2, ASKED | {"dataset_name": "x.json"}, "got both"),
+    (2, ASKED | {"benchmark": "mvbensh"}, "got 'mvbensh'; did you mean 'mvbench'?"),
+    (2, ASKED | {"data__root": None}, "data.root: expected the folder that holds mmvu, got no"),
+    (2, ASKED | {"resume": "runs/x"}, "resume: expected auto"),
+    (2, GIVEN | {"resume": "auto", "output_dir": None}, "resume: auto needs output_dir"),
+    (2, GIVEN | {"eval_top_p": 0.5}, "eval_top_p: expected 1, or eval_temperature above 0"),
+    (2, GIVEN | {"eval_num_samples": 4}, "eval_num_samples: expected 1, or eval_temperature above 0"),
+    (2, GIVEN | {"eval_temperature": 0.5, "eval_top_p": 0.0}, "eval_top_p: expected in (0, 1], got 0.0"),
+    (1, GIVEN | {"max_prompt_length": 3}, "none of the 1 questions could be answered"),
 ]
 
 
-@pytest.mark.parametrize(("code", "options", "message"), MISTAKES, ids=[message for *_, message in MISTAKES])
-def test_what_cannot_be(evaluate: Evaluate, code: int, options: dict[str, Any], message: str) -> None:
-    assert message in evaluate(code=code, **options).err
-
-
-def test_folders_that_are_no_evaluations(evaluate: Evaluate, tmp_path: Path) -> None:
-    """A training run's is left alone; none is made where benchmarks are missing, every one of which is named."""
+def test_what_cannot_be(evaluate: Evaluate, tmp_path: Path) -> None:
+    for code, options, message in MISTAKES:
+        assert message in evaluate(code=code, **options).err
+    # No folder is made where benchmarks are missing, every one of which is named; a training run's is left alone.
     told = evaluate("new", code=1, benchmark="mvbench,videomme", data__root=tmp_path).err
     assert "hf download OpenGVLab/MVBench" in told
     assert "hf download lmms-lab/Video-MME" in told
     assert not (tmp_path / "new").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    assert "is the folder of a training run" in evaluate(code=2, benchmark="mmvu").err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("{}\n")
+    assert "is the folder of a training run" in evaluate("other", code=2, benchmark="mmvu").err
 
 
-def test_a_checkpoint_that_was_trained_otherwise_is_told_of(
-    evaluate: Evaluate, oracle: type[Oracle], assets: Assets, tmp_path: Path
-) -> None:
+def test_a_checkpoint_trained_otherwise(evaluate: Evaluate, oracle: Any, assets: Assets, tmp_path: Path) -> None:
     model = tmp_path / "trained" / "checkpoints" / "step-7"
     shutil.copytree(assets.model, model)
     file = tmp_path / "trained" / "config.yaml"

@@ -1,18 +1,20 @@
 """An evaluation that was stopped goes on where it was, and on the same model, questions and options only."""
 
-from __future__ import annotations
-
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-import runs
-from evaluations import Evaluate, Oracle, answers, flags, install_oracle, results, run
+import torch
+from evaluations import Evaluate, Oracle, answers, flags, results, run
+from patience import PATIENCE
 from pyarrow import parquet
 from runs import Killed, kill_at, largest_file
 from safetensors.torch import load_file, save_file
@@ -31,22 +33,23 @@ from videor1.types import Sample
 
 
 @pytest.fixture(scope="module")
-def two(assets: Assets, benchmarks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The options of an evaluation on two benchmarks, of whose 11 questions 2 cannot be asked; read only."""
+def two(benchmarks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The options of an evaluation on two benchmarks, of whose 11 questions 2 cannot be asked, in blocks of two
+    questions; read only."""
     root = tmp_path_factory.mktemp("two")
     for name in ("videomme", "vsibench"):
         shutil.copytree(benchmarks / name, root / name)
     (root / "vsibench" / "scannet" / "scene0001_00.mp4").write_bytes(b"no video")
-    return {"benchmark": "videomme,vsibench", "data__root": root}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluator, "_CHUNK", 2)
+        yield {"benchmark": "videomme,vsibench", "data__root": root}
 
 
 @pytest.fixture(scope="module")
 def whole(assets: Assets, two: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It, run to its end in blocks of two questions; read only."""
+    """It, run to its end; read only."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluator, "_CHUNK", 2)
-        assert run(assets, folder, **two) == 0
+    assert run(assets, folder, **two) == 0
     return folder
 
 
@@ -59,11 +62,10 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
 def test_a_stop_and_a_resume_give_the_same_as_one_run(
-    assets: Assets, two: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+    assets: Assets, two: dict[str, Any], whole: Path, tmp_path: Path, stop_after: int
 ) -> None:
-    """Blocks of two; the last line that was written is cut in its middle."""
-    monkeypatch.setattr(evaluator, "_CHUNK", 2)
-    with monkeypatch.context() as patched:
+    """The last line that was written is cut in its middle."""
+    with pytest.MonkeyPatch.context() as patched:
         kill_at(patched, JsonlWriter, "append", 2 * stop_after + 3)  # skipped.jsonl and answers.jsonl in turn
         with pytest.raises(Killed):
             command.main(flags(assets, tmp_path, **two))
@@ -71,44 +73,53 @@ def test_a_stop_and_a_resume_give_the_same_as_one_run(
     file.write_bytes(file.read_bytes()[:-9])
     before = answers(tmp_path)
     assert 0 < len(before) < 9
-    asked: list[int] = []
-
-    class Counting(evaluator.LocalEngine):
-        def generate(self, requests: list[Request]) -> Rollout:
-            asked.extend(request.prompt.sample.index for request in requests)
-            return super().generate(requests)
-
-    monkeypatch.setattr(evaluator, "LocalEngine", Counting)
-    assert run(assets, tmp_path, resume="auto", **two) == 0
-    assert len(asked) == 9 - len(before)  # nothing is asked twice
+    generate = evaluator.LocalEngine.generate
+    with patch.object(evaluator.LocalEngine, "generate", autospec=True, side_effect=generate) as asked:
+        assert run(assets, tmp_path, resume="auto", **two) == 0
+    assert sum(len(call.args[1]) for call in asked.call_args_list) == 9 - len(before), "nothing is asked twice"
     assert_same(tmp_path, whole)
 
 
-def test_a_second_process_is_refused_and_a_killed_one_resumed(
-    assets: Assets, two: dict[str, Any], whole: Path, evaluate: Evaluate
-) -> None:
-    """The command itself is held after its first benchmark, and ended there by SIGKILL."""
+def hold(arguments: list[str]) -> None:
+    """The command, which writes one block of answers and then waits to be killed."""
+    append = JsonlWriter.append
+
+    def append_and_wait(self: JsonlWriter, rows: Any) -> None:
+        append(self, rows)
+        if self.path.name == "answers.jsonl":
+            time.sleep(PATIENCE)
+
+    torch.set_num_threads(1)  # those of the parent are not there after a fork
+    with patch.object(JsonlWriter, "append", append_and_wait):
+        run_main(command.main, arguments)
+
+
+def test_a_second_process_is_refused_and_a_killed_one_resumed(two: Any, whole: Path, evaluate: Evaluate) -> None:
     folder = evaluate.folder / "run"
-    process = runs.start("held_evaluate", flags(assets, folder, **two))
-    runs.wait_for_lines(process, folder / "answers.jsonl", 6)
+    given = flags(evaluate.assets, folder, **two)
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(given,), daemon=True)
+    process.start()
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "answers.jsonl").exists() or len(answers(folder)) < 2:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     told = evaluate(code=2, resume="auto", **two).err
     assert f"is in use by process {process.pid} on" in told
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not (folder / "results.json").exists()
     evaluate(resume="auto", **two)
     assert_same(folder, whole)
 
 
-def test_ctrl_c_says_how_to_go_on(
-    evaluate: Evaluate, oracle: type[Oracle], two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_says_how_to_go_on(evaluate: Evaluate, oracle: type[Oracle], two: dict[str, Any]) -> None:
     def interrupted(self: Oracle, requests: list[Request]) -> Rollout:
         if len(self.made) == 2:  # the second benchmark
             raise KeyboardInterrupt
         return Oracle.generate(self, requests)
 
-    monkeypatch.setattr(oracle, "generate", interrupted)
+    oracle.generate = interrupted  # type: ignore[method-assign]
     made = evaluate(code=130, **two)
     resume = f"python -m videor1.evaluate --resume auto --output_dir {made.folder}"
     assert f"6 of 11 questions are answered; go on with: {resume}" in made.err
@@ -118,9 +129,7 @@ FILES = ["answers.jsonl", "config.yaml", "results.json", "skipped.jsonl", "state
 
 
 @pytest.mark.parametrize("room", [0, 300, 2000])
-def test_a_full_disk_anywhere_is_one_message_and_gone_on_from(
-    evaluate: Evaluate, oracle: type[Oracle], room: int
-) -> None:
+def test_a_full_disk_is_one_message_and_gone_on_from(evaluate: Evaluate, oracle: type[Oracle], room: int) -> None:
     """No file can grow beyond ``room``: the state, a line or the results do not fit."""
     options = {"benchmark": "videomme,vsibench"}
     with largest_file(room):
@@ -135,24 +144,17 @@ def test_a_full_disk_anywhere_is_one_message_and_gone_on_from(
     assert sorted(path.name for path in made.folder.iterdir()) == FILES
 
 
-@pytest.fixture(scope="module")
-def finished_once(assets: Assets, benchmarks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        install_oracle(patched)
-        assert run(assets, folder, benchmark="videomme", data__root=benchmarks) == 0
+@pytest.fixture
+def finished(evaluate: Evaluate, oracle: type[Oracle]) -> Path:
+    """The folder ``run`` of an evaluation of videomme that is complete."""
+    folder = evaluate(benchmark="videomme").folder
+    oracle.requests.clear()
     return folder
 
 
-@pytest.fixture
-def finished(finished_once: Path, evaluate: Evaluate, oracle: type[Oracle]) -> Path:
-    """The folder ``run`` of an evaluation of videomme that is complete."""
-    return Path(shutil.copytree(finished_once, evaluate.folder / "run"))
-
-
-def test_results_are_whole_or_not_there(evaluate: Evaluate, finished: Path) -> None:
-    """The disk is full when the results are written: the earlier ones stay."""
-    before = (finished / "results.json").read_bytes()
+def test_a_finished_evaluation(evaluate: Evaluate, oracle: type[Oracle], finished: Path) -> None:
+    """Results are whole or not there: where the disk is full, the earlier ones stay. And it is not asked again."""
+    before, given = (finished / "results.json").read_bytes(), (finished / "answers.jsonl").read_bytes()
     room = max((finished / name).stat().st_size for name in FILES if name != "results.json")
     assert room < len(before)
     with largest_file(room):
@@ -160,22 +162,20 @@ def test_results_are_whole_or_not_there(evaluate: Evaluate, finished: Path) -> N
     assert "File too large; 6 of 6 questions are answered; go on with" in told
     assert (finished / "results.json").read_bytes() == before
     assert sorted(path.name for path in finished.iterdir()) == FILES
-
-
-def test_a_finished_evaluation_is_not_asked_again(evaluate: Evaluate, oracle: type[Oracle], finished: Path) -> None:
-    before = (finished / "answers.jsonl").read_bytes()
     os.remove(finished / "results.json")
     options = {"data__workers": 1, "data__prefetch": 3}  # how fast, not what
     made = evaluate(benchmark="videomme", resume="auto", **options)
-    assert not oracle.requests
-    assert made.bytes("answers.jsonl") == before
     assert made.results["videomme"]["overall"]["questions"] == 6
     told = evaluate(code=2, benchmark="videomme").err
     assert "holds an evaluation already; go on with it by --resume auto" in told
-    assert made.bytes("answers.jsonl") == before
+    assert not oracle.requests
+    assert made.bytes("answers.jsonl") == given
+    for text in ("", "[]", "3", "{"):
+        (finished / "state.json").write_text(text)
+        assert "state.json: cannot be read" in evaluate(code=1, benchmark="videomme", resume="auto").err
 
 
-def test_a_resume_of_another_evaluation_is_refused(evaluate: Evaluate, finished: Path) -> None:
+def test_what_a_resume_takes_for_another_evaluation(evaluate: Evaluate, finished: Path) -> None:
     model = Path(shutil.copytree(evaluate.assets.model, evaluate.folder / "model"))
     weights = load_file(model / "model.safetensors")
     save_file({name: tensor + 0.25 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
@@ -194,11 +194,18 @@ def test_a_resume_of_another_evaluation_is_refused(evaluate: Evaluate, finished:
         told = evaluate(code=2, resume="auto", **{"benchmark": "videomme"} | change).err
         assert "holds another evaluation" in told
         assert named in told
+    # An evaluation of an early version goes on.
+    model = load_model(EvaluateConfig(model_name_or_path=str(evaluate.assets.model), device="cpu"))
+    samples = [question.sample for question in load_suite("videomme", evaluate.benchmarks).questions]
+    early = {"model (digest of its weights)": sampled_digest(model), "questions of videomme": early_digest(samples)}
+    (finished / "state.json").write_text(json.dumps(early))
+    evaluate(benchmark="videomme", resume="auto")
+    early["questions of videomme"] = early_digest(samples[:-1])
+    (finished / "state.json").write_text(json.dumps(early))
+    evaluate(code=2, benchmark="videomme", resume="auto")
 
 
-def test_an_evaluation_and_its_data_may_be_moved(
-    evaluate: Evaluate, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_and_its_data_may_be_moved(evaluate: Evaluate, oracle: type[Oracle], monkeypatch: Any) -> None:
     """The model, the data and the run lie in one folder, which is named relative to another one."""
     project = evaluate.folder / "project"
     shutil.copytree(evaluate.benchmarks / "videomme", project / "data" / "videomme")
@@ -228,21 +235,3 @@ def early_digest(samples: list[Sample]) -> str:
         text = ", ".join(f"{name}={getattr(sample, name)!r}" for name in names)
         digest.update(f"Sample({text})".encode())
     return digest.hexdigest()[:16]
-
-
-def test_an_evaluation_of_an_early_version_goes_on(evaluate: Evaluate, finished: Path) -> None:
-    model = load_model(EvaluateConfig(model_name_or_path=str(evaluate.assets.model), device="cpu"))
-    samples = [question.sample for question in load_suite("videomme", evaluate.benchmarks).questions]
-    early = {"model (digest of its weights)": sampled_digest(model), "questions of videomme": early_digest(samples)}
-    (finished / "state.json").write_text(json.dumps(early))
-    evaluate(benchmark="videomme", resume="auto")
-    early["questions of videomme"] = early_digest(samples[:-1])
-    (finished / "state.json").write_text(json.dumps(early))
-    evaluate(code=2, benchmark="videomme", resume="auto")
-
-
-def test_a_state_that_is_none(evaluate: Evaluate, finished: Path) -> None:
-    for text in ("", "[]", "3", "{"):
-        (finished / "state.json").write_text(text)
-        told = evaluate(code=1, benchmark="videomme", resume="auto").err
-        assert "state.json: cannot be read" in told

@@ -1,12 +1,11 @@
 """The held-out evaluation on the demo's clips: what is counted, what is skipped, and that it repeats."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,19 +22,13 @@ from videor1.model import VideoLM
 from videor1.types import Prompt
 from videor1.video import media as video_media
 
-VIDEO = VideoConfig(
-    max_frames=8, max_pixels=56 * 56, min_pixels=56 * 56, image_max_pixels=56 * 56, image_min_pixels=28 * 28
-)
+SIDES = {"max_pixels": 56 * 56, "min_pixels": 56 * 56, "image_max_pixels": 56 * 56, "image_min_pixels": 28 * 28}
+VIDEO = VideoConfig(max_frames=8, **SIDES)
 
 
 def config(*, cache_mb: int = 64, **options: Any) -> EvaluateConfig:
     data = DataConfig(workers=0, cache_mb=cache_mb)
     return EvaluateConfig(data=data, video=VIDEO, max_completion_length=4, max_prompt_length=2000, **options)
-
-
-def evaluate(model: VideoLM, dataset: Dataset, **options: Any) -> Evaluation:
-    with Evaluator(dataset, config(**options)) as evaluator:
-        return evaluator.run(model)
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +50,6 @@ def dataset(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     loaded = load_samples(root / "eval.json", root=root)
     assert not loaded.errors
     return loaded
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files decoded, in order."""
-    decoded: list[str] = []
-    for name in ("read_frames", "read_image"):
-        read = getattr(video_media, name)
-
-        def noted(path: Path, read: Any = read, **options: Any) -> Any:
-            made = read(path, **options)
-            decoded.append(Path(path).name)
-            return made
-
-        monkeypatch.setattr(video_media, name, noted)
-    return decoded
 
 
 def test_known_answers_give_known_accuracy(model: VideoLM, dataset: Dataset, oracle: type[Oracle]) -> None:
@@ -97,9 +74,7 @@ def test_known_answers_give_known_accuracy(model: VideoLM, dataset: Dataset, ora
     assert [error.kind for error in told[:3]] == [error.kind for error in told[3:]] == list(result.skipped)
     assert result.skipped["missing_file"] == result.skipped["too_long"] == 1
     assert [Path(error.path).name for error in told[:2]] == ["broken.mp4", "not-there.mp4"]
-
-
-def test_images_and_text_count_in_neither_mean() -> None:
+    # Images and text count in neither mean.
     sample = make_prompt(None).sample
     answers = [Answered(sample, *scores, "", None) for scores in ((0.5, 0.25), (0.0, 0.25), (1.0, None))]
     result = Evaluation(answers)
@@ -112,7 +87,8 @@ def test_images_and_text_count_in_neither_mean() -> None:
 
 
 def test_requests_of_both_branches(model: VideoLM, dataset: Dataset, oracle: type[Oracle]) -> None:
-    evaluate(model, dataset, seed=3)
+    with Evaluator(dataset, config(seed=3)) as evaluator:
+        evaluator.run(model)
     requests, good = oracle.requests, dataset.samples[1:6]
     assert [r.ordered.names for r in requests] == [("eval", s.index) for s in good]
     shuffled = [("eval-shuffled", s.index) if s.data_type == "video" else None for s in good]
@@ -127,54 +103,46 @@ def test_requests_of_both_branches(model: VideoLM, dataset: Dataset, oracle: typ
 
 
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
-def test_an_identity_order_answers_as_the_ordered_branch(
-    model: VideoLM, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, unit: Any
-) -> None:
+def test_an_identity_order_answers_as_the_ordered_branch(model: VideoLM, dataset: Dataset, unit: Any) -> None:
     def identity(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
         if prompt.media is None or prompt.media.kind != "video":
             return None
         return tuple(range(prompt.media.grid_thw[0] * (2 if unit == "frame" else 1)))
 
-    monkeypatch.setattr(evaluation, "draw_permutation", identity)
-    result = evaluate(model, dataset, temporal=TemporalConfig(shuffle_unit=unit))
+    options = config(temporal=TemporalConfig(shuffle_unit=unit))
+    with patch.object(evaluation, "draw_permutation", identity), Evaluator(dataset, options) as evaluator:
+        result = evaluator.run(model)
     videos = [a for a in result.answers if a.shuffled is not None]
     assert len(videos) == 3
     assert all((a.text, a.accuracy) == (a.shuffled_text, a.shuffled) for a in videos)
 
 
-def test_media_are_decoded_once_over_two_runs(
-    model: VideoLM, dataset: Dataset, oracle: type[Oracle], loads: list[str]
-) -> None:
-    paths = [s.path.name for s in dataset.samples[1:5] if s.path]
-    with Evaluator(dataset, config(eval_samples=6)) as evaluator:
-        for _ in range(2):
-            evaluator.run(model)
-            assert loads == paths
-    with Evaluator(dataset, config(cache_mb=0, eval_samples=6)) as evaluator:
-        for times in (2, 3):
-            evaluator.run(model)
-            assert loads == times * paths
+def test_media_are_decoded_once_over_two_runs(model: VideoLM, dataset: Dataset, oracle: type[Oracle]) -> None:
+    good = [s.path.name for s in dataset.samples[1:5] if s.path]
+    for cache_mb, times in ((64, (1, 1)), (0, (1, 2))):
+        with (
+            patch.object(video_media, "read_frames", wraps=video_media.read_frames) as frames,
+            patch.object(video_media, "read_image", wraps=video_media.read_image) as images,
+            Evaluator(dataset, config(cache_mb=cache_mb, eval_samples=6)) as evaluator,
+        ):
+            for expected in times:
+                evaluator.run(model)
+                read = [call.args[0].name for call in frames.call_args_list + images.call_args_list]
+                assert sorted(name for name in read if name != "broken.mp4") == sorted(expected * good)
 
 
-def test_runs_repeat_whatever_the_chunks_and_other_models_answer_otherwise(
-    model: VideoLM, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_repeat_whatever_the_chunks_and_other_models_answer_otherwise(model: VideoLM, dataset: Dataset) -> None:
+    """And leave the model as it was."""
+    model.hf.train()
     with Evaluator(dataset, config()) as greedy, Evaluator(dataset, config(eval_temperature=1.0)) as drawn:
         first, hot = greedy.run(model).answers, drawn.run(model).answers
         torch.manual_seed(5)
-        monkeypatch.setattr(evaluation, "_CHUNK", 2)
-        assert greedy.run(model).answers == first
-        assert drawn.run(model).answers == hot != first
+        with patch.object(evaluation, "_CHUNK", 2):
+            assert greedy.run(model).answers == first
+            assert drawn.run(model).answers == hot != first
         assert greedy.run(make_lm(seed=1)).answers != first
-
-
-def test_an_evaluation_leaves_the_model_as_it_was(dataset: Dataset) -> None:
-    model = make_lm()
-    model.hf.train()
-    before = {name: p.clone() for name, p in model.hf.named_parameters()}
-    evaluate(model, dataset, eval_samples=3)
     assert model.hf.training
-    for name, parameter in model.hf.named_parameters():
-        assert parameter.grad is None
-        assert parameter.requires_grad
-        assert torch.equal(parameter, before[name])
+    for (name, parameter), fresh in zip(model.hf.named_parameters(), make_lm().hf.parameters(), strict=True):
+        assert (parameter.grad, parameter.requires_grad) == (None, True)
+        assert torch.equal(parameter, fresh), name
+    model.hf.eval()

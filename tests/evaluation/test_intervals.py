@@ -1,7 +1,5 @@
 """Confidence intervals against textbook formulas and scipy's own, and how often they hold the truth."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -36,12 +34,23 @@ def test_copies_of_a_question_on_one_video_add_nothing() -> None:
     naive = mean_of_shares(list(np.repeat(values, 3)), range(180))
     assert (thrice.value, *ends(thrice)) == pytest.approx((once.value, *ends(once)), abs=2e-3)
     assert naive.high - naive.low < 0.65 * (thrice.high - thrice.low)
-
-
-def test_questions_that_balance_each_other_are_not_taken_for_more_than_they_are() -> None:
-    """One right and one wrong on nearly every video: the clustered error is far too small."""
+    # One right and one wrong on nearly every video: the clustered error is far too small, and not taken.
     found = mean_of_shares([1.0, 0.0] * 29 + [1.0, 1.0], [i // 2 for i in range(60)])
     assert ends(found) == pytest.approx(exact(31, 60))
+    # All alike.
+    right = mean_of_shares([1.0] * 30, [i // 3 for i in range(30)])
+    assert (right.value, *ends(right)) == (1.0, pytest.approx(exact(10, 10)[0]), 1.0)  # ten videos
+    half = mean_of_shares([0.5] * 30, range(30))
+    assert half.low < 0.5 < half.high
+    same = mean_of_differences([0.1] * 30, range(30))
+    assert same.value == pytest.approx(0.1)
+    assert math.isnan(same.low)
+    # One video and none give no interval.
+    one = mean_of_shares([1.0, 0.0], ["a", "a"])
+    assert one.value == 0.5
+    assert math.isnan(one.low)
+    assert math.isnan(mean_of_differences([1.0, 0.0], ["a", "a"]).high)
+    assert math.isnan(mean_of_shares([], []).value)
 
 
 def test_differences_equal_the_clustered_formula() -> None:
@@ -54,15 +63,11 @@ def test_differences_equal_the_clustered_formula() -> None:
     error = math.sqrt(clusters / (clusters - 1) * sum(s * s for s in sums))
     half = stats.t.ppf(0.975, clusters - 1) * error
     assert (found.value, *ends(found)) == pytest.approx((mean, mean - half, mean + half))
-
-
-def test_differences_of_single_questions_are_students_interval() -> None:
+    # Of single questions: Student's interval.
     values = np.random.default_rng(2).standard_normal(30)
     student = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
     assert ends(mean_of_differences(list(values), range(30))) == pytest.approx(student)
-
-
-def test_strata_are_means_of_means() -> None:
+    # Strata are means of means.
     strata = [("a", "a")] * 4 + [("d", "easy")] * 2 + [("d", "hard")] * 6
     values = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     found = mean_of_shares(values, range(12), strata)
@@ -73,24 +78,6 @@ def test_strata_are_means_of_means() -> None:
     error = math.sqrt(12 / 11 * (weights**2 * (np.array(values) - centres) ** 2).sum())
     difference = mean_of_differences(values, range(12), strata)
     assert difference.high - difference.value == pytest.approx(stats.t.ppf(0.975, 11) * error)
-
-
-def test_all_alike() -> None:
-    right = mean_of_shares([1.0] * 30, [i // 3 for i in range(30)])
-    assert (right.value, *ends(right)) == (1.0, pytest.approx(exact(10, 10)[0]), 1.0)  # ten videos
-    half = mean_of_shares([0.5] * 30, range(30))
-    assert half.low < 0.5 < half.high
-    same = mean_of_differences([0.1] * 30, range(30))
-    assert same.value == pytest.approx(0.1)
-    assert math.isnan(same.low)
-
-
-def test_one_video_and_none_give_no_interval() -> None:
-    one = mean_of_shares([1.0, 0.0], ["a", "a"])
-    assert one.value == 0.5
-    assert math.isnan(one.low)
-    assert math.isnan(mean_of_differences([1.0, 0.0], ["a", "a"]).high)
-    assert math.isnan(mean_of_shares([], []).value)
 
 
 @pytest.mark.parametrize("truth", [0.1, 0.5, 0.9])

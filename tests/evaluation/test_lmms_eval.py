@@ -5,8 +5,6 @@ used; else stand-ins with the fields and the signatures of version 0.7.3. That t
 is tested only where it is found.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util
@@ -17,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,15 +41,6 @@ class StandInModel:
         self.task_dict: dict[str, Any] = {}
 
 
-class StandInInstance(types.SimpleNamespace):
-    args = property(lambda self: self.arguments)
-
-
-StandInCounts = dataclasses.make_dataclass("TokenCounts", [("output_tokens", int)])
-StandInResult = dataclasses.make_dataclass("GenerationResult", ["text", "token_counts"])
-StandInManifest = dataclasses.make_dataclass("ModelManifest", ["model_id", "chat_class_path"])
-
-
 @pytest.fixture(scope="module")
 def model_class() -> Iterator[type]:
     if REAL:
@@ -58,16 +48,18 @@ def model_class() -> Iterator[type]:
         return
     below = ("", ".api", ".api.model", ".api.instance", ".models", ".models.registry_v2")
     modules = {name: types.ModuleType(name) for name in (f"lmms_eval{place}" for place in below)}
-    vars(modules["lmms_eval.api.model"])["lmms"] = StandInModel
-    instance = {"Instance": StandInInstance, "GenerationResult": StandInResult, "TokenCounts": StandInCounts}
-    vars(modules["lmms_eval.api.instance"]).update(instance)
-    vars(modules["lmms_eval.models.registry_v2"])["ModelManifest"] = StandInManifest
-    sys.modules |= modules
-    try:
+    instance = type("Instance", (types.SimpleNamespace,), {"args": property(lambda self: self.arguments)})
+    record = dataclasses.make_dataclass
+    for place, name, stand_in in (
+        ("api.model", "lmms", StandInModel),
+        ("api.instance", "Instance", instance),
+        ("api.instance", "TokenCounts", record("TokenCounts", ["output_tokens"])),
+        ("api.instance", "GenerationResult", record("GenerationResult", ["text", "token_counts"])),
+        ("models.registry_v2", "ModelManifest", record("ModelManifest", ["model_id", "chat_class_path"])),
+    ):
+        setattr(modules[f"lmms_eval.{place}"], name, stand_in)
+    with patch.dict(sys.modules, modules):
         yield importlib.import_module("videor1.evaluation.lmms_eval.model").VideoR1
-    finally:
-        for name in [*modules, "videor1.evaluation.lmms_eval.model"]:
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +67,20 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", numbered_frames(40, 32, 32), rate=10)
 
 
-@pytest.fixture
-def engine(model_class: type, monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    installed = install_oracle(monkeypatch, sys.modules[model_class.__module__])
-    installed.say = staticmethod(lambda *_: "<think>so</think><answer>B</answer>")
-    return installed
-
-
 Make = Callable[..., Any]
 
 
 @pytest.fixture
 def make(model_class: type, assets: Assets) -> Make:
-    def build(**options: Any) -> Any:
-        return model_class(pretrained=str(assets.model), max_pixels=3136, workers=0, device="cpu", **options)
+    common = {"pretrained": str(assets.model), "max_pixels": 3136, "workers": 0, "device": "cpu"}
+    return lambda **options: model_class(**common, **options)
 
-    return build
+
+@pytest.fixture
+def engine(model_class: type, monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
+    installed = install_oracle(monkeypatch, sys.modules[model_class.__module__])
+    installed.say = staticmethod(lambda *_: "<think>so</think><answer>B</answer>")
+    return installed
 
 
 def requests(model: Any, contents: list[Any], **given: Any) -> list[Any]:
@@ -130,15 +120,10 @@ def prompt_text(model: Any, request: Request) -> str:
     return model.model.tokenizer.decode(kept)
 
 
-def test_the_manifest_names_the_class(model_class: type) -> None:
-    found = manifest()
-    assert found.model_id == "videor1"
-    assert found.chat_class_path == f"{model_class.__module__}.{model_class.__qualname__}"
-    assert model_class.is_simple is False  # else lmms-eval refuses a chat class
-
-
 def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Path, tmp_path: Path) -> None:
-    model, picture = make(), tmp_path / "picture.png"
+    model, picture, told = make(), tmp_path / "picture.png", manifest()
+    assert (told.model_id, told.chat_class_path) == ("videor1", f"{type(model).__module__}.{type(model).__qualname__}")
+    assert model.is_simple is False  # else lmms-eval refuses a chat class
     Image.new("RGB", (64, 32), "red").save(picture)
     contents = [
         [clip(video), text("Which?\nA. one\nB. two")],
@@ -161,21 +146,22 @@ def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Pat
     first = prompt_text(model, engine.requests[0])
     assert "Which?\nA. one\nB. two\nReason between <think> and </think>" in first
     assert first.endswith("<|im_start|>assistant\n")
-
-
-def test_thinking_is_an_option(make: Make, engine: type[Oracle], video: Path) -> None:
-    model = make(think=False)
-    asked = ask(model, [[clip(video), text("Which?")]], until=["</think>"], max_new_tokens=9)
+    # Thinking is an option.
+    engine.requests.clear()
+    engine.made.clear()
+    model.think = False
+    assert ask(model, contents[:1], until=["</think>"], max_new_tokens=9) == ["<think>so"]  # as it came, up to the stop
     assert "Reason between" not in prompt_text(model, engine.requests[0])
-    assert asked == ["<think>so"]  # as it came, up to the stop
     model.think = True
-    ask(model, [[text("Which?")]])
+    ask(model, contents[2:3], max_new_tokens=None)
     assert [options for options, _ in engine.made] == [SamplingOptions(9, 0.0), SamplingOptions(1024, 0.0)]
     engine.say = staticmethod(lambda *_: "no tags")
-    assert ask(model, [[text("Which?")]]) == ["no tags"]
+    assert ask(model, contents[2:3]) == ["no tags"]
 
 
-def test_sampling_options_of_the_task(make: Make, engine: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_options_and_shuffled_frames(
+    make: Make, engine: type[Oracle], caplog: pytest.LogCaptureFixture, video: Path
+) -> None:
     model = make(max_new_tokens=5)
     mixed = requests(model, [[text("a")], [text("b")], [text("c")]])
     mixed[1].arguments[2].update({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": True})
@@ -188,16 +174,12 @@ def test_sampling_options_of_the_task(make: Make, engine: type[Oracle], caplog: 
     assert "not used: repetition_penalty" in caplog.text
     with pytest.raises(ConfigError, match="num_beams"):
         ask(model, [[text("a")]], num_beams=4)
-
-
-def test_repeated_requests_draw_anew(make: Make, engine: type[Oracle]) -> None:
-    model = make()
-    (request,) = requests(model, [[text("a")]])
-    model.generate_until([request, request])
+    # Repeated requests draw anew.
+    engine.requests.clear()
+    model.generate_until(2 * requests(model, [[text("a")]]))
     assert [asked.ordered.names for asked in engine.requests] == [("lmms-eval", "toy", 0, i) for i in range(2)]
-
-
-def test_shuffled_frames(make: Make, engine: type[Oracle], video: Path) -> None:
+    # Shuffled frames.
+    engine.requests.clear()
     model, contents = make(), [[clip(video), text("Which?")], [text("2 + 2?")]]
     for shuffle in (False, True, True):
         model.shuffle = shuffle
@@ -209,9 +191,7 @@ def test_shuffled_frames(make: Make, engine: type[Oracle], video: Path) -> None:
     assert not torch.equal(a.features, b.features)
 
 
-def test_a_bad_video_is_counted(
-    make: Make, engine: type[Oracle], video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_video_is_counted(make: Make, engine: type[Oracle], video: Path, tmp_path: Path, caplog: Any) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
     contents = [[clip(bad), text("a")], [clip(video), text("b")], [clip(tmp_path / "none.mp4"), text("c")]]

@@ -1,10 +1,10 @@
 """Vision features of prompts in either order: bounded passes of the tower give what one pass gives, gradients too."""
 
-from __future__ import annotations
-
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> VideoLM:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def passes() -> Iterator[list[int]]:
     """Patches in each pass of the tower."""
     seen: list[int] = []
     original = VideoLM.vision_features
@@ -44,8 +44,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(sum(len(m.patches) for m in media))
         return original(self, media, patches)
 
-    monkeypatch.setattr(VideoLM, "vision_features", noted)
-    return seen
+    with patch.object(VideoLM, "vision_features", noted):
+        yield seen
+
+
+def bounded(patches: int) -> Any:
+    return patch.object(features, "PASS_PATCHES", patches)
 
 
 def agree(got: Features, expected: Features) -> None:
@@ -58,20 +62,18 @@ def agree(got: Features, expected: Features) -> None:
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_bounded_passes_give_what_one_pass_gives(
-    model: VideoLM, passes: list[int], bound: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bounded_passes_give_what_one_pass_gives(model: VideoLM, passes: list[int], bound: int) -> None:
     orders = orders_of(PROMPTS, "frame")
     assert [order is None for order in orders] == [False, True, True, False, False, True]
     with model.inference():
         whole = prompt_features(model, PROMPTS), prompt_features(model, PROMPTS, orders)
         assert passes == [160, 160]
         passes.clear()
-        monkeypatch.setattr(features, "PASS_PATCHES", bound)
-        agree(prompt_features(model, PROMPTS), whole[0])
-        assert passes == BOUNDS[bound]
-        assert all(size <= bound for size in passes if size not in (16, 32, 64))  # of one video alone
-        agree(prompt_features(model, PROMPTS, orders), whole[1])
+        with bounded(bound):
+            agree(prompt_features(model, PROMPTS), whole[0])
+            assert passes == BOUNDS[bound]
+            assert all(size <= bound for size in passes if size not in (16, 32, 64))  # of one video alone
+            agree(prompt_features(model, PROMPTS, orders), whole[1])
         assert prompt_features(model, []) == []
         assert prompt_features(model, [PROMPTS[2]]) == [None]
         assert passes == 2 * BOUNDS[bound]
@@ -109,36 +111,29 @@ def gradients(model: VideoLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.visual.named_parameters() if p.grad is not None}
 
 
-def test_bounded_passes_give_the_same_gradients(
-    model: VideoLM, passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bounded_passes_give_the_same_gradients(model: VideoLM, passes: list[int]) -> None:
     whole = gradients(model)
     assert whole.keys() == dict(model.visual.named_parameters()).keys()
-    monkeypatch.setattr(features, "PASS_PATCHES", 48)
-    cut = gradients(model)
+    with bounded(48):
+        cut = gradients(model)
     assert passes == [160, 48, 64, 48]
     scale = max(float(g.abs().max()) for g in whole.values())
     for name, gradient in whole.items():
         error = 1e-12 if gradient.dtype == torch.float64 else 1e-5
         torch.testing.assert_close(cut[name], gradient, rtol=error, atol=error * scale)
+    # ZeRO-3 marks the parameters that it holds in pieces: ranks that wait for each other make one pass each. For
+    # answers it has gathered them before.
+    passes.clear()
+    with bounded(48), patch.object(next(model.visual.parameters()), "ds_id", 0, create=True):
+        gradients(model)
+        with model.inference():
+            prompt_features(model, PROMPTS)
+        assert passes == [160, 48, 64, 48]
+        assert prompt_features(model, [make_prompt(None)]) == [None]
 
 
-def test_ranks_that_wait_for_each_other_make_one_pass_each(
-    model: VideoLM, passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ZeRO-3 marks the parameters that it holds in pieces; for answers it has gathered them before."""
-    monkeypatch.setattr(features, "PASS_PATCHES", 48)
-    monkeypatch.setattr(next(model.visual.parameters()), "ds_id", 0, raising=False)
-    gradients(model)
-    with model.inference():
-        prompt_features(model, PROMPTS)
-    assert passes == [160, 48, 64, 48]
-    assert prompt_features(model, [make_prompt(None)]) == [None]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget", "expected"),
-    [
+def test_batches() -> None:
+    for sizes, budget, expected in (
         ([], 10, []),
         ([3], 10, [[3]]),
         ([4, 6, 1], 10, [[4, 6], [1]]),  # full to the last token
@@ -147,16 +142,11 @@ def test_ranks_that_wait_for_each_other_make_one_pass_each(
         ([2, 11, 2], 10, [[2], [11], [2]]),  # too large for any batch: alone
         ([11, 12], 10, [[11], [12]]),
         ([0, 0, 1], 0, [[0, 0], [1]]),
-    ],
-)
-def test_batches_by_hand(sizes: list[int], budget: int, expected: list[list[int]]) -> None:
-    asked: list[int] = []
-    assert greedy_batches(iter(sizes), lambda item: asked.append(item) or item, budget) == expected  # type: ignore[func-returns-value]
-    assert asked == sizes, "each size is asked once"
-
-
-def test_batches_of_random_sizes() -> None:
-    """Nothing is lost or moved, none holds more than it may, none could have held the next item."""
+    ):
+        size = Mock(side_effect=lambda item: item)
+        assert greedy_batches(iter(sizes), size, budget) == expected
+        assert [call.args[0] for call in size.call_args_list] == sizes, "each size is asked once"
+    # Nothing is lost or moved, none holds more than it may, none could have held the next item.
     rng = random.Random(0)
     for _ in range(200):
         items = ["x" * rng.randrange(12) for _ in range(rng.randrange(1, 20))]

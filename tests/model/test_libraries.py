@@ -4,13 +4,12 @@ Their kernels need a GPU: here flash-attn and Liger's norm are stood in for by t
 classes are checked for what is relied on.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,9 +27,13 @@ from videor1.training.passes import completion_logp, pack
 
 
 @pytest.mark.parametrize("options", [{"model__liger": True}, {"model__attention": "flash_attention_2"}])
-def test_a_cpu_refuses_them(options: dict[str, Any], assets: Assets, tmp_path: Path) -> None:
+def test_what_refuses_them(options: Any, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU, and a machine without the package."""
     with pytest.raises(ConfigError, match="they run on a GPU, and this run is on a CPU"):
         trainer(assets, tmp_path, **options)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rms_norm", None)
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[liger\]"'):
+        use_liger(make_lm().hf)
 
 
 def test_prompts_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +74,7 @@ def liger_norm_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (self.offset + self.weight) * normal.to(hidden.dtype)
 
 
-def test_liger_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_in_the_model() -> None:
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import rms_norm, rope, swiglu
 
@@ -98,23 +101,18 @@ def test_liger_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     plain.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.hf.named_parameters()}
     model.hf.zero_grad()
-
-    monkeypatch.setattr(rms_norm.LigerRMSNorm, "forward", liger_norm_forward)
-    monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda gate, up: silu(gate) * up)
-    monkeypatch.setattr(rope, "liger_rotary_pos_emb", liger_rotary)
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)  # is put back afterwards
-    names = set(model.hf.state_dict())
-    use_liger(model.hf)
-    assert set(model.hf.state_dict()) == names, "checkpoints stay as they are"
-    liger = completion_logp(model, row)
-    liger.sum().backward()
+    with (
+        patch.object(rms_norm.LigerRMSNorm, "forward", liger_norm_forward),
+        patch.object(swiglu, "_swiglu_dispatch", lambda gate, up: silu(gate) * up),
+        patch.object(rope, "liger_rotary_pos_emb", liger_rotary),
+        patch.object(modeling, "apply_rotary_pos_emb", rotary),  # is put back afterwards
+    ):
+        names = set(model.hf.state_dict())
+        use_liger(model.hf)
+        assert set(model.hf.state_dict()) == names, "checkpoints stay as they are"
+        liger = completion_logp(model, row)
+        liger.sum().backward()
     assert len(turned) == 2, "once a layer"
     torch.testing.assert_close(liger, plain, rtol=0, atol=log_prob_rounding(plain))
     for name, parameter in model.hf.named_parameters():
         assert (parameter.grad - gradients[name]).norm() <= GRADIENT_ROUNDING * gradients[name].norm(), name
-
-
-def test_liger_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rms_norm", None)
-    with pytest.raises(ConfigError, match=r'pip install -e "\.\[liger\]"'):
-        use_liger(make_lm().hf)

@@ -1,8 +1,6 @@
 """The position rule travels: from a run to its checkpoints, to whoever asks or goes on with them, and out of runs that
 are older than the option."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -81,6 +79,17 @@ def test_a_checkpoint_is_asked_under_its_own_rule(transformers_run: Path, assets
     assert rule_of(checkpoint, positions="paper") == "paper"
     continued = trainer(assets, tmp_path / "on", model_name_or_path=checkpoint, max_steps=1)
     assert continued.model.position_rule == continued.config.model.positions == "transformers"
+    # A resumed run is refused another rule, and the rule makes a difference to that run.
+    folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(ConfigError, match=r"model\.positions: .*step-2 was trained under 'transformers'.*'paper'"):
+        trainer(assets, folder, model__positions="paper", resume="auto", **OLD)
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    trainer(assets, tmp_path / "paper", **OLD).train()
+    assert last_metrics(transformers_run)["loss"] != last_metrics(tmp_path / "paper")["loss"]
+    with pytest.raises(ConfigError, match="videor1_positions 'newest', expected one of paper, transformers"):
+        trained_rule(tmp_path, "newest")
+    assert trained_rule("Qwen/Qwen2.5-VL-7B-Instruct", None) is None
 
 
 @pytest.mark.parametrize("how", ["bare", "whole"])
@@ -103,29 +112,7 @@ def test_an_older_run_goes_on_under_its_own_rule(
     assert "changed since" not in shown
 
 
-def test_the_rule_makes_a_difference_to_that_run(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:
-    trainer(assets, tmp_path / "paper", **OLD).train()
-    losses = [last_metrics(folder)["loss"] for folder in (transformers_run, tmp_path / "paper")]
-    assert losses[0] != losses[1]
-
-
-def test_a_resumed_run_is_refused_another_rule(transformers_run: Path, assets: Assets, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    with pytest.raises(ConfigError, match=r"model\.positions: .*step-2 was trained under 'transformers'.*'paper'"):
-        trainer(assets, folder, model__positions="paper", resume="auto", **OLD)
-    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
-
-
-def test_a_record_that_this_version_does_not_know(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="videor1_positions 'newest', expected one of paper, transformers"):
-        trained_rule(tmp_path, "newest")
-    assert trained_rule("Qwen/Qwen2.5-VL-7B-Instruct", None) is None
-
-
-def test_an_evaluation_says_its_rule_and_an_older_one_goes_on_under_its_own(
-    assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_evaluation_says_its_rule_and_an_older_keeps_its_own(assets: Assets, tmp_path: Path, capsys: Any) -> None:
     options = {"dataset_name": assets.dev, "video__max_frames": 8}
     folder = tmp_path / "run"
     assert run(assets, folder, **options) == 0
@@ -145,9 +132,7 @@ def test_an_evaluation_says_its_rule_and_an_older_one_goes_on_under_its_own(
     assert answers(older) == expected
 
 
-def test_asking_under_another_rule_is_told(
-    transformers_run: Path, assets: Assets, tmp_path: Path, oracle: Any, capsys: pytest.CaptureFixture
-) -> None:
+def test_asking_otherwise(transformers_run: Path, assets: Assets, tmp_path: Path, oracle: Any, capsys: Any) -> None:
     folder = Path(shutil.copytree(transformers_run, tmp_path / "run"))
     options = {"model_name_or_path": folder / "checkpoints" / "step-2", "dataset_name": assets.dev, "eval_samples": 1}
     for name, given, told in (("own", {}, False), ("other", {"model__positions": "paper"}, True)):
@@ -156,17 +141,13 @@ def test_asking_under_another_rule_is_told(
         assert ("--model.positions transformers" in capsys.readouterr().err) == told
 
 
-@pytest.mark.parametrize("rule", ["paper", "transformers"])
-def test_a_server_that_numbers_otherwise_is_warned_of(tmp_path: Path, rule: Any, recwarn: Any) -> None:
-    config = TrainConfig(rollout=RolloutConfig(engine="server"))
-    make_engine(config, make_lm(position_rule=rule), tmp_path)
+@pytest.mark.parametrize(("rule", "largest"), [("paper", 12600), ("transformers", 0)])
+def test_a_plan_and_a_server(rule: Any, largest: int, tmp_path: Path, recwarn: Any) -> None:
+    """Answers begin past the largest position of 16 frames of two hours, or past the frames' sides; a server that
+    numbers otherwise is warned of."""
+    make_engine(TrainConfig(rollout=RolloutConfig(engine="server")), make_lm(position_rule=rule), tmp_path)
     told = [str(warning.message) for warning in recwarn if "model.positions" in str(warning.message)]
     assert bool(told) == (rule == "transformers")
-
-
-@pytest.mark.parametrize(("rule", "largest"), [("paper", 12600), ("transformers", 0)])
-def test_a_plan_is_of_the_rule_and_of_two_hours(rule: str, largest: int) -> None:
-    """Answers begin past the largest position of 16 frames of two hours, or past the frames' sides."""
     config = parse(TrainConfig, ["--model.positions", rule, "--device", "cpu"], prog="", description="")
     shape, target = shape_of(None), Target.of(config)
     policy, reference = (build(shape, config, target, "meta") for build in (build_policy, build_reference))

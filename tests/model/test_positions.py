@@ -1,8 +1,6 @@
 """M-RoPE positions over grids and frame rates that no test would think of: the rule ``paper`` against the paper's
 sentence, ``transformers`` against its get_rope_index."""
 
-from __future__ import annotations
-
 import dataclasses
 from fractions import Fraction
 from typing import Any
@@ -101,7 +99,7 @@ def test_any_grid_and_rate(kind: str, grid: Grid, seconds: float, text: Grid) ->
     assert torch.equal(by_paper, by_transformers) == short  # images and short clips: bit-equal, others never
 
 
-def test_a_video_by_hand() -> None:
+def test_by_hand() -> None:
     # Two temporal patches, 1.5 s apart, at 2 positions a second, of 1 x 2 tokens each.
     prompt = bare_prompt("video", (2, 2, 4), 1.5, before=2, after=1)
     positions, first = PAPER.positions(prompt)
@@ -110,6 +108,20 @@ def test_a_video_by_hand() -> None:
     positions, first = TRANSFORMERS.positions(prompt)
     assert positions[:, 7:].tolist() == [[5, 6]] * 3
     assert first == 7  # goes on from the last text token, although time has come to 6 before it
+    # A product that is whole in real numbers may fall just short of it, by the precision it is taken in.
+    for tenths in range(1, 200):
+        prompt = bare_prompt("video", (16, 2, 2), installed_seconds(tenths / 10), 1, 1)
+        positions, _ = TRANSFORMERS.positions(prompt)
+        assert torch.equal(positions, transformers_positions(prompt, 0)), tenths
+    # Text counts up.
+    prompt = make_prompt(None, "What is two and two?")
+    length = len(prompt.input_ids)
+    for model in (PAPER, TRANSFORMERS):
+        positions, first = model.positions(prompt)
+        assert torch.equal(positions, torch.arange(length).expand(3, -1))
+        assert first == length
+    with pytest.raises(ValueError, match=r"position_rule.*paper.*'papre'"):
+        make_lm(position_rule="papre")  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,28 +181,6 @@ def test_rollout_and_training_at_positions_past_the_length(minutes: int) -> None
         # Log-probs leave in fp32, and rotary angles are made in it; all else is fp64.
         torch.testing.assert_close(drawn.logp.double(), logp, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(by_training.double(), logp, rtol=1e-6, atol=1e-6)
-
-
-def test_text_counts_up() -> None:
-    prompt = make_prompt(None, "What is two and two?")
-    length = len(prompt.input_ids)
-    for model in (PAPER, TRANSFORMERS):
-        positions, first = model.positions(prompt)
-        assert torch.equal(positions, torch.arange(length).expand(3, -1))
-        assert first == length
-
-
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"position_rule.*paper.*'papre'"):
-        make_lm(position_rule="papre")  # type: ignore[arg-type]
-
-
-def test_time_is_cut_in_fp32_as_transformers_does() -> None:
-    """A product that is whole in real numbers may fall just short of it, by the precision it is taken in."""
-    for tenths in range(1, 200):
-        prompt = bare_prompt("video", (16, 2, 2), installed_seconds(tenths / 10), 1, 1)
-        positions, _ = TRANSFORMERS.positions(prompt)
-        assert torch.equal(positions, transformers_positions(prompt, 0)), tenths
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "split", "none"])

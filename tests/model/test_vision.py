@@ -1,7 +1,5 @@
 """The vision tower passes all windows to its attention at once, reads nothing back, and computes what it did before."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -35,23 +33,7 @@ def test_as_window_by_window() -> None:
         for lm, out in ((model, ours), (plain, theirs))
     ]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of varlen_attn, and keeps what they were given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.varlen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_varlen_attn" in str(func):
-            self.varlen.append(args)
-        return func(*args, **(kwargs or {}))
-
-
-def test_one_call_a_layer_and_nothing_read_back() -> None:
-    """On the meta device, whose values cannot be read: as on a GPU, in bf16."""
+    # One call a layer, and nothing read back: on the meta device, whose values cannot be read, as on a GPU, in bf16.
     visual = make_lm().visual
     config = copy.deepcopy(visual.config)
     config._attn_implementation = "sdpa"
@@ -75,11 +57,25 @@ def test_one_call_a_layer_and_nothing_read_back() -> None:
     assert {args[5] for args in calls.varlen} == {8 * 12, lengths["max_window_seqlen"]}
 
 
+class Calls(TorchDispatchMode):
+    """Keeps the names of the operations that are called, and what varlen_attn was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.varlen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        if "_varlen_attn" in str(func):
+            self.varlen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_lengths(device: str) -> None:
     """Those of windows stay on the host where each is computed by itself."""
-    config = make_lm().visual.config
-    lengths = vision.tower_lengths(GRID, config, torch.device(device), torch.float32)
+    lengths = vision.tower_lengths(GRID, make_lm().visual.config, torch.device(device), torch.float32)
     assert lengths["cu_seqlens"].tolist() == [0, 96, 192, 288, 368]
     assert lengths["cu_window_seqlens"].tolist()[-1] == 368
     assert lengths["max_seqlen"] == 96
@@ -87,9 +83,10 @@ def test_lengths(device: str) -> None:
     assert lengths["window_index"].device.type == lengths["position_ids"].device.type == device
 
 
-def test_patches_are_embedded_by_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the layer's own parameters; a CPU keeps the convolution."""
-    layer = make_lm().visual.patch_embed.proj.double()
+def test_patches_are_embedded_by_a_product() -> None:
+    """Of the layer's own parameters; a CPU keeps the convolution, and so does a layer of another shape."""
+    visual = make_lm().visual
+    layer = visual.patch_embed.proj.double()
     assert isinstance(layer, vision.PatchProduct)
     patches = normalize_patches(MEDIA[0].patches, torch.float64).view(-1, *layer.weight.shape[1:])
     expected = torch.nn.Conv3d.forward(layer, patches)
@@ -98,12 +95,9 @@ def test_patches_are_embedded_by_a_product(monkeypatch: pytest.MonkeyPatch) -> N
     assert product.shape == expected.shape
     assert (product - expected).abs().max() <= rounding(patches[0].numel(), 100.0, torch.float64)
     assert expected.abs().max() < 100
-    monkeypatch.setattr(layer, "_conv_forward", lambda *_: pytest.fail("a convolution"))
-    assert layer.to("meta")(patches.to("meta")).shape == expected.shape
-
-
-def test_other_choices_stay() -> None:
-    visual = make_lm().visual
+    with Calls() as calls:
+        assert layer.to("meta")(patches.to("meta")).shape == expected.shape
+    assert not any("convolution" in name for name in calls.names)
     visual.patch_embed.proj = torch.nn.Conv3d(3, 8, 2, stride=1)
     visual.config._attn_implementation = "eager"
     vision.prepare(visual)

@@ -1,8 +1,5 @@
 """Model folders that hold something else than whole safetensors weights are refused, with what to do."""
 
-from __future__ import annotations
-
-import builtins
 import contextlib
 import json
 import os
@@ -12,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,7 +37,7 @@ def folder(assets: Assets, tmp_path: Path) -> Path:
     return Path(shutil.copytree(assets.model, tmp_path / "model"))
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path | str) -> Any:
     return load_model(TrainConfig(model_name_or_path=str(folder), device="cpu"))
 
 
@@ -80,38 +78,34 @@ def poisoned(value: float) -> Change:
     return one("norm.weight", lambda tensor: torch.cat([tensor[:-1], torch.tensor([value])]))
 
 
-def shard(folder: Path, second: Any = "two.safetensors", index: str | None = None) -> None:
+def sharded(second: Any = "two.safetensors", index: str | None = None) -> Change:
     """Split the weights in two files with an index, which may name the second otherwise or be another text."""
-    held = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    parts = {"one.safetensors": list(held)[::2], "two.safetensors": list(held)[1::2]}
-    for file, keys in parts.items():
-        save_file({key: held[key] for key in keys}, folder / file, metadata={"format": "pt"})
-    files = {"one.safetensors": "one.safetensors", "two.safetensors": second}
-    names = {key: files[file] for file, keys in parts.items() for key in keys}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}) if index is None else index)
+
+    def change(folder: Path) -> None:
+        held = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        parts = {"one.safetensors": list(held)[::2], "two.safetensors": list(held)[1::2]}
+        for file, keys in parts.items():
+            save_file({key: held[key] for key in keys}, folder / file, metadata={"format": "pt"})
+        files = {"one.safetensors": "one.safetensors", "two.safetensors": second}
+        names = {key: files[file] for file, keys in parts.items() for key in keys}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}) if index is None else index)
+
+    return change
 
 
-def sharded(**options: Any) -> Change:
-    return lambda folder: shard(folder, **options)
-
-
-def without_a_shard(folder: Path) -> None:
-    shard(folder)
-    (folder / "two.safetensors").unlink()
-
-
-def cut(length: int) -> Change:
-    return lambda folder: os.truncate(folder / WEIGHTS, length % (folder / WEIGHTS).stat().st_size)
+def cut(name: str, length: int) -> Change:
+    return lambda folder: os.truncate(folder / name, length % (folder / name).stat().st_size)
 
 
 def tied(head: Callable[[Tensor], Tensor]) -> Change:
     """Store a head beside the embedding, which the config says is both."""
-    return tensors(lambda held: held.update({"lm_head.weight": head(embedding_of(held).clone())}))
 
+    def edit(held: Tensors) -> None:
+        embedding = next(tensor for name, tensor in held.items() if name.endswith("embed_tokens.weight"))
+        held["lm_head.weight"] = head(embedding.clone())
 
-def embedding_of(held: Tensors) -> Tensor:
-    return next(tensor for name, tensor in held.items() if name.endswith("embed_tokens.weight"))
+    return tensors(edit)
 
 
 def one_more(row: int) -> Callable[[Tensor], Tensor]:
@@ -151,18 +145,19 @@ CASES: list[tuple[Change, str]] = [
     (one("q_proj.weight", lambda tensor: tensor[:-1].contiguous()), "cannot load|mismatched keys"),
     *((poisoned(float(value)), "NaN or Inf in its weights.*norm.weight") for value in ("nan", "inf", "-inf")),
     (tensors(lambda held: held.clear()), "its files hold 0"),
-    *((cut(length), r"model\.safetensors: not a whole safetensors file") for length in (0, 7, 1000, -1)),
+    *((cut(WEIGHTS, length), r"model\.safetensors: not a whole safetensors file") for length in (0, 7, 1000, -1)),
     *((sharded(second=name), r"expected the plain name of a \.safetensors file") for name in (*NAMES, 3)),
     *(
         (sharded(index=text), "not an index of safetensors files")
         for text in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "{", "[" * 100_000)
     ),
-    (without_a_shard, r"two.safetensors: not a whole safetensors file"),
+    (lambda f: (sharded()(f), (f / "two.safetensors").unlink()), r"two.safetensors: not a whole safetensors file"),
     *(
         (config(transformers_weights=name), r"transformers_weights|expected model\.safetensors")
         for name in ("pytorch_model.bin", "../other.safetensors", "adapter_model.bin", "other.safetensors")
     ),
     *((tied(one_more(row)), "tie_word_embeddings") for row in (0, -1)),
+    (tied(lambda embedding: embedding + 1e-3), r'write "tie_word_embeddings": false in config.json'),
     # A config of another model takes no memory.
     *((config(**{name: value}), "model_name_or_path: ") for name, values in CONFIGS.items() for value in values),
 ]
@@ -175,16 +170,23 @@ def test_what_is_refused(change: Change, message: str, folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_floats_are_read(dtype: torch.dtype, folder: Path) -> None:
-    tensors(lambda held: held.update({name: tensor.to(dtype) for name, tensor in held.items()}))(folder)
-    assert next(load(folder).hf.parameters()).dtype == torch.float32
-
-
-def test_shards_by_plain_names_are_read(folder: Path) -> None:
+def test_shards_heads_and_other_floats_are_read(folder: Path, tmp_path: Path) -> None:
+    """Shards by plain names; a stored head that equals the embedding is tied, another is one of its own."""
     expected = load(folder).hf.state_dict()
-    shard(folder)
+    tied(lambda embedding: embedding)(folder)
+    model = load(folder)
+    assert model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    apart = Path(shutil.copytree(folder, tmp_path / "apart"))
+    sharded()(folder)
     assert all(torch.equal(value, expected[name]) for name, value in load(folder).hf.state_dict().items())
+    tied(lambda embedding: embedding + 1e-3)(apart)
+    config(tie_word_embeddings=False, text_config__tie_word_embeddings=False)(apart)
+    model = load(apart)
+    assert model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight
+    assert (model.hf.lm_head.weight - model.hf.get_input_embeddings().weight).abs().max() > 5e-4
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        tensors(lambda held, to=dtype: held.update({name: tensor.to(to) for name, tensor in held.items()}))(apart)
+        assert next(load(apart).hf.parameters()).dtype == torch.float32
 
 
 class Pickled:
@@ -197,29 +199,14 @@ class Pickled:
         return open, (str(self.file), "w")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_a_pickle_is_never_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_is_never_read(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
-    torch.save({"weight": Pickled(tmp_path / "ran")}, folder / name)
-    with pytest.raises(ConfigError, match=f"neither model.safetensors nor .*{name} is not read, since"):
-        load(folder)
+    for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth"):
+        torch.save({"weight": Pickled(tmp_path / "ran")}, folder / name)
+        with pytest.raises(ConfigError, match=f"neither model.safetensors nor .*{name} is not read, since"):
+            load(folder)
+        (folder / name).unlink()
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_head_of_its_own_under_a_tied_config_says_what_to_write(folder: Path) -> None:
-    tied(lambda embedding: embedding + 1e-3)(folder)
-    with pytest.raises(ConfigError, match=r'write "tie_word_embeddings": false in config.json'):
-        load(folder)
-    config(tie_word_embeddings=False, text_config__tie_word_embeddings=False)(folder)
-    model = load(folder)
-    assert model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight
-    assert (model.hf.lm_head.weight - model.hf.get_input_embeddings().weight).abs().max() > 5e-4
-
-
-def test_a_stored_head_that_equals_the_embedding_is_tied(folder: Path) -> None:
-    tied(lambda embedding: embedding)(folder)
-    model = load(folder)
-    assert model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +223,7 @@ def adapter(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_says_how_it_is_merged(
-    adapter: Path, assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: Path, folder: Path, assets: Assets, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"holds a LoRA adapter .* merge it into its base model first") as raised:
         load(adapter)
@@ -251,20 +238,39 @@ def test_an_adapter_says_how_it_is_merged(
     assert run_main(main, [*options, "--output_dir", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
     assert "merge it" in capsys.readouterr().err
-
-
-def test_an_adapter_beside_a_models_weights_is_not_taken_silently(adapter: Path, folder: Path) -> None:
+    # Beside a model's weights it is not taken silently; a base that is no name is not put into the command.
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
     with pytest.raises(ConfigError, match="holds a LoRA adapter"):
         load(folder)
+    for base in ("'); import os; os.mkdir('x')  #", "$(x)", "a\nb", "", 3):
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        with pytest.raises(ConfigError) as raised:
+            load(folder)
+        assert MERGE.format(base="BASE_MODEL", adapter=folder) in str(raised.value)
 
 
-@pytest.mark.parametrize("base", ["'); import os; os.mkdir('x')  #", "$(x)", "a\nb", "", 3])
-def test_a_base_that_is_no_name_is_not_put_into_the_command(base: Any, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path)
-    assert MERGE.format(base="BASE_MODEL", adapter=tmp_path) in str(raised.value)
+def test_the_files_of_a_hub_id_are_checked_alike(folder: Path) -> None:
+    def hub(source: str, name: str, **_: Any) -> str | None:
+        """In place of transformers' cached_file."""
+        assert source == "owner/name"
+        return str(folder / name) if (folder / name).exists() else None
+
+    with patch("transformers.utils.cached_file", hub):
+        assert weight_files("owner/name") == [folder / WEIGHTS]
+        sharded()(folder)
+        assert weight_files("owner/name") == [folder / "one.safetensors", folder / "two.safetensors"]
+        for change, message in (
+            (lambda: (folder / "two.safetensors").unlink(), r"has no two\.safetensors"),
+            (
+                lambda: (folder / INDEX).write_text('{"weight_map": {"a": "pytorch_model.bin"}}'),
+                "expected the plain name",
+            ),
+            (lambda: (folder / INDEX).rename(folder / "pytorch_model.bin"), "has neither"),
+            (lambda: (folder / "adapter_config.json").write_text("{}"), "holds a LoRA adapter"),
+        ):
+            change()
+            with pytest.raises(ConfigError, match=message):
+                weight_files("owner/name")
 
 
 def test_nan_is_found_wherever_it_is() -> None:
@@ -274,35 +280,12 @@ def test_nan_is_found_wherever_it_is() -> None:
     assert nonfinite(held) == ["0", "500", "999", "half"]
 
 
-def test_the_files_of_a_hub_id_are_checked_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(source: str, name: str, **_: Any) -> str | None:
-        """In place of transformers' cached_file."""
-        assert source == "owner/name"
-        return str(folder / name) if (folder / name).exists() else None
-
-    monkeypatch.setattr("transformers.utils.cached_file", hub)
-    assert weight_files("owner/name") == [folder / WEIGHTS]
-    shard(folder)
-    assert weight_files("owner/name") == [folder / "one.safetensors", folder / "two.safetensors"]
-    for change, message in (
-        (lambda: (folder / "two.safetensors").unlink(), r"has no two\.safetensors"),
-        (lambda: (folder / INDEX).write_text('{"weight_map": {"a": "pytorch_model.bin"}}'), "expected the plain name"),
-        (lambda: (folder / INDEX).rename(folder / "pytorch_model.bin"), "has neither"),
-        (lambda: (folder / "adapter_config.json").write_text("{}"), "holds a LoRA adapter"),
-    ):
-        change()
-        with pytest.raises(ConfigError, match=message):
-            weight_files("owner/name")
-
-
 MAPPED = {"AutoTokenizer": ["code.Config", None], "AutoConfig": "code.Config", "AutoProcessor": "code.Config"}
 FILES = {"tokenizer": "tokenizer_config.json", "config": "config.json", "processor": "preprocessor_config.json"}
 
 
 @pytest.mark.parametrize("place", ["custom_generate", *FILES, "unknown type", "unknown type, planned"])
-def test_code_in_a_model_folder_never_runs(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+def test_code_in_a_model_folder_never_runs(folder: Path, tmp_path: Path, place: str) -> None:
     """Without a word of ours transformers would ask on a terminal, and run it on a yes: a yes is on stdin.
 
     The model is one that transformers knows, of which the folder offers code for a part; or one that it does not.
@@ -315,12 +298,8 @@ def test_code_in_a_model_folder_never_runs(
     if place != "custom_generate":
         file = folder / FILES.get(place, "config.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": MAPPED} | unknown))
-    monkeypatch.setattr(builtins, "input", lambda *_: "y")
     # For a model that is known, a refusal is as good as a load without the code.
     refusal = pytest.raises(ConfigError, match="model_name_or_path") if unknown else contextlib.suppress(ConfigError)
-    with refusal:
-        if place == "unknown type, planned":
-            shape_of(str(folder))
-        else:
-            load(folder)
+    with refusal, patch("builtins.input", return_value="y"):
+        (shape_of if place == "unknown type, planned" else load)(str(folder))
     assert not ran.exists()

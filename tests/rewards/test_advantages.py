@@ -3,9 +3,11 @@
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,19 +15,16 @@ from tiny import make_media, make_prompt
 
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
 from videor1.rewards.advantages import score_groups
-from videor1.types import Completion, Group, Sample
+from videor1.types import Completion, Group
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
-RIGHT_BARE, WRONG_BARE = "<answer>A</answer>", "<answer>B</answer>"  # the format reward is 0
+BARE, WRONG_BARE = "<answer>A</answer>", "<answer>B</answer>"  # the format reward is 0
 VIDEO, IMAGE = make_media("video", (2, 4, 4)), make_media("image", (1, 4, 4))
 
 
-def answers(*texts: str, length: int = 5) -> tuple[Completion, ...]:
-    return tuple(Completion(torch.arange(length), torch.zeros(length), True, text) for text in texts)
-
-
-def lengthened(group: tuple[Completion, ...], lengths: list[int]) -> tuple[Completion, ...]:
-    return tuple(answers(c.text, length=n)[0] for c, n in zip(group, lengths, strict=True))
+def answers(*texts: str, lengths: Iterable[int] = ()) -> tuple[Completion, ...]:
+    sized = zip(texts, lengths or [5] * len(texts), strict=True)
+    return tuple(Completion(torch.arange(n), torch.zeros(n), True, text) for text, n in sized)
 
 
 def make_group(ordered: tuple[Completion, ...], shuffled: tuple[Completion, ...] = (), media: Any = VIDEO) -> Group:
@@ -40,7 +39,7 @@ def config(**options: Any) -> TrainConfig:
     return TrainConfig(temporal=TemporalConfig(**temporal), **options)
 
 
-def test_margin_on_the_advantage_by_hand() -> None:
+def test_by_hand() -> None:
     group = make_group(answers(RIGHT, RIGHT, WRONG, WRONG), answers(RIGHT, WRONG, WRONG, WRONG))
     scored = score_groups([group], config())
     assert (scored.accuracy.tolist(), scored.format.tolist()) == ([[1, 1, 0, 0]], [[1, 1, 1, 1]])
@@ -50,9 +49,7 @@ def test_margin_on_the_advantage_by_hand() -> None:
     assert scored.result.rewards.tolist() == [[2, 2, 1, 1]]
     z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert scored.result.advantages[0].tolist() == pytest.approx([z + 0.075, z + 0.075, -z, -z], rel=1e-6)
-
-
-def test_reference_on_the_reward_by_hand() -> None:
+    # The reference on the reward.
     group = make_group(answers(RIGHT, WRONG_BARE), answers(RIGHT))
     scored = score_groups([group], config(rule="reference", mu=0.5))  # p = 0.5 passes 0.5 * 1, and only with >=
     assert scored.result.rewards[0].tolist() == pytest.approx([2.3, 0.0])
@@ -61,6 +58,12 @@ def test_reference_on_the_reward_by_hand() -> None:
     threshold = score_groups([group], config(rule="threshold", mu=0.5))
     assert threshold.result.temporal.tolist() == [0.0]
     assert threshold.result.rewards.tolist() == [[2, 0]]
+    # Bonuses are the configured ones, and gated by correct_above.
+    group = make_group(answers(RIGHT, RIGHT, WRONG, lengths=(10, 21, 15)), answers(WRONG))
+    for above, control, rewards in ((0.1, True, [3, 2.3, 1]), (0.1, False, [2.3, 2.3, 1]), (1.0, True, [2, 2, 1])):
+        reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=above)
+        scored = score_groups([group], config(rule="reference", reward=reward, len_control=control))
+        assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
 def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[float]]:
@@ -91,13 +94,11 @@ def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[floa
 
 
 MIXED = [
-    make_group(
-        lengthened(answers(RIGHT, RIGHT_BARE, WRONG, RIGHT), [320, 512, 400, 513]), answers(RIGHT, RIGHT, WRONG)
-    ),
-    make_group(lengthened(answers(RIGHT, WRONG, WRONG_BARE, WRONG), [400, 320, 1, 2]), media=IMAGE),
-    make_group(lengthened(answers(WRONG, WRONG_BARE, WRONG, WRONG), [1, 2, 3, 4]), answers(WRONG, WRONG)),
-    make_group(lengthened(answers(RIGHT, RIGHT, WRONG, RIGHT_BARE), [319, 600, 9, 9]), answers(RIGHT), None),
-    make_group(lengthened(answers(RIGHT, RIGHT, RIGHT_BARE, WRONG), [333, 444, 511, 9]), media=IMAGE),
+    make_group(answers(RIGHT, BARE, WRONG, RIGHT, lengths=(320, 512, 400, 513)), answers(RIGHT, RIGHT, WRONG)),
+    make_group(answers(RIGHT, WRONG, WRONG_BARE, WRONG, lengths=(400, 320, 1, 2)), media=IMAGE),
+    make_group(answers(WRONG, WRONG_BARE, WRONG, WRONG, lengths=(1, 2, 3, 4)), answers(WRONG, WRONG)),
+    make_group(answers(RIGHT, RIGHT, WRONG, BARE, lengths=(319, 600, 9, 9)), answers(RIGHT), None),
+    make_group(answers(RIGHT, RIGHT, BARE, WRONG, lengths=(333, 444, 511, 9)), media=IMAGE),
 ]
 
 
@@ -114,51 +115,26 @@ def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_contro
     assert scored.shuffled_accuracy.shape == (5, 3)
     assert scored.shuffled_accuracy.isnan().sum(1).tolist() == [0, 3, 1, 2, 3]
     assert scored.result.p_shuffled.isnan().tolist() == [False, True, False, False, True]
+    # A group does not depend on its batch.
+    for row, group in enumerate(MIXED):
+        assert torch.equal(score_groups([group], options).result.advantages[0], scored.result.advantages[row])
+    images = score_groups([MIXED[1], MIXED[4]], options)
+    assert images.shuffled_accuracy.shape == (2, 0)
+    assert images.result.p_shuffled.isnan().all()
+    assert images.result.temporal.tolist() == [0, 0]
     for row, group in enumerate(MIXED):
         rewards, advantages = expected(group, options)
         assert scored.result.rewards[row].tolist() == pytest.approx(rewards, abs=1e-6)
         assert scored.result.advantages[row].tolist() == pytest.approx(advantages, abs=1e-5)
 
 
-def test_a_group_does_not_depend_on_its_batch() -> None:
-    together = score_groups(MIXED, config())
-    for row, group in enumerate(MIXED):
-        alone = score_groups([group], config())
-        assert torch.equal(alone.result.advantages[0], together.result.advantages[row])
-    scored = score_groups([MIXED[1], MIXED[4]], config())
-    assert scored.shuffled_accuracy.shape == (2, 0)
-    assert scored.result.p_shuffled.isnan().all()
-    assert scored.result.temporal.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("correct_above", "len_control", "rewards"),
-    [(0.1, True, [3.0, 2.3, 1.0]), (0.1, False, [2.3, 2.3, 1.0]), (1.0, True, [2.0, 2.0, 1.0])],
-)
-def test_bonuses_are_the_configured_ones_and_gated_by_correct_above(
-    correct_above: float, len_control: bool, rewards: list[float]
-) -> None:
-    group = make_group(lengthened(answers(RIGHT, RIGHT, WRONG), [10, 21, 15]), answers(WRONG))
-    reward = RewardConfig(length_bonus=0.7, length_range=(10, 20), correct_above=correct_above)
-    scored = score_groups([group], config(rule="reference", reward=reward, len_control=len_control))
-    assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
-
-
-def test_accuracies_that_are_known_are_taken_as_they_are() -> None:
-    group = make_group(answers(RIGHT, WRONG), answers(RIGHT_BARE, WRONG_BARE))
+def test_accuracies_that_are_known_and_functions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ones are taken as they are; one call of the others sees every ordered answer."""
+    group = make_group(answers(RIGHT, WRONG), answers(BARE, WRONG_BARE))
     scored = score_groups([replace(group, accuracies={RIGHT: 0.25, WRONG_BARE: 0.5})], config())
-    assert scored.accuracy.tolist() == [[0.25, 0.0]]
-    assert scored.shuffled_accuracy.tolist() == [[1.0, 0.5]]
+    assert (scored.accuracy.tolist(), scored.shuffled_accuracy.tolist()) == ([[0.25, 0.0]], [[1.0, 0.5]])
     assert scored.format.tolist() == [[1, 1]]
-
-
-def test_one_call_of_a_custom_function_sees_every_ordered_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def words(completions: list[str], samples: list[Sample]) -> list[float]:
-        calls.append([(c, s.data_type) for c, s in zip(completions, samples, strict=True)])
-        return [0.5 * len(c.split()) for c in completions]
-
+    words = Mock(side_effect=lambda completions, samples: [0.5 * len(c.split()) for c in completions])
     monkeypatch.setitem(sys.modules, "rewards_of_this_test", SimpleNamespace(words=words))
     groups = [
         make_group(answers("<answer>A</answer> two words", RIGHT), answers(WRONG)),
@@ -169,5 +145,6 @@ def test_one_call_of_a_custom_function_sees_every_ordered_answer(monkeypatch: py
     assert scored.format.tolist() == [[1.5, 0.75], [0.75, 0.5]]
     assert scored.accuracy.tolist() == [[1, 1], [0, 0]]
     assert torch.equal(scored.result.rewards, scored.accuracy + scored.format)
-    texts = [(c.text, g.prompt.sample.data_type) for g in groups for c in g.ordered]
-    assert calls == [texts]  # a judge need not be paid for shuffled answers
+    texts = [c.text for g in groups for c in g.ordered]
+    samples = [g.prompt.sample for g in groups for _ in g.ordered]
+    words.assert_called_once_with(texts, samples)  # a judge need not be paid for shuffled answers

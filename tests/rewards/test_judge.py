@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from runs import metrics, run_lines, trainer, weights
 from test_advantages import VIDEO
 from tiny import make_prompt
 
-import videor1.rewards.scoring
 from videor1.config import TemporalConfig, TrainConfig
 from videor1.demo.assets import Assets
 from videor1.rewards.advantages import score_groups
@@ -38,6 +38,9 @@ def group_of(ordered: list[Completion], shuffled: list[Completion], asked: int) 
 
 def make_config(rule: Any, apply: Any, normalize: Any = "std", mu: float = 0.8, alpha: float = 0.3) -> TrainConfig:
     return TrainConfig(temporal=TemporalConfig(rule=rule, apply=apply, mu=mu, alpha=alpha), normalize=normalize)
+
+
+REWARD, ADVANTAGE = make_config("reference", "reward"), make_config("margin", "advantage")
 
 
 def play(ordered: list[Completion], shuffled: list[Completion], config: TrainConfig, rng: random.Random) -> Group:
@@ -94,43 +97,32 @@ def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize
     assert zeros
 
 
-def judge_of(
-    ordered: list[float], shuffled: list[float], config: TrainConfig, size: int = 4, others: int = 2
-) -> TemporalJudge:
+def judge_of(ordered: Any, shuffled: Any, config: TrainConfig, size: int = 4, others: int = 2) -> TemporalJudge:
     judge = TemporalJudge(SAMPLE, config, ordered=size, shuffled=others)
     judge.ordered, judge.shuffled = ordered, shuffled
     return judge
 
 
-REWARD, ADVANTAGE = make_config("reference", "reward"), make_config("margin", "advantage")
+# A config, the ordered and the shuffled answers that are done, and whether the others are needed.
+CASES: list[tuple[TrainConfig, list[float], list[float], bool | None]] = [
+    # Nothing is known yet; the first wrong answer leaves it open, a right and a wrong one need the bonus.
+    *((REWARD, ordered, [], None) for ordered in ([], [0], [1])),
+    *((REWARD, [0, 1], [], True), (ADVANTAGE, [1], [], True)),
+    # None correct; all correct.
+    *((config, [0, 0, 0, 0.05], [], False) for config in (REWARD, ADVANTAGE)),
+    *((REWARD, [1, 1, 1, 1], [], False), (ADVANTAGE, [1, 1, 1, 1], [], True)),
+    # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right not.
+    *((REWARD, [1, 1, 0, 0], [0], False), (REWARD, [1, 1, 0, 0], [1], True)),
+    # p = 0.25 fails as soon as p~ is above 0.3125: one right answer of two.
+    (REWARD, [1, 0, 0, 0], [1], False),
+    # margin: once p~ is at least p nothing is left to win; else it must be known.
+    *((ADVANTAGE, [1, 1, 0, 0], [1], False), (ADVANTAGE, [1, 1, 0, 0], [0], True)),
+    # No bonus to give.
+    (make_config("threshold", "reward", alpha=0.0), [1, 0], [], False),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "ordered", "shuffled", "needed"),
-    [
-        # Nothing is known yet; the first wrong answer leaves it open, a right and a wrong one need the bonus.
-        (REWARD, [], [], None),
-        (REWARD, [0], [], None),
-        (REWARD, [1], [], None),
-        (REWARD, [0, 1], [], True),
-        (ADVANTAGE, [1], [], True),
-        # None correct; all correct.
-        (REWARD, [0, 0, 0, 0.05], [], False),
-        (ADVANTAGE, [0, 0, 0, 0.05], [], False),
-        (REWARD, [1, 1, 1, 1], [], False),
-        (ADVANTAGE, [1, 1, 1, 1], [], True),
-        # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right not.
-        (REWARD, [1, 1, 0, 0], [0], False),
-        (REWARD, [1, 1, 0, 0], [1], True),
-        # p = 0.25 fails as soon as p~ is above 0.3125: one right answer of two.
-        (REWARD, [1, 0, 0, 0], [1], False),
-        # margin: once p~ is at least p nothing is left to win; else it must be known.
-        (ADVANTAGE, [1, 1, 0, 0], [1], False),
-        (ADVANTAGE, [1, 1, 0, 0], [0], True),
-        # No bonus to give.
-        (make_config("threshold", "reward", alpha=0.0), [1, 0], [], False),
-    ],
-)
+@pytest.mark.parametrize(("config", "ordered", "shuffled", "needed"), CASES)
 def test_by_hand(config: TrainConfig, ordered: list[float], shuffled: list[float], needed: bool | None) -> None:
     assert judge_of(ordered, shuffled, config).needed is needed
 
@@ -148,9 +140,7 @@ def test_a_bonus_decided_early_is_the_bonus(rule: str, bonus: float) -> None:
         if decided:
             scored = score_groups([group_of(ordered, [completion(a) for a in shuffled], asked)], config)
             assert scored.result.temporal.tolist() == pytest.approx([bonus])
-
-
-def test_a_group_with_missing_answers_that_matter_counts_those_it_has() -> None:
+    # A group with missing answers that matter counts those it has.
     ordered = [completion(a) for a in (1, 0, 0, 0)]
     scored = score_groups([group_of(ordered, [completion(0.0)], 2)], make_config("margin", "reward"))
     assert scored.result.p_shuffled.isnan().all()  # not known
@@ -158,9 +148,7 @@ def test_a_group_with_missing_answers_that_matter_counts_those_it_has() -> None:
 
 
 @pytest.mark.parametrize(("rule", "apply"), [("margin", "advantage"), ("reference", "reward")])
-def test_a_run_is_the_same_with_and_without(
-    rule: str, apply: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_the_same_with_and_without(rule: str, apply: str, assets: Assets, tmp_path: Path) -> None:
     """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted.
 
     An answer is scored once in a step: by the judge, or with the rewards where there is none; equal ones together."""
@@ -170,13 +158,13 @@ def test_a_run_is_the_same_with_and_without(
         calls[completion, solution] += 1
         return float(zlib.crc32(completion.encode()) % 4 == 0)
 
-    monkeypatch.setattr(videor1.rewards.scoring, "accuracy_reward", by_lot)
     ends, lines, rows = [], [], []
     for skip in (True, False):
         options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__skip_shuffled": skip, "max_steps": 3}
         options |= {"num_generations": 3, "temporal__num_generations": 3, "per_device_train_batch_size": 4}
         run = trainer(assets, tmp_path / str(skip), num_iterations=1, **options)
-        ends.append(weights(run.train()))
+        with patch("videor1.rewards.scoring.accuracy_reward", by_lot):
+            ends.append(weights(run.train()))
         lines.append(run_lines(tmp_path / str(skip), "rollouts.jsonl"))
         rows.append(metrics(tmp_path / str(skip)))
         groups = [(line["completions"] + line["shuffled_completions"], line["solution"]) for line in lines[-1]]

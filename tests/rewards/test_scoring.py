@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,26 +38,20 @@ def pairs(text: str) -> list[list[str]]:
     return [pair.split(" = ") for pair in text.split(" | ")]
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("(B)", "B"),
-        ("[A or B]\n(\n  B \t) and more", "B"),
-        ("(A)(B)", "A"),
-        (")A(B)", "B"),
-        ("(A(B))", "A(B"),
-        ("(two\nlines)", "two\nlines"),
-        *((none, "") for none in ("()", "(B", "B)", "<Answer>B</Answer>", "B", "")),
-    ],
-)
-def test_answer_is_the_first_pair_of_tags(completion: str, answer: str) -> None:
-    assert accuracy_reward(tagged(completion), tagged(f"({answer})"), "multiple choice") == 1.0
-    assert accuracy_reward(tagged(completion), tagged(f"({answer}x)"), "multiple choice") == 0.0
-
-
-def test_answers_missing_on_both_sides_are_equal_as_in_the_reference() -> None:
+def test_answer_and_format() -> None:
+    first = {"(B)": "B", "[A or B]\n(\n  B \t) and more": "B", "(A)(B)": "A", ")A(B)": "B", "(A(B))": "A(B"}
+    first |= {"(two\nlines)": "two\nlines"} | dict.fromkeys(("()", "(B", "B)", "<Answer>B</Answer>", "B", ""), "")
+    for completion, answer in first.items():
+        assert accuracy_reward(tagged(completion), tagged(f"({answer})"), "multiple choice") == 1.0, completion
+        assert accuracy_reward(tagged(completion), tagged(f"({answer}x)"), "multiple choice") == 0.0, completion
+    # Missing on both sides they are equal, as in the reference.
     earned = {kind: accuracy_reward("I do not know", "B", kind) for kind in TYPES}
     assert earned == {"multiple choice": 1.0, "numerical": 0.0, "OCR": 1.0, "free-form": 0.0, "regression": 0.0}
+    # The format.
+    for right in ("[a](B)", "[a] \n\n(B)", "[]()", "[a\nb]\n(c\nd)", "[a]b](B)", "[a](B)(C)"):
+        assert format_reward(tagged(right)) == 1.0, right
+    for wrong in ("[a] so (B)", " [a](B)", "[a](B)\n", "[a](B", "[a(B)", "(B)", "<THINK>a</THINK>(B)", "[)", ""):
+        assert format_reward(tagged(wrong)) == 0.0, wrong
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "\x1f", "\u3000", "B", "<", ">"]
@@ -73,13 +68,6 @@ def test_tags_are_read_as_the_references_regular_expressions_read_them(text: str
     assert format_reward(text) == float(wanted)
 
 
-def test_format() -> None:
-    for right in ("[a](B)", "[a] \n\n(B)", "[]()", "[a\nb]\n(c\nd)", "[a]b](B)", "[a](B)(C)"):
-        assert format_reward(tagged(right)) == 1.0, right
-    for wrong in ("[a] so (B)", " [a](B)", "[a](B)\n", "[a](B", "[a(B)", "(B)", "<THINK>a</THINK>(B)", "[)", ""):
-        assert format_reward(tagged(wrong)) == 0.0, wrong
-
-
 # 2.675 is a little less in binary; 0.125 is a tie, which rounds to even
 NUMBERS = "3 = 3 | -3 = -3 | +3 = 3 | -0 = 0 | 3. = 3.00 | 3.14 = 3.141 | 2.675 = 2.67 | 0.125 = 0.12 | 1,000 = 1000.0"
 NUMBERS += " | 1,000 = 1,000 | 1,0,0,0 = 1000. | 1e3 = 1000 | 1_000 = 1000 | ٣ = 3 |  3\n = 3 | 1e999 = 1e999"
@@ -87,9 +75,8 @@ NUMBERS += " | inf = 1e999 | 1e308 = 1e308"
 NO_NUMBERS = "3 = 4 | 3.0 = 3 | 3 = 3.0 | 3.14 = 3.15 | 1,000 = 1000 | 1,5 = 1.5 | 0x10 = 16 | 1/2 = 0.5 | 50% = 50"
 NO_NUMBERS += f" | 50% = 50% | three = 3 | , = 3.0 | 3 cars = 3 | inf = -inf | nan = nan | {'9' * 10_000} = 3 |  = 3"
 # A ground truth of 0 earns nothing: (0 + 1e-9) / (0 + 1e-9) is 1.
-FAR = (
-    "10 = 5 | 100 = 5 | -5 = 5 | 0 = 0 | 1 = 0 | 1e400 = 5 | five = 5 |  = 5 | 5 = five | nan = 5 | 5 = nan | inf = inf"
-)
+FAR = "10 = 5 | 100 = 5 | -5 = 5 | 0 = 0 | 1 = 0 | 1e400 = 5 | five = 5 |  = 5 | 5 = five"
+FAR += " | nan = 5 | 5 = nan | inf = inf"
 TURN = " | ".join(f"{text} = no left turn" for text in ("no right turn", "No left turn", "no left", "no left turn now"))
 SPACES = "no  left\n\tturn = no left turn | no\u00a0left\u3000turn = no left turn"
 
@@ -189,9 +176,10 @@ def test_any_text_earns_a_reward_between_0_and_1(output: str, truth: str, proble
     assert type(strict) is type(lenient) is float
 
 
-@pytest.mark.parametrize(
-    "unit", ["y", "ay", " ", "word ", "9", "1,", ",000", "(", "b) ", ".", "<answer>", "</think> ", "\ud800"]
-)
+UNITS = ["y", "ay", " ", "word ", "9", "1,", ",000", "(", "b) ", ".", "<answer>", "</think> ", "\ud800"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_long_answers_are_scored_in_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))
     begin = time.process_time()  # CPU seconds; what grows with the square of the length takes minutes
@@ -248,9 +236,8 @@ def test_score(my_rewards: Any) -> None:
     assert error.value.__notes__ == ["raised by the reward function my_rewards:broken"]
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
+def test_custom_rewards_that_are_refused(my_rewards: Any) -> None:
+    for returned, message in (
         ([1.0, 2.0], "expected 3 values, one per completion, got 2"),
         (1.0, "expected a list of 3 floats, got float"),
         (None, "expected a list of 3 floats, got NoneType"),
@@ -260,36 +247,29 @@ def test_score(my_rewards: Any) -> None:
         ([1.0, math.inf, 1.0], "expected a finite number for completion 1, got inf"),
         ([1.0, 10**400, 1.0], "expected a finite number for completion 1, got 1000"),
         (torch.zeros(3, 2), "expected a finite number for completion 0, got tensor"),
-    ],
-)
-def test_what_a_custom_reward_must_not_return(my_rewards: Any, returned: Any, message: str) -> None:
-    my_rewards.broken = lambda completions, samples: returned
-    with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
-        scored("my_rewards:broken")
+    ):
+        my_rewards.broken = Mock(return_value=returned)
+        load_reward.cache_clear()
+        with pytest.raises(ConfigError, match=f"my_rewards:broken: {re.escape(message)}"):
+            scored("my_rewards:broken")
+    # Those that cannot be loaded.
+    unnamed = (":score", "videor1.rewards:", "..rewards:score", "my rewards:score")
+    for name, message in {
+        "videor1.rewards": "expected 'module:function', got 'videor1.rewards'",
+        **dict.fromkeys(unnamed, "expected 'module:function'"),
+        "vidoer1:score": "no module 'vidoer1'; did you mean 'videor1'?",
+        "videor1.reward:score": "no module 'videor1.reward'; did you mean 'videor1.rewards'?",
+        "zzqx_nothing_like_it:score": "no module 'zzqx_nothing_like_it'; it must be",
+        "videor1.rewards:scor": "'videor1.rewards' has no 'scor'; did you mean 'score'?",
+        "videor1.rewards:score.x.y": "'videor1.rewards' has no 'score.x.y'",
+        "videor1.config:IMAGE_MAX_PIXELS": "is int, expected a function",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_reward(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("videor1.rewards", "expected 'module:function', got 'videor1.rewards'"),
-        *((name, "expected 'module:function'") for name in (":score", "videor1.rewards:", "..rewards:score")),
-        ("my rewards:score", "expected 'module:function'"),
-        ("vidoer1:score", "no module 'vidoer1'; did you mean 'videor1'?"),
-        ("videor1.reward:score", "no module 'videor1.reward'; did you mean 'videor1.rewards'?"),
-        ("zzqx_nothing_like_it:score", "no module 'zzqx_nothing_like_it'; it must be"),
-        ("videor1.rewards:scor", "'videor1.rewards' has no 'scor'; did you mean 'score'?"),
-        ("videor1.rewards:score.x.y", "'videor1.rewards' has no 'score.x.y'"),
-        ("videor1.config:IMAGE_MAX_PIXELS", "is int, expected a function"),
-    ],
-)
-def test_custom_rewards_that_cannot_be_loaded(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        load_reward(name)
-
-
-def test_a_module_of_rewards_is_loaded_once_and_a_broken_import_in_it_is_shown_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_of_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded once, and a broken import in one is shown as it is."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "breaks_inside.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):

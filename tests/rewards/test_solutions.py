@@ -1,6 +1,8 @@
 """Ground truths that no completion can earn: refused where data are read, and said."""
 
 import json
+import string
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,6 @@ def test_a_solution_must_earn_a_reward_for_itself(problem_type: str, answer: str
     assert why_unearnable(answer, problem_type, reward=RewardConfig(functions=["a:b"])) is None
 
 
-def test_the_threshold_is_the_runs_own() -> None:
-    assert why_unearnable("dog", "free-form", reward=RewardConfig(correct_above=0.6)) is None
-    assert "earns 0.67 for itself" in str(why_unearnable("dog", "free-form", reward=RewardConfig(correct_above=0.7)))
-
-
 @given(
     st.one_of(st.text(max_size=12), st.text("0123456789.,-%$/ cmA猫", max_size=8)).map(str.strip).filter(bool),
     st.sampled_from(["multiple choice", "numerical", "OCR", "free-form", "regression"]),
@@ -65,45 +62,27 @@ def test_a_solutions_reward_is_what_it_earns_for_itself(answer: str, problem_typ
         assert solution_reward(answer, problem_type, lenient=lenient) == pytest.approx(earned)
 
 
-@pytest.mark.parametrize(
-    ("options", "labels"),
-    [
-        ("A. red | B. blue", "A B"),
-        ("(A) red | (B) blue", "A B"),
-        ("A) red | B) blue", "A B"),
-        ("A: red | B: blue", "A B"),
-        ("A、赤 | B、青", "A B"),
-        ("**A.** red | **B.** blue", "A B"),
-        ("A | B", "A B"),
-        ("a. red | b. blue", "a b"),
-        ("C. red | D. blue", "C D"),
-        ("red | blue", "A B"),
-        ("A dog | A cat", "A B"),
-        ("3.5 m | 4.5 m", "A B"),
-        ("1. red | 2. blue", "A B 1 2"),
-        ("猫 | 犬", "A B 猫 犬"),
-        ("A. red | A. blue", "A B"),
-        (" | ".join(f"{i}?" for i in range(30)), " ".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ")),
-    ],
-)
-def test_the_labels_of_options(options: str, labels: str) -> None:
-    assert option_labels(options.split(" | ")) == labels.split()
+A_B = "A. red | B. blue", "(A) red | (B) blue", "A) red | B) blue", "A: red | B: blue", "A、赤 | B、青", "A | B"
+A_B += "**A.** red | **B.** blue", "red | blue", "A dog | A cat", "3.5 m | 4.5 m", "A. red | A. blue"
+LABELS = dict.fromkeys(A_B, "A B") | {"a. red | b. blue": "a b", "C. red | D. blue": "C D", "猫 | 犬": "A B 猫 犬"}
+LABELS |= {"1. red | 2. blue": "A B 1 2", " | ".join(f"{i}?" for i in range(30)): " ".join(string.ascii_uppercase)}
 
 
-@pytest.mark.parametrize(
-    ("answers", "strict", "lenient"),
-    [
+def test_a_multiple_choice_needs_the_letter_of_an_option() -> None:
+    for options, labels in LABELS.items():
+        assert option_labels(options.split(" | ")) == labels.split()
+    for answers, strict, lenient in (
         (["A", "B"], True, True),
         (["b", "B.", "(B)", "B. blue"], False, True),
         (["C", "AB", "A, B", "C. green", "blue", "1", "Ａ", "\u0410", "?"], False, False),  # the last A is Cyrillic
-    ],
-)
-def test_a_multiple_choice_needs_the_letter_of_an_option(answers: list[str], strict: bool, lenient: bool) -> None:
-    for answer in answers:
-        for reward, right in ((STRICT, strict), (LENIENT, lenient), (None, lenient)):
+    ):
+        for answer, (reward, right) in product(answers, ((STRICT, strict), (LENIENT, lenient), (None, lenient))):
             reason = why_unearnable(answer, "multiple choice", ["A. red", "B. blue"], reward=reward)
             assert (reason is None) == right, answer
             assert right or "expected the letter of an option (A, B), got" in str(reason)
+    # The threshold is the run's own.
+    assert why_unearnable("dog", "free-form", reward=RewardConfig(correct_above=0.6)) is None
+    assert "earns 0.67 for itself" in str(why_unearnable("dog", "free-form", reward=RewardConfig(correct_above=0.7)))
 
 
 BAD = [row(9, problem_type=kind, solution=f"<answer>{text}</answer>") for kind, text, mode in CASES if mode != ALWAYS]
@@ -121,17 +100,12 @@ def test_entries_that_cannot_be_earned_are_counted_and_listed(tmp_path: Path) ->
     assert "reward.lenient true" in strict.reward_note()
     assert lenient.reward_note() == ""
     assert load_samples(path, reward=None).error_counts() == {"solution": 1}  # the letter
-
-
-def test_a_stream_counts_them_in_their_place(tmp_path: Path) -> None:
+    # A stream counts them in their place.
     (tmp_path / "data.jsonl").write_bytes(json_lines([row(1), *BAD]))
     good, *bad = samples(stream_of(tmp_path / "data.jsonl"), 1 + len(BAD))
     assert isinstance(good, Sample)
     assert [error.kind for error in bad] == ["solution"] * len(BAD)
-
-
-def test_a_file_of_nothing_else_says_why(tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
+    # A file of nothing else says why.
     path.write_text(json.dumps([row(1, solution="<answer>12 cm</answer>")] * 3))
     message = r"solution 3.*\n.*'12 cm'.*as numerical earns 0 for itself; reward.lenient true"
     with pytest.raises(DataError, match=message):

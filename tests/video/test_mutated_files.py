@@ -1,7 +1,5 @@
 """Damaged videos: frames or a SampleError within seconds, and no crash, no hang, no growing memory."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path

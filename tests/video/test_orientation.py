@@ -1,7 +1,5 @@
 """The eight orientations of videos and photographs, and turns by any angle, are shown as FFmpeg's command line does."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -57,41 +55,31 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     return make
 
 
-def matrix(*values: float) -> list[int]:
-    a, b, c, d = (round(value * 65536) for value in values)
-    return [a, b, 0, c, d, 0, 0, 0, 1 << 30]
+# Clockwise degrees: FFmpeg rounds them to whole ones, and takes no notice of the first.
+ANGLES = {0.4: 0, -0.4: 0, 1.4: 0, 1.6: 358, 30: 330, 45.4: 315, 89.6: 270, 90.4: 270, 91: 269, 135: 225, 179.6: 180}
+ANGLES |= {180.4: 180, 200: 160, 269.6: 90, -90.4: 90, 300: 60, 359: 1, -0.6: 1}
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_matrix_of_each(orientation: TURN) -> None:
-    a, b, c, d = ORIENTATIONS[orientation]
-    assert matrix_orientation(matrix(a, b, c, d)) == orientation
-    scaled_and_moved = [*matrix(3 * a, 3 * b, c / 2, d / 2)[:6], 640, 480, 1 << 30]
-    assert matrix_orientation(scaled_and_moved) == orientation
+def test_matrices() -> None:
+    def read(*values: float, moved: tuple[int, int] = (0, 0)) -> Orientation:
+        a, b, c, d = (round(value * 65536) for value in values)
+        return matrix_orientation([a, b, 0, c, d, 0, *moved, 1 << 30])
 
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    [
-        *((0.4, 0), (-0.4, 0), (1.4, 0), (1.6, 358), (30, 330), (45.4, 315), (89.6, 270), (90.4, 270), (91, 269)),
-        *((135, 225), (179.6, 180), (180.4, 180), (200, 160), (269.6, 90), (-90.4, 90), (300, 60), (359, 1), (-0.6, 1)),
-    ],
-)
-def test_angles_between(degrees: float, expected: int) -> None:
-    """Clockwise angles; FFmpeg rounds them to whole degrees, and takes no notice of the first."""
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    assert matrix_orientation(matrix(cosine, sine, -sine, cosine)) == (expected, False)
-    for none in ((0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)):
-        assert matrix_orientation(matrix(*none)) == Orientation(), "a matrix without an angle"
+    for orientation, (a, b, c, d) in ORIENTATIONS.items():
+        assert read(a, b, c, d) == read(3 * a, 3 * b, c / 2, d / 2, moved=(640, 480)) == orientation
+    for degrees, expected in ANGLES.items():
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        assert read(cosine, sine, -sine, cosine) == (expected, False), degrees
+    for without_an_angle in ((0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1)):
+        assert read(*without_an_angle) == Orientation()
 
 
 def test_what_is_left_after_a_turn() -> None:
-    picture = tiles()
     for rotation, mirrored in ORIENTATIONS:
         for done in (0, 90, 180, 270):
             left = Orientation(rotation, mirrored).after(done)
-            twice = turned(turned(picture, done, False), left.rotation, left.mirrored)
-            assert np.array_equal(twice, turned(picture, rotation, mirrored))
+            twice = turned(turned(tiles(), done, False), left.rotation, left.mirrored)
+            assert np.array_equal(twice, turned(tiles(), rotation, mirrored))
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
@@ -108,8 +96,7 @@ def test_videos(stored: Stored, orientation: TURN, backend: str) -> None:
     inner = np.s_[:, 4:-4, 4:-4]
     difference = np.abs(clip.frames.numpy().astype(int) - expected.astype(int))
     assert difference.max() == 0 if backend == "pyav" else np.median(difference[inner]) <= 1
-    height, width = expected.shape[1:3]
-    assert (clip.size[0] > clip.size[1]) == (height > width)
+    assert (clip.size[0] > clip.size[1]) == (expected.shape[1] > expected.shape[2])
 
 
 @pytest.mark.parametrize("suffix", [".mov", ".mkv"])
@@ -139,18 +126,6 @@ def test_planes_become_the_patches_of_the_upright_picture(stored: Stored, orient
     assert (made.int() - expected.int()).abs().float().mean() < 6, "of the codec, and of chroma at the tiles' edges"
 
 
-def test_nv12_planes_mirrored() -> None:
-    picture = torch.from_numpy(np.random.default_rng(1).integers(16, 235, (2, 34, 50), dtype=np.uint8))
-    chroma = torch.from_numpy(np.random.default_rng(2).integers(16, 240, (2, 17, 25, 2), dtype=np.uint8))
-    frames = YuvFrames((picture, chroma))
-    rgb = torch.cat([frames.to_rgb(i, i + 1, torch.float32) for i in range(2)]).round().byte().permute(0, 2, 3, 1)
-    for rotation, mirrored in ORIENTATIONS:
-        made = frames_to_patches(frames, size=(28, 56), rotation=rotation, mirrored=mirrored, dtype=torch.uint8)
-        upright = torch.from_numpy(np.ascontiguousarray(turned(rgb.numpy(), rotation, mirrored)))
-        expected = frames_to_patches(upright, size=(28, 56), dtype=torch.uint8)
-        assert (made.int() - expected.int()).abs().max() <= 1, (rotation, mirrored)
-
-
 def test_a_turn_by_any_angle_stays_in_the_frame(tmp_path: Path) -> None:
     """Levels of FFmpeg 5.1's command line at five pixels: corner, edge, and around the middle."""
     pixels = np.full((6, 64, 96, 3), 16, np.uint8)
@@ -164,26 +139,25 @@ def test_a_turn_by_any_angle_stays_in_the_frame(tmp_path: Path) -> None:
     assert (planes.rotation, planes.mirrored) == (0, False)
 
 
+def test_a_mirrored_video_has_patches_and_thumbnails_of_its_own(stored: Stored) -> None:
+    samples, thumbnails = [sample_of(path) for path in (stored(), stored((0, True)))], Thumbnails(10**6, 60.0)
+    straight, flipped = (load_media(sample, VideoConfig(max_pixels=84 * 56)).patches for sample in samples)
+    assert (straight.int() - flipped.int()).abs().float().mean() > 20
+    assert media_key(samples[0]).format > 1, "patches of before are not taken from a cache"
+    for sample in samples:
+        thumbnails.add(sample.path, "video", VideoConfig())
+    first, second = (entry["frames"][0] for entry in thumbnails.media)
+    assert first != second
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("number", EXIF)
-def test_photographs(tmp_path: Path, number: int, form: str) -> None:
+@pytest.mark.parametrize(("number", "orientation"), EXIF.items())
+def test_photographs(tmp_path: Path, number: int, orientation: TURN, form: str) -> None:
     exif, path = Image.Exif(), tmp_path / "a"
     exif[0x0112] = number
     options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
     Image.fromarray(tiles()[0]).save(path, form, exif=exif, **options)
-    expected = turned(tiles(), *EXIF[number])
+    expected = turned(tiles(), *orientation)
     frames = read_image(path).frames.numpy()
     assert frames.shape == expected.shape
     assert np.abs(frames.astype(int) - expected.astype(int)).max() <= (40 if form == "JPEG" else 0)
-
-
-def test_a_mirrored_video_has_patches_and_thumbnails_of_its_own(stored: Stored) -> None:
-    paths, video, thumbnails = (stored(), stored((0, True))), VideoConfig(max_pixels=84 * 56), Thumbnails(10**6, 60.0)
-    samples = [sample_of(path) for path in paths]
-    straight, flipped = (load_media(sample, video).patches for sample in samples)
-    assert (straight.int() - flipped.int()).abs().float().mean() > 20
-    assert media_key(samples[0]).format > 1, "patches of before are not taken from a cache"
-    for path in paths:
-        thumbnails.add(path, "video", VideoConfig())
-    first, second = (entry["frames"][0] for entry in thumbnails.media)
-    assert first != second

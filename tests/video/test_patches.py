@@ -1,7 +1,5 @@
 """Media from clips, equal to transformers' own image processor, and the orders in which their frames are shuffled."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from videor1.config import VIDEO_MAX_PIXELS
 from videor1.model import VideoLM
-from videor1.types import Clip
+from videor1.types import Clip, Media
 from videor1.video import read_image
 from videor1.video.patches import (
     media_from_clip,
@@ -57,6 +55,12 @@ def processor_patches(images: list[Any], min_pixels: int, max_pixels: int) -> tu
     return out["pixel_values"], out["image_grid_thw"]
 
 
+def assert_within_a_level(media: Media, expected: Tensor) -> None:
+    difference = (normalize_patches(media.patches, torch.float32) - expected).abs()
+    assert difference.max() <= 1.01 * LEVEL
+    assert difference.mean() < 0.3 * LEVEL
+
+
 @pytest.mark.parametrize("size", [(120, 200), (333, 77), (48, 64), (700, 500)])
 def test_image_equals_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "a.png"
@@ -64,12 +68,8 @@ def test_image_equals_transformers(tmp_path: Path, size: tuple[int, int]) -> Non
     media = media_from_clip(read_image(path), "image")
     expected, grid = processor_patches([Image.open(path)], 4 * 784, 256 * 784)
     assert media.grid_thw == tuple(grid[0].tolist())
-    difference = (normalize_patches(media.patches, torch.float32) - expected).abs()
-    assert difference.max() <= 1.01 * LEVEL
-    assert difference.mean() < 0.3 * LEVEL
-
-
-def test_image_of_the_target_size_equals_transformers_to_the_bit_of_its_levels() -> None:
+    assert_within_a_level(media, expected)
+    # Of the target size: to the bit of its levels.
     pixels = noise(56, 84, 3)
     media = media_from_clip(clip_of(pixels[None], (56, 84), fps=0.0), "image")
     expected, _ = processor_patches([Image.fromarray(pixels.numpy())], 784, 10**6)
@@ -78,7 +78,7 @@ def test_image_of_the_target_size_equals_transformers_to_the_bit_of_its_levels()
     assert (media.second_per_grid, media.kind) == (0.0, "image")
 
 
-def test_video_frames_equal_transformers() -> None:
+def test_videos() -> None:
     clip = clip_of(torch.from_numpy(scenes(4, 240, 426)), (224, 420), fps=3.0)
     media = media_from_clip(clip, "video")
     assert media.grid_thw == (2, 16, 30)
@@ -87,15 +87,9 @@ def test_video_frames_equal_transformers() -> None:
     expected, _ = processor_patches([Image.fromarray(frame) for frame in clip.frames.numpy()], VIDEO_MAX_PIXELS, 105369)
     expected = expected.view(2, 2, 16 * 30, 3, 2, 196)  # t, frame of the pair, row, channel, tp, pixel
     expected = torch.stack((expected[:, 0, :, :, 0], expected[:, 1, :, :, 1]), 3).reshape(media.patches.shape)
-    difference = (normalize_patches(media.patches, torch.float32) - expected).abs()
-    assert difference.max() <= 1.01 * LEVEL
-    assert difference.mean() < 0.3 * LEVEL
-
-
-def test_media_of_a_clip() -> None:
+    assert_within_a_level(media, expected)
     media = media_from_clip(clip_of(noise(5, 60, 90, 3), (56, 84), fps=4.0), "video", seconds=10.0)
-    assert media.grid_thw == (3, 4, 6)
-    assert media.patches.shape == (3 * 4 * 6, 1176)
+    assert (media.grid_thw, media.patches.shape) == ((3, 4, 6), (3 * 4 * 6, 1176))
     assert media.second_per_grid == 0.5
     assert media.seconds > 10.0
     assert num_media_tokens(media.grid_thw) == 3 * 2 * 3
@@ -120,22 +114,23 @@ def test_permute_frames_equals_decoding_in_that_order(frames: int) -> None:
     assert torch.equal(permute_frames(ordered, grid, range(frames)), ordered)
 
 
-def test_permute_temporal_patches_moves_pairs() -> None:
+def test_other_permutations() -> None:
     x = noise(6, 56, 56, 3)
     ordered = frames_to_patches(x, size=(56, 56), dtype=torch.uint8)
     expected = frames_to_patches(x[[4, 5, 0, 1, 2, 3]], size=(56, 56), dtype=torch.uint8)
     assert torch.equal(permute_temporal_patches(ordered, (3, 4, 4), [2, 0, 1]), expected)
     assert torch.equal(permute_temporal_patches(ordered, (3, 4, 4), torch.arange(3)), ordered)
-
-
-@pytest.mark.parametrize("permute", [permute_frames, permute_temporal_patches])
-def test_bad_permutations(permute: Any) -> None:
-    patches = torch.zeros(4 * 16, 1176, dtype=torch.uint8)
-    for order in ([0, 1], [0] * 8, list(range(1, 9)), list(range(9)), [0, 1, 2, 2]):
-        with pytest.raises(ValueError, match="permutation"):
-            permute(patches, (4, 4, 4), order)
-    with pytest.raises(ValueError, match="for grid"):
-        permute(patches, (3, 4, 4), [0, 1, 2])
+    media = make_media(grid=GRID)
+    for permute in (permute_frames, permute_temporal_patches):
+        for order in ([0, 1], [0] * 8, list(range(1, 9)), list(range(9)), [0, 1, 2, 2]):
+            with pytest.raises(ValueError, match="permutation"):
+                permute(media.patches, GRID, order)
+        with pytest.raises(ValueError, match="for grid"):
+            permute(media.patches, (3, 4, 4), [0, 1, 2])
+    with pytest.raises(ValueError, match="permutation of 8 frames"):
+        shuffled_patches(media, (1, 0, 2, 3), "frame")
+    with pytest.raises(ValueError, match="permutation of the 4 temporal patches"):
+        shuffled_patches(media, tuple(range(8)), "temporal_patch")
 
 
 @pytest.mark.parametrize(("unit", "count"), [("frame", 8), ("temporal_patch", 4)])
@@ -154,23 +149,12 @@ def test_only_the_seed_and_the_draw_decide_an_order(unit: str, count: int) -> No
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(2 * count))}
     assert draw_permutation(make_prompt(make_media("image", (1, 4, 4))), unit, 0) is None
     assert draw_permutation(make_prompt(None), unit, 0) is None
-
-
-def test_every_order_is_as_likely() -> None:
-    prompt = make_prompt(make_media(grid=(2, 4, 4)))
-    count = 2400
+    # Every order of four frames is as likely, the identity included.
+    prompt, count = make_prompt(make_media(grid=(2, 4, 4))), 2400
     drawn = Counter(draw_permutation(replace(prompt, draw=draw), "frame", 0) for draw in range(count))
-    assert set(drawn) == set(itertools.permutations(range(4)))  # the identity included
+    assert set(drawn) == set(itertools.permutations(range(4)))
     chi2 = sum((n - count / 24) ** 2 / (count / 24) for n in drawn.values())
     assert chi2 < 49.7  # the 0.999 quantile for 23 degrees of freedom
-
-
-def test_an_order_of_the_wrong_unit_is_refused() -> None:
-    media = make_media(grid=GRID)
-    with pytest.raises(ValueError, match="permutation of 8 frames"):
-        shuffled_patches(media, (1, 0, 2, 3), "frame")
-    with pytest.raises(ValueError, match="permutation of the 4 temporal patches"):
-        shuffled_patches(media, tuple(range(8)), "temporal_patch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,10 +169,8 @@ def test_reordered_features_are_bit_equal_to_encoding_again(dtype: torch.dtype) 
     assert ordered.dtype == dtype
     assert torch.equal(permuted_features(ordered, media, order), encoded)
     assert not torch.equal(ordered, encoded)
-
-
-def test_shuffled_frames_make_other_features() -> None:
-    model, media = make_lm(), make_media(grid=(2, 4, 4))
+    # Shuffled frames make other features.
+    media = make_media(grid=(2, 4, 4))
     with model.inference():
         (ordered,) = model.vision_features([media])
         (shuffled,) = model.vision_features([media], [shuffled_patches(media, (2, 1, 0, 3), "frame")])

@@ -1,7 +1,5 @@
 """Parts of videos, and videos that are folders of images: which frames are seen, what is refused, what caches keep."""
 
-from __future__ import annotations
-
 import functools
 import os
 from pathlib import Path
@@ -40,7 +38,7 @@ def numbers(clip: Clip) -> list[int]:
 
 
 @pytest.mark.parametrize("backend", ["pyav", "auto"])
-def test_only_the_window_is_seen(video: Path, backend: str) -> None:
+def test_only_the_window_is_seen(video: Path, tmp_path: Path, backend: str) -> None:
     clip = read_frames(video, start=1.0, end=3.0, fps=2.0, backend=backend)
     assert numbers(clip) == [10, 17, 23, 30]  # linspace over frames 10 to 30, both included
     assert clip.timestamps == pytest.approx((1.0, 1.7, 2.3, 3.0))
@@ -48,18 +46,21 @@ def test_only_the_window_is_seen(video: Path, backend: str) -> None:
     assert clip.total_frames == 50
     assert numbers(read_frames(video, start=4.55, fps=10.0)) == [46, 47, 48, 49]
     assert numbers(read_frames(video, end=0.3, fps=10.0)) == [0, 1, 2, 3]
-    assert numbers(read_frames(video, end=99.0)) == numbers(read_frames(video))
-    assert numbers(read_frames(video, start=0.0, end=4.9)) == numbers(read_frames(video))
-
-
-def test_seconds_count_from_the_first_frame(tmp_path: Path) -> None:
+    for whole in ({"end": 99.0}, {"start": 0.0, "end": 4.9}):
+        assert numbers(read_frames(video, **whole)) == numbers(read_frames(video))
+    # Seconds count from the first frame.
     times = [3000 + 100 * i for i in range(30)]
     path = write_video(tmp_path / "late.mkv", numbered_frames(30), rate=10, pts_ms=times)
     assert read_frames(path).timestamps[0] == pytest.approx(3.0)
     assert numbers(read_frames(path, start=1.0, end=2.0, fps=2.0)) == [10, 13, 17, 20]
+    # By time, not by number.
+    uneven = [10.0, 10.1, 10.2, 12.0, 14.0, 14.1]
+    assert frames_between(path, uneven, 0.1, 2.0) == range(1, 4)
+    assert frames_between(path, uneven, None, None) == range(6)
+    assert frames_between(path, [], 1.0, 2.0) == range(0)
 
 
-def test_windows_without_frames_and_windows_that_are_none(video: Path) -> None:
+def test_windows_and_folders_that_are_none(video: Path, tmp_path: Path) -> None:
     for start, end in ((5.0, 6.0), (1.01, 1.09), (1.0, 1.05)):
         error = refusal(read_frames, video, start=start, end=end)
         assert error.kind == "too_few_frames"
@@ -69,31 +70,7 @@ def test_windows_without_frames_and_windows_that_are_none(video: Path) -> None:
     for start, end in ((-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (None, 0.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="0 <= start < end"):
             read_frames(video, start=start, end=end)
-
-
-def test_frames_between_counts_by_time_not_by_number() -> None:
-    uneven = [10.0, 10.1, 10.2, 12.0, 14.0, 14.1]
-    assert frames_between(Path("x"), uneven, 0.1, 2.0) == range(1, 4)
-    assert frames_between(Path("x"), uneven, None, None) == range(6)
-    assert frames_between(Path("x"), [], 1.0, 2.0) == range(0)
-
-
-def test_images_of_a_folder_are_a_video(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "clip", name="frame_{}.png")  # in order of their numbers: 10 comes after 9
-    (folder / "notes.txt").write_text("not an image")
-    (folder / ".hidden.png").write_bytes(b"")
-    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
-    clip = read_frame_folder(folder, frames_per_second=3.0, fps=2.0)
-    assert numbers(clip) == [0, 2, 3, 5, 6, 8, 9, 11]  # 12 frames at 3 a second: 4 seconds
-    assert clip.timestamps == pytest.approx([i / 3 for i in (0, 2, 3, 5, 6, 8, 9, 11)])
-    assert clip.fps == pytest.approx(8 / 4)
-    part = read_frame_folder(folder, frames_per_second=3.0, start=1.0, end=2.0, fps=3.0)
-    assert numbers(part) == [3, 4, 5, 6]
-    same = read_frames(write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3), fps=2.0)
-    assert (same.size, same.fps, numbers(same)) == (clip.size, clip.fps, numbers(clip))
-
-
-def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
+    # Folders that are none.
     broken, mixed = write_images(tmp_path / "broken", 6), write_images(tmp_path / "mixed", 6)
     (broken / "00003.png").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(mixed / "00006.png")
@@ -111,6 +88,21 @@ def test_folders_that_are_none(tmp_path: Path, video: Path) -> None:
     assert refusal(lambda _: read_frame_folder(broken, frames_per_second=3.0), named).kind == "image"
     with pytest.raises(ValueError, match="frames_per_second"):
         read_frame_folder(mixed, frames_per_second=0.0)
+
+
+def test_images_of_a_folder_are_a_video(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "clip", name="frame_{}.png")  # in order of their numbers: 10 comes after 9
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_bytes(b"")
+    assert numbers(read_frame_folder(folder, frames_per_second=1.0, max_frames=12)) == list(range(12))
+    clip = read_frame_folder(folder, frames_per_second=3.0, fps=2.0)
+    assert numbers(clip) == [0, 2, 3, 5, 6, 8, 9, 11]  # 12 frames at 3 a second: 4 seconds
+    assert clip.timestamps == pytest.approx([i / 3 for i in (0, 2, 3, 5, 6, 8, 9, 11)])
+    assert clip.fps == pytest.approx(8 / 4)
+    part = read_frame_folder(folder, frames_per_second=3.0, start=1.0, end=2.0, fps=3.0)
+    assert numbers(part) == [3, 4, 5, 6]
+    same = read_frames(write_video(tmp_path / "same.mp4", numbered_frames(12), rate=3), fps=2.0)
+    assert (same.size, same.fps, numbers(same)) == (clip.size, clip.fps, numbers(clip))
 
 
 def test_media_and_caches_keep_windows_apart(tmp_path: Path, video: Path) -> None:
@@ -134,10 +126,7 @@ def test_media_and_caches_keep_windows_apart(tmp_path: Path, video: Path) -> Non
             given = [media for _, media in prefetcher.iterate(samples + samples)]
         assert all(torch.equal(got.patches, known.patches) for got, known in zip(given, fresh + fresh, strict=True))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
-
-
-def test_a_folder_that_changes_is_another_version(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "clip", 4)
+    # A folder that changes is another version.
     before = folder_key("video", folder)
     assert folder_key("video", folder) == before
     os.utime(folder / "00002.png", (1, 1))

@@ -1,7 +1,5 @@
 """The scoring rules at their borders."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -48,14 +46,10 @@ def test_scores(rule: Any, text: str, score: float) -> None:
     assert rule(f"<think>so</think><answer>{text}</answer>") == pytest.approx(score)
 
 
-def test_the_answer_tag_alone_counts() -> None:
-    for rule in (partial(score_choice, letter="B"), partial(score_mra, truth=4.0), partial(score_open, truth="4"), yes):
-        for text in ("B", "4", "yes"):
-            assert rule(text) == rule(f"<think>{text}</think>") == 0.0
-
-
-def test_mean_relative_accuracy_equals_the_formula() -> None:
-    """Away from the thresholds, by the paper's formula."""
-    for given in (1.03, 3.1, 4.77, 5.3, 9.9):
+def test_the_formula_and_the_tag() -> None:
+    for given in (1.03, 3.1, 4.77, 5.3, 9.9):  # away from the thresholds, by the paper's formula
         expected = sum(abs(given - 4.2) / 4.2 <= 1 - (0.5 + 0.05 * i) for i in range(10)) / 10
         assert score_mra(f"<answer>{given}</answer>", truth=4.2) == pytest.approx(expected)
+    for rule in (partial(score_choice, letter="B"), partial(score_mra, truth=4.0), partial(score_open, truth="4"), yes):
+        for text in ("B", "4", "yes"):  # the answer tag alone counts
+            assert rule(text) == rule(f"<think>{text}</think>") == 0.0

@@ -1,7 +1,5 @@
 """The readers on small files in each benchmark's published format."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -48,10 +46,6 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
 
 
-def write_lines(file: Path, rows: list[Any]) -> None:
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-
-
 def kinds(loaded: Loaded) -> list[str]:
     return [error.kind for error in loaded.errors]
 
@@ -86,18 +80,7 @@ def test_vsibench(benchmarks: Path) -> None:
     assert set(loaded.overall.groups) == {f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")}
 
 
-@pytest.mark.parametrize("files", [["test-00000-of-00001"], ["test_debiased", "test_pruned"]])
-def test_vsibench_of_other_releases(one: One, files: list[str]) -> None:
-    folder = one("vsibench")
-    rows = rows_of(folder / "test.jsonl")
-    (folder / "test.jsonl").unlink()
-    for i, name in enumerate(files):
-        write_parquet(folder / f"{name}.parquet", rows[i :: len(files)])
-    loaded = load_suite("vsibench", folder.parent)
-    assert (len(loaded.questions), loaded.errors) == (5, [])
-
-
-def test_vsibench_says_what_is_wrong_with_a_row(one: One) -> None:
+def test_vsibench_with_bad_rows_and_of_other_releases(one: One) -> None:
     folder = one("vsibench")
     rows = rows_of(folder / "test.jsonl")
     number, row = rows[0], rows[1]
@@ -119,12 +102,22 @@ def test_vsibench_says_what_is_wrong_with_a_row(one: One) -> None:
         (number | {"ground_truth": "\ud83d"}, "wrong_type"),
         ("{not json", "bad_json"),
     ]
-    write_lines(folder / "test.jsonl", [row, *(one for one, _ in bad), number])
+    given = [row, *(one for one, _ in bad), number]
+    (folder / "test.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in given))
     loaded = load_suite("vsibench", folder.parent)
     assert [question.sample.index for question in loaded.questions] == [0, len(bad) + 1]
     assert kinds(loaded) == [kind for _, kind in bad]
     assert "line 2" in loaded.errors[0].message
     assert str(loaded.errors[0].path).endswith("test.jsonl")
+    # Other releases.
+    (folder / "test.jsonl").unlink()
+    for files in (["test-00000-of-00001"], ["test_debiased", "test_pruned"]):
+        for i, name in enumerate(files):
+            write_parquet(folder / f"{name}.parquet", rows[i :: len(files)])
+        loaded = load_suite("vsibench", folder.parent)
+        assert (len(loaded.questions), loaded.errors) == (5, [])
+        for name in files:
+            (folder / f"{name}.parquet").unlink()
 
 
 def test_videommmu(benchmarks: Path) -> None:
@@ -143,7 +136,7 @@ def test_videommmu(benchmarks: Path) -> None:
     assert "__MACOSX" not in str(comprehension.sample.path)
 
 
-def test_mvbench(benchmarks: Path) -> None:
+def test_mvbench(one: One, benchmarks: Path) -> None:
     loaded = load_suite("mvbench", benchmarks)
     assert [question.categories["task"] for question in loaded.questions] == list(TASKS)
     by_task = {question.categories["task"]: question.sample for question in loaded.questions}
@@ -158,16 +151,22 @@ def test_mvbench(benchmarks: Path) -> None:
     assert rates == {"episodic_reasoning": 3.0}
     for text, score in (("blue", 1.0), ("B. blue", 1.0), ("A. red", 0.0)):  # also the option's text alone
         assert scores(loaded, text) == 20 * [score]
-
-
-def test_mvbench_refuses_an_answer_that_is_no_candidate(one: One) -> None:
+    for given, expected in (  # options are lettered once
+        (["red", "blue"], ["A. red", "B. blue"]),
+        (["A. red", "B. blue"], ["A. red", "B. blue"]),
+        (["A) red", "B) blue"], ["A) red", "B) blue"]),
+        (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
+    ):
+        assert lettered(given) == expected
+    with pytest.raises(BadRowError):
+        lettered(["x"] * 27)
+    # An answer that is no candidate is refused, and so are windows.
     folder = one("mvbench")
     file = folder / "json" / "action_sequence.json"
     (row,) = rows_of(file)
     write_json(file, [row | {"answer": "black"}, row | {"start": 5.0, "end": 4.0}, row | {"end": None}])
     loaded = load_suite("mvbench", folder.parent)
-    assert kinds(loaded) == ["options", "window", "wrong_type"]
-    assert len(loaded.questions) == 19
+    assert (kinds(loaded), len(loaded.questions)) == (["options", "window", "wrong_type"], 19)
     (folder / "json" / "state_change.json").unlink()
     with pytest.raises(DataError, match=r"no json/state_change\.json"):
         load_suite("mvbench", folder.parent)
@@ -206,12 +205,23 @@ def test_videomme(one: One, tmp_path: Path) -> None:
     assert (len(loaded.questions), loaded.missing) == (6, 3)
 
 
-def test_mmvu(benchmarks: Path) -> None:
-    loaded = load_suite("mmvu", benchmarks)
+def test_mmvu(one: One) -> None:
+    folder = one("mmvu")
+    loaded = load_suite("mmvu", folder.parent)
     (question,) = loaded.questions
     assert question.sample.options == ("A. heap sort", "B. quick sort", "C. merge sort")  # empty ones are none
     assert question.categories == {"discipline": "Engineering", "subject": "Computer Science"}
     assert dict(loaded.left_out) == {f"open-ended: {LEFT_OUT}": 1}
+    # A category that is no text is counted; a file of nothing that can be asked says why.
+    file = folder / "validation.json"
+    rows = rows_of(file)
+    write_json(file, [rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}, *rows])
+    assert kinds(load_suite("mmvu", folder.parent)) == ["bad_text"]
+    nothing = json.dumps([rows[1], {"id": 3}]), r"none of its rows.*missing_field.*open-ended"
+    for content, message in (nothing, ("{}", "expected a JSON list"), ("[", "expected a JSON list")):
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_suite("mmvu", folder.parent)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -227,6 +237,9 @@ def test_missing_data_tell_how_to_get_them(one: One, tmp_path: Path, name: str) 
     with pytest.raises(DataError, match=f"{name}: no .*found: nothing") as caught:
         load_suite(name, elsewhere)
     assert command in str(caught.value)
+    for given, near in ((name[:3] + name[4:], name), ("video_mmmmu", "videommmu"), ("vsi", "vsibench")):
+        with pytest.raises(ConfigError, match=rf"got '{given}'; did you mean '{near}'\?"):
+            load_suite(given, tmp_path)
     # Archives that were not unpacked.
     folder = one(name)
     for path in folder.rglob("*"):
@@ -240,30 +253,6 @@ def test_missing_data_tell_how_to_get_them(one: One, tmp_path: Path, name: str) 
     text = Path(__file__).parents[3].joinpath("videor1", "evaluation", "suites", f"{name}.py").read_text("utf-8")
     assert suite.card in text
     assert re.search(r"left out|Left\s+out", text)
-
-
-def test_nothing_that_can_be_asked(one: One) -> None:
-    folder = one("mmvu")
-    file = folder / "validation.json"
-    rows = rows_of(file)
-    # A category that is no text is counted.
-    write_json(file, [rows[0] | {"video": rows[0]["video"].replace("/videos/", "/videos/\ud83d_")}, *rows])
-    assert kinds(load_suite("mmvu", folder.parent)) == ["bad_text"]
-    nothing = json.dumps([rows[1], {"id": 3}])
-    for content, message in (
-        (nothing, r"none of its rows.*missing_field.*open-ended"),
-        ("{}", "expected a JSON list"),
-        ("[", "expected a JSON list"),
-    ):
-        file.write_text(content)
-        with pytest.raises(DataError, match=message):
-            load_suite("mmvu", folder.parent)
-
-
-@pytest.mark.parametrize(("given", "near"), [("mvbnch", "mvbench"), ("video_mmmmu", "videommmu"), ("vsi", "vsibench")])
-def test_an_unknown_benchmark_gets_the_nearest_name(tmp_path: Path, given: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=rf"got '{given}'; did you mean '{near}'\?"):
-        load_suite(given, tmp_path)
 
 
 def test_parquet_that_is_none_or_not_utf8(one: One) -> None:
@@ -285,8 +274,7 @@ def test_parquet_that_is_none_or_not_utf8(one: One) -> None:
 def test_a_data_file_is_a_benchmark_too(assets: Assets) -> None:
     dataset = load_samples(assets.dev)
     loaded = from_dataset(dataset)
-    assert loaded.name == "dev"
-    assert [question.sample for question in loaded.questions] == dataset.samples
+    assert (loaded.name, [question.sample for question in loaded.questions]) == ("dev", dataset.samples)
     assert all(question.score(answer(question.sample.solution[8:-9])) > 0.6 for question in loaded.questions)
     choice = next(q for q in loaded.questions if q.sample.problem_type == "multiple choice")
     letter = choice.sample.solution[8:-9]
@@ -317,15 +305,3 @@ def test_a_data_files_solutions_are_checked_by_the_scores_of_an_evaluation(tmp_p
     assert any("problem 6" in error.message for error in loaded.errors)
     texts = ("12", "12 cm", "12 centimeters", "$\\frac{24}{2}$", "12 m")
     assert [by_index[1](answer(text)) for text in texts] == [1, 1, 1, 1, 0]
-
-
-def test_options_are_lettered_once() -> None:
-    for given, expected in (
-        (["red", "blue"], ["A. red", "B. blue"]),
-        (["A. red", "B. blue"], ["A. red", "B. blue"]),
-        (["A) red", "B) blue"], ["A) red", "B) blue"]),
-        (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
-    ):
-        assert lettered(given) == expected
-    with pytest.raises(BadRowError):
-        lettered(["x"] * 27)

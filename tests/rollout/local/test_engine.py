@@ -1,9 +1,8 @@
 """The in-process engine: what is computed how often, in how much memory, and that none of it shows in the answers."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -53,23 +52,15 @@ def assert_same(a: list[list[Completion]], b: list[list[Completion]]) -> None:
 def prefilled(model: VideoLM) -> list[int]:
     """How many prompt tokens each pass of the model took, as it goes on."""
     seen: list[int] = []
-    model.hf.model.language_model.register_forward_hook(
-        lambda _module, _args, out: seen.append(out.last_hidden_state.shape[1])
-    )
+    layers = model.hf.model.language_model
+    layers.register_forward_hook(lambda _module, _args, out: seen.append(out.last_hidden_state.shape[1]))
     return seen
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        {"max_rows": 1},
-        {"max_rows": 6},
-        {"max_rows": 7, "eager": True},
-        {"kv_bytes": 190 * TOKEN},
-        {"kv_bytes": 400 * TOKEN},
-    ],
-    ids=str,
-)
+ROOMS = {"max_rows": 1}, {"max_rows": 6}, {"max_rows": 7, "eager": True}, {"kv_bytes": 190 * TOKEN}
+
+
+@pytest.mark.parametrize("engine", [*ROOMS, {"kv_bytes": 400 * TOKEN}], ids=str)
 def test_neither_room_nor_order_shows(engine: dict[str, Any]) -> None:
     model = ending()
     requests = mixed(model)
@@ -85,41 +76,33 @@ def test_neither_room_nor_order_shows(engine: dict[str, Any]) -> None:
     assert_same(answers(turned)[::-1], answers(whole))
 
 
-def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, heads = make_lm(), []
-    passes, logits = prefilled(model), DecodeStep.logits
-
-    def counted(self: DecodeStep, hidden: Tensor) -> Tensor:
-        heads.append(len(hidden))
-        return logits(self, hidden)
-
-    monkeypatch.setattr(DecodeStep, "logits", counted)
-    rollout = LocalEngine(model, SamplingOptions(3)).generate([both(model, VIDEO, 8, 4), ask(model, TEXT, 6)])
+def test_a_prompt_is_prefilled_once_and_the_head_sees_its_end_alone() -> None:
+    model = make_lm()
+    passes = prefilled(model)
+    with patch.object(DecodeStep, "logits", autospec=True, side_effect=DecodeStep.logits) as head:
+        rollout = LocalEngine(model, SamplingOptions(3)).generate([both(model, VIDEO, 8, 4), ask(model, TEXT, 6)])
     assert passes == [2 * len(VIDEO.input_ids) + len(TEXT.input_ids)]
-    assert heads == [3, 18, 18]
+    assert [len(call.args[1]) for call in head.call_args_list] == [3, 18, 18]
     stats = rollout.stats
     assert (stats.decode_steps, stats.row_steps <= 2 * 18) == (2, True)
     assert stats.tokens == sum(len(c.token_ids) for group in answers(rollout) for c in group)
     # The cache takes the shared amount: two prompts and twelve suffixes, not twelve prompts.
     assert stats.kv_bytes == (2 * len(VIDEO.input_ids) + len(TEXT.input_ids) + 18 * 3) * TOKEN
-
-
-def test_prompts_are_prefilled_in_bounded_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In bounded passes.
     model = ending()
     requests = mixed(model)
     expected = answers(LocalEngine(model, OPTIONS).generate(requests))
     most = 2 * len(VIDEO.input_ids) + 1
-    monkeypatch.setattr(local, "PREFILL_TOKENS", most)
     passes = prefilled(model)
-    assert_same(answers(LocalEngine(model, OPTIONS).generate(requests)), expected)
+    with patch.object(local, "PREFILL_TOKENS", most):
+        assert_same(answers(LocalEngine(model, OPTIONS).generate(requests)), expected)
     assert len(passes) >= 3
     assert max(passes) <= most
     assert LocalEngine(model, OPTIONS).generate([]).groups == []
 
 
-def test_a_budget_that_cannot_be_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_cannot_be_is_refused_before_memory_is_taken() -> None:
     model = make_lm()
-    monkeypatch.setattr(local, "KVCache", lambda *_: pytest.fail("memory was taken"))
     small = r"kv_mib: 8 completions of up to 9 tokens to a prompt of \d+ tokens need 0\.1\d+ MiB .* is 0\.009537 MiB"
     large = r"rollout.kv_mib: expected at most [\d,]+, the memory of this cpu"
     for engine, count, message in (
@@ -127,8 +110,9 @@ def test_a_budget_that_cannot_be_is_refused_before_memory_is_taken(monkeypatch: 
         (LocalEngine(model, OPTIONS, kv_bytes=2**60), 8, large),
         (LocalEngine(model, SamplingOptions(2**24), max_rows=2**16), 2**16, "lower max_completion_length, num_gen"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with patch.object(local, "KVCache") as taken, pytest.raises(ConfigError, match=message):
             engine.generate([ask(model, VIDEO, count)])
+        assert not taken.called
 
 
 @pytest.mark.parametrize("eager", [True, False])

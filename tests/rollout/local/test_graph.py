@@ -1,12 +1,11 @@
 """Graphed decode steps: what is captured when, for which batches, and that nothing outlives its rollout."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -72,7 +71,7 @@ class Graphs:
 
 
 @pytest.fixture
-def graphed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def graphed() -> Iterator[list[str]]:
     """Engines capture their steps on this machine; -> the log of warm-ups and captures."""
     log: list[str] = []
 
@@ -85,16 +84,15 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         self.capturable = True
 
     start = DecodeStep.__init__
-    monkeypatch.setattr(DecodeStep, "__init__", capturable)
-    monkeypatch.setattr(engine, "GraphedSteps", steps)
-    return log
+    with patch.object(DecodeStep, "__init__", capturable), patch.object(engine, "GraphedSteps", steps):
+        yield log
 
 
 def test_graphed_steps_answer_as_plain_ones(graphed: list[str]) -> None:
     """On the kernels, which read nothing but a graph's inputs; a batch is filled up, and its first row leaves."""
     model = VideoLM(make_model(num_hidden_layers=1), make_tokenizer(), source="tiny", position_rule="paper")
     rig(model, model.special.eos, 5.0)
-    options = SamplingOptions(4)
+    options = SamplingOptions(3)
 
     def lengths(prompt: Prompt, count: int, seed: int) -> list[int]:
         return [len(c.token_ids) for c in answer(model, [ask(model, prompt, count, seed)], options)[0]]
@@ -111,7 +109,7 @@ def test_graphed_steps_answer_as_plain_ones(graphed: list[str]) -> None:
     assert graphed == ["warm-up", "capture"] * 2  # for 4 rows and for 1, each once
 
 
-def test_memory_is_gone_when_a_rollout_returns(graphed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_gone_when_a_rollout_returns(graphed: list[str]) -> None:
     """Without a collection of cycles: after twenty rollouts as much is alive as after one."""
     caches: list[weakref.ref[Tensor]] = []
     start = KVCache.__init__
@@ -120,15 +118,15 @@ def test_memory_is_gone_when_a_rollout_returns(graphed: list[str], monkeypatch: 
         start(self, *args)
         caches.extend(weakref.ref(layers[0]) for layers in (self.prefix_k, self.suffix_k))
 
-    monkeypatch.setattr(KVCache, "__init__", watched)
     model = make_lm()
     requests = [ask(model, TEXT, 2)]
     gc.collect()
     gc.disable()
     try:
-        for _ in range(20):
-            LocalEngine(model, SamplingOptions(3)).generate(requests)
-            assert not [cache for cache in caches if cache() is not None]
+        with patch.object(KVCache, "__init__", watched):
+            for _ in range(20):
+                LocalEngine(model, SamplingOptions(3)).generate(requests)
+                assert not [cache for cache in caches if cache() is not None]
     finally:
         gc.enable()
     assert len(caches) == 40

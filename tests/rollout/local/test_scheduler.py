@@ -1,7 +1,5 @@
 """Which branches are in flight, and the room they need: no model here."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence
@@ -45,9 +43,7 @@ def test_everything_enters_where_there_is_room() -> None:
     assert [sequence.buffer_row for sequence in sequences] == [0, 1, 2, 3, 4]
     assert [sequence.index for sequence in sequences] == [0, 1, 0, 0, 1]
     assert scheduler.admit() == []
-
-
-def test_rows_that_leave_make_room_at_once() -> None:
+    # Rows that leave make room at once.
     scheduler = schedule([request(4, 2), request(6, 2), request(2, 1)], 3, 10)
     first, *none = scheduler.admit()
     assert not none  # three slots: the second branch does not fit, and the third does not overtake it
@@ -74,12 +70,7 @@ def test_shuffled_branches_that_may_matter() -> None:
         for sequence in list(job.sequences):
             scheduler.leave(sequence)
     assert names(scheduler.admit()) == [(0, True)]  # nothing else is left to do
-    # Ordered ones come before those that may matter.
-    scheduler = schedule([request(2, 2, 2, Judge(None)), request(2, 2)], 4, eager=True)
-    assert names(scheduler.admit()) == [(0, False), (1, False)]
-
-
-def test_what_no_longer_matters_is_dropped() -> None:
+    # What no longer matters is dropped.
     judges = [Judge(True), Judge(None)]
     scheduler = schedule([*(request(2, 1, 2, judge) for judge in judges), request(2, 2)], 4, eager=True)
     assert names(scheduler.admit()) == [(0, False), (0, True), (1, False)]
@@ -91,6 +82,9 @@ def test_what_no_longer_matters_is_dropped() -> None:
     assert names(scheduler.running) == [(0, False), (1, False)]
     assert names(scheduler.admit()) == [(2, False)]  # in the slots of those that were stopped
     assert scheduler.waiting == []
+    # Ordered ones come before those that may matter.
+    scheduler = schedule([request(2, 2, 2, Judge(None)), request(2, 2)], 4, eager=True)
+    assert names(scheduler.admit()) == [(0, False), (1, False)]
 
 
 def test_random_runs_never_share_memory_and_always_end() -> None:
@@ -151,14 +145,6 @@ def test_the_cache_is_the_shared_amount() -> None:
     needs = r"kv_mib: 8 completions of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
     with pytest.raises(ConfigError, match=needs):
         plan_capacity(group, 768, 57344, max_rows=64, budget=400 * 2**20)
-    config = make_model().config.text_config
-    assert bytes_per_token(config, torch.float32) == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
-    cache = KVCache(Capacity(3, 7, 5, 256), config, torch.float32, torch.device("cpu"))
-    tensors = [*cache.prefix_k, *cache.prefix_v, *cache.suffix_k, *cache.suffix_v]
-    assert sum(t.numel() * t.element_size() for t in tensors) == (7 + 3 * 5) * bytes_per_token(config, torch.float32)
-
-
-def test_budgets() -> None:
     branches = [(100, 8), (100, 4)] * 6
     for budget in (20_000, 10_000, 2_500):
         capacity = plan_capacity(branches, 50, 4, max_rows=1000, budget=budget)
@@ -168,3 +154,8 @@ def test_budgets() -> None:
     # Without a budget the rows bound; one branch always fits.
     assert plan_capacity(branches, 50, 4, max_rows=16) == Capacity(16, 200, 50, 4)
     assert plan_capacity(branches, 50, 4, max_rows=1) == Capacity(8, 100, 50, 4)
+    config = make_model().config.text_config
+    assert bytes_per_token(config, torch.float32) == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
+    cache = KVCache(Capacity(3, 7, 5, 256), config, torch.float32, torch.device("cpu"))
+    tensors = [*cache.prefix_k, *cache.prefix_v, *cache.suffix_k, *cache.suffix_v]
+    assert sum(t.numel() * t.element_size() for t in tensors) == (7 + 3 * 5) * bytes_per_token(config, torch.float32)

@@ -1,7 +1,5 @@
 """What the tests of the server engine ask, and with which engine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +14,13 @@ from videor1.rollout import SamplingOptions
 from videor1.rollout.protocol import Branch, Request
 from videor1.rollout.server.engine import ServerEngine
 from videor1.rollout.server.media import media_frames
-from videor1.types import Clip, Completion, Media, Prompt
+from videor1.types import Clip, Completion, Prompt
 from videor1.video.patches import media_from_clip
 
-
-def make_image(size: tuple[int, int] = (56, 84)) -> Media:
-    pixels = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-    return media_from_clip(Clip(pixels, size, 0.0, (0.0,), 1, 0.0, "image.png", "test"), "image")
-
-
 VIDEO = make_prompt(make_media("video", (3, 4, 6), seconds=1.5, seed=1), draw=1)
-IMAGE = make_prompt(make_image(), "What is this?", draw=2)
+PIXELS = torch.randint(0, 256, (1, 56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+PICTURE = media_from_clip(Clip(PIXELS, (56, 84), 0.0, (0.0,), 1, 0.0, "image.png", "test"), "image")
+IMAGE = make_prompt(PICTURE, "What is this?", draw=2)
 TEXT = make_prompt(None, "Two and two?", draw=3)
 ORDER = (5, 0, 3, 1, 4, 2)
 

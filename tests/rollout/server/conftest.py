@@ -1,7 +1,5 @@
 """A server to ask."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 

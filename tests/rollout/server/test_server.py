@@ -1,13 +1,12 @@
 """The server engine itself: in which order it asks, what it stops, and how it hands over weights."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
+import itertools
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from asking import TEXT, VIDEO, ask_once, has_media, is_shuffled, make_engine, request, wait_until
@@ -39,9 +38,8 @@ def test_ordered_answers_are_asked_for_first_then_the_shuffled_ones_that_matter(
     seeds = [derive_seed(7, *names) % 2**31 for names in (("ordered", 1, 0), ("ordered", 9, 0), ("shuffled", 9, 0))]
     assert [body["seed"] for body in server.asked[:3]] == seeds
     assert len(server.asked) == 4
-
-
-def test_shuffled_answers_that_cannot_matter_are_never_asked_for(server: FakeServer) -> None:
+    # Those that cannot matter are never asked for.
+    server.asked.clear()
     judge = Judge(None, None, False)
     rollout = make_engine(server, concurrency=1).generate([request(VIDEO, 2, 3, judge)])
     assert not any(map(is_shuffled, server.asked))
@@ -74,23 +72,7 @@ def test_shuffled_answers_in_flight_are_stopped_once_they_cannot_matter(server: 
     assert (stats.shuffled_asked, stats.shuffled_skipped, stats.shuffled_stopped) == (4, 2, 2)
     assert (len(rollout.groups[0].ordered), rollout.groups[0].shuffled, rollout.failed) == (1, (), {})
     assert (judge.shuffled, len(server.asked)) == ([], 4)
-
-
-def test_an_interrupt_stops_the_requests(server: FakeServer) -> None:
-    class Interrupting(Judge):
-        @property
-        def needed(self) -> bool | None:
-            if self.ordered:
-                raise KeyboardInterrupt
-            return None
-
-    hold_shuffled(server)
-    with pytest.raises(KeyboardInterrupt):
-        make_engine(server).generate([request(VIDEO, 1, 2, Interrupting())])
-    wait_until(lambda: server.cut_off == 2)
-
-
-def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None:
+    # Those that ended before are kept.
     judge = Judge(None, False)
 
     def respond(body: Body, _: int) -> Body:
@@ -102,6 +84,14 @@ def test_shuffled_answers_that_ended_before_are_kept(server: FakeServer) -> None
     rollout = make_engine(server, concurrency=2).generate([request(VIDEO, 1, 1, judge)])
     assert len(rollout.groups[0].shuffled) == len(judge.shuffled) == 1
     assert (rollout.stats.shuffled_skipped, rollout.stats.shuffled_stopped) == (0, 0)
+    # An interrupt stops the requests, too.
+    server.cut_off = 0
+    hold_shuffled(server)
+    judge = MagicMock(spec=Judge, needed=None)
+    judge.ordered_done.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(server).generate([request(VIDEO, 1, 2, judge)])
+    wait_until(lambda: server.cut_off == 2)
 
 
 def test_nothing_is_left_behind(server: FakeServer, tmp_path: Path) -> None:
@@ -114,12 +104,10 @@ def test_nothing_is_left_behind(server: FakeServer, tmp_path: Path) -> None:
     engine.close()
     wait_until(lambda: set(threading.enumerate()) <= before)  # the server's threads end with their connections
 
-
-def test_it_works_where_an_event_loop_runs(server: FakeServer) -> None:
     async def notebook() -> int:
         return len(make_engine(server).generate([request(TEXT, 2)]).groups[0].ordered)
 
-    assert asyncio.run(notebook()) == 2
+    assert asyncio.run(notebook()) == 2, "where an event loop runs"
 
 
 def test_the_key_comes_from_the_caller_or_the_environment(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,26 +119,20 @@ def test_the_key_comes_from_the_caller_or_the_environment(server: FakeServer, mo
     assert server.keys == ["Bearer EMPTY", "Bearer from-environment", "Bearer given"]
 
 
-def test_a_missing_client_names_the_extra(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match=r'pip install -e "\.\[server\]"'):
-        make_engine(server)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_options_that_cannot_work_are_refused(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for changes, message in (
         ({"url": "localhost:8000"}, "http://host:8000/v1, got 'localhost:8000'"),
         ({"sync": "vlm"}, "did you mean 'vllm'"),
         ({"shuffle_unit": "patch"}, "shuffle_unit: expected one of 'frame', 'temporal_patch'"),
         ({"timeout": 0}, "timeout: expected a finite number above 0"),
         ({"retries": -1}, "retries: expected a finite number of 0 or more"),
         ({"concurrency": 0}, "concurrency: expected a finite number of 1 or more"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(server: FakeServer, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_engine(server, **changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_engine(server, **changes)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[server\]"'):
+        make_engine(server)
 
 
 def test_weights_are_handed_over_whole_and_the_caches_dropped(server: FakeServer, tmp_path: Path) -> None:
@@ -187,27 +169,19 @@ def test_weights_are_handed_over_whole_and_the_caches_dropped(server: FakeServer
     assert [str(p) for p in tmp_path.iterdir()] == handed[1:]
 
 
-@pytest.mark.grid(path=["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache"], status=[404, 500])
-def test_a_hand_over_that_fails_is_an_error(server: FakeServer, tmp_path: Path, path: str, status: int) -> None:
-    server.control = lambda asked, body: Reply(status, "what?") if asked.startswith(path) else {}
-    with pytest.raises(RolloutError, match=f"POST {path}.*: HTTP {status}: what.*VLLM_SERVER_DEV_MODE=1"):
-        make_engine(server, tmp_path, retries=0).weights_changed()
-    assert server.controlled[-1][0].startswith(path)  # nothing follows
-
-
-def test_a_cache_that_stays_is_an_error(server: FakeServer, tmp_path: Path) -> None:
+def test_a_hand_over_that_fails_is_an_error(server: FakeServer, tmp_path: Path) -> None:
+    calls = ("/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache")
+    for path, status in itertools.product(calls, (404, 500)):
+        server.control = lambda asked, _, at=(path, status): Reply(at[1], "what?") if asked.startswith(at[0]) else {}
+        with pytest.raises(RolloutError, match=f"POST {path}.*: HTTP {status}: what.*VLLM_SERVER_DEV_MODE=1"):
+            make_engine(server, tmp_path, retries=0).weights_changed()
+        assert server.controlled[-1][0].startswith(path)  # nothing follows
     server.control = lambda path, body: {"success": False} if "prefix" in path else {}
     with pytest.raises(RolloutError, match=r"reset_prefix_cache.*refused: \{\"success\": false\}"):
         make_engine(server, tmp_path).weights_changed()
-
-
-def test_weights_that_cannot_be_written_are_an_error_and_never_loaded(server: FakeServer, tmp_path: Path) -> None:
-    def save(folder: Path) -> None:
-        folder.mkdir()
-        raise OSError("no space left")
-
+    server.controlled.clear()
     with pytest.raises(RolloutError, match="no space left"):
-        make_engine(server, tmp_path, save_weights=save).weights_changed()
+        make_engine(server, tmp_path, save_weights=Mock(side_effect=OSError("no space left"))).weights_changed()
     # Nor is a policy handed over that does not change.
     make_engine(server, tmp_path / "sync", sync="none").weights_changed()
     assert server.controlled == []

@@ -1,14 +1,14 @@
 """What a request says and brings, and what becomes of a server's answer."""
 
-from __future__ import annotations
-
 import math
 import warnings
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from asking import IMAGE, ORDER, TEXT, VIDEO, ask_once, is_shuffled, make_engine, request
+from asking import IMAGE, ORDER, TEXT, VIDEO, ask_once, make_engine, request
 from fake_server import SPECIAL, TOKENIZER, Body, FakeServer, answer_text, completion, received_media
 from tiny import make_media, make_prompt
 
@@ -23,7 +23,10 @@ from videor1.video.shuffle import shuffled_patches
 
 
 def test_groups_hold_the_answers_in_order(server: FakeServer) -> None:
-    rollout = make_engine(server).generate([request(VIDEO, 3, 2), request(IMAGE, 2), request(TEXT, 1)])
+    with patch("videor1.rollout.server.engine.media_part", side_effect=media_part) as encoded:
+        rollout = make_engine(server).generate([request(VIDEO, 3, 2), request(IMAGE, 2), request(TEXT, 1)])
+    orders = [call.args[1] for call in encoded.call_args_list if call.args[0] is VIDEO.media]
+    assert (orders, encoded.call_count) == ([None, ORDER], 3), "media are encoded once for each branch"
     assert [(len(g.ordered), len(g.shuffled)) for g in rollout.groups] == [(3, 2), (2, 0), (1, 0)]
     video, image, _ = rollout.groups
     assert (video.prompt, image.prompt) == (VIDEO, IMAGE)
@@ -64,15 +67,6 @@ def test_a_request_says_all_that_the_sampling_hangs_on(server: FakeServer) -> No
         ask_once(server)
 
 
-def test_log_probs_at_another_temperature_are_not_taken(server: FakeServer) -> None:
-    server.respond = lambda body, _: completion({**body, "logprobs": True})
-    for temperature, known in ((1.0, True), (0.0, True), (0.7, False)):
-        answer = ask_once(server, options=SamplingOptions(64, temperature=temperature))
-        assert bool(answer.logp.isfinite().all()) is known
-        assert bool(answer.logp.isnan().all()) is not known
-        assert server.asked[-1]["logprobs"] is known
-
-
 def test_where_an_answer_ends(server: FakeServer) -> None:
     """Cut at its limit it is not finished; a stop token that the server left out is appended."""
     ids = TOKENIZER("<think>on and on", add_special_tokens=False)["input_ids"]
@@ -88,6 +82,13 @@ def test_where_an_answer_ends(server: FakeServer) -> None:
     assert math.isnan(answer.logp[-1])
     server.respond = lambda body, _: completion(body, token_ids=[*ids, SPECIAL.pad])
     assert ask_once(server).token_ids.tolist() == [*ids, SPECIAL.pad]
+    # Log-probs at another temperature are not taken.
+    server.respond = lambda body, _: completion({**body, "logprobs": True})
+    for temperature, known in ((1.0, True), (0.0, True), (0.7, False)):
+        answer = ask_once(server, options=SamplingOptions(64, temperature=temperature))
+        assert bool(answer.logp.isfinite().all()) is known
+        assert bool(answer.logp.isnan().all()) is not known
+        assert server.asked[-1]["logprobs"] is known
 
 
 def test_sglang_names_the_token_ids_otherwise(server: FakeServer) -> None:
@@ -139,20 +140,13 @@ def test_a_server_that_reads_another_prompt_is_refused(server: FakeServer, sglan
         assert ("differ from token 3 on" in str(error.value)) is (len(seen) == len(ours))
 
 
-@pytest.mark.parametrize(
-    ("prompt", "unit", "permutation"),
-    [
-        (VIDEO, "frame", None),
-        (VIDEO, "frame", ORDER),
-        (VIDEO, "frame", (4, 0, 3, 1, 2)),  # an odd number of frames: the last of the new order is repeated
-        (VIDEO, "temporal_patch", (2, 0, 1)),
-        (IMAGE, "frame", None),
-    ],
-    ids=["ordered", "frames", "odd", "temporal patches", "image"],
-)
-def test_the_server_receives_the_very_pixels(
-    server: FakeServer, prompt: Prompt, unit: str, permutation: tuple[int, ...] | None
-) -> None:
+ODD = (4, 0, 3, 1, 2)  # of frames: the last of the new order is repeated
+FRAMES: list[tuple[Prompt, Any, tuple[int, ...] | None]] = [(VIDEO, "frame", order) for order in (None, ORDER, ODD)]
+FRAMES += [(VIDEO, "temporal_patch", (2, 0, 1)), (IMAGE, "frame", None)]
+
+
+@pytest.mark.parametrize(("prompt", "unit", "permutation"), FRAMES, ids=range(len(FRAMES)))
+def test_the_server_receives_the_very_pixels(server: FakeServer, prompt: Prompt, unit: Any, permutation: Any) -> None:
     shuffled = permutation and Branch(1, ("shuffled", 1), permutation=permutation)
     make_engine(server, shuffle_unit=unit).generate([Request(prompt, 0, Branch(1, ("ordered", 1)), shuffled or None)])
     media = prompt.media
@@ -175,13 +169,3 @@ def test_a_video_has_our_positions_in_time_though_vllm_rounds_to_bfloat16(T: int
         start = prompt.input_ids.tolist().index(SPECIAL.video_pad)
         assert (ours[0, start : start + T] - start).tolist() == theirs.tolist(), seconds
         assert abs(2 / fps / seconds - 1) < 0.01
-
-
-def test_media_are_encoded_once_for_each_branch(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[object] = []
-    monkeypatch.setattr(
-        "videor1.rollout.server.engine.media_part", lambda *args: encoded.append(args[1]) or media_part(*args)
-    )
-    make_engine(server).generate([request(VIDEO, 3, 2)])
-    assert encoded == [None, ORDER]
-    assert sum(map(is_shuffled, server.asked)) == 2

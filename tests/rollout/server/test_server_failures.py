@@ -1,7 +1,5 @@
 """Servers that fail: a row fails its group alone, what passes is tried again, and nothing that came is trusted."""
 
-from __future__ import annotations
-
 import gc
 import gzip
 import math
@@ -47,10 +45,7 @@ PASSING: dict[str, tuple[Fail, str]] = {
     "429": (reply(429, "slow down"), "HTTP 429: slow down"),
     "500": (reply(500, "engine dead"), "HTTP 500: engine dead"),
     "reset": (reply(200, None), "the connection failed"),
-    "an encoding that is none": (
-        reply(500, "dead", Content_Type="text/plain; charset=hex", retry_after_ms="1"),
-        "HTTP 500: dead",
-    ),
+    "no encoding": (reply(500, "dead", Content_Type="text/plain; charset=hex", retry_after_ms="1"), "HTTP 500: dead"),
 }
 FINAL: dict[str, tuple[Fail, str]] = {
     "400": (reply(400, {"error": {"message": "context length is 8"}}), "HTTP 400: .*context length is 8"),
@@ -89,10 +84,7 @@ FINAL: dict[str, tuple[Fail, str]] = {
     "a large body": (reply(200, "[" + "0," * 2_500_000 + "0]"), "more than [0-9]+ bytes"),
     "a large error": (reply(400, "x" * 5_000_000), "more than [0-9]+ bytes"),
     "a bomb": (reply(200, gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"), "is compressed"),
-    "a redirect": (
-        reply(307, "", Location="http://127.0.0.2:9/v1/chat/completions"),
-        "redirects to another host, http://127.0.0.2:9/",
-    ),
+    "a redirect": (reply(307, "", Location="http://127.0.0.2:9/v1"), "redirects to another host, http://127.0.0.2:9/"),
 }
 
 
@@ -102,13 +94,11 @@ def ask_all(server: FakeServer, kinds: Iterable[str], times: int = 99) -> Rollou
     failures = PASSING | FINAL
 
     def respond(body: Body, attempt: int) -> Reply | Body:
-        kind = next(
-            (kind for kind in failures if body["messages"][0]["content"][0]["text"].startswith(f"{kind}\n")), ""
-        )
-        return failures[kind][0](body) if kind and attempt < times else completion(body)
+        kind = body["messages"][0]["content"][0]["text"].partition("\n")[0]
+        return failures[kind][0](body) if kind in failures and attempt < times else completion(body)
 
     server.respond = respond
-    return make_engine(server).generate([*(request(prompt, 1) for prompt in prompts), request(TEXT, 3)])
+    return make_engine(server, retries=1).generate([*(request(prompt, 1) for prompt in prompts), request(TEXT, 3)])
 
 
 @pytest.mark.parametrize("failures", [PASSING, FINAL], ids=["passing", "final"])
@@ -119,35 +109,33 @@ def test_a_row_that_fails_fails_its_group_alone(server: FakeServer, failures: di
     told = dict(zip(failures, rollout.failed.values(), strict=True))
     unlike = {kind for kind in failures if not re.search(f"ordered answer 1 of 1: .*{failures[kind][1]}", told[kind])}
     assert {kind: told[kind] for kind in unlike} == {}
-    attempts = 3 if failures is PASSING else 1
+    attempts = 2 if failures is PASSING else 1
     assert set(server.attempts.values()) == {0, attempts - 1}
     assert rollout.stats.retries == len(failures) * (attempts - 1)
-
-
-def test_what_passes_is_tried_again(server: FakeServer) -> None:
-    rollout = ask_all(server, PASSING, times=1)
-    assert (rollout.failed, rollout.stats.retries) == ({}, len(PASSING))
+    if failures is PASSING:  # what passes is tried again
+        server.attempts.clear()
+        rollout = ask_all(server, PASSING, times=1)
+        assert (rollout.failed, rollout.stats.retries) == ({}, len(PASSING))
 
 
 def test_timeouts(server: FakeServer) -> None:
     server.respond = lambda body, attempt: Reply(body=completion(body), delay=0.0 if attempt else 30.0)
-    with pytest.raises(RolloutError, match="ordered answer 1 of 1: no answer within 1 s"):
-        ask_once(server, timeout=1.0, retries=0)
+    with pytest.raises(RolloutError, match=r"ordered answer 1 of 1: no answer within 0\.5 s"):
+        ask_once(server, timeout=0.5, retries=0, model="tiny")
     server.attempts.clear()
-    rollout = make_engine(server, timeout=3.0, retries=1).generate([request(TEXT, 1)])
-    assert (rollout.failed, rollout.stats.retries) == ({}, 1)
+    rollout = make_engine(server, timeout=0.5, retries=99).generate([request(TEXT, 1)])
+    assert rollout.failed == {}
+    assert rollout.stats.retries >= 1
 
 
-def test_a_shuffled_row_that_fails_fails_its_group(server: FakeServer) -> None:
+def test_a_row_that_fails_ends_its_group(server: FakeServer) -> None:
     server.respond = lambda body, _: Reply(400, "no") if is_shuffled(body) else completion(body)
     rollout = make_engine(server, concurrency=1).generate([request(VIDEO, 2, 3), request(TEXT, 2)])
     assert [g is None for g in rollout.groups] == [True, False]
     assert rollout.failed == {0: "shuffled answer 1 of 3: HTTP 400: no"}
     assert sum(map(is_shuffled, server.asked)) == 1  # the rest of a failed group is not asked for
     assert (rollout.stats.shuffled_skipped, rollout.stats.shuffled_stopped) == (2, 0)
-
-
-def test_rows_of_a_failed_group_are_not_asked_for(server: FakeServer) -> None:
+    server.asked.clear()
     server.respond = lambda body, _: Reply(400, "no") if has_media(body) else completion(body)
     rollout = make_engine(server, concurrency=2).generate([request(VIDEO, 40), request(TEXT, 3)])
     assert rollout.groups[0] is None
@@ -176,26 +164,13 @@ def test_a_call_of_which_nothing_is_left_raises(server: FakeServer) -> None:
     server.respond = lambda body, _: Reply(503, "loading")
     with pytest.raises(RolloutError) as error:
         make_engine(server).generate([request(VIDEO, 2), request(TEXT, 2)])
-    message = str(error.value)
-    assert message.startswith(f"{server.url}: none of 2 prompts was answered. The first: ordered answer ")
-    for words in (
-        "of 2: HTTP 503: loading",
-        f"tried 3 times at most, {PATIENCE:g} s each",
-        f"curl {server.url}/models",
-    ):
-        assert words in message
+    assert max(server.attempts.values()) == 2, "the third is the last"
+    told = str(error.value)
+    assert told.startswith(f"{server.url}: none of 2 prompts was answered. The first: ordered answer ")
+    tried = f"tried 3 times at most, {PATIENCE:g} s each"
+    assert all(words in told for words in ("of 2: HTTP 503: loading", tried, f"curl {server.url}/models"))
 
-
-@pytest.mark.parametrize("model", [None, "tiny"])
-def test_a_server_that_is_not_there_raises(model: str | None) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with FakeServer() as unused, pytest.raises(RolloutError, match=url):
-        ask_once(unused, url=url, model=model, retries=0)
-
-
-def test_a_server_that_dies_in_the_middle_leaves_what_it_answered(server: FakeServer) -> None:
+    # A server that dies in the middle leaves what it answered.
     def respond(body: Body, _: int) -> Reply | Body:
         if has_media(body):
             threading.Thread(target=server.shutdown).start()
@@ -204,10 +179,19 @@ def test_a_server_that_dies_in_the_middle_leaves_what_it_answered(server: FakeSe
         return completion(body)
 
     server.respond = respond
-    engine = make_engine(server, concurrency=1, retries=1, model="tiny")
+    engine = make_engine(server, concurrency=1, retries=0, model="tiny")
     rollout = engine.generate([request(TEXT, 2), request(VIDEO, 2), request(IMAGE, 2)])
     assert [g is None for g in rollout.groups] == [False, True, True]
     assert sorted(rollout.failed) == [1, 2]
     assert all("the connection failed" in reason for reason in rollout.failed.values())
     with pytest.raises(RolloutError, match="the connection failed"):
         engine.generate([request(TEXT, 1)])
+
+
+def test_a_server_that_is_not_there_raises() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    for model in (None, "tiny"):
+        with FakeServer() as unused, pytest.raises(RolloutError, match=url):
+            ask_once(unused, url=url, model=model, retries=0)

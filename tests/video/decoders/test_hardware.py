@@ -3,15 +3,14 @@
 Where NVDEC is forced, its failure is an error.
 """
 
-from __future__ import annotations
-
+import contextlib
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import av
 import numpy as np
@@ -22,7 +21,7 @@ from media import ORIENTATIONS
 
 from videor1.errors import ConfigError
 from videor1.types import SampleError
-from videor1.video.decoders import hardware, stack
+from videor1.video.decoders import hardware, pyav, stack
 from videor1.video.decoders.hardware import SurfaceStack, decide
 from videor1.video.decoders.index import frames_to_decode
 from videor1.video.decoders.protocol import FramesChangedError, VideoInfo
@@ -38,21 +37,13 @@ CUDA = {"indices": SPREAD, "device": "cuda", "hardware": "auto"}
 
 
 @pytest.fixture
-def with_a_card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def with_a_card() -> Iterator[None]:
     """Pretend that the machine has a CUDA device and a PyAV that can use it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(hardware, "HWAccel", lambda device_type, is_hw_owned: None)
-    monkeypatch.setattr(hardware, "hwdevices_available", lambda: ["cuda"])
-    return monkeypatch
-
-
-def test_frames_to_decode() -> None:
-    assert frames_to_decode(INFO, [0]) == 1
-    assert frames_to_decode(INFO, [59, 60]) == 61
-    assert frames_to_decode(INFO, [10, 20, 20]) == 21
-    assert frames_to_decode(INFO, [130, 599]) == 11 + 60
-    assert frames_to_decode(replace(INFO, key_frames=(5, 500)), [3, 510]) == 4 + 11
+    with (
+        patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 0),
+        patch.multiple(hardware, HWAccel=lambda device_type, is_hw_owned: None, hwdevices_available=lambda: ["cuda"]),
+    ):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -80,14 +71,12 @@ def test_nvdec_for_long_runs_of_large_frames(
     assert (reason or "") in choice.reason
 
 
-def test_what_this_pyav_can_do() -> None:
-    known = {16: False, 18: True}  # by PyAV's major version
-    expected = known.get(int(av.__version__.partition(".")[0]))
-    for found in (hardware._frames_stay_on_card(), bool(stack._ONE_THREAD)):
-        assert expected is None or found == expected
-
-
-def test_forced_nvdec(with_a_card: Any) -> None:
+def test_forced_and_impossible(with_a_card: None) -> None:
+    assert frames_to_decode(INFO, [0]) == 1
+    assert frames_to_decode(INFO, [59, 60]) == 61
+    assert frames_to_decode(INFO, [10, 20, 20]) == 21
+    assert frames_to_decode(INFO, [130, 599]) == 11 + 60
+    assert frames_to_decode(replace(INFO, key_frames=(5, 500)), [3, 510]) == 4 + 11
     forced = CUDA | {"hardware": "cuda"}
     small = replace(INFO, width=64, height=64)
     assert decide(small, **forced | {"indices": [0], "planes": False}).where == "nvdec"
@@ -97,17 +86,19 @@ def test_forced_nvdec(with_a_card: Any) -> None:
         decide(INFO, **forced | {"device": "cpu"})
     with pytest.raises(ValueError, match="none, auto or cuda"):
         decide(INFO, **forced | {"hardware": "always"})
-
-
-def test_no_nvdec_without_a_card_or_with_an_old_pyav(with_a_card: pytest.MonkeyPatch) -> None:
     for owner, name, value, reason in (
         (hardware, "hwdevices_available", lambda: ["vaapi"], "does not give out frames on the card"),
         (hardware, "HWAccel", lambda device_type: None, "does not give out frames on the card"),
         (torch.cuda, "is_available", lambda: False, "no CUDA device is available"),
     ):
-        with with_a_card.context() as lacking:
-            lacking.setattr(owner, name, value)
+        with patch.object(owner, name, value):
             assert reason in decide(INFO, **CUDA).reason
+
+
+def test_what_this_pyav_can_do() -> None:
+    expected = {16: False, 18: True}.get(int(av.__version__.partition(".")[0]))  # by its major version
+    for found in (hardware._frames_stay_on_card(), bool(stack._ONE_THREAD)):
+        assert expected is None or found == expected
 
 
 class Plane:
@@ -136,23 +127,20 @@ class Surface:
     format: Any = field(default_factory=lambda: type("Format", (), {"name": "cuda"}))
 
 
-def surface(height: int = 4, dtype: torch.dtype = torch.uint8, value: int = 0, **kwargs: Any) -> Surface:
-    pitch, width = 16, 6  # samples a line takes up, and those of the picture: surfaces are padded
-    Y = torch.full((height, pitch), value, dtype=dtype)[:, :width]
-    UV = torch.full((height // 2, pitch), value, dtype=dtype)[:, :width].unflatten(1, (-1, 2))
+def surface(height: int = 4, dtype: Any = torch.uint8, value: int = 0, turn: int = -1, **kwargs: Any) -> Surface:
+    """Padded, as surfaces are: a line takes up 16 samples, of which 6 are the picture's; ``turn`` of a mirrored one."""
+    Y = torch.full((height, 16), value, dtype=dtype)[:, :6]
+    UV = torch.full((height // 2, 16), value, dtype=dtype)[:, :6].unflatten(1, (-1, 2))
+    if turn >= 0:
+        a, b, c, d = (65536 * value for value in ORIENTATIONS[turn, True])
+        kwargs["side_data"] = {"DISPLAYMATRIX": struct.pack("9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)}
     return Surface([Plane(Y), Plane(UV)], **kwargs)
 
 
-def matrix(rotation: int) -> dict[str, bytes]:
-    """Of a picture that is mirrored and turned."""
-    a, b, c, d = (65536 * value for value in ORIENTATIONS[rotation, True])
-    return {"DISPLAYMATRIX": struct.pack("9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)}
-
-
-def test_surfaces_are_copied() -> None:
+def test_surfaces() -> None:
     surfaces = SurfaceStack(Path("a.mp4"), 2, "cpu")
     for slot, value in ((1, 3), (0, 7)):
-        given = surface(value=value, side_data=matrix(90))
+        given = surface(value=value, turn=90)
         surfaces.put(slot, given)
         for plane in given.planes:
             plane.memory.zero_()  # the surface is used again
@@ -166,14 +154,12 @@ def test_surfaces_are_copied() -> None:
     deep.put(0, surface(dtype=torch.uint16, colorspace=9, color_range=2))
     assert deep.pixels().planes[0].dtype == torch.uint16
     assert (deep.pixels().matrix, deep.pixels().range) == ("2020", "full")
-
-
-def test_surfaces_that_do_not_fit_together() -> None:
+    # Those that do not fit together.
     surfaces = SurfaceStack(Path("a.mp4"), 3, "cpu")
     surfaces.put(0, surface())
     for other, message in (
         (surface(height=8), "the frame size changes"),
-        (surface(side_data=matrix(0)), "the orientation changes"),
+        (surface(turn=0), "the orientation changes"),
         (surface(format=type("Format", (), {"name": "yuv420p"})), "came out in main memory, as yuv420p"),
     ):
         with pytest.raises(SampleError, match=message):
@@ -195,17 +181,16 @@ class CardStack(SurfaceStack):
 
 
 @pytest.fixture
-def with_a_fake_card(with_a_card: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def with_a_fake_card(with_a_card: None) -> Iterator[None]:
     """Decode on the CPU what is meant for the GPU."""
-    stack = "videor1.video.decoders.pyav.SurfaceStack"
-    with_a_card.setattr(stack, lambda path, count, device: CardStack(path, count, "cpu"))
-    with_a_card.setattr(hardware, "hwaccel", lambda device: None)
-    with_a_card.setattr(hardware, "MIN_PIXELS", 48 * 80)
-    with_a_card.setattr(hardware, "MIN_RUN", 3)
-    return with_a_card
+    with (
+        patch.object(pyav, "SurfaceStack", lambda path, count, device: CardStack(path, count, "cpu")),
+        patch.multiple(hardware, hwaccel=lambda device: None, MIN_PIXELS=48 * 80, MIN_RUN=3),
+    ):
+        yield
 
 
-def test_decoding_on_the_card(made: Make, with_a_fake_card: Any) -> None:
+def test_decoding_on_the_card(made: Make, with_a_fake_card: None) -> None:
     path, indices = made("b-frames"), [5, 100, 101, 300]
     expected, rgb = decode(path, indices, planes=True), decode(path, indices).pixels
     with closing(PyAvDecoder(path, hardware="auto", device="cuda")) as decoder:
@@ -222,52 +207,40 @@ def test_decoding_on_the_card(made: Make, with_a_fake_card: Any) -> None:
     assert (frames.pixels.int() - rgb.int()).abs().max() <= 3
 
 
-def refuses_frames(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CardStack, "put", Mock(side_effect=SampleError("decode", "no such luck")))
+def lossy(reader: PacketReader, decode_all: Any = PacketReader.decode) -> Iterator[Any]:
+    on_card = reader._open_file.__self__._where == "nvdec"  # type: ignore[attr-defined]
+    return (frame for number, frame in enumerate(decode_all(reader)) if number != 7 or not on_card)
 
 
-def cannot_give_its_planes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Plane, "__dlpack__", lambda plane: (_ for _ in ()).throw(NotImplementedError("no DLPack")))
+def unopened(*args: Any, opened: Any = av.open, **options: Any) -> Any:
+    if "hwaccel" in options:
+        raise av.error.PermissionError(1, "Operation not permitted")
+    return opened(*args, **options)
 
 
-def runs_out_of_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        hardware, "empty_planes", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    )
-
-
-def loses_a_frame(patch: pytest.MonkeyPatch) -> None:
-    decode_all = PacketReader.decode
-
-    def lossy(reader: PacketReader) -> Any:
-        on_card = reader._open_file.__self__._where == "nvdec"  # type: ignore[attr-defined]
-        return (frame for number, frame in enumerate(decode_all(reader)) if number != 7 or not on_card)
-
-    patch.setattr(PacketReader, "decode", lossy)
-    patch.setattr(Planner, "plan", lambda planner, wanted: None)
-
-
-def cannot_be_opened(patch: pytest.MonkeyPatch) -> None:
-    opened, refused = av.open, Mock(side_effect=av.error.PermissionError(1, "Operation not permitted"))
-    patch.setattr(av, "open", lambda *args, **options: (refused if "hwaccel" in options else opened)(*args, **options))
-    patch.setattr(hardware, "hwaccel", lambda device: object())
+def fails(error: Exception) -> Any:
+    return Mock(side_effect=error)
 
 
 @pytest.mark.parametrize(
-    ("breaks", "kind", "message"),
+    ("broken", "kind", "message"),
     [
-        (refuses_frames, ConfigError, "NVDEC cannot decode .*: no such luck"),
-        (cannot_give_its_planes, ConfigError, "NVDEC cannot decode .*: no DLPack"),
-        (runs_out_of_memory, ConfigError, "NVDEC cannot decode .*: CUDA out of memory"),
-        (loses_a_frame, FramesChangedError, "319 frames, not the 320"),
-        (cannot_be_opened, ConfigError, "Operation not permitted"),
+        ([(CardStack, "put", fails(SampleError("decode", "no such luck")))], ConfigError, "no such luck"),
+        ([(Plane, "__dlpack__", fails(NotImplementedError("no DLPack")))], ConfigError, "no DLPack"),
+        ([(hardware, "empty_planes", fails(torch.OutOfMemoryError("no room")))], ConfigError, "no room"),
+        (
+            [(PacketReader, "decode", lossy), (Planner, "plan", Mock(return_value=None))],
+            FramesChangedError,
+            "319 frames",
+        ),
+        ([(av, "open", unopened), (hardware, "hwaccel", Mock())], ConfigError, "Operation not permitted"),
     ],
 )
-def test_a_card_that_fails(
-    made: Make, with_a_fake_card: Any, breaks: Callable[[Any], None], kind: type[Exception], message: str
-) -> None:
-    breaks(with_a_fake_card)
-    frames = decode(made("b-frames"), [5, 300], planes=True, hardware="auto", device="cuda")
-    assert (frames.backend, decoded_numbers(frames)) == ("pyav-after-nvdec", [5, 300]), "which is counted apart"
-    with pytest.raises(kind, match=message):
-        decode(made("b-frames"), [5, 300], planes=True, hardware="cuda", device="cuda")
+def test_a_card_that_fails(made: Make, with_a_fake_card: None, broken: list[Any], kind: Any, message: str) -> None:
+    with contextlib.ExitStack() as breaks:
+        for part in broken:
+            breaks.enter_context(patch.object(*part))
+        frames = decode(made("b-frames"), [5, 300], planes=True, hardware="auto", device="cuda")
+        assert (frames.backend, decoded_numbers(frames)) == ("pyav-after-nvdec", [5, 300]), "which is counted apart"
+        with pytest.raises(kind, match=f"{message}, not the 320" if broken[0][2] is lossy else f"NVDEC.*{message}"):
+            decode(made("b-frames"), [5, 300], planes=True, hardware="cuda", device="cuda")

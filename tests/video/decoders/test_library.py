@@ -3,14 +3,13 @@
 test_decoders.py and test_decord.py try the real ones, where they can be imported.
 """
 
-from __future__ import annotations
-
 import functools
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -26,11 +25,7 @@ from videor1.video.decoders.pynvvideocodec import PyNvVideoCodecDecoder
 from videor1.video.decoders.torchcodec import TorchcodecDecoder
 from videor1_kernels.frames_to_patches import YuvFrames
 
-ADAPTERS: dict[str, Any] = {
-    "decord": DecordDecoder,
-    "torchcodec": TorchcodecDecoder,
-    "pynvvideocodec": PyNvVideoCodecDecoder,
-}
+ADAPTERS: dict[str, Any] = {d.backend: d for d in (DecordDecoder, TorchcodecDecoder, PyNvVideoCodecDecoder)}
 LEVELS = {"torchcodec": 0, "pynvvideocodec": 2}  # swscale rounds otherwise
 StandIn = Callable[..., None]
 
@@ -61,15 +56,23 @@ def test_an_edit_list(made: Make, tmp_path: Path, stand_in: StandIn, library: st
     assert_frames_asked_for(ADAPTERS[library](path), path, backend=library, first=5, levels=LEVELS[library])
 
 
-@pytest.mark.parametrize(("library", "shape", "left"), [("torchcodec", (80, 48), 0), ("pynvvideocodec", (48, 80), 90)])
-def test_what_is_left_to_turn(
-    tmp_path: Path, stand_in: StandIn, library: str, shape: tuple[int, int], left: int
-) -> None:
-    stand_in(library)
-    decoder = ADAPTERS[library](write_video(tmp_path / "r.mp4", coded_frames(8), rotation=90))
-    frames = decoder.frames([2, 1])
-    assert (frames.pixels.shape, frames.rotation) == ((2, *shape, 3), left)
-    assert decoder.probe().rotation == 90
+def test_turns_and_surfaces(tmp_path: Path, stand_in: StandIn, made: Make) -> None:
+    for library, shape, left in (("torchcodec", (80, 48), 0), ("pynvvideocodec", (48, 80), 90)):
+        stand_in(library)
+        decoder = ADAPTERS[library](write_video(tmp_path / "r.mp4", coded_frames(8), rotation=90))
+        frames = decoder.frames([2, 1])
+        assert (frames.pixels.shape, frames.rotation) == ((2, *shape, 3), left)
+        assert decoder.probe().rotation == 90
+    # Surfaces that are used again were copied.
+    stand_in("pynvvideocodec")
+    decoder = PyNvVideoCodecDecoder(made("b-frames"))
+    first, planes = decoder.frames([4, 4, 2]), decoder.frames([9], planes=True)
+    luma = planes.pixels.planes[0].clone()
+    decoder.frames([7])
+    assert decoded_numbers(first) == [4, 4, 2]
+    assert torch.equal(planes.pixels.planes[0], luma)
+    decoder.close()
+    assert decoded_numbers(decoder.frames([8])) == [8]
 
 
 @pytest.mark.parametrize(
@@ -104,27 +107,6 @@ def test_a_library_is_checked(made: Make, stand_in: StandIn, library: str, fault
     assert "\n" not in error.message
 
 
-def test_torchcodec_without_ffmpeg(made: Make, stand_in: StandIn) -> None:
-    reason = "libavutil.so.60: cannot open shared object file: No such file or directory"
-    error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n 1. ...\n  OSError: {reason}")
-    stand_in("torchcodec", error=error)
-    with pytest.raises(ConfigError, match=r"torchcodec does not load .*libavutil") as caught:
-        decode(made("b-frames"), [0], by=TorchcodecDecoder)
-    assert "\n" not in str(caught.value)
-
-
-def test_surfaces_that_are_used_again_were_copied(made: Make, stand_in: StandIn) -> None:
-    stand_in("pynvvideocodec")
-    decoder = PyNvVideoCodecDecoder(made("b-frames"))
-    first, planes = decoder.frames([4, 4, 2]), decoder.frames([9], planes=True)
-    luma = planes.pixels.planes[0].clone()
-    decoder.frames([7])
-    assert decoded_numbers(first) == [4, 4, 2]
-    assert torch.equal(planes.pixels.planes[0], luma)
-    decoder.close()
-    assert decoded_numbers(decoder.frames([8])) == [8]
-
-
 @pytest.mark.parametrize("matrix", ["601", "709"])
 @pytest.mark.parametrize("full", [False, True])
 def test_pynvvideocodecs_planes(tmp_path: Path, stand_in: StandIn, matrix: str, full: bool) -> None:
@@ -140,24 +122,13 @@ def test_pynvvideocodecs_planes(tmp_path: Path, stand_in: StandIn, matrix: str, 
     assert torch.equal(luma, nv12[:, :32])
     assert torch.equal(chroma.flatten(1), nv12[:, 32:].flatten(1))
     assert torch.equal(rgb, planes.to_rgb(0, 3, torch.float32).round().to(torch.uint8).permute(0, 2, 3, 1))
+    for pix_fmt, height in (("yuv444p", 32), ("yuv420p10le", 32), ("yuv420p", 31)):  # what comes as RGB
+        path = write_video(tmp_path / f"{pix_fmt}.mkv", coded_frames(9, height, 64), pix_fmt=pix_fmt, codec="ffv1")
+        assert torch.equal(decode(path, [5, 1], planes=True, by=PyNvVideoCodecDecoder).pixels, whole(path)[0][[5, 1]])
 
 
-@pytest.mark.parametrize(("pix_fmt", "height"), [("yuv444p", 32), ("yuv420p10le", 32), ("yuv420p", 31)])
-def test_pynvvideocodecs_rgb(tmp_path: Path, stand_in: StandIn, pix_fmt: str, height: int) -> None:
-    stand_in("pynvvideocodec")
-    path = write_video(tmp_path / "f.mkv", coded_frames(9, height, 64), pix_fmt=pix_fmt, codec="ffv1")
-    assert torch.equal(decode(path, [5, 1], planes=True, by=PyNvVideoCodecDecoder).pixels, whole(path)[0][[5, 1]])
-
-
-class Unimportable:
-    """An import finder by which a package is not found, or does not load, even where it is installed."""
-
-    def __init__(self, name: str, error: Exception) -> None:
-        self.name, self.error = name, error
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] == self.name:
-            raise self.error
+def throw(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("loads", [False, True], ids=["missing", "broken"])
@@ -170,33 +141,19 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, libr
         error = RuntimeError("Could not load this library: lib.so\n\n=== TROUBLESHOOTING ===")
         error.__cause__ = OSError("libcuda.so.1: cannot open shared object file\nmore")
         told = 'is installed but does not load (libcuda.so.1: cannot open shared object file); use "pyav"'
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+    missing = Mock(find_spec=lambda name, *_: None if name.partition(".")[0] != package else throw(error))
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Unimportable(package, error), *sys.meta_path])
-    with pytest.raises(ConfigError) as caught:
+    with patch.object(sys, "meta_path", [missing, *sys.meta_path]), pytest.raises(ConfigError) as caught:
         ADAPTERS[library]("a.mp4")
     assert str(caught.value) == f"video.backend: {library} {told}"
 
 
-def test_the_cause_in_one_line() -> None:
-    text = "[20:22:32] /some/where/reader.cc:292: [20:22:32] /a/b.h:2: Check failed\nStack"
-    assert one_line(ValueError(text)) == "Check failed"
-    assert one_line(KeyError()) == "KeyError"
-    error = RuntimeError("outer")
-    error.__cause__ = OSError("inner\nlines")
-    assert root_cause(error) == "inner"
+def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path, stand_in: StandIn) -> None:
+    class Exhausted(LibraryDecoder):
+        backend, module = "exhausted", "math"
+        _read = Mock(side_effect=MemoryError)
 
-
-class Exhausted(LibraryDecoder):
-    """An adapter whose library runs out of memory."""
-
-    backend, module = "exhausted", "math"
-
-    def _read(self, numbers: list[int], planes: bool) -> Any:
-        raise MemoryError
-
-
-def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path) -> None:
     decoder = Exhausted(made("b-frames"))
     for index in (-1, COUNT):
         with pytest.raises(IndexError, match=rf"\.mp4: frame {index} of 0\.\.319"):
@@ -205,3 +162,17 @@ def test_what_is_not_the_librarys_fault(made: Make, tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         decoder.frames([0])
     assert refusal(Exhausted, cut(made("b-frames"), tmp_path / "cut.mp4", 0.98)).kind == "truncated"
+    # The cause in one line.
+    text = "[20:22:32] /some/where/reader.cc:292: [20:22:32] /a/b.h:2: Check failed\nStack"
+    assert one_line(ValueError(text)) == "Check failed"
+    assert one_line(KeyError()) == "KeyError"
+    error = RuntimeError("outer")
+    error.__cause__ = OSError("inner\nlines")
+    assert root_cause(error) == "inner"
+    # torchcodec without FFmpeg.
+    reason = "libavutil.so.60: cannot open shared object file: No such file or directory"
+    error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n 1. ...\n  OSError: {reason}")
+    stand_in("torchcodec", error=error)
+    with pytest.raises(ConfigError, match=r"torchcodec does not load .*libavutil") as caught:
+        decode(made("b-frames"), [0], by=TorchcodecDecoder)
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,5 @@
 """Planes are the decoder's own, to the bit; what has none comes as RGB, which is within 3 levels of the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,13 +47,10 @@ def test_planes_are_the_decoders(tmp_path: Path, name: str) -> None:
         assert np.array_equal(plane.numpy(), expected[[6, 2]])
 
 
-def test_planes_of_odd_sizes(made: Make) -> None:
+def test_planes_of_odd_sizes_and_of_ten_bit(made: Make, tmp_path: Path) -> None:
     frames = decode(made("odd size 4:2:0"), [1, 300], planes=True)
     assert [list(plane.shape) for plane in frames.pixels.planes] == [[2, 47, 81], [2, 24, 41], [2, 24, 41]]
     assert decoded_numbers(frames) == [1, 300]
-
-
-def test_ten_bit_planes_lose_nothing(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", noise(4), codec="ffv1", pix_fmt="yuv420p10le")
     planes = decode(path, range(4), planes=True).pixels.planes
     assert [plane.dtype for plane in planes] == [torch.uint16] * 2
@@ -75,19 +70,18 @@ def test_what_has_no_planes_comes_as_rgb(tmp_path: Path, codec: str, pix_fmt: st
     pixels, rgb = (decode(path, [1, 5], planes=planes).pixels for planes in (True, False))
     assert isinstance(pixels, torch.Tensor)
     assert torch.equal(pixels, rgb)
-
-
-def test_pixel_formats_that_change_come_as_rgb(tmp_path: Path) -> None:
-    parts = [
-        write_video(tmp_path / f"{fmt}.264", numbered_frames(20), pix_fmt=fmt, container="h264").read_bytes()
-        for fmt in ("yuv420p", "yuv444p")
-    ]
-    path = tmp_path / "both.264"
-    path.write_bytes(b"".join(parts))
-    clip = read_frames(path, planes=True)
+    # Nor have formats that change.
+    both = tmp_path / "both.264"
+    for fmt in ("yuv420p", "yuv444p"):
+        part = write_video(tmp_path / f"{fmt}.264", numbered_frames(20), pix_fmt=fmt, container="h264")
+        both.write_bytes((both.read_bytes() if both.exists() else b"") + part.read_bytes())
+    clip = read_frames(both, planes=True)
     assert clip.total_frames == 40
     assert isinstance(clip.frames, torch.Tensor)
-    assert torch.equal(clip.frames, read_frames(path).frames)
+    assert torch.equal(clip.frames, read_frames(both).frames)
+    for fmt, bits in (("gray", 8), ("gray16le", 16), ("gray10le", 10)):  # untagged grey is of full range
+        path = write_flat(tmp_path / f"{fmt}.mkv", fmt, bits, [round(0.8 * (2**bits - 1))], None)
+        assert (read_frames(path).frames[0].int() - 204).abs().max() <= 1
 
 
 LUMA = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 4: (0.3, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114)}
@@ -137,9 +131,3 @@ def test_rgb_is_the_formulas(tmp_path: Path, pix_fmt: str, matrix: int, full: bo
         planes = planes.to_rgb(0, 1, torch.float32).permute(0, 2, 3, 1)
     for frames in (rgb, planes):
         assert np.abs(frames[0, 20, 20].double().numpy() - expected).max() <= 3
-
-
-@pytest.mark.parametrize(("pix_fmt", "bits"), [("gray", 8), ("gray16le", 16), ("gray10le", 10)])
-def test_untagged_grey_is_of_full_range(tmp_path: Path, pix_fmt: str, bits: int) -> None:
-    path = write_flat(tmp_path / "a.mkv", pix_fmt, bits, [round(0.8 * (2**bits - 1))], None)
-    assert (read_frames(path).frames[0].int() - 204).abs().max() <= 1

@@ -1,7 +1,5 @@
 """The stream that is read is the one that FFmpeg considers the best, with every decoder; cover art is never a video."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,27 +73,24 @@ def container(best: int | None, *videos: Any) -> Any:
     return SimpleNamespace(streams=streams)
 
 
-COVER = ATTACHED | DEFAULT
+COVER, IS_DEFAULT, PLAIN, SHORT = {"disposition": ATTACHED | DEFAULT}, {"disposition": DEFAULT}, {}, {"frames": 1}
+# Streams of which FFmpeg considers one the best, and the one that is read.
+CONTAINERS: list[tuple[int | None, list[dict[str, Any]], int | None]] = [
+    *((0, [IS_DEFAULT, IS_DEFAULT], 0), (1, [PLAIN, IS_DEFAULT], 1), (0, [COVER, PLAIN], 1)),
+    *((0, [COVER, PLAIN, IS_DEFAULT], 2), (0, [COVER, PLAIN, PLAIN], 1), (0, [COVER, SHORT, PLAIN], 2)),
+    (0, [COVER, {"bit_rate": None}, {"bit_rate": 9}], 2),
+    *(
+        (0, [IS_DEFAULT | {"decoder": False}, PLAIN], 1),
+        (0, [{"decoder": False}], 0),
+        (0, [COVER], None),
+        (None, [], None),
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("opened", "expected"),
-    [
-        (container(0, stream(DEFAULT), stream(DEFAULT)), 0),
-        (container(1, stream(), stream(DEFAULT)), 1),
-        (container(0, stream(COVER), stream()), 1),
-        (container(0, stream(COVER), stream(), stream(DEFAULT)), 2),
-        (container(0, stream(COVER), stream(), stream()), 1),
-        (container(0, stream(COVER), stream(bit_rate=None), stream(bit_rate=9)), 2),
-        (container(0, stream(COVER), stream(frames=1), stream()), 2),
-        (container(0, stream(DEFAULT, decoder=False), stream()), 1),
-        (container(0, stream(decoder=False)), 0),
-        (container(0, stream(COVER)), None),
-        (container(None), None),
-    ],
-)
-def test_cover_art_is_never_the_video(opened: Any, expected: int | None) -> None:
-    found = best_stream(opened)
+@pytest.mark.parametrize(("best", "streams", "expected"), CONTAINERS)
+def test_cover_art_is_never_the_video(best: int | None, streams: list[Any], expected: int | None) -> None:
+    found = best_stream(container(best, *(stream(**told) for told in streams)))
     assert (None if found is None else found.index) == expected
 
 
