@@ -111,6 +111,18 @@ def quicken_interpreter() -> None:
     interpreter._patch_lang = replace_once
 
 
+def for_threads(call: Callable[[], Any], *counts: int) -> list[Any]:
+    """What a call gives with each of these numbers of torch's threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
 class Launches:
     """Stands in for a kernel: remembers the grids of its launches, and launches it if it is given."""
 
@@ -131,6 +143,13 @@ class Counter:
     def __call__(self, *args: object, **options: object) -> object:
         self.calls += 1
         return self.function(*args, **options)
+
+
+def count_calls(monkeypatch: Any, module: Any, name: str) -> Counter:
+    """Of a module's function, from now on."""
+    counter = Counter(getattr(module, name))
+    monkeypatch.setattr(module, name, counter)
+    return counter
 
 
 class Operations(TorchDispatchMode):
