@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from patience import THREADS
+from triton_cases import CUDA, quicken_interpreter
+
+if not CUDA:
+    quicken_interpreter()
 
 
 @pytest.fixture(autouse=True, scope="module")

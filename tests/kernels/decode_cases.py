@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "ragged groups": ([(20, 3), (1, 1), (16, 2)], ragged(6, 20), 20),
     "a row more than a tile": ([(33, 9), (17, 8)], ragged(17, 18), 18),
     "three tiles of a prefix": ([(20, 20)], ragged(20, 7), 7),
-    "ends on the borders of blocks and parts": ([(64, 2), (32, 1), (16, 1), (48, 2)], [16, 32, 64, 48, 1, 80], 80),
+    "ends on the borders of blocks and parts": ([(48, 2), (16, 2)], [16, 32, 1, 48], 48),
     "a prefix nobody reads": ([(9, 1), (20, 0), (5, 2)], [3, 2, 4], 4),
     "much spare capacity": ([(20, 2)], [2, 19], 300),
     "long": ([(300, 2), (290, 1)], [300, 1, 257], 300),

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_cases import CUDA, DEVICE
 
 from videor1_kernels import last_backend, sample_tokens
+from videor1_kernels.sampling import triton
 from videor1_kernels.testing import poisoned_memory
 
 MARGIN = 1e-6  # of cumulative probability: how far rounding may move an end
@@ -54,6 +55,13 @@ class Sampler:
         assert last_backend("sample_tokens") == self.backend
         assert logp.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
         return tokens.cpu(), logp.cpu()
+
+
+def set_tile(monkeypatch: Any, segments: int = 4, columns: int = 8) -> None:
+    """By default a tile of 32 tokens; so many candidates are listed, and if there are more, bounds are bisected."""
+    if not CUDA:  # small ones are no layout for 16 warps
+        monkeypatch.setattr(triton, "SEGMENTS", segments)
+        monkeypatch.setattr(triton, "COLUMNS", columns)
 
 
 @dataclass(frozen=True)

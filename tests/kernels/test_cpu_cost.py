@@ -18,7 +18,7 @@ from videor1_kernels.linear_logprob import reference, tiles
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.testing import PeakMemory
 
-ROWS, HIDDEN, VOCAB = 4096, 1024, 32768
+ROWS, HIDDEN, VOCAB = 4096, 256, 32768
 MIB = 2**20
 # oneDNN keeps copies of its operands outside torch's allocator. Both operands and the result of the largest tile:
 UNSEEN = tiles.WEIGHT_BYTES["cpu"] + tiles.CHUNK_BYTES["cpu"] + tiles.CHUNK_ROWS["cpu"] * HIDDEN * 4
@@ -53,7 +53,7 @@ def test_a_tenth_of_the_memory(dtype: torch.dtype) -> None:
     """Of logits and their log-softmax, and of autograd's log-softmax and its gradient."""
     plain = 2 * ROWS * VOCAB * dtype.itemsize
     inputs = HeadInputs(*make(ROWS, HIDDEN, VOCAB, dtype), None, 1.0)
-    assert peak_bytes(lambda: reference.forward(inputs)) + UNSEEN <= min(plain / 10, 40 * MIB)
+    assert peak_bytes(lambda: reference.forward(inputs)) + UNSEEN <= min(plain / 10, 36 * MIB)
 
     hidden, weight, labels = make(ROWS, 64, VOCAB, dtype)
     inputs = HeadInputs(hidden, weight, labels, None, 1.0)

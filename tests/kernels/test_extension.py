@@ -20,7 +20,7 @@ import pytest
 import torch
 from patience import PATIENCE
 from torch import Tensor
-from triton_cases import Counter
+from triton_cases import Counter, for_threads
 
 from videor1_kernels import extension, linear_logprob
 from videor1_kernels.linear_logprob import native, reference, tiles
@@ -146,14 +146,7 @@ def test_infinities_and_nans_stay_in_their_rows(product: Product) -> None:
 
 def test_same_bits_for_any_threads_and_every_run(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = matrices(67, 1000, 1500)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 2, 3):
-            torch.set_num_threads(count)
-            results.append(product(a, b))
-    finally:
-        torch.set_num_threads(threads)
+    results = for_threads(lambda: product(a, b), 1, 2, 2, 3)
     if FAST:
         monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)  # a torch that does not export it
         native._bf16_product.cache_clear()

@@ -282,21 +282,14 @@ def check(inputs: Inputs, fp64: bool = True, **options: Any) -> list[Tensor]:
 
 @pytest.mark.grid(dtype=DTYPES, rule=RULES, normalize=NORMALIZE, apply=APPLY)
 def test_every_rule_equals_the_reference(dtype: torch.dtype, rule: str, normalize: str, apply: str) -> None:
-    options = {"rule": rule, "normalize": normalize, "apply": apply}
+    options: dict[str, Any] = {"rule": rule, "normalize": normalize, "apply": apply}
     ours = check(make(37, 8, 4, dtype), **options)
     assert (ours[2] > 0).any()
     assert (ours[2] == 0).any()
     assert (ours[0] != 0).any()
     assert ours[4].isnan().any()
-    check(
-        make(13, 5, 3, dtype, seed=1, binary=True),
-        **options,
-        alpha=0.7,
-        mu=0.5,
-        length_bonus=-0.1,
-        eps=0.0,
-        correct_above=0.5,
-    )
+    options |= {"alpha": 0.7, "mu": 0.5, "length_bonus": -0.1, "eps": 0.0, "correct_above": 0.5}
+    check(make(13, 5, 3, dtype, seed=1, binary=True), **options)
 
 
 @pytest.mark.parametrize(

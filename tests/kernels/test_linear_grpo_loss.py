@@ -10,7 +10,7 @@ import loss_cases as cases
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, DTYPES, HALF, QUIET, Counter, Head, leaf, make_head
+from triton_cases import DEVICE, DTYPES, HALF, QUIET, Head, count_calls, leaf, make_head
 
 from videor1_kernels import linear_grpo_loss
 from videor1_kernels.grpo_loss import triton
@@ -309,8 +309,7 @@ def test_chunks_change_nothing(
         in_place(logits, out, *rest, source=source, **named)
 
     monkeypatch.setattr(triton, "row_gradient", watch)
-    counted = Counter(triton.product)
-    monkeypatch.setattr(triton, "product", counted)
+    counted = count_calls(monkeypatch, triton, "product")
     with poisoned_memory():
         ours, grads = cases.check_linear("triton", head, case, **options)
     assert counted.calls >= 3
@@ -334,8 +333,7 @@ def test_live_rows_come_first_and_keep_their_places() -> None:
 
 def test_no_gradient_of_a_row_is_formed_where_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     head, case = cases.make_linear(torch.float32, (3, 1))
-    formed = Counter(triton.row_gradient)
-    monkeypatch.setattr(triton, "row_gradient", formed)
+    formed = count_calls(monkeypatch, triton, "row_gradient")
     cases.run_linear("triton", replace(head, hidden=head.hidden.detach(), weight=head.weight.detach()), case)
     with torch.no_grad():
         cases.run_linear("triton", head, case)

@@ -10,7 +10,7 @@ import loss_cases as cases
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CUDA, DEVICE, DTYPES, HALF, QUIET, Counter, Head, leaf, make_head, upstream
+from triton_cases import CUDA, DEVICE, DTYPES, HALF, QUIET, Head, count_calls, for_threads, leaf, make_head, upstream
 
 from videor1_kernels import linear_grpo_loss, linear_logprob, selective_log_softmax
 from videor1_kernels.linear_logprob import products, tiles, triton, triton_rows
@@ -148,13 +148,7 @@ def test_product(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_change_nothing_beyond_rounding() -> None:
     head = make_head(600, 700, 16, bias=True, ignored=True)  # several tiles, split among threads
     incoming = {"g": upstream(600, seed=0), "e": upstream(600, seed=1)}
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            results.append(cases.evaluate("reference", head, **incoming))
-    finally:
-        torch.set_num_threads(1)
+    results = for_threads(lambda: cases.evaluate("reference", head, **incoming), 1, 2, 2)
     for one, two, again in zip(*results, strict=True):
         assert_matches(one, two)
         assert torch.equal(two, again)
@@ -200,8 +194,7 @@ def test_descriptors_are_taken_only_where_they_can_address(dtype: torch.dtype, s
 def test_chunks(dtype: torch.dtype, rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cases.cut_small(monkeypatch)
     head = make_head(rows, vocab, 16, dtype, bias=True, ignored=True)
-    counted = Counter(triton.product)
-    monkeypatch.setattr(triton, "product", counted)
+    counted = count_calls(monkeypatch, triton, "product")
     incoming = {"g": upstream(rows, seed=0), "e": upstream(rows, seed=1)}
     cases.check_head("triton", head, 0.7)
     kept = head.labels != -100

@@ -18,6 +18,7 @@ import torch
 from native_cases import CSRC, KINDS, Made, made_frames, runner
 from test_frames_to_patches import MATRICES, resized
 from torch import Tensor
+from triton_cases import for_threads
 
 import videor1_kernels
 from videor1_kernels import extension, frames_to_patches, last_backend
@@ -145,17 +146,10 @@ def test_rows_of_any_stride(kernels: Kernels, kind: str, width: int, name: str) 
     assert torch.equal(kernel(padded, size=(28, 56))[0], kernel(dense, size=(28, 56))[0])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 7])
-def test_the_bits_do_not_depend_on_the_threads(kernels: Kernels, threads: int) -> None:
-    cpu = kernels("cpu")
-    frames = made_frames("nv12", 2, 300, 400)
-    expected, _ = cpu(frames, size=(252, 336), dtype=torch.float32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(cpu(frames, size=(252, 336), dtype=torch.float32)[0], expected)
-    finally:
-        torch.set_num_threads(before)
+def test_the_bits_do_not_depend_on_the_threads(kernels: Kernels) -> None:
+    cpu, frames = kernels("cpu"), made_frames("nv12", 2, 300, 400)
+    results = for_threads(lambda: cpu(frames, size=(252, 336), dtype=torch.float32)[0], 1, 2, 7)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_auto_takes_it_and_the_api_reaches_all_of_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from decode_cases import CASES, DTYPES, OP, Case, use_small_blocks
 from torch import Tensor
-from triton_cases import CUDA, HALF
+from triton_cases import CUDA, HALF, for_threads
 
 from videor1_kernels import extension, last_backend, prefix_decode_attention
 from videor1_kernels.prefix_attention import native_decode
@@ -48,9 +48,6 @@ def test_equals_the_loop(
         tensors = (case.q, *(x.nan_to_num() for x in case.tensors[1:]))
         index = {"cu_prefix": case.cu, "row_group": case.layout.row_group, "suffix_lengths": case.lengths.int()}
         assert torch.equal(prefix_decode_attention(*tensors, **index, scale=scale, backend=backend), out)
-
-
-OWN = {"native": [torch.float32], "triton": HALF}  # the dtypes of those that do not take all
 
 
 @pytest.mark.fits(
@@ -207,13 +204,7 @@ def test_native_with_long_prefixes_and_many_rows() -> None:
 def test_native_has_the_same_bits_for_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_decode, "GRAIN", 1)
     case = Case([(90, 8), (40, 4)], list(range(1, 13)), 13, dim=32, backend="native")
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(case())
-    finally:
-        torch.set_num_threads(threads)
+    results = for_threads(case, 1, 2, 3)
     monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
     results.append(case())
     assert all(torch.equal(result, results[0]) for result in results)

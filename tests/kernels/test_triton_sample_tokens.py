@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_cases import KINDS, Sampler, check, hard_logits
+from sampling_cases import KINDS, Sampler, check, set_tile
 from torch import Tensor
-from triton_cases import CUDA, Counter, Launches
+from triton_cases import CUDA, Launches, count_calls
 
 from videor1_kernels.sampling import triton, triton_list
 
@@ -25,9 +25,7 @@ def tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Set the size of a tile."""
 
     def use(name: str) -> None:
-        if not CUDA:  # small ones are no layout for 16 warps
-            monkeypatch.setattr(triton, "SEGMENTS", TILES[name][0])
-            monkeypatch.setattr(triton, "COLUMNS", TILES[name][1])
+        set_tile(monkeypatch, *TILES[name])
 
     return use
 
@@ -48,27 +46,15 @@ def test_sizes(vocabulary: int, options: dict[str, Any], name: str, tile: Callab
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_the_tile_changes_nothing(options: dict[str, Any], tile: Callable[[str], None]) -> None:
-    """Sums are of integers: whatever their order, the same bits."""
+    """Sums are of integers: whatever their order, the same bits; of ties too, and where all candidates are listed."""
     logits = 2 * torch.randn(3, 131, generator=torch.Generator().manual_seed(0))
+    logits[0] = logits[0].round()
     results = []
     for name in TILES:
         tile(name)
         results.append(sample(logits, torch.tensor([0.2, 0.7, 0.9999]), torch.tensor([130, 5]), **options))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-
-
-def test_ties_and_lists_at_the_shipped_tile(tile: Callable[[str], None]) -> None:
-    """All candidates of a row fit into a list of 2048."""
-    tile("shipped")
-    logits, uniform, banned = (
-        hard_logits(61, seed=3)["ties"].expand(2, -1),
-        torch.tensor([0.37, 0.9]),
-        torch.tensor([1]),
-    )
-    for options in ({"top_k": 5}, {"top_k": 33, "top_p": 0.99, "temperature": 3.0}, {"top_p": 0.6}):
-        tokens, logp = sample(logits, uniform, banned, **options)
-        assert check(logits, uniform, tokens, logp, banned=banned, **options) == 0
 
 
 def test_many_banned_tokens(tile: Callable[[str], None]) -> None:
@@ -86,9 +72,7 @@ def test_many_banned_tokens(tile: Callable[[str], None]) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch, logits: Tensor, **options: Any) -> tuple[int, int]:
     """How often tiles of a row are read: (in full passes, bisections of bounds)."""
     names = ("count_above", "candidates", "segment_sums")
-    counters = [Counter(getattr(triton_list, name)) for name in names]
-    for name, counter in zip(names, counters, strict=True):
-        monkeypatch.setattr(triton_list, name, counter)
+    counters = [count_calls(monkeypatch, triton_list, name) for name in names]
     sample(logits[None], torch.tensor([0.4]), **options)
     bisections, listings, sums = (counter.calls for counter in counters)
     return 2 + bisections + listings + sums, bisections

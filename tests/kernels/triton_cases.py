@@ -90,6 +90,39 @@ def upstream(*shape: int, seed: int = 1, zeros: bool = True) -> Tensor:
     return values.to(DEVICE)
 
 
+def quicken_interpreter() -> None:
+    """Triton's interpreter replaces the functions of triton.language anew at each call of one kernel function by
+    another, which takes a third of its time: where they are replaced already, that is left out."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace, nothing = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", None)
+    if nothing is None or hasattr(replace, "quick"):  # another version of Triton; or done before
+        return
+    languages = (language, language.core)
+
+    def replace_once(function: Any) -> Any:
+        named = [x for x in function.__globals__.values() if x is languages[0] or x is languages[1]]
+        if named and not any(language.core.is_builtin(x.load) for x in named):
+            return nothing()
+        return replace(function)
+
+    replace_once.quick = True  # type: ignore[attr-defined]
+    interpreter._patch_lang = replace_once
+
+
+def for_threads(call: Callable[[], Any], *counts: int) -> list[Any]:
+    """What a call gives with each of these numbers of torch's threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
 class Launches:
     """Stands in for a kernel: remembers the grids of its launches, and launches it if it is given."""
 
@@ -110,6 +143,13 @@ class Counter:
     def __call__(self, *args: object, **options: object) -> object:
         self.calls += 1
         return self.function(*args, **options)
+
+
+def count_calls(monkeypatch: Any, module: Any, name: str) -> Counter:
+    """Of a module's function, from now on."""
+    counter = Counter(getattr(module, name))
+    monkeypatch.setattr(module, name, counter)
+    return counter
 
 
 class Operations(TorchDispatchMode):

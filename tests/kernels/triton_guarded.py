@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
+from triton_cases import quicken_interpreter
 
 from videor1_kernels import (
     DecodeLayout,
@@ -188,6 +189,7 @@ def sample(options: dict[str, float]) -> None:
 
 
 def main() -> None:
+    quicken_interpreter()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

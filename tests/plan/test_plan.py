@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,18 @@ from videor1_kernels.linear_logprob.products import chunk_rows
 
 CPU = torch.device("cpu")
 TINY = ["--max_completion_length", "24", "--video.max_frames", "4", "--video.max_pixels", "12544"]
-SMALL = ["--max_completion_length", "40", "--video.max_frames", "4", "--video.max_pixels", "25088"]
+SMALL = ["--max_completion_length", "20", "--video.max_frames", "4", "--video.max_pixels", "25088"]
 SHORT = ["--video.max_frames", "2", "--gradient_accumulation_steps", "1"]
 CHECKPOINTED = "--gradient_checkpointing"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    """Each measurement collects garbage first: what is there already and stays need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def options(*flags: str) -> TrainConfig:
@@ -42,19 +53,21 @@ def options(*flags: str) -> TrainConfig:
 
 
 def small_shape(**text: Any) -> Qwen2_5_VLConfig:
-    """8.9 M parameters; a head of its own."""
-    sizes: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    """A head of its own."""
+    sizes: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
     sizes |= {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}}
     sizes |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False, **text}
-    vision = {"depth": 4, "hidden_size": 160, "num_heads": 4, "intermediate_size": 320, "fullatt_block_indexes": [3]}
+    vision = {"depth": 2, "hidden_size": 160, "num_heads": 4, "intermediate_size": 320, "fullatt_block_indexes": [1]}
     vision |= {"out_hidden_size": sizes["hidden_size"], "window_size": 112, "tokens_per_second": 2}
     return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"])
 
 
 def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str, Compared]:
     found, _ = measured(config, shape, CPU)
-    rows = {row.phase: row for row in compare(plan(config, shape), found)}
+    made = plan(config, shape)
+    assert (made.context, made.slack) == (0, 0)
+    rows = {row.phase: row for row in compare(made, found)}
     assert list(rows) == ["rollout", *["reference"] * bool(config.beta), "policy", "optimizer"]
     for row in rows.values():
         assert row.ratio == pytest.approx(1, abs=WITHIN), row
@@ -66,10 +79,9 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
 @pytest.mark.parametrize(
     ("shape", "flags"),
     [
-        ("tiny", [*TINY, CHECKPOINTED, "--per_device_train_batch_size", "3"]),
         ("small", [*SMALL, CHECKPOINTED, "--freeze_vision", "--gradient_accumulation_steps", "2"]),
         ("small", [*SMALL, "--lora.rank", "8"]),
-        ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
+        ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "360"]),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
@@ -97,7 +109,8 @@ def test_bf16_is_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytes
     """Without AVX-512 BF16 a tile of the head and the hidden states are converted to fp32, which takes memory."""
     if serves != (tiles.bf16_product() is not None):  # the answer that this machine's CPU does not give
         monkeypatch.setattr(tiles, "bf16_product", lambda: exact_product if serves else None)
-    rows = assert_as_measured(options("--device", "cpu", *SMALL, "--bf16", CHECKPOINTED), small_shape())
+    flags = [*SMALL, "--num_generations", "16", "--bf16", CHECKPOINTED]
+    rows = assert_as_measured(options("--device", "cpu", *flags), small_shape())
     # At the peak: the second tile's entries of the head, and the hidden states of all the row's completion tokens.
     entries, tokens = 6144 - 3276, 320
     without = rows["reference"].planned - 4 * 256 * (entries + tokens) * (not serves)
@@ -105,14 +118,15 @@ def test_bf16_is_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytes
 
 
 def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:
-    several = ["--device", "cpu", *SMALL, "--gradient_accumulation_steps", "2"]  # the gradients are there before it
+    # Two passes: the gradients are there before the second.
+    several = ["--device", "cpu", *SMALL, *SHORT[:2], "--gradient_accumulation_steps", "2"]
     gradients = 4 * sum(count_parameters(build_policy(small_shape(), options(), Target(False, False), CPU)).values())
     peaks = [
         next(p for p in plan(options(*several, *more), small_shape()).phases if p.name == "policy")
         for more in ([], ["--gradient_checkpointing"], ["--gradient_checkpointing", "--max_tokens_per_row", "300"])
     ]
     assert peaks[1].parts["gradients"] == gradients
-    assert peaks[0].beyond > 1.5 * peaks[1].beyond
+    assert peaks[0].beyond > 1.3 * peaks[1].beyond
     assert peaks[1].beyond > 1.05 * peaks[2].beyond
 
 
@@ -120,20 +134,19 @@ def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:
     "flags", [[], ["--rollout_batch_size", "8"], ["--rollout.kv_mib", "2"], ["--per_device_train_batch_size", "3"]]
 )
 def test_the_kv_cache_is_exactly_as_large_as_planned(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made_sizes = set()
+    class Made(Exception): ...  # nothing of what a step does afterwards is the question
 
     class Recorded(videor1.rollout.local.engine.KVCache):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            pools = [*self.prefix_k, *self.prefix_v, *self.suffix_k, *self.suffix_v]
-            made_sizes.add(sum(pool.nbytes for pool in pools))
+            raise Made(sum(pool.nbytes for pool in (*self.prefix_k, *self.prefix_v, *self.suffix_k, *self.suffix_v)))
 
     monkeypatch.setattr(videor1.rollout.local.engine, "KVCache", Recorded)
-    short = ["--max_completion_length", "9", "--video.max_frames", "2", "--video.max_pixels", "12544", "--beta", "0"]
-    config = options("--device", "cpu", *short, *flags)
-    measured(config, shape_of(None), CPU)
+    config = options("--device", "cpu", *TINY, *SHORT, "--freeze_vision", "--beta", "0", *flags)
+    with pytest.raises(Made) as size:
+        measured(config, shape_of(None), CPU)
     made = plan(config, shape_of(None))
-    assert made_sizes == {made.kv} == {made.phases[0].parts["KV cache"]}
+    assert size.value.args[0] == made.kv == made.phases[0].parts["KV cache"]
 
 
 @pytest.mark.parametrize(
@@ -154,11 +167,11 @@ def card_shape(layers: int) -> Qwen2_5_VLConfig:
     if layers < 36:
         text, vision = shape.text_config, shape.vision_config
         text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        vision.depth, vision.fullatt_block_indexes = 4, [3]
+        vision.depth, vision.fullatt_block_indexes = 2, [1]
     return shape
 
 
-@pytest.mark.parametrize("layers", [10, pytest.param(36, marks=pytest.mark.full)])
+@pytest.mark.parametrize("layers", [4, pytest.param(36, marks=pytest.mark.full)])
 def test_resident_bytes_of_a_run_on_a_card(layers: int) -> None:
     """With a short video: a long one takes as long to plan as it has windows."""
     shape, options_3b = card_shape(layers), ["--config", "qwen2_5_vl_3b", *SHORT]
@@ -184,16 +197,6 @@ def test_resident_bytes_of_a_run_on_a_card(layers: int) -> None:
     assert whole.total > whole.peak + GIB
     if layers == 36:
         assert "24 GB no, 48 GB no, 80 GB yes, 141 GB yes" in table(whole)
-
-
-def test_a_plan_for_a_cpu_names_no_card_and_what_fits_on_one() -> None:
-    made = plan(options("--device", "cpu", *TINY))
-    assert made.context == 0
-    assert "Fits" not in table(made)
-    for excess in (0, 1):
-        phase = Phase("policy", {"weights": int(48 * GIB * USABLE) + excess}, 0)
-        fits = [dataclasses.replace(made, phases=(phase,)).fits(card) for card in CARDS]
-        assert fits == [False, not excess, True, True]
 
 
 @pytest.mark.parametrize("tokens", [1000, 12288])
@@ -252,16 +255,25 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
     loaded = json.loads(json.dumps(made.to_json()))
     assert loaded["total"] == made.total == int(made.peak * (1 + made.slack)) + made.context
     assert loaded["fits"] == {str(card): made.fits(card) for card in CARDS}
+    cpu = dataclasses.replace(made, context=0, slack=0.0)
+    assert "Fits" in table(made)
+    assert "Fits" not in table(cpu)
+    for excess in (0, 1):
+        phase = Phase("policy", {"weights": int(48 * GIB * USABLE) + excess}, 0)
+        fits = [dataclasses.replace(cpu, phases=(phase,)).fits(card) for card in CARDS]
+        assert fits == [False, not excess, True, True]
 
 
 def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert train(["--plan", "--per_device_train_batch_size", "2"]) == 0  # the demonstration
+    assert train(["--plan", *TINY, "--per_device_train_batch_size", "2"]) == 0  # the demonstration
     shown = capsys.readouterr().out
     assert "1,101,632" in shown
     for word in ("weights", "optimizer states", "KV cache", "vision tower", "Peak", "Fits on one card of: 24 GB yes"):
         assert word in shown
     assert "To lower" not in shown
-    card_shape(10).save_pretrained(tmp_path)
+    shape = card_shape(2)
+    shape.text_config.intermediate_size *= 6  # as large as one of ten layers, and planned in less time
+    shape.save_pretrained(tmp_path)
     assert train(["--plan", "--config", "qwen2_5_vl_3b", "--model_name_or_path", str(tmp_path), *SHORT]) == 0
     shown = capsys.readouterr().out
     assert "24 GB no, 48 GB yes" in shown
@@ -294,7 +306,10 @@ def test_help_is_no_mistake(argv: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_check_prints_plan_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--check", "--device", "cpu", "--beta", "0.1", *TINY]) == 0
-    shown = capsys.readouterr().out
-    for word in ("planned", "measured", "rollout", "reference", "policy", "optimizer"):
-        assert word in shown
+    flags = [*TINY, "--beta", "0.1", CHECKPOINTED, "--per_device_train_batch_size", "2"]
+    assert main(["--check", "--device", "cpu", *flags]) == 0
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["planned", "measured", "ratio"]
+    ratios = {row.split()[0]: float(row.split()[-1]) for row in rows}
+    assert ratios == pytest.approx(dict.fromkeys(("rollout", "reference", "policy", "optimizer"), 1), abs=WITHIN)
+    assert ratios["policy"] == pytest.approx(1, abs=0.03)
