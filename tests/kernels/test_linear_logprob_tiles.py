@@ -314,8 +314,7 @@ def test_both_ways_to_the_statistics_are_right(dtype: torch.dtype, monkeypatch: 
     head = make_head(13, 300, 16, dtype, bias=True)
     scale = torch.full((13,), 1 / 0.7, device=DEVICE)
     exact = cases.evaluate("dense", head.oracle(), 0.7)
-    counted = Counter(triton.product)
-    monkeypatch.setattr(triton, "product", counted)
+    counted = count_calls(monkeypatch, triton, "product")
     for way, expected in (("fused", 0 if dtype == torch.float16 else 4), ("chunks", 4)):
         counted.calls = 0
         with torch.no_grad():
