@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -159,7 +160,7 @@ def test_extras_and_the_line_that_adds_each(monkeypatch: Patch) -> None:
 
 def test_compilers_that_are_missing_fail_or_are_turned_off(monkeypatch: Patch, tmp_path: Path) -> None:
     fake = fake_command(tmp_path, "broken-c++", "echo 'error: no licence' >&2\nexit 3")
-    for name, value in {"CXX": fake, "XDG_CACHE_HOME": tmp_path, "CUDA_HOME": tmp_path}.items():
+    for name, value in {"CXX": shlex.quote(str(fake)), "XDG_CACHE_HOME": tmp_path, "CUDA_HOME": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     rows = by_name(tools.compilers())
     assert (rows["C++"].status, "which does not run" in rows["C++"].value) == ("warning", True)
@@ -336,6 +337,9 @@ def test_secrets_and_the_home_folder_are_not_shown(monkeypatch: Patch, tmp_path:
     shown = text(redact_home([Section("Environment", tuple(rows))]))
     assert "~/models" in shown
     assert not [words for words in ("somebody", "very_secret") if words in shown]
+    monkeypatch.delenv("HOME")  # as of a user whom the machine does not know
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert redact_home([Section("Environment", tuple(rows))]) == [Section("Environment", tuple(rows))]
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("absent", 0), ("warning", 0), ("broken", 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(oracle, "generate", interrupted)
     made = evaluate(code=130, **two)
-    resume = f"python -m videor1.evaluate --resume auto --output_dir {made.folder}"
+    resume = f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(made.folder))}"
     assert f"6 of 11 questions are answered; go on with: {resume}" in made.err
 
 
@@ -128,7 +129,7 @@ def test_a_full_disk_anywhere_is_one_message_and_gone_on_from(
     written = len(made.answers) if (made.folder / "answers.jsonl").exists() else 0
     assert "Traceback" not in made.err
     assert f"cannot be written: File too large; {written} of 11 questions are answered; go on with: " in made.err
-    assert f"python -m videor1.evaluate --resume auto --output_dir {made.folder}" in made.err
+    assert f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(made.folder))}" in made.err
     assert not (made.folder / "results.json").exists()
     made = evaluate(resume="auto", **options)
     assert len(made.answers) == 11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def test_a_run_that_fell_silent(tmp_path: Path) -> None:
     assert_silent(run, 2800, "")  # an evaluation is no silence
     assert_silent(run, 3100, "52 minutes")
     words = "Nothing was written for 52 minutes before this page was made"
-    assert_says(report(run), words, f"python -m videor1.train --resume auto --output_dir {run}")
+    assert_says(report(run), words, f"python -m videor1.train --resume auto --output_dir {shlex.quote(str(run))}")
     os.utime(make_run(tmp_path / "finished") / "metrics.jsonl", (1e9, 1e9))
     assert "Nothing was written for" not in report(tmp_path / "finished").words
 
@@ -309,5 +310,5 @@ def test_a_report_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("no\nroom")
 
     monkeypatch.setattr(videor1.report, "write_report", broken)
-    told = f"The report could not be written (RuntimeError: no room); python -m videor1.report {run}"
+    told = f"The report could not be written (RuntimeError: no room); python -m videor1.report {shlex.quote(str(run))}"
     assert report_line(run) == told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -187,7 +188,7 @@ def test_signals(
         ((step, checkpoint),) = checkpoints(tmp_path)
         assert step == (3 if variant == "sft" else 4), "the end of the batch in which the signal came"
         assert "Traceback" not in stderr
-        shown = f"python -m {command.__name__} --resume auto --output_dir {tmp_path}"
+        shown = f"python -m {command.__name__} --resume auto --output_dir {shlex.quote(str(tmp_path))}"
         assert stderr.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {shown}"
     deadline = time.monotonic() + PATIENCE
     while runs.session_members(process.pid):
