@@ -34,7 +34,7 @@ def test_words_are_scored_as_the_package_scores_them(output: str, truth: str) ->
 def test_a_package_that_cannot_be_imported_is_no_reward_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("videor1.rewards.rouge._package", rouge._Package)  # which is kept once it is there
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ConfigError, match="its import failed.* set HOME"):
+    with pytest.raises(ConfigError, match=r"its import failed.* set HOME"):
         accuracy_reward("a cat", "a dog", "free-form")
 
 
