@@ -25,7 +25,6 @@ COMMAND = ("-n", "2", "--dist", "loadfile")
 
 
 def collection() -> float:
-    """Return the seconds of a process that only collects."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -48,7 +47,6 @@ def _files(name: str) -> list[str]:
 
 
 def page(times: Mapping[str, tuple[int, float]], whole: float, wall: float | None) -> str:
-    """Return the page in Markdown, what takes longest first."""
     tests, seconds = (sum(row[i] for row in times.values()) for i in (0, 1))
     ran = "" if wall is None else f" `pytest {' '.join(COMMAND)}` took {wall:.0f} s."
     lines = [

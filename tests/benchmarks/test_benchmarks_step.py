@@ -114,21 +114,30 @@ def test_every_way_passes_the_gate(changes: dict[str, Any]) -> None:
     assert len({row["held_mib"] for row in rows.values()}) == 1
 
 
-right_advantages, right_loss = ReferenceStep._advantages, ReferenceStep._loss
+class WrongLengths(OurStep):
+    def lengths(self) -> list[int]:
+        return [4, 3]
 
 
-def test_a_wrong_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, method, wrong in (
-        (ReferenceStep, "_advantages", lambda *a, **k: 0.01 + right_advantages(*a, **k)),
-        (ReferenceStep, "_loss", lambda *a: 0.01 + right_loss(*a)),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(OurStep, "lengths", lambda _: [4, 3])
-            patch.setattr(owner, method, wrong)
-            rows = measured()
-        assert {(row["status"], row["seconds"]) for row in rows.values()} == {("failed", None)}
-        assert f"{method[1:]}: error" in rows[REFERENCE_STEP]["reason"]
-        assert "expected 3 of 4 tokens, got 2, of 3 to 4" in rows[OUR_STEP]["reason"]
+class WrongAdvantages(ReferenceStep):
+    def _advantages(self, *args: Any, **options: Any) -> Any:
+        return 0.01 + super()._advantages(*args, **options)
+
+
+class WrongLoss(ReferenceStep):
+    def _loss(self, *args: Any) -> Any:
+        return 0.01 + super()._loss(*args)
+
+
+@pytest.mark.parametrize(("wrong", "reason"), [(WrongAdvantages, "advantages: error"), (WrongLoss, "loss: error")])
+def test_a_wrong_step_is_not_measured(wrong: type[ReferenceStep], reason: str) -> None:
+    case = bench_step.step(SMALL)
+    ways = [dataclasses.replace(c, build=b) for c, b in zip(case.contenders, (WrongLengths, wrong), strict=True)]
+    ours, reference = run.in_turns(dataclasses.replace(case, contenders=ways), CPU, Clock(CPU), 1)
+    assert (ours.status, reference.status) == ("failed", "failed")
+    assert ours.seconds is reference.seconds is None
+    assert reason in (reference.reason or "")
+    assert "expected 3 of 4 tokens, got 2, of 3 to 4" in (ours.reason or "")
 
 
 def test_the_commands_record_tables_and_pictures(

@@ -50,7 +50,6 @@ class Fault:
 
 
 def load_faults(folder: Path = FOLDER) -> list[Fault]:
-    """Return the faults of every file, in order."""
     return [
         Fault(path.stem, entry["name"], entry["file"], entry["old"], entry["new"], tuple(entry["tests"]))
         for path in sorted(folder.glob("*.toml"))

@@ -123,7 +123,6 @@ class Window:
         return self.find("#rollout").text
 
     def requests(self) -> list[str]:
-        """What was asked for since the last time."""
         events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
@@ -178,7 +177,6 @@ Windows = Callable[[str, bool], Window]
 
 @pytest.fixture(scope="module")
 def windows(browser: Any, folder: Path) -> Windows:
-    """The pages, each opened once."""
     opened: dict[tuple[str, bool], Window] = {}
 
     def show(page: str, phone: bool) -> Window:
@@ -331,8 +329,6 @@ def test_the_dark(one: Window) -> None:
 
 
 def contrast(window: Window, one: str, other: str) -> float:
-    """The ratio of WCAG of two of the page's colours."""
-
     def luminance(name: str) -> float:
         get = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
         code = window.js(get, name)
