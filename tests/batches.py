@@ -25,12 +25,10 @@ def opened(run: Any, count: int) -> Iterator[list[Any]]:
 
 
 def groups_of(run: Trainer, prompts: Sequence[Prompt]) -> list[Group]:
-    """The answers to each prompt."""
     return [group for group in run.rollout(prompts)[0].groups if group is not None]
 
 
 def cut_unequally(groups: list[Group]) -> list[Group]:
-    """The same groups with answers of 1, 2, 3, ... tokens."""
     lengths = itertools.count(1)
 
     def cut(completion: Completion) -> Completion:

@@ -133,7 +133,6 @@ def picks(count: int) -> Iterator[list[int]]:
 def decode(
     path: Path, numbers: Collection[int], *, planes: bool = False, by: Any = PyAvDecoder, **options: Any
 ) -> Frames:
-    """Frames of a file that is opened for them alone."""
     with closing(by(path, **options)) as decoder:
         return decoder.frames(list(numbers), planes=planes)
 

@@ -11,7 +11,10 @@ from.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,9 @@ import grids
 import pytest
 import torch
 
+if "HOME" not in os.environ:  # as in a job of a scheduler: then the libraries of csrc/ are kept for this run alone
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="videor1-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 if not torch.cuda.is_available():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -20,19 +20,11 @@ from videor1.logs.jsonl import read_jsonl
 from videor1.rollout import Request, Rollout, SamplingOptions
 from videor1.types import Completion, Group
 
-TINY: dict[str, Any] = {
-    "data.workers": 0,
-    "video.max_pixels": 3136,
-    "video.min_pixels": 3136,
-    "video.image_max_pixels": 3136,
-    "max_completion_length": 4,
-    "disable_tqdm": True,
-    "device": "cpu",
-}
+TINY: dict[str, Any] = dict.fromkeys(["video.max_pixels", "video.min_pixels", "video.image_max_pixels"], 3136)
+TINY |= {"data.workers": 0, "max_completion_length": 4, "disable_tqdm": True, "device": "cpu"}
 
 
 def write_benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All six; read only."""
     folder = tmp_path_factory.mktemp("benchmarks")
     clips = Clips(tmp_path_factory.mktemp("clips"))
     for write in WRITERS.values():
@@ -62,8 +54,6 @@ def results(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ended:
-    """What an evaluation printed, and its folder."""
-
     out: str
     err: str
     folder: Path

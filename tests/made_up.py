@@ -33,12 +33,10 @@ class FakeTime:
 
 
 def cpu_options(*words: str) -> argparse.Namespace:
-    """Of a run on the CPU."""
     return make_parser("run", None).parse_args(["--device", "cpu", *words])
 
 
 def row_of(case: Case, contender: Contender) -> Measurement:
-    """What one implementation's measurement by itself gives."""
     clock = Clock(CPU)
     return measure(case, contender, CPU, plain_stopwatch(clock), clock)
 

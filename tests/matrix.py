@@ -21,113 +21,51 @@ import sysconfig
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+def files(pattern: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{pattern.format(name)}.py" for name in " ".join(names).split())
+
+
 # Tests whose results are sums in floating point: what another BLAS path may round otherwise. Triton's are not among
 # them: its interpreter computes with numpy, element by element.
-NUMERIC_KERNELS = tuple(
-    f"tests/kernels/test_{name}.py"
-    for name in (
-        "frames_to_patches",
-        "group_advantage",
-        "grpo_loss",
-        "integration_liger",
-        "integration_openrlhf",
-        "integration_transformers",
-        "integration_trl",
-        "integration_verl",
-        "linear_grpo_loss",
-        "linear_logprob",
-        "linear_logprob_tiles",
-        "prefix_attention",
-        "prefix_decode_attention",
-        "prefix_layout",
-        "sample_tokens",
-        "selective_log_softmax",
-    )
+NUMERIC_KERNELS = files(
+    "kernels/test_{}",
+    "frames_to_patches group_advantage grpo_loss integration_liger integration_openrlhf integration_transformers",
+    "integration_trl integration_verl linear_grpo_loss linear_logprob linear_logprob_tiles prefix_attention",
+    "prefix_decode_attention prefix_layout sample_tokens selective_log_softmax",
 )
-NUMERIC = (
-    *NUMERIC_KERNELS,
-    *(
-        f"tests/{name}.py"
-        for name in (
-            "model/test_libraries",
-            "model/test_lm",
-            "rewards/test_advantages",
-            "rewards/test_judge",
-            "rollout/local/test_answers",
-            "training/test_checkpoint",
-            "training/test_optim",
-            "training/test_passes",
-            "training/test_rows",
-            "training/test_sft",
-            "training/test_shared_prefix",
-            "video/test_patches",
-        )
-    ),
+NUMERIC = NUMERIC_KERNELS + files(
+    "{}",
+    "model/test_libraries model/test_lm rewards/test_advantages rewards/test_judge rollout/local/test_answers",
+    "training/test_checkpoint training/test_optim training/test_passes training/test_rows training/test_sft",
+    "training/test_shared_prefix video/test_patches",
 )
-MODEL = tuple(
-    f"tests/{name}.py"
-    for name in (
-        "evaluation/test_lmms_eval",
-        "kernels/test_integration_transformers",
-        "model/test_libraries",
-        "model/test_lm",
-        "model/test_position_rule",
-        "model/test_positions",
-        "model/test_prompts",
-        "rollout/local/test_answers",
-        "rollout/local/test_engine",
-        "training/test_checkpoint",
-        "training/test_passes",
-        "training/test_sft",
-        "training/test_shared_prefix",
-    )
+MODEL = files(
+    "{}",
+    "evaluation/test_lmms_eval kernels/test_integration_transformers model/test_libraries model/test_lm",
+    "model/test_position_rule model/test_positions model/test_prompts rollout/local/test_answers",
+    "rollout/local/test_engine training/test_checkpoint training/test_passes training/test_sft",
+    "training/test_shared_prefix",
 )
 VIDEO = (
     "tests/video",
-    "tests/data/test_prefetch.py",
-    "tests/data/test_prefetch_cache.py",
-    "tests/demo/test_assets.py",
-    "tests/test_bad_input.py",
-    "tests/test_real_videos.py",
-    "tests/kernels/test_frames_to_patches.py",
-    "tests/kernels/test_native_frames.py",
+    *files("{}", "data/test_prefetch data/test_prefetch_cache demo/test_assets test_bad_input test_real_videos"),
+    *files("kernels/test_{}", "frames_to_patches native_frames"),
 )
-ARRAYS = (
-    *VIDEO,
-    "tests/evaluation/test_intervals.py",
-    "tests/report/test_charts.py",
-    "tests/report/test_curves.py",
-    "tests/report/test_report.py",
-    "tests/rewards/test_scoring.py",
-    "tests/training/test_sft.py",
-    "tests/kernels/test_grpo_loss.py",
-    "tests/kernels/test_group_advantage.py",
-    "tests/kernels/test_prefix_decode_attention.py",
-    "tests/kernels/test_triton_prefix_decode.py",
-    "tests/kernels/test_sample_tokens.py",
-    "tests/kernels/test_triton_sample_tokens.py",
+ARRAYS = VIDEO + files(
+    "{}",
+    "evaluation/test_intervals report/test_charts report/test_curves report/test_report rewards/test_scoring",
+    "training/test_sft kernels/test_grpo_loss kernels/test_group_advantage kernels/test_prefix_decode_attention",
+    "kernels/test_triton_prefix_decode kernels/test_sample_tokens kernels/test_triton_sample_tokens",
 )
-
-
-COMPILED = (
-    "tests/kernels/test_compile_targets.py",
-    "tests/kernels/test_grpo_loss.py",
-    "tests/kernels/test_group_advantage.py",
-)
-
-
-LOWEST = (
-    "tests/video/decoders",
-    "tests/video/test_reading.py",
-    "tests/video/test_orientation.py",
-    "tests/video/test_still.py",
-)
+COMPILED = files("kernels/test_{}", "compile_targets grpo_loss group_advantage")
+LOWEST = ("tests/video/decoders", *files("video/test_{}", "reading orientation still"))
 
 
 def lowest_versions() -> tuple[str, ...]:
@@ -139,23 +77,14 @@ def lowest_versions() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One environment for the tests.
+    """One environment for the tests."""
 
-    Attributes:
-        why: what it stands for.
-        variables: of the environment.
-        arguments: of pytest.
-        packages: pinned, installed into a virtual environment that sees the current one beneath them.
-        files: the tests that touch these packages, run unless others are asked for.
-        steps: steps of the demonstration to train after the tests.
-    """
-
-    why: str
+    why: str  # what it stands for
     variables: dict[str, str] = field(default_factory=dict)
-    arguments: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    steps: int = 0
+    arguments: tuple[str, ...] = ()  # of pytest
+    packages: tuple[str, ...] = ()  # pinned, in a virtual environment that sees the current one beneath them
+    files: tuple[str, ...] = ()  # the tests that touch these packages, run unless others are asked for
+    steps: int = 0  # of the demonstration, to train after the tests
 
 
 CELLS = {
@@ -214,20 +143,15 @@ def run_cell(name: str, cell: Cell, arguments: Sequence[str], work: Path) -> Res
     print(f"\n== {name}: {cell.why}\n{' '.join(command)}", flush=True)
     environment = os.environ | cell.variables | {"PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment)
-    trained = train(python, cell.steps, work / name, environment) if cell.steps else 0
+    trained = 0
+    if cell.steps:
+        demo = f"-m videor1.train --disable_tqdm true --max_steps {cell.steps} --eval_steps {cell.steps}".split()
+        trained = subprocess.run([python, *demo, "--output_dir", work / name], cwd=ROOT, env=environment).returncode
     seconds = time.monotonic() - began
     if not counts.exists():
         return Result(name, seconds=seconds, broken=f"pytest ended with {done.returncode} and counted nothing")
     result = read_counts(name, counts, seconds, done.returncode)
     return replace(result, broken=f"the demonstration ended with {trained}") if trained else result
-
-
-def train(python: str | Path, steps: int, work: Path, environment: Mapping[str, str]) -> int:
-    """Train the demonstration for so many steps; -> its exit status."""
-    command = [str(python), "-m", "videor1.train", "--output_dir", str(work / "run"), "--disable_tqdm", "true"]
-    command += ["--max_steps", str(steps), "--eval_steps", str(steps)]
-    print(f"\n{' '.join(command)}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def read_counts(name: str, path: Path, seconds: float, status: int) -> Result:
@@ -254,11 +178,8 @@ def machine() -> str:
     """What the numbers hold for."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, {capability}, {os.cpu_count()} cores, "
-        f"{platform.machine()}"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

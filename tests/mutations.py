@@ -8,7 +8,7 @@ import resource
 import struct
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -109,11 +109,11 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What reading a file gave: frames, or the kind of the error."""
+    """What reading a file gave."""
 
     kind: str  # "frames" or SampleError.kind
-    message: str = ""
-    megabytes: float = 0.0  # the process's largest resident memory so far
+    message: str
+    megabytes: float = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 def choices(seed: int) -> tuple[int, str]:
@@ -138,17 +138,16 @@ def read(item: Mutation) -> Outcome:
     except SampleError as error:
         if error.path != str(item.path):
             raise RuntimeError(f"an error of another file: {error}") from error
-        return Outcome(error.kind, error.message, peak_megabytes())
+        return Outcome(error.kind, error.message)
     count = len(clip.frames)
     patches = frames_to_patches(clip.frames, size=clip.size, rotation=clip.rotation, dtype=torch.uint8)
     assert patches.shape == (count // 2 * clip.size[0] // 14 * clip.size[1] // 14, PATCH_COLUMNS), patches.shape
-    assert count % 2 == 0
-    assert 2 <= count <= 8
+    assert count in (2, 4, 6, 8)
     assert len(clip.timestamps) == count
     assert list(clip.timestamps) == sorted(clip.timestamps), clip.timestamps
     assert 0 < clip.fps < float("inf")
     assert clip.total_frames >= count
-    return Outcome("frames", "", peak_megabytes())
+    return Outcome("frames", "")
 
 
 def read_many(items: tuple[Mutation, ...]) -> list[tuple[float, int]]:
@@ -167,10 +166,6 @@ def resident_megabytes() -> float:
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def summary(outcomes: list[Outcome]) -> str:

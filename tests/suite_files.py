@@ -31,7 +31,6 @@ class Clips:
 
 
 def table(names: str, rows: Sequence[Sequence[Any]]) -> Rows:
-    """Objects with these fields."""
     return [dict(zip(names.split(), row, strict=True)) for row in rows]
 
 

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import re
-import sys
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -34,15 +33,9 @@ UNITS = {
     "start": "seconds", "end": "seconds",
 }  # fmt: skip
 IN_NATS = ("linear_logprob", "selective_log_softmax", "grpo_loss", "linear_grpo_loss", "sample_tokens")
-SECTIONS = [
-    Section("Args", "param", SectionType.MULTIPLE),
-    Section("Attributes", "attribute", SectionType.MULTIPLE),
-    Section("Raises", "raises", SectionType.MULTIPLE),
-    Section("Returns", "returns", SectionType.SINGULAR),
-    Section("Source", "source", SectionType.SINGULAR),
-]
-
-
+PARTS = {"Args": "param", "Attributes": "attribute", "Raises": "raises"}
+SECTIONS = [Section(title, key, SectionType.MULTIPLE) for title, key in PARTS.items()]
+SECTIONS += [Section(title, title.lower(), SectionType.SINGULAR) for title in ("Returns", "Source")]
 fields = load(DOCS / "field_comments.py").fields
 
 
@@ -62,7 +55,6 @@ FUNCTIONS = {name: thing for name, thing in ENTRIES.items() if isinstance(thing,
 
 
 def parsed(thing: Any) -> Docstring:
-    """The docstring of a function or class in its parts."""
     return google.GoogleParser(SECTIONS).parse(inspect.getdoc(thing) or "")
 
 
@@ -72,7 +64,6 @@ def source(docstring: Docstring) -> str:
 
 
 def arguments(function: FunctionType) -> dict[str, str]:
-    """What Args says of each parameter."""
     said = {}
     for parameter in parsed(function).params:
         for name in parameter.arg_name.split(","):
@@ -142,7 +133,7 @@ def test_a_comment_above_or_beside_a_field_is_its_meaning() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("griffe") is None, reason="griffe comes with the extra docs")
 def test_a_docstring_becomes_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(DOCS)
     extension = load(DOCS / "docstrings.py").Docstrings()
     text = (
         "See :func:`~videor1_kernels.grpo_loss` and :mod:`other`, [a | b] [c | d]::\n\n    a = b[0]\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -42,17 +43,12 @@ def broken(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     start = data.index(b"mdat") + 4
     data[start : start + 600] = np.random.default_rng(0).bytes(600)
     (root / "corrupt.mp4").write_bytes(data)
-    return {
-        "missing": root / "gone.mp4",
-        "truncated": cut(clip, root / "cut.mp4"),
-        "no video": root / "text.mp4",
-        "empty": root / "empty.mp4",
-        "no frames": write_sound(root / "sound.mp4", with_empty_video=True),
-        "sound only": write_sound(root / "song.mp4"),
-        "corrupt": root / "corrupt.mp4",
-        "image": root / "half.png",
-        "folder": root / "folder.mp4",
-    }
+    cut(clip, root / "cut.mp4")
+    write_sound(root / "sound.mp4", with_empty_video=True)
+    write_sound(root / "song.mp4")
+    names = {"missing": "gone.mp4", "truncated": "cut.mp4", "no video": "text.mp4", "empty": "empty.mp4"}
+    names |= {"no frames": "sound.mp4", "sound only": "song.mp4", "corrupt": "corrupt.mp4", "image": "half.png"}
+    return {name: root / file for name, file in (names | {"folder": "folder.mp4"}).items()}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -209,15 +205,6 @@ def test_a_model_that_is_not_there_leaves_no_folder(assets: Assets, tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["used", "note.txt"]
 
 
-def cut_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def damage_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text('{"a": 1}')
-
-
 def lose_tokenizer(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
@@ -229,13 +216,20 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut_weights, damage_tokenizer, lose_tokenizer, pickle_weights])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 99_999), "model_name_or_path: cannot load"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "model_name_or_path: cannot load"),
+        (lose_tokenizer, "tokenizer|cannot load"),
+        (pickle_weights, "model_name_or_path: cannot load"),
+    ],
+)
 def test_a_model_that_cannot_be_loaded_is_one_message(
-    damage: Callable[[Path], None], assets: Assets, tmp_path: Path
+    damage: Callable[[Path], None], words: str, assets: Assets, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(assets.model, tmp_path / "model"))
     damage(folder)
-    words = "tokenizer|cannot load" if damage is lose_tokenizer else "model_name_or_path: cannot load"
     with pytest.raises(ConfigError, match=words):
         trainer(assets, tmp_path / "run", model_name_or_path=folder)
 
@@ -257,11 +251,8 @@ def test_an_evaluation_with_bad_samples_reports_them(
     row = run_lines(tmp_path / "run", "metrics.jsonl")[-1]
     assert (row["eval/skipped"], row["eval/samples"]) == (1, len(good))  # one was no sample at all
     lines = run_lines(tmp_path / "run", "skipped.jsonl")
-    assert [(line["split"], line["kind"]) for line in lines] == [
-        ("train", "bad_text"),
-        ("eval", "bad_text"),
-        ("eval", "missing_file"),
-    ]
+    kinds = [("train", "bad_text"), ("eval", "bad_text"), ("eval", "missing_file")]
+    assert [(line["split"], line["kind"]) for line in lines] == kinds
     assert lines[-1]["path"] == gone
     text = write_data(tmp_path / "data.json", [*good, bad[1]])
     assert run_evaluate(assets, tmp_path / "eval", dataset_name=text, data__root="/") == 0

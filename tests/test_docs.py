@@ -54,7 +54,6 @@ def test_commands_options_and_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_python_runs(tmp_path: Path) -> None:
-    """Each block by itself, all in one new process."""
     media.write_video(tmp_path / "kitchen.mp4", media.numbered_frames(24))
     found = [(pages.name(page), pages.blocks(page.read_text(encoding="utf-8"), "python")) for page in pages.PAGES]
     script = """
@@ -75,11 +74,8 @@ for page, blocks in json.load(sys.stdin):
 
 def test_a_wrong_page_is_found(tmp_path: Path) -> None:
     wrong = ["nothing", "train --learing_rate 1", "report R --to X", "plan --check --devise cpu"]
-    lines = [
-        *(f"python -m videor1.{words}" for words in wrong),
-        "python docs/none.py",
-        "A=1 python -m benchmarks.steps",
-    ]
+    lines = [f"python -m videor1.{words}" for words in wrong]
+    lines += ["python docs/none.py", "A=1 python -m benchmarks.steps"]
     lines += ["pytest nowhere", "pytest --slow", "benchmarks/gpu.sh none", "benchmarks/none.sh step"]
     for line in [*lines, "pip install -e '.[none]'"]:
         (words,) = pages.shell_commands(f"```bash\n{line}\n```\n")

@@ -79,7 +79,6 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(elsewhere: Path) -> dict[str, Any]:
-    """What Python sees there."""
     names = [path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")]
     assert {"bindings.cpp", "frames_to_patches.cu"} < set(names)
     code = f"""

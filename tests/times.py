@@ -1,4 +1,4 @@
-"""Where the suite's time goes: seconds and tests by file, what collection takes, and what importing takes.
+"""Where the suite's time goes: seconds and tests by file, and what collection takes.
 
 From the repository's root, in an environment with ``pip install -e ".[test]"``:
 
@@ -16,46 +16,19 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import pytest
 
 from tests.matrix import ROOT, machine
 
 COMMAND = ("-n", "2", "--dist", "loadfile")
-STARTED = time.perf_counter()
 
 
-class Collection:
-    """A pytest plugin that measures what each file takes to collect, of one process that runs nothing."""
-
-    def __init__(self) -> None:
-        self.started = STARTED
-        self.seconds: dict[str, float] = {}
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, object, object]:
-        began = time.perf_counter()
-        report = yield
-        if isinstance(collector, pytest.Module):
-            self.seconds[str(collector.path.relative_to(ROOT))] = time.perf_counter() - began
-        return report
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.write_line(f"whole\t{time.perf_counter() - self.started}")
-        for file, seconds in self.seconds.items():
-            terminalreporter.write_line(f"collected\t{file}\t{seconds}")
-
-
-def collection() -> tuple[float, dict[str, float]]:
-    """Return the seconds of a process that only collects, and those of each file: the first has the imports of all."""
-    command = [sys.executable, "-m", "tests.times", "--collect"]
+def collection() -> float:
     began = time.perf_counter()
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    whole = time.perf_counter() - began
-    rows = [line.split("\t")[1:] for line in said.splitlines() if line.startswith("collected\t")]
-    return whole, {file: float(seconds) for file, seconds in rows}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
 
 
 def read_times(report: Path) -> dict[str, tuple[int, float]]:
@@ -73,10 +46,7 @@ def _files(name: str) -> list[str]:
     return [f"{name.replace('.', '/')}.py", f"{name.rpartition('.')[0].replace('.', '/')}.py"]
 
 
-def page(
-    times: Mapping[str, tuple[int, float]], collected: Mapping[str, float], whole: float, wall: float | None
-) -> str:
-    """Return the page in Markdown, what takes longest first."""
+def page(times: Mapping[str, tuple[int, float]], whole: float, wall: float | None) -> str:
     tests, seconds = (sum(row[i] for row in times.values()) for i in (0, 1))
     ran = "" if wall is None else f" `pytest {' '.join(COMMAND)}` took {wall:.0f} s."
     lines = [
@@ -87,23 +57,20 @@ def page(
         f"{machine()}. {tests:,} tests, {seconds:.0f} s in all processes.{ran} Collecting them takes {whole:.1f} s in "
         f"each process, imports included; the tests of a file alone wait only for their own.",
         "",
-        "| file | tests | seconds | collected in |",
-        "|---|---:|---:|---:|",
+        "| file | tests | seconds |",
+        "|---|---:|---:|",
     ]
     for file, (count, taken) in sorted(times.items(), key=lambda row: -row[1][1]):
-        lines.append(f"| `{file}` | {count:,} | {taken:.1f} | {collected.get(file, 0):.2f} |")
+        lines.append(f"| `{file}` | {count:,} | {taken:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.times", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xml", type=Path, help="a JUnit report; without it the suite runs")
-    parser.add_argument("--collect", action="store_true", help="only collect, and print what it takes")
     parser.add_argument("arguments", nargs="*", metavar="-- PYTEST ARGS", help="tests and options of pytest")
     options = parser.parse_args(argv)
-    if options.collect:
-        return int(pytest.main(["--collect-only", "-qq", *options.arguments], plugins=[Collection()]))
-    whole, collected = collection()
+    whole = collection()
     with tempfile.TemporaryDirectory() as work:
         report, wall, status = options.xml, None, 0
         if report is None:
@@ -112,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             began = time.perf_counter()
             status = subprocess.run(command, cwd=ROOT, env=os.environ, stdout=sys.stderr).returncode
             wall = time.perf_counter() - began
-        print(page(read_times(report), collected, whole, wall), end="")
+        print(page(read_times(report), whole, wall), end="")
     return status
 
 

@@ -84,38 +84,22 @@ def _drawn_model(seed: int, text: tuple[tuple[str, Any], ...]) -> tuple[Qwen2_5_
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-            "initializer_range": 0.15,
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": True,
-            **dict(text),
+            "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True, **dict(text),
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-            "window_size": 56,
-            "initializer_range": 0.15,
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "fullatt_block_indexes": [1], "tokens_per_second": 2, "window_size": 56, "initializer_range": 0.15,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
-    )
+    )  # fmt: skip
     torch.manual_seed(seed)
     return Qwen2_5_VLForConditionalGeneration(config).eval(), torch.get_rng_state()
 
@@ -131,14 +115,12 @@ def log_prob_rounding(logp: torch.Tensor) -> float:
 
 
 def make_media(kind: str = "video", grid: tuple[int, int, int] = (2, 4, 4), *, seconds: float = 1.0, seed: int = 0):
-    """Random 8-bit patches."""
     count = grid[0] * grid[1] * grid[2]
     patches = torch.randint(0, 256, (count, 1176), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Media(kind, patches, grid, seconds if kind == "video" else 0.0, 0.0)  # type: ignore[arg-type]
 
 
 def make_prompt(media: Media | None = None, problem: str = "Which comes first?", draw: int = 0) -> Prompt:
-    """A tokenised question about ``media``."""
     kind = media.kind if media else "text"
     sample = Sample(draw, str(draw), problem, kind, "free-form", "<answer>red</answer>", Path("clip.mp4"))
     return Prompt(sample, build_input_ids(make_tokenizer(), sample, media, max_prompt_length=4096), media, draw)

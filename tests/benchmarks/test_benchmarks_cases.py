@@ -133,8 +133,8 @@ run.main({words})"""
 
 
 def test_a_sweep_is_gated_by_its_first_variant() -> None:
-    inputs = shapes.head_inputs(shapes.Size("tiny", 16, 8, 70, 8, torch.float16), CPU)
-    packed = attention_inputs(AttentionSize("tiny", 20, 2, 10, (2, 1), 16, torch.float32), CPU)
+    inputs = shapes.head_inputs(shapes.Size("tiny", 8, 8, 40, 4, torch.float16), CPU)
+    packed = attention_inputs(AttentionSize("tiny", 6, 2, 2, (2, 1), 16, torch.float32), CPU)
     forward, rows = tune.forward_variants(inputs), tune.row_variants(inputs)
     for variants in (forward, tune.loss_variants(inputs, (4,)), rows, tune.attention_variants(packed)):
         right, other = itertools.islice(variants, 2)

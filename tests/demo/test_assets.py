@@ -52,7 +52,6 @@ def samples(made: Assets) -> Samples:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Digest of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -86,9 +85,7 @@ def true_answer(problem: str, order: list[str]) -> str:
 def test_counts_and_kinds(made: Assets, samples: Samples) -> None:
     for split in SPLITS:
         count = Counter(sample.data_type for sample in samples[split])
-        assert [count[kind] for kind in ("video", "image")] == [
-            getattr(SIZES, f"{split}_{kind}s") for kind in ("video", "image")
-        ]
+        assert all(count[kind] == getattr(SIZES, f"{split}_{kind}s") for kind in ("video", "image"))
     kinds = Counter(sample.data_source.removeprefix("demo/") for sample in samples["test"])
     assert kinds == {"ordinal/color": 8, "neighbour/color": 4, "list/shape": 4, "still/color": 1, "still/shape": 1}
     files = list((made.folder / "clips").iterdir())

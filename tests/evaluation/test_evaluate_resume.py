@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def test_ctrl_c_says_how_to_go_on(evaluate: Evaluate, oracle: type[Oracle], two:
 
     oracle.generate = interrupted  # type: ignore[method-assign]
     made = evaluate(code=130, **two)
-    resume = f"python -m videor1.evaluate --resume auto --output_dir {made.folder}"
+    resume = f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(made.folder))}"
     assert f"6 of 11 questions are answered; go on with: {resume}" in made.err
 
 
@@ -137,7 +138,7 @@ def test_a_full_disk_is_one_message_and_gone_on_from(evaluate: Evaluate, oracle:
     written = len(made.answers) if (made.folder / "answers.jsonl").exists() else 0
     assert "Traceback" not in made.err
     assert f"cannot be written: File too large; {written} of 11 questions are answered; go on with: " in made.err
-    assert f"python -m videor1.evaluate --resume auto --output_dir {made.folder}" in made.err
+    assert f"python -m videor1.evaluate --resume auto --output_dir {shlex.quote(str(made.folder))}" in made.err
     assert not (made.folder / "results.json").exists()
     made = evaluate(resume="auto", **options)
     assert len(made.answers) == 11

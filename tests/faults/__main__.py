@@ -50,7 +50,6 @@ class Fault:
 
 
 def load_faults(folder: Path = FOLDER) -> list[Fault]:
-    """Return the faults of every file, in order."""
     return [
         Fault(path.stem, entry["name"], entry["file"], entry["old"], entry["new"], tuple(entry["tests"]))
         for path in sorted(folder.glob("*.toml"))
@@ -68,6 +67,7 @@ def put_in(fault: Fault, tree: Path) -> None:
     text = file.read_text(encoding="utf-8")
     if (found := text.count(fault.old)) != 1:
         raise ValueError(f"{fault.title}: expected its old text once in {fault.file}, found it {found} times")
+    file.chmod(0o644)  # of a read-only checkout
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 

@@ -18,22 +18,13 @@ from videor1.model.prompts import build_input_ids
 from videor1.rewards import accuracy_of
 from videor1.types import Sample, SampleError
 
-CHOICE = {
-    "problem_id": 7,
-    "problem": "Which comes first?",
-    "data_type": "text",
-    "problem_type": "multiple choice",
-    "options": ["A. red", "B. blue"],
-    "solution": "<answer>A</answer>",
-    "data_source": "made",
-    "process": "<think>red</think>",
-}
+CHOICE = {"problem_id": 7, "problem": "Which comes first?", "data_type": "text", "problem_type": "multiple choice"}
+CHOICE |= {"options": ["A. red", "B. blue"], "solution": "<answer>A</answer>", "data_source": "made"}
+CHOICE |= {"process": "<think>red</think>"}
 VIDEO = CHOICE | {"data_type": "video", "path": "clips/one.mp4"}
 NUMBER = {"problem": "2 + 2?", "data_type": "text", "problem_type": "numerical", "solution": "<answer>4 cm</answer>"}
-ENTRIES = st.sampled_from(
-    [CHOICE, VIDEO, NUMBER, NUMBER | {"problem_type": "free-form", "solution": "<answer>猫</answer>"}]
-)
-FILES = st.lists(ENTRIES.flatmap(changed), min_size=1, max_size=4)
+FREE = NUMBER | {"problem_type": "free-form", "solution": "<answer>猫</answer>"}
+FILES = st.lists(st.sampled_from([CHOICE, VIDEO, NUMBER, FREE]).flatmap(changed), min_size=1, max_size=4)
 TOKENIZER = make_tokenizer()
 
 
@@ -42,9 +33,8 @@ def check_sample(sample: Sample, root: Path, reward: RewardConfig) -> None:
     for text in (*sample.options, *(getattr(sample, field) for field in fields)):
         text.encode()
     assert sample.path is None or sample.path.is_relative_to(root)
-    assert (
-        accuracy_of(sample.solution, sample, lenient=reward.lenient) > 0.1 or sample.problem_type == "multiple choice"
-    )
+    if sample.problem_type != "multiple choice":
+        assert accuracy_of(sample.solution, sample, lenient=reward.lenient) > 0.1
     if sample.data_type == "text":
         try:
             assert len(build_input_ids(TOKENIZER, sample, None, max_prompt_length=10**6)) > 0

@@ -60,7 +60,9 @@ def read(reader: AnswerReader, reply: Any) -> None:
 
 def test_replies(fuzz_times: int) -> None:
     reader = AnswerReader(TOKENIZER, SPECIAL, SamplingOptions(LIMIT))
-    read(reader, good())
+    assert reader.read(good(), PROMPT).finished
+    with pytest.raises(RequestFailed):
+        reader.read([], PROMPT)
     fuzz(250 * fuzz_times, GOOD.flatmap(changed), lambda reply: read(reader, reply))
 
 
@@ -101,10 +103,3 @@ def test_bytes_over_http(fuzz_times: int) -> None:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def test_a_reply_as_it_should_be_is_read() -> None:
-    reader = AnswerReader(TOKENIZER, SPECIAL, SamplingOptions(LIMIT))
-    assert reader.read(good(), PROMPT).finished
-    with pytest.raises(RequestFailed):
-        reader.read([], PROMPT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,8 @@ def test_options_of_another_version_and_none_that_are_known(tmp_path: Path) -> N
     made = report(run)
     assert "forgotten.choice 3 (unknown option)" in made.words
     assert len(made.rollouts["media"][0]["frames"]) == 4
-    for text in (None, "- a list", "a: [", "\udc80"):
-        if text is None:
-            (run / "config.yaml").unlink()
-        else:
-            (run / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    for text in (b"- a list", b"a: [", b"\x80", None):
+        (run / "config.yaml").write_bytes(text) if text else (run / "config.yaml").unlink()
         made = report(run)
         unknown = "config.yaml cannot be read, so the options are not known"
         assert_says(made, unknown, "The options are not known.")
@@ -225,7 +223,7 @@ def test_a_run_that_fell_silent(tmp_path: Path) -> None:
     assert_silent(run, 2800, "")  # an evaluation is no silence
     assert_silent(run, 3100, "52 minutes")
     words = "Nothing was written for 52 minutes before this page was made"
-    assert_says(report(run), words, f"python -m videor1.train --resume auto --output_dir {run}")
+    assert_says(report(run), words, f"python -m videor1.train --resume auto --output_dir {shlex.quote(str(run))}")
     os.utime(make_run(tmp_path / "finished") / "metrics.jsonl", (1e9, 1e9))
     assert "Nothing was written for" not in report(tmp_path / "finished").words
 
@@ -234,9 +232,8 @@ def assert_silent(run: Path, age: float, said: str) -> None:
     then = time.time() - age
     os.utime(run / "metrics.jsonl", (then, then))
     told = silence(load_run(run))
-    assert [sentence.partition(" before this")[0] for sentence in told] == [f"Nothing was written for {said}"] * bool(
-        said
-    )
+    expected = [f"Nothing was written for {said}"] * bool(said)
+    assert [sentence.partition(" before this")[0] for sentence in told] == expected
 
 
 def test_the_demonstrations_summary(tmp_path: Path) -> None:
@@ -309,5 +306,5 @@ def test_a_report_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("no\nroom")
 
     monkeypatch.setattr(videor1.report, "write_report", broken)
-    told = f"The report could not be written (RuntimeError: no room); python -m videor1.report {run}"
+    told = f"The report could not be written (RuntimeError: no room); python -m videor1.report {shlex.quote(str(run))}"
     assert report_line(run) == told

@@ -25,7 +25,6 @@ def pictures(uris: list[str]) -> list[Image.Image]:
 
 
 def places(made: Page) -> list[tuple[int, int]]:
-    """(run, step) of each card."""
     return [(card["run"], card["step"]) for card in made.rollouts["cards"]]
 
 

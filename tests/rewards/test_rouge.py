@@ -1,6 +1,7 @@
 """ROUGE as the package scores it, of any script, and of long texts."""
 
 import random
+import sys
 import time
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from videor1.rewards import accuracy_reward
+from videor1.errors import ConfigError
+from videor1.rewards import accuracy_reward, rouge
 from videor1.rewards.rouge import MAX_TOKENS, any_script_rouge, self_rouge, word_rouge
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
@@ -27,6 +29,13 @@ words = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_words_are_scored_as_the_package_scores_them(output: str, truth: str) -> None:
     assert word_rouge(output, truth) == by_the_package(output, truth)
+
+
+def test_a_package_that_cannot_be_imported_is_no_reward_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("videor1.rewards.rouge._package", rouge._Package)  # which is kept once it is there
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ConfigError, match=r"its import failed.* set HOME"):
+        accuracy_reward("a cat", "a dog", "free-form")
 
 
 def random_text(seed: int, count: int) -> str:

@@ -1,6 +1,7 @@
 """A run that was interrupted anywhere and resumed equals one that was not, bit for bit."""
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -188,7 +189,7 @@ def test_signals(
         ((step, checkpoint),) = checkpoints(tmp_path)
         assert step == (3 if variant == "sft" else 4), "the end of the batch in which the signal came"
         assert "Traceback" not in said
-        shown = f"python -m {command.__name__} --resume auto --output_dir {tmp_path}"
+        shown = f"python -m {command.__name__} --resume auto --output_dir {shlex.quote(str(tmp_path))}"
         assert said.splitlines()[-1] == f"interrupted: saved {checkpoint}; go on with: {shown}"
     deadline = time.monotonic() + PATIENCE
     while runs.session_members(process):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 # "broken": training needs it. "warning": training runs, but slower or unsupported. "absent": optional, not installed.
@@ -56,7 +56,7 @@ def problems(sections: Sequence[Section]) -> list[Problem]:
 
 def redact_home(sections: Sequence[Section]) -> list[Section]:
     """Return the sections with the path of the home folder replaced by ``~``."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # as it is where nobody knows the home folder
     if len(home) < 2:
         return list(sections)
 

@@ -7,6 +7,7 @@ on a run in progress.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def report_line(run_dir: Path) -> str:
     try:
         return f"Report: {write_report(run_dir)}"
     except Exception as error:  # The run's results are on disk already, so any error is only reported.
-        reason = " ".join(str(error).split())
-        return f"The report could not be written ({type(error).__name__}: {reason}); python -m videor1.report {run_dir}"
+        reason, shown = " ".join(str(error).split()), shlex.quote(str(run_dir))
+        return f"The report could not be written ({type(error).__name__}: {reason}); python -m videor1.report {shown}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

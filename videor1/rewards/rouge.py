@@ -16,6 +16,8 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
+from videor1.errors import ConfigError
+
 MAX_TOKENS = 16384  # Of a longer text the first so many are compared, in about a second.
 
 _ASCII_WORD = re.compile("[a-z0-9]+")  # as the package splits a text in lower case
@@ -96,9 +98,15 @@ class _Package:
 
     def __init__(self) -> None:
         # It imports nltk and scipy, which takes seconds: a process that only decodes and checks data does without.
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.scoring import fmeasure
-        from rouge_score.tokenizers import DefaultTokenizer
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+            from rouge_score.scoring import fmeasure
+            from rouge_score.tokenizers import DefaultTokenizer
+        except Exception as error:  # NLTK's import fails for a user without a home folder
+            raise ConfigError(
+                f"free-form answers are scored by the package rouge-score, but its import failed: {error}; set HOME to "
+                "a folder that can be written"
+            ) from error
 
         self.fmeasure: Callable[[float, float], float] = fmeasure
         self.ngrams: Any = RougeScorer(["rouge1", "rouge2"], tokenizer=self)

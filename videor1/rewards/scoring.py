@@ -258,6 +258,8 @@ def _free_form(output: str, truth: str) -> float:
 def _rouge(compare: Callable[[str, str], float], output: str, truth: str) -> float:
     try:
         return compare(output, truth)
+    except ConfigError:
+        raise
     except Exception:  # NLTK's stemmer fails on some strings that are not words. Video-R1's code gives 0 here too.
         return 0.0
 
