@@ -8,6 +8,7 @@ from unittest import mock
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import WholeInputs
 from videor1.model import VideoLM
+from videor1.model.cpu_linear import use_onednn
 from videor1.rollout import Rollout
 from videor1.rollout.local.engine import Run
 from videor1.training import tgrpo
@@ -37,7 +38,9 @@ class OurStep(Trainer):
             watch(owner, name, phase)
 
     def make_model(self) -> VideoLM:
-        return self.inputs.make_model()
+        model = self.inputs.make_model()
+        use_onednn(model.hf)  # as load_model does
+        return model
 
     def rollout(self, prompts):
         self.last, features = super().rollout(prompts)

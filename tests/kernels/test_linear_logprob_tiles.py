@@ -141,7 +141,7 @@ def test_product(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert_matches(tiles.product(a, b), exact)
         assert_matches(tiles.product(a.double(), b.double()), exact)
-        monkeypatch.setattr(tiles, "_onednn", lambda: False)
+        monkeypatch.setattr(tiles, "onednn", lambda: False)
         assert_matches(tiles.product(a, b), exact)
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
+from videor1.model.cpu_linear import use_onednn
 from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
 from videor1.model.manifest import DamagedError
@@ -57,6 +58,7 @@ def load_model(config: CommonConfig) -> VideoLM:
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)
+    use_onednn(model.hf)
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model

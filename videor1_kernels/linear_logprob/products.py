@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from videor1_kernels.linear_logprob import tiles
+
 # An fp32 weight gradient is read and written once per chunk. With fewer rows than this, that would take noticeable
 # time: for a head of 152,064 x 3,584 about 1 ms of a card's memory traffic beside 13 ms of products.
 MIN_CHUNK_ROWS = 2816
@@ -51,6 +53,8 @@ def common_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in fp32, accumulated in fp32; a and b of one dtype, fp32 or 16 bits."""
     if a.dtype == torch.float32:
+        if out is None and a.device.type == "cpu":
+            return tiles.product(a, b.T)
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if a.device.type != "cuda":
         return product(a.float(), b.float(), out)

@@ -56,7 +56,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         exact = bf16_product()
         assert exact is not None  # as operand_dtype has found
         return exact(a, b)
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not _onednn():
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not onednn():
         with torch.autocast(a.device.type, enabled=False):
             return a @ b.T
     # torch.mm goes to MKL, which does not use AVX-512 on every CPU that has it: 86 GFLOP/s on a core of an AMD Zen 5,
@@ -65,7 +65,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-def _onednn() -> bool:
+def onednn() -> bool:
+    """Whether oneDNN's product of fp32 matrices can be called."""
     on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return on and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from videor1.model.cpu_linear import linear
+
 
 class _Adapter(NamedTuple):
     """An adapter of one layer: its change of the output is (x A^T) B^T."""
@@ -42,7 +44,7 @@ class Projections:
         self._ranks = [len(a) for a in used]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        outs = [F.linear(x, m.weight, m.bias) if type(m) is nn.Linear else m(x) for m in self._layers]
+        outs = [linear(x, m.weight, m.bias) if type(m) is nn.Linear else m(x) for m in self._layers]
         if self._a is None:
             return outs
         inner = iter(F.linear(x, self._a).split(self._ranks, 1))
