@@ -84,14 +84,13 @@ def test_lengths(device: str) -> None:
 
 
 def test_patches_are_embedded_by_a_product() -> None:
-    """Of the layer's own parameters; a CPU keeps the convolution, and so does a layer of another shape."""
+    """Of the layer's own parameters; a layer of another shape stays a convolution."""
     visual = make_lm().visual
     layer = visual.patch_embed.proj.double()
     assert isinstance(layer, vision.PatchProduct)
     patches = normalize_patches(MEDIA[0].patches, torch.float64).view(-1, *layer.weight.shape[1:])
     expected = torch.nn.Conv3d.forward(layer, patches)
-    assert torch.equal(layer(patches), expected)
-    product = layer.product(patches)
+    product = layer(patches)
     assert product.shape == expected.shape
     assert (product - expected).abs().max() <= rounding(patches[0].numel(), 100.0, torch.float64)
     assert expected.abs().max() < 100
