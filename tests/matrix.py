@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMERIC_KERNELS = tuple(
     f"tests/kernels/test_{name}.py"
     for name in (
+        "add_rms_norm",
         "frames_to_patches",
         "group_advantage",
         "grpo_loss",
@@ -46,8 +47,10 @@ NUMERIC_KERNELS = tuple(
         "prefix_attention",
         "prefix_decode_attention",
         "prefix_layout",
+        "rotary_append",
         "sample_tokens",
         "selective_log_softmax",
+        "silu_mul",
     )
 )
 NUMERIC = (

@@ -53,6 +53,18 @@ GOOD: dict[str, dict[str, Any]] = {
         "layout": vk.PrefixLayout([3], [[2]]),
     },
     "prefix_decode_attention": decode_arguments(),
+    "add_rms_norm": {"x": torch.zeros(2, 4), "weight": torch.zeros(4), "residual": torch.zeros(2, 4)},
+    "rotary_append": {
+        "qkv": torch.zeros(2, 8 * 4),
+        "cos": torch.zeros(9, 4),
+        "sin": torch.zeros(9, 4),
+        "suffix_k": torch.zeros(3, 5, 2, 4),
+        "suffix_v": torch.zeros(3, 5, 2, 4),
+        "positions": torch.tensor([8, 0]),
+        "suffix_lengths": torch.tensor([5, 1]),
+        "suffix_slots": torch.tensor([2, 0]),
+    },
+    "silu_mul": {"gate_up": torch.zeros(2, 8)},
     "sample_tokens": {"logits": torch.zeros(2, 4), "uniform": torch.zeros(2), "banned": torch.tensor([1])},
     "frames_to_patches": {"frames": FRAMES, "size": (28, 28)},
 }
@@ -198,6 +210,30 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
         "suffix_k: expected at least the 5",
     ),
     ("prefix_decode_attention", PLACED | {"layout": layout(None, ids(0, 1, 2, 2**40))}, r"suffix_k: expected at least"),
+    ("add_rms_norm", {"x": torch.zeros(2, 0)}, r"x: expected at least one entry in a row, got \[2, 0\]"),
+    ("add_rms_norm", {"weight": torch.zeros(3)}, r"weight: expected shape \[4\], got \[3\]"),
+    ("add_rms_norm", {"residual": torch.zeros(1, 4)}, r"residual: expected shape \[2, 4\], got \[1, 4\]"),
+    ("silu_mul", {"gate_up": torch.zeros(2, 7)}, "gate_up: expected an even number of columns, gate then up, got 7"),
+    ("rotary_append", {"qkv": torch.zeros(2, 33)}, "qkv: expected q of a multiple of 2 heads of 4.*got 33 entries"),
+    ("rotary_append", {"qkv": torch.zeros(2, 28)}, "qkv: expected q of a multiple of 2 heads of 4.*got 28 entries"),
+    ("rotary_append", {"qkv": torch.zeros(2, 16)}, "qkv: expected q of a multiple of 2 heads of 4.*got 16 entries"),
+    ("rotary_append", {"qkv": torch.zeros(2, 32).bfloat16()}, "suffix_k: expected dtype bfloat16, got torch.float32"),
+    ("rotary_append", {"suffix_k": torch.zeros(3, 5, 0, 4)}, "suffix_k: expected at least one head of an even number"),
+    ("rotary_append", {"suffix_k": torch.zeros(3, 5, 2, 3)}, "suffix_k: expected at least one head of an even number"),
+    ("rotary_append", {"suffix_v": torch.zeros(3, 4, 2, 4)}, r"suffix_v: expected shape \[3, 5, 2, 4\]"),
+    (
+        "rotary_append",
+        {"suffix_v": torch.zeros(3, 5, 4, 2).transpose(2, 3)},
+        "suffix_v: expected the entries of a head side by side",
+    ),
+    ("rotary_append", {"cos": torch.zeros(9, 2)}, r"cos: expected shape \[P, 4\], got \[9, 2\]"),
+    ("rotary_append", {"sin": torch.zeros(8, 4)}, r"sin: expected shape \[9, 4\], got \[8, 4\]"),
+    ("rotary_append", {"positions": ids(1, 2, 3)}, r"positions: expected shape \[2\], got \[3\]"),
+    (
+        "rotary_append",
+        {"suffix_slots": None, "suffix_k": torch.zeros(1, 5, 2, 4), "suffix_v": torch.zeros(1, 5, 2, 4)},
+        "suffix_k: expected a slot for each of the 2 rows, or suffix_slots, got 1",
+    ),
     ("sample_tokens", {"logits": torch.zeros(2, 0)}, r"logits: expected at least one token, got \[2, 0\]"),
     (
         "sample_tokens",
@@ -273,7 +309,30 @@ def test_places_below_0(name: str, values: Tensor) -> None:
         vk.DecodeLayout(ids(0, 5, 7), ids(0, 0, 1, 1), **{name: values})
 
 
+NO_GRADIENT = [
+    (op, name)
+    for op in ("add_rms_norm", "rotary_append", "silu_mul")
+    for name, value in GOOD[op].items()
+    if value.is_floating_point()
+]
+
+
+@pytest.mark.parametrize(("op", "name"), NO_GRADIENT)
+def test_what_has_no_gradient(op: str, name: str) -> None:
+    leaf = GOOD[op] | {name: GOOD[op][name].clone().requires_grad_()}
+    assert f"ValueError: {op}: {name}: expected a tensor that requires no gradient" in error_of(op, leaf)
+    with torch.no_grad():
+        getattr(vk, op)(**leaf)
+
+
 CANNOT = {
+    "add_rms_norm": [
+        ("native", {"x": torch.zeros(2, 4).half()}, "it takes fp32 and bf16, and an input is torch.float16")
+    ],
+    "rotary_append": [
+        ("native", {"cos": torch.zeros(9, 4).half()}, "it takes fp32 and bf16, and an input is torch.flo")
+    ],
+    "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
     "sample_tokens": [("native", {}, "backend 'native' cannot run on cpu")],
     "prefix_attention": [
