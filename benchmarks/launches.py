@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from videor1_kernels.add_rms_norm.triton import add_rms_norm
 from videor1_kernels.group_advantage import reference as group_advantage
 from videor1_kernels.group_advantage.triton import tgrpo_advantages
 from videor1_kernels.grpo_loss import reference as grpo_loss
@@ -30,8 +31,11 @@ from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
+from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.triton import rotary_append
 from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
+from videor1_kernels.silu_mul.triton import silu_mul
 
 MODEL = (16384, 152064, 3584)  # N tokens, V vocabulary, H hidden
 TARGETS = tuple(TILES)
@@ -80,6 +84,9 @@ def launch_all(capability: int) -> Iterator[Launch]:
         yield from _terms()
         yield from _advantages()
         yield from _samples()
+        yield from _norms()
+        yield from _rotaries()
+        yield from _activations()
     yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
     yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
 
@@ -304,6 +311,63 @@ def _samples() -> Iterator[Launch]:
     launch((333, 151665), FP16, ODD, (1.0, 1.0, 50), 0, torch.float64)
     yield "sizes of 1, fp16, top-p", ONCE
     launch((1, 1), FP16, ODD, (1.0, 0.5, 0), 1, FP32)
+
+
+def _norms() -> Iterator[Launch]:
+    def launch(
+        sizes: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], memory: Memory, *, added: bool = True
+    ) -> None:
+        dtype, wide = dtypes
+        residual = memory(*sizes, dtype=wide) if added else None
+        add_rms_norm(memory(*sizes, dtype=dtype), memory(sizes[1], dtype=wide), residual, 1e-6)
+
+    yield "12 rows of a 7B model, bf16", TARGETS
+    launch((12, 3584), (BF16, BF16), ALIGNED)
+    yield "no residual, bf16", ONCE
+    launch((12, 3584), (BF16, BF16), ALIGNED, added=False)
+    yield "fp32 stream and weight", ONCE
+    launch((12, 8192), (BF16, FP32), ALIGNED)
+    yield "odd everything, fp16", ONCE
+    launch((333, 1001), (FP16, FP16), ODD)
+    yield "sizes of 1, fp32", ONCE
+    launch((1, 1), (FP32, FP32), ALIGNED)
+
+
+def _rotaries() -> Iterator[Launch]:
+    def launch(
+        rows: int,
+        heads: tuple[int, int],
+        size: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        memory: Memory,
+        *,
+        index: torch.dtype = torch.int64,
+        slots: bool = True,
+    ) -> None:
+        dtype, table = dtypes
+        caches = [memory(rows, 768, heads[1], size, dtype=dtype) for _ in range(2)]
+        tables = [memory(4096, size, dtype=table) for _ in range(2)]
+        places = [memory(rows, dtype=index) for _ in range(3)]
+        qkv = memory(rows, (heads[0] + 2 * heads[1]) * size, dtype=dtype)
+        rotary_append(qkv, *tables, *caches, Places(places[0], places[1], places[2] if slots else None))
+
+    yield "12 rows of a 7B model, fp32 tables, bf16", TARGETS
+    launch(12, (28, 4), 128, (BF16, FP32), ALIGNED)
+    yield "own slots, int32, bf16 tables", ONCE
+    launch(12, (16, 2), 128, (BF16, BF16), ALIGNED, index=torch.int32, slots=False)
+    yield "head dim 80, odd everything, fp16", ONCE
+    launch(3, (6, 1), 80, (FP16, FP16), ODD)
+    yield "one row of one head, fp32", ONCE
+    launch(1, (1, 1), 2, (FP32, FP32), ALIGNED)
+
+
+def _activations() -> Iterator[Launch]:
+    yield "12 rows of a 7B model, bf16", TARGETS
+    silu_mul(ALIGNED(12, 2 * 18944, dtype=BF16))
+    yield "odd everything, fp16", ONCE
+    silu_mul(ODD(333, 2 * 1001, dtype=FP16))
+    yield "sizes of 1, fp32", ONCE
+    silu_mul(ALIGNED(1, 2))
 
 
 def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:

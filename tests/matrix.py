@@ -36,9 +36,9 @@ def files(pattern: str, *names: str) -> tuple[str, ...]:
 # them: its interpreter computes with numpy, element by element.
 NUMERIC_KERNELS = files(
     "kernels/test_{}",
-    "frames_to_patches group_advantage grpo_loss integration_liger integration_openrlhf integration_transformers",
-    "integration_trl integration_verl linear_grpo_loss linear_logprob linear_logprob_tiles prefix_attention",
-    "prefix_decode_attention prefix_layout sample_tokens selective_log_softmax",
+    "add_rms_norm frames_to_patches group_advantage grpo_loss integration_liger integration_openrlhf",
+    "integration_transformers integration_trl integration_verl linear_grpo_loss linear_logprob linear_logprob_tiles",
+    "prefix_attention prefix_decode_attention prefix_layout rotary_append sample_tokens selective_log_softmax silu_mul",
 )
 NUMERIC = NUMERIC_KERNELS + files(
     "{}",

@@ -5,6 +5,7 @@ backend that is named is the one that runs, or the call is an error. :func:`back
 :func:`chosen_backend` says which one a call would take, and :func:`last_backend` which one the last call took.
 """
 
+from videor1_kernels.add_rms_norm import add_rms_norm
 from videor1_kernels.dispatch import backends, chosen_backend, last_backend
 from videor1_kernels.frames_to_patches import YuvFrames, frames_to_patches
 from videor1_kernels.group_advantage import Advantages, tgrpo_advantages
@@ -18,7 +19,9 @@ from videor1_kernels.prefix_attention import (
     prefix_attention,
     prefix_decode_attention,
 )
+from videor1_kernels.rotary_append import rotary_append
 from videor1_kernels.sampling import sample_tokens
+from videor1_kernels.silu_mul import silu_mul
 
 __all__ = [
     "Advantages",
@@ -27,6 +30,7 @@ __all__ = [
     "PrefixLayout",
     "RowPart",
     "YuvFrames",
+    "add_rms_norm",
     "backends",
     "chosen_backend",
     "frames_to_patches",
@@ -37,7 +41,9 @@ __all__ = [
     "plan_rows",
     "prefix_attention",
     "prefix_decode_attention",
+    "rotary_append",
     "sample_tokens",
     "selective_log_softmax",
+    "silu_mul",
     "tgrpo_advantages",
 ]

@@ -20,6 +20,12 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def rarest_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype among the floats that fewest backends take: fp64 before fp16, bf16 and fp32."""
+    found = {t.dtype for t in tensors if t is not None}
+    return next(dtype for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32) if dtype in found)
+
+
 def fail(op: str, name: str, expected: str, got: object) -> ValueError:
     """The error to raise. Every check below makes its message here."""
     return ValueError(f"{op}: {name}: expected {expected}, got {got}")
@@ -52,6 +58,16 @@ def check_tensor(
             raise fail(op, name, f"shape [{', '.join(map(str, shape))}]", list(value.shape))
     if device is not None and value.device != device:
         raise fail(op, name, f"device {device} (that of the first argument)", value.device)
+
+
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """Check that no gradient is asked for, of an operation that has none."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad:
+            expected = "a tensor that requires no gradient (there is no backward pass; torch.no_grad allows it)"
+            raise fail(op, name, expected, "one that does")
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

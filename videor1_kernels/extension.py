@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
@@ -41,6 +41,20 @@ def load(name: str) -> ctypes.CDLL:
     """The library of csrc/``name``.cpp, compiled if it is not in the cache. Raises Unavailable."""
     _check_wanted()
     return _loaded(_library(name, (f"{name}.cpp",), _compiler(), FLAGS), ctypes.CDLL)
+
+
+def function(library: str, name: str, arguments: Sequence[Any], what: str) -> Callable[..., int] | str:
+    """A function of csrc/``library``.cpp that returns an int, or why there is none here.
+
+    The log then says that ``what`` runs in plain torch. ``arguments`` are ctypes' types of its parameters.
+    """
+    try:
+        call = getattr(load(library), name)
+    except Unavailable as reason:
+        log.warning("videor1_kernels: %s on the CPU runs in plain torch, slower: %s", what, reason)
+        return str(reason)
+    call.argtypes = list(arguments)
+    return call
 
 
 def load_operators(device_type: str) -> None:

@@ -21,6 +21,9 @@ OPERATIONS = (
     "prefix_attention",
     "prefix_decode_attention",
     "frames_to_patches",
+    "add_rms_norm",
+    "rotary_append",
+    "silu_mul",
 )
 
 

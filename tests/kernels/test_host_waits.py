@@ -20,6 +20,7 @@ from triton_cases import DEVICE
 from waits import READS
 
 from videor1_kernels import DecodeLayout
+from videor1_kernels.add_rms_norm.triton import add_rms_norm
 from videor1_kernels.grpo_loss import ops as grpo_ops
 from videor1_kernels.grpo_loss import triton as grpo
 from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions
@@ -28,8 +29,11 @@ from videor1_kernels.linear_logprob import triton as logprob
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
+from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.triton import rotary_append
 from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
+from videor1_kernels.silu_mul.triton import silu_mul
 from videor1_kernels.testing import assert_matches
 
 
@@ -129,7 +133,7 @@ def test_checks_wait_with_the_rest(waits: Any) -> None:
 
 
 def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses from log-probs, log-probs, both passes of selective_log_softmax, sampling and decode attention."""
+    """Losses from log-probs, log-probs, both passes of selective_log_softmax, and all of a decode step."""
     monkeypatch.setattr(logprob, "capturing", lambda _: True)
     inputs, _ = head(torch.bfloat16)
     logp, case = make_case()
@@ -148,6 +152,10 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
         sample_tokens(sliced[0], torch.rand(3, device=DEVICE), None, SampleTokensOptions(1.0, 0.9, 5))
         decode = DecodeInputs(q, kv, kv, suffix, suffix, lengths)
         triton_decode.prefix_decode_attention(decode, layout, 0.3, triton_decode.BLOCKS[80])
+        add_rms_norm(q[0], q[0, 0], q[1], 1e-6)
+        qkv, table = q.view(3, 64).repeat(1, 2), kv[:, 0]
+        rotary_append(qkv, table, table, suffix, suffix, Places(lengths, lengths, lengths - 1))
+        silu_mul(qkv)
     assert not seen
     monkeypatch.setattr(logprob, "capturing", lambda _: False)
     for ours, theirs in zip(found, logprob.forward(inputs), strict=True):

@@ -51,6 +51,18 @@ GOOD: dict[str, dict[str, Any]] = {
     "prefix_decode_attention": decode_arguments(),
     "sample_tokens": {"logits": torch.zeros(2, 4), "uniform": torch.zeros(2), "banned": torch.tensor([1])},
     "frames_to_patches": {"frames": FRAMES, "size": (28, 28)},
+    "add_rms_norm": {"x": torch.zeros(2, 4), "weight": torch.zeros(4), "residual": torch.zeros(2, 4)},
+    "rotary_append": {
+        "qkv": torch.zeros(2, 8 * 4),
+        "cos": torch.zeros(9, 4),
+        "sin": torch.zeros(9, 4),
+        "suffix_k": torch.zeros(3, 5, 2, 4),
+        "suffix_v": torch.zeros(3, 5, 2, 4),
+        "positions": torch.tensor([8, 0]),
+        "suffix_lengths": torch.tensor([5, 1]),
+        "suffix_slots": torch.tensor([2, 0]),
+    },
+    "silu_mul": {"gate_up": torch.zeros(2, 8)},
 }
 
 
@@ -256,6 +268,26 @@ VALUES: dict[str, Values] = {
         ({"rotation": 45}, "rotation: expected a multiple of 90 degrees"),
         ({"both": True}, "permutation: expected an order of the 2 frames, with both=True"),
     ],
+    "add_rms_norm": [
+        ({"x": zeros(2, 0)}, "x: expected at least one entry in a row, got [2, 0]"),
+        ({"weight": zeros(3)}, "weight: expected shape [4], got [3]"),
+        ({"residual": zeros(1, 4)}, "residual: expected shape [2, 4], got [1, 4]"),
+    ],
+    "silu_mul": [({"gate_up": zeros(2, 7)}, "gate_up: expected an even number of columns, gate then up, got 7")],
+    "rotary_append": [
+        *(({"qkv": zeros(2, n)}, "qkv: expected q of a multiple of 2 heads of 4") for n in (33, 28, 16)),
+        ({"qkv": zeros(2, 32).bfloat16()}, "suffix_k: expected dtype bfloat16, got torch.float32"),
+        *(({"suffix_k": zeros(3, 5, *n)}, "suffix_k: expected at least one head of an even") for n in ((0, 4), (2, 3))),
+        ({"suffix_v": zeros(3, 4, 2, 4)}, "suffix_v: expected shape [3, 5, 2, 4]"),
+        ({"suffix_v": zeros(3, 5, 4, 2).transpose(2, 3)}, "suffix_v: expected the entries of a head side by side"),
+        ({"cos": zeros(9, 2)}, "cos: expected shape [P, 4], got [9, 2]"),
+        ({"sin": zeros(8, 4)}, "sin: expected shape [9, 4], got [8, 4]"),
+        ({"positions": ids(1, 2, 3)}, "positions: expected shape [2], got [3]"),
+        (
+            {"suffix_slots": None, "suffix_k": zeros(1, 5, 2, 4), "suffix_v": zeros(1, 5, 2, 4)},
+            "suffix_k: expected a slot for each of the 2 rows, or suffix_slots, got 1",
+        ),
+    ],
 }
 for op, name in NUMBERS:
     if (op, name) != ("sample_tokens", "temperature") and name in ABOVE_0:
@@ -295,7 +327,30 @@ def test_places_below_0(name: str, values: Tensor) -> None:
         vk.DecodeLayout(ids(0, 5, 7), ids(0, 0, 1, 1), **{name: values})
 
 
+NO_GRADIENT = [
+    (op, name)
+    for op in ("add_rms_norm", "rotary_append", "silu_mul")
+    for name, value in GOOD[op].items()
+    if value.is_floating_point()
+]
+
+
+@pytest.mark.parametrize(("op", "name"), NO_GRADIENT)
+def test_what_has_no_gradient(op: str, name: str) -> None:
+    leaf = GOOD[op] | {name: GOOD[op][name].clone().requires_grad_()}
+    assert f"ValueError: {op}: {name}: expected a tensor that requires no gradient" in error_of(op, leaf)
+    with torch.no_grad():
+        getattr(vk, op)(**leaf)
+
+
 CANNOT = {
+    "add_rms_norm": [
+        ("native", {"x": torch.zeros(2, 4).half()}, "it takes fp32 and bf16, and an input is torch.float16")
+    ],
+    "rotary_append": [
+        ("native", {"cos": torch.zeros(9, 4).half()}, "it takes fp32 and bf16, and an input is torch.flo")
+    ],
+    "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
     "sample_tokens": [("native", {}, "backend 'native' cannot run on cpu")],
     "prefix_attention": [

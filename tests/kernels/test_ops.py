@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import videor1_kernels as vk
+from videor1_kernels.add_rms_norm.ops import add_rms_norm_op
 from videor1_kernels.group_advantage.ops import tgrpo_advantages_op
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
@@ -22,6 +23,8 @@ from videor1_kernels.linear_logprob.ops import (
     selective_op,
 )
 from videor1_kernels.prefix_attention.ops import prefix_attention_backward_op, prefix_attention_op
+from videor1_kernels.rotary_append.ops import rotary_append_op
+from videor1_kernels.silu_mul.ops import silu_mul_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "triton")
@@ -193,6 +196,10 @@ def test_opcheck(backend: str) -> None:
             ),
         ),
         (tgrpo_advantages_op, (rewards, rewards, (9 * rewards).long(), shuffled, *numbers)),
+        (add_rms_norm_op, (fixed, fixed[0], 2 * fixed, 1e-6)),
+        (add_rms_norm_op, (fixed, fixed[0].half(), None, 1e-6)),
+        (rotary_append_op, rotary_inputs()),
+        (silu_mul_op, (fixed,)),
         (prefix_attention_op, (*(x.clone().requires_grad_() for x in qkv), *row)),
         (prefix_attention_backward_op, (qkv[0], *qkv, *prefix_attention_op(*qkv, *row, backend), *row)),
     ]
@@ -270,6 +277,45 @@ def test_a_compiled_decode_attention_has_no_gradient() -> None:
         compiled(call)(q.requires_grad_())
     with torch.no_grad():
         assert torch.equal(compiled(call)(q), call(q))
+
+
+def rotary_inputs() -> tuple[Tensor, ...]:
+    """qkv, tables, cache, positions, lengths and slots."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 8 * 16), (9, 16), (9, 16), (3, 5, 2, 16), (3, 5, 2, 16))
+    index = (torch.tensor(values, device=DEVICE) for values in ([8, 0], [5, 1], [2, 0]))
+    return *(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes), *index
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_the_cache_changes_in_a_compiled_graph(backend: str) -> None:
+    def call(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
+        names = ("positions", "suffix_lengths", "suffix_slots")
+        index = dict(zip(names, places, strict=True))
+        return vk.rotary_append(2 * qkv, cos, sin, k, v, **index, backend=backend) + k.sum()
+
+    ours, theirs = ([x.clone() for x in rotary_inputs()] for _ in range(2))
+    assert_same([compiled(call)(*ours)], [call(*theirs)])
+    assert_same(ours, theirs)
+    assert not torch.equal(ours[3], rotary_inputs()[3])
+    if backend == "triton":
+        return
+    with pytest.raises(ValueError, match=r"positions: expected values in \[0, 9\)"):
+        compiled(call)(*ours[:5], ours[5] + 1, *ours[6:])
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("added", [True, False])
+def test_norm_and_activation_compile(backend: str, added: bool) -> None:
+    def call(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        given = 2 * residual if added else None
+        normed, summed = vk.add_rms_norm(2 * x, weight, residual=given, backend=backend)
+        return normed + 1, summed + 1, vk.silu_mul(normed, backend=backend)
+
+    inputs = WEIGHT.detach(), WEIGHT[0].detach(), WEIGHT.detach().flip(0)
+    assert_same(compiled(call)(*inputs), call(*inputs))
+    with pytest.raises(Exception, match=r"weight: expected a tensor that requires no gradient"):
+        compiled(call)(inputs[0], inputs[1].clone().requires_grad_(), inputs[2])
 
 
 def nv12(frames: int = 3) -> vk.YuvFrames:

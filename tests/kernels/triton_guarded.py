@@ -20,18 +20,22 @@ from triton_cases import quicken_interpreter
 from videor1_kernels import (
     DecodeLayout,
     PrefixLayout,
+    add_rms_norm,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
     prefix_attention,
     prefix_decode_attention,
+    rotary_append,
     sample_tokens,
     selective_log_softmax,
+    silu_mul,
     tgrpo_advantages,
 )
 from videor1_kernels.linear_logprob import products, triton_rows
 from videor1_kernels.prefix_attention import triton, triton_decode, work
 from videor1_kernels.sampling import triton as sampling
+from videor1_kernels.silu_mul import triton as activation
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -188,6 +192,29 @@ def sample(options: dict[str, float]) -> None:
     run(f"sample_tokens {options}", call, torch.randn(3, 137).half(), torch.rand(3), torch.tensor([136, 0]))
 
 
+def norm(x, weight, residual):  # type: ignore[no-untyped-def]
+    alone, _ = add_rms_norm(x, weight, backend="triton")
+    return [alone, *add_rms_norm(x, weight, residual=residual, backend="triton")]
+
+
+def rotate(dim: int, dtype: torch.dtype) -> None:
+    def call(qkv, cos, sin, suffix_k, suffix_v, positions, lengths, slots):  # type: ignore[no-untyped-def]
+        index = {"positions": positions, "suffix_lengths": lengths, "suffix_slots": slots}
+        q = rotary_append(qkv, cos, sin, suffix_k, suffix_v, **index, backend="triton")
+        return [q[:3], suffix_k, suffix_v]
+
+    run(
+        f"rotary_append {dim} {dtype}",
+        call,
+        torch.randn(8, (3 + 2) * dim).to(dtype),
+        *(torch.randn(9, dim) for _ in range(2)),
+        *(torch.randn(4, 5, 1, dim).to(dtype) for _ in range(2)),
+        torch.tensor([8, 0, 3, 9, -1, 4, 4, 4]),  # from the fourth on, one of each row is out of range
+        torch.tensor([5, 1, 3, 1, 1, 0, 6, 5]),
+        torch.tensor([3, 0, 2, 1, 1, 1, 1, 4]),
+    )
+
+
 def main() -> None:
     quicken_interpreter()
     torch.manual_seed(0)
@@ -196,7 +223,7 @@ def main() -> None:
     products.MIN_CHUNK_ROWS, products.CHUNK_BYTES, triton_rows.BLOCK = 4, 1, 128
     work.LEAST_PART, triton.INTERPRETED = 20, triton.Blocks(*[triton.Block(16, 16, 4, 1)] * 3)
     triton_decode.INTERPRETED, triton_decode.INTERPRETED_PROGRAMS = triton.Block(16, 16, 4, 1), 24
-    sampling.SEGMENTS, sampling.COLUMNS = 4, 8
+    sampling.SEGMENTS, sampling.COLUMNS, activation.BLOCK = 4, 8, 32
 
     head(torch.float32, 6, 70, 24, "token")
     head(torch.float32, 2, 1, 3, "sequence")
@@ -215,6 +242,10 @@ def main() -> None:
     run("tgrpo_advantages", advantages, *rewards)
     for options in ({}, {"temperature": 0}, {"top_k": 9}, {"top_k": 60, "top_p": 0.9}):  # 60: more than are listed
         sample(options)
+    run("add_rms_norm", norm, torch.randn(3, 70).half(), torch.randn(70), torch.randn(3, 70))
+    rotate(16, torch.float32)
+    rotate(6, torch.float16)
+    run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
 
 
 if __name__ == "__main__":

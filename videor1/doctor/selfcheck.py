@@ -235,15 +235,54 @@ def _sample_tokens(cast: Cast, backend: str) -> dict[str, Tensor]:
     return {"tokens": tokens, "logp": logp}
 
 
+def _add_rms_norm(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, residual, weight = cast(_randn(16, 4, 48)), cast(_randn(17, 4, 48)), cast(_randn(18, 48))
+    normed, summed = kernels.add_rms_norm(x, weight, residual=residual, backend=backend)
+    return {"normed": normed, "summed": summed}
+
+
+def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    qkv, angles = cast(_randn(19, 3, (4 + 2 * 2) * 16)), _randn(20, 9, 16)
+    keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
+    index = partial(torch.tensor, device=qkv.device)
+    q = kernels.rotary_append(
+        qkv,
+        cast(angles.cos()),
+        cast(angles.sin()),
+        keys,
+        values,
+        positions=index([8, 0, 3]),
+        suffix_lengths=index([1, 4, 2]),
+        suffix_slots=index([4, 0, 2]),
+        backend=backend,
+    )
+    return {"q": q, "keys": keys, "values": values}
+
+
+def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    return {"output": kernels.silu_mul(cast(_randn(21, 4, 96)), backend=backend)}
+
+
 CASES: dict[str, Case] = {
+    "add_rms_norm": _add_rms_norm,
     "frames_to_patches": _frames_to_patches,
     "grpo_loss": _grpo_loss,
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_logprob": _linear_logprob,
     "prefix_attention": _prefix_attention,
     "prefix_decode_attention": _prefix_decode_attention,
+    "rotary_append": _rotary_append,
     "sample_tokens": _sample_tokens,
     "selective_log_softmax": _selective_log_softmax,
+    "silu_mul": _silu_mul,
     "tgrpo_advantages": _tgrpo_advantages,
 }
 

@@ -1,0 +1,178 @@
+// What a decode step does between its products, on a CPU in fp32 and bf16: the norm of the residual stream, and rotary
+// positions with the write into the KV cache. Each is a few thousand numbers, for which torch takes ten to twenty calls.
+//
+// Compiled by videor1_kernels/extension.py at its first use, called through ctypes. A row is one task: the bits are the
+// same for any number of threads. Values are rounded where torch's operations round them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "videor1/simd.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+using videor1::Lanes;
+using videor1::sums_of;
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+ALWAYS_INLINE float wide(float x) { return x; }
+
+ALWAYS_INLINE float wide(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T>
+T narrow(float x);
+
+template <>
+ALWAYS_INLINE float narrow<float>(float x) {
+  return x;
+}
+
+template <>
+ALWAYS_INLINE Bf16 narrow<Bf16>(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return Bf16{static_cast<uint16_t>(x != x ? 0x7fc0 : rounded)};
+}
+
+template <typename T>
+ALWAYS_INLINE float rounded(float x) {
+  return wide(narrow<T>(x));
+}
+
+using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+// Rows in grains of `grain`, on torch's threads where there is more than one grain and a loop to do it.
+int for_rows(int64_t rows, int64_t grain, void* parallel_for, void (*some)(int64_t, int64_t, void*), void* data) {
+  if (parallel_for != nullptr && rows > grain)
+    return reinterpret_cast<Parallel>(parallel_for)(0, rows, grain, some, data);
+  some(0, rows, data);
+  return 0;
+}
+
+struct Norm {
+  const void *x, *residual, *weight;
+  void *summed, *normed;
+  int64_t width, x_stride, residual_stride;
+  int dtypes;
+  float eps;
+};
+
+// S: of summed. Without a residual x is summed, and neither added to nor written.
+template <typename X, typename S, typename W, typename Out>
+ALWAYS_INLINE void norm_row(const Norm& call, int64_t row) {
+  const int64_t width = call.width;
+  const X* x = static_cast<const X*>(call.x) + row * call.x_stride;
+  const S* summed = reinterpret_cast<const S*>(x);
+  if (call.residual != nullptr) {
+    const S* residual = static_cast<const S*>(call.residual) + row * call.residual_stride;
+    S* out = static_cast<S*>(call.summed) + row * width;
+    for (int64_t h = 0; h < width; ++h) out[h] = narrow<S>(wide(x[h]) + wide(residual[h]));
+    summed = out;
+  }
+  Lanes squares = {0};
+  int64_t h = 0;
+  for (; h + kLanes <= width; h += kLanes)
+    for (int l = 0; l < kLanes; ++l) squares[l] += wide(summed[h + l]) * wide(summed[h + l]);
+  for (int l = 0; h < width; ++h, ++l) squares[l] += wide(summed[h]) * wide(summed[h]);
+  const float mean = sums_of(squares, squares, squares, squares)[0] / static_cast<float>(width);
+  const float scale = 1.0f / std::sqrt(mean + call.eps);
+  const W* weight = static_cast<const W*>(call.weight);
+  Out* normed = static_cast<Out*>(call.normed) + row * width;
+  for (h = 0; h < width; ++h) normed[h] = narrow<Out>(wide(weight[h]) * rounded<S>(wide(summed[h]) * scale));
+}
+
+EVERY_CPU void norm_rows(int64_t begin, int64_t end, void* data) {
+  const Norm& call = *static_cast<const Norm*>(data);
+  for (int64_t row = begin; row < end; ++row) switch (call.dtypes) {  // bits: x, summed, weight are bf16
+      case 0: norm_row<float, float, float, float>(call, row); break;
+      case 1: norm_row<Bf16, float, float, float>(call, row); break;
+      case 2: norm_row<float, Bf16, float, float>(call, row); break;
+      case 3: norm_row<Bf16, Bf16, float, float>(call, row); break;
+      case 4: norm_row<float, float, Bf16, float>(call, row); break;
+      case 5: norm_row<Bf16, float, Bf16, float>(call, row); break;
+      case 6: norm_row<float, Bf16, Bf16, Bf16>(call, row); break;
+      default: norm_row<Bf16, Bf16, Bf16, Bf16>(call, row);
+    }
+}
+
+struct Rotary {
+  const void *qkv, *cos, *sin;
+  void *q, *suffix_k, *suffix_v;
+  const int64_t *positions, *lengths, *slots;
+  int64_t heads, kv_heads, dim, row_stride, cos_stride, sin_stride;
+  int64_t k_slot, k_token, k_head, v_slot, v_token, v_head;
+  int dtypes;
+};
+
+template <typename T, typename Table>
+ALWAYS_INLINE void rotate(const T* x, const Table* cos, const Table* sin, int64_t dim, T* out) {
+  const int64_t half = dim / 2;
+  for (int64_t d = 0; d < half; ++d) {
+    const float low = wide(x[d]), high = wide(x[d + half]);
+    out[d] = narrow<T>(low * wide(cos[d]) - high * wide(sin[d]));
+    out[d + half] = narrow<T>(high * wide(cos[d + half]) + low * wide(sin[d + half]));
+  }
+}
+
+template <typename T, typename Table>
+ALWAYS_INLINE void rotary_row(const Rotary& call, int64_t row) {
+  const int64_t dim = call.dim;
+  const T* x = static_cast<const T*>(call.qkv) + row * call.row_stride;
+  const Table* cos = static_cast<const Table*>(call.cos) + call.positions[row] * call.cos_stride;
+  const Table* sin = static_cast<const Table*>(call.sin) + call.positions[row] * call.sin_stride;
+  T* q = static_cast<T*>(call.q) + row * call.heads * dim;
+  for (int64_t head = 0; head < call.heads; ++head, x += dim, q += dim) rotate(x, cos, sin, dim, q);
+  const int64_t slot = call.slots == nullptr ? row : call.slots[row], token = call.lengths[row] - 1;
+  T* k = static_cast<T*>(call.suffix_k) + slot * call.k_slot + token * call.k_token;
+  for (int64_t head = 0; head < call.kv_heads; ++head, x += dim) rotate(x, cos, sin, dim, k + head * call.k_head);
+  T* v = static_cast<T*>(call.suffix_v) + slot * call.v_slot + token * call.v_token;
+  for (int64_t head = 0; head < call.kv_heads; ++head, x += dim)
+    std::memcpy(v + head * call.v_head, x, dim * sizeof(T));
+}
+
+EVERY_CPU void rotary_rows(int64_t begin, int64_t end, void* data) {
+  const Rotary& call = *static_cast<const Rotary*>(data);
+  for (int64_t row = begin; row < end; ++row) switch (call.dtypes) {  // bits: values, tables are bf16
+      case 0: rotary_row<float, float>(call, row); break;
+      case 1: rotary_row<Bf16, float>(call, row); break;
+      case 2: rotary_row<float, Bf16>(call, row); break;
+      default: rotary_row<Bf16, Bf16>(call, row);
+    }
+}
+
+}  // namespace
+
+// Each returns 0, or what torch_parallel_for did. Strides are in elements; grain: rows that are worth a thread.
+
+extern "C" int add_rms_norm(const void* x, const void* residual, const void* weight, void* summed, void* normed,
+                            int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, int dtypes,
+                            float eps, int64_t grain, void* parallel_for) {
+  Norm call{x, residual, weight, summed, normed, width, x_stride, residual_stride, dtypes, eps};
+  return for_rows(rows, grain, parallel_for, norm_rows, &call);
+}
+
+// numbers: R, Hq, Hkv, D, P, S, C, then the strides of rows of qkv, cos, sin, and (slot, token, head) of suffix_k and
+// suffix_v. Returns -1, and nothing is written, where a position, length or slot is out of range.
+extern "C" int rotary_append(const void* qkv, const void* cos, const void* sin, void* suffix_k, void* suffix_v, void* q,
+                             const int64_t* positions, const int64_t* lengths, const int64_t* slots,
+                             const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for) {
+  const int64_t* n = numbers;
+  for (int64_t row = 0; row < n[0]; ++row) {
+    const int64_t position = positions[row], slot = slots == nullptr ? row : slots[row], length = lengths[row];
+    if (position < 0 || position >= n[4] || slot < 0 || slot >= n[5] || length < 1 || length > n[6]) return -1;
+  }
+  Rotary call{qkv,  cos,  sin,  q,    suffix_k, suffix_v, positions, lengths, slots, n[1],  n[2],
+              n[3], n[7], n[8], n[9], n[10],    n[11],    n[12],     n[13],   n[14], n[15], dtypes};
+  return for_rows(n[0], grain, parallel_for, rotary_rows, &call);
+}

@@ -1,0 +1,61 @@
+"""add_rms_norm on a CPU in fp32 and bf16, from csrc/decode_step.cpp."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import extension
+
+GRAIN = 2**15  # numbers that are worth a thread of their own
+BF16 = {torch.float32: 0, torch.bfloat16: 1}
+
+_lock = threading.Lock()
+
+
+def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why it cannot run there, or None if it can. Compiles the library when the answer first depends on that."""
+    if device.type != "cpu":
+        return "it runs on a CPU"
+    if dtype is not None and dtype not in BF16:
+        return f"it takes fp32 and bf16, and an input is {dtype}"
+    with _lock:
+        found = _function()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _function() -> Callable[..., int] | str:
+    arguments = [*[c_void_p] * 5, *[c_int64] * 4, c_int, c_float, c_int64, c_void_p]
+    return extension.function("decode_step", "add_rms_norm", arguments, "add_rms_norm")
+
+
+def add_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return normed and summed, both [R, H]."""
+    call = _function()
+    assert not isinstance(call, str), call
+    stream = x if residual is None else residual
+    dtypes = BF16[x.dtype] + 2 * BF16[stream.dtype] + 4 * BF16[weight.dtype]
+    summed, normed_dtype = stream, weight.dtype if weight.dtype == stream.dtype else torch.float32
+    rows, width = x.shape
+    normed = x.new_empty((rows, width), dtype=normed_dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    weight = weight.contiguous()
+    at, to, step = None, None, 0
+    if residual is not None:
+        if residual.stride(1) != 1:
+            residual = residual.contiguous()
+        summed = residual.new_empty((rows, width))
+        at, to, step = residual.data_ptr(), summed.data_ptr(), residual.stride(0)
+    parallel_for = extension.torch_parallel_for() if rows * width > GRAIN else None
+    numbers = (rows, width, x.stride(0), step, dtypes, eps, max(1, GRAIN // width), parallel_for)
+    error = call(x.data_ptr(), at, weight.data_ptr(), to, normed.data_ptr(), *numbers)
+    if error:
+        raise RuntimeError(f"add_rms_norm: torch_parallel_for failed with error {error}")
+    return normed, summed

@@ -1,0 +1,93 @@
+"""Rotary positions of a decode step's queries and keys, and the write of keys and values into the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from videor1_kernels import dispatch
+from videor1_kernels.checks import INTEGERS, check_no_gradient, check_tensor, fail
+from videor1_kernels.rotary_append import native, reference
+from videor1_kernels.rotary_append.ops import rotary_append_op, run
+from videor1_kernels.rotary_append.reference import Places
+
+__all__ = ["rotary_append"]
+
+dispatch.register_triton("rotary_append", "videor1_kernels.rotary_append.triton")
+dispatch.register("rotary_append", "native", native, unavailable=native.unavailable)
+dispatch.register("rotary_append", "reference", reference)
+
+
+def rotary_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    *,
+    positions: Tensor,
+    suffix_lengths: Tensor,
+    suffix_slots: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotary positions of one new token per row, and the write of its keys and values into the cache. For inference.
+
+    With x a head of q or k and p = ``positions[r]``: x * cos[p] + rotate_half(x) * sin[p], where rotate_half(x) is
+    [-x2 | x1] of the halves [x1 | x2]. Row r's rotated k and its v go to ``suffix_k[slot, suffix_lengths[r] - 1]`` and
+    ``suffix_v[slot, suffix_lengths[r] - 1]``, slot = ``suffix_slots[r]``: the cache of ``prefix_decode_attention``.
+    Products and sum are fp32, rounded once to qkv's dtype.
+
+    **suffix_k and suffix_v change in place.** Rows with the same place must hold the same values.
+
+    Args:
+        qkv: [R, W] with W = (Hq + 2 Hkv) D: the heads of q, then of k, then of v in each row, as one product gives
+            them; fp64, fp32, bf16 or fp16. Hq a multiple of Hkv, D even.
+        cos, sin: [P, D], the tables as a model's rotary embedding gives them, sin without signs; fp64, fp32, bf16 or
+            fp16.
+        suffix_k, suffix_v: [S, C, Hkv, D] in qkv's dtype (fp64, fp32, bf16 or fp16), preallocated, of any strides
+            except that the D entries of a head lie side by side.
+        positions: int32 or int64 [R], in [0, P).
+        suffix_lengths: int32 or int64 [R], tokens: valid entries of the suffix, the new token's own included: 1 to C.
+        suffix_slots: int32 or int64 [R], in [0, S); None: row r has slot r.
+        backend: ``auto``, ``triton``, ``native`` (on a CPU: fp32 and bf16; C++ compiled at its first use),
+            ``reference``.
+
+    Returns:
+        q rotated: [R, Hq, D] in qkv's dtype; no gradient. Products and sum are fp64 where an input is.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or stride, a position, length or slot out of range, an input that
+            requires a gradient while torch records them, or a backend that cannot run here. The Triton kernel does not
+            wait for the device, so that nothing out of range is found: such a row gets a q of NaN and writes nothing.
+        TypeError: an argument that is no tensor.
+
+    Source:
+        This library; rotary positions are those of arXiv 2104.09864.
+    """
+    op = "rotary_append"
+    check_tensor(op, "qkv", qkv, ("R", "W"))
+    rows, width = qkv.shape
+    check_tensor(op, "suffix_k", suffix_k, ("S", "C", "Hkv", "D"), (qkv.dtype,), qkv.device)
+    slots, _, kv_heads, dim = suffix_k.shape
+    if not kv_heads or not dim or dim % 2:
+        raise fail(op, "suffix_k", "at least one head of an even number of entries", list(suffix_k.shape))
+    if width % (kv_heads * dim) or width < 3 * kv_heads * dim:
+        expected = f"q of a multiple of {kv_heads} heads of {dim}, and k and v of {kv_heads} heads, in a row"
+        raise fail(op, "qkv", expected, f"{width} entries")
+    check_tensor(op, "suffix_v", suffix_v, suffix_k.shape, (qkv.dtype,), qkv.device)
+    for name, cache in (("suffix_k", suffix_k), ("suffix_v", suffix_v)):
+        if cache.stride(3) != 1:
+            raise fail(op, name, "the entries of a head side by side (a last stride of 1)", cache.stride())
+    check_tensor(op, "cos", cos, ("P", dim), device=qkv.device)
+    check_tensor(op, "sin", sin, cos.shape, device=qkv.device)
+    check_tensor(op, "positions", positions, (rows,), INTEGERS, qkv.device)
+    check_tensor(op, "suffix_lengths", suffix_lengths, (rows,), INTEGERS, qkv.device)
+    if suffix_slots is not None:
+        check_tensor(op, "suffix_slots", suffix_slots, (rows,), INTEGERS, qkv.device)
+    elif slots < rows:
+        raise fail(op, "suffix_k", f"a slot for each of the {rows} rows, or suffix_slots", slots)
+    check_no_gradient(op, qkv=qkv, cos=cos, sin=sin, suffix_k=suffix_k, suffix_v=suffix_v)
+    inputs = (qkv, cos, sin, suffix_k, suffix_v)
+    if torch.compiler.is_compiling():
+        return rotary_append_op(*inputs, positions, suffix_lengths, suffix_slots, backend)
+    return run(*inputs, Places(positions, suffix_lengths, suffix_slots), backend)

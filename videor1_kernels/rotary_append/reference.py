@@ -1,0 +1,50 @@
+"""Reference of rotary_append in plain torch. R rows, Hq and Hkv heads of D, P positions, S slots of C tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from videor1_kernels.checks import capturing, check_indices, compute_dtype, fail
+
+
+class Places(NamedTuple):
+    """Where the new token of each row stands: int64 or int32 [R]."""
+
+    positions: Tensor  # in the tables
+    suffix_lengths: Tensor  # tokens, the new one included: it is written at the index below
+    suffix_slots: Tensor | None  # None: row r has slot r
+
+
+def check_places(places: Places, positions: int, slots: int, capacity: int) -> None:
+    """Check that every place exists. This waits for the device, so it is left out while a CUDA graph is captured."""
+    op = "rotary_append"
+    check_indices(op, "positions", places.positions, positions)
+    lengths = places.suffix_lengths
+    if not capturing(lengths) and bool(((lengths < 1) | (lengths > capacity)).any()):
+        got = f"{int(lengths.min())} to {int(lengths.max())}"
+        raise fail(op, "suffix_lengths", f"values from 1 to C = {capacity}", got)
+    if places.suffix_slots is not None:
+        check_indices(op, "suffix_slots", places.suffix_slots, slots)
+
+
+def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffix_v: Tensor, places: Places) -> Tensor:
+    """Return q rotated, [R, Hq, D], and write k, rotated, and v of each row into the cache."""
+    slots, capacity, kv_heads, dim = suffix_k.shape
+    check_places(places, len(cos), slots, capacity)
+    heads = qkv.unflatten(1, (-1, dim))  # [R, Hq + 2 Hkv, D]
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    dtype = compute_dtype(qkv, cos, sin)
+    cos, sin = (table[places.positions.long()][:, None].to(dtype) for table in (cos, sin))  # [R, 1, D]
+    q, k = ((x * cos + _rotate_half(x) * sin).to(qkv.dtype) for x in (q, k))
+    rows = torch.arange(len(qkv), device=qkv.device) if places.suffix_slots is None else places.suffix_slots.long()
+    token = places.suffix_lengths.long() - 1
+    suffix_k[rows, token], suffix_v[rows, token] = k, v
+    return q
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return torch.cat([-high, low], -1)
