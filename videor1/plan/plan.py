@@ -247,8 +247,9 @@ class _FakeEngine:
         positions, first = model.positions(prompt)
         with model.inference(), model.autocast():
             head = model.head_weight
-            # The decoder allocates its rotary tables.
-            decoder = Decoder(model, range(first, first + self.config.max_completion_length))
+            # The decoder allocates its rotary tables and the weights that it joins or casts.
+            with ledger.part("decode weights"):
+                decoder = Decoder(model, None, range(first, first + self.config.max_completion_length))
             hidden = model.hidden_states(
                 prompt.input_ids.repeat(count),
                 layout.text_positions([positions] * count, [first] * count),

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.local.projections import Projections
-from videor1_kernels import DecodeLayout, PrefixLayout, prefix_attention
+from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
+from videor1_kernels.rotary_append.reference import Places
 
 
 @dataclass(frozen=True)
@@ -47,41 +47,32 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scal
     return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
 
 
-@dataclass
-class Decode:
-    """Attention context of a decode step: one new token per sequence.
+class Operations(NamedTuple):
+    """Implementations of what a decode step computes between its products.
 
-    Attributes:
-        layout: its ``suffix_slots`` are the cache slots of the sequences.
-        lengths: int64 [R], number of the sequences' sampled tokens, the new one included.
-        attention: an implementation of ``prefix_decode_attention``. The public function would check the shapes at each
-            call, though they are the same in every layer and step.
+    They are called directly: the public functions would check at each call what is the same in every layer and step.
     """
 
-    layout: DecodeLayout
-    cache: KVCache
-    lengths: Tensor
-    attention: Callable[..., Tensor]
+    attention: Callable[..., Tensor]  # of prefix_decode_attention
+    norm: Callable[..., tuple[Tensor, Tensor]]  # of add_rms_norm
+    rotary: Callable[..., Tensor]  # of rotary_append
+    silu: Callable[..., Tensor]  # of silu_mul
 
-    def __post_init__(self) -> None:
-        assert self.layout.suffix_slots is not None
-        self.last = self.lengths - 1
-        # If all sequences write at the same index of the first slots, that index: slicing is then faster.
-        self.column: int | None = None
-        if self.layout.slots_in_order and not self.lengths.is_cuda:
-            first, *others = set(self.last.tolist())
-            self.column = None if others else first
+    @staticmethod
+    def of(model: VideoLM, backend: str) -> Operations:
+        device, dtype = model.device, model.compute_dtype
+        stream = next(model.hf.parameters()).dtype  # of the residual stream and the tables, fp32 in a whole bf16 model
+        rarest = dtype if dtype == stream else torch.float32
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        cache = self.cache
-        suffix_k, suffix_v = cache.suffix_k[layer], cache.suffix_v[layer]
-        if self.column is not None:
-            suffix_k[: len(k), self.column], suffix_v[: len(v), self.column] = k, v
-        else:
-            slots = self.layout.suffix_slots
-            suffix_k[slots, self.last], suffix_v[slots, self.last] = k, v
-        inputs = DecodeInputs(q, cache.prefix_k[layer], cache.prefix_v[layer], suffix_k, suffix_v, self.lengths)
-        return self.attention(inputs, self.layout, scale)
+        def resolve(op: str, of: torch.dtype) -> Any:
+            return getattr(dispatch.resolve(op, backend, device, of), op)
+
+        return Operations(
+            resolve("prefix_decode_attention", dtype),
+            resolve("add_rms_norm", rarest),
+            resolve("rotary_append", rarest),
+            resolve("silu_mul", dtype),
+        )
 
 
 class Decoder:
@@ -93,48 +84,67 @@ class Decoder:
     equal the model's own to rounding.
     """
 
-    def __init__(self, model: VideoLM, positions: range) -> None:
+    def __init__(self, model: VideoLM, cache: KVCache | None, positions: range, backend: str = "auto") -> None:
         """``positions``: all positions of new tokens. After a long clip they begin far above the number of tokens."""
-        self.model, self.text = model, model.hf.model.language_model
-        self.layers = [_Layer.of(layer, model.compute_dtype) for layer in self.text.layers]
-        attention = self.text.layers[0].self_attn
-        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.model, self.text, self.cache = model, model.hf.model.language_model, cache
+        self.dtype = model.compute_dtype
+        self.operations = Operations.of(model, backend)
+        self.layers = [_Layer.of(layer, self.dtype) for layer in self.text.layers]
+        self.scale = self.text.layers[0].self_attn.scaling
         self.first = positions.start
         every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
-        cos, sin = (x.reshape(len(positions), 1, -1) for x in self.text.rotary_emb(self._example_state(), every))
-        half = self.head_dim // 2
-        # The sign of rotate_half is moved into sin, so that a step needs only a roll.
-        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        self.cos, self.sin = (x.reshape(len(positions), -1) for x in self.text.rotary_emb(self._example_state(), every))
 
     def _example_state(self) -> Tensor:
         """Return a tensor of the hidden states' dtype and device, which rotary_emb gives to its tables."""
         return self.text.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
 
-    def states(self, tokens: Tensor, positions: Tensor, context: Decode) -> Tensor:
-        """Return the last hidden states [R, H] in the compute dtype, of int64 ``tokens`` and ``positions`` [R]."""
-        text, half = self.text, self.head_dim // 2
-        hidden = text.embed_tokens(tokens)
-        at = positions - self.first
-        cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)  # [R, 1, D]
+    def states(self, tokens: Tensor, positions: Tensor, lengths: Tensor, layout: DecodeLayout) -> Tensor:
+        """Return the last hidden states [R, H] in the compute dtype; the keys and values go to the cache.
+
+        Args:
+            tokens, positions: int64 [R], the new tokens and their positions.
+            lengths: int64 [R], number of the sequences' sampled tokens, the new one included.
+            layout: its ``suffix_slots`` are the cache slots of the sequences.
+        """
+        run, cache, dtype = self.operations, self.cache, self.dtype
+        assert cache is not None
+        assert layout.suffix_slots is not None
+        places = Places(positions - self.first, lengths, layout.suffix_slots)
+
+        def norm(module: _Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            normed, summed = run.norm(x, module.weight, residual, module.eps)
+            return normed.to(dtype), summed
+
+        change: Tensor = self.text.embed_tokens(tokens)  # what is added to the residual stream next
+        hidden: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x = _norm(layer.input_norm, hidden)
-            q, k, v = (projected.view(len(x), -1, self.head_dim) for projected in layer.qkv(x))
-            # Products of bf16 with the fp32 tables are fp32, as in the model; the kernels take the values' dtype.
-            q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin).to(v.dtype) for x in (q, k))
-            out = context.attend(index, q, k, v, self.scale)
-            hidden = hidden + layer.out(out.flatten(1))[0]
-            gate, up = layer.gate_up(_norm(layer.mlp_norm, hidden))
-            hidden = hidden + layer.down(F.silu(gate) * up)[0]
-        return text.norm(hidden).to(self.model.compute_dtype)
+            x, hidden = norm(layer.input_norm, change, hidden)
+            keys, values = cache.suffix_k[index], cache.suffix_v[index]
+            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places)
+            inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, lengths)
+            out = run.attention(inputs, layout, self.scale)
+            x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
+            change = layer.down(run.silu(layer.gate_up(x)))
+        return self.text.norm(change if hidden is None else hidden + change).to(dtype)
+
+
+class _Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+    @staticmethod
+    def of(module: Any) -> _Norm:
+        return _Norm(module.weight.detach(), module.variance_epsilon)
 
 
 class _Layer(NamedTuple):
     """What a decoder layer computes with."""
 
-    input_norm: nn.Module
+    input_norm: _Norm
     qkv: Projections
     out: Projections
-    mlp_norm: nn.Module
+    mlp_norm: _Norm
     gate_up: Projections
     down: Projections
 
@@ -142,19 +152,10 @@ class _Layer(NamedTuple):
     def of(layer: Any, dtype: torch.dtype) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return _Layer(
-            layer.input_layernorm,
+            _Norm.of(layer.input_layernorm),
             Projections([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
             Projections([attention.o_proj], dtype),
-            layer.post_attention_layernorm,
+            _Norm.of(layer.post_attention_layernorm),
             Projections([mlp.gate_proj, mlp.up_proj], dtype),
             Projections([mlp.down_proj], dtype),
         )
-
-
-def _norm(module: Any, x: Tensor) -> Tensor:
-    if x.is_cuda:  # A single kernel on a GPU; on a CPU torch's rms_norm is slower than the operations below.
-        return torch.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
-    wide = x.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = norm.square_().div_(x.shape[-1]).add_(module.variance_epsilon).rsqrt_()
-    return (wide * scale).to(x.dtype) * module.weight

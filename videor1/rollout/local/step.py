@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from videor1.model import VideoLM
-from videor1.rollout.local.decode import Decode, Decoder
+from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.protocol import SamplingOptions
 from videor1_kernels import DecodeLayout, dispatch
@@ -52,23 +52,21 @@ class DecodeStep:
         self, model: VideoLM, cache: KVCache, options: SamplingOptions, *, positions: range, backend: str
     ) -> None:
         device, dtype = model.device, model.compute_dtype
-        self.decoder, self.head, self.cache, self.options = Decoder(model, positions), model.head_weight, cache, options
+        self.decoder, self.head, self.options = Decoder(model, cache, positions, backend), model.head_weight, options
         self.banned = torch.tensor(model.special.vision, device=device)
-        # The backends' implementations are called directly: the public functions would check the same shapes each time.
-        self.attention = dispatch.resolve("prefix_decode_attention", backend, device, dtype).prefix_decode_attention
         self.sampler = dispatch.resolve("sample_tokens", backend, device, torch.float32).sample_tokens
         top_k = options.top_k if options.top_k < len(self.head) else 0
         self.sampling = SampleTokensOptions(float(options.temperature), float(options.top_p), top_k)
-        chosen = [
-            dispatch.chosen_backend("prefix_decode_attention", device, backend, dtype),
-            dispatch.chosen_backend("sample_tokens", device, backend, torch.float32),
-        ]
+        dtypes = dict.fromkeys(("prefix_decode_attention", "add_rms_norm", "rotary_append", "silu_mul"), dtype)
+        dtypes["sample_tokens"] = torch.float32
+        chosen = {dispatch.chosen_backend(op, device, backend, dtypes[op]) for op in dtypes}
         # A CUDA graph can capture the step only if it never waits for the device.
-        self.capturable = device.type == "cuda" and chosen == ["triton"] * 2
+        self.capturable = device.type == "cuda" and chosen == {"triton"}
 
     def __call__(self, batch: Batch) -> Tensor:
-        context = Decode(batch.layout, self.cache, batch.counts, self.attention)
-        hidden = self.decoder.states(batch.tokens, batch.first + batch.counts - 1, context)
+        with self.decoder.model.without_autocast():
+            positions = batch.first + batch.counts - 1
+            hidden = self.decoder.states(batch.tokens, positions, batch.counts, batch.layout)
         tokens, logp = self.draw(self.logits(hidden), batch.uniform[batch.rows, batch.counts])
         batch.tokens.copy_(tokens)
         batch.counts.add_(1)
