@@ -53,7 +53,7 @@ def common_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in fp32, accumulated in fp32; a and b of one dtype, fp32 or 16 bits."""
     if a.dtype == torch.float32:
-        if out is None and a.device.type == "cpu":
+        if out is None and a.device.type == "cpu" and len(a) >= 64:  # with few rows oneDNN takes longer to start
             return tiles.product(a, b.T)
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if a.device.type != "cuda":
