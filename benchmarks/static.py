@@ -271,6 +271,26 @@ def worse(kernels: dict[str, Kernel], recorded: dict[str, dict[str, int]]) -> li
     return found
 
 
+def small(kernels: Sequence[Kernel]) -> str:
+    """Markdown: the kernels of sm_90 that are none of :data:`WORK`'s, each of which takes as long as its launch."""
+    known = {name for name, _ in WORK}
+    first: dict[str, Kernel] = {}
+    for kernel in kernels:
+        name = kernel.name.rpartition(".")[2]
+        if kernel.capability == 90 and name not in known:
+            first.setdefault(name, kernel)
+    lines = [
+        "Bound by their launch at these sizes, and not predicted:",
+        "",
+        "| kernel | at | registers | shared, KiB | programs |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, kernel in sorted(first.items()):
+        cells = (f"`{name}`", kernel.launch, kernel.registers, f"{kernel.shared / 1024:.0f}", room(kernel))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def triton_version() -> str:
     """As :data:`RECORDED` names it: 3.9 of 3.9.0."""
     return ".".join(version("triton").split(".")[:2])
@@ -338,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card = Card(options.tflops, options.bandwidth, options.clock, options.processors)
     made = report(90, full=False)
     kernels = measured(made.kernels)
-    print(f"{made.versions}\n\n{table(kernels, card)}")
+    print(f"{made.versions}\n\n{table(kernels, card)}\n\n{small(made.kernels)}")
     if options.record:
         known: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
         known[triton_version()] = {name: recorded_values(name, kernel) for name, kernel in kernels.items()}

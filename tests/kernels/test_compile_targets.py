@@ -241,6 +241,9 @@ def test_predictions_keep_to_their_floors(compiled: Report) -> None:
     text = static.table(kernels, card)
     assert "Predictions, not measurements" in text
     assert len(text.splitlines()) == 4 + len(static.WORK)
+    # Every kernel stands in one of the two tables.
+    shown = text + static.small(compiled.kernels)
+    assert not [name for name in kernel_names(PACKAGE, "") if f"`{name.rpartition('.')[2]}`" not in shown]
     with pytest.raises(ValueError, match="expected a kernel with a loop for each"):
         static.measured([])
 
