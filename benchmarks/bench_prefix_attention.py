@@ -53,7 +53,12 @@ def cases(device: torch.device) -> list[Case]:
             for model, prompt in (("Qwen2.5-VL-7B", 1224), ("Qwen2.5-VL-7B", 2248), ("Qwen2.5-VL-3B", 1224))
         ]
     else:
-        sizes = [Size("small", 96, 4, 48, (4, 2), 32, torch.float32)]
+        sizes = [
+            Size("the demonstration's", 74, 8, 9, (4, 2), 32, torch.float32),
+            Size("small", 96, 4, 48, (4, 2), 32, torch.float32),
+            Size("medium", 306, 8, 192, (4, 2), 128, torch.float32),
+            Size("medium in bf16", 306, 8, 192, (4, 2), 128, torch.bfloat16),
+        ]
     return [_case(size, backward=backward) for size in sizes for backward in (False, True)]
 
 
@@ -70,6 +75,7 @@ def _case(size: Size, *, backward: bool) -> Case:
         work=functools.partial(_work, backward=backward),
         contenders=(
             Contender(OURS, lambda x: build(x, functools.partial(prefix_attention, layout=x.layout))),
+            Contender("torch SDPA in parts, merged", lambda x: build(x, _reference(x)), _reference_is_ours),
             Contender("torch SDPA, repeated rows", lambda x: build(x, _repeated(x)), does="every prompt G times"),
             Contender("torch SDPA, mask of the row", lambda x: build(x, _masked(x)), does="all T x T scores"),
             Contender("torch.compile FlexAttention, block mask", lambda x: build(x, _flex(x)), _flex_missing),
@@ -137,6 +143,15 @@ def _rows_of(inputs: AttentionInputs) -> Tensor:
 def _packed(rows: Tensor, prompt: int) -> Tensor:
     """[G, P + C, Hq, D] -> the packed row: the prompt of the first, and every completion."""
     return torch.cat([rows[0, :prompt], rows[:, prompt:].flatten(0, 1)])
+
+
+def _reference(inputs: AttentionInputs) -> Attention:
+    """The plain path, beside which the C++ is measured: ATen's kernel for each prompt and completion."""
+    return functools.partial(prefix_attention, layout=inputs.layout, backend="reference")
+
+
+def _reference_is_ours(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "on a GPU its scores are whole blocks"
 
 
 def _repeated(inputs: AttentionInputs) -> Attention:

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "videor1/exp.h"
 #include "videor1/simd.h"
 
 namespace {
@@ -29,30 +30,10 @@ struct Call {
   float scale;
 };
 
-// e^x for x <= 0, to 2 units in the last place; below -87 it is 0. Branch-free, so that loops over it are vectorised.
-ALWAYS_INLINE float exp_negative(float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * f + 1.3981999507e-3f;
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * f * f + f + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : y * power;
-}
-
+using videor1::exp_negative;
 using videor1::Lanes;
 using videor1::Quarter;
+using videor1::Scalar;
 using videor1::sums_of;
 
 ALWAYS_INLINE float sum_of(Lanes x) { return sums_of(x, x, x, x)[0]; }
@@ -148,7 +129,10 @@ EVERY_CPU void attend(const Call& call, int64_t row, int64_t head, std::vector<f
     for (int64_t t = 0; t < total; t += kLanes)
       for (int l = 0; l < kLanes; ++l) top[l] = own[t + l] > top[l] ? own[t + l] : top[l];
     const float most = *std::max_element(top, top + kLanes);
-    for (int64_t t = 0; t < total; ++t) own[t] = exp_negative(own[t] - most);
+    for (int64_t t = 0; t < total; ++t) {
+      own[t] -= most;
+      exp_negative<Scalar>(own[t]);
+    }
     for (int64_t t = prefix + suffix; t < total; ++t) own[t] = 0.0f;
     std::fill(sums, sums + kLanes, 0.0f);
     for (int64_t t = 0; t < total; t += kLanes)

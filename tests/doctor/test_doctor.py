@@ -174,7 +174,7 @@ def test_compilers_that_are_missing_fail_or_are_turned_off(monkeypatch: Patch, t
     rows = by_name(tools.compilers())
     assert rows["C++"] == Finding("C++", "no C++ compiler (c++, g++, clang++, CXX)", "warning", tools.GET_CXX)
     assert rows["nvcc"].status == "absent"  # no GPU here: nothing to fix
-    for name in ("decode_attention", "operators"):
+    for name in ("prefix_attention", "decode_attention", "operators"):
         assert rows[name].status == "warning"
         assert all(words in rows[name].value for words in ("plain torch does it", "no C++ compiler"))
     assert not [problem for problem in problems([Section("Compilers", tuple(rows.values()))]) if problem.needed]

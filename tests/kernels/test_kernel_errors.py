@@ -354,7 +354,7 @@ CANNOT = {
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
     "sample_tokens": [("native", {}, "backend 'native' cannot run on cpu")],
     "prefix_attention": [
-        ("native", {}, "backend 'native' cannot run on cpu"),
+        ("native", {x: torch.zeros(5, 2, 8).double() for x in "qkv"}, "backend 'native' cannot run on cpu"),
         ("triton", {x: torch.zeros(5, 2, 144) for x in "qkv"}, "q: expected a head dim of at most 128 for the triton"),
     ],
     "prefix_decode_attention": [

@@ -1,12 +1,14 @@
 """prefix_attention on every backend against one dense masked softmax over the whole row, in fp64.
 
 On Triton in the interpreter with blocks of 16, so that rows have several, and with the queries of a key split as they
-are on long rows, so that partial results are summed.
+are on long rows, so that partial results are summed. In C++ with the vectors of each kind of processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +16,15 @@ import torch
 from torch import Tensor
 from triton_cases import CUDA, DEVICE, HALF
 
-from videor1_kernels import PrefixLayout, last_backend, prefix_attention
-from videor1_kernels.prefix_attention import reference, softmax, triton, work
+from videor1_kernels import PrefixLayout, chosen_backend, extension, last_backend, prefix_attention
+from videor1_kernels.prefix_attention import native, reference, softmax, triton, work
 from videor1_kernels.prefix_attention.triton import Block, Blocks
 from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, poisoned_memory
 
-BACKENDS = ["reference", "triton"]
-EXACT = {"reference": torch.float64, "triton": torch.float16 if CUDA else torch.float32}
+NATIVE = ["native"] if any(map(shutil.which, ("c++", "g++", "clang++"))) else []
+BACKENDS = ["reference", *NATIVE, "triton"]
+EXACT = {"reference": torch.float64, "native": torch.float32, "triton": torch.float16 if CUDA else torch.float32}
+OWN = {"native": [torch.float32, torch.bfloat16], "triton": HALF}  # the dtypes of those that do not take all
 LAYOUTS: dict[str, tuple[list[int], list[list[int]]]] = {
     "one completion": ([3], [[2]]),
     "ragged": ([20, 1, 17], [[18, 1], [16, 3], []]),
@@ -30,6 +34,12 @@ LAYOUTS: dict[str, tuple[list[int], list[list[int]]]] = {
     "one key more than a block": ([33, 5], [[17], [4]]),
     "a short prompt": ([3], [[50]]),
     **({"blocks of a card": ([300, 128, 1], [[257, 1, 129], [128], [64, 300]])} if CUDA else {}),
+}
+# Tiles of C++ with several segments, segments of several tiles, and key gradients summed in several parts.
+LONG: dict[str, tuple[list[int], list[list[int]]]] = {
+    "many short completions": ([75, 130], [[9] * 11, [14, 1, 97, 3]]),
+    "more than a tile": ([300], [[97, 1, 200, 96]]),
+    "a long prompt": ([700], [[]]),
 }
 RAGGED, SHORT = LAYOUTS["ragged"], ([20, 1], [[18, 1], [16]])
 
@@ -112,9 +122,115 @@ def test_equals_dense_fp64(name: str, backend: str, heads: tuple[int, int], dim:
     Case(LAYOUTS[name], backend, heads, dim).check(scale)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(80, None), (128, None), *((16, dtype) for dtype in HALF)])
-def test_large_head_dims_and_16_bits(dim: int, dtype: torch.dtype | None) -> None:
-    Case(SHORT, "triton", (2, 1), dim, dtype).check()
+@pytest.mark.parametrize(
+    ("backend", "dim", "dtype"),
+    [
+        *(("triton", 16, dtype) for dtype in HALF),
+        *((backend, dim, None) for backend in ("triton", *NATIVE) for dim in (80, 128)),
+        *((backend, *row) for backend in NATIVE for row in ((1, None), (200, None), (20, torch.bfloat16))),
+    ],
+)
+def test_other_head_dims_and_16_bits(backend: str, dim: int, dtype: torch.dtype | None) -> None:
+    Case(SHORT, backend, (2, 1), dim, dtype).check()
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")
+@pytest.mark.grid(bits=[128, 256, 512], name=list(LONG), heads=[(4, 2), (7, 1)], dim=[32, 100], poisoned=[False, True])
+def test_native_on_long_rows(
+    bits: int, name: str, heads: tuple[int, int], dim: int, poisoned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without vectors of that many bits takes its widest."""
+    monkeypatch.setattr(native, "vector_bits", lambda: bits)
+    case = Case(LONG[name], "native", heads, dim)
+    with poisoned_memory() if poisoned else contextlib.nullcontext():
+        found = case()
+    group, rows = heads[0] // heads[1], max(case.layout.completion_lengths[0], default=0) + case.layout.total_tokens
+    terms = (dim + rows) * group
+    for name, ours, plain, exact in zip(
+        ("out", "dq", "dk", "dv"), found, case.naive(torch.float32), case.naive(), strict=True
+    ):
+        assert_no_worse(ours, plain, exact, terms=terms, name=name)
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")
+@pytest.mark.parametrize("bits", [128, 256, 512])
+def test_native_has_the_same_bits_for_any_threads(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "vector_bits", lambda: bits)
+    case = Case(([400], [[150, 30, 200]]), "native", dim=32)  # of more than one part, and worth several threads
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case())
+        monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
+        results.append(case())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")
+def test_native_and_the_reference_read_each_other_s_results() -> None:
+    case = Case(heads=(4, 2), dim=20, dtype=torch.float32)
+    inputs, scale = [x.detach() for x in case.inputs], 0.3
+    forwards = [run.forward(*inputs, case.layout, scale) for run in (native, reference)]
+    exact = case.naive(scale=scale)
+    for out, lse in forwards:
+        for run in (native, reference):
+            gradients = run.backward(case.grad, *inputs, out, lse, case.layout, scale)
+            for ours, theirs in zip((out, *gradients), exact, strict=True):
+                assert_matches(ours, theirs)
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")
+def test_native_takes_mixed_dtypes() -> None:
+    case = Case(SHORT, "native", dim=32, dtype=torch.bfloat16)
+    q, k, v = case.inputs
+    case.inputs = [q.detach().float().requires_grad_(), k, v.detach().half().requires_grad_()]
+    found = case()
+    for x, ours, exact in zip((q.float(), *case.inputs), found, case.naive(), strict=True):
+        assert ours.dtype == x.dtype
+        assert_matches(ours, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_auto_on_a_cpu(dtype: torch.dtype) -> None:
+    expected = "native" if NATIVE and dtype in OWN["native"] else "reference"
+    assert chosen_backend("prefix_attention", "cpu", dtype=dtype) == expected
+    case = Case(SHORT, dtype=dtype)
+    prefix_attention(*case.inputs, case.layout)
+    assert last_backend("prefix_attention") == expected
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_native_refuses_other_dtypes(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        ValueError, match="'native' cannot run on cpu: it takes fp32 and bf16, and the inputs are torch"
+    ):
+        Case(SHORT, "native", dtype=dtype)()
+
+
+@pytest.fixture
+def _turned_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("_turned_off")
+def test_native_turned_off_says_so_once_and_the_reference_serves(caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(SHORT, dtype=torch.float32)
+    for _ in range(2):
+        out = prefix_attention(*case.inputs, case.layout)
+        assert last_backend("prefix_attention") == "reference"
+    assert_matches(out, case.naive()[0])
+    [said] = [r.getMessage() for r in caplog.records if "prefix attention on the CPU runs in plain" in r.getMessage()]
+    assert "VIDEOR1_NATIVE=0 turns it off" in said
+    with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
+        Case(SHORT, "native")()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,7 +247,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: prefix_attention(q, k, v, case.layout), case.inputs)
 
 
-@pytest.mark.fits(lambda dtype, backend: backend != "triton" or dtype in HALF)
+@pytest.mark.fits(lambda dtype, backend: dtype in OWN.get(backend, [dtype]))
 @pytest.mark.grid(dtype=[torch.float32, torch.bfloat16, torch.float16], backend=BACKENDS)
 def test_no_worse_than_plain_torch_at_its_dtype(dtype: torch.dtype, backend: str) -> None:
     """Scores, probabilities and products rounded where a dense attention rounds them."""
@@ -206,10 +322,11 @@ def test_same_bits_again_in_poisoned_memory_and_under_autocast(backend: str) -> 
         assert_same(case(), first)
 
 
-def test_views_of_other_layouts() -> None:
+@pytest.mark.parametrize("backend", ["triton", *NATIVE])
+def test_views_of_other_layouts(backend: str) -> None:
     """q, k and v as transformers hands them over, [heads, T, D]; ones that cannot be read as they are; a gradient
     broadcast from a sum."""
-    case = Case(([18], [[2]]), "triton")
+    case = Case(([18], [[2]]), backend)
     plain = case()
     assert_same(case(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)), plain)
     assert_same(case(lambda x: x.repeat_interleave(2, 2)[..., ::2]), plain)

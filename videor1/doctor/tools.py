@@ -32,7 +32,11 @@ def compilers() -> list[Finding]:
     if gpu:
         rows.append(_triton_compiler())
     rows.append(Finding("cache", str(extension.cache_folder())))
-    rows += [_library("bf16_product", "bf16 log-probs"), _library("decode_attention", "decode attention in fp32")]
+    rows += [
+        _library("bf16_product", "bf16 log-probs"),
+        _library("prefix_attention", "attention of packed rows"),
+        _library("decode_attention", "decode attention in fp32"),
+    ]
     rows.append(_operators("cpu"))
     return rows + ([_operators("cuda")] if gpu else [])
 

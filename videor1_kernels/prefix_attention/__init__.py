@@ -9,7 +9,7 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
-from videor1_kernels.prefix_attention import native_decode, reference, reference_decode
+from videor1_kernels.prefix_attention import native, native_decode, reference, reference_decode
 from videor1_kernels.prefix_attention.decode_layout import LAYOUTS, DecodeInputs, DecodeLayout
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
@@ -20,6 +20,7 @@ MOST_D = 128  # the largest head dim of the Triton kernels
 __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_attention", "prefix_decode_attention"]
 
 dispatch.register_triton("prefix_attention", "videor1_kernels.prefix_attention.triton", only_16_bit=True)
+dispatch.register("prefix_attention", "native", native, unavailable=native.unavailable)
 dispatch.register("prefix_attention", "reference", reference)
 dispatch.register_triton("prefix_decode_attention", "videor1_kernels.prefix_attention.triton_decode", only_16_bit=True)
 dispatch.register("prefix_decode_attention", "native", native_decode, unavailable=native_decode.unavailable)
@@ -41,7 +42,8 @@ def prefix_attention(
             key head h // (Hq / Hkv)).
         layout: the order of the row, T = ``layout.total_tokens``.
         scale: factor on the scores; None: D ** -0.5.
-        backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 128 or less), ``reference``.
+        backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 128 or less), ``native`` (on a CPU: fp32 and bf16;
+            C++ compiled at its first use), ``reference``.
 
     Returns:
         [T, Hq, D] in q's dtype, differentiable into q, k and v (once). Scores and sums are fp32, or fp64 if an input

@@ -44,7 +44,7 @@ def prefix_attention_op(q, k, v, prompts, counts, completions, scale, backend):
 def _(q, k, v, *others):
     chosen = dispatch.chosen_backend(_OP, q.device, others[-1], _dtype(q, k, v))
     dtype = compute_dtype(q, k, v)
-    out = q.new_empty(q.shape, dtype=dtype if chosen == "reference" else _dtype(q, k, v))
+    out = q.new_empty(q.shape, dtype=_dtype(q, k, v) if chosen == "triton" else dtype)
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 

@@ -6,9 +6,10 @@ completion. So one rule covers both: in the packed row, a key is seen by the lat
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,19 +21,20 @@ PARTS = 512  # the queries of all key tiles together are cut into about this man
 LEAST_PART = 512  # queries
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _once_per_layout(build: Callable[[PrefixLayout, int], T]) -> Callable[[PrefixLayout, int], T]:
+def _once_per_layout(build: Callable[Concatenate[PrefixLayout, P], T]) -> Callable[Concatenate[PrefixLayout, P], T]:
     """Cache the result: all layers of a model share a layout, and their passes share its tiles."""
-    built: WeakKeyDictionary[PrefixLayout, dict[int, T]] = WeakKeyDictionary()
+    built: WeakKeyDictionary[PrefixLayout, dict[object, T]] = WeakKeyDictionary()
 
     @functools.wraps(build)
-    def cached(layout: PrefixLayout, block: int) -> T:
-        known = built.setdefault(layout, {})
-        if block not in known:
-            known[block] = build(layout, block)
-        return known[block]
+    def cached(layout: PrefixLayout, /, *args: P.args, **options: P.kwargs) -> T:
+        known, key = built.setdefault(layout, {}), (args, tuple(options.items()))
+        if key not in known:
+            known[key] = build(layout, *args, **options)
+        return known[key]
 
     return cached
 
@@ -78,6 +80,13 @@ def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
     items.sort(key=lambda item: item[3] - item[2], reverse=True)
     rows, summed = (torch.tensor(x, dtype=torch.int32, device=layout.device) for x in (items, sums))
     return rows, summed.reshape(-1, 4), slots
+
+
+@_once_per_layout
+def segment_numbers(layout: PrefixLayout) -> ctypes.Array[ctypes.c_int64]:
+    """The first position and length of every prompt and completion, and those of its prompt (length 0 for a prompt)."""
+    rows = [(start, stop - start, first, end - first) for start, stop, first, end in _segments(layout)]
+    return (ctypes.c_int64 * (4 * len(rows)))(*(x for row in rows for x in row))
 
 
 def _segments(layout: PrefixLayout) -> Iterator[tuple[int, int, int, int]]:
