@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases import OURS, Case, Contender, Step, Work
 from benchmarks.oracle import Expected
-from videor1_kernels import rotary_append
+from videor1_kernels import dispatch, rotary_append
 from videor1_kernels.rotary_append.reference import Places
 from videor1_kernels.rotary_append.reference import rotary_append as reference
 
@@ -57,6 +57,7 @@ def _case(size: Size) -> Case:
         work=lambda x: Work(0.0, 2 * (x.qkv.nbytes + 4 * size.rows * size.dim), ""),
         contenders=(
             Contender(OURS, lambda x: _step(_ours, x), graph=True),
+            Contender(f"{OURS}, without its checks", _unchecked, graph=True),
             Contender("torch (our reference)", lambda x: _step(_reference, x)),
             Contender("torch (rotate_half, index_put)", lambda x: _step(_plain, x), graph=True),
             Contender("torch.compile of these", lambda x: _step(torch.compile(_plain), x), graph=True),
@@ -86,6 +87,12 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
 
 def _ours(inputs: Inputs, k: Tensor, v: Tensor) -> Tensor:
     return rotary_append(inputs.qkv, *inputs.tables, k, v, **inputs.places._asdict())
+
+
+def _unchecked(inputs: Inputs) -> Step:
+    """As a decoder calls it, whose shapes are the same in every layer and step."""
+    call = dispatch.resolve("rotary_append", "auto", inputs.qkv.device, inputs.qkv.dtype).rotary_append
+    return _step(lambda x, k, v: call(x.qkv, *x.tables, k, v, x.places), inputs)
 
 
 def _reference(inputs: Inputs, k: Tensor, v: Tensor) -> Tensor:

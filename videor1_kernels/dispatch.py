@@ -101,7 +101,7 @@ def running_on(values: Tensor) -> Iterator[None]:
 
     Triton launches on the current device, and autocast would round the products of an implementation.
     """
-    with torch.autocast(values.device.type, enabled=False):
+    with exactly(values):
         if values.is_cuda:
             with torch.cuda.device(values.device):
                 yield
