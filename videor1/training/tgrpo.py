@@ -38,6 +38,9 @@ from videor1_kernels import GrpoLoss, chosen_backend
 KERNELS = (
     "prefix_attention",
     "prefix_decode_attention",
+    "add_rms_norm",
+    "rotary_append",
+    "silu_mul",
     "sample_tokens",
     "linear_logprob",
     "linear_grpo_loss",
