@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from benchmarks.step_inputs import SHAPES, Group, StepInputs, model_config, step
 from benchmarks.whole_inputs import Setting, whole_inputs
 from benchmarks.whole_step import StepCase, StepMeasurement
 from videor1.demo.tokenizer import make_tokenizer
-from videor1.model import VideoLM
+from videor1.model import VideoLM, cpu_linear
 from videor1.training.passes import predicting_states
 from videor1.video.media import load_media
 from videor1.video.patches import permute_frames
@@ -174,7 +175,9 @@ def test_the_commands_record_tables_and_pictures(
 
 def counted(call: Callable[[], Any]) -> dict[str, float]:
     """FLOPs by torch's counter: of linear layers, the patch embedding among them, and of attention, over whole rows."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own is not counted
+    # Neither the CPU's own attention nor oneDNN's products are counted.
+    plain = sdpa_kernel(SDPBackend.MATH), mock.patch.object(cpu_linear, "onednn", lambda: False)
+    with FlopCounterMode(display=False) as counter, plain[0], plain[1]:
         call()
     kinds = {"mm": "linear", "addmm": "linear", "bmm": "attention"}
     by_kind: dict[str, float] = dict.fromkeys(kinds.values(), 0)
