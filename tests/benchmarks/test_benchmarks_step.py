@@ -176,7 +176,7 @@ def test_the_commands_record_tables_and_pictures(
 def counted(call: Callable[[], Any]) -> dict[str, float]:
     """FLOPs by torch's counter: of linear layers, the patch embedding among them, and of attention, over whole rows."""
     # Neither the CPU's own attention nor oneDNN's products are counted.
-    plain = sdpa_kernel(SDPBackend.MATH), mock.patch.object(cpu_linear, "onednn", lambda: False)
+    plain = sdpa_kernel(SDPBackend.MATH), mock.patch.object(cpu_linear, "onednn", return_value=False)
     with FlopCounterMode(display=False) as counter, plain[0], plain[1]:
         call()
     kinds = {"mm": "linear", "addmm": "linear", "bmm": "attention"}
@@ -214,7 +214,8 @@ def test_flops_of_the_packed_row_are_what_torch_counts(inputs: StepInputs, monke
     flops = step_flops.forward(inputs.model.hf.config, **sizes)
     # Attention is of another form on every device: without it.
     monkeypatch.setattr("videor1_kernels.integrations.transformers.prefix_attention", lambda q, k, v, *_, **__: q)
-    assert counted(lambda: predicting_states(inputs.model, inputs.packed))["linear"] == flops.linear + flops.tower
+    linear = flops.linear + flops.tower + flops.patches
+    assert counted(lambda: predicting_states(inputs.model, inputs.packed))["linear"] == linear
 
 
 def test_pairs_are_those_of_the_mask() -> None:
