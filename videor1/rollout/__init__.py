@@ -68,5 +68,6 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
         max_rows=config.rollout_batch_size,
         backend=config.kernels,
         cuda_graphs=rollout.cuda_graphs,
+        keep=rollout.keep,
         kv_bytes=None if rollout.kv_mib is None else rollout.kv_mib * MIB,
     )

@@ -99,6 +99,18 @@ class Decoder:
         """Return a tensor of the hidden states' dtype and device, which rotary_emb gives to its tables."""
         return self.text.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
 
+    def tensors(self) -> list[Tensor] | None:
+        """Return all that a step reads beside its batch and the cache; None where some of it is not known."""
+        found = [self.cos, self.sin, self.text.embed_tokens.weight, self.text.norm.weight]
+        for layer in self.layers:
+            found += [layer.input_norm.weight, layer.mlp_norm.weight]
+            for projections in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                read = projections.tensors()
+                if read is None:
+                    return None
+                found += read
+        return [x.detach() for x in found]
+
     def states(self, tokens: Tensor, positions: Tensor, lengths: Tensor, layout: DecodeLayout) -> Tensor:
         """Return the last hidden states [R, H] in the compute dtype; the keys and values go to the cache.
 

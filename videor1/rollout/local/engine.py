@@ -19,7 +19,8 @@ from videor1.model.packing import greedy_batches
 from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
-from videor1.rollout.local.kv_cache import KVCache, bytes_per_token, cache_budget, plan_capacity
+from videor1.rollout.local.kept import Kept, grown, may_keep, table_of
+from videor1.rollout.local.kv_cache import Capacity, KVCache, bytes_per_token, cache_budget, plan_capacity
 from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
 from videor1.rollout.local.step import DecodeStep
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
@@ -40,6 +41,8 @@ class LocalEngine:
         max_rows: most sequences in flight; those of a branch always run together, even if they are more.
         kv_bytes: budget of the KV cache; None: a share of a GPU's free memory, or a CPU's memory.
         cuda_graphs: replay decode steps as CUDA graphs where they run on Triton kernels.
+        keep: keep graphs and KV cache for the next call (:mod:`videor1.rollout.local.kept`); None: on a GPU, where they
+            take a tenth of its memory at most.
         eager: see :class:`~videor1.rollout.local.scheduler.Scheduler`; None: True on a GPU.
         backend: backend of the kernels.
     """
@@ -54,12 +57,14 @@ class LocalEngine:
         max_rows: int = 64,
         kv_bytes: int | None = None,
         cuda_graphs: bool = True,
+        keep: bool | None = None,
         eager: bool | None = None,
         backend: str = "auto",
     ) -> None:
         self.model, self.options = model, options
         self.max_rows, self.kv_bytes, self.backend = max_rows, kv_bytes, backend
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.keep = cuda_graphs, keep
+        self.kept: Kept | None = None
         self.eager = model.device.type == "cuda" if eager is None else eager
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
@@ -75,10 +80,17 @@ class LocalEngine:
             return Run(self, requests).generate()
 
     def weights_changed(self) -> None:
-        """Do nothing: the engine samples from the training model itself."""
+        """Do nothing: every call takes the training model's weights as they are then."""
 
     def close(self) -> None:
-        """Do nothing: the engine holds no resources between calls."""
+        """Give back what was kept for the next call."""
+        self.kept = None
+
+    def keeps(self, kept: Kept) -> bool:
+        """Return whether to keep it."""
+        if kept.step.form() is None:
+            return False
+        return may_keep(kept.bytes, self.model.device) if self.keep is None else self.keep
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -107,6 +119,11 @@ class Reading:
 class Run:
     """The state of one call of :meth:`LocalEngine.generate`."""
 
+    step: DecodeStep
+    cache: KVCache
+    uniform: Tensor  # fp32 [N, C], random numbers of all sequences
+    graphs: GraphedSteps | None
+
     def __init__(self, engine: LocalEngine, requests: Sequence[Request]) -> None:
         self.engine, self.model, self.options, self.requests = engine, engine.model, engine.options, requests
         model, options, device = engine.model, engine.options, engine.model.device
@@ -117,28 +134,54 @@ class Run:
         token_bytes = bytes_per_token(config, model.compute_dtype)
         budget = cache_budget(device, engine.kv_bytes)
         capacity = plan_capacity(branches, options.max_new_tokens, token_bytes, max_rows=engine.max_rows, budget=budget)
-        self.cache = KVCache(capacity, config, model.compute_dtype, device)
+        sequences = sum(count for _, count in branches)
+        # For each request: the positions of the prompt's tokens and the position of the first completion token.
+        self.positions = [model.positions(request.prompt) for request in requests]
+        firsts = [first for _, first in self.positions]
+        positions = range(min(firsts), max(firsts) + options.max_new_tokens)
+        self._make_step(capacity, sequences, positions, budget)
+        capacity = self.cache.capacity
         self.scheduler = Scheduler(requests, capacity, eager=engine.eager)
         self.stats = RolloutStats(
             kv_bytes=capacity.bytes, shuffled_asked=sum(r.shuffled.count for r in requests if r.shuffled)
         )
         special = model.special
-        # For each request: the positions of the prompt's tokens and the position of the first completion token.
-        self.positions = [model.positions(request.prompt) for request in requests]
-        firsts = [first for _, first in self.positions]
-        new_positions = range(min(firsts), max(firsts) + options.max_new_tokens)
-        self.step = DecodeStep(model, self.cache, options, positions=new_positions, backend=engine.backend)
-        self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.capturable else None
         # The tokens of steps that were launched and not yet read. On a GPU the next step is launched first, so that the
         # GPU does not wait for the host; a sequence that has ended then runs along once more, for nothing.
         self.unread: deque[tuple[list[RunningSequence], Reading]] = deque()
         self.ahead = 1 if device.type == "cuda" else 0
         self.stops = {special.eos, special.pad}
-        self.in_flight = InFlight(sum(count for _, count in branches), options.max_new_tokens, device)
+        self.in_flight = InFlight(self.uniform)
         # For each request: the ordered and the shuffled completions; None until they are finished.
         self.completions: list[tuple[list[Completion | None], list[Completion | None]]] = [
             ([None] * r.ordered.count, [None] * (r.shuffled.count if r.shuffled else 0)) for r in requests
         ]
+
+    def _make_step(self, capacity: Capacity, sequences: int, positions: range, budget: int) -> None:
+        """Make the cache, the step and, on a GPU, its graphs; or take those that the engine has kept."""
+        engine, model, options = self.engine, self.model, self.options
+        kept, engine.kept = engine.kept, None
+        known = kept.cache.capacity if kept is not None else None
+        fits = kept is not None and kept.holds(capacity, sequences, positions)
+        graphed = engine.cuda_graphs and engine.keep is not False
+        if kept is not None and not fits:
+            kept = None  # its memory is free before more is taken
+        config = model.hf.config.text_config
+        if kept is not None:
+            self.cache, positions = kept.cache, kept.positions
+        else:
+            if graphed and (engine.keep or model.device.type == "cuda"):
+                capacity, positions = grown(capacity, known, budget), table_of(positions)
+            self.cache = KVCache(capacity, config, model.compute_dtype, model.device)
+        self.step = DecodeStep(model, self.cache, options, positions=positions, backend=engine.backend)
+        if kept is not None and kept.renew(self.step):
+            self.step, self.uniform, self.graphs = kept.step, kept.uniform, kept.graphs
+        else:
+            self.uniform = torch.empty(sequences, options.max_new_tokens, device=model.device)
+            self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.capturable else None
+            kept = None if self.graphs is None else Kept(self.step, self.cache, self.uniform, self.graphs)
+        if kept is not None and graphed and engine.keeps(kept):
+            engine.kept = kept
 
     def generate(self) -> Rollout:
         """Prefill and decode until no branch is waiting or in flight."""

@@ -21,10 +21,10 @@ class InFlight:
         uniform: fp32 [N, C], their random numbers.
     """
 
-    def __init__(self, total: int, new_tokens: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, uniform: Tensor) -> None:
+        device = self.device = uniform.device
         self.sequences: list[RunningSequence] = []
-        self.uniform = torch.empty(total, new_tokens, device=device)
+        self.uniform = uniform
         # int64 [R] each, and behind them what a padded batch has more: tokens, counts, first, rows of uniform
         self._state = {name: torch.empty(0, dtype=torch.int64, device=device) for name in Batch.STATE}
         self._batch: Batch | None = None

@@ -66,6 +66,13 @@ class Projections:
         self._weights = [m.weight.detach() for m in plain]
         self._a = torch.cat(a) if a else None
 
+    def tensors(self) -> list[Tensor] | None:
+        """Return all that a call reads; None where layers are called as they are."""
+        if self._modules is not None:
+            return None
+        weights = [self._weight] if self._packed else [*self._weights, self._a]
+        return [x for x in (*weights, self._bias, self._b) if x is not None]
+
     def __call__(self, x: Tensor) -> Tensor:
         if self._modules is not None:
             return torch.cat([m(x) for m in self._modules], 1)

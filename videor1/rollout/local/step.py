@@ -72,6 +72,22 @@ class DecodeStep:
         batch.counts.add_(1)
         return torch.stack([tokens.double(), logp.double()])
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step reads beside its batch and the cache."""
+        return [self.head.detach(), self.banned, *(self.decoder.tensors() or [])]
+
+    def own_tensors(self) -> list[Tensor]:
+        """Return those of :meth:`tensors` that are not the model's parameters."""
+        parameters = {p.data_ptr() for p in self.decoder.model.hf.parameters()}
+        return [x for x in self.tensors() if x.data_ptr() not in parameters]
+
+    def form(self) -> tuple[object, ...] | None:
+        """Return what two steps must share for one's graphs to serve the other; None where that is not known."""
+        if self.decoder.tensors() is None:
+            return None
+        shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in self.tensors())
+        return (self.sampling, self.decoder.first, self.decoder.operations, *shapes)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, fp32 [R, V], of hidden states [R, H]."""
         with self.decoder.model.without_autocast():

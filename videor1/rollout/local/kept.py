@@ -1,0 +1,93 @@
+"""What an engine keeps between two rollouts: the KV cache, joined weights at fixed addresses, and the CUDA graphs.
+
+A graph reads and writes the addresses that it was captured with. The next rollout may replay it where everything lies
+where it lay: then new values of the weights are copied into the kept memory, whatever has changed. Where anything does
+not fit (an adapter more, another dtype, a parameter that has moved, a longer prompt), all is made anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videor1.rollout.local.graph import GraphedSteps
+from videor1.rollout.local.kv_cache import Capacity, KVCache
+from videor1.rollout.local.step import DecodeStep
+
+SHARE = 0.1  # of a GPU's memory, which may be kept while the model trains, unless the option says otherwise
+LEAST_POSITIONS = 4096  # of kept rotary tables, whose size is a power of two
+
+
+@dataclass
+class Kept:
+    """A step with its cache, random numbers and graphs, for a later rollout."""
+
+    step: DecodeStep
+    cache: KVCache
+    uniform: Tensor  # fp32 [N, C]
+    graphs: GraphedSteps
+
+    @property
+    def bytes(self) -> int:
+        """The memory that is kept beside the model's own."""
+        return self.cache.capacity.bytes + sum(x.nbytes for x in self.step.own_tensors())
+
+    @property
+    def positions(self) -> range:
+        """Those of its rotary tables."""
+        first = self.step.decoder.first
+        return range(first, first + len(self.step.decoder.cos))
+
+    def holds(self, capacity: Capacity, sequences: int, positions: range) -> bool:
+        """Whether a rollout of these sizes has room in it."""
+        own, table = self.cache.capacity, self.positions
+        return (
+            capacity.slots <= own.slots
+            and capacity.prefix_tokens <= own.prefix_tokens
+            and (capacity.new_tokens, capacity.bytes_per_token) == (own.new_tokens, own.bytes_per_token)
+            and sequences <= len(self.uniform)
+            and table.start <= positions.start
+            and positions.stop <= table.stop
+        )
+
+    def renew(self, fresh: DecodeStep) -> bool:
+        """Take the values of a step that was just made from the model; return False where it is not of the same form.
+
+        Parameters that are used where they lie must lie there still.
+        """
+        if fresh.form() != self.step.form():
+            return False
+        parameters = {p.data_ptr() for p in fresh.decoder.model.hf.parameters()}
+        pairs = list(zip(self.step.tensors(), fresh.tensors(), strict=True))
+        used = [(ours, theirs) for ours, theirs in pairs if parameters & {ours.data_ptr(), theirs.data_ptr()}]
+        if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in used):
+            return False
+        for ours, theirs in pairs:
+            if theirs.data_ptr() not in parameters:
+                ours.copy_(theirs)
+        return True
+
+
+def table_of(positions: range) -> range:
+    """The positions of kept rotary tables: from 0, so that later rollouts find theirs among them."""
+    size = LEAST_POSITIONS
+    while size < positions.stop:
+        size *= 2
+    return range(size)
+
+
+def grown(capacity: Capacity, known: Capacity | None, budget: int) -> Capacity:
+    """A capacity with room for prompts that are an eighth longer and for all that fitted before, within the budget."""
+    tokens = capacity.prefix_tokens + capacity.prefix_tokens // 8
+    slots = capacity.slots
+    if known is not None:
+        tokens, slots = max(tokens, known.prefix_tokens), max(slots, known.slots)
+    larger = Capacity(slots, tokens, capacity.new_tokens, capacity.bytes_per_token)
+    return larger if larger.bytes <= budget else capacity
+
+
+def may_keep(size: int, device: torch.device) -> bool:
+    """Whether so many bytes are little enough to be kept while the model trains."""
+    return device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[1]
