@@ -313,3 +313,11 @@ def test_check_prints_plan_and_measured(capsys: pytest.CaptureFixture[str]) -> N
     ratios = {row.split()[0]: float(row.split()[-1]) for row in rows}
     assert ratios == pytest.approx(dict.fromkeys(("rollout", "reference", "policy", "optimizer"), 1), abs=WITHIN)
     assert ratios["policy"] == pytest.approx(1, abs=0.03)
+
+
+def test_what_a_rollout_keeps_stays_in_every_phase() -> None:
+    flags = ["--config", "demo", "--max_completion_length", "9", "--beta", "0", "--per_device_train_batch_size", "2"]
+    plain, kept = (plan(options(*flags, *more), shape_of(None)) for more in ([], ["--rollout.keep", "true"]))
+    for before, after in zip(plain.phases[1:], kept.phases[1:], strict=True):
+        assert after.parts["KV cache"] == kept.kv > 0
+        assert "KV cache" not in before.parts

@@ -158,7 +158,7 @@ class RolloutConfig:
     """Local, on a GPU: replay decode steps as CUDA graphs."""
     keep: bool | None = None
     """Local, on a GPU: keep the KV cache and the graphs of a rollout for the next one, while the model trains too.
-    Default: where they take at most a tenth of the GPU's memory."""
+    Default: where they take at most a tenth of the GPU's memory; --plan counts them with true."""
     url: str = "http://localhost:8000/v1"
     """Server: base URL. The API key is read from the environment variable OPENAI_API_KEY."""
     model: str | None = None

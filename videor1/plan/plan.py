@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -231,6 +231,7 @@ class _FakeEngine:
     capacity: Capacity
     ledger: Ledger
     fake: FakeTensorMode
+    kept: list[Any] = field(default_factory=list)  # with rollout.keep
 
     def __call__(self, ordered: Sequence[Tensor], shuffled: Sequence[Tensor]) -> None:
         model, ledger, capacity = self.model, self.ledger, self.capacity
@@ -259,6 +260,8 @@ class _FakeEngine:
             del hidden
             with ledger.part("decoding"), model.without_autocast():
                 self._decode(head)
+        if self.config.rollout.keep:
+            self.kept.append((cache, decoder))
         del cache, head, decoder
 
     def _decode(self, head: Tensor) -> None:
