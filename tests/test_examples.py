@@ -48,7 +48,7 @@ def found(pattern: str, text: str) -> tuple[float, ...]:
 
 def test_plain_loop(run_example: Callable[[str], str]) -> None:
     said = run_example("plain_grpo.py")
-    before, after = found(r"reward ([\d.]+) -> ([\d.]+); loss on the backend reference", said)
+    before, after = found(r"reward ([\d.]+) -> ([\d.]+); loss on the backend native", said)
     assert before < 0.15  # of 16 words one is right
     assert after > 0.5
     tree = ast.parse((EXAMPLES / "plain_grpo.py").read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def test_plain_loop(run_example: Callable[[str], str]) -> None:
 
 def test_shared_prefix_in_transformers(run_example: Callable[[str], str]) -> None:
     said = run_example("transformers_prefix.py")
-    assert "attention videor1_prefix on the backend reference" in said
+    assert "attention videor1_prefix on the backend native" in said
     packed, repeated, factor = found(
         r"tokens: (\d+) in one packed row, (\d+) in 7 repeated rows \(([\d.]+) times", said
     )
