@@ -48,7 +48,7 @@ def found(pattern: str, text: str) -> tuple[float, ...]:
 
 def test_plain_loop(run_example: Callable[[str], str]) -> None:
     said = run_example("plain_grpo.py")
-    before, after = found(r"reward ([\d.]+) -> ([\d.]+); loss on the backend native", said)
+    before, after = found(r"reward ([\d.]+) -> ([\d.]+); loss on the backend reference", said)
     assert before < 0.15  # of 16 words one is right
     assert after > 0.5
     tree = ast.parse((EXAMPLES / "plain_grpo.py").read_text(encoding="utf-8"))
