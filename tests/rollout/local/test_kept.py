@@ -14,7 +14,7 @@ from videor1.model import VideoLM
 from videor1.rollout import LocalEngine, SamplingOptions
 
 __all__ = ["graphed"]  # the fixture
-OPTIONS = SamplingOptions(4, top_p=0.9)
+OPTIONS = SamplingOptions(3, top_p=0.9)
 CAPTURE = ["warm-up", "capture"]
 
 
@@ -48,7 +48,7 @@ def test_new_weights_are_taken_without_a_new_capture(lora: bool, graphed: list[s
     graphed.clear()
     for name in ["lora_A", "lora_B"] if lora else ["q_proj", "down_proj", "input_layernorm", "embed_tokens"]:
         shift(model, name, 0.3)
-        check(engine, model, requests)
+    check(engine, model, requests)
     check(engine, model, [ask(model, TEXT, 2, seed=5)])
     if lora:
         for module in model.hf.modules():
@@ -65,10 +65,9 @@ def test_adapters_that_are_switched_and_parameters_that_move(graphed: list[str])
     model = fresh_model(lora=True)
     engine, requests = LocalEngine(model, OPTIONS, keep=True, backend="triton"), [ask(model, TEXT, 2)]
     check(engine, model, requests)
-    for _ in range(2):
-        with model.peft.disable_adapter():
-            check(engine, model, requests)
+    with model.peft.disable_adapter():
         check(engine, model, requests)
+    check(engine, model, requests)
     moved = model.hf.model.language_model.layers[0].input_layernorm
     moved.weight = torch.nn.Parameter(2 * moved.weight.detach())
     check(engine, model, requests)
@@ -81,7 +80,7 @@ def test_sizes_that_grow_and_shrink(graphed: list[str]) -> None:
     model = fresh_model()
     engine = LocalEngine(model, OPTIONS, keep=True, backend="triton")
     small, large = [ask(model, TEXT, 1)], [ask(model, VIDEO, 2), ask(model, IMAGE, 1)]
-    for requests in (small, large, small, large):
+    for requests in (small, large, small):
         check(engine, model, requests)
     assert graphed == CAPTURE * 3  # for 1; for 4, in a larger cache; for 1 in that
 
