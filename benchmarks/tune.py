@@ -64,6 +64,10 @@ def forward_variants(inputs: HeadInputs) -> Iterator[Variant]:
 
     yield "forward: as shipped", lambda: head.statistics(*operands)[0]
     yield "forward: torch.mm by chunks, row kernel", lambda: head.statistics(*operands, way="chunks")[0]
+    if capability == 9:
+        from benchmarks import gluon_forward  # whose API is another in some of the supported versions of Triton
+
+        yield "forward: Gluon, two groups in turns", lambda: gluon_forward.statistics(hidden, weight, labels, scale)[0]
     for tile in tiles(capability):
         yield f"forward: {tile}", fused(tile)
 
