@@ -106,7 +106,9 @@ class Case:
         found = self(scale=scale)
         for name, ours, exact in zip(("out", "dq", "dk", "dv"), found, self.naive(scale=scale), strict=True):
             assert ours.dtype == self.inputs[0].dtype
-            assert_matches(ours, exact, name=name)
+            # A gradient's rounding is that of its largest terms, whatever cancels in an element.
+            size = exact.abs().max().clamp(min=1).to(exact.dtype) if name != "out" and exact.numel() else 1.0
+            assert_matches(ours.double() / size, exact / size, ours.dtype, name)
         return found
 
 
