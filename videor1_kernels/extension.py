@@ -17,10 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
@@ -31,6 +35,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's, the ol
 BUILD_SECONDS = 300
 
 log = logging.getLogger(__name__)
+_finding = threading.Lock()  # one thread compiles, the others wait for it
 
 
 class Unavailable(Exception):
@@ -55,6 +60,22 @@ def function(library: str, name: str, arguments: Sequence[Any], what: str) -> Ca
         return str(reason)
     call.argtypes = list(arguments)
     return call
+
+
+def unavailable_on_cpu(
+    device: torch.device,
+    dtype: torch.dtype | None,
+    dtypes: Collection[torch.dtype],
+    find: Callable[[], Callable[..., int] | str],
+) -> str | None:
+    """Why a function of fp32 and bf16 on a CPU cannot run, or None; ``find`` is called where all else allows it."""
+    if device.type != "cpu":
+        return "it runs on a CPU"
+    if dtype is not None and dtype not in dtypes:
+        return f"it takes fp32 and bf16, and an input is {dtype}"
+    with _finding:
+        found = find()
+    return found if isinstance(found, str) else None
 
 
 def load_operators(device_type: str) -> None:

@@ -34,8 +34,9 @@ def use_lean_lora(model: nn.Module) -> int:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = _plain_adapter(layer)
-    if name is None or args or kwargs:
+    name = plain_adapter(layer)
+    drops = name is not None and isinstance(layer.lora_dropout[name], nn.Dropout) and layer.training
+    if name is None or drops or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     kind = x.device.type
@@ -55,12 +56,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _plain_adapter(layer: Any) -> str | None:
-    """The name of the only active adapter, of one that merely adds to its base."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+def plain_adapter(layer: Any) -> str | None:
+    """The name of a LoRA layer's only active adapter, if that merely adds to its base; dropout is the caller's."""
+    if layer.disable_adapters or layer.merged:
         return None
-    (name,) = layer.active_adapters
-    if name not in layer.lora_A or name in getattr(layer, "lora_variant", ()) or layer.lora_B[name].bias is not None:
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or active[0] in getattr(layer, "lora_variant", ()) or layer.lora_B[active[0]].bias is not None:
         return None
-    drops = isinstance(layer.lora_dropout[name], nn.Dropout) and layer.training
-    return None if drops else name
+    return active[0]

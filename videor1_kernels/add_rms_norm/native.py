@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 
@@ -15,18 +14,10 @@ from videor1_kernels import extension
 GRAIN = 2**15  # numbers that are worth a thread of their own
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
 
-_lock = threading.Lock()
-
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why it cannot run there, or None if it can. Compiles the library when the answer first depends on that."""
-    if device.type != "cpu":
-        return "it runs on a CPU"
-    if dtype is not None and dtype not in BF16:
-        return f"it takes fp32 and bf16, and an input is {dtype}"
-    with _lock:
-        found = _function()
-    return found if isinstance(found, str) else None
+    return extension.unavailable_on_cpu(device, dtype, BF16, _function)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from videor1.model.cpu_linear import linear
+from videor1.model.lora import plain_adapter
 
 # A second copy of weights that are in the compute dtype already is made only while it is small.
 MOST_COPIED = 2**26  # bytes of the weights of one input
@@ -102,10 +103,8 @@ def _block_diagonal(adapters: Sequence[_Adapter | None], outs: Sequence[int]) ->
 
 def _adapter(layer: Any, dtype: torch.dtype) -> _Adapter | None:
     """Return the adapter that a LoRA layer adds now; None for other layers, and where it does anything beyond."""
-    if type(getattr(layer, "base_layer", None)) is not nn.Linear or layer.disable_adapters or layer.merged:
+    name = plain_adapter(layer) if type(getattr(layer, "base_layer", None)) is nn.Linear else None
+    if name is None:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or active[0] in getattr(layer, "lora_variant", ()) or layer.lora_B[active[0]].bias is not None:
-        return None
-    a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
-    return _Adapter(a.detach().to(dtype), (b.detach() * layer.scaling[active[0]]).to(dtype))
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _Adapter(a.detach().to(dtype), (b.detach() * layer.scaling[name]).to(dtype))
