@@ -106,7 +106,10 @@ def _engine(inputs: RolloutInputs) -> Step:
     if _exact(inputs.sizes):
         _check_greedy(inputs)
     difference = _logp_difference(inputs)
-    engine, prefilled = _local(inputs, SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)), _Prefill(inputs)
+    engine, prefilled = (
+        _local(inputs, SamplingOptions(inputs.sizes.new_tokens, 1.0, TOP_P, TOP_K)),
+        _Prefill(inputs, inputs.sizes.sequences),
+    )
     prefilled.watch(inputs.model.hf)
 
     def step() -> Mapping[str, Tensor]:
@@ -118,7 +121,7 @@ def _engine(inputs: RolloutInputs) -> Step:
 
 def _generate(inputs: RolloutInputs) -> Step:
     """Take one prompt after the other, first with its ordered frames, then with its shuffled ones."""
-    new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs)
+    new, prefilled = inputs.sizes.new_tokens, _Prefill(inputs, 1)
     prefilled.watch(inputs.plain)
     drawn = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": TOP_K}
 
@@ -144,20 +147,24 @@ def _options(inputs: RolloutInputs, tokens: int, **more: Any) -> GenerationConfi
 
 
 class _Prefill:
-    """When a language model was last done with more than one position: what follows is decoding."""
+    """When a language model was last done with a prompt: what follows is decoding.
 
-    def __init__(self, inputs: RolloutInputs) -> None:
-        self._device, self._at = inputs.model.device, 0.0
+    Its last norm tells: the engine, which gives it a position of every sequence, calls no module around the layers.
+    """
+
+    def __init__(self, inputs: RolloutInputs, most: int) -> None:
+        """``most``: positions that decoding gives to the last norm."""
+        self._device, self._most, self._at = inputs.model.device, most, 0.0
 
     def watch(self, hf: Any) -> None:
-        hf.model.language_model.register_forward_hook(self._note)
+        hf.model.language_model.norm.register_forward_hook(self._note)
 
     def seconds_since(self) -> float:
         synchronize(self._device)
         return time.perf_counter() - self._at
 
     def _note(self, _module: Any, _arguments: Any, output: Any) -> None:
-        if output.last_hidden_state.shape[1] > 1:
+        if output.shape[-2] > self._most:
             synchronize(self._device)
             self._at = time.perf_counter()
 

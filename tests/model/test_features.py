@@ -13,7 +13,8 @@ from torch import Tensor
 
 from videor1.model import VideoLM, features
 from videor1.model.features import prompt_features, shuffled_features
-from videor1.model.packing import greedy_batches
+from videor1.model.packing import even_batches, greedy_batches
+from videor1.side_by_side import as_on_a_card
 from videor1.types import Prompt
 from videor1.video.shuffle import draw_permutation
 
@@ -156,3 +157,22 @@ def test_batches() -> None:
         assert all(sum(map(len, batch)) <= budget for batch in batches if len(batch) > 1)
         for batch, following in itertools.pairwise(batches):
             assert sum(map(len, batch)) + len(following[0]) > budget
+
+
+def test_even_batches() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    for sizes, least, budget, expected in (
+        ([], 4, 99, []),
+        ([7], 4, 99, [[7]]),
+        ([3, 4], 4, 99, [[3, 4]]),  # 7 are not twice 4
+        ([4, 4], 4, 99, [[4], [4]]),
+        ([1, 1, 6], 4, 99, [[1, 1], [6]]),
+        ([2] * 10, 4, 99, [[2] * 2, [2] * 3, [2] * 2, [2] * 3]),  # 20: four of 5, not five of 4
+        ([2] * 8, 8, 5, [[2, 2], [2, 2]] * 2),  # two of 8, each above the budget
+        ([0, 0, 0], 4, 99, [[0, 0, 0]]),
+        ([20, 1], 4, 99, [[20], [1]]),  # an empty one is none
+    ):
+        assert even_batches(sizes, int, budget, cpu, least=least) == expected
+        assert even_batches(sizes, int, budget, card, least=least) == greedy_batches(sizes, int, budget)
+        with as_on_a_card():
+            assert even_batches(sizes, int, budget, cpu, least=least) == greedy_batches(sizes, int, budget)

@@ -19,10 +19,13 @@ from tiny import LOG_PROB_TERMS, log_prob_rounding, make_model, make_tokenizer
 from torch import Tensor
 
 import videor1.training.tgrpo
+from videor1 import side_by_side
 from videor1.errors import TrainingStopped
-from videor1.model import VideoLM
+from videor1.model import VideoLM, features
 from videor1.rewards.advantages import score_groups
 from videor1.rollout import Request, Rollout, RolloutError
+from videor1.rollout.local import decode, engine
+from videor1.training import rows
 from videor1.training.rows import training_rows
 from videor1.training.tgrpo import KERNELS, Trainer
 from videor1.types import Completion, Group, Prompt
@@ -196,6 +199,28 @@ def test_decode_workers_and_batch_rows_do_not_change_the_run(lab: Lab) -> None:
     assert lab.rows("here") == lab.rows("ahead")
     lines = [(lab.folder / name / "rollouts.jsonl").read_bytes() for name in ("here", "ahead")]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_number_of_threads_changes_no_bit(dropout: float, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs whose passes are divided: the tower's, the prompts', the decode steps' and the training rows'."""
+    monkeypatch.setattr(features, "LEAST_PATCHES", 16)
+    monkeypatch.setattr(engine, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(decode, "LEAST_ROWS", 1)
+    monkeypatch.setattr(rows, "LEAST_TRAINED_TOKENS", 32)
+    divided: list[int] = []
+    wrap(monkeypatch, side_by_side, "_threads", lambda original, count: divided.append(count) or original(count))
+    lora = {"beta": 0.1, "lora__rank": 4, "lora__dropout": dropout} if dropout else {}
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(side_by_side, "_count", threads)
+        run = lab.make(str(threads), max_steps=3, per_device_train_batch_size=4, **lora)
+        run.train()
+        assert (threads > 1) == bool(divided)
+        found.append((run.model.trainable(), (run.run_dir / "rollouts.jsonl").read_bytes()))
+    for trained, lines in found[1:]:
+        assert same_weights(trained, found[0][0])
+        assert lines == found[0][1]
 
 
 def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

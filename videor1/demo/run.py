@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from videor1.atomic import write_atomic
 from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import load_config, parse, resume_command, save_run_config
@@ -28,6 +26,7 @@ from videor1.model import load_model
 from videor1.model.load import pick_device
 from videor1.report import report_line
 from videor1.report.curves import draw_curves
+from videor1.side_by_side import one_thread_each
 from videor1.training.loop import check_unused, holds_run
 from videor1.training.sft import SFTTrainer
 from videor1.training.tgrpo import Trainer
@@ -52,9 +51,7 @@ def run_demo(argv: list[str]) -> int:
     if config.data.root or (config.data.eval_path and not config.dataset_name):
         raise ConfigError("data.root, data.eval_path: the demonstration makes its own data; name your model and data")
     if pick_device(config.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # The operations of such a small model gain little from more threads, which would also wait for each other
-        # while another program uses the cores.
-        torch.set_num_threads(1)
+        one_thread_each()  # The operations of such a small model gain little from more.
     run_dir = Path(config.output_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_folder(run_dir, config)
     print(f"No model and no data given: running the embedded demonstration in {run_dir}", flush=True)

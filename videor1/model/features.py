@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from videor1.model.lm import VideoLM
-from videor1.model.packing import greedy_batches
+from videor1.model.packing import LEAST_PATCHES, even_batches
+from videor1.side_by_side import side_by_side
 from videor1.types import Media, Prompt
 from videor1.video.shuffle import permuted_features, shuffled_patches
 
@@ -33,11 +36,13 @@ def prompt_features(
     """
     given = [None] * len(prompts) if orders is None else orders
     media = [(p.media, order) for p, order in zip(prompts, given, strict=True) if p.media is not None]
-    encoded: list[Tensor] = []
-    for part in _passes(model, media):
+
+    def encoded(part: Sequence[tuple[Media, Order]]) -> list[Tensor]:
         patches = [m.patches if order is None else shuffled_patches(m, order, unit) for m, order in part]
-        encoded += model.vision_features([m for m, _ in part], patches)
-    features = iter(encoded)
+        return model.vision_features([m for m, _ in part], patches)
+
+    passes = side_by_side([functools.partial(encoded, part) for part in _passes(model, media)], model.device)
+    features = itertools.chain.from_iterable(passes)
     return [None if p.media is None else next(features) for p in prompts]
 
 
@@ -74,4 +79,4 @@ def _passes(model: VideoLM, media: Sequence[tuple[Media, Order]]) -> list[list[t
     if torch.is_grad_enabled() and any(hasattr(p, "ds_id") for p in model.visual.parameters()):
         # ZeRO-3 gathers the tower's weights from all ranks in each pass, so that all ranks must make as many passes.
         return [list(media)] if media else []
-    return greedy_batches(media, lambda item: len(item[0].patches), PASS_PATCHES)
+    return even_batches(media, lambda item: len(item[0].patches), PASS_PATCHES, model.device, least=LEAST_PATCHES)

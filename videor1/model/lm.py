@@ -101,6 +101,17 @@ class VideoLM:
             rule=self.position_rule,
         )
 
+    def embeddings(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+        """Return the embeddings [T, H] of a packed row, its media tokens replaced by their features."""
+        embeds: Tensor = self.hf.get_input_embeddings()(ids.to(self.device))
+        if not features:
+            return embeds
+        pads = torch.tensor([self.special.video_pad, self.special.image_pad], device=self.device)
+        at = torch.isin(ids.to(self.device), pads)[:, None]
+        values = torch.cat(list(features)).to(embeds.dtype)
+        assert int(at.sum()) == len(values), (int(at.sum()), len(values))
+        return embeds.masked_scatter(at, values)
+
     def hidden_states(
         self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, features: Sequence[Tensor] = ()
     ) -> Tensor:
@@ -112,16 +123,9 @@ class VideoLM:
             context: defines what each token attends to.
             features: vision features of the row's media, in the row's order; they replace its media tokens.
         """
-        embeds = self.hf.get_input_embeddings()(ids.to(self.device))
-        if features:
-            pads = torch.tensor([self.special.video_pad, self.special.image_pad], device=self.device)
-            at = torch.isin(ids.to(self.device), pads)[:, None]
-            values = torch.cat(list(features)).to(embeds.dtype)
-            assert int(at.sum()) == len(values), (int(at.sum()), len(values))
-            embeds = embeds.masked_scatter(at, values)
         with self.autocast():
             output = self.hf.model.language_model(
-                inputs_embeds=embeds[None],
+                inputs_embeds=self.embeddings(ids, features)[None],
                 position_ids=positions.to(self.device),
                 use_cache=False,
                 videor1_context=context,

@@ -8,6 +8,7 @@ lengths from the device before each layer. It passes all windows at once only to
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -67,9 +68,14 @@ def _attend(
         ends = cu_seq_lens_q.to(query.device)
         out: Any = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)
         return out[None], None
-    windows = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
-    outs = [sdpa_attention_forward(module, *qkv, None, scaling=scaling, is_causal=False)[0] for qkv in windows]
-    return torch.cat(outs, dim=1), None
+    runs = [(length, sum(1 for _ in run)) for length, run in itertools.groupby(cu_seq_lens_q.diff().tolist())]
+    parts = zip(*(x.split([length * count for length, count in runs], dim=2) for x in (query, key, value)), strict=True)
+    outs = []
+    for (length, count), qkv in zip(runs, parts, strict=True):  # neighbours of one length are one batch
+        windows = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        out, _ = sdpa_attention_forward(module, *windows, None, scaling=scaling, is_causal=False)
+        outs.append(out.flatten(0, 1))
+    return torch.cat(outs)[None], None
 
 
 def tower_lengths(grid_thw: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

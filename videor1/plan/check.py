@@ -19,6 +19,7 @@ from videor1.plan.setup import TEXT_TOKENS, Target, build_policy, make_work, sha
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
 from videor1.rollout.local.kv_cache import MIB
 from videor1.seeding import derive_seed
+from videor1.side_by_side import as_on_a_card
 from videor1.training.optim import make_optimizer
 from videor1_kernels.testing import PeakMemory
 
@@ -43,6 +44,8 @@ def measured(
     config: TrainConfig, shape: Qwen2_5_VLConfig, device: torch.device, *, text_tokens: int = TEXT_TOKENS
 ) -> tuple[dict[str, int], int]:
     """Measure a step with random weights on the prompts and completion lengths of the plan.
+
+    A CPU makes the passes as a card does, which is what the plan is of.
 
     Args:
         config: the options of the run.
@@ -80,8 +83,9 @@ def measured(
         engine.generate(requests)
 
     step = TrainingStep(config, model, frozen, optimizer, work, answer)
-    first_update(step)
-    run_step(step, no_phase)  # The first step compiles kernels and allocates workspaces.
+    with as_on_a_card():
+        first_update(step)
+        run_step(step, no_phase)  # The first step compiles kernels and allocates workspaces.
     found: dict[str, int] = {}
     most = 0
 
@@ -94,7 +98,8 @@ def measured(
         if device.type == "cuda":
             most = max(most, torch.cuda.max_memory_allocated(device))
 
-    run_step(step, phase)
+    with as_on_a_card():
+        run_step(step, phase)
     return found, most
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -204,10 +204,9 @@ class Loop(ABC, Generic[C]):
 
     def optimizer_step(
         self,
-        losses: Iterator[Tensor],
+        losses: Sequence[Callable[[], Tensor]],
         metrics: Callable[[], dict[str, Any]],
         *,
-        count: int,
         dummy_loss: Callable[[], Tensor],
     ) -> None:
         """Update the model once, from the losses of the packed rows.
@@ -216,10 +215,9 @@ class Loop(ABC, Generic[C]):
         stops after ``max_nonfinite_steps`` such steps in a row.
 
         Args:
-            losses: the losses of this rank's rows; their sum over all ranks is the loss of the step.
+            losses: compute the losses of this rank's rows; their sum over all ranks is the loss of the step.
             metrics: called after the last row; returns the step's metrics. Their ``num_tokens`` are the step's and are
                 summed over the run.
-            count: number of ``losses``.
             dummy_loss: a loss of 0 that depends on every trained parameter, for ranks with fewer rows than others.
 
         Raises:
@@ -228,7 +226,7 @@ class Loop(ABC, Generic[C]):
         started = time.perf_counter()
         torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
         rate = learning_rate(self.step, self.total_steps, self.config)
-        update = self.ranks.update(losses, count, dummy_loss, self.model.trainable(), rate)
+        update = self.ranks.update(losses, dummy_loss, self.model.trainable(), rate)
         self.step += 1
         row: dict[str, Any] = {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": rate}
         row |= metrics() if math.isfinite(update.loss) else {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.model import VideoLM
+from videor1.model.packing import LEAST_TRAINED_TOKENS, even_batches
 from videor1.rewards.advantages import Scored
 from videor1.training.passes import Packed, pack
 from videor1.types import Group
@@ -52,8 +54,8 @@ def training_rows(
     """Pack the groups of a batch into training rows.
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
-    for, with the same loss. Without a KL term a group whose advantages are all 0 has a gradient of exactly 0: it is in
-    no row, but still counts in the means.
+    for, with the same loss; on a CPU it is several, see ``even_batches``. Without a KL term a group whose advantages
+    are all 0 has a gradient of exactly 0: it is in no row, but still counts in the means.
 
     Args:
         totals: those of all ranks; None: of these groups alone.
@@ -69,12 +71,7 @@ def training_rows(
         trained = [i for i in members if config.beta or bool(scored.result.advantages[i].any())]
         left_out += len(members) - len(trained)
         tokens = int(lengths[members.start : members.stop].sum())
-        for parts in plan_rows(
-            [len(groups[i].prompt.input_ids) for i in trained],
-            [lengths[i].tolist() for i in trained],
-            config.max_tokens_per_row,
-        ):
-            chosen = [(trained[part.group], part.completions) for part in parts]
+        for chosen in _plan(trained, groups, lengths, config.max_tokens_per_row, model.device):
             packed = pack(
                 model,
                 [groups[i].prompt for i, _ in chosen],
@@ -89,6 +86,22 @@ def training_rows(
             )
             rows.append(TrainingRow(packed, tuple(i for i, _ in chosen), places, weight))
     return rows, left_out
+
+
+def _plan(
+    trained: Sequence[int], groups: Sequence[Group], lengths: Tensor, limit: int | None, device: torch.device
+) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+    """Yield the rows of a micro-batch: groups, each with its completions in the row."""
+
+    def tokens(i: int) -> int:
+        return len(groups[i].prompt.input_ids) + int(lengths[i].sum())
+
+    for batch in even_batches(trained, tokens, sys.maxsize, device, least=LEAST_TRAINED_TOKENS):
+        prompts, completions = zip(
+            *((len(groups[i].prompt.input_ids), lengths[i].tolist()) for i in batch), strict=True
+        )
+        for parts in plan_rows(prompts, completions, limit):
+            yield [(batch[part.group], part.completions) for part in parts]
 
 
 def loss_weight(loss_type: str, *, completions: float, tokens: float, micro_batches: int) -> float:

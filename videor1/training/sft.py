@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from videor1.data import Dataset
 from videor1.data.source import Source
 from videor1.data.stream import RowStream, open_dataset
 from videor1.errors import ConfigError
-from videor1.model.packing import greedy_batches
+from videor1.model.packing import LEAST_TRAINED_TOKENS, even_batches
 from videor1.model.prompts import build_sft_ids
 from videor1.training.loop import Loop
 from videor1.training.passes import pack, sft_loss
@@ -75,18 +76,22 @@ class SFTTrainer(Loop[SFTConfig]):
         micro = [
             self.source.take(config.per_device_train_batch_size) for _ in range(config.gradient_accumulation_steps)
         ]
-        rows = [row for examples in micro for row in greedy_batches(examples, len, config.max_length)]
+        device = self.model.device
+        rows = [
+            row
+            for examples in micro
+            for row in even_batches(examples, len, config.max_length, device, least=LEAST_TRAINED_TOKENS)
+        ]
         waited = time.perf_counter() - started
         own_target_tokens = sum(len(example.answer) for row in rows for example in row)
         own_tokens = sum(len(example) for row in rows for example in row)
         gathered = self.ranks.gather((own_target_tokens, own_tokens))
         target_tokens, num_tokens = map(sum, zip(*gathered, strict=True))
 
-        def losses() -> Iterator[Tensor]:
-            for row in rows:
-                packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
-                loss = sft_loss(self.model, packed, target_tokens, self.config.kernels)
-                yield loss if any(e.prompt.media for e in row) else loss + self.dummy_tower_loss()
+        def loss_of(row: Sequence[Example]) -> Tensor:
+            packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
+            loss = sft_loss(self.model, packed, target_tokens, self.config.kernels)
+            return loss if any(e.prompt.media for e in row) else loss + self.dummy_tower_loss()
 
         def metrics() -> dict[str, Any]:
             return {
@@ -95,7 +100,7 @@ class SFTTrainer(Loop[SFTConfig]):
                 "time/tokens_per_second": num_tokens / (time.perf_counter() - started),
             }
 
-        self.optimizer_step(losses(), metrics, count=len(rows), dummy_loss=self.dummy_loss)
+        self.optimizer_step([partial(loss_of, row) for row in rows], metrics, dummy_loss=self.dummy_loss)
 
     def title(self) -> str:
         goal = self.config.stop_at_accuracy

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, score_groups
 from videor1.rewards.judge import TemporalJudge
 from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, make_engine
+from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import Loop
-from videor1.training.passes import Packed, completion_logp, tgrpo_loss
+from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, batch_totals, sum_totals, training_rows
 from videor1.training.step_metrics import make_step_report, step_metrics
@@ -111,19 +112,18 @@ class Trainer(Loop[TrainConfig]):
         totals = sum_totals(self.ranks.gather(batch_totals(scored.lengths, config)))
         rows, left_out = training_rows(self.model, groups, scored, config, totals)
         row_features = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
-        with self._reference_weights():
-            ref_logps = [self._reference_logp(row.packed, f) for row, f in zip(rows, row_features, strict=True)]
+        ref_logps = self._reference_logps(rows, row_features)
         timer.mark("time/reference")
 
         old_logps: list[Tensor | None] = [None] * len(rows)
         for _ in range(min(config.num_iterations, self.total_steps - self.step)):
-            results: list[GrpoLoss] = []
+            results: dict[int, GrpoLoss] = {}
             losses = self._losses(rows, scored, totals.tokens, old_logps, ref_logps, row_features, results)
             metrics = functools.partial(self._metrics, batch, rows, results, left_out, timer)
-            self.optimizer_step(losses, metrics, count=len(rows), dummy_loss=self.dummy_loss)
+            self.optimizer_step(losses, metrics, dummy_loss=self.dummy_loss)
             self.weights_are_new = True
-            # There are fewer results than rows where a loss was not finite: the step was skipped.
-            for i, result in enumerate(results):
+            # There may be fewer results than rows where a loss was not finite: the step was skipped.
+            for i, result in results.items():
                 if old_logps[i] is None and bool(result.logp.isfinite().all()):
                     old_logps[i] = result.logp
 
@@ -226,29 +226,30 @@ class Trainer(Loop[TrainConfig]):
         old_logps: Sequence[Tensor | None],
         ref_logps: Sequence[Tensor | None],
         row_features: Sequence[list[Tensor] | None],
-        results: list[GrpoLoss],
-    ) -> Iterator[Tensor]:
-        """Yield the weighted loss of each row in turn, so that its graph is freed before the next one is built.
-
-        The detached result of each row is appended to ``results``.
-        """
+        results: dict[int, GrpoLoss],
+    ) -> list[Callable[[], Tensor]]:
+        """Return what computes the weighted loss of each row, and puts its detached result into ``results``."""
         advantages = scored.result.advantages.flatten()
-        for row, old_logp, ref_logp, features in zip(rows, old_logps, ref_logps, row_features, strict=True):
+
+        def loss_of(i: int) -> Tensor:
+            row, features = rows[i], row_features[i]
             result = tgrpo_loss(
                 self.model,
                 row.packed,
                 advantages[row.completions],
                 self.config,
                 num_tokens=tokens,
-                old_logp=old_logp,
-                ref_logp=ref_logp,
+                old_logp=old_logps[i],
+                ref_logp=ref_logps[i],
                 features=features,
             )
-            # Detached, since the list would otherwise keep the row's graph alive.
-            results.append(dataclasses.replace(result, loss=result.loss.detach()))
+            # Detached, since ``results`` would otherwise keep the row's graph alive.
+            results[i] = dataclasses.replace(result, loss=result.loss.detach())
             loss = result.loss * row.weight
             has_media = any(p.media is not None for p in row.packed.prompts)
-            yield loss if features is not None or has_media else loss + self.dummy_tower_loss()
+            return loss if features is not None or has_media else loss + self.dummy_tower_loss()
+
+        return [functools.partial(loss_of, i) for i in range(len(rows))]
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
         """Return the rollout's vision features for use in training; None where the tower is trained or has not run."""
@@ -265,9 +266,9 @@ class Trainer(Loop[TrainConfig]):
         return self.ranks.gathered_parameters() if shared else contextlib.nullcontext()
 
     def _metrics(
-        self, batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int, timer: _PhaseTimer
+        self, batch: Batch, rows: Sequence[TrainingRow], results: dict[int, GrpoLoss], left_out: int, timer: _PhaseTimer
     ) -> dict[str, Any]:
-        reports = self.ranks.gather(make_step_report(batch, rows, results, left_out))
+        reports = self.ranks.gather(make_step_report(batch, rows, [results[i] for i in range(len(rows))], left_out))
         metrics = step_metrics(reports, timer.seconds, timer.total())
         self._warn_without_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
@@ -288,13 +289,18 @@ class Trainer(Loop[TrainConfig]):
                 "start (python -m videor1.sft) or easier questions, one that always is needs harder ones"
             )
 
-    def _reference_logp(self, row: Packed, features: list[Tensor] | None) -> Tensor | None:
+    def _reference_logps(
+        self, rows: Sequence[TrainingRow], row_features: Sequence[list[Tensor] | None]
+    ) -> list[Tensor] | list[None]:
+        """Return the reference model's log-probs of each row's tokens; None where there is no KL term."""
         if not self.config.beta:
-            return None
-        with self.model.as_reference(self.frozen) as reference:
-            return completion_logp(
-                reference, row, temperature=self.config.temperature, features=features, backend=self.config.kernels
+            return [None] * len(rows)
+        with self._reference_weights(), self.model.as_reference(self.frozen) as reference:
+            logp = functools.partial(
+                completion_logp, reference, temperature=self.config.temperature, backend=self.config.kernels
             )
+            calls = [functools.partial(logp, row.packed, features=f) for row, f in zip(rows, row_features, strict=True)]
+            return side_by_side(calls, self.model.device)
 
 
 class _PhaseTimer:

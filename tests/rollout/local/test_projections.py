@@ -19,6 +19,7 @@ from videor1.rollout.local import decode
 from videor1.rollout.local import projections as module
 from videor1.rollout.local.projections import Projections
 from videor1.rollout.local.step import DecodeStep
+from videor1.side_by_side import as_on_a_card
 from videor1_kernels.testing import rounding
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -103,6 +104,9 @@ def test_a_rollout_samples_the_adapted_policy() -> None:
         def __call__(self, x: Tensor) -> Tensor:
             return torch.cat([layer(x) for layer in self.layers], 1)
 
+        def joined(self) -> None:
+            return None
+
     model = adapted()
     seen = []
     for _ in range(2):
@@ -133,7 +137,7 @@ def test_launches_of_a_layer() -> None:
         start(self, *args, **kwargs)
         step = self.decoder
 
-    with patch.object(DecodeStep, "__init__", kept):
+    with patch.object(DecodeStep, "__init__", kept), as_on_a_card():
         answer(model, requests, SamplingOptions(3))
     assert step is not None
     layers, operations = len(step.layers), step.operations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,9 +13,13 @@ from torch import Tensor
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.local.projections import Projections
+from videor1.rollout.local.text_layers import OPERATIONS, TextLayers
+from videor1.side_by_side import on_cores, side_by_side, threads
 from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.rotary_append.reference import Places
+
+LEAST_ROWS = 48  # that are worth a thread
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,11 @@ class Decoder:
         self.model, self.text, self.cache = model, model.hf.model.language_model, cache
         self.dtype = model.compute_dtype
         self.operations = Operations.of(model, backend)
+        chosen = {dispatch.chosen_backend(op, model.device, backend, self.dtype) for op in OPERATIONS}
+        native = chosen == {"native"} and on_cores(model.device) and not model.flash
         self.layers = [_Layer.of(layer, self.dtype) for layer in self.text.layers]
         self.scale = self.text.layers[0].self_attn.scaling
+        self.native = TextLayers.of(self.text, self.layers, self.dtype) if native else None
         self.first = positions.start
         every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
         self.cos, self.sin = (x.reshape(len(positions), -1) for x in self.text.rotary_emb(self._example_state(), every))
@@ -111,6 +119,14 @@ class Decoder:
                 found += read
         return [x.detach() for x in found]
 
+    def prefill(self, ids: Tensor, positions: Tensor, features: Sequence[Tensor], context: Prefill) -> Tensor:
+        """Return the last hidden states [T, H] of prompts end to end, see ``VideoLM.hidden_states``."""
+        if self.native is None:
+            return self.model.hidden_states(ids, positions, context, features)
+        x = self.model.embeddings(ids, features)
+        cos, sin = (table.reshape(len(ids), -1) for table in self.text.rotary_emb(x, positions))
+        return self._normed(self.native.prefill(x, cos, sin, context.layout, context.cache, context.starts))
+
     def states(self, tokens: Tensor, positions: Tensor, lengths: Tensor, layout: DecodeLayout) -> Tensor:
         """Return the last hidden states [R, H] in the compute dtype; the keys and values go to the cache.
 
@@ -129,6 +145,13 @@ class Decoder:
             return normed.to(dtype), summed
 
         change: Tensor = self.text.embed_tokens(tokens)  # what is added to the residual stream next
+        if self.native is not None:
+            run_some = functools.partial(
+                self.native.decode, change, self.cos, self.sin, cache, positions - self.first, lengths, layout
+            )
+            step = max(LEAST_ROWS, -(-len(tokens) // threads()))
+            calls = [functools.partial(run_some, slice(i, i + step)) for i in range(0, len(tokens), step)]
+            return self._normed(torch.cat(side_by_side(calls, tokens.device)))
         hidden: Tensor | None = None
         for index, layer in enumerate(self.layers):
             x, hidden = norm(layer.input_norm, change, hidden)
@@ -138,7 +161,11 @@ class Decoder:
             out = run.attention(inputs, layout, self.scale)
             x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
             change = layer.down(run.silu(layer.gate_up(x)))
-        return self.text.norm(change if hidden is None else hidden + change).to(dtype)
+        return self._normed(change if hidden is None else hidden + change)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.text.norm(hidden)
+        return normed.to(self.dtype)
 
 
 class _Norm(NamedTuple):

@@ -7,6 +7,7 @@ step (continuous batching); the slots of ended sequences go to waiting branches.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from videor1.model import VideoLM
-from videor1.model.packing import greedy_batches
+from videor1.model.packing import LEAST_TOKENS, even_batches
 from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
@@ -25,6 +26,7 @@ from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
 from videor1.rollout.local.step import DecodeStep
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
 from videor1.seeding import generator
+from videor1.side_by_side import side_by_side
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
 from videor1_kernels.transfer import to_device
@@ -185,11 +187,14 @@ class Run:
 
     def generate(self) -> Rollout:
         """Prefill and decode until no branch is waiting or in flight."""
+        device = self.model.device
         while True:
             self._drop_unneeded()
             if admitted := self.scheduler.admit():
-                for jobs in greedy_batches(admitted, lambda job: job.length, PREFILL_TOKENS):
-                    self._prefill(jobs)
+                batches = even_batches(admitted, lambda job: job.length, PREFILL_TOKENS, device, least=LEAST_TOKENS)
+                ends = side_by_side([functools.partial(self._prefill, jobs) for jobs in batches], device)
+                for jobs, hidden in zip(batches, ends, strict=True):
+                    self._first_tokens(jobs, hidden)
             elif self.in_flight.sequences:
                 self._decode()
             elif not self.unread:
@@ -209,28 +214,31 @@ class Run:
         ]
         return Rollout(groups, self.stats)
 
-    def _prefill(self, jobs: Sequence[Job]) -> None:
-        """Prefill the prompt of each new branch once, and sample the first token of its sequences."""
+    def _prefill(self, jobs: Sequence[Job]) -> Tensor:
+        """Prefill the prompt of each new branch once; return the hidden states [jobs, H] of their last tokens."""
         model = self.model
         prompts = [job.request.prompt for job in jobs]
         positions, firsts = zip(*(self.positions[job.number] for job in jobs), strict=True)
         layout = PrefixLayout([job.length for job in jobs], [[] for _ in jobs], device=model.device)
-        context = Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend, self.model.flash)
-        hidden = model.hidden_states(
+        hidden = self.step.decoder.prefill(
             torch.cat([prompt.input_ids for prompt in prompts]),
             layout.text_positions(positions, firsts),
-            context,
             [job.branch.features for job in jobs if job.branch.features is not None],
+            Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend, self.model.flash),
         )
-        ends = torch.tensor(layout.prompt_lengths).cumsum(0) - 1
+        return hidden[to_device(torch.tensor(layout.prompt_lengths).cumsum(0) - 1, model.device)]
+
+    def _first_tokens(self, jobs: Sequence[Job], hidden: Tensor) -> None:
+        """Sample the first token of each sequence of new branches, from what their prefill has returned."""
+        firsts = [self.positions[job.number][1] for job in jobs]
         new = [sequence for job in jobs for sequence in job.sequences]
         counts = torch.tensor([len(job.sequences) for job in jobs])
         uniform = torch.stack([*map(self._uniform, new)])
         first_uniform = self.in_flight.add(new, torch.tensor(firsts).repeat_interleave(counts), uniform)
         # The head computes one position per branch: all its sequences draw their first token from the same logits.
         branch = torch.arange(len(jobs)).repeat_interleave(counts)
-        ends, branch = (to_device(x, model.device) for x in (ends, branch))
-        tokens, logp = self.step.draw(self.step.logits(hidden[ends])[branch], first_uniform)
+        branch = to_device(branch, self.model.device)
+        tokens, logp = self.step.draw(self.step.logits(hidden)[branch], first_uniform)
         self.in_flight.first_tokens(tokens)
         self._launched(new, torch.stack([tokens.double(), logp.double()]))
 

@@ -67,6 +67,10 @@ class Projections:
         self._weights = [m.weight.detach() for m in plain]
         self._a = torch.cat(a) if a else None
 
+    def joined(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """Return (weight [out + ranks, in], bias, B [out, ranks] or None), or None where there is no such matrix."""
+        return (self._weight, self._bias, self._b) if self._modules is None and self._packed else None
+
     def tensors(self) -> list[Tensor] | None:
         """Return all that a call reads; None where layers are called as they are."""
         if self._modules is not None:

@@ -7,13 +7,15 @@ step. All ranks take the same decisions: anything that a decision depends on is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from videor1.side_by_side import side_by_side, threads
 from videor1.training.optim import guarded_step, load_state_tensors, state_tensors
 
 T = TypeVar("T")
@@ -35,6 +37,7 @@ class Ranks:
     def __init__(self) -> None:
         self._optimizer: Any = None  # from :meth:`prepare` on
         self._max_grad_norm = math.inf
+        self._random = False  # whether a training pass draws random numbers, in an order that must stay
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +71,7 @@ class Ranks:
         """Set the model and its optimizer; called once, before the first step."""
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in hf.modules())
 
     def gathered_parameters(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which every parameter is whole on this rank, and no rank waits for another.
@@ -78,8 +82,7 @@ class Ranks:
 
     def update(
         self,
-        losses: Iterator[Tensor],
-        count: int,
+        losses: Sequence[Callable[[], Tensor]],
         dummy_loss: Callable[[], Tensor],
         parameters: dict[str, nn.Parameter],
         rate: float,
@@ -87,22 +90,53 @@ class Ranks:
         """Make one optimizer step on the sum of all ranks' losses.
 
         Args:
-            losses: the losses of this rank's rows, each computed when the iterator reaches it.
-            count: number of ``losses``.
+            losses: compute the losses of this rank's rows, each once at most; on a CPU several at a time.
             dummy_loss: returns a loss of 0 that depends on every trained parameter, for ranks with fewer rows.
             parameters: the trained parameters by name.
             rate: learning rate.
         """
         total = 0.0
-        for loss in losses:
-            total += float(loss.detach())
+        for loss in self._differentiated(losses, list(parameters.values())):
+            total += loss
             if not math.isfinite(total):
                 self._optimizer.zero_grad(set_to_none=True)
                 return Update(total, math.nan, False)
-            if loss.requires_grad:
-                loss.backward()
         norm, finite = guarded_step(self._optimizer, parameters, rate, self._max_grad_norm)
         return Update(total, norm, finite)
+
+    def _differentiated(
+        self, losses: Sequence[Callable[[], Tensor]], parameters: Sequence[nn.Parameter]
+    ) -> Iterator[float]:
+        """Yield each loss, and add its gradient to the parameters' before the next.
+
+        On a CPU several rows are differentiated side by side; their gradients are added in the order of the rows, with
+        the same sums as one after the other.
+        """
+        device = parameters[0].device
+        if self._random or device.type != "cpu" or threads() < 2:
+            for compute in losses:
+                loss = compute()
+                yield float(loss.detach())
+                if loss.requires_grad:
+                    loss.backward()
+            return
+
+        def gradients(compute: Callable[[], Tensor]) -> tuple[float, Sequence[Tensor]]:
+            loss = compute()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+            return float(loss.detach()), found
+
+        for start in range(0, len(losses), threads()):  # so that no more gradients than these are in memory
+            some = losses[start : start + threads()]
+            for value, gradient in side_by_side([functools.partial(gradients, call) for call in some], device):
+                yield value
+                for parameter, own in zip(parameters, gradient, strict=bool(gradient)):
+                    if own is None:
+                        continue
+                    if parameter.grad is None:
+                        parameter.grad = torch.empty_like(parameter).copy_(own)
+                    else:
+                        parameter.grad.add_(own)
 
     def trainer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return the part of the optimizer's state that this rank writes, named as by ``optim.state_tensors``."""

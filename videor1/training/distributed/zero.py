@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,20 +113,19 @@ class ZeroRanks(Ranks):
 
     def update(
         self,
-        losses: Iterator[Tensor],
-        count: int,
+        losses: Sequence[Callable[[], Tensor]],
         dummy_loss: Callable[[], Tensor],
         parameters: dict[str, nn.Parameter],
         rate: float,
     ) -> Update:
         with _report_lost_rank():
-            return self._update(losses, count, dummy_loss, rate)
+            return self._update(losses, dummy_loss, rate)
 
-    def _update(self, losses: Iterator[Tensor], count: int, dummy_loss: Callable[[], Tensor], rate: float) -> Update:
-        passes, total = max(1, *self.gather(count)), 0.0
+    def _update(self, losses: Sequence[Callable[[], Tensor]], dummy_loss: Callable[[], Tensor], rate: float) -> Update:
+        passes, total = max(1, *self.gather(len(losses))), 0.0
         for i in range(passes):
             self._engine.set_gradient_accumulation_boundary(i == passes - 1)
-            loss = self._engine(lambda i=i: next(losses) if i < count else dummy_loss())
+            loss = self._engine(losses[i] if i < len(losses) else dummy_loss)
             total += float(loss.detach())
             self._engine.backward(loss * self.world)  # The engine averages over ranks; the loss is their sum.
             if i < passes - 1:
