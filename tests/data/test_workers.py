@@ -4,6 +4,8 @@ import collections
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -186,6 +188,29 @@ def test_workers_do_not_outlive_their_parent(end: str, scripts: ForkServer, tmp_
     wait_for_end(workers)
     for pid in filter(alive, programs):  # that Ctrl-C has left
         os.kill(pid, signal.SIGKILL)
+
+
+LEFT_OPEN = f"""
+    {IMPORTS}
+    def load(item):
+        return item
+
+    def held():
+        with Prefetcher(load, workers=1, depth=1, timeout=500, key=Key) as ahead:
+            assert list(ahead.iterate(range(2))) == [(0, 0), (1, 1)]
+            yield
+
+    if __name__ == "__main__":
+        kept = held()
+        next(kept)
+    """
+
+
+def test_an_interpreter_that_ends_with_open_workers_ends(tmp_path: Path) -> None:
+    """It closes them when no thread can begin any more."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(LEFT_OPEN))
+    subprocess.run([sys.executable, str(script)], check=True, timeout=PATIENCE)
 
 
 STARTS = f"""

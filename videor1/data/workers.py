@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -124,8 +125,9 @@ class WorkerPool:
     def stop(self) -> None:
         """Kill the workers and their running calls."""
         self._unfinished.clear()
-        stopping = self._stop_in_background()
-        stopping.join(timeout=15)
+        # An interpreter that is ending would wait for ever for a new thread to begin; the workers end with it.
+        if not sys.is_finalizing():
+            self._stop_in_background().join(timeout=15)
 
     def _poll(self, task: Task) -> Reply | None:
         """Return the reply, or None if there is none after half a second or after a restart."""
