@@ -30,7 +30,7 @@ class OurStep(Trainer):
         watch(self.source, "take", "decode")
         watch(self, "rollout", "rollout")
         watch(self.model, "vision_features", "prefill", inside="rollout")
-        watch(self, "_reference_logp", "reference")
+        watch(self, "_reference_logps", "reference")
         watch(self, "optimizer_step", "policy")
         watch(self.optimizer, "step", "optimizer")
         for owner, name, phase in ((Run, "_prefill", "prefill"), (tgrpo, "score_groups", "rewards")):

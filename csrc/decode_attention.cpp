@@ -1,19 +1,25 @@
 // Attention of one new token per row over its group's prefix and its own suffix, in fp32 on a CPU: dozens of small tensor
-// operations in one call, and no copy of a key or value.
+// operations in one call.
 //
-// Compiled by videor1_kernels/extension.py at its first use, called through ctypes. A row and key head is one task that
-// sums in a fixed order: the bits are the same for any number of threads.
+// Compiled by videor1_kernels/extension.py at its first use, called through ctypes. Rows of one prefix take its keys
+// together, as products of matrices, and then each its own. A tile of such rows and a key head is one task. What a row
+// sums, and in which order, depends neither on the rows beside it nor on the number of threads.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <unordered_map>
 #include <vector>
 
+#include "videor1/attention_tile.h"
 #include "videor1/exp.h"
 #include "videor1/simd.h"
 
 namespace {
 
-constexpr int kLanes = 16;  // head dims are multiples of it
+constexpr int kBlock = 12;  // keys of a product, which every processor's blocks divide
+constexpr int kFew = 4;
+constexpr int kFull = 16;  // lanes of the products with a row's own keys; head dims are multiples of it
 
 struct Strides {
   int64_t entry, head;  // of consecutive tokens, and of key heads, in elements
@@ -30,17 +36,13 @@ struct Call {
   float scale;
 };
 
-using videor1::exp_negative;
-using videor1::Lanes;
-using videor1::Quarter;
-using videor1::Scalar;
-using videor1::sums_of;
+using namespace videor1;
 
 ALWAYS_INLINE float sum_of(Lanes x) { return sums_of(x, x, x, x)[0]; }
 
 ALWAYS_INLINE Lanes product_of(const float* q, const float* k, int64_t dim) {
   Lanes sum = {0};
-  for (int64_t d = 0; d < dim; d += kLanes)
+  for (int64_t d = 0; d < dim; d += kFull)
     sum += *reinterpret_cast<const Lanes*>(q + d) * *reinterpret_cast<const Lanes*>(k + d);
   return sum;
 }
@@ -49,10 +51,10 @@ ALWAYS_INLINE Lanes product_of(const float* q, const float* k, int64_t dim) {
 ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t repeat, int64_t dim,
                              int64_t total, float* scores) {
   int64_t t = 0;
-  for (; t + kLanes <= count; t += kLanes, k += kLanes * stride) {
+  for (; t + kFull <= count; t += kFull, k += kFull * stride) {
     for (int64_t i = 0; i < repeat; ++i) {
-      Lanes products[kLanes];
-      for (int j = 0; j < kLanes; ++j) products[j] = product_of(q + i * dim, k + j * stride, dim);
+      Lanes products[kFull];
+      for (int j = 0; j < kFull; ++j) products[j] = product_of(q + i * dim, k + j * stride, dim);
       *reinterpret_cast<Lanes*>(scores + i * total + t) = sums_of(products);
     }
   }
@@ -68,24 +70,24 @@ ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int
     for (int64_t i = 0; i < repeat; ++i) scores[i * total + t] = sum_of(product_of(q + i * dim, k, dim));
 }
 
-// out += sum over t of weights[t] * v[t] for M * kLanes entries, which stay in registers; even and odd tokens are summed
+// out += sum over t of weights[t] * v[t] for M * kFull entries, which stay in registers; even and odd tokens are summed
 // apart, so that one addition does not wait for the last.
 template <int M>
 ALWAYS_INLINE void add_weighted(const float* weights, const float* v, int64_t stride, int64_t count, float* out) {
   Lanes even[M], odd[M];
   for (int m = 0; m < M; ++m) {
-    even[m] = *reinterpret_cast<const Lanes*>(out + m * kLanes);
+    even[m] = *reinterpret_cast<const Lanes*>(out + m * kFull);
     odd[m] = Lanes{0};
   }
   int64_t t = 0;
   for (; t + 2 <= count; t += 2, v += 2 * stride)
     for (int m = 0; m < M; ++m) {
-      even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kLanes);
-      odd[m] += weights[t + 1] * *reinterpret_cast<const Lanes*>(v + stride + m * kLanes);
+      even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kFull);
+      odd[m] += weights[t + 1] * *reinterpret_cast<const Lanes*>(v + stride + m * kFull);
     }
   if (t < count)
-    for (int m = 0; m < M; ++m) even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kLanes);
-  for (int m = 0; m < M; ++m) *reinterpret_cast<Lanes*>(out + m * kLanes) = even[m] + odd[m];
+    for (int m = 0; m < M; ++m) even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kFull);
+  for (int m = 0; m < M; ++m) *reinterpret_cast<Lanes*>(out + m * kFull) = even[m] + odd[m];
 }
 
 // out[i] += sum over t of weights[i * total + t] * v[t]
@@ -95,77 +97,276 @@ ALWAYS_INLINE void add_values(const float* weights, const float* v, int64_t stri
     const float* own = weights + i * total;
     float* to = out + i * dim;
     int64_t d = 0;
-    for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_weighted<4>(own, v + d, stride, count, to + d);
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) add_weighted<2>(own, v + d, stride, count, to + d);
+    for (; d + 4 * kFull <= dim; d += 4 * kFull) add_weighted<4>(own, v + d, stride, count, to + d);
+    for (; d + 2 * kFull <= dim; d += 2 * kFull) add_weighted<2>(own, v + d, stride, count, to + d);
     if (d < dim) add_weighted<1>(own, v + d, stride, count, to + d);
   }
 }
 
-EVERY_CPU void attend(const Call& call, int64_t row, int64_t head, std::vector<float>& memory) {
-  const int64_t start = call.rows[3 * row], prefix = call.rows[3 * row + 1], slot = call.rows[3 * row + 2];
-  const int64_t suffix = call.lengths[row], repeat = call.repeat, dim = call.dim;
-  const int64_t total = (prefix + suffix + kLanes - 1) / kLanes * kLanes;
-  memory.resize(repeat * (total + dim));
-  float* scores = memory.data();
-  float* queries = scores + repeat * total;
-  const int64_t at = (row * call.heads + head) * repeat * dim;
-  for (int64_t i = 0; i < repeat * dim; ++i) queries[i] = call.q[at + i] * call.scale;
+// Some query heads of rows that share a prefix: a lane is a query, `repeat` of each row.
+struct Tile {
+  const int32_t* rows;   // of the group
+  int64_t first, lanes;  // among the group's queries
+};
 
-  const float* own_k = call.suffix_k + slot * call.sk_slot + head * call.sk.head;
-  const float* own_v = call.suffix_v + slot * call.sv_slot + head * call.sv.head;
-  const float* shared_k = call.prefix_k + start * call.pk.entry + head * call.pk.head;
-  const float* shared_v = call.prefix_v + start * call.pv.entry + head * call.pv.head;
-  scores_of(queries, shared_k, call.pk.entry, prefix, repeat, dim, total, scores);
-  scores_of(queries, own_k, call.sk.entry, suffix, repeat, dim, total, scores + prefix);
+// Memory of one thread; a tile of keys or rows is filled up to whole blocks of a product.
+struct Memory {
+  alignas(64) float scores[(kKeys + 16) * kStride], top[kStride], sum[kStride];
+  std::vector<float> queries, turned, out, keys, values, own;
+};
 
-  float* out = call.out + at;
-  std::fill(out, out + repeat * dim, 0.0f);
-  float sums[kLanes];
-  for (int64_t i = 0; i < repeat; ++i) {
-    float* own = scores + i * total;
-    for (int64_t t = prefix + suffix; t < total; ++t) own[t] = own[0];  // fills the last lanes; not counted below
-    float top[kLanes];
-    std::copy(own, own + kLanes, top);
-    for (int64_t t = 0; t < total; t += kLanes)
-      for (int l = 0; l < kLanes; ++l) top[l] = own[t + l] > top[l] ? own[t + l] : top[l];
-    const float most = *std::max_element(top, top + kLanes);
+// How many of a prefix's keys are taken at once: equal parts, so that none is tiny.
+ALWAYS_INLINE int64_t part_of(int64_t length) {
+  const int64_t parts = std::max<int64_t>(1, (length + kKeys - 1) / kKeys);
+  return std::max<int64_t>(1, ((length + parts - 1) / parts + kBlock - 1) / kBlock) * kBlock;
+}
+
+// The values of `count` tokens, one after the other.
+ALWAYS_INLINE const float* values_of(const Call& call, int64_t token, int64_t head, int64_t count, Memory& memory) {
+  const float* v = call.prefix_v + token * call.pv.entry + head * call.pv.head;
+  if (call.pv.entry == call.dim) return v;
+  for (int64_t t = 0; t < count; ++t)
+    std::memcpy(&memory.values[t * call.dim], v + t * call.pv.entry, call.dim * sizeof(float));
+  return memory.values.data();
+}
+
+template <typename P>
+ALWAYS_INLINE void take_prefix(const Call& call, int64_t start, int64_t length, int64_t head, int64_t lanes, Memory& memory) {
+  const int64_t dim = call.dim, step = part_of(length);
+  for (int64_t from = 0; from < length; from += step) {
+    const int64_t count = std::min(step, length - from);
+    const float* k = call.prefix_k + (start + from) * call.pk.entry + head * call.pk.head;
+    const float* v = values_of(call, start + from, head, count, memory);
+    // A product reads whole blocks of keys: what is behind the last key may be no memory of the cache's.
+    const int64_t whole = count / kBlock * kBlock;
+    for (int64_t t = whole; t < count; ++t)
+      std::memcpy(&memory.keys[(t - whole) * dim], k + t * call.pk.entry, dim * sizeof(float));
+    scores<P>(k, call.pk.entry, memory.turned.data(), memory.scores, whole, lanes, dim, nullptr);
+    scores<P>(memory.keys.data(), dim, memory.turned.data(), memory.scores + whole * kStride, count - whole, lanes, dim,
+              nullptr);
+    soften<P>(memory.scores, count, lanes, nullptr, memory.top, memory.sum, memory.out.data(), dim);
+    collect<P>(memory.scores, v, memory.out.data(), count, lanes, dim, nullptr);
+  }
+}
+
+// The same for up to kFew queries, which would leave vectors of queries empty: here a vector holds keys, turned first. A
+// query's products and sums are those of take_prefix, in the same order.
+template <typename P>
+ALWAYS_INLINE void take_prefix_for_few(const Call& call, int64_t start, int64_t length, int64_t head, int64_t lanes,
+                                       Memory& memory) {
+  using F = typename P::F;
+  const int64_t dim = call.dim, step = part_of(length);
+  float* weights = memory.scores;  // [kFew, kStride]
+  for (int64_t from = 0; from < length; from += step) {
+    const int64_t count = std::min(step, length - from);
+    const float* k = call.prefix_k + (start + from) * call.pk.entry + head * call.pk.head;
+    const float* v = values_of(call, start + from, head, count, memory);
+    for (int64_t t = 0; t < count; t += kFull)
+      for (int64_t d = 0; d < dim; d += kFull) {
+        Lanes block[kFull];
+        for (int64_t i = 0; i < kFull; ++i) {  // behind the last key, that key again
+          const int64_t key = std::min(t + i, count - 1);
+          block[i] = *reinterpret_cast<const Lanes*>(k + key * call.pk.entry + d);
+          __builtin_prefetch(v + key * dim + d);  // read next; and the keys of the next part
+          __builtin_prefetch(k + (key + step) * call.pk.entry + d);
+        }
+        turn(block);
+        for (int64_t i = 0; i < kFull; ++i) *reinterpret_cast<Lanes*>(&memory.keys[(d + i) * kStride + t]) = block[i];
+      }
+    for (int64_t t = 0; t < count; t += 2 * P::kLanes)
+      rows_of<P, 2>(lanes, memory.queries.data(), dim, 1, &memory.keys[t], kStride, weights + t, kStride, dim, false);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      float* own = weights + lane * kStride;
+      float most = memory.top[lane];
+      for (int64_t t = 0; t < count; ++t) most = own[t] > most ? own[t] : most;
+      for (int64_t t = 0; t < count; t += P::kLanes) {
+        F x = at<P>(own + t) - most;
+        exp_negative<P>(x);
+        at<P>(own + t) = x;
+      }
+      float total = 0.0f, change = memory.top[lane] - most;
+      exp_negative<Scalar>(change);
+      for (int64_t t = 0; t < count; ++t) total += own[t];
+      memory.top[lane] = most;
+      memory.sum[lane] = memory.sum[lane] * change + total;
+      for (int64_t d = 0; d < dim; ++d) memory.out[lane * dim + d] *= change;
+    }
+    for (int64_t d = 0; d < dim;) {
+      if (dim - d > P::kLanes)
+        rows_of<P, 2>(lanes, weights, kStride, 1, v + d, dim, &memory.out[d], dim, count, true), d += 2 * P::kLanes;
+      else
+        rows_of<P, 1>(lanes, weights, kStride, 1, v + d, dim, &memory.out[d], dim, count, true), d += P::kLanes;
+    }
+  }
+}
+
+// Lanes `lane` to `lane + heads` are queries of one row.
+ALWAYS_INLINE void take_own(const Call& call, int64_t row, int64_t head, int64_t lane, int64_t heads, Memory& memory) {
+  const int64_t slot = call.rows[3 * row + 2], count = call.lengths[row], dim = call.dim;
+  const int64_t total = (count + kFull - 1) / kFull * kFull;
+  memory.own.resize(heads * total);
+  float* weights = memory.own.data();
+  float* out = &memory.out[lane * dim];
+  const float* k = call.suffix_k + slot * call.sk_slot + head * call.sk.head;
+  const float* v = call.suffix_v + slot * call.sv_slot + head * call.sv.head;
+  scores_of(&memory.queries[lane * dim], k, call.sk.entry, count, heads, dim, total, weights);
+  for (int64_t i = 0; i < heads; ++i) {
+    float* own = weights + i * total;
+    for (int64_t t = count; t < total; ++t) own[t] = own[0];  // fills the last lanes; not counted below
+    float top[kFull];
+    std::copy(own, own + kFull, top);
+    for (int64_t t = 0; t < total; t += kFull)
+      for (int l = 0; l < kFull; ++l) top[l] = own[t + l] > top[l] ? own[t + l] : top[l];
+    const float before = memory.top[lane + i], most = std::max(before, *std::max_element(top, top + kFull));
     for (int64_t t = 0; t < total; ++t) {
       own[t] -= most;
       exp_negative<Scalar>(own[t]);
     }
-    for (int64_t t = prefix + suffix; t < total; ++t) own[t] = 0.0f;
-    std::fill(sums, sums + kLanes, 0.0f);
-    for (int64_t t = 0; t < total; t += kLanes)
-      for (int l = 0; l < kLanes; ++l) sums[l] += own[t + l];
-    const float inverse = 1.0f / sum_of(*reinterpret_cast<const Lanes*>(sums));
-    for (int64_t t = 0; t < total; ++t) own[t] *= inverse;
+    for (int64_t t = count; t < total; ++t) own[t] = 0.0f;
+    Lanes sums = {0};
+    for (int64_t t = 0; t < total; t += kFull) sums += *reinterpret_cast<const Lanes*>(own + t);
+    float change = before - most;
+    exp_negative<Scalar>(change);
+    memory.sum[lane + i] = memory.sum[lane + i] * change + sum_of(sums);
+    for (int64_t d = 0; d < dim; ++d) out[i * dim + d] *= change;
   }
-  add_values(scores, shared_v, call.pv.entry, prefix, repeat, dim, total, out);
-  add_values(scores + prefix, own_v, call.sv.entry, suffix, repeat, dim, total, out);
+  add_values(weights, v, call.sv.entry, count, heads, dim, total, out);
 }
+
+// Wide vectors where there are lanes for them: a lane's arithmetic is the same in each.
+template <typename Wide, typename Half>
+ALWAYS_INLINE void attend(const Call& call, const Tile& tile, int64_t head, Memory& memory) {
+  const int64_t dim = call.dim, repeat = call.repeat, lanes = tile.lanes;
+  const int64_t start = call.rows[3 * tile.rows[0]], length = call.rows[3 * tile.rows[0] + 1];
+  memory.queries.resize((kRows + kBlock) * dim);
+  memory.turned.resize(dim * kStride);
+  memory.keys.resize(kStride * dim);
+  memory.values.resize(kKeys * dim);
+  memory.out.resize((kRows + kBlock) * dim);
+  std::fill_n(memory.out.begin(), (lanes + kBlock) * dim, 0.0f);
+  const bool few = lanes <= kFew;
+  const int64_t filled = few ? kFew : std::min<int64_t>((lanes + 31) / 32 * 32, kStride);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t own = tile.first + lane;
+    const float* q = call.q + ((tile.rows[own / repeat] * call.heads + head) * repeat + own % repeat) * dim;
+    for (int64_t d = 0; d < dim; ++d) memory.queries[lane * dim + d] = q[d] * call.scale;
+  }
+  for (int64_t d = 0; d < dim && !few; ++d)
+    for (int64_t lane = 0; lane < filled; ++lane)
+      memory.turned[d * kStride + lane] = lane < lanes ? memory.queries[lane * dim + d] : 0.0f;
+  std::fill_n(memory.top, filled, -std::numeric_limits<float>::infinity());
+  std::fill_n(memory.sum, filled, 0.0f);
+  if (lanes > Half::kLanes)
+    take_prefix<Wide>(call, start, length, head, lanes, memory);
+  else if (!few)
+    take_prefix<Half>(call, start, length, head, lanes, memory);
+  else
+    take_prefix_for_few<Wide>(call, start, length, head, lanes, memory);
+  for (int64_t lane = 0; lane < lanes;) {
+    const int64_t own = tile.first + lane, row = tile.rows[own / repeat], i = own % repeat;
+    const int64_t heads = std::min(repeat - i, lanes - lane);
+    take_own(call, row, head, lane, heads, memory);
+    float* to = call.out + ((row * call.heads + head) * repeat + i) * dim;
+    for (int64_t j = 0; j < heads; ++j) {
+      const float inverse = 1.0f / memory.sum[lane + j];
+      for (int64_t d = 0; d < dim; ++d) to[j * dim + d] = memory.out[(lane + j) * dim + d] * inverse;
+    }
+    lane += heads;
+  }
+}
+
+using Attend = void (*)(const Call& call, const Tile& tile, int64_t head, Memory& memory);
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void attend_512(const Call& call, const Tile& tile,
+                                                                                  int64_t head, Memory& memory) {
+  attend<Processor<64, 12, 4>, Processor<32, 12, 4>>(call, tile, head, memory);
+}
+
+__attribute__((target("avx2,fma"))) void attend_256(const Call& call, const Tile& tile, int64_t head, Memory& memory) {
+  attend<Processor<32, 6, 2>, Processor<32, 6, 2>>(call, tile, head, memory);
+}
+
+void attend_128(const Call& call, const Tile& tile, int64_t head, Memory& memory) {
+  attend<Processor<16, 6, 2>, Processor<16, 6, 2>>(call, tile, head, memory);
+}
+#else
+void attend_128(const Call& call, const Tile& tile, int64_t head, Memory& memory) {
+  attend<Processor<16, 12, 4>, Processor<16, 12, 4>>(call, tile, head, memory);
+}
+#endif
+
+// With vectors of up to `bits`.
+Attend attend_for(int64_t bits) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (bits >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return attend_512;
+  if (bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attend_256;
+#endif
+  return attend_128;
+}
+
+// The tiles of all rows; `order` holds the rows of each prefix one after the other.
+std::vector<Tile> tiles_of(const Call& call, int64_t rows, std::vector<int32_t>& order) {
+  std::vector<int64_t> group(rows), counts;
+  std::unordered_map<int64_t, int64_t> known;  // by where a prefix begins
+  for (int64_t row = 0; row < rows; ++row) {
+    if (row && call.rows[3 * row] == call.rows[3 * row - 3]) {
+      group[row] = group[row - 1];
+    } else {
+      group[row] = known.emplace(call.rows[3 * row], counts.size()).first->second;
+      if (group[row] == static_cast<int64_t>(counts.size())) counts.push_back(0);
+    }
+    ++counts[group[row]];
+  }
+  std::vector<int64_t> next(counts.size(), 0);
+  for (size_t g = 1; g < counts.size(); ++g) next[g] = next[g - 1] + counts[g - 1];
+  order.resize(rows);
+  std::vector<Tile> tiles;
+  for (size_t g = 0; g < counts.size(); ++g)
+    for (int64_t first = 0; first < counts[g] * call.repeat; first += kRows)
+      tiles.push_back({order.data() + next[g], first, std::min<int64_t>(kRows, counts[g] * call.repeat - first)});
+  for (int64_t row = 0; row < rows; ++row) order[next[group[row]]++] = row;
+  return tiles;
+}
+
+struct Tasks {
+  const Call& call;
+  const std::vector<Tile>& tiles;
+  Attend attend;
+};
 
 using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
 void some(int64_t begin, int64_t end, void* data) {
-  const Call& call = *static_cast<const Call*>(data);
-  static thread_local std::vector<float> memory;
-  for (int64_t task = begin; task < end; ++task) attend(call, task / call.heads, task % call.heads, memory);
+  const Tasks& all = *static_cast<const Tasks*>(data);
+  static thread_local Memory memory;
+  for (int64_t task = begin; task < end; ++task)
+    all.attend(all.call, all.tiles[task / all.call.heads], task % all.call.heads, memory);
 }
 
 }  // namespace
 
 // numbers: R, Hkv, Hq / Hkv, D, then the strides (token, head) of prefix_k, prefix_v, (slot, token, head) of suffix_k,
-// suffix_v; grain: tasks (a row and key head each) that are worth a thread. Returns 0, or what torch_parallel_for did.
+// suffix_v, and the bits of a vector. rows: start and length of a row's prefix, and its slot; a prefix has one length.
+// grain: rows and key heads that are worth a thread. Returns 0, or what torch_parallel_for did.
 extern "C" int decode_attention(const float* q, const float* prefix_k, const float* prefix_v, const float* suffix_k,
                                 const float* suffix_v, float* out, const int64_t* rows, const int64_t* lengths,
                                 const int64_t* numbers, float scale, int64_t grain, void* parallel_for) {
   const int64_t* n = numbers;
   Call call{q, prefix_k, prefix_v, suffix_k, suffix_v, out, rows, lengths, n[1], n[2], n[3],
             {n[4], n[5]}, {n[6], n[7]}, {n[9], n[10]}, {n[12], n[13]}, n[8], n[11], scale};
-  const int64_t tasks = n[0] * n[1];
+  if (n[0] == 0) return 0;
+  std::vector<int32_t> order;
+  const std::vector<Tile> tiles = tiles_of(call, n[0], order);
+  Tasks all{call, tiles, attend_for(n[14])};
+  const int64_t tasks = tiles.size() * n[1];
+  grain = std::max<int64_t>(1, grain * static_cast<int64_t>(tiles.size()) / n[0]);
   if (parallel_for == nullptr || tasks <= grain) {
-    some(0, tasks, &call);
+    some(0, tasks, &all);
     return 0;
   }
-  return reinterpret_cast<Parallel>(parallel_for)(0, tasks, grain, some, &call);
+  return reinterpret_cast<Parallel>(parallel_for)(0, tasks, grain, some, &all);
 }

@@ -215,9 +215,9 @@ void copy_prefixes(const Pass& pass, const float* from, float* to, const int64_t
 int attention(const Pass& pass, const Layer& layer, const Buffers& to) {
   const int64_t repeat = pass.heads / pass.kv_heads, key = pass.kv_heads * pass.dim;
   if (pass.segments == nullptr) {
-    const int64_t numbers[14] = {pass.rows, pass.kv_heads, repeat, pass.dim, pass.prefix_k[0], pass.prefix_k[1],
+    const int64_t numbers[15] = {pass.rows, pass.kv_heads, repeat, pass.dim, pass.prefix_k[0], pass.prefix_k[1],
                                  pass.prefix_v[0], pass.prefix_v[1], pass.suffix_k[0], pass.suffix_k[1], pass.suffix_k[2],
-                                 pass.suffix_v[0], pass.suffix_v[1], pass.suffix_v[2]};
+                                 pass.suffix_v[0], pass.suffix_v[1], pass.suffix_v[2], pass.bits};
     return pass.decoding(to.q, layer.prefix_k, layer.prefix_v, layer.suffix_k, layer.suffix_v, to.attended, pass.prefixes,
                          pass.lengths, numbers, pass.scale, pass.rows * pass.kv_heads, nullptr);
   }

@@ -12,8 +12,9 @@ from decode_cases import CASES, DTYPES, OP, Case, use_small_blocks
 from torch import Tensor
 from triton_cases import CUDA, HALF, for_threads
 
-from videor1_kernels import extension, last_backend, prefix_decode_attention
+from videor1_kernels import DecodeLayout, extension, last_backend, prefix_decode_attention
 from videor1_kernels.prefix_attention import native_decode
+from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_memory, rounding
 
 BACKENDS = ["reference", *(["native"] if any(map(shutil.which, ("c++", "g++", "clang++"))) else []), "triton"]
@@ -198,6 +199,33 @@ def test_native_with_long_prefixes_and_many_rows() -> None:
     case = Case([(700, 9), (333, 5), (1, 2)], lengths, 120, dim=128, backend="native")
     bound = rounding(128 + 700 + 1 + 7 * 15)  # of a score, and keys of the longest row; values are of order 1
     torch.testing.assert_close(case().double(), case.exact(), rtol=bound, atol=bound)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there is no C++ compiler")
+@pytest.mark.parametrize("bits", [128, 256, 512])
+@pytest.mark.parametrize("repeat", [1, 2, 7])
+@pytest.mark.parametrize("prefix", [1, 17, 96, 97, 205])
+def test_native_gives_a_row_the_same_bits_among_any_others(
+    prefix: int, repeat: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, where a vector holds keys, and beside some or many of its prefix, where it holds queries."""
+    monkeypatch.setattr(native_decode, "vector_bits", lambda: bits)
+    make = torch.Generator().manual_seed(prefix)
+    rows, heads, dim = 60, 2, 32
+    q, own_k, own_v, k, v = (
+        torch.randn(*shape, generator=make)
+        for shape in ((rows, heads * repeat, dim), *[(rows, 5, heads, dim)] * 2, *[(prefix, heads, dim)] * 2)
+    )
+    lengths = torch.arange(rows) % 5 + 1
+
+    def attended(some: Tensor) -> Tensor:
+        layout = DecodeLayout(torch.tensor([0, prefix]), torch.zeros(len(some), dtype=torch.int64))
+        inputs = DecodeInputs(q[some], k, v, own_k[some], own_v[some], lengths[some])
+        return native_decode.prefix_decode_attention(inputs, layout, 0.2)
+
+    together = attended(torch.arange(rows))
+    for some in (torch.tensor([7]), torch.tensor([59, 3, 31]), torch.arange(7, 20)):
+        assert torch.equal(attended(some), together[some])
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="there is no C++ compiler")

@@ -12,7 +12,7 @@ from videor1.side_by_side import on_cores
 T = TypeVar("T")
 
 # Of passes that a CPU makes side by side: each costs some milliseconds beside its work, with gradients twice as many.
-LEAST_TOKENS, LEAST_TRAINED_TOKENS, LEAST_PATCHES = 512, 1024, 512
+LEAST_TOKENS, LEAST_TRAINED_TOKENS, LEAST_PATCHES = 512, 1536, 512
 
 
 def greedy_batches(items: Iterable[T], size: Callable[[T], int], budget: int) -> list[list[T]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from videor1_kernels import extension
 from videor1_kernels.checks import fail
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
+from videor1_kernels.prefix_attention.native import vector_bits
 
 LANES = 16  # the head dim is a multiple of this
 GRAIN = 2**15  # multiplications of single numbers that are worth a thread of their own
@@ -58,7 +59,7 @@ def prefix_decode_attention(inputs: DecodeInputs, layout: DecodeLayout, scale: f
     )
     q = q.contiguous()
     out = torch.empty_like(q)
-    numbers = (ctypes.c_int64 * 14)(
+    numbers = (ctypes.c_int64 * 15)(
         rows,
         suffix_k.shape[2],
         heads // suffix_k.shape[2],
@@ -67,6 +68,7 @@ def prefix_decode_attention(inputs: DecodeInputs, layout: DecodeLayout, scale: f
         *prefix_v.stride()[:2],
         *suffix_k.stride()[:3],
         *suffix_v.stride()[:3],
+        vector_bits(),
     )
     grain = max(1, GRAIN // (numbers[2] * dim * 2 * (layout.longest_prefix + max(known, default=0)) + 1))
     pointers = (x.data_ptr() for x in (q, prefix_k, prefix_v, suffix_k, suffix_v, out, layout.table, lengths))

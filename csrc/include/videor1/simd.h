@@ -62,4 +62,22 @@ ALWAYS_INLINE Lanes sums_of(Lanes* x) {
          VIDEOR1_PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
+// The rows of sixteen vectors become their columns.
+ALWAYS_INLINE void turn(Lanes* x) {
+#define VIDEOR1_EXCHANGE(step, first, second)                       \
+  for (int i = 0; i < 16; ++i)                                      \
+    if ((i & step) == 0) {                                          \
+      const Lanes a = x[i], b = x[i + step];                        \
+      x[i] = VIDEOR1_PICK(a, b, VIDEOR1_LIST first);                \
+      x[i + step] = VIDEOR1_PICK(a, b, VIDEOR1_LIST second);        \
+    }
+#define VIDEOR1_LIST(...) __VA_ARGS__
+  VIDEOR1_EXCHANGE(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+  VIDEOR1_EXCHANGE(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27), (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  VIDEOR1_EXCHANGE(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29), (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  VIDEOR1_EXCHANGE(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30), (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+#undef VIDEOR1_LIST
+#undef VIDEOR1_EXCHANGE
+}
+
 }  // namespace videor1
