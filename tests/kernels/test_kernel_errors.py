@@ -262,6 +262,8 @@ VALUES: dict[str, Values] = {
         ({"frames": FRAMES[0]}, "frames: expected shape [F, height, width, 3]"),
         *(({"frames": x}, "frames: expected at least one frame of at least one pixel") for x in EMPTY),
         *(({"size": size}, "size: expected (height, width), positive multiples of 28") for size in NO_SIZES),
+        ({"patch_size": 16}, "size: expected (height, width), positive multiples of 32, got (28, 28)"),
+        ({"patch_size": 15}, "patch_size: expected 14 or 16, got 15"),
         ({"size": (28, 28 * 2**40)}, "size: expected sides below 2^30 pixels"),
         *(({"permutation": order}, "permutation: expected each of 0..1 once") for order in NO_ORDERS),
         ({"dtype": torch.int32}, "dtype: expected float32, bfloat16"),
