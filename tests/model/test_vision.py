@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videor1.model import VideoLM, vision
+from videor1.model.families import QWEN2_5_VL
 from videor1.video.patches import normalize_patches
 from videor1_kernels.testing import rounding
 
@@ -42,7 +43,7 @@ def test_as_window_by_window() -> None:
     vision.prepare(tower)
     meta = torch.device("meta")
     pixels = torch.cat([media.patches for media in MEDIA]).to(meta)
-    lengths = vision.tower_lengths(GRID, tower.config, meta, torch.bfloat16)
+    lengths = QWEN2_5_VL.tower_inputs(GRID, tower.config, meta, torch.bfloat16)
     assert {value.device.type for value in lengths.values() if isinstance(value, Tensor)} == {"meta"}
     with Calls() as calls:
         out = tower(normalize_patches(pixels, torch.bfloat16), grid_thw=GRID, **lengths)
@@ -75,7 +76,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_lengths(device: str) -> None:
     """Those of windows stay on the host where each is computed by itself."""
-    lengths = vision.tower_lengths(GRID, make_lm().visual.config, torch.device(device), torch.float32)
+    lengths = QWEN2_5_VL.tower_inputs(GRID, make_lm().visual.config, torch.device(device), torch.float32)
     assert lengths["cu_seqlens"].tolist() == [0, 96, 192, 288, 368]
     assert lengths["cu_window_seqlens"].tolist()[-1] == 368
     assert lengths["max_seqlen"] == 96
