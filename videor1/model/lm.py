@@ -80,7 +80,7 @@ class VideoLM:
         return self.hf.lm_head.weight.to(self.compute_dtype)
 
     def vision_features(self, media: Sequence[Media], patches: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Compute the features [tokens, W] of each of ``media`` in one pass of the vision tower.
+        """Compute the features [tokens, n * H] of each of ``media`` in one pass of the vision tower.
 
         The first H columns replace the embeddings of media tokens; what others are for, the model's family knows.
 
@@ -126,7 +126,7 @@ class VideoLM:
             assert int(at.sum()) == len(values), (int(at.sum()), len(values))
             width = embeds.shape[1]
             embeds = embeds.masked_scatter(at, values[:, :width])
-            further = self.family.layer_inputs(values[:, width:], at.T)
+            further = self.family.layer_inputs(values.split(width, 1)[1:], at.T)
         with self.autocast():
             output = self.hf.model.language_model(
                 inputs_embeds=embeds[None],

@@ -19,7 +19,7 @@ from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
-from videor1.model.families import family_of
+from videor1.model.families import QWEN2_5_VL, family_of
 from videor1.model.load import make_trainable
 from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.prompts import special_ids
@@ -62,7 +62,9 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
             f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
             f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
         ) from error
-    family_of(config.model_type, source)
+    family = family_of(config.model_type, source)
+    if family.model_type != QWEN2_5_VL.model_type:
+        raise ConfigError(f"--plan: {source!r} is a {family.name}; what such a model takes is not planned yet")
     check_config(source, config)
     return config
 

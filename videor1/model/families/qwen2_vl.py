@@ -1,4 +1,4 @@
-"""Qwen2-VL: full attention in the tower, a video as one run of tokens whose positions in time count temporal patches."""
+"""Qwen2-VL: no windows in the tower, a video as one run of tokens whose positions in time count temporal patches."""
 
 from __future__ import annotations
 

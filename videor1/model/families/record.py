@@ -7,7 +7,7 @@ a model's type. All families so far have in common: transformers' classes with `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ def _pooled(output: Any) -> Tensor:
     return output.pooler_output
 
 
-def _nothing(features: Tensor, at: Tensor) -> dict[str, Any]:
+def _nothing(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
     return {}
 
 
@@ -47,10 +47,10 @@ class Family:
         runs: (media, the tower's config) -> the runs of media tokens in a prompt, in order; all of one length.
         video_text: (a video, the template's start, pad and end tokens) -> the text that stands in their place, with one
             pad token a run. None: the template's own.
-        features: the tower's output -> features [tokens, W] of all media. The first H columns replace the embeddings of
-            the media tokens, H being the language model's width; W may be more.
-        layer_inputs: (the columns beyond H [tokens, W - H], mask [1, T] of the row's media tokens) -> further arguments
-            of the language model's ``forward``. It is asked for rows with media only.
+        features: the tower's output -> features [tokens, n * H] of all media, H being the language model's width. The
+            first H columns replace the embeddings of the media tokens.
+        layer_inputs: (the further features, [tokens, H] each, mask [1, T] of the row's media tokens) -> further
+            arguments of the language model's ``forward``. It is asked for rows with media only.
         head_norms: a layer's attention -> its RMSNorms of each head of q and of k, which a decode step computes before
             the rotary embedding; None: it has none.
         tokens: further single tokens that its tokenizer must have.
@@ -67,7 +67,7 @@ class Family:
     runs: Callable[[Media, Any], list[MediaRun]]
     video_text: Callable[[Media, str], str] | None = None
     features: Callable[[Any], Tensor] = _pooled
-    layer_inputs: Callable[[Tensor, Tensor], dict[str, Any]] = _nothing
+    layer_inputs: Callable[[Sequence[Tensor], Tensor], dict[str, Any]] = _nothing
     head_norms: Callable[[Any], tuple[Any, Any] | None] = _no_norms
     tokens: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = QWEN_LINEAR

@@ -13,8 +13,9 @@ from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.local.projections import Projections
 from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
+from videor1_kernels.prefix_attention import decode_backend
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Operations(NamedTuple):
         stream = next(model.hf.parameters()).dtype  # of the residual stream and the tables, fp32 in a whole bf16 model
         rarest = dtype if dtype == stream else torch.float32
 
-        def resolve(op: str, of: torch.dtype) -> Any:
+        def resolve(op: str, of: torch.dtype, backend: str = backend) -> Any:
             return getattr(dispatch.resolve(op, backend, device, of), op)
 
+        head_dim = model.hf.model.language_model.layers[0].self_attn.head_dim
         return Operations(
-            resolve("prefix_decode_attention", dtype),
+            resolve("prefix_decode_attention", dtype, decode_backend(head_dim, device, backend)),
             resolve("add_rms_norm", rarest),
             resolve("rotary_append", rarest),
             resolve("silu_mul", dtype),
@@ -89,7 +91,9 @@ class Decoder:
         self.model, self.text, self.cache = model, model.hf.model.language_model, cache
         self.dtype = model.compute_dtype
         self.operations = Operations.of(model, backend)
-        self.layers = [_Layer.of(layer, self.dtype) for layer in self.text.layers]
+        head_norms = [_head_norms(model.family.head_norms(layer.self_attn)) for layer in self.text.layers]
+        layers = zip(self.text.layers, head_norms, strict=True)
+        self.layers = [_Layer.of(layer, norms, self.dtype) for layer, norms in layers]
         self.scale = self.text.layers[0].self_attn.scaling
         self.first = positions.start
         every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
@@ -104,6 +108,7 @@ class Decoder:
         found = [self.cos, self.sin, self.text.embed_tokens.weight, self.text.norm.weight]
         for layer in self.layers:
             found += [layer.input_norm.weight, layer.mlp_norm.weight]
+            found += [] if layer.head_norms is None else layer.head_norms[:2]
             for projections in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 read = projections.tensors()
                 if read is None:
@@ -133,7 +138,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x, hidden = norm(layer.input_norm, change, hidden)
             keys, values = cache.suffix_k[index], cache.suffix_v[index]
-            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places)
+            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places, layer.head_norms)
             inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, lengths)
             out = run.attention(inputs, layout, self.scale)
             x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
@@ -159,9 +164,10 @@ class _Layer(NamedTuple):
     mlp_norm: _Norm
     gate_up: Projections
     down: Projections
+    head_norms: HeadNorms | None
 
     @staticmethod
-    def of(layer: Any, dtype: torch.dtype) -> _Layer:
+    def of(layer: Any, head_norms: HeadNorms | None, dtype: torch.dtype) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return _Layer(
             _Norm.of(layer.input_layernorm),
@@ -170,4 +176,14 @@ class _Layer(NamedTuple):
             _Norm.of(layer.post_attention_layernorm),
             Projections([mlp.gate_proj, mlp.up_proj], dtype),
             Projections([mlp.down_proj], dtype),
+            head_norms,
         )
+
+
+def _head_norms(modules: tuple[Any, Any] | None) -> HeadNorms | None:
+    """Return the norms of a layer's heads of q and k, which have one eps."""
+    if modules is None:
+        return None
+    q, k = map(_Norm.of, modules)
+    assert q.eps == k.eps, (q.eps, k.eps)
+    return HeadNorms(q.weight, k.weight, q.eps)
