@@ -121,7 +121,7 @@ def frames_to_patches(
             half.
 
     Returns:
-        patches [T * h * w, 6 p^2] in ``dtype``, on the frames' device; with ``both``, (in order, permuted).
+        patches [T * h * w, 6 * p * p] in ``dtype``, on the frames' device; with ``both``, (in order, permuted).
 
     Raises:
         ValueError, TypeError: for frames, a size, a permutation, a dtype, constants or a backend outside of the above.

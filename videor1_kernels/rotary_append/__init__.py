@@ -103,6 +103,6 @@ def rotary_append(
     check_no_gradient(op, qkv=qkv, cos=cos, sin=sin, **caches, q_norm=q_norm, k_norm=k_norm)
     inputs = (qkv, cos, sin, suffix_k, suffix_v)
     if torch.compiler.is_compiling():
-        return rotary_append_op(*inputs, positions, suffix_lengths, suffix_slots, backend, q_norm, k_norm, float(eps))
+        return rotary_append_op(*inputs, positions, suffix_lengths, suffix_slots, q_norm, k_norm, float(eps), backend)
     norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, float(eps))
     return run(*inputs, Places(positions, suffix_lengths, suffix_slots), norms, backend)

@@ -37,10 +37,10 @@ def rotary_append_op(
     positions: Tensor,
     suffix_lengths: Tensor,
     suffix_slots: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
     backend: str,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
 ) -> Tensor:
     places = Places(positions, suffix_lengths, suffix_slots)
     norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
@@ -57,10 +57,10 @@ def _(
     positions: Tensor,
     suffix_lengths: Tensor,
     suffix_slots: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
     backend: str,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
 ) -> Tensor:
     _, _, kv_heads, dim = suffix_k.shape
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads, dim))

@@ -68,7 +68,7 @@ class VideoR1(_lmms):
     is logged, and their number at the end.
 
     Args:
-        pretrained: a Qwen2.5-VL folder or hub id.
+        pretrained: a model's folder or hub id.
         think: ask for reasoning and tags as in training, and give the task the text in the answer tag (the whole
             completion if there is no tag). The task's own limit, which is for a bare answer, does not apply then.
         shuffle: show the frames in a seeded random order. The accuracy without it minus this one is the temporal gap.
