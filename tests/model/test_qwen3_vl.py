@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from media import numbered_frames, write_video
 from PIL import Image
 from rollouts import ask
+from spies import Calls
 from tiny_families import (
     family_inputs,
     family_media,
@@ -28,23 +28,25 @@ from tiny_families import (
     qwen3_config,
 )
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from videor1.config import VideoConfig
 from videor1.errors import ConfigError
-from videor1.model import VideoLM
+from videor1.model import VideoLM, vision
 from videor1.model.families import FAMILIES
 from videor1.model.positions import PositionRule
 from videor1.model.prompts import VIDEO, build_input_ids, special_ids
 from videor1.model.template import check_template
 from videor1.rollout import Branch, LocalEngine, SamplingOptions
+from videor1.rollout.local.kv_cache import bytes_per_token
 from videor1.types import Clip, Media, SampleError
 from videor1.video import PixelLimits, read_frames, read_image
 from videor1.video.media import load_media
 from videor1.video.patches import media_from_clip, normalize_patches
+from videor1.video.rules import OverBudgetError
 from videor1.video.shuffle import draw_permutation
 
 FAMILY = FAMILIES["qwen3_vl"]
@@ -216,11 +218,12 @@ def test_sizes_equal_the_processors() -> None:
         expected = Qwen3VLVideoProcessor.get_num_of_video_patches(settings_of, frames, *size)
         try:
             height, width = RULES.video_size(frames, *size, PixelLimits(least, most, total), 32)
-        except Exception:
+        except OverBudgetError:
             assert expected * 256 * 2 > total, "skipped, though it fits"
             skipped += 1
             continue
         assert (height % 32, width % 32) == (0, 0)
+        assert min(frames, round(frames / 2) * 2) * height * width <= total, "let through above its budget"
         assert -(-frames // 2) * (height // 16) * (width // 16) == expected
     assert 0 < skipped < 2000
 
@@ -308,6 +311,46 @@ def test_a_tokenizer_or_template_of_another_family() -> None:
         VideoLM(hf, TOKENIZER, source="tiny")
 
 
+# Language model's width, layers, heads of q and k; the tower's width, layers, heads, deepstack layers.
+PUBLISHED = {
+    "2B": (2048, 28, 16, 8, 1024, 24, 16, [5, 11, 17]),
+    "4B": (2560, 36, 32, 8, 1024, 24, 16, [5, 11, 17]),
+    "8B": (4096, 36, 32, 8, 1152, 27, 16, [8, 16, 24]),
+    "32B": (5120, 64, 64, 8, 1152, 27, 16, [8, 16, 24]),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_shapes(size: str) -> None:
+    """Without weights: the tower computes all frames of a pass in one attention a layer and reads nothing back, media
+    have the features of every deepstack layer, and the cache has the heads' own width."""
+    width, layers, heads, key_heads, tower_width, depth, tower_heads, deepstack = PUBLISHED[size]
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 64,
+            "num_key_value_heads": key_heads, "head_dim": 128, "vocab_size": 512,
+        },
+        vision_config={
+            "hidden_size": tower_width, "depth": depth, "num_heads": tower_heads, "out_hidden_size": width,
+            "deepstack_visual_indexes": deepstack,
+        },
+    )  # fmt: skip
+    assert bytes_per_token(config.text_config, torch.bfloat16) == 2 * layers * key_heads * 128 * 2
+    with torch.device("meta"):
+        tower = Qwen3VLVisionModel._from_config(config.vision_config, attn_implementation="sdpa").bfloat16()
+    vision.prepare(tower)
+    media = [family_media("qwen3_vl", grid=(3, 8, 12)), family_media("qwen3_vl", "image", (1, 4, 20))]
+    grid, meta = torch.tensor([m.grid_thw for m in media]), torch.device("meta")
+    inputs = FAMILY.tower_inputs(grid, tower.config, meta, torch.bfloat16)
+    pixels = normalize_patches(torch.cat([m.patches for m in media]).to(meta), torch.bfloat16, RULES)
+    with Calls() as calls:
+        features = FAMILY.features(tower(pixels, grid_thw=grid, **inputs))
+    assert features.shape == ((3 * 8 * 12 + 4 * 20) // 4, width * (1 + len(deepstack)))
+    assert len(calls.varlen) == depth
+    assert {len(args[3]) - 1 for args in calls.varlen} == {4}, "a segment a temporal patch"
+    assert not any("convolution" in name for name in calls.names)
+
+
 def test_text_of_several_lengths() -> None:
     """The pads of every run are expanded, and nothing else."""
     for prompt in family_prompts(MODEL):
@@ -318,4 +361,3 @@ def test_text_of_several_lengths() -> None:
         pads = (prompt.input_ids == MODEL.special.media_pad(media)).tolist()
         runs = "".join("x" if pad else " " for pad in pads).split()
         assert [len(run) for run in runs] == ([h * w // 4] * T if media.kind == "video" else [T * h * w // 4])
-    assert json.dumps(VIDEO)

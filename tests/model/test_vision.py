@@ -1,13 +1,12 @@
 """The vision tower passes all windows to its attention at once, reads nothing back, and computes what it did before."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from spies import Calls
 from tiny import make_lm, make_media
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from videor1.model import VideoLM, vision
 from videor1.model.families import QWEN2_5_VL
@@ -56,21 +55,6 @@ def test_as_window_by_window() -> None:
     assert [i for i, whole in enumerate(full) if whole] == list(config.fullatt_block_indexes)
     assert windows > frames
     assert {args[5] for args in calls.varlen} == {8 * 12, lengths["max_window_seqlen"]}
-
-
-class Calls(TorchDispatchMode):
-    """Keeps the names of the operations that are called, and what varlen_attn was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.varlen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        if "_varlen_attn" in str(func):
-            self.varlen.append(args)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
