@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import SPECIAL_TOKENS, make_model, make_tokenizer
+from tiny import SPECIAL_TOKENS, installed_seconds, make_model, make_tokenizer
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -112,7 +112,8 @@ def family_media(
     patches = torch.randint(0, 256, (count, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     video = kind == "video"
     times = tuple(2 * (t + 0.25) / fps for t in range(grid[0])) if video else ()
-    return Media(kind, patches, grid, 2 / fps if video else 0.0, 0.0, times=times)  # type: ignore[arg-type]
+    seconds = installed_seconds(2 / fps) if video else 0.0
+    return Media(kind, patches, grid, seconds, 0.0, times=times)  # type: ignore[arg-type]
 
 
 def family_prompt(model: VideoLM, media: Media | None, problem: str = "Which comes first?", draw: int = 0) -> Prompt:
