@@ -31,7 +31,7 @@ from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 from videor1_kernels.rotary_append.triton import rotary_append
 from videor1_kernels.sampling.reference import SampleTokensOptions
 from videor1_kernels.sampling.triton import sample_tokens
@@ -343,18 +343,24 @@ def _rotaries() -> Iterator[Launch]:
         *,
         index: torch.dtype = torch.int64,
         slots: bool = True,
+        norms: bool = False,
     ) -> None:
         dtype, table = dtypes
         caches = [memory(rows, 768, heads[1], size, dtype=dtype) for _ in range(2)]
         tables = [memory(4096, size, dtype=table) for _ in range(2)]
         places = [memory(rows, dtype=index) for _ in range(3)]
         qkv = memory(rows, (heads[0] + 2 * heads[1]) * size, dtype=dtype)
-        rotary_append(qkv, *tables, *caches, Places(places[0], places[1], places[2] if slots else None))
+        weights = HeadNorms(*(memory(size, dtype=table) for _ in range(2)), 1e-6) if norms else None
+        rotary_append(qkv, *tables, *caches, Places(places[0], places[1], places[2] if slots else None), weights)
 
     yield "12 rows of a 7B model, fp32 tables, bf16", TARGETS
     launch(12, (28, 4), 128, (BF16, FP32), ALIGNED)
+    yield "12 rows of a Qwen3-VL 8B with norms of heads, fp32 tables, bf16", TARGETS
+    launch(12, (32, 8), 128, (BF16, FP32), ALIGNED, norms=True)
     yield "own slots, int32, bf16 tables", ONCE
     launch(12, (16, 2), 128, (BF16, BF16), ALIGNED, index=torch.int32, slots=False)
+    yield "head dim 80, odd everything, norms of heads, fp16", ONCE
+    launch(3, (6, 1), 80, (FP16, FP16), ODD, norms=True)
     yield "head dim 80, odd everything, fp16", ONCE
     launch(3, (6, 1), 80, (FP16, FP16), ODD)
     yield "one row of one head, fp32", ONCE

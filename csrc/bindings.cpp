@@ -125,21 +125,22 @@ void launch(const videor1::Job& job, int32_t) {
 
 void frames_to_patches(std::vector<Tensor> planes, int64_t matrix, bool full_range, Tensor row_first, Tensor row_weights,
                        int64_t row_taps, Tensor column_first, Tensor column_weights, int64_t column_taps,
-                       int64_t quarter_turns, bool mirrored, Tensor levels, std::optional<Tensor> slots, std::optional<Tensor> ordered,
-                       std::optional<Tensor> permuted) {
+                       int64_t patch, int64_t quarter_turns, bool mirrored, Tensor levels, std::optional<Tensor> slots,
+                       std::optional<Tensor> ordered, std::optional<Tensor> permuted) {
   check_planes(planes);
   check_table(row_first, row_weights, row_taps, planes[0].size(1));
   check_table(column_first, column_weights, column_taps, planes[0].size(2));
-  STD_TORCH_CHECK(matrix >= 0 && matrix <= 2 && quarter_turns >= 0 && quarter_turns <= 3 && row_first.size(0) % 28 == 0 &&
-                      column_first.size(0) % 28 == 0,
-                  "frames_to_patches: expected matrix 0 to 2, quarter_turns 0 to 3 and sides that 28 divides");
+  STD_TORCH_CHECK(matrix >= 0 && matrix <= 2 && quarter_turns >= 0 && quarter_turns <= 3 && (patch == 14 || patch == 16) &&
+                      row_first.size(0) % (2 * patch) == 0 && column_first.size(0) % (2 * patch) == 0,
+                  "frames_to_patches: expected matrix 0 to 2, quarter_turns 0 to 3, patch 14 or 16 and sides that twice the "
+                  "patch divides");
   STD_TORCH_CHECK(levels.dim() == 2 && levels.size(0) == 3 && levels.size(1) == 256 && levels.is_contiguous() &&
                       levels.element_size() <= 4 && levels.is_cuda() == kCuda,
                   "frames_to_patches: levels: expected [3, 256] of 1, 2 or 4 bytes on the frames' device");
   if (slots) check_slots(*slots, planes[0].size(0));
   videor1::Job job{};
   job.source = source_of(planes, matrix, full_range);
-  job.upright = {row_first.size(0), column_first.size(0), int(quarter_turns), mirrored};
+  job.upright = {row_first.size(0), column_first.size(0), int(quarter_turns), mirrored, int(patch)};
   job.rows = table_of(row_first, row_weights, row_taps);
   job.columns = table_of(column_first, column_weights, column_taps);
   job.levels = levels.const_data_ptr();
@@ -185,8 +186,8 @@ std::tuple<Tensor, Tensor, int64_t> resample_table(Tensor like, int64_t size_in,
 STABLE_TORCH_LIBRARY(videor1_csrc, m) {
   m.def(
       "frames_to_patches(Tensor[] planes, int matrix, bool full_range, Tensor row_first, Tensor row_weights, int row_taps, "
-      "Tensor column_first, Tensor column_weights, int column_taps, int quarter_turns, bool mirrored, Tensor levels, "
-      "Tensor? slots, Tensor(a!)? ordered, Tensor(b!)? permuted) -> ()");
+      "Tensor column_first, Tensor column_weights, int column_taps, int patch, int quarter_turns, bool mirrored, "
+      "Tensor levels, Tensor? slots, Tensor(a!)? ordered, Tensor(b!)? permuted) -> ()");
   m.def("resample_table(Tensor like, int size_in, int size_out, int align) -> (Tensor, Tensor, int)");
 }
 

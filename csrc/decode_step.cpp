@@ -68,6 +68,18 @@ struct Norm {
   float eps;
 };
 
+// 1 / sqrt(mean(x^2) + eps) of the entries of a row.
+template <typename T>
+ALWAYS_INLINE float scale_of(const T* x, int64_t width, float eps) {
+  Lanes squares = {0};
+  int64_t h = 0;
+  for (; h + kLanes <= width; h += kLanes)
+    for (int l = 0; l < kLanes; ++l) squares[l] += wide(x[h + l]) * wide(x[h + l]);
+  for (int l = 0; h < width; ++h, ++l) squares[l] += wide(x[h]) * wide(x[h]);
+  const float mean = sums_of(squares, squares, squares, squares)[0] / static_cast<float>(width);
+  return 1.0f / std::sqrt(mean + eps);
+}
+
 // S: of summed. Without a residual x is summed, and neither added to nor written.
 template <typename X, typename S, typename W, typename Out>
 ALWAYS_INLINE void norm_row(const Norm& call, int64_t row) {
@@ -80,16 +92,10 @@ ALWAYS_INLINE void norm_row(const Norm& call, int64_t row) {
     for (int64_t h = 0; h < width; ++h) out[h] = narrow<S>(wide(x[h]) + wide(residual[h]));
     summed = out;
   }
-  Lanes squares = {0};
-  int64_t h = 0;
-  for (; h + kLanes <= width; h += kLanes)
-    for (int l = 0; l < kLanes; ++l) squares[l] += wide(summed[h + l]) * wide(summed[h + l]);
-  for (int l = 0; h < width; ++h, ++l) squares[l] += wide(summed[h]) * wide(summed[h]);
-  const float mean = sums_of(squares, squares, squares, squares)[0] / static_cast<float>(width);
-  const float scale = 1.0f / std::sqrt(mean + call.eps);
+  const float scale = scale_of(summed, width, call.eps);
   const W* weight = static_cast<const W*>(call.weight);
   Out* normed = static_cast<Out*>(call.normed) + row * width;
-  for (h = 0; h < width; ++h) normed[h] = narrow<Out>(wide(weight[h]) * rounded<S>(wide(summed[h]) * scale));
+  for (int64_t h = 0; h < width; ++h) normed[h] = narrow<Out>(wide(weight[h]) * rounded<S>(wide(summed[h]) * scale));
 }
 
 EVERY_CPU void norm_rows(int64_t begin, int64_t end, void* data) {
@@ -110,32 +116,39 @@ struct Rotary {
   const void *qkv, *cos, *sin;
   void *q, *suffix_k, *suffix_v;
   const int64_t *positions, *lengths, *slots;
+  const float *q_norm, *k_norm;  // null: heads are rotated as they are
+  float eps;
   int64_t heads, kv_heads, dim, row_stride, cos_stride, sin_stride;
   int64_t k_slot, k_token, k_head, v_slot, v_token, v_head;
   int dtypes;
 };
 
-template <typename T, typename Table>
-ALWAYS_INLINE void rotate(const T* x, const Table* cos, const Table* sin, int64_t dim, T* out) {
+// kNorm: the head is normalised first, by `norm`.
+template <bool kNorm, typename T, typename Table>
+ALWAYS_INLINE void rotate(const T* x, const Table* cos, const Table* sin, const float* norm, float eps, int64_t dim,
+                          T* out) {
   const int64_t half = dim / 2;
+  const float scale = kNorm ? scale_of(x, dim, eps) : 1.0f;
   for (int64_t d = 0; d < half; ++d) {
-    const float low = wide(x[d]), high = wide(x[d + half]);
+    float low = wide(x[d]), high = wide(x[d + half]);
+    if (kNorm) low = rounded<T>(low * scale) * norm[d], high = rounded<T>(high * scale) * norm[d + half];
     out[d] = narrow<T>(low * wide(cos[d]) - high * wide(sin[d]));
     out[d + half] = narrow<T>(high * wide(cos[d + half]) + low * wide(sin[d + half]));
   }
 }
 
-template <typename T, typename Table>
+template <bool kNorm, typename T, typename Table>
 ALWAYS_INLINE void rotary_row(const Rotary& call, int64_t row) {
   const int64_t dim = call.dim;
   const T* x = static_cast<const T*>(call.qkv) + row * call.row_stride;
   const Table* cos = static_cast<const Table*>(call.cos) + call.positions[row] * call.cos_stride;
   const Table* sin = static_cast<const Table*>(call.sin) + call.positions[row] * call.sin_stride;
   T* q = static_cast<T*>(call.q) + row * call.heads * dim;
-  for (int64_t head = 0; head < call.heads; ++head, x += dim, q += dim) rotate(x, cos, sin, dim, q);
+  for (int64_t head = 0; head < call.heads; ++head, x += dim, q += dim) rotate<kNorm>(x, cos, sin, call.q_norm, call.eps, dim, q);
   const int64_t slot = call.slots == nullptr ? row : call.slots[row], token = call.lengths[row] - 1;
   T* k = static_cast<T*>(call.suffix_k) + slot * call.k_slot + token * call.k_token;
-  for (int64_t head = 0; head < call.kv_heads; ++head, x += dim) rotate(x, cos, sin, dim, k + head * call.k_head);
+  for (int64_t head = 0; head < call.kv_heads; ++head, x += dim)
+    rotate<kNorm>(x, cos, sin, call.k_norm, call.eps, dim, k + head * call.k_head);
   T* v = static_cast<T*>(call.suffix_v) + slot * call.v_slot + token * call.v_token;
   for (int64_t head = 0; head < call.kv_heads; ++head, x += dim)
     std::memcpy(v + head * call.v_head, x, dim * sizeof(T));
@@ -143,11 +156,16 @@ ALWAYS_INLINE void rotary_row(const Rotary& call, int64_t row) {
 
 EVERY_CPU void rotary_rows(int64_t begin, int64_t end, void* data) {
   const Rotary& call = *static_cast<const Rotary*>(data);
-  for (int64_t row = begin; row < end; ++row) switch (call.dtypes) {  // bits: values, tables are bf16
-      case 0: rotary_row<float, float>(call, row); break;
-      case 1: rotary_row<Bf16, float>(call, row); break;
-      case 2: rotary_row<float, Bf16>(call, row); break;
-      default: rotary_row<Bf16, Bf16>(call, row);
+  const int norms = call.q_norm == nullptr ? 0 : 4;
+  for (int64_t row = begin; row < end; ++row) switch (call.dtypes + norms) {  // bits: values, tables are bf16; norms
+      case 0: rotary_row<false, float, float>(call, row); break;
+      case 1: rotary_row<false, Bf16, float>(call, row); break;
+      case 2: rotary_row<false, float, Bf16>(call, row); break;
+      case 3: rotary_row<false, Bf16, Bf16>(call, row); break;
+      case 4: rotary_row<true, float, float>(call, row); break;
+      case 5: rotary_row<true, Bf16, float>(call, row); break;
+      case 6: rotary_row<true, float, Bf16>(call, row); break;
+      default: rotary_row<true, Bf16, Bf16>(call, row);
     }
 }
 
@@ -166,13 +184,14 @@ extern "C" int add_rms_norm(const void* x, const void* residual, const void* wei
 // suffix_v. Returns -1, and nothing is written, where a position, length or slot is out of range.
 extern "C" int rotary_append(const void* qkv, const void* cos, const void* sin, void* suffix_k, void* suffix_v, void* q,
                              const int64_t* positions, const int64_t* lengths, const int64_t* slots,
-                             const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for) {
+                             const float* q_norm, const float* k_norm, float eps, const int64_t* numbers, int dtypes,
+                             int64_t grain, void* parallel_for) {
   const int64_t* n = numbers;
   for (int64_t row = 0; row < n[0]; ++row) {
     const int64_t position = positions[row], slot = slots == nullptr ? row : slots[row], length = lengths[row];
     if (position < 0 || position >= n[4] || slot < 0 || slot >= n[5] || length < 1 || length > n[6]) return -1;
   }
-  Rotary call{qkv,  cos,  sin,  q,    suffix_k, suffix_v, positions, lengths, slots, n[1],  n[2],
-              n[3], n[7], n[8], n[9], n[10],    n[11],    n[12],     n[13],   n[14], n[15], dtypes};
+  Rotary call{qkv,  cos,  sin,  q,    suffix_k, suffix_v, positions, lengths, slots, q_norm, k_norm, eps,   n[1],
+              n[2], n[3], n[7], n[8], n[9],     n[10],    n[11],     n[12],   n[13], n[14],  n[15],  dtypes};
   return for_rows(n[0], grain, parallel_for, rotary_rows, &call);
 }

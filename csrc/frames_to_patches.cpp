@@ -105,10 +105,10 @@ EVERY_CPU void sum_columns(const float* row, int64_t pitch, const Table& table, 
   }
 }
 
-// Pixel x of channel c goes to out + c * kChannelOffset + columns[x].
+// Pixel x of channel c goes to out + c * channel + columns[x].
 template <typename Out>
-void store_row(const uint8_t* levels, const Out* map, const int64_t* columns, int64_t width, Out* out) {
-  for (int64_t c = 0; c < 3; ++c, out += kChannelOffset, map += 256, levels += width)
+void store_row(const uint8_t* levels, const Out* map, const int64_t* columns, int64_t width, int64_t channel, Out* out) {
+  for (int64_t c = 0; c < 3; ++c, out += channel, map += 256, levels += width)
     for (int64_t x = 0; x < width; ++x) out[columns[x]] = map[levels[x]];
 }
 
@@ -164,6 +164,7 @@ class Rows {
 
 template <typename Out>
 void store(const Job& job, int64_t frame, int64_t row, const uint8_t* levels, const int64_t* columns) {
+  const int patch = job.upright.patch;
   const int64_t height = job.upright.upright_height(), width = job.upright.upright_width();
   const int64_t row_offset = job.upright.offset_of_stored_row(row);
   const int64_t slots[2] = {frame, job.permuted ? job.slots[frame] : 0};
@@ -171,8 +172,8 @@ void store(const Job& job, int64_t frame, int64_t row, const uint8_t* levels, co
   for (int i = 0; i < 2; ++i) {
     if (!outputs[i]) continue;
     for (int copy = 0; copy < slots_of(slots[i], job.source.frames); ++copy)
-      store_row(levels, static_cast<const Out*>(job.levels), columns, job.upright.width,
-                static_cast<Out*>(outputs[i]) + offset_of_slot(slots[i] + copy, height, width) + row_offset);
+      store_row(levels, static_cast<const Out*>(job.levels), columns, job.upright.width, channel_offset(patch),
+                static_cast<Out*>(outputs[i]) + offset_of_slot(patch, slots[i] + copy, height, width) + row_offset);
   }
 }
 
@@ -202,7 +203,8 @@ void run_task(int64_t index, void* context) {
 void frames_to_patches_cpu(const Job& job, int64_t threads, ParallelFor parallel_for) {
   // Bands of a frame share the rows of a window, which each converts for itself: only as many as keep the threads busy.
   const int64_t frames = job.source.frames;
-  const int64_t bands = threads == 1 ? 1 : std::clamp((4 * threads - 1) / frames + 1, int64_t(1), job.upright.height / kBlock);
+  const int64_t most = job.upright.height / (2 * job.upright.patch);  // a block of patches each
+  const int64_t bands = threads == 1 ? 1 : std::clamp((4 * threads - 1) / frames + 1, int64_t(1), most);
   const int64_t pitch = rounded_up(job.source.width + rounded_up(job.columns.taps, kLanes), kStep);
   Shared shared{job, bands, pitch, std::vector<int64_t>(job.upright.width)};
   for (int64_t x = 0; x < job.upright.width; ++x) shared.column_offsets[x] = job.upright.offset_of_stored_column(x);

@@ -4,7 +4,7 @@
 //      cover; it converts each pixel once and adds it to the sums of the windows it is in, in registers.
 //   2. Horizontal filter: lanes hold the kValues = 3 kRows sums of a column, so that the reads of shared memory, where the
 //      vertical sums lie column by column, hit every bank once; a warp makes two output columns at a time.
-//   3. The rounded levels are staged in shared memory and leave in runs of 14 pixels, to every slot they belong to.
+//   3. The rounded levels are staged in shared memory and leave in runs of a patch's side, to every slot they belong to.
 //
 // Floor for F frames of H x W: 1.5 F H W bytes in (NV12). Rows are read (3 / kRows + 1) times from the L2 cache, where
 // windows overlap by three quarters: the price of keeping sums in registers.
@@ -121,16 +121,17 @@ __device__ __forceinline__ unsigned char level_of(float sum) {
 template <typename Out>
 __device__ __forceinline__ void store_level(const Job& job, int64_t frame, int y, int x, int channel, unsigned char level) {
   const Out pixel = static_cast<const Out*>(job.levels)[channel * 256 + level];
+  const int patch = job.upright.patch;
   const int64_t height = job.upright.upright_height(), width = job.upright.upright_width();
   const int64_t offset =
-      channel * kChannelOffset + job.upright.offset_of_stored_row(y) + job.upright.offset_of_stored_column(x);
+      channel * channel_offset(patch) + job.upright.offset_of_stored_row(y) + job.upright.offset_of_stored_column(x);
   const int64_t slots[2] = {frame, job.permuted ? job.slots[frame] : 0};
   void* const outputs[2] = {job.ordered, job.permuted};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (!outputs[i]) continue;
     for (int copy = 0; copy < slots_of(slots[i], job.source.frames); ++copy)
-      static_cast<Out*>(outputs[i])[offset_of_slot(slots[i] + copy, height, width) + offset] = pixel;
+      static_cast<Out*>(outputs[i])[offset_of_slot(patch, slots[i] + copy, height, width) + offset] = pixel;
   }
 }
 

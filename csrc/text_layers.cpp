@@ -33,6 +33,7 @@ struct Layer {
   Linear qkv, out;
   const float* mlp_norm;
   Linear gate_up, down;
+  const float *q_norm, *k_norm;                        // of each head; null: there are none
   float *prefix_k, *prefix_v, *suffix_k, *suffix_v;  // its part of the cache; null: there is none
 };
 
@@ -40,8 +41,8 @@ using Norm = int (*)(const void* x, const void* residual, const void* weight, vo
                      int64_t width, int64_t x_stride, int64_t residual_stride, int dtypes, float eps, int64_t grain,
                      void* parallel_for);
 using Rotary = int (*)(const void* qkv, const void* cos, const void* sin, void* suffix_k, void* suffix_v, void* q,
-                       const int64_t* positions, const int64_t* lengths, const int64_t* slots, const int64_t* numbers,
-                       int dtypes, int64_t grain, void* parallel_for);
+                       const int64_t* positions, const int64_t* lengths, const int64_t* slots, const float* q_norm,
+                       const float* k_norm, float eps, const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for);
 using Decoding = int (*)(const float* q, const float* prefix_k, const float* prefix_v, const float* suffix_k,
                          const float* suffix_v, float* out, const int64_t* rows, const int64_t* lengths,
                          const int64_t* numbers, float scale, int64_t grain, void* parallel_for);
@@ -52,7 +53,7 @@ using Packed = int (*)(void* q, void* k, void* v, float* out, float* lse, const 
 struct Pass {
   float* x;  // [rows, hidden]: the embeddings, which become what the last norm takes
   int64_t rows, hidden, heads, kv_heads, dim, mlp, count, bits;
-  double eps, scale;
+  double eps, head_eps, scale;
   const Layer* layers;
   const float *cos, *sin;  // rows of dim
   int64_t table_rows;
@@ -198,10 +199,12 @@ int rotary(const Pass& pass, const Layer& layer, const Buffers& to, const int64_
   float* q = to.q + first * pass.heads * pass.dim;
   if (decoding)
     return pass.rotary(to.qkv, pass.cos, pass.sin, layer.suffix_k, layer.suffix_v, q, pass.positions + first,
-                       pass.lengths + first, pass.slots + first, numbers, 0, rows, nullptr);
+                       pass.lengths + first, pass.slots + first, layer.q_norm, layer.k_norm, pass.head_eps, numbers, 0,
+                       rows, nullptr);
   const int64_t* count = ones + kBlock;  // 0, 1, 2 ..: a row's position in its block, and its slot
   return pass.rotary(to.qkv, pass.cos + first * pass.dim, pass.sin + first * pass.dim, to.k + first * width,
-                     to.v + first * width, q, count, ones, count, numbers, 0, rows, nullptr);
+                     to.v + first * width, q, count, ones, count, layer.q_norm, layer.k_norm, pass.head_eps, numbers, 0,
+                     rows, nullptr);
 }
 
 void copy_prefixes(const Pass& pass, const float* from, float* to, const int64_t* strides) {

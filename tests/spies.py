@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -23,3 +24,18 @@ def spy(patch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable[..., An
 
     wrap(patch, owner, name, around)
     return noted
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the names of the operations that are called, and what varlen_attn was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.varlen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        if "_varlen_attn" in str(func):
+            self.varlen.append(args)
+        return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""videor1: a lean T-GRPO trainer for Qwen2.5-VL on the kernels of ``videor1_kernels``."""
+"""videor1: a lean T-GRPO trainer for Qwen2-VL, Qwen2.5-VL and Qwen3-VL on the kernels of ``videor1_kernels``."""
 
 from importlib import metadata
 

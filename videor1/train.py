@@ -56,8 +56,9 @@ def _parse(argv: list[str]) -> TrainConfig:
         TrainConfig,
         argv,
         prog="python -m videor1.train",
-        description="Train a Qwen2.5-VL with T-GRPO. Without arguments: an embedded demonstration, on any machine. "
-        "With --plan: print what the run would take of a GPU's memory, and exit; no GPU and no weights are needed.",
+        description="Train a video language model with T-GRPO. Without arguments: an embedded demonstration, on any "
+        "machine. With --plan: print what the run would take of a GPU's memory, and exit; no GPU and no weights are "
+        "needed.",
     )
 
 

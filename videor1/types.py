@@ -1,6 +1,6 @@
 """Records that are passed through the trainer in one direction: Sample -> Clip -> Media -> Prompt -> Group.
 
-Dimension letters: F frames, T temporal patches (2 frames each), h x w the patch grid (14 pixels a patch),
+Dimension letters: F frames, T temporal patches (2 frames each), h x w the grid of patches (of 14 or 16 pixels),
 P prompt tokens, C completion tokens. The stages of the trainer import these records, not each other.
 """
 
@@ -65,7 +65,7 @@ class Clip:
     """Decoded frames of one video (or one image), at the source's resolution."""
 
     frames: Tensor | YuvFrames  # uint8 RGB [F, height, width, 3], upright; or YUV planes as the decoder gave them
-    size: tuple[int, int]  # target (height, width) in pixels, multiples of 28, that the vision tower will see
+    size: tuple[int, int]  # target (height, width) in pixels, multiples of two patches, that the vision tower sees
     fps: float  # sampled frames per second, F / duration; 0 for an image
     timestamps: tuple[float, ...]  # presentation time of each frame in seconds
     total_frames: int  # frames in the file
@@ -75,6 +75,7 @@ class Clip:
     # What brings the frames upright (``size`` is upright): they are mirrored left to right, then turned anticlockwise.
     rotation: int = 0  # degrees: 0, 90, 180 or 270
     mirrored: bool = False
+    numbers: tuple[int, ...] = ()  # of the frames in the file, from 0; (0,) or none for an image
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ class Media:
     """8-bit patches of a sample's frames in their true order, as decode workers return and caches store them."""
 
     kind: Literal["video", "image"]
-    patches: Tensor  # uint8 [T * h * w, 1176], Qwen2.5-VL's patch order, before normalisation
-    grid_thw: tuple[int, int, int]  # (T, h, w) in patches of 14 pixels
+    patches: Tensor  # uint8 [T * h * w, 6 * patch_size^2], in the order of frames_to_patches, before normalisation
+    grid_thw: tuple[int, int, int]  # (T, h, w) in patches
     second_per_grid: float  # seconds that a temporal patch spans: 2 / sampled fps; 0 for an image
     seconds: float  # time in seconds that decoding and resizing took
     backend: str = ""  # name of the decoder that was used; "" for media from a cache on disk
+    # Seconds from the file's beginning of each temporal patch, T of them: the mean of its two frames' numbers / fps.
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

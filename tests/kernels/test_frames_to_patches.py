@@ -59,23 +59,23 @@ def resized(frames: Tensor | np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.einsum("ih,fhwc,jw->fijc", rows, x, columns, optimize=True).clip(0, 255)
 
 
-def cut(levels: np.ndarray) -> np.ndarray:
-    """[F, H, W, 3] to [rows, 1176], patch by patch as the contract numbers them."""
+def cut(levels: np.ndarray, p: int = 14) -> np.ndarray:
+    """[F, H, W, 3] to [rows, 6 p^2], patch by patch as the contract numbers them."""
     if len(levels) % 2:
         levels = np.concatenate([levels, levels[-1:]])
     frames, height, width, _ = levels.shape
-    T, h2, w2 = frames // 2, height // 28, width // 28
-    out = np.zeros((T * h2 * w2 * 4, 1176), levels.dtype)
+    T, h2, w2 = frames // 2, height // (2 * p), width // (2 * p)
+    out = np.zeros((T * h2 * w2 * 4, 6 * p * p), levels.dtype)
     for t, hb, wb, hm, wm, c, tp in np.ndindex(T, h2, w2, 2, 2, 3, 2):
         row = ((t * h2 + hb) * w2 + wb) * 4 + hm * 2 + wm
-        column = (c * 2 + tp) * 196
-        y, x = 28 * hb + 14 * hm, 28 * wb + 14 * wm
-        out[row, column : column + 196] = levels[2 * t + tp, y : y + 14, x : x + 14, c].reshape(-1)
+        column = (c * 2 + tp) * p * p
+        y, x = 2 * p * hb + p * hm, 2 * p * wb + p * wm
+        out[row, column : column + p * p] = levels[2 * t + tp, y : y + p, x : x + p, c].reshape(-1)
     return out
 
 
-def normalized(levels: np.ndarray) -> np.ndarray:
-    return (levels - 255 * MEAN) / (255 * STD)
+def normalized(levels: np.ndarray, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
+    return (levels - 255 * mean) / (255 * std)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
@@ -94,6 +94,29 @@ def test_order_and_normalisation_without_resize(frames: int) -> None:
         stored, computed = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
         torch.testing.assert_close(patches.double(), expected, rtol=stored, atol=2 * computed)
     assert frames_to_patches(x, size=(56, 84)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_patches_of_16_pixels_and_other_constants(frames: int, backend: str) -> None:
+    x, mean, std = noise(frames, 64, 96, 3), np.array([0.5, 0.4, 0.3]), np.array([0.5, 0.6, 0.25])
+    options: dict[str, Any] = {"size": (64, 96), "patch_size": 16, "backend": backend}
+    levels = frames_to_patches(x, dtype=torch.uint8, **options)
+    assert torch.equal(levels, torch.from_numpy(cut(x.numpy(), 16)))
+    options |= {"mean": mean.tolist(), "std": std.tolist()}
+    expected = torch.from_numpy(cut(normalized(x.numpy().astype(np.float64), mean, std), 16))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        patches = frames_to_patches(x, dtype=dtype, **options)
+        assert patches.shape == (math.ceil(frames / 2) * 24, 1536)
+        # As above; an ordered pair of frames may be shuffled and normalised afterwards, to the same bits.
+        torch.testing.assert_close(
+            patches.double(), expected, rtol=torch.finfo(dtype).eps, atol=2 * torch.finfo(torch.float32).eps
+        )
+        assert torch.equal(normalize_patches(levels, dtype, mean=mean.tolist(), std=std.tolist()), patches)
+    order = list(range(frames))[::-1]
+    both = frames_to_patches(x, dtype=torch.uint8, permutation=order, both=True, **options)
+    assert torch.equal(both[0], levels)
+    assert torch.equal(both[1], torch.from_numpy(cut(x.numpy()[order], 16)))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +249,7 @@ def test_bad_planes(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("patches", "dtype", "message"),
     [
-        (torch.zeros(4, 588, dtype=torch.uint8), torch.bfloat16, "rows, 1176"),
+        (torch.zeros(4, 588, dtype=torch.uint8), torch.bfloat16, r"\[rows, 1176 or 1536\], got \[4, 588\]"),
         (torch.zeros(4, 1176), torch.bfloat16, "uint8"),
         (torch.zeros(4, 1176, dtype=torch.uint8), torch.uint8, "floating"),
     ],
@@ -234,3 +257,16 @@ def test_bad_planes(arguments: dict[str, Any]) -> None:
 def test_normalize_patches_checks(patches: Tensor, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         normalize_patches(patches, dtype)
+
+
+@pytest.mark.parametrize(
+    "constants", [{"mean": (0.5, 0.5)}, {"mean": (0.5, 0.5, math.nan)}, {"std": (0.5, 0.0, 0.5)}, {"std": ()}]
+)
+def test_constants_of_the_normalisation_are_checked(constants: dict[str, Any]) -> None:
+    name = next(iter(constants))
+    for call in (
+        lambda: normalize_patches(torch.zeros(4, 1536, dtype=torch.uint8), **constants),
+        lambda: frames_to_patches(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), size=(28, 28), **constants),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected three finite numbers"):
+            call()

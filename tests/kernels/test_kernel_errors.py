@@ -262,6 +262,8 @@ VALUES: dict[str, Values] = {
         ({"frames": FRAMES[0]}, "frames: expected shape [F, height, width, 3]"),
         *(({"frames": x}, "frames: expected at least one frame of at least one pixel") for x in EMPTY),
         *(({"size": size}, "size: expected (height, width), positive multiples of 28") for size in NO_SIZES),
+        ({"patch_size": 16}, "size: expected (height, width), positive multiples of 32, got (28, 28)"),
+        ({"patch_size": 15}, "patch_size: expected 14 or 16, got 15"),
         ({"size": (28, 28 * 2**40)}, "size: expected sides below 2^30 pixels"),
         *(({"permutation": order}, "permutation: expected each of 0..1 once") for order in NO_ORDERS),
         ({"dtype": torch.int32}, "dtype: expected float32, bfloat16"),
@@ -283,6 +285,9 @@ VALUES: dict[str, Values] = {
         ({"cos": zeros(9, 2)}, "cos: expected shape [P, 4], got [9, 2]"),
         ({"sin": zeros(8, 4)}, "sin: expected shape [9, 4], got [8, 4]"),
         ({"positions": ids(1, 2, 3)}, "positions: expected shape [2], got [3]"),
+        ({"q_norm": zeros(4)}, "q_norm: expected both q_norm and k_norm, or neither"),
+        ({"q_norm": zeros(4), "k_norm": zeros(3)}, "k_norm: expected shape [4], got [3]"),
+        ({"q_norm": zeros(4), "k_norm": zeros(4), "eps": -1.0}, "eps: expected a finite number of 0 or more"),
         (
             {"suffix_slots": None, "suffix_k": zeros(1, 5, 2, 4), "suffix_v": zeros(1, 5, 2, 4)},
             "suffix_k: expected a slot for each of the 2 rows, or suffix_slots, got 1",

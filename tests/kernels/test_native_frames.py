@@ -79,18 +79,18 @@ def chain(
     return np.round(resized(np.rot90(rgb, rotation // 90, (1, 2)), size))
 
 
-def levels_of(patches: Tensor, frames: int, size: Size) -> np.ndarray:
+def levels_of(patches: Tensor, frames: int, size: Size, p: int = 14) -> np.ndarray:
     """uint8 patches back to [F, H, W, 3]."""
-    T, h, w = -(-frames // 2), size[0] // 28, size[1] // 28
-    x = patches.view(T, h, w, 2, 2, 3, 2, 14, 14).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)  # t tp hb hm py wb wm px c
+    T, h, w = -(-frames // 2), size[0] // (2 * p), size[1] // (2 * p)
+    x = patches.view(T, h, w, 2, 2, 3, 2, p, p).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)  # t tp hb hm py wb wm px c
     return x.reshape(2 * T, *size, 3)[:frames].numpy().astype(np.float64)
 
 
 def assert_within_a_level(
-    kernel: Kernel, frames: Tensor | YuvFrames, size: Size, rotation: int = 0, *, mirrored: bool = False
+    kernel: Kernel, frames: Tensor | YuvFrames, size: Size, rotation: int = 0, *, mirrored: bool = False, p: int = 14
 ) -> None:
-    patches, _ = kernel(frames, size=size, rotation=rotation, mirrored=mirrored)
-    levels = levels_of(patches, len(frames), size)
+    patches, _ = kernel(frames, size=size, rotation=rotation, mirrored=mirrored, patch_size=p)
+    levels = levels_of(patches, len(frames), size, p)
     error = np.abs(levels - chain(frames, size, rotation, mirrored=mirrored))
     assert error.max() <= 1
     assert error.mean() <= 1e-3, "only sums within fp32's error of a half may go the other way"
@@ -107,6 +107,18 @@ def test_within_a_level_of_the_exact_chain(
     upright = size if rotation % 180 == 0 else size[::-1]
     frames = made_frames(kind, 3, *source, matrix="709")
     assert_within_a_level(kernels(name), frames, upright, rotation, mirrored=mirrored)
+
+
+@pytest.mark.grid(
+    sizes=[((90, 131), (64, 96)), ((61, 40), (32, 128)), ((32, 64), (32, 64)), ((2, 9000), (32, 32))],
+    kind=KINDS, rotation=[0, 90, 180, 270], mirrored=[False, True], name=EVERY,
+)  # fmt: skip
+def test_patches_of_16_pixels(
+    kernels: Kernels, sizes: tuple[Size, Size], kind: str, rotation: int, mirrored: bool, name: str
+) -> None:
+    source, size = sizes
+    upright = size if rotation % 180 == 0 else size[::-1]
+    assert_within_a_level(kernels(name), made_frames(kind, 3, *source), upright, rotation, mirrored=mirrored, p=16)
 
 
 @pytest.mark.grid(kind=KINDS[1:], matrix=list(MATRICES), range_=["limited", "full"], name=EVERY)

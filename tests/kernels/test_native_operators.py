@@ -29,6 +29,7 @@ def arguments() -> dict[str, object]:
         "column_first": first,
         "column_weights": weights,
         "column_taps": taps,
+        "patch": 14,
         "quarter_turns": 0,
         "mirrored": False,
         "levels": torch.zeros(3, 256),
@@ -64,6 +65,9 @@ def test_the_native_operator_runs_on_right_arguments() -> None:
         {"matrix": 3},
         {"matrix": -1},
         {"quarter_turns": 4},
+        {"patch": 0},
+        {"patch": 7},
+        {"patch": 16},  # whose blocks 28 rows are no multiple of
         {"row_taps": 0},
         {"row_taps": 10**6},
         {"row_first": torch.full((28,), 8, dtype=torch.int32)},

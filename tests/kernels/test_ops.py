@@ -198,7 +198,8 @@ def test_opcheck(backend: str) -> None:
         (tgrpo_advantages_op, (rewards, rewards, (9 * rewards).long(), shuffled, *numbers)),
         (add_rms_norm_op, (fixed, fixed[0], 2 * fixed, 1e-6)),
         (add_rms_norm_op, (fixed, fixed[0].half(), None, 1e-6)),
-        (rotary_append_op, rotary_inputs()),
+        (rotary_append_op, (*rotary_inputs(), None, None, 0.0)),
+        (rotary_append_op, (*rotary_inputs(), *rotary_inputs()[1][:2], 1e-6)),
         (silu_mul_op, (fixed,)),
         (prefix_attention_op, (*(x.clone().requires_grad_() for x in qkv), *row)),
         (prefix_attention_backward_op, (qkv[0], *qkv, *prefix_attention_op(*qkv, *row, backend), *row)),
@@ -287,12 +288,14 @@ def rotary_inputs() -> tuple[Tensor, ...]:
     return *(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes), *index
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_the_cache_changes_in_a_compiled_graph(backend: str) -> None:
+def test_the_cache_changes_in_a_compiled_graph(backend: str, norms: bool) -> None:
     def call(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
         names = ("positions", "suffix_lengths", "suffix_slots")
         index = dict(zip(names, places, strict=True))
-        return vk.rotary_append(2 * qkv, cos, sin, k, v, **index, backend=backend) + k.sum()
+        weights = {"q_norm": cos[0], "k_norm": cos[1], "eps": 1e-3} if norms else {}
+        return vk.rotary_append(2 * qkv, cos, sin, k, v, **index, **weights, backend=backend) + k.sum()
 
     ours, theirs = ([x.clone() for x in rotary_inputs()] for _ in range(2))
     assert_same([compiled(call)(*ours)], [call(*theirs)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from triton_cases import DEVICE, DTYPES
 
 from videor1_kernels import extension, last_backend, rotary_append
@@ -38,13 +40,19 @@ class Call:
     suffix_lengths: Tensor
     suffix_slots: Tensor | None
     backend: str
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 1e-3  # so large that it shows
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, and copies of the cache after the call; the call's own cache stays as it was."""
         caches = [x.clone() for x in (self.suffix_k, self.suffix_v)]
         assert all(a.stride() == b.stride() for a, b in zip(caches, (self.suffix_k, self.suffix_v), strict=True))
         index = {name: getattr(self, name) for name in ("positions", "suffix_lengths", "suffix_slots")}
-        q = rotary_append(self.qkv, self.cos, self.sin, *caches, **index, backend=self.backend)
+        norms: dict[str, Any] = (
+            {} if self.q_norm is None else {n: getattr(self, n) for n in ("q_norm", "k_norm", "eps")}
+        )
+        q = rotary_append(self.qkv, self.cos, self.sin, *caches, **index, **norms, backend=self.backend)
         return q, *caches
 
     def exact(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +69,10 @@ class Call:
             token = int(self.suffix_lengths[row]) - 1
             cos, sin = self.cos[at].to(dtype), self.sin[at].to(dtype)
             for head, x in enumerate(heads[row]):
+                norm = self.q_norm if head < q_heads else self.k_norm
+                if norm is not None and head < q_heads + kv_heads:
+                    normed = x / (x.square().mean() + self.eps).sqrt()
+                    x = normed.to(self.qkv.dtype).to(dtype) * norm.to(dtype)
                 turned = torch.cat([-x[half:], x[:half]])
                 rotated = x * cos + turned * sin
                 if head < q_heads:
@@ -83,6 +95,7 @@ def make(
     slots: bool = True,
     heads_first: bool = False,
     index: torch.dtype = torch.int64,
+    norm: torch.dtype | None = None,
 ) -> Call:
     device = DEVICE if backend == "triton" else "cpu"
     generator = torch.Generator().manual_seed(rows + dim)
@@ -107,6 +120,10 @@ def make(
         integers(torch.randint(1, capacity + 1, (rows,), generator=generator)),
         integers(torch.randperm(count, generator=generator)[:rows]) if slots else None,
         backend,
+        *(
+            None if norm is None else (1 + torch.randn(dim, generator=generator)).to(device, norm)
+            for _ in ("q_norm", "k_norm")
+        ),
     )
 
 
@@ -149,6 +166,52 @@ def test_equals_the_loop(
             baseline = theirs.to(dtype).nan_to_num()  # rounded once
             assert_no_worse(ours.nan_to_num(), baseline, oracle.nan_to_num(), terms=2, scale=8.0, name=name)
     torch.testing.assert_close(out[2].double(), exact[2], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.fits(lambda backend, dtype, norm, **_: {dtype, norm} <= set(TAKEN[backend]))
+@pytest.mark.grid(
+    backend=BACKENDS,
+    dtype=FLOATS,
+    norm=FLOATS,
+    shape=[(1, (1, 1), 2), (5, (4, 2), 16), (3, (7, 1), 20), (2, (3, 3), 80), (0, (4, 2), 8)],
+    heads_first=[True, False],
+)
+def test_heads_are_normalised_first(
+    backend: str, dtype: torch.dtype, norm: torch.dtype, shape: tuple[int, tuple[int, int], int], heads_first: bool
+) -> None:
+    """As transformers' Qwen3 layers do, in whose own dtype a norm is rounded before its weight."""
+    native_norm = norm if backend == "reference" or norm != torch.float16 else torch.float32
+    call = make(backend, *shape, dtype, heads_first=heads_first, norm=native_norm)
+    with poisoned_memory():
+        out = call()
+    assert last_backend(OP) == backend
+    exact = call.exact()
+    for name, ours, oracle in zip(("q", "suffix_k", "suffix_v"), out, exact, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours.isnan(), oracle.isnan()), f"{name} was written where it must not be"
+        if dtype in (torch.bfloat16, torch.float16):  # a normalised entry near a tie is rounded to either side
+            error, eps = (ours.double() - oracle).abs().nan_to_num(), torch.finfo(dtype).eps
+            assert bool((error <= 32 * eps).all()), "of two products of a normalised entry and a weight, below 4 each"
+            assert not error.numel() or error.mean() <= eps
+        else:
+            assert_matches(ours.nan_to_num(), oracle.nan_to_num(), name=name)
+    torch.testing.assert_close(out[2].double(), exact[2], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_equal_transformers(backend: str) -> None:
+    call = make(backend, 6, (4, 2), 32, norm=torch.float32)
+    heads = call.qkv.view(6, -1, 32)
+    modules = []
+    for weight in (call.q_norm, call.k_norm):
+        module = Qwen3VLTextRMSNorm(32, eps=call.eps).to(call.qkv.device)
+        module.weight.data.copy_(weight)
+        modules.append(module)
+    with torch.no_grad():
+        normed = torch.cat([modules[0](heads[:, :4]), modules[1](heads[:, 4:6]), heads[:, 6:]], 1).flatten(1)
+    expected = replace(call, qkv=normed, q_norm=None, k_norm=None)()
+    for ours, theirs in zip(call(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.fits(lambda backend, dtype: dtype in TAKEN[backend])

@@ -197,14 +197,15 @@ def norm(x, weight, residual):  # type: ignore[no-untyped-def]
     return [alone, *add_rms_norm(x, weight, residual=residual, backend="triton")]
 
 
-def rotate(dim: int, dtype: torch.dtype) -> None:
-    def call(qkv, cos, sin, suffix_k, suffix_v, positions, lengths, slots):  # type: ignore[no-untyped-def]
+def rotate(dim: int, dtype: torch.dtype, *, norms: bool = False) -> None:
+    def call(qkv, cos, sin, suffix_k, suffix_v, positions, lengths, slots, *weights):  # type: ignore[no-untyped-def]
         index = {"positions": positions, "suffix_lengths": lengths, "suffix_slots": slots}
+        index |= dict(zip(("q_norm", "k_norm"), weights, strict=False))
         q = rotary_append(qkv, cos, sin, suffix_k, suffix_v, **index, backend="triton")
         return [q[:3], suffix_k, suffix_v]
 
     run(
-        f"rotary_append {dim} {dtype}",
+        f"rotary_append {dim} {dtype} {norms}",
         call,
         torch.randn(8, (3 + 2) * dim).to(dtype),
         *(torch.randn(9, dim) for _ in range(2)),
@@ -212,6 +213,7 @@ def rotate(dim: int, dtype: torch.dtype) -> None:
         torch.tensor([8, 0, 3, 9, -1, 4, 4, 4]),  # from the fourth on, one of each row is out of range
         torch.tensor([5, 1, 3, 1, 1, 0, 6, 5]),
         torch.tensor([3, 0, 2, 1, 1, 1, 1, 4]),
+        *(torch.randn(dim) for _ in range(2 * norms)),
     )
 
 
@@ -245,6 +247,7 @@ def main() -> None:
     run("add_rms_norm", norm, torch.randn(3, 70).half(), torch.randn(70), torch.randn(3, 70))
     rotate(16, torch.float32)
     rotate(6, torch.float16)
+    rotate(6, torch.float16, norms=True)
     run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
 
 

@@ -16,11 +16,12 @@ import torch
 from rollouts import answer, ask
 from runs import trainer
 from tiny import GRADIENT_ROUNDING, log_prob_rounding, make_lm, make_media, make_prompt
+from tiny_families import family_media, family_prompt, make_family_lm
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
+from videor1.model.families import FAMILIES
 from videor1.model.liger import use_liger
 from videor1.rollout import SamplingOptions
 from videor1.training.passes import completion_logp, pack
@@ -74,10 +75,13 @@ def liger_norm_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (self.offset + self.weight) * normal.to(hidden.dtype)
 
 
-def test_liger_in_the_model() -> None:
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_liger_in_the_model(model_type: str) -> None:
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import rms_norm, rope, swiglu
 
+    model = make_family_lm(model_type)
+    modeling: Any = sys.modules[type(model.hf).__module__]
     turned, rotary = [], modeling.apply_rotary_pos_emb
 
     def liger_rotary(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
@@ -94,9 +98,9 @@ def test_liger_in_the_model() -> None:
     assert list(inspect.signature(rope.liger_rotary_pos_emb).parameters)[: len(taken)] == taken
     assert "gate_proj" in inspect.getsource(swiglu.LigerSwiGLUMLP.forward)
 
-    model = make_lm()
     model.hf.train()
-    row = pack(model, [make_prompt(make_media())], [[torch.arange(5), torch.arange(7)]])
+    prompt = family_prompt(model, family_media(model_type))
+    row = pack(model, [prompt], [[torch.arange(5), torch.arange(7)]])
     plain = completion_logp(model, row)
     plain.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.hf.named_parameters()}
@@ -109,10 +113,14 @@ def test_liger_in_the_model() -> None:
     ):
         names = set(model.hf.state_dict())
         use_liger(model.hf)
+        replaced = [m for m in model.hf.modules() if getattr(m, "casting_mode", None) == "llama"]
+        layer = model.hf.model.language_model.layers[0]
+        heads = model.family.head_norms(layer.self_attn) or ()
+        assert {*heads, layer.input_layernorm} <= set(replaced)
         assert set(model.hf.state_dict()) == names, "checkpoints stay as they are"
         liger = completion_logp(model, row)
         liger.sum().backward()
-    assert len(turned) == 2, "once a layer"
+    assert len(turned) == len(model.hf.model.language_model.layers), "once a layer"
     torch.testing.assert_close(liger, plain, rtol=0, atol=log_prob_rounding(plain))
     for name, parameter in model.hf.named_parameters():
         assert (parameter.grad - gradients[name]).norm() <= GRADIENT_ROUNDING * gradients[name].norm(), name

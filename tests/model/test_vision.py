@@ -1,15 +1,15 @@
 """The vision tower passes all windows to its attention at once, reads nothing back, and computes what it did before."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from spies import Calls
 from tiny import make_lm, make_media
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from videor1.model import VideoLM, vision
+from videor1.model.families import QWEN2_5_VL
 from videor1.video.patches import normalize_patches
 from videor1_kernels.testing import rounding
 
@@ -42,7 +42,7 @@ def test_as_window_by_window() -> None:
     vision.prepare(tower)
     meta = torch.device("meta")
     pixels = torch.cat([media.patches for media in MEDIA]).to(meta)
-    lengths = vision.tower_lengths(GRID, tower.config, meta, torch.bfloat16)
+    lengths = QWEN2_5_VL.tower_inputs(GRID, tower.config, meta, torch.bfloat16)
     assert {value.device.type for value in lengths.values() if isinstance(value, Tensor)} == {"meta"}
     with Calls() as calls:
         out = tower(normalize_patches(pixels, torch.bfloat16), grid_thw=GRID, **lengths)
@@ -57,25 +57,10 @@ def test_as_window_by_window() -> None:
     assert {args[5] for args in calls.varlen} == {8 * 12, lengths["max_window_seqlen"]}
 
 
-class Calls(TorchDispatchMode):
-    """Keeps the names of the operations that are called, and what varlen_attn was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.varlen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        if "_varlen_attn" in str(func):
-            self.varlen.append(args)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_lengths(device: str) -> None:
     """Those of windows stay on the host where each is computed by itself."""
-    lengths = vision.tower_lengths(GRID, make_lm().visual.config, torch.device(device), torch.float32)
+    lengths = QWEN2_5_VL.tower_inputs(GRID, make_lm().visual.config, torch.device(device), torch.float32)
     assert lengths["cu_seqlens"].tolist() == [0, 96, 192, 288, 368]
     assert lengths["cu_window_seqlens"].tolist()[-1] == 368
     assert lengths["max_seqlen"] == 96

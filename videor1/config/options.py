@@ -76,10 +76,14 @@ class VideoConfig:
     fps: Annotated[float, above(0, most=1e6)] = 2.0
     """Frames per second to sample."""
     max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = VIDEO_MAX_PIXELS
-    """Maximum pixels of a video frame after resizing (height and width are multiples of 28)."""
+    """Maximum pixels of a video frame after resizing (height and width are multiples of 28; of Qwen3-VL's, of 32)."""
     min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels", most=MOST_PIXELS)] = None
     """Minimum pixels of a video frame after resizing; default: max_pixels, but not more than 128 * 28 * 28 (as in the
-    reference)."""
+    reference). Qwen3-VL: of all frames together; default: 4 * 32 * 32, as its processor has it."""
+    total_pixels: Annotated[int | None, at_least(1, most=MOST_PIXELS)] = None
+    """Maximum pixels of all frames of a video together, for Qwen3-VL alone; default: 24576 * 32 * 32, as its processor
+    has it. Frames become smaller for it; a video that stays above it at the smallest size is skipped and counted
+    (over_budget), never cut."""
     image_max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = IMAGE_MAX_PIXELS
     """Maximum pixels of an image after resizing."""
     image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels", most=MOST_PIXELS)] = (
@@ -184,10 +188,9 @@ class LoraConfig:
     """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout probability inside the adapters."""
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """Linear layers of the language model that get an adapter."""
+    target_modules: list[str] = field(default_factory=lambda: ["default"])
+    """Linear layers of the language model that get an adapter; default: those of the model's family, which are q_proj,
+    k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
 
 
 @dataclass
@@ -224,7 +227,7 @@ class CommonConfig:
     """The options that all commands share."""
 
     model_name_or_path: str | None = None
-    """Folder of a Qwen2.5-VL model, or its id on the Hugging Face hub."""
+    """Folder of a model, or its id on the Hugging Face hub: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense)."""
     dataset_name: str | None = None
     """Data in the Video-R1 JSON format: a .json list or a .jsonl file; or, as a stream, .jsonl, .jsonl.gz or .parquet
     shards (a folder, a glob, a URL, or several joined by commas), a folder that datasets' save_to_disk wrote, or

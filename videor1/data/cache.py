@@ -33,8 +33,9 @@ from videor1.atomic import write_all
 from videor1.config import VideoConfig
 from videor1.errors import ConfigError
 from videor1.types import Media
+from videor1.video.patches import check_grid
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.version import Key
-from videor1_kernels.frames_to_patches import PATCH_COLUMNS
 
 try:
     import fcntl
@@ -271,14 +272,21 @@ class _UsageCounter:
         os.write(self._file, b"%020d" % max(number, 0))
 
 
-def disk_cache(folder: str | None, megabytes: int, video: VideoConfig) -> DiskCache | None:
-    """Return the cache in ``data.cache_dir``, or None without one. Other video settings never share its entries."""
-    return None if folder is None else DiskCache(folder, megabytes * 2**20, json.dumps(asdict(video), sort_keys=True))
+def disk_cache(
+    folder: str | None, megabytes: int, video: VideoConfig, rules: FrameRules = QWEN2_RULES
+) -> DiskCache | None:
+    """Return the cache in ``data.cache_dir``, or None without one.
+
+    Other video settings, and families with other rules for frames, never share its entries.
+    """
+    settings = json.dumps(asdict(video) | {"rules": rules.name}, sort_keys=True)
+    return None if folder is None else DiskCache(folder, megabytes * 2**20, settings)
 
 
 def _pack(media: Media, identity: dict[str, Any]) -> bytes:
     patches = media.patches.contiguous()
     header = identity | {"kind": media.kind, "grid_thw": list(media.grid_thw), "second_per_grid": media.second_per_grid}
+    header["times"] = list(media.times)
     header["crc32"] = _checksum(patches, header)
     return pack_tensors({"patches": patches}, {"videor1": json.dumps(header)})
 
@@ -302,13 +310,15 @@ def _unpack(data: bytes, identity: dict[str, Any], started: float) -> tuple[Any,
         kind, second_per_grid = stored["kind"], stored["second_per_grid"]
         if {name: stored[name] for name in identity} != identity:
             raise ValueError("it was written for other media or settings")
-        if patches.dtype != torch.uint8 or tuple(patches.shape) != (T * h * w, PATCH_COLUMNS):
-            raise ValueError(f"expected uint8 patches for grid {(T, h, w)}, got {patches.dtype} {list(patches.shape)}")
+        times = tuple(float(time) for time in stored["times"])
+        if patches.dtype != torch.uint8:
+            raise ValueError(f"expected uint8 patches, got {patches.dtype}")
+        check_grid(patches, (T, h, w))
         if kind not in ("video", "image") or not math.isfinite(second_per_grid):
             raise ValueError(f"expected a video or an image and its seconds per grid, got {kind}, {second_per_grid}")
         if _checksum(patches, {name: value for name, value in stored.items() if name != "crc32"}) != stored["crc32"]:
             raise ValueError("its checksum is wrong")
-        media = Media(kind, patches, (T, h, w), second_per_grid, time.perf_counter() - started)
+        media = Media(kind, patches, (T, h, w), second_per_grid, time.perf_counter() - started, times=times)
         return stored["version"], media
     except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a whole safetensors file of patches ({type(error).__name__}: {error})") from None

@@ -19,6 +19,7 @@ from videor1.data.stream import RowStream, StreamOrder
 from videor1.errors import DataError
 from videor1.types import Media, Sample, SampleError
 from videor1.video.media import load_media, media_key
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.version import Key
 
 R = TypeVar("R")
@@ -34,6 +35,7 @@ class Source(Generic[R]):
         on_skip: called with (number of the draw, error) for every skipped draw.
         start: the ``state`` of the source that this one continues, or 0 for the beginning.
         shard: (rank, ranks); together, the ranks see every sample once in an epoch.
+        rules: the model family's, by which frames become patches.
 
     Attributes:
         skipped: the number of skipped draws by SampleError.kind.
@@ -48,6 +50,7 @@ class Source(Generic[R]):
         on_skip: Callable[[int, SampleError], None],
         start: Any = 0,
         shard: tuple[int, int] = (0, 1),
+        rules: FrameRules = QWEN2_RULES,
     ) -> None:
         self.dataset = dataset
         self._order = _order(dataset, config, shard)
@@ -56,13 +59,13 @@ class Source(Generic[R]):
         self.skipped: Counter[str] = Counter()
         self._build, self._on_skip = build, on_skip
         self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
-            functools.partial(_load, video=config.video, max_decoded_mb=config.data.max_decoded_mb),
+            functools.partial(_load, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
             workers=config.data.workers,
             depth=max(config.data.prefetch, config.per_device_train_batch_size * config.gradient_accumulation_steps),
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=_key,
-            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
+            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video, rules),
         )
         self._results = self._prefetcher.iterate(self._order.iterate(self._next))
         self._failed: dict[Any, str] = {}  # samples skipped since the last record, with the kind of their error
@@ -156,10 +159,10 @@ def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int,
     return ListOrder(dataset, config.seed, config.data.shuffle, shard)
 
 
-def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int) -> Media | None:
+def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int, rules: FrameRules) -> Media | None:
     if isinstance(draw.sample, SampleError):
         raise draw.sample
-    return load_media(draw.sample, video, max_decoded_mb)
+    return load_media(draw.sample, video, max_decoded_mb, rules)
 
 
 def _key(draw: Draw) -> Key | None:

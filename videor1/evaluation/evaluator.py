@@ -19,6 +19,7 @@ from videor1.rewards import accuracy_of
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
 from videor1.types import Completion, Media, Prompt, Sample, SampleError
 from videor1.video.media import load_media, media_key
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.shuffle import draw_permutation
 
 _CHUNK = 32  # prompts whose completions are sampled together
@@ -103,19 +104,20 @@ class Evaluator:
         score: Score | None = None,
         top_p: float = 1.0,
         count: int = 1,
+        rules: FrameRules = QWEN2_RULES,
     ) -> None:
         self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
         self._config, self._on_skip = config, on_skip
         self._score = score or functools.partial(accuracy_of, lenient=config.reward.lenient)
         self._top_p, self._count = top_p, count
         self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
-            functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb),
+            functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
             workers=config.data.workers,
             depth=config.data.prefetch,
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=media_key,
-            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video),
+            disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video, rules),
         )
 
     def __enter__(self) -> Evaluator:
@@ -164,7 +166,7 @@ class Evaluator:
             try:
                 if isinstance(media, SampleError):
                     raise media
-                ids = build_input_ids(model.tokenizer, sample, media, max_prompt_length=limit)
+                ids = build_input_ids(model.tokenizer, sample, media, max_prompt_length=limit, family=model.family)
                 prompts.append(Prompt(sample, ids, media, sample.index))
             except SampleError as error:
                 outcomes[sample.index] = error

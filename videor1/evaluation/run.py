@@ -239,6 +239,7 @@ def _answer(
         config,
         top_p=config.eval_top_p,
         count=config.eval_num_samples,
+        rules=model.family.frames,
         score=lambda text, sample: questions[sample.index].score(text),
         on_skip=lambda error: progress.write(f"not answered: {error}"),
     ) as evaluator:

@@ -1,7 +1,8 @@
-"""liger-kernel's Triton kernels for RMSNorm, SwiGLU and the rotary embedding of a Qwen2.5-VL."""
+"""liger-kernel's Triton kernels for the RMSNorms, SwiGLU and the rotary embedding of a model."""
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 from typing import Any
 
@@ -13,7 +14,7 @@ from videor1.errors import ConfigError, install
 def use_liger(hf: Any) -> None:
     """Replace the forward passes of a model's norms and MLPs, and transformers' rotary embedding of its architecture.
 
-    The rotary embedding is a function of transformers' module: it changes for every Qwen2.5-VL of the process. Results
+    The rotary embedding is a function of transformers' module: it changes for every model of the class. Results
     agree to rounding; weights, names and checkpoints stay as they are. (Liger's own
     ``apply_liger_kernel_to_qwen2_5_vl`` needs torchvision for a loss that is not used here, and replaces a function of
     M-RoPE that the supported transformers do not have.)
@@ -27,15 +28,15 @@ def use_liger(hf: Any) -> None:
         from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
     except ImportError as error:
         raise ConfigError(f"model.liger: {error}; {install('liger')}") from error
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
+    modeling: Any = sys.modules[type(hf).__module__]
     # M-RoPE chooses the angles before this function is called, which then does the plain rotation.
     assert modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
     text, tower = hf.model.language_model, hf.model.visual
-    norms = [text.norm, *(norm for block in tower.blocks for norm in (block.norm1, block.norm2))]
+    # An RMSNorm of transformers is known by its attribute: the classes are many, and torch's LayerNorm lacks it.
+    norms = [m for part in (text, tower.blocks) for m in part.modules() if hasattr(m, "variance_epsilon")]
     for layer in text.layers:
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
         layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
     for norm in norms:
         _use_norm(norm, LigerRMSNorm)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as the trainer uses it: vision features of a prompt, hidden states of a packed row, and the head's weight.
+"""A model as the trainer uses it: vision features of a prompt, hidden states of a packed row, and the head's weight.
 
 The classes are transformers' own, unpatched. The language model runs with the attention ``videor1_prefix``; the context
 of a pass defines what it attends to (``videor1_kernels.integrations.transformers``).
@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from videor1.config import LoraConfig
 from videor1.errors import ConfigError
 from videor1.model import vision
+from videor1.model.families import Family, family_of
 from videor1.model.lora import use_lean_lora
 from videor1.model.positions import PositionRule, prompt_positions
 from videor1.model.prompts import SpecialIds, special_ids
 from videor1.seeding import derive_seed
 from videor1.types import Media, Prompt
-from videor1.video.patches import normalize_patches
+from videor1.video.patches import normalize_patches, num_media_tokens
 from videor1_kernels.checks import check_choice
+from videor1_kernels.frames_to_patches import patch_columns
 from videor1_kernels.integrations import transformers as attention
 
 
 class VideoLM:
-    """A Qwen2.5-VL with its tokenizer, on one device.
+    """A model of one of the families with its tokenizer, on one device.
 
     Attributes:
-        hf: ``Qwen2_5_VLForConditionalGeneration``, adapters inside where LoRA is on.
+        hf: the model, of transformers' class, adapters inside where LoRA is on.
+        family: what its family does differently from others.
         peft: the peft wrapper, or None.
         tokenizer, special: the tokenizer and its special ids.
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
@@ -42,7 +45,7 @@ class VideoLM:
 
     def __init__(
         self,
-        hf: Qwen2_5_VLForConditionalGeneration,
+        hf: Any,
         tokenizer: Any,
         *,
         device: torch.device | str = "cpu",
@@ -50,11 +53,12 @@ class VideoLM:
         source: str = "",
         position_rule: PositionRule = "paper",
     ) -> None:
+        self.family: Family = family_of(hf.config.model_type, source)
         self.hf = hf.to(device)
         self.peft: Any = None
         self.flash = False  # whether flash-attn computes the attention of a rollout's prompts
         self.tokenizer = tokenizer
-        self.special: SpecialIds = special_ids(tokenizer)
+        self.special: SpecialIds = special_ids(tokenizer, self.family)
         self.device = torch.device(device)
         self.bf16 = bf16
         self.source = source
@@ -64,6 +68,7 @@ class VideoLM:
         hf.model.language_model.set_attn_implementation(attention.register())
         vision.prepare(hf.model.visual)
         self._check_vocabulary()
+        self._check_tower()
 
     @property
     def visual(self) -> Any:
@@ -75,7 +80,9 @@ class VideoLM:
         return self.hf.lm_head.weight.to(self.compute_dtype)
 
     def vision_features(self, media: Sequence[Media], patches: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Compute the features [tokens, H] of each of ``media`` in one pass of the vision tower.
+        """Compute the features [tokens, n * H] of each of ``media`` in one pass of the vision tower.
+
+        The first H columns replace the embeddings of media tokens; what others are for, the model's family knows.
 
         Args:
             patches: 8-bit patches, one tensor per media, that replace the media's own, e.g. with frames shuffled.
@@ -84,33 +91,35 @@ class VideoLM:
             return []
         pixels = torch.cat([m.patches for m in media] if patches is None else list(patches)).to(self.device)
         grid = torch.tensor([m.grid_thw for m in media])
-        lengths = vision.tower_lengths(grid, self.visual.config, self.device, self.compute_dtype)
+        family = self.family
+        if (given := pixels.shape[1]) != (columns := patch_columns(family.frames.patch_size)):
+            raise ValueError(f"vision_features: expected {columns} columns a patch of {family.name}, got {given}")
+        inputs = family.tower_inputs(grid, self.visual.config, self.device, self.compute_dtype)
         with self.autocast():
-            output = self.visual(normalize_patches(pixels, self.compute_dtype), grid_thw=grid, **lengths)
-        merge = self.visual.spatial_merge_size**2
-        return list(output.pooler_output.split([m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2] // merge for m in media]))
+            output = self.visual(normalize_patches(pixels, self.compute_dtype, family.frames), grid_thw=grid, **inputs)
+            features = family.features(output)
+        return list(features.split([num_media_tokens(m.grid_thw) for m in media]))
 
     def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
         """Return the M-RoPE positions [3, P] of a prompt, and the position of the first completion token."""
-        tower = self.hf.config.vision_config
-        return prompt_positions(
-            prompt,
-            self.special.media_pad(prompt.media) if prompt.media else None,
-            tokens_per_second=tower.tokens_per_second,
-            merge=tower.spatial_merge_size,
-            rule=self.position_rule,
-        )
+        if (media := prompt.media) is None:
+            return prompt_positions(prompt, None, rule=self.position_rule)
+        runs = self.family.runs(media, self.hf.config.vision_config)
+        return prompt_positions(prompt, self.special.media_pad(media), runs, self.position_rule)
 
-    def embeddings(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
-        """Return the embeddings [T, H] of a packed row, its media tokens replaced by their features."""
+    def embeddings(self, ids: Tensor, features: Sequence[Tensor] = ()) -> tuple[Tensor, dict[str, Any]]:
+        """Return the embeddings [T, H] of a packed row, its media tokens replaced by their features, and what the
+        language model takes besides, in families that have it."""
         embeds: Tensor = self.hf.get_input_embeddings()(ids.to(self.device))
         if not features:
-            return embeds
+            return embeds, {}
         pads = torch.tensor([self.special.video_pad, self.special.image_pad], device=self.device)
         at = torch.isin(ids.to(self.device), pads)[:, None]
         values = torch.cat(list(features)).to(embeds.dtype)
         assert int(at.sum()) == len(values), (int(at.sum()), len(values))
-        return embeds.masked_scatter(at, values)
+        width = embeds.shape[1]
+        further = self.family.layer_inputs(values.split(width, 1)[1:], at.T)
+        return embeds.masked_scatter(at, values[:, :width]), further
 
     def hidden_states(
         self, ids: Tensor, positions: Tensor, context: attention.AttentionContext, features: Sequence[Tensor] = ()
@@ -123,12 +132,14 @@ class VideoLM:
             context: defines what each token attends to.
             features: vision features of the row's media, in the row's order; they replace its media tokens.
         """
+        embeds, further = self.embeddings(ids, features)
         with self.autocast():
             output = self.hf.model.language_model(
-                inputs_embeds=self.embeddings(ids, features)[None],
+                inputs_embeds=embeds[None],
                 position_ids=positions.to(self.device),
                 use_cache=False,
                 videor1_context=context,
+                **further,
             )
         return output.last_hidden_state[0].to(self.compute_dtype)  # The last norm returns fp32 under autocast.
 
@@ -175,7 +186,8 @@ class VideoLM:
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
 
-        names = "|".join(config.target_modules)
+        targets = [self.family.lora_targets if name == "default" else (name,) for name in config.target_modules]
+        names = "|".join(itertools.chain(*targets))
         options = PeftLoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
@@ -213,6 +225,16 @@ class VideoLM:
         if len(self.tokenizer) > config.text_config.vocab_size:
             tokens, vocabulary = len(self.tokenizer), config.text_config.vocab_size
             raise ConfigError(f"{self.source}: the tokenizer has {tokens} tokens, the model {vocabulary}")
+
+    def _check_tower(self) -> None:
+        """Check that the tower takes the patches that frames are cut into. Raises ConfigError."""
+        tower, family = self.hf.config.vision_config, self.family
+        sizes = {"patch_size": family.frames.patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        for name, size in sizes.items():
+            if (given := getattr(tower, name)) != size:
+                raise ConfigError(
+                    f"{self.source}: its vision_config's {name} is {given}, expected {size} ({family.name})"
+                )
 
 
 def set_checkpointing(hf: Any, on: bool, layers: int | None = None) -> None:

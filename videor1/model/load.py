@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
 from videor1.model.cpu_linear import use_onednn
+from videor1.model.families import Family, family_of
 from videor1.model.liger import use_liger
 from videor1.model.lm import VideoLM, set_checkpointing
 from videor1.model.manifest import DamagedError
 from videor1.model.positions import POSITIONS_KEY, trained_rule
+from videor1.model.save import processor_files
 from videor1.model.template import check_template
 from videor1.model.weights import (
     check_config,
@@ -39,7 +42,7 @@ def load_model(config: CommonConfig) -> VideoLM:
     """
     source = config.model_name_or_path
     if not source:
-        raise ConfigError("model_name_or_path: expected a Qwen2.5-VL folder or hub id, got nothing")
+        raise ConfigError("model_name_or_path: expected a model's folder or hub id, got nothing")
     if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
         raise ConfigError(f"model_name_or_path: there is no folder {source!r}, and a hub id is of the form owner/name")
     device = pick_device(config.device)
@@ -116,28 +119,58 @@ def pick_device(name: str) -> torch.device:
 
 
 def read_config(source: str) -> Any:
-    """Read a model's config. Raises ConfigError for a damaged one, which raises whatever its class meets first."""
+    """Read a model's config.
+
+    Raises:
+        ConfigError: it is damaged, or of a model type that is no family's, transformers' or not.
+    """
     try:
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if isinstance(model_type, str):
+            family_of(model_type, source)
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # A damaged config raises whatever its class meets first.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     check_folder(source)
     config = read_config(source)
-    if config.model_type != "qwen2_5_vl":
-        raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    family = family_of(config.model_type, source)
     check_config(source, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model_name_or_path: cannot load the tokenizer of {source!r}: {error}") from error
-    check_template(tokenizer, source)
+    check_template(tokenizer, source, family)
+    check_processor(source, family)
     return load_weights(source, config, dtype), tokenizer
 
 
-def load_weights(source: str, config: Any, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+def check_processor(source: str, family: Family) -> None:
+    """Check that a model's processor files, which its checkpoints get copies of, cut patches as its family does.
+
+    Raises:
+        ConfigError: they are damaged, or another family's.
+    """
+    frames = family.frames
+    expected = {"patch_size": frames.patch_size, "image_mean": list(frames.mean), "image_std": list(frames.std)}
+    for file, text in processor_files(source).items():
+        try:
+            given: Any = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"model_name_or_path: {file} of {source} is no JSON: {error}") from error
+        for name, value in expected.items() if isinstance(given, dict) else ():
+            if given.get(name, value) != value:
+                raise ConfigError(
+                    f"model_name_or_path: {file} of {source} says {name} {given[name]}, expected {value}: it is "
+                    f"another family's, the model is a {family.name}"
+                )
+
+
+def load_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
     """Load a model's weights, all of which must be there, of the model's shapes and finite.
 
     Args:
@@ -155,13 +188,17 @@ def load_weights(source: str, config: Any, dtype: torch.dtype) -> Qwen2_5_VLForC
     check_stored(source, config, stored)
     check_sizes(source, config, stored)
     try:
-        hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
+        hf, report = (
+            family_of(config.model_type, source)
+            .transformers_class()
+            .from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # Damaged files raise any of these.
         raise ConfigError(f"model_name_or_path: cannot load {source!r}: {error}") from error

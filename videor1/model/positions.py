@@ -1,15 +1,15 @@
 """M-RoPE positions of a prompt: the one place where they are built, for rollout and training alike.
 
-A text token is one past the previous token in all three dimensions. A media token at (t, h, w) of the merged grid is at
-start + (time, h, w), where a video's time is int(t * tokens_per_second * second_per_grid) and an image's is 0. Two
-rules differ in the position of the first token after a run of media tokens:
+A text token is one past the previous token in all three dimensions. A media token at (t, h, w) of its run's merged grid
+is at start + (time, h, w); the model's family says what time is, and how many runs a video has. Two rules differ in the
+position of the first token after a run of media tokens:
 
 - ``paper``: one past the largest position of the media, "incrementing the maximum position ID of the preceding modality
   by one" (Qwen2-VL, arXiv 2409.12191, section 2.1). Qwen2-VL and Qwen2.5-VL were trained by this rule; vLLM, SGLang,
   Video-R1's code and transformers before 5.3 use it.
 - ``transformers``: start + max(h, w) of the merged grid, as in transformers' ``get_rope_index`` since 5.3. For an
-  image, and for a clip whose times stay below max(h, w), both rules agree; after a longer clip the text's positions are
-  below the clip's last times.
+  image, for a run of one temporal patch (Qwen3-VL), and for a clip whose times stay below max(h, w), both rules agree;
+  after a longer clip the text's positions are below the clip's last times.
 
 The positions of a completion continue from the prompt's last text position. Positions may exceed the number of tokens.
 """
@@ -77,40 +77,39 @@ def mrope_positions(segments: Sequence[int | MediaRun], rule: PositionRule = "pa
 
 
 def prompt_positions(
-    prompt: Prompt,
-    media_token_id: int | None,
-    *,
-    tokens_per_second: float,
-    merge: int = 2,
-    rule: PositionRule = "paper",
+    prompt: Prompt, media_token_id: int | None, runs: Sequence[MediaRun] = (), rule: PositionRule = "paper"
 ) -> tuple[Tensor, int]:
     """Compute the positions of a prompt.
 
     Args:
-        prompt: its input_ids [P] hold the media tokens as one run of ``media_token_id``.
+        prompt: its input_ids [P] hold the media tokens as runs of ``media_token_id``.
         media_token_id: id of the video or image pad token; None for a prompt without media.
-        tokens_per_second: that of the vision config.
-        merge: patches per media token along height and width.
-        rule: the rule for text after the media, see the module's description.
+        runs: the runs of media tokens that the prompt must hold, in order, with text between any two.
+        rule: the rule for text after a run, see the module's description.
 
     Returns:
         (int64 [3, P] positions in time, height and width; the position of the first token after the prompt).
 
     Raises:
-        ValueError: the prompt's media tokens are not one run of the grid's size.
+        ValueError: the prompt's media tokens are not these runs.
     """
-    ids, media = prompt.input_ids, prompt.media
-    if media is None or media_token_id is None:
+    ids = prompt.input_ids
+    if media_token_id is None:
         return mrope_positions([len(ids)], rule)
-    # In fp32, as transformers computes it: the truncation to int must agree.
-    interval = tokens_per_second * torch.tensor(media.second_per_grid) if media.kind == "video" else torch.tensor(0.0)
-    T, h, w = media.grid_thw
-    run = MediaRun((torch.arange(T) * interval).long(), h // merge, w // merge)
     found = torch.eq(ids, media_token_id).nonzero().flatten()
-    start, count = int(found[0]) if len(found) else -1, len(run)
-    if len(found) != count or int(found[-1]) != start + count - 1:
-        raise ValueError(f"expected one run of {count} media tokens for grid {media.grid_thw}, got {len(found)}")
-    return mrope_positions([start, run, len(ids) - start - count], rule)
+    starts = found[torch.diff(found, prepend=found.new_full((1,), -2)) > 1].tolist()
+    ends = [0, *(start + len(run) for start, run in zip(starts, runs, strict=False))]
+    if len(starts) != len(runs) or len(found) != sum(map(len, runs)) or any(map(int.__gt__, ends, [*starts, len(ids)])):
+        what = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+        grid = prompt.media.grid_thw if prompt.media else None
+        raise ValueError(
+            f"expected {what} of {' + '.join(str(len(run)) for run in runs)} media tokens for grid {grid}, "
+            f"got {len(found)} in {len(starts)}"
+        )
+    segments: list[int | MediaRun] = []
+    for start, end, run in zip(starts, ends, runs, strict=False):
+        segments += [start - end, run]
+    return mrope_positions([*segments, len(ids) - ends[-1]], rule)
 
 
 def trained_rule(source: str | Path, recorded: object) -> PositionRule | None:

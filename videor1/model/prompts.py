@@ -1,4 +1,4 @@
-"""Tokenised prompts: one user turn with the media first, in the chat template of Qwen2.5-VL's tokenizer."""
+"""Tokenised prompts: one user turn with the media first, in the chat template of the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from videor1.answer import follows_format
 from videor1.errors import ConfigError
+from videor1.model.families import FAMILIES, QWEN2_5_VL, Family
 from videor1.types import Media, Sample, SampleError
 from videor1.video.patches import num_media_tokens
 
@@ -26,7 +27,7 @@ _BY_TYPE = {
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of Qwen2.5-VL's special tokens."""
+    """Ids of Qwen's special tokens, which all families have."""
 
     eos: int  # <|im_end|>
     pad: int  # <|endoftext|>
@@ -55,26 +56,37 @@ _TOKENS = {
     "vision_start": "<|vision_start|>",
     "vision_end": "<|vision_end|>",
 }
+VIDEO = _TOKENS["vision_start"] + _TOKENS["video_pad"] + _TOKENS["vision_end"]  # a video in a chat template's text
 _VISION_PAD = "<|vision_pad|>"
 
 
-def special_ids(tokenizer: Any) -> SpecialIds:
-    """Return the ids of Qwen2.5-VL's special tokens.
+def special_ids(tokenizer: Any, family: Family | None = None) -> SpecialIds:
+    """Return the ids of the special tokens.
+
+    Args:
+        tokenizer: the model's.
+        family: the model's, whose further tokens are looked for; None: what all families have is enough.
 
     Raises:
         ConfigError: the tokenizer lacks one of them as a single token.
     """
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items()}
-    # A tokenizer maps a token it does not know to its unknown token, or to None.
-    missing = [t for name, t in _TOKENS.items() if ids[name] is None or tokenizer.convert_ids_to_tokens(ids[name]) != t]
+    further = family.tokens if family else ()
+    missing = [token for token in (*_TOKENS.values(), *further) if _token_id(tokenizer, token) is None]
     if missing:
+        names = family.name if family else " or ".join(f.name for f in FAMILIES.values())
         raise ConfigError(
             f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no path'}) has no token "
-            f"{', '.join(missing)}; expected the tokenizer of a Qwen2-VL or Qwen2.5-VL model"
+            f"{', '.join(missing)}; expected the tokenizer of a {names} model"
         )
-    unused = tokenizer.convert_tokens_to_ids(_VISION_PAD)
-    known = unused is not None and tokenizer.convert_ids_to_tokens(unused) == _VISION_PAD
-    return SpecialIds(**ids, vision_pad=unused if known else None)
+    ids: dict[str, Any] = {name: _token_id(tokenizer, token) for name, token in _TOKENS.items()}
+    return SpecialIds(**ids, vision_pad=_token_id(tokenizer, _VISION_PAD))
+
+
+def _token_id(tokenizer: Any, token: str) -> int | None:
+    """Return the id of a single token; None where there is none."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    # A tokenizer maps a token it does not know to its unknown token, or to None.
+    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
 def question_text(sample: Sample) -> str:
@@ -89,7 +101,9 @@ def question_text(sample: Sample) -> str:
     return "\n".join([*lines, f"{INSTRUCTION} {_BY_TYPE[sample.problem_type]}"])
 
 
-def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int) -> Tensor:
+def build_input_ids(
+    tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int, family: Family = QWEN2_5_VL
+) -> Tensor:
     """Return the token ids of a prompt, int64 [P], with its media expanded as by :func:`expand_media`.
 
     They end where the completion begins.
@@ -97,6 +111,7 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
     Args:
         media: the sample's media; None for data_type text.
         max_prompt_length: most tokens of the prompt.
+        family: the model's, which says how a video stands in the text.
 
     Raises:
         SampleError: ``too_long`` for more tokens; ``special_token`` for a text that the tokenizer would read as a
@@ -115,18 +130,19 @@ def build_input_ids(tokenizer: Any, sample: Sample, media: Media | None, *, max_
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     try:
-        ids, special = encode(tokenizer, rendered, sample), special_ids(tokenizer)
+        ids = encode(tokenizer, place_media(rendered, media, family, tokenizer), sample)
     except SampleError as error:
         encode(tokenizer, text, sample)  # This raises where the question is at fault.
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} adds text of its own, such as a system "
             f"prompt, that cannot be used: {error.message}"
         ) from None
-    if media and (count := ids.count(pad := special.media_pad(media))) != 1:
+    special, expected = special_ids(tokenizer), rendered_pads(media, family) if media else 0
+    if media and (count := ids.count(pad := special.media_pad(media))) != expected:
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {count} tokens "
-            f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected 1; "
-            "use the template of a Qwen2-VL or Qwen2.5-VL model"
+            f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected {expected}; "
+            f"use the template of a {family.name} model"
         )
     return expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length)
 
@@ -140,7 +156,7 @@ def expand_media(
     max_prompt_length: int,
     options: str = "video.max_pixels, video.image_max_pixels or video.max_frames",
 ) -> Tensor:
-    """Repeat the media's one pad token T * h * w / 4 times, the number of tokens that the vision tower returns.
+    """Repeat each of the media's pad tokens, to T * h * w / 4 together: the tokens that the vision tower returns.
 
     Args:
         options: the caller's names of the options that make media smaller, for the error message.
@@ -154,8 +170,9 @@ def expand_media(
     expanded, media_tokens = list(ids), ""
     if media is not None:
         pad, count = special.media_pad(media), num_media_tokens(media.grid_thw)
-        at = expanded.index(pad)
-        expanded[at : at + 1] = [pad] * count
+        each, left = divmod(count, expanded.count(pad))
+        assert not left, (media.grid_thw, expanded.count(pad))
+        expanded = [token for i in expanded for token in ([pad] * each if i == pad else [i])]
         media_tokens = f" ({count} of them the {media.kind}'s)"
     if len(expanded) > max_prompt_length:
         raise SampleError(
@@ -167,8 +184,37 @@ def expand_media(
     return torch.tensor(expanded, dtype=torch.int64)
 
 
+def place_media(text: str, media: Media | None, family: Family, tokenizer: Any) -> str:
+    """Return a chat template's text with a video as its family has it: one pad token a run.
+
+    Raises:
+        ConfigError: the text has no such place for a video.
+    """
+    if media is None or media.kind != "video" or family.video_text is None:
+        return text
+    if (count := text.count(VIDEO)) != 1:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {VIDEO} {count} times for one "
+            f"video, expected once, where the times of its frames can stand; use the template of a {family.name} model"
+        )
+    return text.replace(VIDEO, family.video_text(media, VIDEO))
+
+
+def rendered_pads(media: Media, family: Family) -> int:
+    """Return the number of pad tokens, one a run, that stand for media in the text of a prompt."""
+    if media.kind != "video" or family.video_text is None:
+        return 1
+    return family.video_text(media, VIDEO).count(_TOKENS["video_pad"])
+
+
 def build_sft_ids(
-    tokenizer: Any, sample: Sample, media: Media | None, max_length: int, *, max_prompt_length: int | None = None
+    tokenizer: Any,
+    sample: Sample,
+    media: Media | None,
+    max_length: int,
+    *,
+    max_prompt_length: int | None = None,
+    family: Family = QWEN2_5_VL,
 ) -> tuple[Tensor, Tensor]:
     """Return the token ids and the loss mask of a sample for SFT.
 
@@ -194,7 +240,7 @@ def build_sft_ids(
         )
     _check_no_special_tokens(tokenizer, sample, target)
     limit = min(max_length, max_prompt_length or max_length)
-    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit)
+    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit, family=family)
     # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.
     completion = torch.tensor([*encode(tokenizer, target, sample), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)

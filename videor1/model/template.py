@@ -7,7 +7,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from videor1.errors import ConfigError
-from videor1.model.prompts import special_ids
+from videor1.model.families import QWEN2_5_VL, Family
+from videor1.model.prompts import VIDEO, special_ids
 
 # Several lines, as a question with options has, and characters that a template may escape or that are Jinja's own.
 _QUESTION = (
@@ -17,29 +18,30 @@ _QUESTION = (
 )
 
 
-def check_template(tokenizer: Any, source: str) -> None:
+def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> None:
     """Check that the chat template renders prompts with a video, an image and text alone, with the question in each.
 
     Raises:
         ConfigError: there is no template, it fails, it leaves out or changes the question, or it has no place for the
             media or for the answer.
     """
+    advice = f"use the template of a {family.name} model (chat_template.jinja or tokenizer_config.json)"
     if not tokenizer.chat_template:
-        raise ConfigError(f"model_name_or_path: the tokenizer of {source} has no chat template; {_ADVICE}")
-    special = special_ids(tokenizer)
+        raise ConfigError(f"model_name_or_path: the tokenizer of {source} has no chat template; {advice}")
+    special = special_ids(tokenizer, family)
     for kind, pad in (("text", None), ("video", special.video_pad), ("image", special.image_pad)):
-        rendered = _render(tokenizer, source, kind)
+        rendered = _render(tokenizer, source, kind, advice)
         if rendered.count(_QUESTION) != 1:
             happened = "repeats" if _QUESTION in rendered else "leaves out or changes"
             raise ConfigError(
                 f"model_name_or_path: the chat template of {source} {happened} the question of a prompt with {kind}: "
-                f"it gives {_short(rendered)}; {_ADVICE}"
+                f"it gives {_short(rendered)}; {advice}"
             )
         eos = str(tokenizer.convert_ids_to_tokens(special.eos))
         if not rendered.partition(_QUESTION)[2].rpartition(eos)[2].strip():
             raise ConfigError(
                 f"model_name_or_path: the chat template of {source} opens no turn for the answer after the question; "
-                f"{_ADVICE}"
+                f"{advice}"
             )
         ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         for token in (special.video_pad, special.image_pad):
@@ -47,14 +49,16 @@ def check_template(tokenizer: Any, source: str) -> None:
                 name = tokenizer.convert_ids_to_tokens(token)
                 raise ConfigError(
                     f"model_name_or_path: the chat template of {source} gives {ids.count(token)} tokens {name} for a "
-                    f"prompt with {kind}, expected {int(token == pad)}; {_ADVICE}"
+                    f"prompt with {kind}, expected {int(token == pad)}; {advice}"
                 )
+        if kind == "video" and family.video_text is not None and rendered.count(VIDEO) != 1:
+            raise ConfigError(
+                f"model_name_or_path: the chat template of {source} does not put a video as {VIDEO}, where the times "
+                f"of its frames can stand: it gives {_short(rendered)}; {advice}"
+            )
 
 
-_ADVICE = "use the template of a Qwen2-VL or Qwen2.5-VL model (chat_template.jinja or tokenizer_config.json)"
-
-
-def _render(tokenizer: Any, source: str, kind: str) -> str:
+def _render(tokenizer: Any, source: str, kind: str, advice: str) -> str:
     content = [*([{"type": kind}] if kind != "text" else []), {"type": "text", "text": _QUESTION}]
     messages = [{"role": "user", "content": content}]
     try:
@@ -71,7 +75,7 @@ def _render(tokenizer: Any, source: str, kind: str) -> str:
     ) as error:
         raise ConfigError(
             f"model_name_or_path: the chat template of {source} cannot render a prompt with {kind}: "
-            f"{type(error).__name__}: {str(error)[:300]}; {_ADVICE}"
+            f"{type(error).__name__}: {str(error)[:300]}; {advice}"
         ) from error
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from videor1.model.cpu_linear import linear
 
@@ -78,26 +77,24 @@ def _attend(
     return torch.cat(outs)[None], None
 
 
-def tower_lengths(grid_thw: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the tower derives from the grids, as arguments for its ``forward``.
+def tower_inputs(
+    moved: dict[str, Tensor], bounds: dict[str, Tensor], config: Any, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what a tower derives from the grids, where its ``forward`` wants it, and the lengths of the windows.
 
     Args:
-        grid_thw: int64 [media, 3], on the CPU: its values decide shapes.
+        moved: arguments that the tower wants on its device.
+        bounds: int32 [windows + 1] each, named cu_..., where windows begin and end among the patches.
         config: the tower's configuration.
         device: where the tower runs.
         dtype: what the tower computes in.
     """
-    merge = config.spatial_merge_size
-    index, windows = get_vision_window_index(grid_thw, merge, config.window_size, config.patch_size)
-    frames = get_vision_cu_seqlens(grid_thw)
-    moved = {"position_ids": get_vision_position_ids(grid_thw, merge), "window_index": index}
-    bounds = {"cu_window_seqlens": windows, "cu_seqlens": frames}
     flash = is_flash_attention_requested(config)
     if flash and device.type != "cpu" and dtype in _FLASH_DTYPES:  # else each window is computed by itself
-        moved |= bounds
-    lengths = {"max_window_seqlen": windows, "max_seqlen": frames} if flash else {}
-    longest = {name: int(ends.diff().max()) for name, ends in lengths.items()}
-    return bounds | {name: value.to(device, non_blocking=True) for name, value in moved.items()} | longest
+        moved = moved | bounds
+    longest = {name.replace("cu_", "max_").removesuffix("s"): int(ends.diff().max()) for name, ends in bounds.items()}
+    placed = {name: value.to(device, non_blocking=True) for name, value in moved.items()}
+    return bounds | placed | (longest if flash else {})
 
 
 class PatchProduct(nn.Conv3d):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from videor1.errors import ConfigError
+from videor1.model.families import family_of
 from videor1.model.manifest import DamagedError, check_manifest, is_plain
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,7 +30,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 MERGE = (
     'python -c "from peft import PeftModel as P; from transformers import AutoTokenizer as T; '
-    "from transformers import Qwen2_5_VLForConditionalGeneration as M; b, k = '{base}', dict(trust_remote_code=False); "
+    "from transformers import AutoModelForImageTextToText as M; b, k = '{base}', dict(trust_remote_code=False); "
     "P.from_pretrained(M.from_pretrained(b, dtype='auto', **k), '{adapter}')"
     ".merge_and_unload().save_pretrained('MERGED'); T.from_pretrained(b, **k).save_pretrained('MERGED')\""
 )
@@ -226,7 +226,8 @@ def check_sizes(source: str, config: Any, stored: Mapping[str, Stored]) -> None:
             if held and count > 2 * held:
                 raise ValueError(f"{count:,} layers, its files hold {held}")
         with torch.device("meta"):
-            described = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
+            model = family_of(config.model_type, source).transformers_class()(config)
+            described = sum(p.numel() for p in model.parameters())
         held = sum(math.prod(tensor.shape) for tensor in stored.values())
         if described > 2 * held + 2**20:
             raise ValueError(f"a model of {described:,} parameters, its files hold {held:,}")

@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from videor1.config import VIDEO_MAX_PIXELS, TrainConfig
+from videor1.config import TrainConfig
 from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
+from videor1.model.families import QWEN2_5_VL, family_of
 from videor1.model.load import make_trainable
 from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
 from videor1.model.prompts import special_ids
 from videor1.model.weights import check_config
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
-from videor1.video import smart_resize, video_pixel_cap
+from videor1.video import QWEN2_RULES, FrameRules
 from videor1.video.patches import num_media_tokens
 from videor1_kernels import plan_rows
-from videor1_kernels.frames_to_patches import PATCH, PATCH_COLUMNS
+from videor1_kernels.frames_to_patches import patch_columns
 
 TEXT_TOKENS = 200  # text tokens of a prompt: the chat template, the question with its options, the instruction
 LONGEST_SECONDS = 7200.0  # longest video; its duration sets the largest position and so the size of rotary tables
@@ -61,8 +62,9 @@ def shape_of(source: str | None) -> Qwen2_5_VLConfig:
             f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
             f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
         ) from error
-    if config.model_type != "qwen2_5_vl":
-        raise ConfigError(f"model_name_or_path: expected a qwen2_5_vl model, {source!r} is {config.model_type!r}")
+    family = family_of(config.model_type, source)
+    if family.model_type != QWEN2_5_VL.model_type:
+        raise ConfigError(f"--plan: {source!r} is a {family.name}; what such a model takes is not planned yet")
     check_config(source, config)
     return config
 
@@ -180,7 +182,8 @@ def _wrap(
     # The demonstration's tokenizer stands for the model's own, so the model gets its token ids.
     config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad
     with torch.device(device):
-        hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model_class = family_of(config.model_type).transformers_class()
+        hf = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
     rule = chosen or trained_rule("plan", getattr(shape, POSITIONS_KEY, None)) or "paper"
     return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
 
@@ -224,7 +227,8 @@ def make_work(
     Raises:
         ConfigError: the options reject prompts of that length.
     """
-    grid = largest_grid(config)
+    rules = model.family.frames
+    grid = largest_grid(config, rules)
     media_tokens = num_media_tokens(grid)
     length, longest = text_tokens + media_tokens, config.max_prompt_length
     if config.max_tokens_per_row is not None:
@@ -241,7 +245,12 @@ def make_work(
     seconds = LONGEST_SECONDS / grid[0]
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = tuple(
-        Prompt(sample, ids, Media("video", patches(math.prod(grid), PATCH_COLUMNS), grid, seconds, 0.0), draw)
+        Prompt(
+            sample,
+            ids,
+            Media("video", patches(math.prod(grid), patch_columns(rules.patch_size)), grid, seconds, 0.0),
+            draw,
+        )
         for draw in range(count)
     )
     completion_lengths = [config.max_completion_length] * config.num_generations
@@ -263,11 +272,10 @@ def make_work(
     )
 
 
-def largest_grid(config: TrainConfig) -> tuple[int, int, int]:
+def largest_grid(config: TrainConfig, rules: FrameRules = QWEN2_RULES) -> tuple[int, int, int]:
     """Return the grid (T, h, w) in patches of the longest video, at the usual frame size with the most patches."""
     video = config.video
-    low = min(video.max_pixels, VIDEO_MAX_PIXELS) if video.min_pixels is None else video.min_pixels
-    cap = video_pixel_cap(low, video.max_pixels)
-    sizes = [smart_resize(height, width, min_pixels=low, max_pixels=cap) for height, width in FRAMES]
+    limits = rules.limits(video.min_pixels, video.max_pixels, video.total_pixels)
+    sizes = [rules.video_size(video.max_frames, *frame, limits, rules.block) for frame in FRAMES]
     height, width = max(sizes, key=lambda size: size[0] * size[1])
-    return video.max_frames // 2, height // PATCH, width // PATCH
+    return video.max_frames // 2, height // rules.patch_size, width // rules.patch_size

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from videor1.config import TrainConfig
+from videor1.errors import ConfigError
 from videor1.model import VideoLM
 from videor1.model.save import save_model
 from videor1.rollout.local.engine import LocalEngine
@@ -42,6 +43,8 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
     if rollout.engine == "server":
         from videor1.rollout.server.engine import ServerEngine
 
+        if not model.family.served:
+            raise ConfigError(f"rollout.engine: server: not with {model.family.name} yet; use local")
         if model.position_rule != "paper":
             warnings.warn(
                 f"model.positions {model.position_rule}: vLLM and SGLang number text after a video by the rule paper; "

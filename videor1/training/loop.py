@@ -433,7 +433,13 @@ class Loop(ABC, Generic[C]):
                 self.journal.report_bad_entries(self.dataset, self.eval_set)
             self._evaluator = None
             if self.eval_set is not None:
-                evaluator = Evaluator(self.eval_set, self.config, on_skip=self._on_eval_skip, shard=self.shard)
+                evaluator = Evaluator(
+                    self.eval_set,
+                    self.config,
+                    on_skip=self._on_eval_skip,
+                    shard=self.shard,
+                    rules=self.model.family.frames,
+                )
                 self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(start_position(state.get("position", 0), self.shard))
             self.source.on_report = self.progress.write

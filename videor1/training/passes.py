@@ -13,7 +13,7 @@ from videor1.model import VideoLM
 from videor1.model.features import prompt_features
 from videor1.types import Media, Prompt, Sample
 from videor1_kernels import GrpoLoss, PrefixLayout, linear_grpo_loss, linear_logprob
-from videor1_kernels.frames_to_patches import PATCH_COLUMNS
+from videor1_kernels.frames_to_patches import patch_columns
 from videor1_kernels.integrations.transformers import PackedRow
 
 
@@ -117,7 +117,8 @@ def dummy_tower_loss(model: VideoLM) -> Tensor:
     """
     if not any(p.requires_grad for p in model.visual.parameters()):
         return torch.zeros((), device=model.device)
-    black = Media("image", torch.zeros(4, PATCH_COLUMNS, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
+    columns = patch_columns(model.family.frames.patch_size)
+    black = Media("image", torch.zeros(4, columns, dtype=torch.uint8), (1, 2, 2), 0.0, 0.0)
     return model.vision_features([black])[0].float().sum() * 0.0
 
 

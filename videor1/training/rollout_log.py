@@ -89,7 +89,7 @@ def _common_prefix_length(one: str, other: str) -> int:
 
 
 def _without_media(model: VideoLM, prompt: Prompt) -> Tensor:
-    """Return the prompt's ids with its run of media tokens shortened to one, for readability."""
+    """Return the prompt's ids with each run of media tokens shortened to one, for readability."""
     ids = prompt.input_ids
     pads = torch.isin(ids, torch.tensor([model.special.video_pad, model.special.image_pad]))
     repeated = pads & torch.cat([pads.new_zeros(1), pads[:-1]])

@@ -64,11 +64,20 @@ class SFTTrainer(Loop[SFTConfig]):
                 media,
                 self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
+                family=self.model.family,
             )
             length = len(ids) - int(mask.sum())
             return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
 
-        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
+        return Source(
+            self.dataset,
+            self.config,
+            build,
+            on_skip=self._on_skip,
+            start=start,
+            shard=self.shard,
+            rules=self.model.family.frames,
+        )
 
     def train_batch(self) -> None:
         config = self.config

@@ -81,10 +81,20 @@ class Trainer(Loop[TrainConfig]):
             longest = min(longest, self.config.max_tokens_per_row - self.config.max_completion_length)
 
         def build(sample: Sample, media: Media | None, draw: int) -> Prompt:
-            ids = build_input_ids(self.model.tokenizer, sample, media, max_prompt_length=longest)
+            ids = build_input_ids(
+                self.model.tokenizer, sample, media, max_prompt_length=longest, family=self.model.family
+            )
             return Prompt(sample, ids, media, draw)
 
-        return Source(self.dataset, self.config, build, on_skip=self._on_skip, start=start, shard=self.shard)
+        return Source(
+            self.dataset,
+            self.config,
+            build,
+            on_skip=self._on_skip,
+            start=start,
+            shard=self.shard,
+            rules=self.model.family.frames,
+        )
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from videor1.video.decoders import check_backend
-from videor1.video.reading import (
-    frames_between,
-    read_frames,
-    read_image,
-    sample_indices,
-    smart_resize,
-    target_size,
-    video_pixel_cap,
-)
+from videor1.video.reading import frames_between, read_frames, read_image
+from videor1.video.rules import QWEN2_RULES, FrameRules, PixelLimits, sample_indices, smart_resize, video_pixel_cap
 from videor1.video.still import read_rgb
 
 __all__ = [
+    "QWEN2_RULES",
+    "FrameRules",
+    "PixelLimits",
     "check_backend",
     "frames_between",
     "read_frames",
@@ -22,6 +18,5 @@ __all__ = [
     "read_rgb",
     "sample_indices",
     "smart_resize",
-    "target_size",
     "video_pixel_cap",
 ]

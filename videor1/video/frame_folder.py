@@ -13,7 +13,8 @@ import torch
 from videor1.config import VIDEO_MAX_PIXELS
 from videor1.types import Clip, SampleError
 from videor1.video.limits import MAX_DECODED_MB, check_images
-from videor1.video.reading import frames_between, pixel_bounds, sample_indices, target_size
+from videor1.video.reading import frames_between
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.still import read_rgb
 from videor1.video.version import Key
 
@@ -28,6 +29,8 @@ def read_frame_folder(
     fps: float = 2.0,
     max_pixels: int = VIDEO_MAX_PIXELS,
     min_pixels: int | None = None,
+    total_pixels: int | None = None,
+    rules: FrameRules = QWEN2_RULES,
     start: float | None = None,
     end: float | None = None,
     root: Path | None = None,
@@ -49,13 +52,13 @@ def read_frame_folder(
             "read_frame_folder: expected frames_per_second and fps above 0 and max_frames of 2 or more, got "
             f"{frames_per_second}, {fps} and {max_frames}"
         )
-    path, (low, high) = Path(path), pixel_bounds(min_pixels, max_pixels)
+    path, limits = Path(path), rules.limits(min_pixels, max_pixels, total_pixels)
     names = _images(path)
     if not names:
         raise SampleError("zero_frames", f"the folder holds no image ({', '.join(IMAGES)})", path)
     seconds = [i / frames_per_second for i in range(len(names))]
     window = frames_between(path, seconds, start, end)
-    indices = [window[i] for i in sample_indices(len(window), frames_per_second, max_frames=max_frames, fps=fps)]
+    indices = [window[i] for i in rules.sample(len(window), frames_per_second, max_frames=max_frames, fps=fps)]
     if not indices:
         raise SampleError("too_few_frames", f"a video needs at least 2 frames, this one has {len(names)}", path)
     first = read_rgb(path / names[indices[0]], root=root, max_decoded_mb=max_decoded_mb)
@@ -71,13 +74,14 @@ def read_frame_folder(
         frames[slot] = image
     return Clip(
         frames=torch.from_numpy(frames),
-        size=target_size(path, height, width, low, high),
+        size=rules.size_of_video(path, len(frames), height, width, limits),
         fps=len(frames) / len(window) * frames_per_second,
         timestamps=tuple(seconds[i] for i in indices),
         total_frames=len(names),
         source_fps=frames_per_second,
         path=str(path),
         backend="pillow",
+        numbers=tuple(indices),
     )
 
 

@@ -12,14 +12,23 @@ from videor1.video.frame_folder import folder_key, read_frame_folder
 from videor1.video.limits import MAX_DECODED_MB
 from videor1.video.patches import media_from_clip
 from videor1.video.reading import read_frames, read_image
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.version import Key, file_key
 
 
-def load_media(sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DECODED_MB) -> Media | None:
+def load_media(
+    sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DECODED_MB, rules: FrameRules = QWEN2_RULES
+) -> Media | None:
     """Decode a sample's media file into 8-bit patches on the CPU; return None for text.
 
     A data loader calls it: ``Prefetcher(functools.partial(load_media, video=config.video), ...)``. The file is opened
     once, must then lie in ``sample.root``, and is decoded from what was opened.
+
+    Args:
+        sample: the sample.
+        video: the options of the run.
+        max_decoded_mb: most memory in MiB that decoding may take.
+        rules: the model family's.
 
     Raises:
         SampleError: the file cannot be used.
@@ -34,6 +43,8 @@ def load_media(sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DEC
         "fps": video.fps,
         "max_pixels": video.max_pixels,
         "min_pixels": video.min_pixels,
+        "total_pixels": video.total_pixels,
+        "rules": rules,
         "start": sample.start,
         "end": sample.end,
         "root": sample.root,
@@ -44,6 +55,7 @@ def load_media(sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DEC
             sample.path,
             max_pixels=video.image_max_pixels,
             min_pixels=video.image_min_pixels,
+            rules=rules,
             root=sample.root,
             max_decoded_mb=max_decoded_mb,
         )
@@ -51,7 +63,7 @@ def load_media(sample: Sample, video: VideoConfig, max_decoded_mb: int = MAX_DEC
         clip = read_frame_folder(sample.path, frames_per_second=sample.frames_per_second, **frames)
     else:
         clip = read_frames(sample.path, backend=video.backend, device=video.device, planes=True, **frames)
-    media = media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started)
+    media = media_from_clip(clip, sample.data_type, seconds=time.perf_counter() - started, rules=rules)
     return replace(media, patches=media.patches.cpu())  # caches and other processes keep patches in main memory
 
 

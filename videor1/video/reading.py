@@ -3,13 +3,13 @@
 A file whose sampled frames cannot be read raises a ``SampleError``; a shortened or replaced clip is never returned.
 (Damage in parts that need not be decoded, or that the decoder repairs without reporting it, goes unnoticed, and so does
 a cut MPEG-TS or raw stream.) The kinds of the error are ``missing_file``, ``not_video``, ``truncated``,
-``zero_frames``, ``too_few_frames``, ``decode``, ``image``, ``aspect_ratio``, ``too_large`` and ``outside_root``.
+``zero_frames``, ``too_few_frames``, ``decode``, ``image``, ``aspect_ratio``, ``over_budget``, ``too_large`` and
+``outside_root``.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,12 +26,10 @@ from videor1.video.decoders.container import MAX_PIXELS
 from videor1.video.limits import MAX_DECODED_MB, check_video, most_pixels
 from videor1.video.opened import MediaFile
 from videor1.video.orientation import Orientation, upright
+from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.still import read_rgb
 from videor1_kernels.frames_to_patches import YuvFrames
 
-FACTOR = 28  # pixels: a patch has sides of 14, and the model merges 2 x 2 patches into one token
-MIN_FRAMES = 4  # the reference's lower bound on sampled frames, for files that have as many
-MAX_ASPECT_RATIO = 200
 IMAGE_MIN_PIXELS = 4 * 28 * 28
 
 
@@ -42,6 +40,8 @@ def read_frames(
     fps: float = 2.0,
     max_pixels: int = VIDEO_MAX_PIXELS,
     min_pixels: int | None = None,
+    total_pixels: int | None = None,
+    rules: FrameRules = QWEN2_RULES,
     start: float | None = None,
     end: float | None = None,
     backend: str = "auto",
@@ -53,13 +53,15 @@ def read_frames(
 ) -> Clip:
     """Decode the sampled frames of a video, upright, at the source's resolution.
 
-    The number of frames is n = frames in the file / its fps * ``fps``, clipped to [4, min(max_frames, frames in the
-    file)] and floored to even; the sampled frames are round(linspace(0, frames - 1, n)) in presentation order (the
-    reference's rule; a file of two or three frames gives two). Frames are counted by demuxing and the count is checked
+    Which frames, and their size, are for ``rules`` to say. By the default, the reference's, the number of frames is
+    n = frames in the file / its fps * ``fps``, clipped to [4, min(max_frames, frames in the file)] and floored to even;
+    the sampled frames are round(linspace(0, frames - 1, n)) in presentation order (a file of two or three frames gives
+    two); the target ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
+
+    Frames are counted by demuxing and the count is checked
     against the frames that are decoded; it is never taken from a header. No more is decoded than the sampled frames
     need. Frames are those of the stream that FFmpeg considers the best, upright as its command line shows them; where
-    the file's times contradict it, they are taken in the order in which they leave the decoder. The target
-    ``Clip.size`` is that of ``smart_resize`` with the cap max(max_pixels, int(1.05 * min_pixels)).
+    the file's times contradict it, they are taken in the order in which they leave the decoder.
 
     Args:
         path: the file; H.264, HEVC, AV1, VP9 and whatever else FFmpeg decodes, in any pixel format.
@@ -67,6 +69,9 @@ def read_frames(
         fps: frames per second to sample.
         max_pixels, min_pixels: bounds on a resized frame's pixels; min_pixels defaults to the smaller of max_pixels
             and ``VIDEO_MAX_PIXELS`` (the reference's minimum equals its maximum).
+        total_pixels: bound on the pixels of all frames together, where the rules have one.
+        rules: which frames are sampled and how large they become. The default is Qwen2.5-VL's and the reference's; the
+            records of ``videor1.model.families`` have those of others.
         start, end: seconds from the first frame; frames outside of this window are treated as if the file did not
             hold them.
         backend: see ``decoders.open_decoder``; ``Clip.backend`` names the decoder that was used.
@@ -93,7 +98,7 @@ def read_frames(
         raise ValueError(f"read_frames: expected max_frames of 2 or more and fps above 0, got {max_frames} and {fps}")
     if not (start or 0) >= 0 or not (end is None or end > (start or 0)):
         raise ValueError(f"read_frames: expected 0 <= start < end (seconds, or None), got {start} and {end}")
-    low, high = pixel_bounds(min_pixels, max_pixels)
+    limits = rules.limits(min_pixels, max_pixels, total_pixels)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"video.device: {device}: torch finds no CUDA device here; use cpu")
     path = Path(path)
@@ -104,7 +109,9 @@ def read_frames(
         MediaFile(path, "not_video", root) as file,
         closing(open_decoder(file, backend=backend, device=device, threads=threads, max_pixels=limit)) as decoder,
     ):
-        decoded, info, window = _decode(decoder, path, max_frames, fps, planes, start, end, max_decoded_mb)
+        decoded, info, indices, window = _decode(
+            decoder, path, rules, max_frames, fps, planes, start, end, max_decoded_mb
+        )
     pixels, orientation = _to_device(decoded.pixels, device), Orientation(decoded.rotation, decoded.mirrored)
     if isinstance(pixels, Tensor):
         pixels, orientation = upright(pixels, orientation), Orientation()
@@ -113,7 +120,7 @@ def read_frames(
         height, width = width, height
     return Clip(
         frames=pixels,
-        size=target_size(path, height, width, low, high),
+        size=rules.size_of_video(path, len(pixels), height, width, limits),
         fps=len(pixels) / window * info.fps,
         timestamps=decoded.seconds,
         total_frames=info.num_frames,
@@ -122,6 +129,7 @@ def read_frames(
         backend=decoded.backend,
         rotation=orientation.rotation,
         mirrored=orientation.mirrored,
+        numbers=tuple(indices),
     )
 
 
@@ -130,6 +138,7 @@ def read_image(
     *,
     max_pixels: int = IMAGE_MAX_PIXELS,
     min_pixels: int = IMAGE_MIN_PIXELS,
+    rules: FrameRules = QWEN2_RULES,
     root: Path | None = None,
     max_decoded_mb: int = MAX_DECODED_MB,
 ) -> Clip:
@@ -147,7 +156,7 @@ def read_image(
     height, width = rgb.shape[:2]
     return Clip(
         frames=torch.from_numpy(rgb)[None],
-        size=target_size(path, height, width, min_pixels, max_pixels),
+        size=rules.size_of_image(path, height, width, min_pixels, max_pixels),
         fps=0.0,
         timestamps=(0.0,),
         total_frames=1,
@@ -155,56 +164,6 @@ def read_image(
         path=str(path),
         backend="pillow",
     )
-
-
-def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = FACTOR) -> tuple[int, int]:
-    """Return Qwen2-VL's target size (height, width) for a frame.
-
-    Both sides are multiples of ``factor``, the number of pixels is within the bounds, and the aspect ratio is about
-    kept. Each side is rounded to a multiple of ``factor`` (half to even), but to at least one. If that has more than
-    max_pixels, both sides are scaled by sqrt(max_pixels / (height * width)) and floored to a multiple; if it has less
-    than min_pixels, both are scaled by sqrt(min_pixels / (height * width)) and raised to the next multiple (which may
-    exceed max_pixels).
-
-    Raises:
-        ValueError: a side is below 1, the aspect ratio is above 200, or min_pixels is above max_pixels.
-    """
-    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected sides of 1 or more, their ratio at most {MAX_ASPECT_RATIO}, got {width}x{height}")
-    if not 1 <= min_pixels <= max_pixels:
-        raise ValueError(f"expected 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
-    new_height, new_width = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
-
-
-def video_pixel_cap(min_pixels: int, max_pixels: int) -> int:
-    """Return the cap on a video frame's pixels that the reference computes: max(max_pixels, int(1.05 * min_pixels)).
-
-    With the reference's minimum equal to its maximum (128 * 784) the cap is 105369, so that 640x480 becomes 364x280.
-    The reference also divides a budget of pixels among the frames. It only has an effect above 384 frames and is not
-    applied here.
-    """
-    return max(max_pixels, int(min_pixels * 1.05))
-
-
-def pixel_bounds(min_pixels: int | None, max_pixels: int) -> tuple[int, int]:
-    """Return the (lowest, highest) number of pixels of a resized video frame for the options of ``read_frames``.
-
-    Raises:
-        ValueError: min_pixels is below 1 or above max_pixels.
-    """
-    low = min(max_pixels, VIDEO_MAX_PIXELS) if min_pixels is None else min_pixels
-    if not 1 <= low <= max_pixels:
-        raise ValueError(f"read_frames: expected 1 <= min_pixels <= max_pixels, got {low} and {max_pixels}")
-    return low, video_pixel_cap(low, max_pixels)
 
 
 def frames_between(path: Path, seconds: Sequence[float], start: float | None, end: float | None) -> range:
@@ -233,37 +192,29 @@ def frames_between(path: Path, seconds: Sequence[float], start: float | None, en
     return range(begin, stop)
 
 
-def sample_indices(total: int, source_fps: float, *, max_frames: int, fps: float) -> list[int]:
-    """Return the numbers of the frames to sample, out of ``total``, by the rule that ``read_frames`` states.
-
-    The result is empty where fewer than 2 frames exist.
-    """
-    n = min(max(total / source_fps * fps, MIN_FRAMES), min(max_frames, total) // 2 * 2)
-    n = int(n) // 2 * 2
-    return torch.linspace(0, total - 1, n).round().long().tolist() if n else []
-
-
 def _decode(
     decoder: Decoder,
     path: Path,
+    rules: FrameRules,
     max_frames: int,
     fps: float,
     planes: bool,
     start: float | None,
     end: float | None,
     max_decoded_mb: int,
-) -> tuple[Frames, VideoInfo, int]:
+) -> tuple[Frames, VideoInfo, list[int], int]:
     """Decode the sampled frames of the window from ``start`` to ``end``.
 
     Returns:
-        The frames, the file's description, and the number of frames in the window that they were sampled from.
+        The frames, the file's description, their numbers in the file, and the number of frames in the window that they
+        were sampled from.
     """
     # A packet is not always a frame (hidden frames, packed streams). If the count of frames proves wrong while
     # decoding, the decoder knows the right one afterwards, and the frames are sampled once more.
     for last in (False, True):
         info = decoder.probe()
         window = frames_between(path, info.seconds, start, end)
-        chosen = sample_indices(len(window), info.fps, max_frames=max_frames, fps=fps) if window else []
+        chosen = rules.sample(len(window), info.fps, max_frames=max_frames, fps=fps) if window else []
         indices = [window[i] for i in chosen]
         check_video(path, len(indices), info.width, info.height, info.pix_fmt, planes=planes, limit_mb=max_decoded_mb)
         try:
@@ -277,7 +228,7 @@ def _decode(
         if not indices:
             message = f"a video needs at least 2 frames, this one has {info.num_frames}"
             raise SampleError("too_few_frames", message, path)
-        return frames, info, len(window)
+        return frames, info, indices, len(window)
     raise AssertionError("unreachable")
 
 
@@ -290,15 +241,3 @@ def _to_device(pixels: Tensor | YuvFrames, device: str | torch.device) -> Tensor
 def _default_threads() -> int:
     """Return 1 in a worker process, as workers run in parallel, and 0 (every core) in the main process."""
     return 1 if multiprocessing.parent_process() is not None else 0
-
-
-def target_size(path: Path, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size that ``smart_resize`` gives.
-
-    Raises:
-        SampleError: ``aspect_ratio`` where one side is more than 200 times the other.
-    """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        message = f"{width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the other"
-        raise SampleError("aspect_ratio", message, path)
-    return smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import extension
-from videor1_kernels.frames_to_patches.reference import PATCH, PATCH_COLUMNS, YuvFrames, normalize_patches
+from videor1_kernels.frames_to_patches.reference import MEAN, PATCH, STD, YuvFrames, normalize_patches, patch_columns
 
 MATRICES = {"601": 0, "709": 1, "2020": 2}  # csrc/include/videor1/color.h
 
@@ -50,9 +50,8 @@ def _launch(device: torch.device) -> None:
     """
     side = 2 * PATCH  # of the least size
     frame = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
-    options = {"permutation": None, "dtype": torch.uint8, "rotation": 0, "mirrored": False, "both": False}
     try:
-        made = frames_to_patches(frame, size=(side, side), **options)  # type: ignore[arg-type]
+        made = frames_to_patches(frame, size=(side, side), dtype=torch.uint8)
         right = not bool(made.any())  # type: ignore[union-attr]  # waits for the device, which is when some errors are told
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -66,11 +65,14 @@ def frames_to_patches(
     frames: Tensor | YuvFrames,
     *,
     size: tuple[int, int],
-    permutation: Sequence[int] | None,
     dtype: torch.dtype,
-    rotation: int,
-    mirrored: bool,
-    both: bool,
+    permutation: Sequence[int] | None = None,
+    rotation: int = 0,
+    mirrored: bool = False,
+    both: bool = False,
+    patch_size: int = PATCH,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``frames_to_patches`` for checked arguments. Planes are not copied, whatever the strides of their rows."""
     if isinstance(frames, YuvFrames):
@@ -81,7 +83,7 @@ def frames_to_patches(
     device = planes[0].device
     count, height, width = planes[0].shape[:3]
     out_height, out_width = size if rotation % 180 == 0 else size[::-1]  # as stored: turned on the way out
-    shape = (-(-count // 2) * (size[0] // PATCH) * (size[1] // PATCH), PATCH_COLUMNS)
+    shape = (-(-count // 2) * (size[0] // patch_size) * (size[1] // patch_size), patch_columns(patch_size))
     ordered = torch.empty(shape, dtype=dtype, device=device) if permutation is None or both else None
     permuted = torch.empty(shape, dtype=dtype, device=device) if permutation is not None else None
     torch.ops.videor1_csrc.frames_to_patches(
@@ -90,9 +92,10 @@ def frames_to_patches(
         full_range,
         *_table(height, out_height, device),
         *_table(width, out_width, device),
+        patch_size,
         rotation // 90,
         mirrored,
-        _levels(dtype, device),
+        _levels(dtype, device, tuple(mean), tuple(std)),
         None if permutation is None else _slots(permutation, device),
         ordered,
         permuted,
@@ -119,11 +122,14 @@ def _table(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, T
 
 
 @functools.lru_cache(maxsize=64)
-def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _levels(
+    dtype: torch.dtype, device: torch.device, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Tensor:
     """The stored value of each channel and level, [3, 256]: exactly the values of ``normalize_patches``."""
-    levels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, PATCH_COLUMNS)
-    stored = levels if dtype == torch.uint8 else normalize_patches(levels.contiguous(), dtype)
-    return stored[:, :: PATCH_COLUMNS // 3].T.contiguous().to(device)
+    columns = patch_columns(PATCH)
+    levels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, columns)
+    stored = levels if dtype == torch.uint8 else normalize_patches(levels.contiguous(), dtype, mean=mean, std=std)
+    return stored[:, :: columns // 3].T.contiguous().to(device)
 
 
 def _slots(permutation: Sequence[int], device: torch.device) -> Tensor:

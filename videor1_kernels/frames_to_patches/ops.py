@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videor1_kernels.checks import fail
 from videor1_kernels.dispatch import resolve
-from videor1_kernels.frames_to_patches.reference import PATCH, PATCH_COLUMNS, YuvFrames
+from videor1_kernels.frames_to_patches.reference import YuvFrames, patch_columns
 
 OP = "frames_to_patches"
 
@@ -23,6 +23,9 @@ class PatchOptions(NamedTuple):
     rotation: int  # 0, 90, 180 or 270
     mirrored: bool
     both: bool
+    patch_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
     backend: str
 
 
@@ -32,11 +35,10 @@ def run(
     """Check the permutation's values and run the backend on checked arguments otherwise."""
     order = _checked_permutation(permutation, len(frames))
     device = frames.planes[0].device if isinstance(frames, YuvFrames) else frames.device
-    (height, width), dtype, rotation, mirrored, both, backend = options
-    call = resolve(OP, backend, device, dtype)
-    return call(
-        frames, size=(height, width), permutation=order, dtype=dtype, rotation=rotation, mirrored=mirrored, both=both
-    )
+    call = resolve(OP, options.backend, device, options.dtype)
+    given = options._asdict() | {"size": tuple(options.size), "permutation": order}
+    del given["backend"]
+    return call(frames, **given)
 
 
 def run_compiled(
@@ -62,20 +64,24 @@ def frames_to_patches_op(
     rotation: int,
     mirrored: bool,
     both: bool,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
     backend: str,
 ) -> list[Tensor]:
-    """RGB frames (matrix ""), or planes -> one or two [T * h * w, 1176]; the permutation is a list or a tensor."""
+    """RGB frames (matrix ""), or planes -> one or two [T * h * w, columns]; the permutation is a list or a tensor."""
     frames = YuvFrames(tuple(planes), matrix, range) if matrix else planes[0]  # type: ignore[arg-type]
     chosen = permutation if order is None else order
-    made = run(frames, chosen, PatchOptions(size, dtype, rotation, mirrored, both, backend))
+    made = run(frames, chosen, PatchOptions(size, dtype, rotation, mirrored, both, patch_size, mean, std, backend))
     return list(made) if isinstance(made, tuple) else [made]
 
 
 @frames_to_patches_op.register_fake
 def _(planes: Sequence[Tensor], matrix: str, range: str, permutation: Any, order: Any, *options: Any) -> list[Tensor]:
-    (height, width), dtype, _, _, both, _ = options
-    patches = (planes[0].shape[0] + 1) // 2 * (height // PATCH) * (width // PATCH)
-    return [planes[0].new_empty(patches, PATCH_COLUMNS, dtype=dtype) for _ in ((0, 1) if both else (0,))]
+    given = PatchOptions(*options)
+    (height, width), p = given.size, given.patch_size
+    patches = (planes[0].shape[0] + 1) // 2 * (height // p) * (width // p)
+    return [planes[0].new_empty(patches, patch_columns(p), dtype=given.dtype) for _ in ((0, 1) if given.both else (0,))]
 
 
 def _parts(frames: YuvFrames) -> tuple[list[Tensor], str, str]:

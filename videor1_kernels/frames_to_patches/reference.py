@@ -1,10 +1,11 @@
 """frames_to_patches in plain torch: the oracle of the tests, which runs on any device.
 
-F frames, T temporal patches of 2 frames each, h x w patches of 14 x 14 pixels in an output of H x W pixels.
+F frames, T temporal patches of 2 frames each, h x w patches of p x p pixels in an output of H x W pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from videor1_kernels.checks import check_choice, check_tensor, fail
 
-PATCH = 14  # pixels, the side of a patch
-FACTOR = 28  # pixels, the side of a merged 2x2 block of patches
+PATCH_SIZES = (14, 16)  # pixels, the sides that a patch may have
+# The defaults, which are Qwen2-VL's and Qwen2.5-VL's.
+PATCH = 14
+FACTOR = 2 * PATCH  # pixels, the side of a merged 2x2 block of patches
 PATCH_COLUMNS = 3 * 2 * PATCH * PATCH
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels scaled to 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -98,6 +101,9 @@ def frames_to_patches_reference(
     rotation: int = 0,
     mirrored: bool = False,
     both: bool = False,
+    patch_size: int = PATCH,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``frames_to_patches`` for checked arguments.
@@ -109,42 +115,66 @@ def frames_to_patches_reference(
     levels = torch.cat([_resized(group, stored) for group in _float_groups(frames, stored, compute_dtype)])
     levels = torch.rot90(levels.flip(3) if mirrored else levels, rotation // 90, (2, 3))  # [F, 3, H, W]
     permuted = levels if permutation is None else levels[torch.as_tensor(permutation, device=levels.device)]
-    made = tuple(_patches(x, dtype) for x in ((levels, permuted) if both else (permuted,)))
+    made = tuple(_patches(x, dtype, patch_size, mean, std) for x in ((levels, permuted) if both else (permuted,)))
     return made if len(made) == 2 else made[0]
 
 
-def _patches(levels: Tensor, dtype: torch.dtype) -> Tensor:
+def patch_columns(patch_size: int) -> int:
+    """Return the number of entries of a patch: 3 channels, 2 frames, patch_size x patch_size pixels."""
+    return 3 * 2 * patch_size * patch_size
+
+
+def _patches(
+    levels: Tensor, dtype: torch.dtype, patch_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     if len(levels) % 2:
         levels = torch.cat([levels, levels[-1:]])
-    patches = _cut(levels)
-    return patches if dtype == torch.uint8 else normalize_patches(patches, dtype)
+    patches = _cut(levels, patch_size)
+    return patches if dtype == torch.uint8 else normalize_patches(patches, dtype, mean=mean, std=std)
 
 
-def normalize_patches(patches: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def normalize_patches(
+    patches: Tensor, dtype: torch.dtype = torch.bfloat16, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
     """Normalise 8-bit patches: ``(x - 255 mean) / (255 std)`` per channel, computed in fp32, rounded once to ``dtype``.
 
     Args:
-        patches: uint8 [rows, 1176], from ``frames_to_patches(dtype=torch.uint8)``; the channel is column // 392.
+        patches: uint8 [rows, 1176] (patches of 14 pixels) or [rows, 1536] (of 16), from
+            ``frames_to_patches(dtype=torch.uint8)``; a third of a row's columns is a channel.
         dtype: a floating dtype; float64 computes in fp64.
+        mean, std: three each, of the channels' pixels scaled to 0..1; std above 0.
 
     Returns:
-        [rows, 1176] in ``dtype``, on the patches' device; equal bit for bit to asking for ``dtype`` at once.
+        [rows, columns] in ``dtype``, on the patches' device; equal bit for bit to asking for ``dtype`` at once.
 
     Raises:
-        ValueError, TypeError: if the patches are not uint8 [rows, 1176] or the dtype is not floating.
+        ValueError, TypeError: for patches, a dtype, a mean or a std outside of the above.
     """
-    check_tensor("normalize_patches", "patches", patches, ("rows", PATCH_COLUMNS), (torch.uint8,))
+    op = "normalize_patches"
+    check_tensor(op, "patches", patches, ("rows", "columns"), (torch.uint8,))
+    if patches.shape[1] not in map(patch_columns, PATCH_SIZES):
+        known = " or ".join(str(patch_columns(size)) for size in PATCH_SIZES)
+        raise fail(op, "patches", f"[rows, {known}]", list(patches.shape))
     if not dtype.is_floating_point:
-        raise fail("normalize_patches", "dtype", "a floating dtype", dtype)
+        raise fail(op, "dtype", "a floating dtype", dtype)
+    check_constants(op, mean, std)
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    shift = 255 * torch.tensor(MEAN, dtype=torch.float64, device=patches.device)
-    scale = 255 * torch.tensor(STD, dtype=torch.float64, device=patches.device)
+    shift = 255 * torch.tensor(mean, dtype=torch.float64, device=patches.device)
+    scale = 255 * torch.tensor(std, dtype=torch.float64, device=patches.device)
     shift, scale = (x.to(compute_dtype)[:, None] for x in (shift, scale))  # [3, 1]
     out = torch.empty(patches.shape, dtype=dtype, device=patches.device)
     for start in range(0, len(patches), _GROUP_ROWS):
-        rows = patches[start : start + _GROUP_ROWS].unflatten(1, (3, -1)).to(compute_dtype)  # [rows, 3, 392]
+        rows = patches[start : start + _GROUP_ROWS].unflatten(1, (3, -1)).to(compute_dtype)  # [rows, 3, columns / 3]
         out[start : start + _GROUP_ROWS] = rows.sub_(shift).div_(scale).flatten(1)
     return out
+
+
+def check_constants(op: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Check the constants of a normalisation. Raises ValueError."""
+    if len(mean) != 3 or not all(map(math.isfinite, mean)):
+        raise fail(op, "mean", "three finite numbers, of the red, green and blue channel", mean)
+    if len(std) != 3 or not all(math.isfinite(x) and x > 0 for x in std):
+        raise fail(op, "std", "three finite numbers above 0, of the red, green and blue channel", std)
 
 
 def _float_groups(frames: Tensor | YuvFrames, size: tuple[int, int], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -168,8 +198,8 @@ def _resized(group: Tensor, size: tuple[int, int]) -> Tensor:
     return group.clamp(0, 255).round_().to(torch.uint8)
 
 
-def _cut(levels: Tensor) -> Tensor:
-    """uint8 [2T, 3, H, W] to patches [T * h * w, 1176]."""
+def _cut(levels: Tensor, p: int) -> Tensor:
+    """uint8 [2T, 3, H, W] to patches [T * h * w, 3 * 2 * p * p]."""
     F_, C, H, W = levels.shape
-    blocks = levels.reshape(F_ // 2, 2, C, H // FACTOR, 2, PATCH, W // FACTOR, 2, PATCH)  # t tp c hb hm py wb wm px
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, PATCH_COLUMNS)
+    blocks = levels.reshape(F_ // 2, 2, C, H // (2 * p), 2, p, W // (2 * p), 2, p)  # t tp c hb hm py wb wm px
+    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patch_columns(p))

@@ -66,7 +66,7 @@ def prefix_attention(
     check_tensor(op, "v", v, (layout.total_tokens, heads, q.shape[2]), device=q.device)
     if layout.prompt_index.device != q.device:
         raise fail(op, "layout", f"index tensors on {q.device} (use layout.to)", layout.device)
-    backend = _within_most_d(op, q, backend)
+    backend = _within_most_d(op, q.shape[2], q.device, backend)
     out, _ = prefix_attention_op(q, k, v, *layout_numbers(layout), _scale(op, scale, q), backend)
     return out.to(q.dtype)
 
@@ -150,16 +150,12 @@ def prefix_decode_attention(
     if len(suffix_k) < layout.slots:
         raise fail(op, "suffix_k", f"at least the {layout.slots} slots of the layout", len(suffix_k))
     check_tensor(op, "suffix_lengths", suffix_lengths, (q.shape[0],), INTEGERS, q.device)
-    backend = _within_most_d(op, q, backend)
+    backend = decode_backend(q.shape[2], q.device, backend)
     inputs = (q, prefix_k, prefix_v, suffix_k, suffix_v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         if backend in ("triton", "native"):
             raise fail(op, "inputs", f"none that requires a gradient for the {backend} backend (torch.no_grad)", "one")
         backend = "reference"
-    if q.shape[2] % native_decode.LANES and q.device.type == "cpu":
-        if backend == "native":
-            raise fail(op, "q", f"a head dim that {native_decode.LANES} divides for the native backend", q.shape[2])
-        backend = "reference" if backend == "auto" else backend
     dtype = q.dtype if len({x.dtype for x in inputs}) == 1 else compute_dtype(*inputs)
     run = dispatch.resolve(op, backend, q.device, dtype)
     with dispatch.running_on(q):
@@ -204,11 +200,26 @@ def _(q: Tensor, *inputs: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _within_most_d(op: str, q: Tensor, backend: str) -> str:
+def decode_backend(dim: int, device: torch.device, backend: str) -> str:
+    """The backend of prefix_decode_attention for heads of ``dim`` entries: that which is given, but the reference for
+    ``auto`` where no kernel has such heads.
+
+    Raises:
+        ValueError: the backend that is asked for has none.
+    """
+    op = "prefix_decode_attention"
+    if dim % native_decode.LANES and device.type == "cpu":
+        if backend == "native":
+            raise fail(op, "q", f"a head dim that {native_decode.LANES} divides for the native backend", dim)
+        return "reference" if backend == "auto" else backend
+    return _within_most_d(op, dim, device, backend)
+
+
+def _within_most_d(op: str, dim: int, device: torch.device, backend: str) -> str:
     """The backend, or on a GPU the reference for a head dim that the Triton kernels do not have."""
-    if q.shape[2] > MOST_D and backend == "triton":
-        raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", q.shape[2])
-    return "reference" if q.shape[2] > MOST_D and backend == "auto" and q.is_cuda else backend
+    if dim > MOST_D and backend == "triton":
+        raise fail(op, "q", f"a head dim of at most {MOST_D} for the triton backend", dim)
+    return "reference" if dim > MOST_D and backend == "auto" and device.type == "cuda" else backend
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Rotary positions of a decode step's queries and keys, and the write of keys and values into the KV cache."""
+"""Norms and rotary positions of a decode step's queries and keys, and the write of keys and values into the cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import INTEGERS, check_no_gradient, check_tensor, fail
+from videor1_kernels.checks import INTEGERS, check_no_gradient, check_number, check_tensor, fail
 from videor1_kernels.rotary_append import native, reference
 from videor1_kernels.rotary_append.ops import rotary_append_op, run
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 __all__ = ["rotary_append"]
 
@@ -28,6 +28,9 @@ def rotary_append(
     positions: Tensor,
     suffix_lengths: Tensor,
     suffix_slots: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
     """Rotary positions of one new token per row, and the write of its keys and values into the cache. For inference.
@@ -35,7 +38,9 @@ def rotary_append(
     With x a head of q or k and p = ``positions[r]``: x * cos[p] + rotate_half(x) * sin[p], where rotate_half(x) is
     [-x2 | x1] of the halves [x1 | x2]. Row r's rotated k and its v go to ``suffix_k[slot, suffix_lengths[r] - 1]`` and
     ``suffix_v[slot, suffix_lengths[r] - 1]``, slot = ``suffix_slots[r]``: the cache of ``prefix_decode_attention``.
-    Products and sum are fp32, rounded once to qkv's dtype.
+    Products and sum are fp32, rounded once to qkv's dtype. With ``q_norm`` and ``k_norm``, heads of q and k are first
+    normalised, as Qwen3's layers do: x becomes weight * x / sqrt(mean(x^2) + eps), the mean over D, in fp32, where
+    x / sqrt(...) is rounded to qkv's dtype, as transformers' RMSNorm rounds it.
 
     **suffix_k and suffix_v change in place.** Rows with the same place must hold the same values.
 
@@ -49,6 +54,8 @@ def rotary_append(
         positions: int32 or int64 [R], in [0, P).
         suffix_lengths: int32 or int64 [R], tokens: valid entries of the suffix, the new token's own included: 1 to C.
         suffix_slots: int32 or int64 [R], in [0, S); None: row r has slot r.
+        q_norm, k_norm: [D], the weights of the norms, fp64, fp32, bf16 or fp16; both or neither.
+        eps: added to the mean of squares, 0 or more.
         backend: ``auto``, ``triton``, ``native`` (on a CPU: fp32 and bf16; C++ compiled at its first use),
             ``reference``.
 
@@ -86,8 +93,16 @@ def rotary_append(
         check_tensor(op, "suffix_slots", suffix_slots, (rows,), INTEGERS, qkv.device)
     elif slots < rows:
         raise fail(op, "suffix_k", f"a slot for each of the {rows} rows, or suffix_slots", slots)
-    check_no_gradient(op, qkv=qkv, cos=cos, sin=sin, suffix_k=suffix_k, suffix_v=suffix_v)
+    if (q_norm is None) != (k_norm is None):
+        raise fail(op, "q_norm", "both q_norm and k_norm, or neither", "k_norm" if q_norm is None else "q_norm")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check_tensor(op, name, weight, (dim,), device=qkv.device)
+    check_number(op, "eps", eps, at_least=0)
+    caches = {"suffix_k": suffix_k, "suffix_v": suffix_v}
+    check_no_gradient(op, qkv=qkv, cos=cos, sin=sin, **caches, q_norm=q_norm, k_norm=k_norm)
     inputs = (qkv, cos, sin, suffix_k, suffix_v)
     if torch.compiler.is_compiling():
-        return rotary_append_op(*inputs, positions, suffix_lengths, suffix_slots, backend)
-    return run(*inputs, Places(positions, suffix_lengths, suffix_slots), backend)
+        return rotary_append_op(*inputs, positions, suffix_lengths, suffix_slots, q_norm, k_norm, float(eps), backend)
+    norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, float(eps))
+    return run(*inputs, Places(positions, suffix_lengths, suffix_slots), norms, backend)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from videor1_kernels import extension
-from videor1_kernels.rotary_append.reference import Places, check_places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places, check_places
 
 GRAIN = 2**15  # numbers that are worth a thread of their own
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
@@ -25,12 +25,20 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
 
 @functools.cache
 def _function() -> Callable[..., int] | str:
-    arguments = [*[c_void_p] * 9, c_char_p, c_int, c_int64, c_void_p]
+    arguments = [*[c_void_p] * 11, c_float, c_char_p, c_int, c_int64, c_void_p]
     return extension.function("decode_step", "rotary_append", arguments, "rotary_append")
 
 
-def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffix_v: Tensor, places: Places) -> Tensor:
-    """Return q rotated, [R, Hq, D], and write k, rotated, and v of each row into the cache."""
+def rotary_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    places: Places,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """Return q, normalised and rotated, [R, Hq, D], and write such a k, and v, of each row into the cache."""
     call = _function()
     assert not isinstance(call, str), call
     dtypes = BF16[qkv.dtype] + 2 * BF16[cos.dtype]
@@ -42,6 +50,7 @@ def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffi
     slots = None if slots is None else _addressable(slots)
     rows, width = qkv.shape
     count, capacity, kv_heads, dim = suffix_k.shape
+    weights = () if norms is None else (norms.q.float().contiguous(), norms.k.float().contiguous())
     q = qkv.new_empty((rows, width // dim - 2 * kv_heads, dim))
     numbers = NUMBERS(
         rows,
@@ -67,6 +76,8 @@ def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffi
         positions.data_ptr(),
         lengths.data_ptr(),
         None if slots is None else slots.data_ptr(),
+        *((None, None) if norms is None else (weight.data_ptr() for weight in weights)),
+        0.0 if norms is None else norms.eps,
         numbers,
         dtypes,
         max(1, GRAIN // width),

@@ -7,16 +7,24 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import rarest_dtype
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 
 def run(
-    qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffix_v: Tensor, places: Places, backend: str
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    places: Places,
+    norms: HeadNorms | None,
+    backend: str,
 ) -> Tensor:
     """Return q [R, Hq, D]; suffix_k and suffix_v change."""
-    chosen = dispatch.resolve("rotary_append", backend, qkv.device, rarest_dtype(qkv, cos, sin))
+    dtype = rarest_dtype(qkv, cos, sin, *(norms[:2] if norms else ()))
+    chosen = dispatch.resolve("rotary_append", backend, qkv.device, dtype)
     with dispatch.running_on(qkv):
-        return chosen.rotary_append(qkv, cos, sin, suffix_k, suffix_v, places)
+        return chosen.rotary_append(qkv, cos, sin, suffix_k, suffix_v, places, norms)
 
 
 @torch.library.custom_op("videor1::rotary_append", mutates_args=("suffix_k", "suffix_v"))
@@ -29,9 +37,14 @@ def rotary_append_op(
     positions: Tensor,
     suffix_lengths: Tensor,
     suffix_slots: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
     backend: str,
 ) -> Tensor:
-    return run(qkv, cos, sin, suffix_k, suffix_v, Places(positions, suffix_lengths, suffix_slots), backend).contiguous()
+    places = Places(positions, suffix_lengths, suffix_slots)
+    norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
+    return run(qkv, cos, sin, suffix_k, suffix_v, places, norms, backend).contiguous()
 
 
 @rotary_append_op.register_fake
@@ -44,6 +57,9 @@ def _(
     positions: Tensor,
     suffix_lengths: Tensor,
     suffix_slots: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
     backend: str,
 ) -> Tensor:
     _, _, kv_heads, dim = suffix_k.shape

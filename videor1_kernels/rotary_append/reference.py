@@ -18,6 +18,14 @@ class Places(NamedTuple):
     suffix_slots: Tensor | None  # None: row r has slot r
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorms of each head of q and of k, before they are rotated."""
+
+    q: Tensor  # the weight, [D]
+    k: Tensor
+    eps: float
+
+
 def check_places(places: Places, positions: int, slots: int, capacity: int) -> None:
     """Check that every place exists. This waits for the device, so it is left out while a CUDA graph is captured."""
     op = "rotary_append"
@@ -30,19 +38,36 @@ def check_places(places: Places, positions: int, slots: int, capacity: int) -> N
         check_indices(op, "suffix_slots", places.suffix_slots, slots)
 
 
-def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffix_v: Tensor, places: Places) -> Tensor:
-    """Return q rotated, [R, Hq, D], and write k, rotated, and v of each row into the cache."""
+def rotary_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    places: Places,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """Return q, normalised and rotated, [R, Hq, D], and write such a k, and v, of each row into the cache."""
     slots, capacity, kv_heads, dim = suffix_k.shape
     check_places(places, len(cos), slots, capacity)
     heads = qkv.unflatten(1, (-1, dim))  # [R, Hq + 2 Hkv, D]
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-    dtype = compute_dtype(qkv, cos, sin)
+    dtype = compute_dtype(qkv, cos, sin, *(norms[:2] if norms else ()))
+    if norms is not None:
+        q, k = (_normed(x, weight, norms.eps, dtype) for x, weight in ((q, norms.q), (k, norms.k)))
     cos, sin = (table[places.positions.long()][:, None].to(dtype) for table in (cos, sin))  # [R, 1, D]
     q, k = ((x * cos + _rotate_half(x) * sin).to(qkv.dtype) for x in (q, k))
     rows = torch.arange(len(qkv), device=qkv.device) if places.suffix_slots is None else places.suffix_slots.long()
     token = places.suffix_lengths.long() - 1
     suffix_k[rows, token], suffix_v[rows, token] = k, v
     return q
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Normalise heads [R, heads, D] as add_rms_norm does the stream: rounded to their own dtype before the weight."""
+    wide = x.to(dtype)
+    normed = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    return normed.to(dtype) * weight.to(dtype)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

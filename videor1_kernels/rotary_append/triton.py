@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 BLOCK_H = 4  # heads of a program: the 36 of a 7B model are 9 programs a row
 
@@ -22,6 +22,9 @@ def rotary_append_kernel(
     positions,
     lengths,
     slots,
+    q_norm,
+    k_norm,
+    eps,
     P,
     S,
     C,
@@ -38,6 +41,7 @@ def rotary_append_kernel(
     v_head,
     D: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -55,14 +59,26 @@ def rotary_append_kernel(
     inside = (head < q_heads + 2 * kv_heads)[:, None] & (d < D)[None, :]
     heads = qkv + row * qkv_row + head[:, None] * D
     x = tl.load(heads + d[None, :], mask=inside, other=0.0)  # [BLOCK_H, BLOCK_D]
-    other = tl.load(heads + ((d + D // 2) % D)[None, :], mask=inside, other=0.0)  # of the other half
+    across = (d + D // 2) % D  # the other half
+    other = tl.load(heads + across[None, :], mask=inside, other=0.0)
+    turned, counterpart = x.to(tl.float32), other.to(tl.float32)
+    if HAS_NORMS:
+        scale = tl.rsqrt(tl.sum(turned * turned, 1) / D + eps)[:, None]
+        of_query = (head < q_heads)[:, None]
+        turned = (turned * scale).to(x.dtype).to(tl.float32)
+        counterpart = (counterpart * scale).to(x.dtype).to(tl.float32)
+        # [1, BLOCK_D], in order and as the other half has them; of v's heads it does not matter which.
+        q_here, k_here = tl.load(q_norm + d, mask=d < D)[None, :], tl.load(k_norm + d, mask=d < D)[None, :]
+        q_across, k_across = tl.load(q_norm + across)[None, :], tl.load(k_norm + across)[None, :]
+        turned *= tl.where(of_query, q_here, k_here).to(tl.float32)
+        counterpart *= tl.where(of_query, q_across, k_across).to(tl.float32)
     # As sizes, since the interpreter has no conjunction of a scalar and a vector.
     known = d < tl.where(exists, D, 0)
     written = tl.where(exists, kv_heads, 0)
     c = tl.load(cos + position * cos_row + d, mask=known, other=float("nan")).to(tl.float32)  # [BLOCK_D]
     s = tl.load(sin + position * sin_row + d, mask=known, other=float("nan")).to(tl.float32)
     s = tl.where(d < D // 2, -s, s)
-    rotated = x.to(tl.float32) * c[None, :] + other.to(tl.float32) * s[None, :]
+    rotated = turned * c[None, :] + counterpart * s[None, :]
     rotated = rotated.to(q.dtype.element_ty)
 
     key = (head - q_heads).to(tl.int64)
@@ -75,8 +91,16 @@ def rotary_append_kernel(
     tl.store(to_v, x, mask=inside & of_v[:, None])
 
 
-def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffix_v: Tensor, places: Places) -> Tensor:
-    """Return q rotated, [R, Hq, D], and write k, rotated, and v of each row into the cache."""
+def rotary_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    places: Places,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """Return q, normalised and rotated, [R, Hq, D], and write such a k, and v, of each row into the cache."""
     qkv, cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in (qkv, cos, sin))
     rows, width = qkv.shape
     slots, capacity, kv_heads, dim = suffix_k.shape
@@ -92,6 +116,7 @@ def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffi
         suffix_v,
         q,
         *(None if x is None else x.contiguous() for x in places),
+        *((None, None, 0.0) if norms is None else (norms.q.contiguous(), norms.k.contiguous(), norms.eps)),
         len(cos),
         slots,
         capacity,
@@ -104,6 +129,7 @@ def rotary_append(qkv: Tensor, cos: Tensor, sin: Tensor, suffix_k: Tensor, suffi
         *suffix_v.stride()[:3],
         D=dim,
         HAS_SLOTS=places.suffix_slots is not None,
+        HAS_NORMS=norms is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(dim),
         num_warps=4,

@@ -1,4 +1,4 @@
-// Where a pixel goes among the patches of Qwen2.5-VL, and the frames a call reads and writes.
+// Where a pixel goes among a tower's patches, and the frames a call reads and writes.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,35 @@
 
 namespace videor1 {
 
-constexpr int64_t kPatch = 14, kBlock = 2 * kPatch, kFramePixels = kPatch * kPatch, kColumns = 3 * 2 * kFramePixels;
+// Patches have sides of 14 or 16 pixels. Each offset below divides by a constant: a division by a number that is known
+// only when it runs takes longer than the store.
+template <int64_t kPatch>
+struct PatchOrder {
+  static constexpr int64_t kBlock = 2 * kPatch, kColumns = 3 * 2 * kPatch * kPatch;
 
-// Elements before pixel (y, x) of channel 0 of an upright frame of ``width`` pixels: row * 1176 + column, with
-// row = ((hb * W/28 + wb) * 2 + hm) * 2 + wm and column = py * 14 + px. It is a sum of a term of y and a term of x.
-VIDEOR1_HD int64_t offset_of_row(int64_t y, int64_t width) {
-  const int64_t block = y / kBlock, in_block = y % kBlock;
-  return (block * (width / kBlock) * 4 + in_block / kPatch * 2) * kColumns + in_block % kPatch * kPatch;
+  VIDEOR1_HD static int64_t offset_of_row(int64_t y, int64_t width) {
+    const int64_t block = y / kBlock, in_block = y % kBlock;
+    return (block * (width / kBlock) * 4 + in_block / kPatch * 2) * kColumns + in_block % kPatch * kPatch;
+  }
+  VIDEOR1_HD static int64_t offset_of_column(int64_t x) {
+    const int64_t block = x / kBlock, in_block = x % kBlock;
+    return (block * 4 + in_block / kPatch) * kColumns + in_block % kPatch;
+  }
+};
+
+// Elements before pixel (y, x) of channel 0 of an upright frame of ``width`` pixels: row * columns + column, with
+// row = ((hb * width/block + wb) * 2 + hm) * 2 + wm and column = py * patch + px. It is a sum of a term of y and one of x.
+VIDEOR1_HD int64_t offset_of_row(int patch, int64_t y, int64_t width) {
+  return patch == 14 ? PatchOrder<14>::offset_of_row(y, width) : PatchOrder<16>::offset_of_row(y, width);
 }
-VIDEOR1_HD int64_t offset_of_column(int64_t x) {
-  const int64_t block = x / kBlock, in_block = x % kBlock;
-  return (block * 4 + in_block / kPatch) * kColumns + in_block % kPatch;
+VIDEOR1_HD int64_t offset_of_column(int patch, int64_t x) {
+  return patch == 14 ? PatchOrder<14>::offset_of_column(x) : PatchOrder<16>::offset_of_column(x);
 }
-constexpr int64_t kChannelOffset = 2 * kFramePixels;
+VIDEOR1_HD int64_t channel_offset(int patch) { return 2 * patch * patch; }
 
 // Elements before the frame at ``slot`` (2t + tp), of frames of height x width pixels.
-VIDEOR1_HD int64_t offset_of_slot(int64_t slot, int64_t height, int64_t width) {
-  return slot / 2 * (height * width / kFramePixels) * kColumns + slot % 2 * kFramePixels;
+VIDEOR1_HD int64_t offset_of_slot(int patch, int64_t slot, int64_t height, int64_t width) {
+  return slot / 2 * (height * width) * 6 + slot % 2 * (patch * patch);
 }
 
 // Frames are resized as they are stored and brought upright on the way out: mirrored left to right where ``mirrored``
@@ -34,6 +46,7 @@ struct Upright {
   int64_t height, width;
   int quarter_turns;
   bool mirrored;
+  int patch;  // 14 or 16
 
   VIDEOR1_HD int64_t upright_height() const { return quarter_turns % 2 ? width : height; }
   VIDEOR1_HD int64_t upright_width() const { return quarter_turns % 2 ? height : width; }
@@ -41,19 +54,19 @@ struct Upright {
   // Stored pixel (y, x) is at offset_of_stored_row(y) + offset_of_stored_column(x).
   VIDEOR1_HD int64_t offset_of_stored_row(int64_t y) const {
     switch (quarter_turns) {
-      case 0: return offset_of_row(y, width);
-      case 1: return offset_of_column(y);
-      case 2: return offset_of_row(height - 1 - y, width);
-      default: return offset_of_column(height - 1 - y);
+      case 0: return offset_of_row(patch, y, width);
+      case 1: return offset_of_column(patch, y);
+      case 2: return offset_of_row(patch, height - 1 - y, width);
+      default: return offset_of_column(patch, height - 1 - y);
     }
   }
   VIDEOR1_HD int64_t offset_of_stored_column(int64_t stored) const {
     const int64_t x = mirrored ? width - 1 - stored : stored;
     switch (quarter_turns) {
-      case 0: return offset_of_column(x);
-      case 1: return offset_of_row(width - 1 - x, height);
-      case 2: return offset_of_column(width - 1 - x);
-      default: return offset_of_row(x, height);
+      case 0: return offset_of_column(patch, x);
+      case 1: return offset_of_row(patch, width - 1 - x, height);
+      case 2: return offset_of_column(patch, width - 1 - x);
+      default: return offset_of_row(patch, x, height);
     }
   }
 };

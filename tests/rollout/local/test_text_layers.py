@@ -191,7 +191,7 @@ def test_a_pass_without_memory_is_an_error() -> None:
 
 
 def test_the_numbers_of_a_pass_are_as_many_as_the_struct_has() -> None:
-    """9 + 2 + 24 + 4 members of 8 bytes, see csrc/text_layers.cpp."""
+    """9 + 3 + 24 + 4 members of 8 bytes, see csrc/text_layers.cpp."""
     layers = Decoder(make_lm(), None, range(4)).native
     assert layers is not None
     given: list[bytes] = []
@@ -199,4 +199,4 @@ def test_the_numbers_of_a_pass_are_as_many_as_the_struct_has() -> None:
     cache = KVCache(Capacity(2, 8, 4, 1), make_lm().hf.config.text_config, torch.float32, torch.device("cpu"))
     table = torch.ones(8, 16)
     layers.prefill(torch.zeros(8, 64), table, table, PrefixLayout([8], [[]]), cache, [0])
-    assert len(given[0]) == 8 * 39 == struct.calcsize("39q")
+    assert len(given[0]) == 8 * 40 == struct.calcsize("40q")

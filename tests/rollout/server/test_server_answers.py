@@ -10,9 +10,8 @@ import pytest
 import torch
 from asking import IMAGE, ORDER, TEXT, VIDEO, ask_once, make_engine, request
 from fake_server import SPECIAL, TOKENIZER, Body, FakeServer, answer_text, completion, received_media
-from tiny import make_media, make_prompt
+from tiny import make_lm, make_media, make_prompt
 
-from videor1.model.positions import prompt_positions
 from videor1.rollout import SamplingOptions
 from videor1.rollout.protocol import Branch, Request, RolloutError
 from videor1.rollout.server.media import media_fields, media_frames, media_part
@@ -160,10 +159,10 @@ def test_the_server_receives_the_very_pixels(server: FakeServer, prompt: Prompt,
 
 @pytest.mark.parametrize("T", [1, 2, 8])
 def test_a_video_has_our_positions_in_time_though_vllm_rounds_to_bfloat16(T: int) -> None:
-    generator = torch.Generator().manual_seed(T)
+    generator, model = torch.Generator().manual_seed(T), make_lm()
     for seconds in [7 / 12, 4 / 3, 1.0, 2 / 1.7, 10 / 7, *(4 * torch.rand(60, generator=generator) + 1e-3).tolist()]:
         prompt = make_prompt(make_media("video", (T, 2, 2), seconds=seconds))
-        ours, _ = prompt_positions(prompt, SPECIAL.video_pad, tokens_per_second=2.0)
+        ours, _ = model.positions(prompt)
         fps = media_fields(prompt.media)["media_io_kwargs"]["video"]["fps"]
         theirs = (np.arange(T) * (torch.tensor(2 / fps).bfloat16().item() * 2)).astype(np.int64)  # as in vLLM
         start = prompt.input_ids.tolist().index(SPECIAL.video_pad)

@@ -31,10 +31,9 @@ from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.model.features import prompt_features
-from videor1.model.prompts import INSTRUCTION, encode, expand_media
+from videor1.model.prompts import INSTRUCTION, encode, expand_media, place_media
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
 from videor1.types import Clip, Completion, DataType, Media, Prompt, Sample, SampleError
-from videor1.video import target_size
 from videor1.video.media import load_media, media_key
 from videor1.video.patches import media_from_clip
 from videor1.video.shuffle import draw_permutation
@@ -69,7 +68,7 @@ class VideoR1(_lmms):
     is logged, and their number at the end.
 
     Args:
-        pretrained: a Qwen2.5-VL folder or hub id.
+        pretrained: a model's folder or hub id.
         think: ask for reasoning and tags as in training, and give the task the text in the answer tag (the whole
             completion if there is no tag). The task's own limit, which is for a bare answer, does not apply then.
         shuffle: show the frames in a seeded random order. The accuracy without it minus this one is the temporal gap.
@@ -203,7 +202,9 @@ class VideoR1(_lmms):
 
         data = self.config.data
         with Prefetcher(
-            functools.partial(load_media, video=self.config.video, max_decoded_mb=data.max_decoded_mb),
+            functools.partial(
+                load_media, video=self.config.video, max_decoded_mb=data.max_decoded_mb, rules=self.model.family.frames
+            ),
             workers=data.workers,
             depth=data.prefetch,
             timeout=data.timeout,
@@ -295,6 +296,8 @@ class VideoR1(_lmms):
         if (found := sum(ids.count(pad) for pad in (special.video_pad, special.image_pad))) != (media is not None):
             message = f"{sample.problem_id}: expected {int(media is not None)} media tokens, got {found}"
             raise SampleError("special_token", message, sample.path)
+        if (placed := place_media(text, media, self.model.family, tokenizer)) != text:
+            ids = encode(tokenizer, placed, sample)
         return expand_media(
             special,
             ids,
@@ -307,15 +310,15 @@ class VideoR1(_lmms):
     def _image(self, image: Image.Image) -> Media | SampleError:
         """Resize an image in memory as the trainer does with files, and cut it into patches."""
         started = time.perf_counter()
-        video = self.config.video
+        video, rules = self.config.video, self.model.family.frames
         try:
             pixels = rgb_of(image, Path("image"), max_decoded_mb=self.config.data.max_decoded_mb)
             height, width = pixels.shape[:2]
-            size = target_size(Path("image"), height, width, video.image_min_pixels, video.image_max_pixels)
+            size = rules.size_of_image(Path("image"), height, width, video.image_min_pixels, video.image_max_pixels)
         except SampleError as error:
             return error
         clip = Clip(torch.from_numpy(pixels)[None], size, 0.0, (0.0,), 1, 0.0, "", "pillow")
-        return media_from_clip(clip, "image", seconds=time.perf_counter() - started)
+        return media_from_clip(clip, "image", seconds=time.perf_counter() - started, rules=rules)
 
     def _result(self, question: _Question, completion: Completion) -> Any:
         """Return the answer in a completion as lmms-eval's result, and pass it to lmms-eval's cache."""

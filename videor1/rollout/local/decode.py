@@ -16,8 +16,9 @@ from videor1.rollout.local.projections import Projections
 from videor1.rollout.local.text_layers import OPERATIONS, TextLayers
 from videor1.side_by_side import on_cores, side_by_side, threads
 from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
+from videor1_kernels.prefix_attention import decode_backend
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
-from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 LEAST_ROWS = 48  # that are worth a thread
 
@@ -69,11 +70,12 @@ class Operations(NamedTuple):
         stream = next(model.hf.parameters()).dtype  # of the residual stream and the tables, fp32 in a whole bf16 model
         rarest = dtype if dtype == stream else torch.float32
 
-        def resolve(op: str, of: torch.dtype) -> Any:
+        def resolve(op: str, of: torch.dtype, backend: str = backend) -> Any:
             return getattr(dispatch.resolve(op, backend, device, of), op)
 
+        head_dim = model.hf.model.language_model.layers[0].self_attn.head_dim
         return Operations(
-            resolve("prefix_decode_attention", dtype),
+            resolve("prefix_decode_attention", dtype, decode_backend(head_dim, device, backend)),
             resolve("add_rms_norm", rarest),
             resolve("rotary_append", rarest),
             resolve("silu_mul", dtype),
@@ -96,7 +98,9 @@ class Decoder:
         self.operations = Operations.of(model, backend)
         chosen = {dispatch.chosen_backend(op, model.device, backend, self.dtype) for op in OPERATIONS}
         native = chosen == {"native"} and on_cores(model.device) and not model.flash
-        self.layers = [_Layer.of(layer, self.dtype) for layer in self.text.layers]
+        head_norms = [_head_norms(model.family.head_norms(layer.self_attn)) for layer in self.text.layers]
+        layers = zip(self.text.layers, head_norms, strict=True)
+        self.layers = [_Layer.of(layer, norms, self.dtype) for layer, norms in layers]
         self.scale = self.text.layers[0].self_attn.scaling
         self.native = TextLayers.of(self.text, self.layers, self.dtype) if native else None
         self.first = positions.start
@@ -112,6 +116,7 @@ class Decoder:
         found = [self.cos, self.sin, self.text.embed_tokens.weight, self.text.norm.weight]
         for layer in self.layers:
             found += [layer.input_norm.weight, layer.mlp_norm.weight]
+            found += [] if layer.head_norms is None else layer.head_norms[:2]
             for projections in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 read = projections.tensors()
                 if read is None:
@@ -123,7 +128,9 @@ class Decoder:
         """Return the last hidden states [T, H] of prompts end to end, see ``VideoLM.hidden_states``."""
         if self.native is None:
             return self.model.hidden_states(ids, positions, context, features)
-        x = self.model.embeddings(ids, features)
+        x, further = self.model.embeddings(ids, features)
+        if further:  # which layers take besides, as only the model's own code knows
+            return self.model.hidden_states(ids, positions, context, features)
         cos, sin = (table.reshape(len(ids), -1) for table in self.text.rotary_emb(x, positions))
         return self._normed(self.native.prefill(x, cos, sin, context.layout, context.cache, context.starts))
 
@@ -156,7 +163,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x, hidden = norm(layer.input_norm, change, hidden)
             keys, values = cache.suffix_k[index], cache.suffix_v[index]
-            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places)
+            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places, layer.head_norms)
             inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, lengths)
             out = run.attention(inputs, layout, self.scale)
             x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
@@ -186,9 +193,10 @@ class _Layer(NamedTuple):
     mlp_norm: _Norm
     gate_up: Projections
     down: Projections
+    head_norms: HeadNorms | None
 
     @staticmethod
-    def of(layer: Any, dtype: torch.dtype) -> _Layer:
+    def of(layer: Any, head_norms: HeadNorms | None, dtype: torch.dtype) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return _Layer(
             _Norm.of(layer.input_layernorm),
@@ -197,4 +205,14 @@ class _Layer(NamedTuple):
             _Norm.of(layer.post_attention_layernorm),
             Projections([mlp.gate_proj, mlp.up_proj], dtype),
             Projections([mlp.down_proj], dtype),
+            head_norms,
         )
+
+
+def _head_norms(modules: tuple[Any, Any] | None) -> HeadNorms | None:
+    """Return the norms of a layer's heads of q and k, which have one eps."""
+    if modules is None:
+        return None
+    q, k = map(_Norm.of, modules)
+    assert q.eps == k.eps, (q.eps, k.eps)
+    return HeadNorms(q.weight, k.weight, q.eps)

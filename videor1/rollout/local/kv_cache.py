@@ -35,8 +35,14 @@ class Capacity:
 
 def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values in all layers."""
-    heads, dim = text_config.num_key_value_heads, text_config.hidden_size // text_config.num_attention_heads
+    heads, dim = _key_heads(text_config)
     return 2 * text_config.num_hidden_layers * heads * dim * dtype.itemsize
+
+
+def _key_heads(text_config: Any) -> tuple[int, int]:
+    """Return the number of key heads and the entries of each, which need not add up to the model's width."""
+    given = getattr(text_config, "head_dim", None)
+    return text_config.num_key_value_heads, given or text_config.hidden_size // text_config.num_attention_heads
 
 
 def plan_capacity(
@@ -128,7 +134,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: Capacity, text_config: Any, dtype: torch.dtype, device: torch.device) -> None:
-        heads, dim = text_config.num_key_value_heads, text_config.hidden_size // text_config.num_attention_heads
+        heads, dim = _key_heads(text_config)
         self.capacity = capacity
 
         def empty(*shape: int) -> list[Tensor]:

@@ -58,6 +58,7 @@ class TextLayers:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._mlp = config.intermediate_size
         self._eps = layers[0].input_norm.eps
+        self._head_eps = 0.0 if layers[0].head_norms is None else layers[0].head_norms.eps
         self._kept: list[Tensor] = []  # what the numbers of the layers point to
         self._layers = [self._numbers(layer) for layer in layers]
 
@@ -75,6 +76,7 @@ class TextLayers:
             and all(p.joined() is not None for layer in layers for p in layer if isinstance(p, Projections))
             and all(getattr(layer.self_attn, "sliding_window", None) is None for layer in text.layers)
             and len({norm.eps for layer in layers for norm in (layer.input_norm, layer.mlp_norm)}) == 1
+            and len({layer.head_norms and layer.head_norms.eps for layer in layers}) == 1
             and not hooked  # they would not be called
         )
         found = _functions() if plain else ""
@@ -85,7 +87,10 @@ class TextLayers:
         self._kept += norms
         qkv, out, gate_up, down = (self._linear(p) for p in (layer.qkv, layer.out, layer.gate_up, layer.down))
         first, second = (struct.pack("q", norm.data_ptr()) for norm in norms)
-        return first + qkv + out + second + gate_up + down
+        heads = [] if layer.head_norms is None else [norm.contiguous() for norm in layer.head_norms[:2]]
+        self._kept += heads
+        head_norms = struct.pack("2q", *([norm.data_ptr() for norm in heads] or (0, 0)))
+        return first + qkv + out + second + gate_up + down + head_norms
 
     def _linear(self, projections: Projections) -> bytes:
         joined = projections.joined()
@@ -157,7 +162,7 @@ class TextLayers:
         buffers = [ctypes.c_char_p(layers), ctypes.c_char_p(copies)]
         layers_at, copies_at = (ctypes.cast(buffer, ctypes.c_void_p).value or 0 for buffer in buffers)
         numbers = struct.pack(
-            "9q2d",
+            "9q3d",
             x.data_ptr(),
             len(x),
             x.shape[1],
@@ -168,6 +173,7 @@ class TextLayers:
             len(self._layers),
             vector_bits(),
             self._eps,
+            self._head_eps,
             self._scale,
         ) + struct.pack(
             "24q",

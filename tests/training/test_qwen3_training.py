@@ -1,0 +1,82 @@
+"""T-GRPO and SFT of a tiny Qwen3-VL on the demonstration's data, to a checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import last_metrics, run_lines, sft_trainer, trainer
+from tiny_families import family_inputs, make_qwen3
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from videor1.data.samples import load_samples
+from videor1.demo.assets import Assets
+from videor1.model import load_model
+from videor1.model.prompts import build_input_ids
+from videor1.training.passes import completion_logp, pack
+from videor1.types import Prompt
+from videor1.video.media import load_media
+
+PIXELS: dict[str, Any] = dict.fromkeys(("video.max_pixels", "video.image_max_pixels"), 64 * 64)
+PIXELS |= {"video.min_pixels": 2048, "video.image_min_pixels": 1024}
+PROCESSOR = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
+
+
+@pytest.fixture(scope="module")
+def folder(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as on the hub, with the demonstration's tokenizer, which has <think> and <answer> as tokens."""
+    path = tmp_path_factory.mktemp("qwen3") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    make_qwen3(tokenizer=tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (path / name).write_text(json.dumps(PROCESSOR))
+    return path
+
+
+OPTIONS = {"lora.rank": 0, "beta": 0.04}, {"lora.rank": 4, "temporal.shuffle_unit": "temporal_patch"}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_tgrpo(options: dict[str, Any], folder: Path, assets: Assets, tmp_path: Path) -> None:
+    run = trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS, **options)
+    before = {name: p.detach().clone() for name, p in run.model.trainable().items()}
+    assert any("deepstack_merger_list" in name for name in before) == (not options["lora.rank"])
+    checkpoint = run.train()
+    assert last_metrics(tmp_path)["step"] == 2
+    changed = [name for name, p in run.model.trainable().items() if not torch.equal(p, before[name])]
+    assert len(changed) > len(before) / 2
+    assert any("<0.2 seconds>" in json.dumps(line) for line in run_lines(tmp_path, "rollouts.jsonl"))
+    model, report = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    sample = load_samples(assets.train).samples[0]
+    media = load_media(sample, run.config.video, rules=run.model.family.frames)
+    ids = build_input_ids(run.model.tokenizer, sample, media, max_prompt_length=4096, family=run.model.family)
+    prompt, answer = Prompt(sample, ids, media, 0), torch.arange(20, 30)
+    with run.model.inference():
+        live = completion_logp(run.model, pack(run.model, [prompt], [[answer]]))
+    with torch.no_grad():
+        logits = model.eval()(**family_inputs(run.model, prompt, answer)).logits[0, -len(answer) - 1 : -1]
+    torch.testing.assert_close(logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0], live, rtol=0, atol=2e-5)
+    again = load_model(trainer(assets, tmp_path / "again", model_name_or_path=checkpoint, **PIXELS).config)
+    assert again.family.name == "Qwen3-VL"
+
+
+def test_sft(folder: Path, assets: Assets, tmp_path: Path) -> None:
+    run = sft_trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS)
+    run.train()
+    assert last_metrics(tmp_path)["step"] == 2
+
+
+def test_a_video_over_the_budget_is_skipped_and_counted(folder: Path, assets: Assets, tmp_path: Path) -> None:
+    """Never cut: what is left to train on are images."""
+    options = PIXELS | {"video.total_pixels": 1024, "video.min_pixels": 1024}
+    run = trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **options)
+    run.train()
+    lines = run_lines(tmp_path, "skipped.jsonl")
+    assert {line["kind"] for line in lines} == {"over_budget"}
+    assert all("the limit is 1024: raise video.total_pixels" in line["message"] for line in lines)
+    assert last_metrics(tmp_path)["data/skipped/over_budget"] == len(lines) > 0

@@ -1,0 +1,121 @@
+"""Qwen3-VL, dense: times as text before each temporal patch of a video, and features of three layers of the tower more,
+which are added to the language model's first layers (deepstack)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
+
+from videor1.model import vision
+from videor1.model.families.record import Family
+from videor1.model.positions import MediaRun
+from videor1.types import Media
+from videor1.video import FrameRules, PixelLimits
+from videor1.video.rules import MIN_FRAMES, OverBudgetError
+
+# Of the published checkpoints' video processor, for all frames of a video together.
+TOTAL_PIXELS = 24576 * 32 * 32
+MIN_PIXELS = 4 * 32 * 32
+
+
+def _sample(total: int, source_fps: float, *, max_frames: int, fps: float) -> list[int]:
+    """Return the frames that transformers' processor takes: evenly spaced, and of an odd number as well."""
+    count = min(max(int(total / source_fps * fps), MIN_FRAMES), max_frames, total)
+    return np.linspace(0, total - 1, count).round().astype(int).tolist() if count >= 2 else []
+
+
+def _video_size(frames: int, height: int, width: int, limits: PixelLimits, block: int) -> tuple[int, int]:
+    """Return the size that transformers' processor gives with ``cap_pixels_per_frame``.
+
+    With F frames, ``max_pixels`` and ``total_pixels`` bound F * H * W to F * max(min(max_pixels, total_pixels // F),
+    int(1.05 * min_pixels)); ``min_pixels`` is the least of F * H * W. Sides are multiples of ``block``, half to even.
+
+    Raises:
+        OverBudgetError: that size has more than ``total_pixels``, for want of smaller sides or by ``min_pixels``.
+    """
+    total = limits.total_pixels or TOTAL_PIXELS
+    least = limits.min_pixels or min(MIN_PIXELS, limits.max_pixels)
+    most = frames * max(min(limits.max_pixels, total // frames), int(1.05 * least))
+    if min(height, width) < block:
+        grow = max(block / height, block / width)
+        height, width = int(height * grow), int(width * grow)
+    new_height, new_width = (round(side / block) * block for side in (height, width))
+    counted = round(frames / 2) * 2  # as the processor counts them
+    if counted * new_height * new_width > most:
+        shrink = math.sqrt(frames * height * width / most)
+        new_height, new_width = (max(block, math.floor(side / shrink / block) * block) for side in (height, width))
+    elif counted * new_height * new_width < least:
+        grow = math.sqrt(least / (frames * height * width))
+        new_height, new_width = (math.ceil(side * grow / block) * block for side in (height, width))
+    if (pixels := min(frames, counted) * new_height * new_width) > total:
+        raise OverBudgetError(
+            f"{frames} frames of {new_width}x{new_height}, the smallest that video.min_pixels and patches of "
+            f"{block // 2} pixels allow, have {pixels} pixels, the limit is {total}: raise video.total_pixels, or "
+            "lower video.max_frames"
+        )
+    return new_height, new_width
+
+
+def _tower_inputs(grid_thw: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    merge = config.spatial_merge_size
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid_thw,
+        math.isqrt(config.num_position_embeddings),
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=merge,
+    )
+    positions = get_vision_position_ids(grid_thw, merge)
+    moved = {"position_ids": positions, "interp_indices": indices, "interp_weights": weights}
+    return vision.tower_inputs(moved, {"cu_seqlens": get_vision_cu_seqlens(grid_thw)}, config, device, dtype)
+
+
+def _runs(media: Media, config: Any) -> list[MediaRun]:
+    """A run for each temporal patch: time is in the text between them."""
+    T, h, w = media.grid_thw
+    merge = config.spatial_merge_size
+    return [MediaRun(torch.zeros(1, dtype=torch.int64), h // merge, w // merge)] * T
+
+
+def _video_text(media: Media, place: str) -> str:
+    """Return the text of a video: before the place of each temporal patch its time, in the true order.
+
+    The times are in place of the template's own start and end tokens, not between them, as in the processor that
+    published the models and in vLLM's.
+    """
+    if len(media.times) != media.grid_thw[0]:
+        raise ValueError(f"expected the times of {media.grid_thw[0]} temporal patches, got {len(media.times)}")
+    return "".join(f"<{time:.1f} seconds>{place}" for time in media.times)
+
+
+def _features(output: Any) -> Tensor:
+    return torch.cat([output.pooler_output, *output.deepstack_features], 1)
+
+
+def _layer_inputs(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
+    return {"visual_pos_masks": at, "deepstack_visual_embeds": list(further)}
+
+
+QWEN3_VL = Family(
+    model_type="qwen3_vl",
+    name="Qwen3-VL",
+    model_class="Qwen3VLForConditionalGeneration",
+    frames=FrameRules("qwen3_vl", 16, (0.5,) * 3, (0.5,) * 3, _sample, _video_size, bounds_total=True),
+    tower_inputs=_tower_inputs,
+    runs=_runs,
+    video_text=_video_text,
+    features=_features,
+    layer_inputs=_layer_inputs,
+    head_norms=lambda attention: (attention.q_norm, attention.k_norm),
+    tokens=("<think>", "</think>"),
+)

@@ -1,0 +1,81 @@
+"""What one family of models does differently from another, as one record.
+
+A family is one file with one record, and one line in the table of :mod:`videor1.model.families`. Nothing else asks for
+a model's type. All families so far have in common: transformers' classes with ``model.visual``, ``lm_head`` and
+``model.language_model``; 2 x 2 patches of two frames as one media token; Qwen's special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videor1.model.positions import MediaRun
+from videor1.types import Media
+from videor1.video import FrameRules
+
+QWEN_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _pooled(output: Any) -> Tensor:
+    return output.pooler_output
+
+
+def _nothing(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
+    return {}
+
+
+def _no_norms(attention: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        model_type: of its config.json.
+        name: what messages call it.
+        model_class: the name of its class in transformers.
+        frames: which frames its tower takes, in which size, cut into which patches.
+        tower_inputs: (grids int64 [media, 3] on the CPU, the tower's config, device, dtype of the pass) -> further
+            arguments of the tower's ``forward``, such that it reads nothing back from the device.
+        runs: (media, the tower's config) -> the runs of media tokens in a prompt, in order; all of one length.
+        video_text: (a video, the template's start, pad and end tokens) -> the text that stands in their place, with one
+            pad token a run. None: the template's own.
+        features: the tower's output -> features [tokens, n * H] of all media, H being the language model's width. The
+            first H columns replace the embeddings of the media tokens.
+        layer_inputs: (the further features, [tokens, H] each, mask [1, T] of the row's media tokens) -> further
+            arguments of the language model's ``forward``. It is asked for rows with media only.
+        head_norms: a layer's attention -> its RMSNorms of each head of q and of k, which a decode step computes before
+            the rotary embedding; None: it has none.
+        tokens: further single tokens that its tokenizer must have.
+        lora_targets: the linear layers of the language model that get an adapter by default.
+        recipes: the files in ``videor1/configs`` that train it.
+        served: whether ``rollout.engine: server`` can sample from it.
+    """
+
+    model_type: str
+    name: str
+    model_class: str
+    frames: FrameRules
+    tower_inputs: Callable[[Tensor, Any, torch.device, torch.dtype], dict[str, Any]]
+    runs: Callable[[Media, Any], list[MediaRun]]
+    video_text: Callable[[Media, str], str] | None = None
+    features: Callable[[Any], Tensor] = _pooled
+    layer_inputs: Callable[[Sequence[Tensor], Tensor], dict[str, Any]] = _nothing
+    head_norms: Callable[[Any], tuple[Any, Any] | None] = _no_norms
+    tokens: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = QWEN_LINEAR
+    recipes: tuple[str, ...] = ()
+    served: bool = False
+
+    def transformers_class(self) -> Any:
+        """Return its class in transformers, which is imported now."""
+        import transformers
+
+        return getattr(transformers, self.model_class)
