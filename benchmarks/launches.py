@@ -292,7 +292,8 @@ def _samples() -> Iterator[Launch]:
     ) -> None:
         ids = memory(banned, dtype=torch.int64) if banned else None
         logits, numbers = memory(*sizes, dtype=dtype), memory(sizes[0], dtype=uniform)
-        sample_tokens(logits, numbers, ids, SampleTokensOptions(*options))
+        for splits in (1, 11):  # as of many rows, and of 12 on 132 multiprocessors
+            sample_tokens(logits, numbers, ids, SampleTokensOptions(*options), splits)
 
     kinds = [  # what is drawn, how many are banned, the targets in bf16 and in fp32
         ("all", (1.0, 1.0, 0), 0, TARGETS, ()),

@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,15 +143,19 @@ def _rows(per_logit: int) -> Callable[[Kernel], Work]:
     return work
 
 
-def _sample(*loops: int) -> Callable[[Kernel], Work]:
-    """A pass over the row for each of ``loops``."""
+def _sample(*loops: int, rows: int = 132, splits: int = 1) -> Callable[[Kernel], Work]:
+    """A pass over the row for each of ``loops``, by ``splits`` programs."""
 
     def work(kernel: Kernel) -> Work:
-        rows, vocabulary = 12, launches.MODEL[1]
-        tiles = _up(vocabulary, kernel.flags["S"] * kernel.flags["C"])
-        return Work("12 rows, V 152,064", 0, 2 * rows * vocabulary, rows * tiles, rows, rows, loops)
+        vocabulary = launches.MODEL[1]
+        tiles, programs = _up(vocabulary, kernel.flags["S"] * kernel.flags["C"]), rows * splits
+        iterations = programs * _up(tiles, splits)  # each launch takes as long as the longest share
+        return Work(f"{rows} rows, V 152,064", 0, 2 * rows * vocabulary, iterations, programs, programs, loops)
 
     return work
+
+
+_shared = partial(_sample, rows=12, splits=11)
 
 
 GROUP, HEADS, KEY_HEADS, SIZE = PrefixLayout([1224], [[768] * 8]), 28, 4, 128
@@ -212,6 +217,11 @@ WORK: dict[tuple[str, str], Callable[[Kernel], Work]] = {
     ("row_gradient_kernel", launches.GRADIENT): _rows(4 + 2),
     ("sample_kernel", launches.SAMPLE): _sample(0, 1),
     ("sample_kernel", launches.SAMPLE_TOP_P): _sample(0, 1, 3),
+    ("peak_kernel", launches.SAMPLE): _shared(0),
+    ("weigh_kernel", launches.SAMPLE): _shared(0),
+    ("peak_kernel", launches.SAMPLE_TOP_P): _shared(0),
+    ("weigh_kernel", launches.SAMPLE_TOP_P): _shared(0),
+    ("list_kernel", launches.SAMPLE_TOP_P): _shared(3),
     ("prefix_forward", launches.ATTENTION): _attention(2, 4),
     ("prefix_query_gradient", launches.ATTENTION): _attention(3, 6),
     ("prefix_key_gradients", launches.ATTENTION): _attention(4, 6),

@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> int:
         from videor1.demo.run import run_demo
 
         return run_demo(demonstration_argv(config, argv))
+    from videor1.plan.layers import choose_layers
     from videor1.report import report_line
     from videor1.report.curves import draw_curves
     from videor1.training.tgrpo import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer(config, choose_layers)
     final = trainer.train()
     if not trainer.ranks.is_main:
         return 0

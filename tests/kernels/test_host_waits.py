@@ -149,7 +149,8 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
         grpo.grpo_loss(logp.detach(), Completions(**case), None, options(**BOTH))
         out, kept = logprob.selective_forward(sliced, index, 0.7)
         logprob.selective_backward(torch.ones_like(out), sliced, index, 0.7, kept)
-        sample_tokens(sliced[0], torch.rand(3, device=DEVICE), None, SampleTokensOptions(1.0, 0.9, 5))
+        for splits in (1, 2):
+            sample_tokens(sliced[0], torch.rand(3, device=DEVICE), None, SampleTokensOptions(1.0, 0.9, 5), splits)
         decode = DecodeInputs(q, kv, kv, suffix, suffix, lengths)
         triton_decode.prefix_decode_attention(decode, layout, 0.3, triton_decode.BLOCKS[80])
         add_rms_norm(q[0], q[0, 0], q[1], 1e-6)

@@ -71,8 +71,9 @@ def test_many_banned_tokens(tile: Callable[[str], None]) -> None:
 
 def passes(monkeypatch: pytest.MonkeyPatch, logits: Tensor, **options: Any) -> tuple[int, int]:
     """How often tiles of a row are read: (in full passes, bisections of bounds)."""
-    names = ("count_above", "candidates", "segment_sums")
+    names = ("count_above", "append", "segment_sums")
     counters = [count_calls(monkeypatch, triton_list, name) for name in names]
+    monkeypatch.setattr(triton, "splits_for", lambda *_: 1)
     sample(logits[None], torch.tensor([0.4]), **options)
     bisections, listings, sums = (counter.calls for counter in counters)
     return 2 + bisections + listings + sums, bisections
@@ -104,9 +105,42 @@ if not CUDA:  # calls inside a kernel can be counted where it is interpreted
         assert passes(monkeypatch, alike, top_k=120)[1] <= 44
 
 
-def test_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = Launches(triton.sample_kernel)
-    monkeypatch.setattr(triton, "sample_kernel", launches)
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_the_number_of_programs_changes_nothing(
+    options: dict[str, Any], tile: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: with ties, with rows that have no distribution, and with more programs than tiles."""
+    tile("small")
+    logits = 2 * torch.randn(5, 131, generator=torch.Generator().manual_seed(0))
+    logits[1].round_()
+    logits[2, 99], logits[3], logits[4, 40], logits[4, 64:] = torch.nan, -torch.inf, torch.inf, -torch.inf
+    results = []
+    for splits in (1, 2, 3, 8):
+        monkeypatch.setattr(triton, "splits_for", lambda *_, splits=splits: splits)
+        tokens, logp = sample(logits, torch.tensor([0.2, 0.7, 0.9999, 0.5, 0.3]), torch.tensor([130, 5]), **options)
+        assert logp[2:].isnan().all()
+        results.append((tokens.tolist(), logp.view(torch.int32).tolist()))
+    assert results.count(results[0]) == 4
+
+
+def test_programs_fill_the_device() -> None:
+    """One for each row where rows are many; else about as many as multiprocessors, with shares as even as can be."""
+    found = {rows: triton.splits_for(rows, 75, 132) for rows in (1, 8, 12, 48, 66, 67, 132, 1000)}
+    assert found == {1: 15, 8: 15, 12: 11, 48: 2, 66: 2, 67: 1, 132: 1, 1000: 1}
+    assert [triton.splits_for(1, tiles, 132) for tiles in (1, 2, 15, 17, 33)] == [1, 2, 15, 9, 11]
+
+
+@pytest.mark.parametrize(("splits", "launched"), [(1, (1, 1)), (3, (2, 3))])
+def test_launches(splits: int, launched: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the docstring says, without and with truncation."""
+    monkeypatch.setattr(triton, "splits_for", lambda *_: splits)
+    grids: list[tuple[int, ...]] = []
+    for name in ("sample_kernel", "peak_kernel", "weigh_kernel", "list_kernel"):
+        launches = Launches(getattr(triton, name))
+        launches.grids = grids
+        monkeypatch.setattr(triton, name, launches)
     for options in KINDS:
+        grids.clear()
         sample(torch.randn(2, 40), torch.rand(2), torch.tensor([4]), **options)
-    assert launches.grids == [(2,)] * len(KINDS)
+        truncated = "top_k" in options or "top_p" in options
+        assert grids == [(2 * splits,)] * launched[truncated]

@@ -185,11 +185,12 @@ def advantages(accuracy, format, lengths, shuffled):  # type: ignore[no-untyped-
     return [out.advantages, out.rewards, out.temporal, out.p, out.p_shuffled]
 
 
-def sample(options: dict[str, float]) -> None:
+def sample(options: dict[str, float], splits: int) -> None:
     def call(logits, uniform, banned):  # type: ignore[no-untyped-def]
+        sampling.INTERPRETED_PROCESSORS = 3 * splits
         return list(sample_tokens(logits, uniform, banned=banned, backend="triton", **options))
 
-    run(f"sample_tokens {options}", call, torch.randn(3, 137).half(), torch.rand(3), torch.tensor([136, 0]))
+    run(f"sample_tokens {options} {splits}", call, torch.randn(3, 137).half(), torch.rand(3), torch.tensor([136, 0]))
 
 
 def norm(x, weight, residual):  # type: ignore[no-untyped-def]
@@ -243,7 +244,8 @@ def main() -> None:
     rewards = torch.rand(70, 5), torch.rand(70, 5), torch.randint(600, (70, 5)), torch.rand(70, 3)
     run("tgrpo_advantages", advantages, *rewards)
     for options in ({}, {"temperature": 0}, {"top_k": 9}, {"top_k": 60, "top_p": 0.9}):  # 60: more than are listed
-        sample(options)
+        for splits in (1, 2):
+            sample(options, splits)
     run("add_rms_norm", norm, torch.randn(3, 70).half(), torch.randn(70), torch.randn(3, 70))
     rotate(16, torch.float32)
     rotate(6, torch.float16)

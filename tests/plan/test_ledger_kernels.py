@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import KernelInterface
 
-from videor1.plan.ledger import Ledger
+from videor1.plan.ledger import PROCESSORS, Ledger
 from videor1_kernels.grpo_loss import triton as grpo
 from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, LinearResult
 from videor1_kernels.grpo_loss.rows import KnownRows
@@ -29,6 +29,11 @@ def _only_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32) if out is None else out
 
+    def batched_product(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty((len(a), a.shape[1], b.shape[2]), dtype=torch.float32)
+
+    monkeypatch.setattr(products, "batched_product", batched_product)
+    monkeypatch.setattr(products, "_processors", lambda device: PROCESSORS)
     for module in (products, grpo, triton):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(products, "add_product", lambda total, a, b: None)

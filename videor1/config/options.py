@@ -273,8 +273,8 @@ class CommonConfig:
     """Recompute activations in the backward pass."""
     checkpoint_layers: Annotated[int | None, at_least(0)] = None
     """With gradient_checkpointing: recompute only this many of the language model's layers, and keep the activations of
-    the others, which saves their recomputation (a third of a layer's training FLOPs). Default: all. --plan shows what
-    fits."""
+    the others, which saves their recomputation (a third of a layer's training FLOPs). Default: videor1.train on a GPU
+    chooses as few as the plan says its free memory needs, and all recompute elsewhere. --plan shows its choice."""
     bf16: bool | None = None
     """Compute in bf16 with fp32 master weights; default: true on a GPU, false on CPU."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

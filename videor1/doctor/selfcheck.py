@@ -228,10 +228,13 @@ def _sample_tokens(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     import videor1_kernels as kernels
 
-    logits = cast(3 * _randn(15, 4, 50))
-    uniform = torch.tensor([0.05, 0.4, 0.7, 0.95], device=logits.device)
-    banned = torch.tensor([7], device=logits.device)
-    tokens, logp = kernels.sample_tokens(logits, uniform, top_p=0.9, top_k=20, banned=banned, backend=backend)
+    drawn = []
+    for vocabulary, top_p, top_k in ((50, 0.9, 20), (5000, 0.9, 20), (5000, 1.0, 0)):  # programs share a row of 5,000
+        logits = cast(3 * _randn(15, 4, vocabulary))
+        uniform = torch.tensor([0.05, 0.4, 0.7, 0.95], device=logits.device)
+        banned = torch.tensor([7], device=logits.device)
+        drawn.append(kernels.sample_tokens(logits, uniform, top_p=top_p, top_k=top_k, banned=banned, backend=backend))
+    tokens, logp = map(torch.cat, zip(*drawn, strict=True))
     return {"tokens": tokens, "logp": logp}
 
 

@@ -25,6 +25,7 @@ from videor1_kernels.linear_logprob import reference as head_reference
 from videor1_kernels.linear_logprob import tiles
 from videor1_kernels.linear_logprob.inputs import HeadInputs, head_inputs
 from videor1_kernels.linear_logprob.products import chunk_rows
+from videor1_kernels.linear_logprob.waves import inner_parts
 from videor1_kernels.prefix_attention import MOST_D
 from videor1_kernels.prefix_attention import ops as attention_ops
 from videor1_kernels.prefix_attention import reference as attention_reference
@@ -34,6 +35,7 @@ from videor1_kernels.prefix_attention.work import key_items
 CUDA_ROUNDING = 512  # bytes; torch's CUDA allocator rounds sizes up to multiples of this
 KEY_BLOCK = 128  # keys per program of prefix_attention's backward kernel, the largest on any architecture
 _CASTS = {torch.ops.aten._to_copy, torch.ops.aten.to}
+PROCESSORS = 132  # multiprocessors of a Hopper, for which the head's gradient is cut into parts
 HEAD_BLOCK = 128  # vocabulary entries per program of linear_logprob's kernel, the smallest, with most partial results
 
 
@@ -297,8 +299,11 @@ class Ledger(TorchDispatchMode):
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs[1] else None
         chunk = chunk_rows(rows, vocabulary)
-        # A chunk of rows needs its logits, which become their own gradient, its hidden states and their fp32 gradient.
-        self.workspace(_logits_bytes(rows, vocabulary) + chunk * width * (hidden.dtype.itemsize + 4 * needs[0]))
+        # A chunk of rows needs its logits, which become their own gradient, its hidden states and their fp32 gradient,
+        # perhaps in parts that are then added up.
+        parts = 1 if hidden.dtype.itemsize == 4 else inner_parts(chunk, width, vocabulary, PROCESSORS)
+        gradients = (parts + (parts > 1)) * 4 * needs[0]
+        self.workspace(_logits_bytes(rows, vocabulary) + chunk * width * (hidden.dtype.itemsize + gradients))
         return d_hidden, d_weight
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from videor1.config import TrainConfig
-from videor1.plan.plan import CARDS, GIB, Plan, plan
+from videor1.plan.layers import LayerPlans
+from videor1.plan.plan import CARDS, GIB, USABLE, Plan, plan
 from videor1.rollout.local.kv_cache import MIB
 
 
@@ -65,10 +66,21 @@ def table(made: Plan) -> str:
     return "\n".join(lines)
 
 
+def layers_line(plans: LayerPlans) -> str:
+    """Say how many layers would recompute on each card, with all of its usable memory free."""
+    chosen = ", ".join(f"{card} GB {plans.choose(int(card * GIB * USABLE))}" for card in CARDS)
+    return (
+        f"Layers that recompute, of {plans.layers} (checkpoint_layers; above: all), chosen by free memory: {chosen}; "
+        f"with none {plans.total(0) / GIB:.1f} GiB."
+    )
+
+
 def print_plan(config: TrainConfig) -> int:
     """Print the plan of a run for ``--plan`` and return the exit code."""
     made = plan(config)
     print(table(made))
+    if made.context and config.gradient_checkpointing and config.checkpoint_layers is None:
+        print(layers_line(LayerPlans.of(config, made)))
     missing = [card for card in CARDS if not made.fits(card)]
     suggestions = advice(config, made) if made.context and missing else []
     if suggestions:

@@ -33,6 +33,8 @@ from videor1.logs.lock import FolderLock
 from videor1.logs.progress import Progress
 from videor1.logs.trackers import MetricsWriter
 from videor1.model import VideoLM, load_model
+from videor1.model.lm import set_checkpointing
+from videor1.model.load import pick_device
 from videor1.model.positions import PositionRule
 from videor1.model.save import base_digest, sampled_digest
 from videor1.seeding import derive_seed
@@ -54,6 +56,8 @@ from videor1.training.passes import dummy_loss, dummy_tower_loss
 from videor1.types import SampleError
 
 C = TypeVar("C", bound=EvalOptions)
+# From the options and the free bytes of a GPU: (how many layers recompute, None for all; a sentence that says why).
+ChooseLayers = Callable[[C, int], tuple[int | None, str]]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -63,8 +67,17 @@ _DATA = "dataset_name (digest of its samples)"
 _EVAL_DATA = "data.eval_path (digest of its samples)"
 
 
+def free_memory(device: torch.device) -> int | None:
+    """The free bytes of a GPU; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 class Loop(ABC, Generic[C]):
     """One training run; a subclass defines what a batch is and how it updates the model.
+
+    Args:
+        config: the options.
+        choose_layers: chooses how many layers recompute on a GPU where ``checkpoint_layers`` leaves it open; None: all.
 
     Attributes:
         step: optimizer steps done, skipped ones included.
@@ -84,7 +97,7 @@ class Loop(ABC, Generic[C]):
     _prune_after_step: bool  # whether checkpoints were kept that the next finite step makes superfluous
     _evaluator: Evaluator | None
 
-    def __init__(self, config: C) -> None:
+    def __init__(self, config: C, choose_layers: ChooseLayers[C] | None = None) -> None:
         if config.eval_steps and not config.data.eval_path:
             raise ConfigError("eval_steps: needs data.eval_path, the held-out data file")
         self.config = config
@@ -109,7 +122,10 @@ class Loop(ABC, Generic[C]):
             self.folder.mkdir(exist_ok=True)
             if self.resume_from is not None:
                 self._set_position_rule(resumed_rule(self.resume_from, config.model.positions))
+            layers = self._recomputing(choose_layers)
             self.model: VideoLM = self.make_model()
+            if layers is not None:
+                set_checkpointing(self.model.hf, True, layers)
         except BaseException:
             self._leave_folder()
             raise
@@ -118,6 +134,21 @@ class Loop(ABC, Generic[C]):
         self.optimizer = make_optimizer(self.model.trainable(), config)
         self.step = 0
         self._stop: str | None = None
+
+    def _recomputing(self, choose_layers: ChooseLayers[C] | None) -> int | None:
+        """How many layers recompute where checkpoint_layers leaves it open, alike on all ranks; None: as it says.
+
+        The results do not depend on it, so a resumed run chooses anew.
+        """
+        config = self.config
+        if choose_layers is None or not config.gradient_checkpointing or config.checkpoint_layers is not None:
+            return None
+        free = [size for size in self.ranks.gather(free_memory(pick_device(config.device))) if size is not None]
+        if not free:
+            return None
+        layers, why = self.ranks.on_main(lambda: choose_layers(config, min(free)))
+        self._notes.append(why)
+        return layers
 
     def _leave_folder(self) -> None:
         """Give the run's folder back, and remove it where nothing is in it."""

@@ -27,7 +27,7 @@ from videor1.rewards.judge import TemporalJudge
 from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, make_engine
 from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
-from videor1.training.loop import Loop
+from videor1.training.loop import ChooseLayers, Loop
 from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, batch_totals, sum_totals, training_rows
@@ -53,16 +53,19 @@ NO_SIGNAL_STEPS = 5
 
 
 class Trainer(Loop[TrainConfig]):
-    """The T-GRPO trainer; ``Trainer(config).train()`` runs it."""
+    """The T-GRPO trainer; ``Trainer(config).train()`` runs it.
+
+    choose_layers: as :class:`~videor1.training.loop.Loop` takes it, :func:`videor1.plan.layers.choose_layers` for one.
+    """
 
     name = "train"
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, choose_layers: ChooseLayers[TrainConfig] | None = None) -> None:
         for function in config.reward.functions:
             load_reward(function)  # A misspelt name must fail now, not after the first rollout.
         if config.rollout.engine == "server" and config.distributed.engine != "none":
             raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed (ranks answer themselves)")
-        super().__init__(config)
+        super().__init__(config, choose_layers)
         needs_copy = config.beta > 0 and not config.lora.rank
         # The reference model is copied before a resume changes the weights.
         self.frozen = self.model.frozen_copy() if needs_copy else None

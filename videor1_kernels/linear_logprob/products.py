@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from videor1_kernels.linear_logprob import tiles
+from videor1_kernels.linear_logprob import tiles, waves
 
 # An fp32 weight gradient is read and written once per chunk. With fewer rows than this, that would take noticeable
 # time: for a head of 152,064 x 3,584 about 1 ms of a card's memory traffic beside 13 ms of products.
@@ -63,6 +63,25 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
 
+def long_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, like :func:`product`, where the sum is long and the result has few tiles: in parts of the sum, if
+    they fill a GPU's multiprocessors better. Each part is accumulated in fp32, and so are they all.
+    """
+    parts = 1
+    if a.dtype != torch.float32:
+        parts = waves.inner_parts(len(a), b.shape[1], len(b), _processors(a.device))
+    if parts == 1:
+        return product(a, b)
+    return batched_product(a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))).sum(0)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """a[i] @ b[i] in fp32, for every i; a and b of 16 bits."""
+    if a.device.type != "cuda":
+        return torch.bmm(a.float(), b.float())
+    return torch.ops.aten.bmm.dtype(a, b, torch.float32)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in place, total fp32."""
     if a.dtype == torch.float32:
@@ -102,7 +121,7 @@ class HeadGradients:
     def add(self, rows: Tensor | slice, hidden_rows: Tensor, d_logits: Tensor) -> None:
         """Add the gradients of ``rows``, from their hidden states [n, H] and d_logits [n, V], in the head's dtype."""
         if self.d_hidden is not None:
-            self.d_hidden[rows] = product(d_logits, self.weight).to(self.d_hidden.dtype)
+            self.d_hidden[rows] = long_product(d_logits, self.weight).to(self.d_hidden.dtype)
         if self._d_weight is not None:
             add_product(self._d_weight, d_logits.T, hidden_rows)
         elif self._need_weight:
@@ -128,6 +147,12 @@ def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return gradient * factor
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     return torch.mul(gradient, factor.reshape(1), out=out)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, whose tiles are computed at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

@@ -56,21 +56,39 @@ def first_listed(ids, amounts, target, V):
 
 
 @triton.jit
-def candidates(row, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
-    """List the scores whose image is in [low, high), at most S * C of them. Returns their number.
+def append(
+    row,
+    listed,
+    count,
+    begin,
+    end,
+    low,
+    high,
+    SCOPE: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """Add the scores whose image is in [low, high), of the tiles from ``begin`` up to ``end``, to a list.
 
-    listed int32 [2, S * C] and count int32 [1] belong to this program.
+    listed int32 [2, S * C] takes the first S * C; count int32 [1] counts them all. SCOPE: who may add, "cta" or "gpu".
     """
-    tl.debug_barrier()  # other threads may still be reading an earlier list
-    tl.store(count, 0)
-    tl.debug_barrier()
-    for i in tl.range(0, row.L // C, num_stages=STAGES):
+    for i in tl.range(begin, end, num_stages=STAGES):
         ids, _, score = tile(row, i, S, C, BANNED)
         inside = (score >= value(low)) & (score < value(high))
-        place = tl.atomic_add(count + tl.zeros((S, C), tl.int32), 1, mask=inside, sem="relaxed", scope="cta")
+        place = tl.atomic_add(count + tl.zeros((S, C), tl.int32), 1, mask=inside, sem="relaxed", scope=SCOPE)
         room = inside & (place < S * C)
         tl.store(listed + place, score.to(tl.int32, bitcast=True), mask=room)
         tl.store(listed + S * C + place, ids, mask=room)
+
+
+@triton.jit
+def candidates(row, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
+    """List the scores of the row whose image is in [low, high), at most S * C of them. Returns their number."""
+    tl.debug_barrier()  # other threads may still be reading an earlier list
+    tl.store(count, 0)
+    tl.debug_barrier()
+    append(row, listed, count, 0, row.L // C, low, high, "cta", S, C, BANNED)
     tl.debug_barrier()
     return tl.load(count).to(tl.int64)
 
@@ -79,13 +97,14 @@ def candidates(row, listed, count, low, high, S: tl.constexpr, C: tl.constexpr, 
 def read_list(listed, count, SIZE: tl.constexpr):
     """The scores and ids of a list, each [SIZE]; -inf and 0 beyond the last.
 
-    They are read again whenever they are needed, because keeping them would take registers.
+    They are read again whenever they are needed, because keeping them would take registers; with ``.cg``, past the L1
+    cache, because programs on other multiprocessors may have written them.
     """
     at = tl.arange(0, SIZE)
-    inside = at < tl.load(count)
-    bits = tl.load(listed + at, mask=inside, other=0)
+    inside = at < tl.load(count, cache_modifier=".cg")
+    bits = tl.load(listed + at, mask=inside, other=0, cache_modifier=".cg")
     scores = tl.where(inside, bits.to(tl.float32, bitcast=True), float("-inf"))
-    return scores, tl.load(listed + SIZE + at, mask=inside, other=0)
+    return scores, tl.load(listed + SIZE + at, mask=inside, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -154,25 +173,9 @@ def share(total, top_p):
 
 
 @triton.jit
-def draw_truncated(
-    row,
-    listed,
-    count,
-    lanes,
-    eligible,
-    floor,
-    total,
-    u,
-    weighing,
-    top_k,
-    top_p,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    S: tl.constexpr,
-    C: tl.constexpr,
-    BANNED: tl.constexpr,
-):
-    """The token that ``u`` draws from what first top_k and then top_p keep.
+def bounds(lanes, eligible, floor, total, weighing, top_k, top_p, TOP_K: tl.constexpr):
+    """The images [low, high) between which the threshold of top_k, or without it that of top_p, lies, and what the row
+    has to hold from there on.
 
     lanes [S, C]: the largest score at each place of a tile. A bound from which on these alone hold what is needed is a
     bound for the row.
@@ -184,7 +187,31 @@ def draw_truncated(
     else:
         need = share(total, top_p)
         low = climb(lanes, weight(lanes, weighing), need, image(floor), high)
-    number = candidates(row, listed, count, low, high, S, C, BANNED)
+    return low, high, need
+
+
+@triton.jit
+def draw_truncated(
+    row,
+    listed,
+    count,
+    number,
+    low,
+    high,
+    need,
+    u,
+    weighing,
+    top_p,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """The token that ``u`` draws from what first top_k and then top_p keep.
+
+    low, high and need: of :func:`bounds`. number: of the scores between them, which are listed as far as there is room.
+    """
     threshold, above, kept, ties, whole = cut(
         row, listed, count, number, number <= S * C, low, high, need, weighing, not TOP_K, S, C, BANNED
     )

@@ -96,6 +96,75 @@ def tile(row, i, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
 
 
 @triton.jit
+def peaks(row, begin, end, GREEDY: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
+    """Of the tiles from ``begin`` up to ``end``: the largest score at each place, with GREEDY the first id that has it,
+    and the largest logit, that of a banned token too; +inf instead of what has no log-probability.
+    """
+    lanes = tl.full((S, C), float("-inf"), tl.float32)
+    first = tl.zeros((S, C), tl.int32)
+    highest = tl.full((S, C), float("-inf"), tl.float32)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        ids, z, score = tile(row, i, S, C, BANNED)
+        if GREEDY:
+            first = tl.where(score > lanes, ids, first)
+        lanes = tl.maximum(lanes, score)
+        highest = tl.maximum(highest, tl.where(z < float("inf"), z, float("inf")))
+    return lanes, first, tl.max(highest)
+
+
+@triton.jit
+def weigh(
+    row, begin, end, weighing, floor, TOP_K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr
+):
+    """Of the tiles from ``begin`` up to ``end``: the weight of each segment, int64 [S], and with TOP_K the number of
+    scores from ``floor`` on, those whose weight may not be 0.
+    """
+    sums = tl.zeros((S, C), tl.int64)
+    eligible = tl.zeros((S, C), tl.int32)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        _, _, score = tile(row, i, S, C, BANNED)
+        sums += weight(score, weighing)
+        if TOP_K:
+            eligible += (score >= floor).to(tl.int32)
+    return tl.sum(sums, 1), tl.sum(eligible)
+
+
+@triton.jit
+def write(
+    tokens,
+    logp,
+    row,
+    token,
+    crest,
+    total,
+    temperature,
+    weighing,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """Write a row's token and its log-probability; crest: the largest logit of all, total: of the weights.
+
+    The tiles with a banned token are read in their order, because their sum is one of floating point.
+    """
+    banned_sum = 0.0  # relative to the crest, which may be far above the top
+    if BANNED:
+        for i in range(0, row.L // C):
+            if marked(row.marks, i):
+                ids, z, score = tile(row, i, S, C, BANNED)
+                held = (score == float("-inf")) & (ids < row.V)
+                part = tl.where(held, tl.exp2((tl.where(held, z, crest) - crest) * weighing.scale), 0.0)
+                banned_sum += tl.sum(part)
+    share = tl.exp2((weighing.top - crest) * weighing.scale).to(tl.float64)  # 1, unless a banned one is the crest
+    norm = total.to(tl.float64) * (1.0 / weighing.units) * share + banned_sum
+    z = tl.load(row.base + token).to(tl.float64)
+    result = (z - crest.to(tl.float64)) / temperature - tl.log(norm)
+    result = tl.where(tl.abs(crest) < float("inf"), result, float("nan"))
+    tl.store(tokens, token.to(tl.int64))
+    tl.store(logp, result.to(tl.float32))
+
+
+@triton.jit
 def count_above(row, bound, weighing, S: tl.constexpr, C: tl.constexpr, BANNED: tl.constexpr):
     """The number and the weight of the scores from ``bound`` on, the least of these, and the greatest of the others."""
     counts = tl.zeros((S, C), tl.int32)
