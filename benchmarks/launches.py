@@ -369,12 +369,19 @@ def _rotaries() -> Iterator[Launch]:
 
 
 def _activations() -> Iterator[Launch]:
+    def launch(rows: int, width: int, rank: int, dtype: torch.dtype, memory: Memory) -> None:
+        inner, b = memory(rows, 2 * rank, dtype=dtype), memory(2 * width, rank, dtype=dtype)
+        silu_mul(memory(rows, 2 * width, dtype=dtype), inner, b)
+
     yield "12 rows of a 7B model, bf16", TARGETS
     silu_mul(ALIGNED(12, 2 * 18944, dtype=BF16))
+    launch(12, 18944, 64, BF16, ALIGNED)
     yield "odd everything, fp16", ONCE
     silu_mul(ODD(333, 2 * 1001, dtype=FP16))
+    launch(333, 1001, 77, FP16, ODD)
     yield "sizes of 1, fp32", ONCE
     silu_mul(ALIGNED(1, 2))
+    launch(1, 1, 1, BF16, ALIGNED)
 
 
 def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:

@@ -100,6 +100,52 @@ def out_of_memory(argv: list[str]) -> int:
     return main(argv)
 
 
+def counted(argv: list[str]) -> int:
+    """``videor1.train``, of which each rank writes into a folder, which comes first, how many numbers of parameters are
+    gathered at once, and when."""
+    import deepspeed
+
+    from videor1.rollout import LocalEngine
+
+    found = {"copying": 0, "rollout": 0}
+    now = {"phase": "", "open": 0}
+
+    class Counting(deepspeed.zero.GatheredParameters):
+        def __init__(self, parameters: Any, *args: Any, **options: Any) -> None:
+            self.size = sum(p.ds_numel for p in parameters)
+            super().__init__(parameters, *args, **options)
+
+        def __enter__(self) -> None:
+            now["open"] += self.size
+            if now["phase"]:
+                found[now["phase"]] = max(found[now["phase"]], now["open"])
+            super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            now["open"] -= self.size
+            super().__exit__(*error)
+
+    def during(phase: str, call: Any) -> Any:
+        def inside(engine: LocalEngine, *args: Any) -> Any:
+            found[phase], now["phase"] = max(found[phase], now["open"]), phase
+            sizes = {"visual": engine.model.visual, "embedding": engine.model.hf.get_input_embeddings()}
+            sizes |= {"layer": engine.model.hf.model.language_model.layers[0], "all": engine.model.hf}
+            found.update({name: sum(p.ds_numel for p in module.parameters()) for name, module in sizes.items()})
+            try:
+                return call(engine, *args)
+            finally:
+                now["phase"] = ""
+
+        return inside
+
+    deepspeed.zero.GatheredParameters = Counting
+    LocalEngine.generate = during("rollout", LocalEngine.generate)  # type: ignore[method-assign]
+    LocalEngine.weights_changed = during("copying", LocalEngine.weights_changed)  # type: ignore[method-assign]
+    only_train(argv[1:])
+    Path(argv[0], f"gathered-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    return 0
+
+
 def script(argv: list[str]) -> int:
     """A file run as ``python file`` in a folder, within a number of CPU seconds."""
     path, folder, seconds = argv

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 from videor1.config import TrainConfig
 from videor1.config.cli import parse, run_main
 from videor1.demo import demonstration_argv, is_demonstration
 from videor1.errors import ConfigError
+
+if TYPE_CHECKING:
+    from videor1.training.tgrpo import Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from videor1.training.tgrpo import Trainer
 
     trainer = Trainer(config, choose_layers)
+    _plan_room(trainer)
     final = trainer.train()
     if not trainer.ranks.is_main:
         return 0
@@ -42,6 +48,21 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Saved {final}. Curves: {picture}. Completions: {trainer.run_dir / 'rollouts.jsonl'}")
     print(report_line(trainer.run_dir))
     return 0
+
+
+def _plan_room(trainer: Trainer) -> None:
+    """Tell the engine of rollouts on a GPU how much of its memory the plan of the run leaves it beside training."""
+    import torch
+
+    from videor1.plan.plan import plan
+    from videor1.rollout import LocalEngine
+
+    engine, rollout = trainer.engine, trainer.config.rollout
+    decides = "auto" in (rollout.keep_cache, rollout.decode_weights)
+    if trainer.model.device.type != "cuda" or not isinstance(engine, LocalEngine) or not decides:
+        return
+    with contextlib.suppress(ConfigError):  # There is no plan of this model, or of several processes.
+        engine.room = plan(trainer.config).room(torch.cuda.mem_get_info(trainer.model.device)[1])
 
 
 def _plan(argv: list[str]) -> int:

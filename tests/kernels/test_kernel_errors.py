@@ -62,7 +62,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "suffix_lengths": torch.tensor([5, 1]),
         "suffix_slots": torch.tensor([2, 0]),
     },
-    "silu_mul": {"gate_up": torch.zeros(2, 8)},
+    "silu_mul": {"gate_up": torch.zeros(2, 8), "inner": torch.zeros(2, 6), "b": torch.zeros(8, 3)},
 }
 
 
@@ -275,7 +275,14 @@ VALUES: dict[str, Values] = {
         ({"weight": zeros(3)}, "weight: expected shape [4], got [3]"),
         ({"residual": zeros(1, 4)}, "residual: expected shape [2, 4], got [1, 4]"),
     ],
-    "silu_mul": [({"gate_up": zeros(2, 7)}, "gate_up: expected an even number of columns, gate then up, got 7")],
+    "silu_mul": [
+        ({"gate_up": zeros(2, 7)}, "gate_up: expected an even number of columns, gate then up, got 7"),
+        ({"b": None}, "b: expected both of inner and b, or neither, got None"),
+        ({"inner": None}, "inner: expected both of inner and b, or neither, got None"),
+        ({"b": zeros(4, 3)}, "b: expected shape [8, r], got [4, 3]"),
+        ({"inner": zeros(2, 3)}, "inner: expected shape [2, 6], got [2, 3]"),
+        ({"inner": zeros(2, 6).half()}, "inner: expected dtype float32, got torch.float16"),
+    ],
     "rotary_append": [
         *(({"qkv": zeros(2, n)}, "qkv: expected q of a multiple of 2 heads of 4") for n in (33, 28, 16)),
         ({"qkv": zeros(2, 32).bfloat16()}, "suffix_k: expected dtype bfloat16, got torch.float32"),

@@ -200,7 +200,8 @@ def test_opcheck(backend: str) -> None:
         (add_rms_norm_op, (fixed, fixed[0].half(), None, 1e-6)),
         (rotary_append_op, (*rotary_inputs(), None, None, 0.0)),
         (rotary_append_op, (*rotary_inputs(), *rotary_inputs()[1][:2], 1e-6)),
-        (silu_mul_op, (fixed,)),
+        (silu_mul_op, (fixed, None, None)),
+        (silu_mul_op, (fixed, fixed[:, :2], fixed[0, :, None])),
         (prefix_attention_op, (*(x.clone().requires_grad_() for x in qkv), *row)),
         (prefix_attention_backward_op, (qkv[0], *qkv, *prefix_attention_op(*qkv, *row, backend), *row)),
     ]

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "BLOCK", 64)
+    monkeypatch.setattr(triton, "ADAPTED_BLOCK", 32)
+    monkeypatch.setattr(triton, "RANK_BLOCK", 16)
 
 
 def values(rows: int, width: int, dtype: torch.dtype, scale: float = 2.0) -> Tensor:
@@ -54,6 +56,36 @@ def test_equals_its_formula(backend: str, dtype: torch.dtype, size: tuple[int, i
     gate, up = gate_up.chunk(2, 1)
     assert_matches(out, exact(gate_up))
     assert_no_worse(out, F.silu(gate) * up, exact(gate_up), terms=2)
+
+
+def adapted(gate_up: Tensor, inner: Tensor, b: Tensor) -> Tensor:
+    """[R, 2 I] with what the adapters of gate and up give."""
+    halves = zip(gate_up.chunk(2, 1), inner.chunk(2, 1), b.chunk(2, 0), strict=True)
+    return torch.cat([half + of @ factors.T for half, of, factors in halves], 1)
+
+
+@pytest.mark.fits(lambda backend, dtype, **_: dtype in TAKEN[backend])
+@pytest.mark.grid(
+    backend=BACKENDS,
+    dtype=FLOATS,
+    size=[(1, 1, 1), (3, 64, 16), (12, 65, 7), (67, 130, 40), (0, 8, 4), (3, 0, 2), (2, 9, 0)],
+)
+def test_adapters_are_added_before_the_activation(backend: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """From views with NaN beside what is read."""
+    rows, width, rank = size
+    generator = torch.Generator().manual_seed(rank)
+    draws = torch.randn(rows, 2 * rank, generator=generator), torch.randn(2 * width, rank, generator=generator) / 4
+    given = [values(rows, width, dtype), *(x.to(DEVICE, dtype) for x in draws)]
+    views = [F.pad(x, (0, 3), value=torch.nan)[:, : x.shape[1]] for x in given]
+    with poisoned_memory():
+        out = silu_mul(*views, backend=backend)
+    assert (out.dtype, out.shape) == (dtype, (rows, width))
+    assert all(torch.equal(view, x) for view, x in zip(views, given, strict=True))
+    sums = adapted(*(x.double() for x in given))
+    gate, up = adapted(*given).chunk(2, 1)
+    assert_matches(out, exact(sums))
+    largest = float(sums.abs().max()) if sums.numel() else 1.0
+    assert_no_worse(out, F.silu(gate) * up, exact(sums), terms=rank + 2, scale=largest**2)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32])

@@ -251,6 +251,8 @@ def main() -> None:
     rotate(6, torch.float16)
     rotate(6, torch.float16, norms=True)
     run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
+    adapted = torch.randn(3, 2 * 70), torch.randn(3, 2 * 67), torch.randn(2 * 70, 67)
+    run("silu_mul", lambda *inputs: [silu_mul(*inputs, backend="triton")], *adapted)
 
 
 if __name__ == "__main__":

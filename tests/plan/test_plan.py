@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_lm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2_5_VLConfig
@@ -27,6 +29,9 @@ from videor1.plan.ledger import Ledger
 from videor1.plan.plan import CARDS, GIB, USABLE, Phase, count_parameters, plan
 from videor1.plan.setup import Target, build_policy, largest_grid, shape_of
 from videor1.plan.table import table
+from videor1.rollout import LocalEngine, SamplingOptions
+from videor1.rollout.local.kv_cache import MIB
+from videor1.train import _plan_room
 from videor1.train import main as train
 from videor1_kernels import PrefixLayout, linear_grpo_loss, prefix_attention
 from videor1_kernels.linear_logprob import tiles
@@ -180,7 +185,8 @@ def test_resident_bytes_of_a_run_on_a_card(layers: int) -> None:
     base = sum(adapters.parameters.values()) - adapters.parameters["adapters"]
     parts = adapters.phases[-1].parts
     assert adapters.trainable == adapters.parameters["adapters"] == 119_734_272 * layers // 36
-    assert parts["weights"] == pytest.approx(2 * base + 4 * adapters.trainable, rel=1e-3)
+    rows = 64 * (6 * 2048 + 11008) * layers  # of the joined weights, for the adapters' A in bf16
+    assert parts["weights"] == pytest.approx(2 * base + 4 * adapters.trainable + 2 * rows, rel=1e-3)
     assert parts["optimizer states"] == pytest.approx(8 * adapters.trainable, rel=1e-2)
     assert parts["gradients"] == pytest.approx(4 * adapters.trainable, rel=1e-3)
     assert "reference model" not in parts
@@ -322,7 +328,34 @@ def test_check_prints_plan_and_measured(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_what_a_rollout_keeps_stays_in_every_phase() -> None:
     flags = ["--config", "demo", "--max_completion_length", "9", "--beta", "0", "--per_device_train_batch_size", "2"]
-    plain, kept = (plan(options(*flags, *more), shape_of(None)) for more in ([], ["--rollout.keep", "true"]))
+    plain, kept = (plan(options(*flags, *more), shape_of(None)) for more in ([], ["--rollout.keep_cache", "true"]))
     for before, after in zip(plain.phases[1:], kept.phases[1:], strict=True):
         assert after.parts["KV cache"] == kept.kv > 0
         assert "KV cache" not in before.parts
+    # auto, on a card: where there is room for it beside training.
+    assert (plain.kept, plain.keep_cache) == (kept.kept, "auto")
+    assert plain.kept >= plain.kv
+    assert abs(plain.room(80 * GIB) - kept.room(80 * GIB)) < MIB
+    training = max(phase.bytes for phase in plain.phases if phase.name != "rollout")
+    assert plain.room(10 * GIB) == int(10 * GIB - plain.context - training * (1 + plain.slack))
+    assert dataclasses.replace(plain, kept=plain.room(int(24 * GIB * USABLE))).keeps(24)
+    assert not dataclasses.replace(plain, kept=plain.room(int(24 * GIB * USABLE)) + 1).keeps(24)
+    assert "Kept between rollouts: " in table(plain)
+    never = dataclasses.replace(plain, kept=0)
+    assert not never.keeps(141)
+    assert "Kept" not in table(never)
+
+
+def test_a_run_on_a_card_tells_its_engine_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * GIB))
+    made = SimpleNamespace(room=lambda memory: memory - 1)
+    monkeypatch.setattr("videor1.plan.plan.plan", lambda config: made)
+    for device, flags, room in (
+        ("cuda", [], 80 * GIB - 1),
+        ("cuda", ["--rollout.keep_cache", "true", "--rollout.decode_weights", "packed"], None),
+        ("cpu", [], None),
+    ):
+        engine = LocalEngine(make_lm(), SamplingOptions(1))
+        model = SimpleNamespace(device=torch.device(device))
+        _plan_room(SimpleNamespace(engine=engine, model=model, config=options(*flags)))  # type: ignore[arg-type]
+        assert engine.room == room

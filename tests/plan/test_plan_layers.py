@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 128}
     Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]}).save_pretrained(folder)
-    flags = ["--model_name_or_path", str(folder), "--gradient_checkpointing", "--rollout.keep", "false", *FLAGS]
+    flags = ["--model_name_or_path", str(folder), "--gradient_checkpointing", "--rollout.keep_cache", "false", *FLAGS]
     return parse(TrainConfig, flags, prog="plan", description="")
 
 

@@ -157,6 +157,20 @@ def test_trained_with(options: dict[str, Any], ranks: ForkServer, lab: Lab) -> N
     assert_same_runs(lab.folder / "one", lab.folder / "two", lab.assets, 2)
 
 
+@pytest.mark.parametrize("decode_weights", ["auto", "model"])
+def test_what_is_gathered_at_once_for_a_rollout(decode_weights: str, ranks: ForkServer, lab: Lab) -> None:
+    """A layer at a time is copied into the decode weights, in whose place no other copy is gathered."""
+    options = {"max_steps": 2, "save_steps": 0, "lora__rank": 4, "rollout__decode_weights": decode_weights} | zero(3)
+    ranks.run_ranks([str(lab.folder), *train_flags(lab.assets, lab.folder, **options)], "forks:counted")
+    for rank in (0, 1):
+        found = json.loads((lab.folder / f"gathered-{rank}.json").read_text())
+        if decode_weights == "model":
+            assert (found["rollout"], found["copying"]) == (found["all"], 0)
+        else:
+            assert 0 < found["copying"] == max(found["layer"], found["embedding"]) < found["all"] / 2
+            assert found["visual"] < found["rollout"] < found["visual"] + found["layer"]
+
+
 @STAGES
 def test_bf16_goes_on_from_its_fp32_weights(ranks: ForkServer, lab: Lab, stage: int) -> None:
     options = {"bf16": True, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"} | zero(stage)

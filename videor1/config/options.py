@@ -160,9 +160,14 @@ class RolloutConfig:
     once; default: 60% of the free memory of a GPU, no bound on CPU."""
     cuda_graphs: bool = True
     """Local, on a GPU: replay decode steps as CUDA graphs."""
-    keep: bool | None = None
+    keep_cache: bool | Literal["auto"] = "auto"
     """Local, on a GPU: keep the KV cache and the graphs of a rollout for the next one, while the model trains too.
-    Default: where they take at most a tenth of the GPU's memory; --plan counts them with true."""
+    auto: where the plan of the run (--plan) leaves room for them beside training; in several processes, where they take
+    at most a tenth of the GPU's memory."""
+    decode_weights: Literal["auto", "packed", "model"] = "auto"
+    """Local: what a decode step multiplies with. packed: the weights of layers with one input as one matrix, which the
+    model's parameters become parts of, or which copies them where they cannot; model: the model's own, in more
+    products. auto: packed, unless that takes a copy for which there is no room (as for keep_cache)."""
     url: str = "http://localhost:8000/v1"
     """Server: base URL. The API key is read from the environment variable OPENAI_API_KEY."""
     model: str | None = None

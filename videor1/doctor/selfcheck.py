@@ -271,7 +271,11 @@ def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
 def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
-    return {"output": kernels.silu_mul(cast(_randn(21, 4, 96)), backend=backend)}
+    gate_up, inner, b = (cast(_randn(21 + i, *size)) for i, size in enumerate([(4, 96), (4, 10), (96, 5)]))
+    return {
+        "output": kernels.silu_mul(gate_up, backend=backend),
+        "with adapters": kernels.silu_mul(gate_up, inner, b, backend=backend),
+    }
 
 
 CASES: dict[str, Case] = {

@@ -7,6 +7,7 @@ the passes use. ``python -m videor1.plan --check`` runs the same passes on real 
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,9 @@ from videor1.plan.phases import TrainingStep, first_update, run_step
 from videor1.plan.setup import TEXT_TOKENS, Target, Work, build_policy, build_reference, make_fake, make_work, shape_of
 from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.engine import PREFILL_TOKENS
+from videor1.rollout.local.kept import grown
 from videor1.rollout.local.kv_cache import MIB, Capacity, bytes_per_token, plan_capacity
+from videor1.rollout.local.weights import DecodeWeights
 from videor1.training.optim import make_optimizer
 from videor1_kernels import PrefixLayout
 from videor1_kernels.integrations.transformers import PackedRow
@@ -79,6 +82,8 @@ class Plan:
     rows: int  # packed rows of a step
     row_tokens: int  # tokens of the longest row
     kv: int  # bytes of the rollout's KV cache
+    kept: int  # bytes that a rollout may keep for the next, the KV cache among them; 0: never
+    keep_cache: bool | str  # the option
     phases: tuple[Phase, ...]
     slack: float  # part of the peak that is added for the allocator
     context: int  # bytes of the CUDA contexts
@@ -102,10 +107,24 @@ class Plan:
         """Return whether a GPU of ``card`` GB has enough memory."""
         return self.total <= card * GIB * USABLE
 
+    def room(self, memory: int) -> int:
+        """Return the bytes that training leaves free on a GPU that has so many, for what rollouts keep."""
+        training = max(phase.bytes for phase in self.phases if phase.name != "rollout")
+        if self.keep_cache is True:
+            training -= self.kept
+        return int(memory - self.context - training * (1 + self.slack))
+
+    def keeps(self, card: int) -> bool:
+        """Return whether rollouts keep the cache and the graphs on a GPU of ``card`` GB."""
+        return self.kept > 0 and (self.keep_cache is True or self.kept <= self.room(int(card * GIB * USABLE)))
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan with its derived values, in a form that JSON can hold."""
         derived = {"binding": self.binding.name, "peak": self.peak, "total": self.total}
-        return asdict(self) | derived | {"fits": {str(card): self.fits(card) for card in CARDS}}
+        cards = {
+            name: {str(card): of(card) for card in CARDS} for name, of in (("fits", self.fits), ("keeps", self.keeps))
+        }
+        return asdict(self) | derived | cards
 
 
 def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tokens: int = TEXT_TOKENS) -> Plan:
@@ -146,7 +165,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
     optimizer = make_optimizer(model.trainable(), config)
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = target.cuda, False  # as make_optimizer has it on a GPU: no temporaries
-    capacity = _capacity(config, model, work)
+    capacity = _capacity(config, model, work, keeps=target.cuda)
     engine = _FakeEngine(config, model, work, capacity, ledger, fake)
     step = TrainingStep(config, model, frozen, optimizer, work, engine)
     phases: list[Phase] = []
@@ -163,6 +182,8 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
         warnings.simplefilter("ignore")  # The run itself will give the warnings of autocast and of checkpointing.
         with ledger.part("optimizer states"):
             first_update(step)
+        with ledger.part("weights"):  # which a run's first rollout joins, once
+            engine.decode_weights()
         run_step(step, phase)
     workers = config.data.workers if target.cuda and config.video.device == "cuda" else 0
     return Plan(
@@ -178,6 +199,8 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
         rows=work.rows,
         row_tokens=work.row.layout.total_tokens,
         kv=capacity.bytes if config.rollout.engine == "local" else 0,
+        kept=engine.kept_bytes,
+        keep_cache=config.rollout.keep_cache,
         phases=tuple(phases),
         slack=SLACK if target.cuda else 0.0,
         context=CONTEXT + workers * WORKER_CONTEXT if target.cuda else 0,
@@ -208,20 +231,23 @@ def _tensors(model: VideoLM) -> Iterator[Tensor]:
     yield from model.hf.buffers()
 
 
-def _capacity(config: TrainConfig, model: VideoLM, work: Work) -> Capacity:
+def _capacity(config: TrainConfig, model: VideoLM, work: Work, *, keeps: bool) -> Capacity:
     counts = [count for count in (config.num_generations, config.num_shuffled) if count]
     branches = [(len(prompt.input_ids), count) for prompt in work.prompts for count in counts]
-    kv_mib = config.rollout.kv_mib
-    return plan_capacity(
+    rollout = config.rollout
+    budget = None if rollout.kv_mib is None else rollout.kv_mib * MIB
+    capacity = plan_capacity(
         branches,
         config.max_completion_length,
         bytes_per_token(model.hf.config.text_config, model.compute_dtype),
         max_rows=config.rollout_batch_size,
-        budget=None if kv_mib is None else kv_mib * MIB,
+        budget=budget,
     )
+    larger = rollout.cuda_graphs and (rollout.keep_cache is True or (keeps and rollout.keep_cache == "auto"))
+    return grown(capacity, None, sys.maxsize if budget is None else budget) if larger else capacity
 
 
-@dataclass(frozen=True)
+@dataclass
 class _FakeEngine:
     """Stands for the rollout engine: it allocates the KV cache, the largest prefill and the logits of a decode step."""
 
@@ -231,7 +257,13 @@ class _FakeEngine:
     capacity: Capacity
     ledger: Ledger
     fake: FakeTensorMode
-    kept: list[Any] = field(default_factory=list)  # with rollout.keep
+    kept: list[Any] = field(default_factory=list)  # with rollout.keep_cache
+    kept_bytes: int = 0  # what a rollout may keep
+
+    def decode_weights(self) -> DecodeWeights:
+        """Make the decode weights; the first time, the model's parameters become parts of them."""
+        with self.fake, self.ledger, self.model.inference():
+            return DecodeWeights(self.model, packed=self.config.rollout.decode_weights != "model")
 
     def __call__(self, ordered: Sequence[Tensor], shuffled: Sequence[Tensor]) -> None:
         model, ledger, capacity = self.model, self.ledger, self.capacity
@@ -247,10 +279,10 @@ class _FakeEngine:
         layout = PrefixLayout([length] * count, [[] for _ in range(count)], device=model.device)
         positions, first = model.positions(prompt)
         with model.inference(), model.autocast():
-            head = model.head_weight
             # The decoder allocates its rotary tables and the weights that it joins or casts.
             with ledger.part("decode weights"):
-                decoder = Decoder(model, None, range(first, first + self.config.max_completion_length))
+                positions_of_new = range(first, first + self.config.max_completion_length)
+                decoder = Decoder(model, None, positions_of_new, weights=self.decode_weights())
             hidden = model.hidden_states(
                 prompt.input_ids.repeat(count),
                 layout.text_positions([positions] * count, [first] * count),
@@ -259,10 +291,13 @@ class _FakeEngine:
             )
             del hidden
             with ledger.part("decoding"), model.without_autocast():
-                self._decode(head)
-        if self.config.rollout.keep:
+                self._decode(decoder.weights.head)
+        rollout = self.config.rollout
+        if rollout.cuda_graphs and rollout.keep_cache is not False:
+            self.kept_bytes = capacity.bytes + decoder.weights.bytes() + decoder.cos.nbytes + decoder.sin.nbytes
+        if rollout.keep_cache is True:
             self.kept.append((cache, decoder))
-        del cache, head, decoder
+        del cache, decoder
 
     def _decode(self, head: Tensor) -> None:
         sequences, vocabulary = self.capacity.slots, len(head)

@@ -56,6 +56,9 @@ def table(made: Plan) -> str:
         "",
         f"KV cache: {made.kv / GIB:.3g} GiB. Peak: {made.peak / GIB:.2f} GiB, in the phase {made.binding.name}.",
     ]
+    if made.context and made.kept:
+        cards = ", ".join(f"{card} GB {'yes' if made.keeps(card) else 'no'}" for card in CARDS)
+        lines.append(f"Kept between rollouts: {made.kept / GIB:.3g} GiB, on cards of: {cards}.")
     if made.context:
         fits = ", ".join(f"{card} GB {'yes' if made.fits(card) else 'no'}" for card in CARDS)
         lines += [

@@ -11,6 +11,7 @@ from videor1.model import VideoLM
 from videor1.model.save import save_model
 from videor1.rollout.local.engine import LocalEngine
 from videor1.rollout.local.kv_cache import MIB
+from videor1.rollout.local.weights import Gathered
 from videor1.rollout.protocol import (
     Branch,
     Judge,
@@ -36,8 +37,12 @@ __all__ = [
 ]
 
 
-def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEngine:
-    """Create the engine that ``config.rollout`` names, for training."""
+def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path, gathered: Gathered | None = None) -> RolloutEngine:
+    """Create the engine that ``config.rollout`` names, for training.
+
+    Args:
+        gathered: gathers parameters, where each process holds only its part of them.
+    """
     options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
     rollout = config.rollout
     if rollout.engine == "server":
@@ -71,6 +76,8 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path) -> RolloutEn
         max_rows=config.rollout_batch_size,
         backend=config.kernels,
         cuda_graphs=rollout.cuda_graphs,
-        keep=rollout.keep,
+        keep_cache=rollout.keep_cache,
+        decode_weights=rollout.decode_weights,
+        gathered=gathered,
         kv_bytes=None if rollout.kv_mib is None else rollout.kv_mib * MIB,
     )

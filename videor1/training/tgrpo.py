@@ -24,7 +24,7 @@ from videor1.model.prompts import build_input_ids
 from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, score_groups
 from videor1.rewards.judge import TemporalJudge
-from videor1.rollout import Branch, Request, Rollout, RolloutEngine, RolloutError, make_engine
+from videor1.rollout import Branch, LocalEngine, Request, Rollout, RolloutEngine, RolloutError, make_engine
 from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import ChooseLayers, Loop
@@ -69,9 +69,12 @@ class Trainer(Loop[TrainConfig]):
         needs_copy = config.beta > 0 and not config.lora.rank
         # The reference model is copied before a resume changes the weights.
         self.frozen = self.model.frozen_copy() if needs_copy else None
-        self.engine: RolloutEngine = make_engine(config, self.model, self.run_dir)
+        self.engine: RolloutEngine = make_engine(
+            config, self.model, self.run_dir, self.ranks.gathered if self.ranks.partitioned else None
+        )
         self.rollouts: JsonlWriter | None = None  # while the run is open
         self.weights_are_new = True  # whether the engine has yet to be told of the current weights
+        self._said = ""  # about the engine's weights
         self.steps_without_signal = 0  # steps in a row in which every advantage was 0
 
     def samples_per_step(self) -> float:
@@ -111,13 +114,14 @@ class Trainer(Loop[TrainConfig]):
         """Sample and score one batch, then make its ``num_iterations`` updates."""
         config, timer = self.config, _PhaseTimer()
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        with self.ranks.gathered_parameters():
+        with self._rollout_weights():
             batch = self._sample_batch(size, timer)
             if config.dynamic_sampling:
                 more = functools.partial(self._sample_batch, timer=timer)
                 batch = refill(batch, size, config.dynamic_sampling, more)
         groups, features, scored = batch.groups, batch.features, batch.scored
         assert self.rollouts is not None, "the run is open"
+        self._say_decode_weights()
         for row in rollout_rows(groups, scored, self.model, log_tokens=config.log_tokens):
             self.rollouts.write(self.step + 1, row)
         timer.mark("time/reward")
@@ -151,6 +155,21 @@ class Trainer(Loop[TrainConfig]):
         scored = score_groups(groups, self.config, self.model.device)
         timer.mark("time/reward")
         return Batch(groups, features, scored, rollout)
+
+    def _rollout_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the weights are whole on this rank for rollouts.
+
+        Those that the engine's decode weights hold are not gathered as well.
+        """
+        if not (self.ranks.partitioned and isinstance(self.engine, LocalEngine)):
+            return self.ranks.gathered_parameters()
+        self._hand_over_weights()
+        return self.ranks.gathered_parameters(self.engine.held())
+
+    def _hand_over_weights(self) -> None:
+        if self.weights_are_new:
+            self.engine.weights_changed()
+            self.weights_are_new = False
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
         """Sample completions of each prompt from ordered and from shuffled frames.
@@ -204,15 +223,20 @@ class Trainer(Loop[TrainConfig]):
             )
             for p, features, moved, order, judge in zip(prompts, ordered, shuffled, orders, judges, strict=True)
         ]
-        if self.weights_are_new:
-            self.engine.weights_changed()
-            self.weights_are_new = False
+        self._hand_over_weights()
         rollout = self.engine.generate(requests)
         groups = [
             dataclasses.replace(group, accuracies=judge.accuracies) if group and judge else group
             for group, judge in zip(rollout.groups, judges, strict=True)
         ]
         return dataclasses.replace(rollout, groups=groups), ordered
+
+    def _say_decode_weights(self) -> None:
+        """Print which weights decode steps use, once, where it is not what every run on a CPU does."""
+        said = self.engine.choice if isinstance(self.engine, LocalEngine) else ""
+        if said != self._said and (self.model.device.type != "cpu" or self.config.rollout.decode_weights != "auto"):
+            self.progress.write(said)
+        self._said = said
 
     def _judge(self, prompt: Prompt) -> TemporalJudge:
         config = self.config

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
-from videor1.rollout.local.projections import Projections
 from videor1.rollout.local.text_layers import OPERATIONS, TextLayers
+from videor1.rollout.local.weights import DecodeWeights, Norm
 from videor1.side_by_side import on_cores, side_by_side, threads
 from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
 from videor1_kernels.prefix_attention import decode_backend
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
-from videor1_kernels.rotary_append.reference import HeadNorms, Places
+from videor1_kernels.rotary_append.reference import Places
 
 LEAST_ROWS = 48  # that are worth a thread
 
@@ -91,16 +91,22 @@ class Decoder:
     equal the model's own to rounding.
     """
 
-    def __init__(self, model: VideoLM, cache: KVCache | None, positions: range, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: VideoLM,
+        cache: KVCache | None,
+        positions: range,
+        backend: str = "auto",
+        weights: DecodeWeights | None = None,
+    ) -> None:
         """``positions``: all positions of new tokens. After a long clip they begin far above the number of tokens."""
         self.model, self.text, self.cache = model, model.hf.model.language_model, cache
         self.dtype = model.compute_dtype
         self.operations = Operations.of(model, backend)
         chosen = {dispatch.chosen_backend(op, model.device, backend, self.dtype) for op in OPERATIONS}
         native = chosen == {"native"} and on_cores(model.device) and not model.flash
-        head_norms = [_head_norms(model.family.head_norms(layer.self_attn)) for layer in self.text.layers]
-        layers = zip(self.text.layers, head_norms, strict=True)
-        self.layers = [_Layer.of(layer, norms, self.dtype) for layer, norms in layers]
+        self.weights = DecodeWeights(model) if weights is None else weights
+        self.layers = self.weights.layers
         self.scale = self.text.layers[0].self_attn.scaling
         self.native = TextLayers.of(self.text, self.layers, self.dtype) if native else None
         self.first = positions.start
@@ -110,19 +116,6 @@ class Decoder:
     def _example_state(self) -> Tensor:
         """Return a tensor of the hidden states' dtype and device, which rotary_emb gives to its tables."""
         return self.text.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
-
-    def tensors(self) -> list[Tensor] | None:
-        """Return all that a step reads beside its batch and the cache; None where some of it is not known."""
-        found = [self.cos, self.sin, self.text.embed_tokens.weight, self.text.norm.weight]
-        for layer in self.layers:
-            found += [layer.input_norm.weight, layer.mlp_norm.weight]
-            found += [] if layer.head_norms is None else layer.head_norms[:2]
-            for projections in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                read = projections.tensors()
-                if read is None:
-                    return None
-                found += read
-        return [x.detach() for x in found]
 
     def prefill(self, ids: Tensor, positions: Tensor, features: Sequence[Tensor], context: Prefill) -> Tensor:
         """Return the last hidden states [T, H] of prompts end to end, see ``VideoLM.hidden_states``."""
@@ -147,7 +140,7 @@ class Decoder:
         assert layout.suffix_slots is not None
         places = Places(positions - self.first, lengths, layout.suffix_slots)
 
-        def norm(module: _Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        def norm(module: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             normed, summed = run.norm(x, module.weight, residual, module.eps)
             return normed.to(dtype), summed
 
@@ -167,52 +160,9 @@ class Decoder:
             inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, lengths)
             out = run.attention(inputs, layout, self.scale)
             x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
-            change = layer.down(run.silu(layer.gate_up(x)))
+            change = layer.down(run.silu(*layer.gate_up.terms(x)))
         return self._normed(change if hidden is None else hidden + change)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         normed: Tensor = self.text.norm(hidden)
         return normed.to(self.dtype)
-
-
-class _Norm(NamedTuple):
-    weight: Tensor
-    eps: float
-
-    @staticmethod
-    def of(module: Any) -> _Norm:
-        return _Norm(module.weight.detach(), module.variance_epsilon)
-
-
-class _Layer(NamedTuple):
-    """What a decoder layer computes with."""
-
-    input_norm: _Norm
-    qkv: Projections
-    out: Projections
-    mlp_norm: _Norm
-    gate_up: Projections
-    down: Projections
-    head_norms: HeadNorms | None
-
-    @staticmethod
-    def of(layer: Any, head_norms: HeadNorms | None, dtype: torch.dtype) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        return _Layer(
-            _Norm.of(layer.input_layernorm),
-            Projections([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
-            Projections([attention.o_proj], dtype),
-            _Norm.of(layer.post_attention_layernorm),
-            Projections([mlp.gate_proj, mlp.up_proj], dtype),
-            Projections([mlp.down_proj], dtype),
-            head_norms,
-        )
-
-
-def _head_norms(modules: tuple[Any, Any] | None) -> HeadNorms | None:
-    """Return the norms of a layer's heads of q and k, which have one eps."""
-    if modules is None:
-        return None
-    q, k = map(_Norm.of, modules)
-    assert q.eps == k.eps, (q.eps, k.eps)
-    return HeadNorms(q.weight, k.weight, q.eps)

@@ -10,20 +10,21 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from videor1.model import VideoLM
 from videor1.model.packing import LEAST_TOKENS, even_batches
 from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
-from videor1.rollout.local.kept import Kept, grown, may_keep, table_of
-from videor1.rollout.local.kv_cache import Capacity, KVCache, bytes_per_token, cache_budget, plan_capacity
+from videor1.rollout.local.kept import Kept, default_room, grown, table_of
+from videor1.rollout.local.kv_cache import MIB, Capacity, KVCache, bytes_per_token, cache_budget, plan_capacity
 from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
 from videor1.rollout.local.step import DecodeStep
+from videor1.rollout.local.weights import DecodeWeights, Gathered, copied_bytes
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
 from videor1.seeding import generator
 from videor1.side_by_side import side_by_side
@@ -43,8 +44,12 @@ class LocalEngine:
         max_rows: most sequences in flight; those of a branch always run together, even if they are more.
         kv_bytes: budget of the KV cache; None: a share of a GPU's free memory, or a CPU's memory.
         cuda_graphs: replay decode steps as CUDA graphs where they run on Triton kernels.
-        keep: keep graphs and KV cache for the next call (:mod:`videor1.rollout.local.kept`); None: on a GPU, where they
-            take a tenth of its memory at most.
+        keep_cache: keep graphs and KV cache for the next call (:mod:`videor1.rollout.local.kept`); auto: on a GPU,
+            where there is ``room``.
+        decode_weights: packed: join the weights of layers with one input
+            (:class:`~videor1.rollout.local.projections.Projections`); model: use the model's own; auto: packed, unless
+            that takes a second copy of weights for which there is no ``room``.
+        gathered: gathers parameters, under ZeRO-3 (:class:`~videor1.rollout.local.weights.DecodeWeights`).
         eager: see :class:`~videor1.rollout.local.scheduler.Scheduler`; None: True on a GPU.
         backend: backend of the kernels.
     """
@@ -59,14 +64,20 @@ class LocalEngine:
         max_rows: int = 64,
         kv_bytes: int | None = None,
         cuda_graphs: bool = True,
-        keep: bool | None = None,
+        keep_cache: bool | Literal["auto"] = "auto",
+        decode_weights: Literal["auto", "packed", "model"] = "auto",
+        gathered: Gathered | None = None,
         eager: bool | None = None,
         backend: str = "auto",
     ) -> None:
         self.model, self.options = model, options
         self.max_rows, self.kv_bytes, self.backend = max_rows, kv_bytes, backend
-        self.cuda_graphs, self.keep = cuda_graphs, keep
+        self.cuda_graphs, self.keep_cache, self.decode_weights = cuda_graphs, keep_cache, decode_weights
+        self.gathered = gathered
+        self.room: int | None = None  # bytes that a rollout may keep or copy; None: a share of the device's memory
         self.kept: Kept | None = None
+        self.weights: DecodeWeights | None = None
+        self.choice = ""  # which decode weights are used, and why
         self.eager = model.device.type == "cuda" if eager is None else eager
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
@@ -79,20 +90,67 @@ class LocalEngine:
             return Rollout([])
         # One autocast context around all steps casts fp32 weights once, not once a step.
         with self.model.inference(), self.model.autocast(), _current_device(self.model.device):
-            return Run(self, requests).generate()
+            self._take_weights()
+            try:
+                return Run(self, requests).generate()
+            finally:
+                if self.kept is None:
+                    self.weights = None
 
     def weights_changed(self) -> None:
-        """Do nothing: every call takes the training model's weights as they are then."""
+        """Copy the model's weights into the decode weights, under ZeRO-3 layer by layer.
+
+        Otherwise every call of :meth:`generate` takes the weights as they are then.
+        """
+        if self.gathered is not None and self.decode_weights != "model":
+            with self.model.inference():
+                self._take_weights(self.gathered)
+
+    def held(self) -> dict[nn.Parameter, Tensor]:
+        """Return the parameters whose values the decode weights hold, with those: they need not be gathered."""
+        return {} if self.weights is None else self.weights.held()
 
     def close(self) -> None:
         """Give back what was kept for the next call."""
-        self.kept = None
+        self.kept = self.weights = None
 
     def keeps(self, kept: Kept) -> bool:
         """Return whether to keep it."""
-        if kept.step.form() is None:
+        if kept.step.decoder.weights.tensors() is None:
             return False
-        return may_keep(kept.bytes, self.model.device) if self.keep is None else self.keep
+        if self.keep_cache != "auto":
+            return self.keep_cache
+        return self.model.device.type == "cuda" and kept.bytes <= self.room_left
+
+    @property
+    def room_left(self) -> int:
+        return default_room(self.model.device) if self.room is None else self.room
+
+    def _take_weights(self, gathered: Gathered | None = None) -> None:
+        """Renew the decode weights, or make them where there are none or what there is does not fit any more."""
+        if self.weights is not None and self.weights.renew(gathered):
+            return
+        self.kept = self.weights = None  # so that their memory is free
+        packed = self.decode_weights != "model"
+        copied = copied_bytes(self.model) if packed and gathered is None else 0
+        if self.decode_weights == "auto":
+            packed = copied <= self.room_left
+        self.weights = DecodeWeights(self.model, packed=packed, gathered=gathered)
+        self.choice = _choice(self.decode_weights, packed, copied, self.room_left, partitioned=gathered is not None)
+
+
+def _choice(asked: str, packed: bool, copied: int, room: int, *, partitioned: bool) -> str:
+    """Say which decode weights are used, and why."""
+    why = f"a second copy takes {copied / MIB:,.0f} MiB"
+    if asked == "model":
+        why = "as asked for"
+    elif partitioned:
+        why = "copied layer by layer, in place of gathered ones"
+    elif not copied:
+        why = "no second copy: the model's parameters are parts of them"
+    elif asked == "auto":
+        why += f", and there {'is' if packed else 'is no'} room for it in {room / MIB:,.0f}"
+    return f"rollout.decode_weights: {'packed' if packed else 'model'} ({why})"
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -165,17 +223,19 @@ class Run:
         kept, engine.kept = engine.kept, None
         known = kept.cache.capacity if kept is not None else None
         fits = kept is not None and kept.holds(capacity, sequences, positions)
-        graphed = engine.cuda_graphs and engine.keep is not False
+        graphed = engine.cuda_graphs and engine.keep_cache is not False
         if kept is not None and not fits:
             kept = None  # its memory is free before more is taken
         config = model.hf.config.text_config
         if kept is not None:
             self.cache, positions = kept.cache, kept.positions
         else:
-            if graphed and (engine.keep or model.device.type == "cuda"):
+            if graphed and (engine.keep_cache is True or model.device.type == "cuda"):
                 capacity, positions = grown(capacity, known, budget), table_of(positions)
             self.cache = KVCache(capacity, config, model.compute_dtype, model.device)
-        self.step = DecodeStep(model, self.cache, options, positions=positions, backend=engine.backend)
+        self.step = DecodeStep(
+            model, self.cache, options, positions=positions, backend=engine.backend, weights=engine.weights
+        )
         if kept is not None and kept.renew(self.step):
             self.step, self.uniform, self.graphs = kept.step, kept.uniform, kept.graphs
         else:

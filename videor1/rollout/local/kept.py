@@ -1,14 +1,15 @@
-"""What an engine keeps between two rollouts: the KV cache, joined weights at fixed addresses, and the CUDA graphs.
+"""What an engine keeps between two rollouts: the KV cache, the decode weights and the CUDA graphs.
 
 A graph reads and writes the addresses that it was captured with. The next rollout may replay it where everything lies
-where it lay: then new values of the weights are copied into the kept memory, whatever has changed. Where anything does
-not fit (an adapter more, another dtype, a parameter that has moved, a longer prompt), all is made anew.
+where it lay: the weights take new values there. Where anything does not fit (an adapter more, another dtype, a
+parameter that has moved, a longer prompt), all is made anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.kv_cache import Capacity, KVCache
 from videor1.rollout.local.step import DecodeStep
 
-SHARE = 0.1  # of a GPU's memory, which may be kept while the model trains, unless the option says otherwise
+SHARE = 0.1  # of a GPU's memory, which may be kept while the model trains, unless a plan says otherwise
 LEAST_POSITIONS = 4096  # of kept rotary tables, whose size is a power of two
 
 
@@ -32,7 +33,8 @@ class Kept:
     @property
     def bytes(self) -> int:
         """The memory that is kept beside the model's own."""
-        return self.cache.capacity.bytes + sum(x.nbytes for x in self.step.own_tensors())
+        own = self.cache.capacity.bytes + self.step.decoder.weights.bytes()
+        return own + sum(x.nbytes for x in (self.uniform, *self.step.tables()))
 
     @property
     def positions(self) -> range:
@@ -53,20 +55,11 @@ class Kept:
         )
 
     def renew(self, fresh: DecodeStep) -> bool:
-        """Take the values of a step that was just made from the model; return False where it is not of the same form.
-
-        Parameters that are used where they lie must lie there still.
-        """
-        if fresh.form() != self.step.form():
+        """Take the tables of a step that was just made; return False where the graphs cannot serve in its place."""
+        if fresh.decoder.weights is not self.step.decoder.weights or fresh.form() != self.step.form():
             return False
-        parameters = {p.data_ptr() for p in fresh.decoder.model.hf.parameters()}
-        pairs = list(zip(self.step.tensors(), fresh.tensors(), strict=True))
-        used = [(ours, theirs) for ours, theirs in pairs if parameters & {ours.data_ptr(), theirs.data_ptr()}]
-        if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in used):
-            return False
-        for ours, theirs in pairs:
-            if theirs.data_ptr() not in parameters:
-                ours.copy_(theirs)
+        for ours, theirs in zip(self.step.tables(), fresh.tables(), strict=True):
+            ours.copy_(theirs)
         return True
 
 
@@ -88,6 +81,8 @@ def grown(capacity: Capacity, known: Capacity | None, budget: int) -> Capacity:
     return larger if larger.bytes <= budget else capacity
 
 
-def may_keep(size: int, device: torch.device) -> bool:
-    """Whether so many bytes are little enough to be kept while the model trains."""
-    return device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[1]
+def default_room(device: torch.device) -> int:
+    """Bytes that a rollout may take for itself between two calls, where no plan of the run says how many are free."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[1])
+    return psutil.virtual_memory().available // 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from videor1.model import VideoLM
 from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.weights import DecodeWeights
 from videor1.rollout.protocol import SamplingOptions
 from videor1_kernels import DecodeLayout, dispatch
 from videor1_kernels.linear_logprob.products import product
@@ -49,10 +50,18 @@ class DecodeStep:
     """
 
     def __init__(
-        self, model: VideoLM, cache: KVCache, options: SamplingOptions, *, positions: range, backend: str
+        self,
+        model: VideoLM,
+        cache: KVCache,
+        options: SamplingOptions,
+        *,
+        positions: range,
+        backend: str,
+        weights: DecodeWeights | None = None,
     ) -> None:
         device, dtype = model.device, model.compute_dtype
-        self.decoder, self.head, self.options = Decoder(model, cache, positions, backend), model.head_weight, options
+        self.decoder, self.options = Decoder(model, cache, positions, backend, weights), options
+        self.head = self.decoder.weights.head
         self.banned = torch.tensor(model.special.vision, device=device)
         self.sampler = dispatch.resolve("sample_tokens", backend, device, torch.float32).sample_tokens
         top_k = options.top_k if options.top_k < len(self.head) else 0
@@ -72,21 +81,13 @@ class DecodeStep:
         batch.counts.add_(1)
         return torch.stack([tokens.double(), logp.double()])
 
-    def tensors(self) -> list[Tensor]:
-        """Return all that a step reads beside its batch and the cache."""
-        return [self.head.detach(), self.banned, *(self.decoder.tensors() or [])]
+    def tables(self) -> list[Tensor]:
+        """Return what a step reads beside its batch, the cache and the weights."""
+        return [self.banned, self.decoder.cos, self.decoder.sin]
 
-    def own_tensors(self) -> list[Tensor]:
-        """Return those of :meth:`tensors` that are not the model's parameters."""
-        parameters = {p.data_ptr() for p in self.decoder.model.hf.parameters()}
-        return [x for x in self.tensors() if x.data_ptr() not in parameters]
-
-    def form(self) -> tuple[object, ...] | None:
-        """Return what two steps must share for one's graphs to serve the other; None where that is not known."""
-        if self.decoder.tensors() is None:
-            return None
-        shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in self.tensors())
-        return (self.sampling, self.decoder.first, self.decoder.operations, *shapes)
+    def form(self) -> tuple[object, ...]:
+        """Return what two steps on the same weights must share for one's graphs to serve the other."""
+        return (self.sampling, self.decoder.first, self.decoder.operations, *(x.shape for x in self.tables()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, fp32 [R, V], of hidden states [R, H]."""

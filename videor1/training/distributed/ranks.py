@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -73,10 +74,24 @@ class Ranks:
         self._max_grad_norm = max_grad_norm
         self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in hf.modules())
 
-    def gathered_parameters(self) -> contextlib.AbstractContextManager[None]:
+    @property
+    def partitioned(self) -> bool:
+        """Whether a rank holds only its part of each parameter."""
+        return False
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which these parameters are whole, to be copied and not used by their modules."""
+        return contextlib.nullcontext()
+
+    def gathered_parameters(
+        self, held: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
+    ) -> contextlib.AbstractContextManager[None]:
         """Return a context in which every parameter is whole on this rank, and no rank waits for another.
 
         It is for inference only.
+
+        Args:
+            held: parameters whose whole values are on this rank already, with those: they are not gathered.
         """
         return contextlib.nullcontext()
 

@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -92,23 +93,35 @@ class ZeroRanks(Ranks):
             "steps_per_print": 10**9,
         }
 
+    @property
+    def partitioned(self) -> bool:
+        return self._config.zero_stage == 3
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        return self._deepspeed.zero.GatheredParameters([*parameters], enabled=self.partitioned)
+
     @contextlib.contextmanager
-    def gathered_parameters(self) -> Iterator[None]:
-        if self._config.zero_stage < 3:
+    def gathered_parameters(self, held: Mapping[nn.Parameter, Tensor] = MappingProxyType({})) -> Iterator[None]:
+        if not self.partitioned:
             yield
             return
         # DeepSpeed's hooks gather and partition parameters around each module: they would undo the gathering here.
         offload = self._optimizer.parameter_offload
-        with self._deepspeed.zero.GatheredParameters(list(self._hf.parameters())):
+        with self.gathered([p for p in self._hf.parameters() if p not in held]):
             for parameter in offload.module.parameters():
                 parameter.ds_active_sub_modules.clear()
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()
+            empty = [(parameter, parameter.data) for parameter in held]  # what DeepSpeed has put in their place
+            for parameter, value in held.items():
+                parameter.data = value
             try:
                 yield
             finally:
+                for parameter, value in empty:
+                    parameter.data = value
                 offload._register_deepspeed_module(offload.module)
 
     def update(
