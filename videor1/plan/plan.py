@@ -29,6 +29,7 @@ from videor1.rollout.local.engine import PREFILL_TOKENS
 from videor1.rollout.local.kept import grown
 from videor1.rollout.local.kv_cache import MIB, Capacity, bytes_per_token, plan_capacity
 from videor1.rollout.local.weights import DecodeWeights
+from videor1.side_by_side import as_on_a_card
 from videor1.training.optim import make_optimizer
 from videor1_kernels import PrefixLayout
 from videor1_kernels.integrations.transformers import PackedRow
@@ -178,7 +179,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
             yield
         phases.append(Phase(name, dict(sorted(ledger.peak.items(), key=lambda part: -part[1])), before))
 
-    with warnings.catch_warnings(), ledger:
+    with warnings.catch_warnings(), ledger, as_on_a_card():
         warnings.simplefilter("ignore")  # The run itself will give the warnings of autocast and of checkpointing.
         with ledger.part("optimizer states"):
             first_update(step)
