@@ -389,6 +389,8 @@ class TrainConfig(EvalOptions):
     """Prompts per step whose completions are written to rollouts.jsonl token by token with log-probs, for the report;
     0: none."""
 
+    demo: Literal["qwen2_5_vl", "qwen3_vl"] | None = None
+    """The family of the demonstration's tiny model, without a model and data of your own; default: qwen2_5_vl."""
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code (the recipe video_r1); options that are given take
     precedence."""

@@ -118,4 +118,5 @@ QWEN3_VL = Family(
     layer_inputs=_layer_inputs,
     head_norms=lambda attention: (attention.q_norm, attention.k_norm),
     tokens=("<think>", "</think>"),
+    recipes=("qwen3_vl_4b", "qwen3_vl_8b"),
 )
