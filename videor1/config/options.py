@@ -268,7 +268,7 @@ class CommonConfig:
     """Stop after this many steps in a row whose loss or gradient is NaN or Inf (each is skipped and counted)."""
 
     freeze_vision: bool = False
-    """Do not train the vision tower and its merger."""
+    """Do not train the vision tower and its mergers (Qwen3-VL: those of deepstack too)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_layers: Annotated[int | None, at_least(0)] = None
