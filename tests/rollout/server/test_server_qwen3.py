@@ -104,7 +104,7 @@ def test_a_server_that_takes_no_times_is_found_out(server: FakeServer, monkeypat
     monkeypatch.setattr("fake_server.prompt_ids", lambda body: [])
     server.respond = answers(lambda body: body["media_io_kwargs"]["video"].pop("frames_indices"))
     engine = make_engine(server, tokenizer=TOKENIZER, special=SPECIAL, family=FAMILY)
-    with pytest.raises(RolloutError, match="the server's prompt has .* they differ from token"):
+    with pytest.raises(RolloutError, match=r"the server's prompt has .* they differ from token"):
         engine.generate([Request(video(), 0, Branch(1, ("ordered", 0)))])
 
 

@@ -14,8 +14,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL
 
 # Models that look like a family's and are not.
 _MISSING = {
-    "qwen3_vl_moe": "its experts are fused tensors, which adapters do not reach, and a rollout here computes no router; "
-    "only half of the model would be trained. Take a dense Qwen3-VL (2B, 4B, 8B, 32B)"
+    "qwen3_vl_moe": "its experts are fused tensors, which adapters do not reach, and a rollout here computes no "
+    "router; only half of the model would be trained. Take a dense Qwen3-VL (2B, 4B, 8B, 32B)"
 }
 
 

@@ -7,6 +7,8 @@ Start vLLM, 0.19 or newer, like this::
 Development mode opens /collective_rpc and the cache resets, by which the server gets new weights. It also lets anyone
 who can reach the port run code, so keep the port private. --trust-request-mm-kwargs (0.31 and newer; earlier versions
 need no flag) lets a request say that frames are neither resampled nor resized, and how many seconds lie between them.
+Qwen3-VL needs a version whose loader of frames takes ``frames_indices``; an earlier one writes other times into the
+prompt, which is noticed and ends the run.
 VLLM_BATCH_INVARIANT=1 makes a completion's tokens independent of the other sequences of its batch where the GPU
 supports it. Use neither --reasoning-parser nor --video-pruning-rate.
 
