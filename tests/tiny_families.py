@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import SPECIAL_TOKENS, installed_seconds, make_model, make_tokenizer
+from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, installed_seconds, make_model, make_tokenizer
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -32,7 +32,9 @@ SHAPES: dict[str, tuple[list[int], tuple[int, int], int]] = {
 
 @functools.cache
 def make_qwen3_tokenizer() -> Any:
+    """With a template that adds no system turn, as Qwen3-VL's."""
     tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.chat_template = "{% for message in messages %}" + CHAT_TEMPLATE.partition("{% endif %}")[2]
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
     return tokenizer
 

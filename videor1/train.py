@@ -70,7 +70,7 @@ def _plan(argv: list[str]) -> int:
     from videor1.plan.table import print_plan
 
     config = _parse(argv)
-    return print_plan(config if config.model_name_or_path else _parse(["--config", "demo", *argv]))
+    return print_plan(config if config.model_name_or_path else _parse(demonstration_argv(config, argv)))
 
 
 def _parse(argv: list[str]) -> TrainConfig:

@@ -239,9 +239,13 @@ def test_every_shipped_recipe_reads(path: Path) -> None:
     assert parse("--config", path.stem, config_class=config_class) == config
 
 
-def test_recipes_hold_the_reference_codes_values() -> None:
-    config = cli.load_config(TrainConfig, "qwen2_5_vl_7b")
-    assert {name: get(config, name) for name in LAUNCHED} == {name: VIDEO_R1[name] for name in LAUNCHED}
+@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "qwen3_vl_8b"])
+def test_recipes_hold_the_reference_codes_values(name: str) -> None:
+    config = cli.load_config(TrainConfig, name)
+    launched = {name: VIDEO_R1[name] for name in LAUNCHED}
+    if name == "qwen3_vl_8b":  # frames of as many tokens, of 32 x 32 pixels
+        launched["video.max_pixels"] = 128 * 32 * 32
+    assert {name: get(config, name) for name in LAUNCHED} == launched
     assert (config.bf16, config.gradient_checkpointing, config.save_steps) == (True, True, 100)
     assert (config.lora.rank, config.learning_rate) == (64, 1e-5)  # adapters, so that it fits one GPU
     recipe, flag = cli.load_config(TrainConfig, "video_r1"), parse("--compat", "video-r1")
@@ -332,10 +336,13 @@ def squeeze(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+TRAIN_RECIPES = "demo, demo_qwen3_vl, qwen2_5_vl_3b, qwen2_5_vl_7b, qwen3_vl_4b, qwen3_vl_8b, video_r1"
+
+
 @pytest.mark.parametrize(
     ("command", "config_class", "recipes"),
     [
-        ("videor1.train", TrainConfig, "demo, qwen2_5_vl_3b, qwen2_5_vl_7b, video_r1"),
+        ("videor1.train", TrainConfig, TRAIN_RECIPES),
         ("videor1.sft", SFTConfig, "sft, sft_demo"),
         ("videor1.evaluate", EvaluateConfig, ""),
     ],

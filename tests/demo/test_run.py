@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from runs import train_flags
+from transformers import AutoModelForImageTextToText
 
 from videor1 import train
 from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import load_config, run_main
-from videor1.demo import run
+from videor1.config.fields import collect_options
+from videor1.demo import demonstration_argv, run
 from videor1.demo.assets import Assets, Sizes, make_assets
+from videor1.demo.model import DEMO_MODELS
 from videor1.errors import ConfigError
 from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
@@ -102,6 +105,36 @@ def test_a_demo_that_was_stopped_in_its_cold_start_goes_on_as_told(
     assert load_config(TrainConfig, folder / "config.yaml").num_generations == 2
 
 
+@pytest.mark.usefixtures("small_demo")
+def test_the_other_familys_demo(tmp_path: Path, capsys: Capture) -> None:
+    """A Qwen3-VL, whose frames are larger and whose prompts hold their times; a resume keeps it."""
+    folder = tmp_path / "run"
+    assert train.main(["--demo", "qwen3_vl", "--output_dir", str(folder), *SHORT]) == 0
+    assert "a tiny Qwen3-VL" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 1
+    assert set(summary["after"]) == {"ordered", "shuffled"}
+    assert any("<0.2 seconds>" in json.dumps(row) for row in read_jsonl(folder / "rollouts.jsonl"))
+    config = load_config(TrainConfig, folder / "config.yaml")
+    assert (config.demo, config.video.max_pixels) == ("qwen3_vl", 64 * 64)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder / "checkpoints" / "step-1", output_loading_info=True
+    )
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    os.remove(folder / "summary.json")
+    assert train.main(["--output_dir", str(folder), "--resume", "auto"]) == 0
+    assert "a tiny Qwen3-VL" in capsys.readouterr().out
+    assert json.loads((folder / "summary.json").read_text()).keys() == summary.keys()
+
+
+def test_every_demo_model_is_an_option() -> None:
+    choices = collect_options(TrainConfig)["demo"].choices
+    assert choices == list(DEMO_MODELS)
+    for family in choices:
+        assert demonstration_argv(TrainConfig(demo=family), [])[:2] == ["--config", "demo"]
+
+
 def test_a_resume_goes_on_with_the_run_that_is_there(assets: Assets, tmp_path: Path, capsys: Capture) -> None:
     """Not with the demonstration, which would write into it."""
     folder = tmp_path / "run"
@@ -134,6 +167,11 @@ def test_print_config_shows_the_recipe_that_would_run(capsys: Capture) -> None:
     [
         ("--model_name_or_path m", r"dataset_name: give .* or neither"),
         ("--data.eval_path held_out.json", "makes its own data"),
+        (
+            "--demo qwen3_vl --model_name_or_path m --dataset_name d.json",
+            r"demo: qwen3_vl makes its own model and data",
+        ),
+        ("--demo qwen2_5_vl --dataset_name d.json", r"demo: qwen2_5_vl makes its own model and data; .*--demo null"),
         ("--model_name_or_path m --dataset_name d.json --eval_steps 5", r"eval_steps: needs data\.eval_path"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import random
@@ -18,6 +19,7 @@ from media import numbered_frames, write_video
 from PIL import Image
 from rollouts import ask
 from spies import Calls
+from tiny import CHAT_TEMPLATE, make_tokenizer
 from tiny_families import (
     family_inputs,
     family_media,
@@ -287,8 +289,6 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_or_template_of_another_family() -> None:
-    from tiny import make_tokenizer
-
     with pytest.raises(ConfigError, match=r"no token <think>, </think>; expected the tokenizer of a Qwen3-VL model"):
         VideoLM(make_qwen3(), make_tokenizer(), source="tiny")
     special_ids(make_tokenizer(), FAMILIES["qwen2_5_vl"])
@@ -303,6 +303,14 @@ def test_a_tokenizer_or_template_of_another_family() -> None:
     prompt = family_prompt(MODEL, family_media("qwen3_vl"))
     with pytest.raises(ConfigError, match="0 times for one video, expected once, where the times of its frames"):
         build_input_ids(bare, prompt.sample, prompt.media, max_prompt_length=999, family=FAMILY)
+    other = copy.deepcopy(TOKENIZER)
+    other.chat_template = CHAT_TEMPLATE
+    with pytest.raises(ConfigError, match=r"template of MODEL is that of Qwen2.5-VL: it adds '<\|im_start\|>system"):
+        check_template(other, "MODEL", FAMILY)
+    other.add_tokens(["<tool_response>"])
+    for model_type in ("qwen2_vl", "qwen2_5_vl"):
+        with pytest.raises(ConfigError, match=r"has the tokens <think>, </think>, <tool_response> of another family"):
+            special_ids(other, FAMILIES[model_type])
     config = qwen3_config(TOKENIZER)
     config.vision_config.patch_size = 14
     hf = type(make_qwen3())(config)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rollouts import ask
 from tiny_families import family_media, family_prompt, make_qwen3, make_qwen3_tokenizer
+from transformers import Qwen3VLMoeConfig
 
 from videor1.config import LoraConfig, TrainConfig
 from videor1.config.files import RECIPES
@@ -21,6 +22,7 @@ from videor1.errors import ConfigError
 from videor1.model import VideoLM, load_model
 from videor1.model.families import FAMILIES, family_of
 from videor1.model.load import check_processor
+from videor1.plan.plan import plan
 from videor1.rollout import LocalEngine, SamplingOptions, make_engine
 from videor1.training.passes import completion_logp, pack
 
@@ -33,6 +35,7 @@ TOY = dataclasses.replace(
     features=lambda output: output.pooler_output,
     layer_inputs=lambda further, at: {},
     lora_targets=("q_proj", "down_proj"),
+    server_video=None,
 )
 
 
@@ -71,6 +74,16 @@ def test_no_family() -> None:
             family_of(given, "somewhere")
 
 
+def test_experts_are_refused_with_what_is_missing(assets: Assets, tmp_path: Path) -> None:
+    """A Qwen3-VL with experts is not loaded, planned or trained in half."""
+    Qwen3VLMoeConfig().save_pretrained(tmp_path)
+    config = TrainConfig(model_name_or_path=str(tmp_path), device="cpu")
+    missing = "type 'qwen3_vl_moe', refused: its experts are fused tensors, which adapters do not reach"
+    for load in (load_model, plan):
+        with pytest.raises(ConfigError, match=missing):
+            load(config)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3", "no_such_type"])
 def test_a_folder_of_another_type(model_type: str, assets: Assets, tmp_path: Path) -> None:
     """Whether transformers knows it or not."""
@@ -103,4 +116,4 @@ def test_no_other_file_asks_for_a_models_type() -> None:
     root = Path(__file__).parents[2]
     asking = re.compile(r"model_type\s*(==|!=|in\b)")
     found = {str(p.relative_to(root)) for p in (root / "videor1").rglob("*.py") if asking.search(p.read_text("utf-8"))}
-    assert found == {"videor1/plan/setup.py"}  # which plans one family yet
+    assert found == set()

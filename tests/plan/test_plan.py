@@ -18,7 +18,7 @@ import torch
 from tiny import make_lm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
 import videor1.rollout.local.engine
 from videor1 import side_by_side
@@ -72,7 +72,22 @@ def small_shape(**text: Any) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"])
 
 
-def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str, Compared]:
+def small_qwen3() -> Qwen3VLConfig:
+    """A head of its own, two deepstack layers, heads wider than the model."""
+    text: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8192}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}}
+    text |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+    vision = {"depth": 3, "hidden_size": 160, "num_heads": 4, "intermediate_size": 320, "out_hidden_size": 256}
+    vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 144}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+SHAPES = {"tiny": lambda: shape_of(None), "small": small_shape, "tiny Qwen3-VL": lambda: shape_of(None, "qwen3_vl")}
+SHAPES["small Qwen3-VL"] = small_qwen3
+
+
+def assert_as_measured(config: TrainConfig, shape: Any) -> dict[str, Compared]:
     found, _ = measured(config, shape, CPU)
     made = plan(config, shape)
     assert (made.context, made.slack) == (0, 0)
@@ -91,6 +106,7 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
         ("small", [*SMALL, CHECKPOINTED, "--freeze_vision", "--gradient_accumulation_steps", "2"]),
         ("small", [*SMALL, "--lora.rank", "8"]),
         ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "360"]),
+        ("small Qwen3-VL", [*SMALL, CHECKPOINTED]),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
@@ -98,13 +114,17 @@ def assert_as_measured(config: TrainConfig, shape: Qwen2_5_VLConfig) -> dict[str
                 ("small", SMALL),
                 ("small", [*SMALL, CHECKPOINTED]),
                 ("small", [*SMALL, "--lora.rank", "8", CHECKPOINTED, "--freeze_vision"]),
+                ("tiny Qwen3-VL", TINY),
+                ("small Qwen3-VL", SMALL),
+                ("small Qwen3-VL", [*SMALL, "--lora.rank", "8", "--freeze_vision"]),
+                ("small Qwen3-VL", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
             )
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[6:]).replace("--", ""),
 )
 def test_every_phase_is_within_a_tenth_of_what_is_measured(shape: str, flags: list[str]) -> None:
-    assert_as_measured(options("--device", "cpu", *flags), shape_of(None) if shape == "tiny" else small_shape())
+    assert_as_measured(options("--device", "cpu", *flags), SHAPES[shape]())
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
@@ -160,14 +180,21 @@ def test_the_kv_cache_is_exactly_as_large_as_planned(flags: list[str], monkeypat
 
 @pytest.mark.parametrize(
     ("name", "total", "embedding", "head"),
-    [("3b", 3_754_622_976, 151936 * 2048, 0), ("7b", 8_292_166_656, 152064 * 3584, 152064 * 3584)],
+    [
+        ("3b", 3_754_622_976, 151936 * 2048, 0),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, 152064 * 3584, 152064 * 3584),
+        ("Qwen/Qwen3-VL-2B-Instruct", 2_127_532_032, 151936 * 2048, 0),
+        ("qwen3-vl-4b", 4_437_815_808, 151936 * 2560, 0),
+        ("Qwen/Qwen3-VL-8B-Thinking", 8_767_123_696, 151936 * 4096, 151936 * 4096),
+        ("qwen3-vl-32b", 33_357_390_064, 151936 * 5120, 151936 * 5120),
+    ],
 )
 def test_parameters_of_the_published_models(name: str, total: int, embedding: int, head: int) -> None:
     config = options("--lora.rank", "0")
     counts = count_parameters(build_policy(shape_of(name), config, Target.of(config), "meta"))
     assert sum(counts.values()) == total
     assert (counts["embedding"], counts["head"], counts["adapters"]) == (embedding, head, 0)
-    assert 660e6 < counts["vision tower"] < 680e6
+    assert 400e6 < counts["vision tower"] < 680e6
 
 
 def card_shape(layers: int) -> Qwen2_5_VLConfig:
@@ -299,7 +326,7 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_mistakes_say_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.json can be read.*3b, 7b, Qwen/Qwen2\.5-VL-3B-Instruct"):
+    with pytest.raises(ConfigError, match=r"no config\.json can be read.*qwen2.5-vl-7b, .*qwen3-vl-4b"):
         plan(options("--model_name_or_path", str(tmp_path)))
     with pytest.raises(ConfigError, match=r"1120 video tokens.*200 of text is longer than the 512"):
         plan(options("--max_prompt_length", "512"))

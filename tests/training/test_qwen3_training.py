@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import last_metrics, run_lines, sft_trainer, trainer
 from tiny_families import family_inputs, make_qwen3
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from videor1.data.samples import load_samples
 from videor1.demo.assets import Assets
@@ -37,20 +37,28 @@ def folder(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OPTIONS = {"lora.rank": 0, "beta": 0.04}, {"lora.rank": 4, "temporal.shuffle_unit": "temporal_patch"}
+OPTIONS = (
+    {"lora.rank": 0, "beta": 0.04},
+    {"lora.rank": 4, "temporal.shuffle_unit": "temporal_patch"},
+    {"lora.rank": 0, "freeze_vision": True, "gradient_checkpointing": True},
+)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tgrpo(options: dict[str, Any], folder: Path, assets: Assets, tmp_path: Path) -> None:
     run = trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS, **options)
     before = {name: p.detach().clone() for name, p in run.model.trainable().items()}
-    assert any("deepstack_merger_list" in name for name in before) == (not options["lora.rank"])
+    tower = {name for name in before if "visual" in name}
+    assert any("deepstack_merger_list" in name for name in tower) == (not options["lora.rank"] and "beta" in options)
+    assert bool(tower) == any("merger" in name for name in tower)
+    frozen = {name: p.detach().clone() for name, p in run.model.hf.named_parameters() if not p.requires_grad}
     checkpoint = run.train()
     assert last_metrics(tmp_path)["step"] == 2
     changed = [name for name, p in run.model.trainable().items() if not torch.equal(p, before[name])]
     assert len(changed) > len(before) / 2
+    assert all(torch.equal(p, frozen[name]) for name, p in run.model.hf.named_parameters() if name in frozen)
     assert any("<0.2 seconds>" in json.dumps(line) for line in run_lines(tmp_path, "rollouts.jsonl"))
-    model, report = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     sample = load_samples(assets.train).samples[0]
     media = load_media(sample, run.config.video, rules=run.model.family.frames)

@@ -273,7 +273,7 @@ class CommonConfig:
     """Stop after this many steps in a row whose loss or gradient is NaN or Inf (each is skipped and counted)."""
 
     freeze_vision: bool = False
-    """Do not train the vision tower and its merger."""
+    """Do not train the vision tower and its mergers (Qwen3-VL: those of deepstack too)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_layers: Annotated[int | None, at_least(0)] = None
@@ -394,6 +394,8 @@ class TrainConfig(EvalOptions):
     """Prompts per step whose completions are written to rollouts.jsonl token by token with log-probs, for the report;
     0: none."""
 
+    demo: Literal["qwen2_5_vl", "qwen3_vl"] | None = None
+    """The family of the demonstration's tiny model, without a model and data of your own; default: qwen2_5_vl."""
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code (the recipe video_r1); options that are given take
     precedence."""

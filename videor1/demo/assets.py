@@ -55,7 +55,9 @@ class Assets:
     chance: float  # expected accuracy reward of guessing on the video questions of ``test``
 
 
-def make_assets(folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: bool = True) -> Assets:
+def make_assets(
+    folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: bool = True, family: str = "qwen2_5_vl"
+) -> Assets:
     """Create the demo's files in ``folder``, or use the files there if an equal call created them.
 
     Everything is written into a temporary folder beside ``folder``, which takes its place when it is complete.
@@ -65,6 +67,7 @@ def make_assets(folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress
         seed: determines the orders, questions and pixels of each split, and the model's weights.
         sizes: numbers of samples, with at least one video in each split.
         progress: whether to show a progress bar if the work takes longer than two seconds.
+        family: the model's, a key of :data:`videor1.demo.model.DEMO_MODELS`.
 
     Raises:
         ConfigError: ``folder`` holds files that no demo has created.
@@ -72,22 +75,22 @@ def make_assets(folder: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress
     """
     folder = Path(folder)
     _check_sizes(sizes)
-    recipe = {"seed": seed, "sizes": asdict(sizes), "made_by": _source_digest()}
+    recipe = {"seed": seed, "sizes": asdict(sizes), "family": family, "made_by": _source_digest()}
     record = _read_record(folder)
     if record is None or not _is_complete(folder, record, recipe):
-        record = _make(folder, recipe, seed, sizes, progress)
+        record = _make(folder, recipe, seed, sizes, progress, family)
     files = {split: folder / f"{split}.json" for split in SPLITS}
     return Assets(folder=folder, model=folder / "model", **files, chance=record["chance"])
 
 
-def _make(folder: Path, recipe: dict[str, Any], seed: int, sizes: Sizes, progress: bool) -> dict[str, Any]:
+def _make(folder: Path, recipe: dict[str, Any], seed: int, sizes: Sizes, progress: bool, family: str) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary, "new")
         (new / "clips").mkdir(parents=True)
         with tqdm(total=sum(asdict(sizes).values()), desc="making clips", delay=2, disable=not progress) as bar:
             entries = {split: _make_split(new, split, seed, sizes, bar) for split in SPLITS}
-        save_model(new / "model", make_tokenizer(), derive_seed(seed, "demo", "model"))
+        save_model(new / "model", make_tokenizer(family), derive_seed(seed, "demo", "model"), family)
         files = {str(path.relative_to(new)): path.stat().st_size for path in sorted(new.rglob("*")) if path.is_file()}
         videos = [e for e in entries["test"] if e["data_type"] == "video"]
         record = recipe | {"chance": guessing_reward(videos), "files": files}

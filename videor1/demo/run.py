@@ -16,13 +16,14 @@ from videor1.atomic import write_atomic
 from videor1.config import SFTConfig, TrainConfig
 from videor1.config.cli import load_config, parse, resume_command, save_run_config
 from videor1.data import load_samples
-from videor1.demo import data_file
+from videor1.demo import DEFAULT, data_file
 from videor1.demo.assets import Assets, make_assets
 from videor1.errors import ConfigError
 from videor1.evaluation.evaluator import Evaluation, Evaluator
 from videor1.logs.lock import FolderLock
 from videor1.logs.progress import summary_table
 from videor1.model import load_model
+from videor1.model.families import FAMILIES
 from videor1.model.load import pick_device
 from videor1.report import report_line
 from videor1.report.curves import draw_curves
@@ -78,8 +79,10 @@ def _check_folder(run_dir: Path, config: TrainConfig) -> None:
 
 
 def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
-    print("1/4  making clips, questions, a tokenizer and a tiny Qwen2.5-VL", flush=True)
-    assets = make_assets(run_dir / "demo", seed=config.seed, progress=not config.disable_tqdm)
+    family = FAMILIES[config.demo or DEFAULT]
+    print(f"1/4  making clips, questions, a tokenizer and a tiny {family.name}", flush=True)
+    progress = not config.disable_tqdm
+    assets = make_assets(run_dir / "demo", seed=config.seed, progress=progress, family=family.model_type)
 
     print("2/4  SFT cold start, which stops while completions are partly right", flush=True)
     cold_start = SFTTrainer(_sft_config(config, assets, run_dir)).train()
@@ -118,7 +121,8 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
 def evaluate(config: TrainConfig, data: Path, models: list[Path]) -> list[Evaluation]:
     """Evaluate several checkpoints on the same samples, each of which is decoded once."""
     config = dataclasses.replace(config, eval_samples=0)
-    with Evaluator(load_samples(data), config) as evaluator:
+    rules = FAMILIES[config.demo or DEFAULT].frames
+    with Evaluator(load_samples(data), config, rules=rules) as evaluator:
         return [
             evaluator.run(load_model(dataclasses.replace(config, model_name_or_path=str(model)))) for model in models
         ]

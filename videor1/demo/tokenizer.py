@@ -1,4 +1,4 @@
-"""Train a small tokenizer on the demo's own text, with the special tokens of Qwen2.5-VL."""
+"""Train a small tokenizer on the demo's own text, with the special tokens of Qwen's models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 
+import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from videor1.demo.questions import all_entries
+from videor1.model.families import FAMILIES
 from videor1.model.prompts import question_text
-from videor1.types import Sample
+from videor1.types import Media, Sample
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -56,8 +58,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer(family: str = "qwen2_5_vl") -> Qwen2Tokenizer:
     """Return a byte-level BPE tokenizer in which each word of the demo is one token.
+
+    Where a family writes the times of a video's frames into the text, their words are among them.
 
     Any other text becomes shorter pieces, down to single bytes. ``AutoTokenizer`` can load the saved tokenizer. Its eos
     token is <|im_end|> and its pad token <|endoftext|>.
@@ -71,7 +75,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
         show_progress=False,
     )
     between_tags = re.compile("|".join(TAGS))
-    core.train_from_iterator((piece for text in _texts() for piece in between_tags.split(text)), trainer)
+    core.train_from_iterator((piece for text in _texts(family) for piece in between_tags.split(text)), trainer)
     learned = json.loads(core.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -86,9 +90,11 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _texts() -> Iterator[str]:
-    """Yield all text of the demo and of the chat template."""
+def _texts(family: str) -> Iterator[str]:
+    """Yield all text of the demo, of the chat template and of the family's videos."""
     yield from ("system\n", "user\n", "assistant\n")
+    if (video_text := FAMILIES[family].video_text) is not None:
+        yield video_text(Media("video", torch.empty(0), (1, 2, 2), 1.0, 0.0, times=(0.25,)), "")
     for entry in all_entries():
         known = {name: entry[name] for name in ("problem_id", "problem", "data_type", "problem_type", "solution")}
         yield question_text(Sample(index=0, options=tuple(entry.get("options", ())), **known))

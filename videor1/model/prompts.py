@@ -68,7 +68,7 @@ def special_ids(tokenizer: Any, family: Family | None = None) -> SpecialIds:
         family: the model's, whose further tokens are looked for; None: what all families have is enough.
 
     Raises:
-        ConfigError: the tokenizer lacks one of them as a single token.
+        ConfigError: the tokenizer lacks one of them as a single token, or is another family's.
     """
     further = family.tokens if family else ()
     missing = [token for token in (*_TOKENS.values(), *further) if _token_id(tokenizer, token) is None]
@@ -77,6 +77,13 @@ def special_ids(tokenizer: Any, family: Family | None = None) -> SpecialIds:
         raise ConfigError(
             f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no path'}) has no token "
             f"{', '.join(missing)}; expected the tokenizer of a {names} model"
+        )
+    foreign = family.foreign_tokens if family else ()
+    if family and foreign and all(_token_id(tokenizer, token) is not None for token in foreign):
+        raise ConfigError(
+            f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no path'}) has the tokens "
+            f"{', '.join(foreign)} of another family, which this model has never seen; expected the tokenizer of a "
+            f"{family.name} model"
         )
     ids: dict[str, Any] = {name: _token_id(tokenizer, token) for name, token in _TOKENS.items()}
     return SpecialIds(**ids, vision_pad=_token_id(tokenizer, _VISION_PAD))

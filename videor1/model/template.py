@@ -37,6 +37,11 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
                 f"model_name_or_path: the chat template of {source} {happened} the question of a prompt with {kind}: "
                 f"it gives {_short(rendered)}; {advice}"
             )
+        if family.foreign_text and family.foreign_text[0] in rendered:
+            text, whose = family.foreign_text
+            raise ConfigError(
+                f"model_name_or_path: the chat template of {source} is that of {whose}: it adds {text!r}; {advice}"
+            )
         eos = str(tokenizer.convert_ids_to_tokens(special.eos))
         if not rendered.partition(_QUESTION)[2].rpartition(eos)[2].strip():
             raise ConfigError(

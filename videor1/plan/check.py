@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
@@ -41,7 +41,7 @@ class Compared:
 
 
 def measured(
-    config: TrainConfig, shape: Qwen2_5_VLConfig, device: torch.device, *, text_tokens: int = TEXT_TOKENS
+    config: TrainConfig, shape: Any, device: torch.device, *, text_tokens: int = TEXT_TOKENS
 ) -> tuple[dict[str, int], int]:
     """Measure a step with random weights on the prompts and completion lengths of the plan.
 
@@ -120,7 +120,7 @@ def check_command(argv: Sequence[str]) -> int:
     )
     device = pick_device(config.device)
     config.device = device.type
-    shape = shape_of(config.model_name_or_path)
+    shape = shape_of(config.model_name_or_path, config.demo)
     made = plan(config, shape)
     found, most = measured(config, shape, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -36,6 +36,12 @@ CUDA_ROUNDING = 512  # bytes; torch's CUDA allocator rounds sizes up to multiple
 KEY_BLOCK = 128  # keys per program of prefix_attention's backward kernel, the largest on any architecture
 _CASTS = {torch.ops.aten._to_copy, torch.ops.aten.to}
 PROCESSORS = 132  # multiprocessors of a Hopper, for which the head's gradient is cut into parts
+_INDEXED = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+}
 HEAD_BLOCK = 128  # vocabulary entries per program of linear_logprob's kernel, the smallest, with most partial results
 
 
@@ -135,6 +141,8 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func in self._replacements:
             return self._replacements[func](*args)
+        if func in _INDEXED:
+            args = (args[0], _numbered(args[1]), *args[2:])
         out = func(*args, **(kwargs or {}))
         if func.is_view and (not isinstance(out, Tensor) or _key(out) == _key(args[0])):
             return out  # A list of views often holds thousands of windows, so its tensors are not visited.
@@ -333,6 +341,18 @@ def _without_pointers() -> Iterator[None]:
 
 def _logits_bytes(rows: int, vocabulary: int) -> int:
     return chunk_rows(rows, vocabulary) * -(-vocabulary // 64) * 64 * 4
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return indices with masks as the numbers of their True entries.
+
+    torch does not know the size of a fake tensor indexed by a mask, though the mask (of a row's media tokens) is real.
+    """
+    numbered: list[Tensor | None] = []
+    for index in indices:
+        masks = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        numbered += index.nonzero().unbind(1) if index is not None and masks else [index]
+    return numbered
 
 
 def _key(tensor: Tensor) -> int:

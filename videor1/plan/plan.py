@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen2_5_VLConfig
 
 from videor1.config import TrainConfig
 from videor1.errors import ConfigError
@@ -128,7 +127,7 @@ class Plan:
         return asdict(self) | derived | cards
 
 
-def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tokens: int = TEXT_TOKENS) -> Plan:
+def plan(config: TrainConfig, shape: Any = None, *, text_tokens: int = TEXT_TOKENS) -> Plan:
     """Return the memory plan of a run.
 
     Args:
@@ -142,7 +141,7 @@ def plan(config: TrainConfig, shape: Qwen2_5_VLConfig | None = None, *, text_tok
     """
     if config.distributed.engine != "none":
         raise ConfigError(f"--plan: expected distributed.engine none (one process), got {config.distributed.engine}")
-    shape = shape_of(config.model_name_or_path) if shape is None else shape
+    shape = shape_of(config.model_name_or_path, config.demo) if shape is None else shape
     target = Target.of(config)
     ledger = Ledger(cuda=target.cuda)
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLConfig
+from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from videor1.config import TrainConfig
+from videor1.demo import DEFAULT
 from videor1.demo.model import make_config
 from videor1.demo.tokenizer import make_tokenizer
 from videor1.errors import ConfigError
 from videor1.model import VideoLM
-from videor1.model.families import QWEN2_5_VL, family_of
+from videor1.model.families import family_of
 from videor1.model.load import make_trainable
 from videor1.model.positions import POSITIONS_KEY, PositionRule, trained_rule
-from videor1.model.prompts import special_ids
+from videor1.model.prompts import VIDEO, expand_media, special_ids
 from videor1.model.weights import check_config
+from videor1.plan.published import PUBLISHED, published
 from videor1.training.passes import Packed, pack
 from videor1.types import Media, Prompt, Sample
 from videor1.video import QWEN2_RULES, FrameRules
@@ -34,68 +36,34 @@ from videor1_kernels.frames_to_patches import patch_columns
 TEXT_TOKENS = 200  # text tokens of a prompt: the chat template, the question with its options, the instruction
 LONGEST_SECONDS = 7200.0  # longest video; its duration sets the largest position and so the size of rotary tables
 FRAMES = ((1080, 1920), (1920, 1080), (480, 640), (240, 320), (720, 720))  # usual frame sizes (height, width)
-
-# (hidden size, layers, heads, key heads, intermediate size, vocabulary, whether the head is tied to the embedding)
-SIZES = {"3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
-KNOWN = {"Qwen/Qwen2.5-VL-3B-Instruct": "3b", "Qwen/Qwen2.5-VL-7B-Instruct": "7b"}
+_SAMPLE = Sample(0, "0", "", "video", "free-form", "<answer></answer>", Path("video.mp4"))
 
 
-def shape_of(source: str | None) -> Qwen2_5_VLConfig:
+def shape_of(source: str | None, demo: str | None = None) -> Any:
     """Return the configuration of a model.
 
     Args:
-        source: a folder or hub id, of which only config.json is read; ``3b`` or ``7b`` or their published names, for
-            which nothing is read; or None for the demonstration's model.
+        source: a folder or hub id, of which only config.json is read; a name in ``PUBLISHED``, for which nothing is
+            read; or None for the demonstration's model.
+        demo: the option of that name, the family of the demonstration's model.
 
     Raises:
-        ConfigError: there is no such model, or it is not a Qwen2.5-VL, or quantised.
+        ConfigError: there is no such model, or it is of no family, or quantised.
     """
     if source is None:
-        return make_config(make_tokenizer())
-    name = KNOWN.get(source, source.lower())
-    if name in SIZES and not Path(source).is_dir():
-        return _qwen(*SIZES[name])
+        return make_config(make_tokenizer(demo or DEFAULT), demo or DEFAULT)
+    if (made := published(source)) is not None and not Path(source).is_dir():
+        return made
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # A damaged config raises whatever its class meets first.
         raise ConfigError(
             f"model_name_or_path: {source!r}: no config.json can be read ({str(error).splitlines()[0]}); a plan takes "
-            f"a folder that holds one, a hub id, or one of {', '.join([*SIZES, *KNOWN])}"
+            f"a folder that holds one, a hub id, or one of {', '.join(PUBLISHED)}"
         ) from error
-    family = family_of(config.model_type, source)
-    if family.model_type != QWEN2_5_VL.model_type:
-        raise ConfigError(f"--plan: {source!r} is a {family.name}; what such a model takes is not planned yet")
+    family_of(config.model_type, source)
     check_config(source, config)
     return config
-
-
-def _qwen(
-    hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, vocabulary: int, tied: bool
-) -> Qwen2_5_VLConfig:
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": key_heads,
-            "max_position_embeddings": 128000,
-            "tie_word_embeddings": tied,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "num_heads": 16,
-            "intermediate_size": 3420,
-            "out_hidden_size": hidden,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "window_size": 112,
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=tied,
-    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +85,7 @@ class Target:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
+def build_policy(shape: Any, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM:
     """Return the model as :func:`~videor1.model.load_model` does, with random weights or, on ``meta``, without any."""
     dtype = torch.bfloat16 if target.bf16 and config.lora.rank else torch.float32
     model = _wrap(shape, dtype, target.bf16, device, config.model.positions)
@@ -126,9 +94,7 @@ def build_policy(shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, d
     return model
 
 
-def build_reference(
-    shape: Qwen2_5_VLConfig, config: TrainConfig, target: Target, device: torch.device | str
-) -> VideoLM | None:
+def build_reference(shape: Any, config: TrainConfig, target: Target, device: torch.device | str) -> VideoLM | None:
     """Return the frozen copy of the model for the KL term; None if there is no KL term, or LoRA needs no copy."""
     if not config.beta or config.lora.rank:
         return None
@@ -175,14 +141,15 @@ def _window_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *a
 
 
 def _wrap(
-    shape: Qwen2_5_VLConfig, dtype: torch.dtype, bf16: bool, device: torch.device | str, chosen: PositionRule | None
+    shape: Any, dtype: torch.dtype, bf16: bool, device: torch.device | str, chosen: PositionRule | None
 ) -> VideoLM:
-    tokenizer = make_tokenizer()
+    kind = family_of(shape.model_type)
+    tokenizer = make_tokenizer(kind.model_type)
     config, ids = type(shape).from_dict(shape.to_dict()), special_ids(tokenizer)
     # The demonstration's tokenizer stands for the model's own, so the model gets its token ids.
     config.video_token_id, config.image_token_id = ids.video_pad, ids.image_pad
     with torch.device(device):
-        model_class = family_of(config.model_type).transformers_class()
+        model_class = kind.transformers_class()
         hf = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
     rule = chosen or trained_rule("plan", getattr(shape, POSITIONS_KEY, None)) or "paper"
     return VideoLM(hf, tokenizer, device=device, bf16=bf16, source="plan", position_rule=rule)
@@ -229,24 +196,21 @@ def make_work(
     """
     rules = model.family.frames
     grid = largest_grid(config, rules)
-    media_tokens = num_media_tokens(grid)
-    length, longest = text_tokens + media_tokens, config.max_prompt_length
+    ids = _prompt_ids(model, grid, text_tokens)
+    length, longest, media_tokens = len(ids), config.max_prompt_length, num_media_tokens(grid)
     if config.max_tokens_per_row is not None:
         longest = min(longest, config.max_tokens_per_row - config.max_completion_length)
     if length > longest:
         raise ConfigError(
-            f"--plan: a prompt of {media_tokens} video tokens (video.max_frames, video.max_pixels) and {text_tokens} "
-            f"of text is longer than the {longest} that max_prompt_length and max_tokens_per_row let through"
+            f"--plan: a prompt of {media_tokens} video tokens (video.max_frames, video.max_pixels) and "
+            f"{length - media_tokens} of text is longer than the {longest} that max_prompt_length and "
+            "max_tokens_per_row let through"
         )
-    ids = torch.full((length,), 5)
-    before = text_tokens // 2
-    ids[before : before + media_tokens] = model.special.video_pad
-    sample = Sample(0, "0", "", "video", "free-form", "<answer></answer>", Path("video.mp4"))
     seconds = LONGEST_SECONDS / grid[0]
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = tuple(
         Prompt(
-            sample,
+            _SAMPLE,
             ids,
             Media("video", patches(math.prod(grid), patch_columns(rules.patch_size)), grid, seconds, 0.0),
             draw,
@@ -270,6 +234,19 @@ def make_work(
         len(rows) * config.gradient_accumulation_steps,
         count * sum(completion_lengths),
     )
+
+
+def _prompt_ids(model: VideoLM, grid: tuple[int, int, int], text_tokens: int) -> Tensor:
+    """Return the ids of a prompt with a video, and with its times where the family writes them as text."""
+    T, text = grid[0], VIDEO
+    times = tuple(LONGEST_SECONDS * (t + 0.5) / T for t in range(T))
+    media = Media("video", torch.empty(0), grid, LONGEST_SECONDS / T, 0.0, times=times)
+    if model.family.video_text is not None:  # Its words are in the tokenizer.
+        text = model.family.video_text(media, VIDEO)
+    special, before = model.special, text_tokens // 2 - 1
+    video = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [5] * before + video + [5] * (text_tokens - 2 - before)  # 2: the start and the end of one video
+    return expand_media(special, ids, _SAMPLE, media, max_prompt_length=len(ids) + num_media_tokens(grid))
 
 
 def largest_grid(config: TrainConfig, rules: FrameRules = QWEN2_RULES) -> tuple[int, int, int]:

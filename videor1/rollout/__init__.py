@@ -48,7 +48,7 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path, gathered: Ga
     if rollout.engine == "server":
         from videor1.rollout.server.engine import ServerEngine
 
-        if not model.family.served:
+        if model.family.server_video is None:
             raise ConfigError(f"rollout.engine: server: not with {model.family.name} yet; use local")
         if model.position_rule != "paper":
             warnings.warn(
@@ -61,6 +61,7 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path, gathered: Ga
             model=rollout.model,
             tokenizer=model.tokenizer,
             special=model.special,
+            family=model.family,
             options=options,
             shuffle_unit=config.temporal.shuffle_unit,
             timeout=rollout.timeout,

@@ -12,6 +12,12 @@ __all__ = ["FAMILIES", "QWEN2_5_VL", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
 
+# Models that look like a family's and are not.
+_MISSING = {
+    "qwen3_vl_moe": "its experts are fused tensors, which adapters do not reach, and a rollout here computes no "
+    "router; only half of the model would be trained. Take a dense Qwen3-VL (2B, 4B, 8B, 32B)"
+}
+
 
 def family_of(model_type: object, source: str = "") -> Family:
     """Return the family of a model type.
@@ -24,6 +30,8 @@ def family_of(model_type: object, source: str = "") -> Family:
         ConfigError: there is none; the message names those there are.
     """
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if missing := _MISSING.get(str(model_type)):
+        raise ConfigError(f"model_name_or_path: {source!r} is a model of type {model_type!r}, refused: {missing}")
     if family is None:
         known = ", ".join(f"{f.model_type} ({f.name})" for f in FAMILIES.values())
         raise ConfigError(f"model_name_or_path: {source!r} is a model of type {model_type!r}, expected one of {known}")

@@ -14,6 +14,8 @@ from videor1.model.positions import MediaRun
 from videor1.types import Media
 from videor1.video import QWEN2_RULES
 
+_TOKENS_PER_SECOND = 2  # tokens_per_second of every Qwen2.5-VL's vision config
+
 
 def _tower_inputs(grid_thw: Tensor, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     merge = config.spatial_merge_size
@@ -34,6 +36,28 @@ def _runs(media: Media, config: Any) -> list[MediaRun]:
     return [MediaRun((torch.arange(T) * interval).long(), h // merge, w // merge)]
 
 
+def _server_video(media: Media) -> dict[str, Any]:
+    """vLLM spaces a video's positions in time by 2 / fps seconds."""
+    return {"fps": 2 / _sixteen_bit_seconds(media.second_per_grid, media.grid_thw[0])}
+
+
+def _sixteen_bit_seconds(seconds: float, T: int) -> float:
+    """Return a bfloat16 number close to ``seconds`` that puts the T temporal patches at the same integer positions.
+
+    vLLM rounds the seconds per temporal patch to the model's dtype: 7/12 s becomes 0.582 s, and patch 6 is then at
+    position 6 instead of 7. Where none of the three closest numbers keeps all positions (only beyond T = 8 or 4 s), the
+    closest one is returned, and positions are off by about 1.
+    """
+
+    def times(x: Tensor) -> list[int]:
+        return (torch.arange(T) * (_TOKENS_PER_SECOND * x.float())).long().tolist()
+
+    closest = torch.tensor(seconds, dtype=torch.bfloat16)
+    candidates = [closest, *(torch.nextafter(closest, torch.tensor(side).bfloat16()) for side in (torch.inf, 0.0))]
+    exact = times(torch.tensor(seconds))
+    return float(next((x for x in candidates if times(x) == exact), closest))
+
+
 QWEN2_5_VL = Family(
     model_type="qwen2_5_vl",
     name="Qwen2.5-VL",
@@ -42,5 +66,6 @@ QWEN2_5_VL = Family(
     tower_inputs=_tower_inputs,
     runs=_runs,
     recipes=("qwen2_5_vl_3b", "qwen2_5_vl_7b", "video_r1", "sft"),
-    served=True,
+    server_video=_server_video,
+    foreign_tokens=("<think>", "</think>", "<tool_response>"),
 )

@@ -32,4 +32,5 @@ QWEN2_VL = Family(
     frames=QWEN2_RULES,
     tower_inputs=_tower_inputs,
     runs=_runs,
+    foreign_tokens=("<think>", "</think>", "<tool_response>"),
 )

@@ -98,6 +98,15 @@ def _video_text(media: Media, place: str) -> str:
     return "".join(f"<{time:.1f} seconds>{place}" for time in media.times)
 
 
+def _server_video(media: Media) -> dict[str, Any]:
+    """vLLM writes the mean of a temporal patch's two ``frames_indices`` / fps into the text, to a tenth of a second.
+
+    So both are what the text has, in tenths: the same text in any case.
+    """
+    tenths = [round(10 * float(f"{time:.1f}")) for time in media.times for _ in range(2)]
+    return {"fps": 10, "frames_indices": tenths, "total_num_frames": max(len(tenths), tenths[-1] + 1)}
+
+
 def _features(output: Any) -> Tensor:
     return torch.cat([output.pooler_output, *output.deepstack_features], 1)
 
@@ -118,4 +127,7 @@ QWEN3_VL = Family(
     layer_inputs=_layer_inputs,
     head_norms=lambda attention: (attention.q_norm, attention.k_norm),
     tokens=("<think>", "</think>"),
+    recipes=("qwen3_vl_4b", "qwen3_vl_8b"),
+    foreign_text=("<|im_start|>system\nYou are a helpful assistant.<|im_end|>", "Qwen2.5-VL"),
+    server_video=_server_video,
 )

@@ -56,7 +56,10 @@ class Family:
         tokens: further single tokens that its tokenizer must have.
         lora_targets: the linear layers of the language model that get an adapter by default.
         recipes: the files in ``videor1/configs`` that train it.
-        served: whether ``rollout.engine: server`` can sample from it.
+        foreign_tokens: single tokens of another family's tokenizer; one that has them all is that family's.
+        foreign_text: (text that only another family's chat template adds, whose it is).
+        server_video: a video -> what vLLM's loader of frames is told (``media_io_kwargs``), so that it puts them at the
+            same times; None: ``rollout.engine: server`` cannot sample from it yet.
     """
 
     model_type: str
@@ -72,7 +75,9 @@ class Family:
     tokens: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = QWEN_LINEAR
     recipes: tuple[str, ...] = ()
-    served: bool = False
+    foreign_tokens: tuple[str, ...] = ()
+    foreign_text: tuple[str, str] | None = None
+    server_video: Callable[[Media], dict[str, Any]] | None = None
 
     def transformers_class(self) -> Any:
         """Return its class in transformers, which is imported now."""

@@ -7,6 +7,8 @@ Start vLLM, 0.19 or newer, like this::
 Development mode opens /collective_rpc and the cache resets, by which the server gets new weights. It also lets anyone
 who can reach the port run code, so keep the port private. --trust-request-mm-kwargs (0.31 and newer; earlier versions
 need no flag) lets a request say that frames are neither resampled nor resized, and how many seconds lie between them.
+Qwen3-VL needs a version whose loader of frames takes ``frames_indices``; an earlier one writes other times into the
+prompt, which is noticed and ends the run.
 VLLM_BATCH_INVARIANT=1 makes a completion's tokens independent of the other sequences of its batch where the GPU
 supports it. Use neither --reasoning-parser nor --video-pruning-rate.
 
@@ -31,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from videor1.model.families import QWEN2_5_VL, Family
 from videor1.model.prompts import SpecialIds, question_text
 from videor1.rollout.protocol import (
     Branch,
@@ -62,7 +65,7 @@ class ServerEngine(RolloutEngine):
     Args:
         url: base of the API, such as ``http://host:8000/v1``.
         model: the model's name at the server; None: the only one served.
-        tokenizer, special: those of the policy.
+        tokenizer, special, family: those of the policy.
         options: how completions are sampled.
         shuffle_unit: what permutations are of, "frame" or "temporal_patch".
         timeout: seconds that one attempt at a completion, or at loading weights, may take to the end of its reply.
@@ -84,6 +87,7 @@ class ServerEngine(RolloutEngine):
         model: str | None = None,
         tokenizer: Any,
         special: SpecialIds,
+        family: Family = QWEN2_5_VL,
         options: SamplingOptions,
         shuffle_unit: str = "frame",
         timeout: float = 600.0,
@@ -106,7 +110,7 @@ class ServerEngine(RolloutEngine):
         self._connect()  # Raises now for a bad URL or a missing package.
         self._model, self._options, self._unit, self._concurrency = model, options, shuffle_unit, concurrency
         self._save_weights, self._sync_dir, self._sync = save_weights, sync_dir.absolute(), sync
-        self._special, self._reader = special, AnswerReader(tokenizer, special, options)
+        self._family, self._special, self._reader = family, special, AnswerReader(tokenizer, special, options)
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
         """Sample the completions of all requests.
@@ -196,7 +200,7 @@ class ServerEngine(RolloutEngine):
             "stop_token_ids": [special.eos, special.pad],
             "logprobs": self._reader.logp_usable,
             "return_token_ids": True,
-            **media_fields(request.prompt.media),
+            **media_fields(request.prompt.media, self._family),
         }
         return self._reader.read(await client.post("/chat/completions", body), request.prompt)
 

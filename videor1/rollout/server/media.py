@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from videor1.model.families import QWEN2_5_VL, Family
 from videor1.types import Media
 from videor1.video.shuffle import shuffled_patches
-from videor1_kernels.frames_to_patches import PATCH
-
-_TOKENS_PER_SECOND = 2  # tokens_per_second of every Qwen2.5-VL's vision config
 
 
 def media_frames(media: Media, permutation: tuple[int, ...] | None = None, unit: str = "frame") -> Tensor:
@@ -28,9 +26,10 @@ def media_frames(media: Media, permutation: tuple[int, ...] | None = None, unit:
         unit: what ``permutation`` is of, "frame" or "temporal_patch".
     """
     T, h, w = media.grid_thw
+    side = math.isqrt(media.patches.shape[1] // 6)  # of a patch of two frames in three colors
     patches = media.patches if permutation is None else shuffled_patches(media, permutation, unit)
-    blocks = patches.view(T, h // 2, w // 2, 2, 2, 3, 2, PATCH, PATCH)  # t hb wb hm wm c tp py px
-    frames = blocks.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * T, h * PATCH, w * PATCH, 3)
+    blocks = patches.view(T, h // 2, w // 2, 2, 2, 3, 2, side, side)  # t hb wb hm wm c tp py px
+    frames = blocks.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * T, h * side, w * side, 3)
     return frames[:1] if media.kind == "image" else frames
 
 
@@ -46,37 +45,19 @@ def media_part(media: Media, permutation: tuple[int, ...] | None = None, unit: s
     return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(pictures)}"}}
 
 
-def media_fields(media: Media | None) -> dict[str, Any]:
-    """Return the request fields by which vLLM leaves the frames unchanged and gives them the trainer's positions.
+def media_fields(media: Media | None, family: Family = QWEN2_5_VL) -> dict[str, Any]:
+    """Return the request fields by which vLLM leaves the frames unchanged and puts them at the trainer's times.
 
-    It then neither resamples nor resizes, and spaces a video's positions in time as
-    :func:`videor1.model.positions.prompt_positions` does: its seconds per temporal patch are 2 / fps.
+    It then neither resamples nor resizes. What says the times of a video, its family knows.
     """
     if media is None:
         return {}
     fields: dict[str, Any] = {"mm_processor_kwargs": {"do_resize": False}}
     if media.kind == "video":
+        assert family.server_video is not None, family.name
         fields["mm_processor_kwargs"]["do_sample_frames"] = False
-        seconds = _sixteen_bit_seconds(media.second_per_grid, media.grid_thw[0])
-        fields["media_io_kwargs"] = {"video": {"num_frames": -1, "fps": 2 / seconds}}
+        fields["media_io_kwargs"] = {"video": {"num_frames": -1, **family.server_video(media)}}
     return fields
-
-
-def _sixteen_bit_seconds(seconds: float, T: int) -> float:
-    """Return a bfloat16 number close to ``seconds`` that puts the T temporal patches at the same integer positions.
-
-    vLLM rounds the seconds per temporal patch to the model's dtype: 7/12 s becomes 0.582 s, and patch 6 is then at
-    position 6 instead of 7. Where none of the three closest numbers keeps all positions (only beyond T = 8 or 4 s), the
-    closest one is returned, and positions are off by about 1.
-    """
-
-    def times(x: Tensor) -> list[int]:
-        return (torch.arange(T) * (_TOKENS_PER_SECOND * x.float())).long().tolist()
-
-    closest = torch.tensor(seconds, dtype=torch.bfloat16)
-    candidates = [closest, *(torch.nextafter(closest, torch.tensor(side).bfloat16()) for side in (torch.inf, 0.0))]
-    exact = times(torch.tensor(seconds))
-    return float(next((x for x in candidates if times(x) == exact), closest))
 
 
 def _png(frame: Tensor) -> str:
