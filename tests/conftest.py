@@ -92,6 +92,16 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 
 @pytest.fixture(scope="session")
+def qwen3_assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """The same with a tiny Qwen3-VL; read only."""
+    from videor1.demo.assets import Sizes, make_assets
+
+    sizes = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
+    folder = tmp_path_factory.mktemp("demo3") / "assets"
+    return make_assets(folder, sizes=sizes, progress=False, family="qwen3_vl")
+
+
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Videos by their name in ``coded_videos.MADE``, each made once; read only."""
     from coded_videos import MADE

@@ -59,6 +59,16 @@ def test_the_models_own_answers(evaluate: Evaluate, assets: Assets) -> None:
     assert (settings["model_name_or_path"], settings["video.max_frames"]) == (str(assets.model), 16)
 
 
+def test_a_qwen3_vl(evaluate: Evaluate, qwen3_assets: Assets) -> None:
+    """Asked about benchmarks and a data file with images, with the times of its frames in its prompts."""
+    pixels = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
+    model = qwen3_assets.model
+    made = evaluate(benchmark="videomme,vsibench", model_name_or_path=model, **pixels)
+    assert all(isinstance(row["text"], str) and isinstance(row["shuffled_text"], str) for row in made.answers)
+    made = evaluate("data", dataset_name=qwen3_assets.dev, model_name_or_path=model, **pixels)
+    assert made.results["dev"]["overall"]["questions"] == 3
+
+
 def test_figures_against_a_direct_computation(evaluate: Evaluate, oracle: type[Oracle]) -> None:
     right = np.random.default_rng(0).random((40, 2)) < 0.6
     oracle.say = staticmethod(lambda solution, index, shuffled, i: solution if right[index, +shuffled] else "cut")

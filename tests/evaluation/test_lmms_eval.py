@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
 from videor1.evaluation.lmms_eval.plugin import manifest
 from videor1.rollout import Request, SamplingOptions
+from videor1.video.patches import num_media_tokens
 
 REAL = importlib.util.find_spec("lmms_eval") is not None
 
@@ -118,6 +120,20 @@ def prompt_text(model: Any, request: Request) -> str:
     ids = request.prompt.input_ids
     kept = ids[(ids != model.model.special.video_pad) & (ids != model.model.special.image_pad)]
     return model.model.tokenizer.decode(kept)
+
+
+def test_a_qwen3_vl(model_class: type, qwen3_assets: Assets, engine: type[Oracle], video: Path) -> None:
+    """A video's times are text between its patches, wherever it stands in the prompt."""
+    model = model_class(pretrained=str(qwen3_assets.model), max_pixels=4096, workers=0, device="cpu", fps=1.25)
+    image_pads, contents = Image.new("L", (40, 40)), [[clip(video), text("Which?")], [text("Say:"), clip(video)]]
+    assert ask(model, [*contents, [image(image_pads), text("What?")]]) == ["B"] * 3
+    for request in engine.requests[:2]:
+        media, special = request.prompt.media, model.model.special
+        assert media is not None
+        assert media.grid_thw[0] == 3  # of 5 frames
+        shown = prompt_text(model, request)
+        assert re.findall(r"<(\d+\.\d) seconds><\|vision_start\|><\|vision_end\|>", shown) == ["0.5", "2.5", "3.9"]
+        assert int((request.prompt.input_ids == special.video_pad).sum()) == num_media_tokens(media.grid_thw)
 
 
 def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Path, tmp_path: Path) -> None:

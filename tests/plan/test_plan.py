@@ -18,7 +18,7 @@ import torch
 from tiny import make_lm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 import videor1.rollout.local.engine
 from videor1 import side_by_side
@@ -72,6 +72,12 @@ def small_shape(**text: Any) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"])
 
 
+def small_qwen2() -> Qwen2VLConfig:
+    text = small_shape().text_config.to_dict() | {"model_type": "qwen2_vl_text"}
+    vision = {"depth": 2, "embed_dim": 160, "hidden_size": 256, "num_heads": 4, "mlp_ratio": 2}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
 def small_qwen3() -> Qwen3VLConfig:
     """A head of its own, two deepstack layers, heads wider than the model."""
     text: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
@@ -84,7 +90,7 @@ def small_qwen3() -> Qwen3VLConfig:
 
 
 SHAPES = {"tiny": lambda: shape_of(None), "small": small_shape, "tiny Qwen3-VL": lambda: shape_of(None, "qwen3_vl")}
-SHAPES["small Qwen3-VL"] = small_qwen3
+SHAPES |= {"small Qwen3-VL": small_qwen3, "small Qwen2-VL": small_qwen2}
 
 
 def assert_as_measured(config: TrainConfig, shape: Any) -> dict[str, Compared]:
@@ -114,6 +120,7 @@ def assert_as_measured(config: TrainConfig, shape: Any) -> dict[str, Compared]:
                 ("small", SMALL),
                 ("small", [*SMALL, CHECKPOINTED]),
                 ("small", [*SMALL, "--lora.rank", "8", CHECKPOINTED, "--freeze_vision"]),
+                ("small Qwen2-VL", SMALL),
                 ("tiny Qwen3-VL", TINY),
                 ("small Qwen3-VL", SMALL),
                 ("small Qwen3-VL", [*SMALL, "--lora.rank", "8", "--freeze_vision"]),

@@ -71,6 +71,16 @@ def test_the_frames_are_the_ones_that_were_asked_about(tmp_path: Path) -> None:
     assert made.rollouts["cards"][3]["permutation"] is None
 
 
+@pytest.mark.parametrize(("rules", "count"), [("qwen3_vl", 5), ("qwen2_vl", 4), (None, 4)])
+def test_frames_are_sampled_by_the_rules_of_the_model(rules: str | None, count: int, tmp_path: Path) -> None:
+    """Qwen3-VL takes an odd number of frames, and the last one twice, as the permutation counts them."""
+    rollout = rollout_row(1, small_video(tmp_path / "one.mp4"), **({"frames": rules} if rules else {}))
+    made = report(make_run(tmp_path / "run", rollouts=[rollout], video=VideoConfig(max_frames=8, fps=5)))
+    (media,) = made.rollouts["media"]
+    assert len(media["frames"]) == len(media["times"]) == count + count % 2
+    assert (media["frames"][-1] == media["frames"][-2]) == bool(count % 2)
+
+
 def test_videos_of_others(tmp_path: Path) -> None:
     videos = [real_video(name) for name in ("nasa.mp4", "av1.mkv", "rotated_90.mov")]
     made = report(make_run(tmp_path / "run", rollouts=[rollout_row(i, video) for i, video in enumerate(videos)]))

@@ -19,7 +19,7 @@ from forks import RANKS, ForkServer
 from patience import PATIENCE
 from runs import Lab, metrics, train_flags, trainer
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from videor1.demo.assets import Assets
 from videor1.errors import ConfigError
@@ -169,6 +169,19 @@ def test_what_is_gathered_at_once_for_a_rollout(decode_weights: str, ranks: Fork
         else:
             assert 0 < found["copying"] == max(found["layer"], found["embedding"]) < found["all"] / 2
             assert found["visual"] < found["rollout"] < found["visual"] + found["layer"]
+
+
+@STAGES
+def test_a_qwen3_vl(qwen3_assets: Assets, ranks: ForkServer, tmp_path: Path, stage: int) -> None:
+    """Its position table and the mergers of its deepstack are gathered as well."""
+    pixels = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
+    options: dict[str, Any] = pixels | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
+    trainer(qwen3_assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
+    ranks.run_ranks(train_flags(qwen3_assets, tmp_path / "two", **options, **zero(stage)))
+    assert_same_runs(tmp_path / "one", tmp_path / "two", qwen3_assets, 2)
+    last = dict(checkpoints(tmp_path / "two"))[2]
+    _, report = AutoModelForImageTextToText.from_pretrained(last, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
 
 
 @STAGES

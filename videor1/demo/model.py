@@ -50,7 +50,7 @@ _QWEN3_PROCESSOR_FILES: dict[str, dict[str, Any]] = {
 
 
 def save_model(folder: Path, tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl") -> None:
-    """Write the model (1.1 M parameters, fp32), the tokenizer with its chat template, and the processor's files.
+    """Write the model (1.1 to 1.2 M parameters, fp32), the tokenizer with its chat template, and the processor's files.
 
     Args:
         folder: where to.
@@ -132,7 +132,7 @@ DEMO_MODELS = {
         {"depth": 2, "fullatt_block_indexes": [1], "window_size": 112, "tokens_per_second": 2},
         PROCESSOR_FILES,
     ),
-    # 3 vision layers, whose first two give the features that are added to the first two text layers.
+    # 2 vision layers, the first of which also gives the features that are added to the first text layer.
     "qwen3_vl": DemoModel(
         Qwen3VLConfig,
         {
@@ -144,7 +144,7 @@ DEMO_MODELS = {
                 "rope_theta": 10000.0,
             },
         },
-        {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        {"depth": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
         _QWEN3_PROCESSOR_FILES,
     ),
 }

@@ -86,6 +86,7 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
         "problem": visible(row["problem_id"]),
         "kind": row.get("data_type") or ("image" if "<|image_pad|>" in row["prompt"] else "video"),
         "path": row["path"],
+        "frames": row.get("frames"),
         "question": visible(row["problem"] if "problem" in row else _question(row["prompt"])),
         "options": [visible(option) for option in row.get("options") or []],
         "solution": visible(extract_answer(row["solution"]) or row["solution"]),

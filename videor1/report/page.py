@@ -17,6 +17,7 @@ from videor1.report.charts import charts, points
 from videor1.report.overview import compared_options, overview
 from videor1.report.run import Run
 from videor1.report.thumbnails import Thumbnails
+from videor1.video import FRAME_RULES, QWEN2_RULES
 
 TEXT_BYTES = 4 * 2**20  # most bytes of the rollouts' text
 PICTURE_BYTES = 4 * 2**20  # No further frames are added to the page once it holds so many bytes of them.
@@ -75,9 +76,10 @@ def _rollouts(
     for card in cards:
         run = runs[card["run"]]
         card["media"] = None
+        rules = FRAME_RULES.get(card.pop("frames"), QWEN2_RULES)  # Older rows name none.
         try:
             if path := media_path(card, run):
-                card["media"] = thumbnails.add(path, card["kind"], _video_options(run), media_root(run))
+                card["media"] = thumbnails.add(path, card["kind"], _video_options(run), media_root(run), rules)
         except (ValueError, TypeError) as error:
             card["media"] = thumbnails.note(str(card["path"]), str(error))
         card["unit"] = run.option("temporal.shuffle_unit")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from videor1.config import VideoConfig
 from videor1.types import Clip, SampleError
-from videor1.video import read_frames, read_image
+from videor1.video import QWEN2_RULES, FrameRules, read_frames, read_image
 
 SIDE = 144  # pixels of the longer side of a frame, for media of up to MANY frames; with more frames they are smaller
 MANY = 16
@@ -41,14 +41,18 @@ class Thumbnails:
         self._made: dict[tuple[Any, ...], int] = {}
         self._bytes, self._spent = 0, 0.0
 
-    def add(self, path: Path, kind: str, video: VideoConfig, root: Path | None = None) -> int:
-        """Decode a file's frames, sampled by the options in ``video``, and return their index in ``media``.
+    def add(
+        self, path: Path, kind: str, video: VideoConfig, root: Path | None = None, rules: FrameRules = QWEN2_RULES
+    ) -> int:
+        """Decode a file's frames, sampled by the options in ``video`` and the model's rules, and return their index in
+        ``media``.
 
         The file that is opened must lie in ``root``, a folder with its symlinks resolved; None: anywhere.
         """
-        key = (str(path), kind, video.max_frames, video.fps, root)
+        key = (str(path), kind, video.max_frames, video.fps, root, rules.name)
         if key not in self._made:
-            self._made[key] = self.note(path, self._full()) if self._full() else self._decode(path, kind, video, root)
+            full = self._full()
+            self._made[key] = self.note(path, full) if full else self._decode(path, kind, video, root, rules)
         return self._made[key]
 
     def note(self, path: Path | str, reason: str) -> int:
@@ -63,14 +67,14 @@ class Thumbnails:
             return f"left out: the frames before it took {self._spent:.0f} seconds to decode; ask for fewer rollouts"
         return ""
 
-    def _decode(self, path: Path, kind: str, video: VideoConfig, root: Path | None) -> int:
+    def _decode(self, path: Path, kind: str, video: VideoConfig, root: Path | None, rules: FrameRules) -> int:
         started = time.perf_counter()
         try:
             # Every backend returns the same frames, so the one that is always installed is used here.
             clip = (
                 read_image(path, root=root)
                 if kind == "image"
-                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1, root=root)
+                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1, root=root, rules=rules)
             )
             frames = small_jpegs(clip)
         except SampleError as error:
@@ -81,6 +85,8 @@ class Thumbnails:
             self._spent += time.perf_counter() - started
         self._bytes += sum(map(len, frames))
         times = [round(seconds, 2) for seconds in clip.timestamps]
+        if kind == "video" and len(frames) % 2:  # as the model sees the last one, twice
+            frames, times = [*frames, frames[-1]], [*times, times[-1]]
         self.media.append({"name": path.name, "frames": frames, "times": times, "note": ""})
         return len(self.media) - 1
 

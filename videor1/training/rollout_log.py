@@ -34,6 +34,7 @@ def rollout_rows(
             "problem_id": sample.problem_id,
             "path": sample.path,
             "data_type": sample.data_type,
+            "frames": model.family.frames.name,
             "problem": sample.problem,
             "options": list(sample.options),
             "prompt": model.tokenizer.decode(_without_media(model, group.prompt).tolist()),
