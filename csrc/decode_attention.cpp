@@ -299,11 +299,9 @@ void attend_128(const Call& call, const Tile& tile, int64_t head, Memory& memory
 // With vectors of up to `bits`.
 Attend attend_for(int64_t bits) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (bits >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return attend_512;
-  if (bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attend_256;
+  const int64_t widest = widest_vectors(bits);
+  if (widest == 512) return attend_512;
+  if (widest == 256) return attend_256;
 #endif
   return attend_128;
 }

@@ -159,10 +159,9 @@ VIDEOR1_STEPS(Plain, , Processor<16, 12, 4>);
 
 const Steps& steps_for(int64_t bits) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (bits >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Avx512::steps;
-  if (bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2::steps;
+  const int64_t widest = widest_vectors(bits);
+  if (widest == 512) return Avx512::steps;
+  if (widest == 256) return Avx2::steps;
 #endif
   return Plain::steps;
 }

@@ -27,6 +27,18 @@ struct Processor {
   static constexpr int kStep = kStep_;
 };
 
+// The widest vectors, in bits, that this processor has code for here: of up to `bits`, 128 at least.
+inline int64_t widest_vectors(int64_t bits) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (bits >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 512;
+  if (bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 256;
+#endif
+  return 128;
+}
+
 template <typename P>
 ALWAYS_INLINE typename P::F& at(float* x) {
   return *reinterpret_cast<typename P::F*>(x);
