@@ -2,7 +2,8 @@
 
 Passes of a small model are many small operations, which gain little from threads inside of each; two whole passes at a
 time take half as long. Waiting threads sleep, where those of OpenMP spin and slow down whatever else uses the cores.
-What the calls are must not depend on the number of threads: then results do not either, but for rounding.
+What the calls are must not depend on the number of threads: then no result does. A call that builds a graph for
+gradients must also differentiate it: a backward pass adds in the order in which one thread has built its graph.
 """
 
 from __future__ import annotations

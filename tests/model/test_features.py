@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock, patch
@@ -11,6 +12,7 @@ import torch
 from tiny import make_media, make_model, make_prompt, make_tokenizer
 from torch import Tensor
 
+from videor1 import side_by_side
 from videor1.model import VideoLM, features
 from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.packing import even_batches, greedy_batches
@@ -176,3 +178,17 @@ def test_even_batches() -> None:
         assert even_batches(sizes, int, budget, card, least=least) == greedy_batches(sizes, int, budget)
         with as_on_a_card():
             assert even_batches(sizes, int, budget, cpu, least=least) == greedy_batches(sizes, int, budget)
+
+
+def test_passes_with_gradients_stay_in_their_thread(model: VideoLM) -> None:
+    """Sums of gradients would follow the order in which threads happened to build the graph."""
+    threads: set[int] = set()
+    handle = model.visual.register_forward_pre_hook(lambda *_: threads.add(threading.get_ident()))
+    with patch.object(features, "LEAST_PATCHES", 16), patch.object(side_by_side, "_count", 2):
+        prompt_features(model, PROMPTS)
+        assert threads == {threading.get_ident()}
+        threads.clear()
+        with model.inference():
+            prompt_features(model, PROMPTS)
+        assert threading.get_ident() not in threads
+    handle.remove()

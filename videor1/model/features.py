@@ -41,7 +41,9 @@ def prompt_features(
         patches = [m.patches if order is None else shuffled_patches(m, order, unit) for m, order in part]
         return model.vision_features([m for m, _ in part], patches)
 
-    passes = side_by_side([functools.partial(encoded, part) for part in _passes(model, media)], model.device)
+    calls = [functools.partial(encoded, part) for part in _passes(model, media)]
+    # A backward pass adds gradients in the order in which a thread has built the graph; between threads there is none.
+    passes = [call() for call in calls] if torch.is_grad_enabled() else side_by_side(calls, model.device)
     features = itertools.chain.from_iterable(passes)
     return [None if p.media is None else next(features) for p in prompts]
 
