@@ -160,3 +160,17 @@ def hf_inputs(model: VideoLM, prompt: Prompt, completion: Tensor | None = None) 
         if media.kind == "video":
             inputs["second_per_grid_ts"] = torch.tensor([media.second_per_grid])
     return inputs
+
+
+def greedy(plain: Any, model: VideoLM, inputs: dict[str, Tensor], count: int) -> Tensor:
+    """At most ``count`` tokens that transformers' ``generate`` adds, by the rules of our engine: ``inputs`` as for its
+    forward, no vision token, an end at eos or pad."""
+    made = plain.generate(
+        **inputs,
+        max_new_tokens=count,
+        do_sample=False,
+        bad_words_ids=[[token] for token in model.special.vision],
+        eos_token_id=[model.special.eos, model.special.pad],
+        pad_token_id=model.special.pad,
+    )
+    return made[0, inputs["input_ids"].shape[1] :]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rollouts import ask
+from tiny import greedy
 from tiny_families import SHAPES, family_inputs, family_media, family_prompt, family_prompts, make_family_lm
 from torch import Tensor, nn
 
@@ -43,13 +44,19 @@ def answers(model: VideoLM, count: int) -> list[list[Tensor]]:
 
 
 def test_a_packed_row_equals_repeated_rows(model: VideoLM) -> None:
-    """Log-probs to 2e-6, and every gradient to 1e-5 of the whole, the tower's further mergers included."""
-    prompts, plain = family_prompts(model), plain_copy(model)
+    """Log-probs to 2e-6, and every gradient to 1e-5 of the whole, the tower's further mergers included.
+
+    Held to transformers in fp64: its own fp32 is up to 2.5e-6 away from that, as the CPU has it.
+    """
+    prompts, plain = family_prompts(model), plain_copy(model).double()
     groups = answers(model, len(prompts))
     rows = []
     for prompt, group in zip(prompts, groups, strict=True):
         for answer in group:
-            logits = plain(**family_inputs(model, prompt, answer), use_cache=False).logits[0]
+            inputs = family_inputs(model, prompt, answer)
+            # Pixels only: the seconds of a temporal patch stay fp32, in which transformers rounds positions.
+            inputs |= {name: x.double() for name, x in inputs.items() if name.startswith("pixel_values")}
+            logits = plain(**inputs, use_cache=False).logits[0]
             chosen = logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1).gather(-1, answer[:, None])
             rows.append(chosen[:, 0])
     expected = torch.cat(rows)
@@ -70,16 +77,9 @@ def test_a_packed_row_equals_repeated_rows(model: VideoLM) -> None:
 def test_greedy_rollouts_equal_generate(model: VideoLM) -> None:
     plain, prompts = plain_copy(model), family_prompts(model)
     rollout = LocalEngine(model, SamplingOptions(24, temperature=0.0)).generate([ask(model, p, 2) for p in prompts])
-    banned, longest = [[token] for token in model.special.vision], 0
+    longest = 0
     for prompt, group in zip(prompts, rollout.groups, strict=True):
-        out = plain.generate(
-            **family_inputs(model, prompt),
-            max_new_tokens=24,
-            do_sample=False,
-            bad_words_ids=banned,
-            eos_token_id=[model.special.eos, model.special.pad],
-            pad_token_id=model.special.pad,
-        )[0, len(prompt.input_ids) :]
+        out = greedy(plain, model, family_inputs(model, prompt), 24)
         longest = max(longest, len(out))
         assert group is not None
         assert [completion.token_ids.tolist() for completion in group.ordered] == 2 * [out.tolist()]

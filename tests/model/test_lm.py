@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from rollouts import answer, ask
-from tiny import PROMPTS, hf_inputs, make_lm, make_media, make_model, make_prompt, make_tokenizer
+from tiny import PROMPTS, greedy, hf_inputs, make_lm, make_media, make_model, make_prompt, make_tokenizer
 
 from videor1.config import LoraConfig, ModelConfig
 from videor1.model import VideoLM, load
@@ -42,17 +42,9 @@ def test_greedy_answers_equal_generate_token_for_token() -> None:
     prompts = [make() for make in PROMPTS.values()]
     requests = [ask(model, p, 2) for p in prompts]
     answers = answer(model, requests, SamplingOptions(24, temperature=0.0), max_rows=6)
-    banned = [[token] for token in model.special.vision]
     longest = 0
     for prompt, group in zip(prompts, answers, strict=True):
-        out = plain.generate(
-            **hf_inputs(model, prompt),
-            max_new_tokens=24,
-            do_sample=False,
-            bad_words_ids=banned,
-            eos_token_id=[model.special.eos, model.special.pad],
-            pad_token_id=model.special.pad,
-        )[0, len(prompt.input_ids) :]
+        out = greedy(plain, model, hf_inputs(model, prompt), 24)
         longest = max(longest, len(out))
         for completion in group:
             assert completion.token_ids.tolist() == out.tolist()

@@ -53,9 +53,10 @@ from videor1.training.distributed.ranks import start_position
 from videor1.training.journal import Journal, mean_rows, sum_counts
 from videor1.training.optim import learning_rate, make_optimizer
 from videor1.training.passes import dummy_loss, dummy_tower_loss
-from videor1.types import SampleError
+from videor1.types import Media, Sample, SampleError
 
 C = TypeVar("C", bound=EvalOptions)
+T = TypeVar("T")
 # From the options and the free bytes of a GPU: (how many layers recompute, None for all; a sentence that says why).
 ChooseLayers = Callable[[C, int], tuple[int | None, str]]
 
@@ -167,6 +168,18 @@ class Loop(ABC, Generic[C]):
     @abstractmethod
     def make_source(self, start: Any) -> Source[Any]:
         """Return the source of training records, beginning at ``start``: an earlier ``Source.state``, or 0."""
+
+    def source_of(self, build: Callable[[Sample, Media | None, int], T], start: Any) -> Source[T]:
+        """Return the source of what ``build`` makes of this rank's samples and their media."""
+        return Source(
+            self.dataset,
+            self.config,
+            build,
+            on_skip=self._on_skip,
+            start=start,
+            shard=self.shard,
+            rules=self.model.family.frames,
+        )
 
     @abstractmethod
     def train_batch(self) -> None:

@@ -69,15 +69,7 @@ class SFTTrainer(Loop[SFTConfig]):
             length = len(ids) - int(mask.sum())
             return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
 
-        return Source(
-            self.dataset,
-            self.config,
-            build,
-            on_skip=self._on_skip,
-            start=start,
-            shard=self.shard,
-            rules=self.model.family.frames,
-        )
+        return self.source_of(build, start)
 
     def train_batch(self) -> None:
         config = self.config

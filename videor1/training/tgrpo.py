@@ -92,15 +92,7 @@ class Trainer(Loop[TrainConfig]):
             )
             return Prompt(sample, ids, media, draw)
 
-        return Source(
-            self.dataset,
-            self.config,
-            build,
-            on_skip=self._on_skip,
-            start=start,
-            shard=self.shard,
-            rules=self.model.family.frames,
-        )
+        return self.source_of(build, start)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:

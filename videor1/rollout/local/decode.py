@@ -139,19 +139,19 @@ class Decoder:
         assert cache is not None
         assert layout.suffix_slots is not None
         places = Places(positions - self.first, lengths, layout.suffix_slots)
+        change: Tensor = self.text.embed_tokens(tokens)  # what is added to the residual stream next
+        if self.native is not None:
+            run_some = functools.partial(
+                self.native.decode, change, self.cos, self.sin, cache, places.positions, lengths, layout
+            )
+            step = max(LEAST_ROWS, -(-len(tokens) // threads()))
+            calls = [functools.partial(run_some, slice(i, i + step)) for i in range(0, len(tokens), step)]
+            return self._normed(torch.cat(side_by_side(calls, tokens.device)))
 
         def norm(module: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             normed, summed = run.norm(x, module.weight, residual, module.eps)
             return normed.to(dtype), summed
 
-        change: Tensor = self.text.embed_tokens(tokens)  # what is added to the residual stream next
-        if self.native is not None:
-            run_some = functools.partial(
-                self.native.decode, change, self.cos, self.sin, cache, positions - self.first, lengths, layout
-            )
-            step = max(LEAST_ROWS, -(-len(tokens) // threads()))
-            calls = [functools.partial(run_some, slice(i, i + step)) for i in range(0, len(tokens), step)]
-            return self._normed(torch.cat(side_by_side(calls, tokens.device)))
         hidden: Tensor | None = None
         for index, layer in enumerate(self.layers):
             x, hidden = norm(layer.input_norm, change, hidden)
