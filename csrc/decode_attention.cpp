@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlock = 12;  // keys of a product, which every processor's blocks divide
 constexpr int kFew = 4;
-constexpr int kFull = 16;  // lanes of the products with a row's own keys; head dims are multiples of it
+constexpr int kFull = 16;  // lanes of the widest vector; head dims are multiples of it
 
 struct Strides {
   int64_t entry, head;  // of consecutive tokens, and of key heads, in elements
@@ -38,68 +38,61 @@ struct Call {
 
 using namespace videor1;
 
-ALWAYS_INLINE float sum_of(Lanes x) { return sums_of(x, x, x, x)[0]; }
-
-ALWAYS_INLINE Lanes product_of(const float* q, const float* k, int64_t dim) {
-  Lanes sum = {0};
-  for (int64_t d = 0; d < dim; d += kFull)
-    sum += *reinterpret_cast<const Lanes*>(q + d) * *reinterpret_cast<const Lanes*>(k + d);
-  return sum;
-}
-
-// scores[i * total + t] = q[i] . k[t] for the `repeat` query heads of a key head
-ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t repeat, int64_t dim,
+// scores[i * total + t] = q[i] . k[t] for the `heads` queries of a row, and `count` keys; behind the last, that key again,
+// up to a whole vector. A vector holds entries of one key, whose sums become the lanes of another.
+template <typename P>
+ALWAYS_INLINE void scores_of(const float* q, const float* k, int64_t stride, int64_t count, int64_t heads, int64_t dim,
                              int64_t total, float* scores) {
-  int64_t t = 0;
-  for (; t + kFull <= count; t += kFull, k += kFull * stride) {
-    for (int64_t i = 0; i < repeat; ++i) {
-      Lanes products[kFull];
-      for (int j = 0; j < kFull; ++j) products[j] = product_of(q + i * dim, k + j * stride, dim);
-      *reinterpret_cast<Lanes*>(scores + i * total + t) = sums_of(products);
+  typename P::F products[P::kLanes];
+  for (int64_t t = 0; t < count; t += P::kLanes) {
+    const float* keys[P::kLanes];
+    for (int j = 0; j < P::kLanes; ++j) keys[j] = k + std::min(t + j, count - 1) * stride;
+    for (int64_t i = 0; i < heads; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < P::kLanes; ++j) {
+        products[j] = at<P>(q + i * dim) * at<P>(keys[j]);
+        for (int64_t d = P::kLanes; d < dim; d += P::kLanes) products[j] += at<P>(q + i * dim + d) * at<P>(keys[j] + d);
+      }
+      at<P>(scores + i * total + t) = sums_of(products);
     }
   }
-  for (; t + 4 <= count; t += 4, k += 4 * stride) {
-    for (int64_t i = 0; i < repeat; ++i) {
-      const float* own = q + i * dim;
-      *reinterpret_cast<Quarter*>(scores + i * total + t) =
-          sums_of(product_of(own, k, dim), product_of(own, k + stride, dim), product_of(own, k + 2 * stride, dim),
-                  product_of(own, k + 3 * stride, dim));
-    }
-  }
-  for (; t < count; ++t, k += stride)
-    for (int64_t i = 0; i < repeat; ++i) scores[i * total + t] = sum_of(product_of(q + i * dim, k, dim));
 }
 
-// out += sum over t of weights[t] * v[t] for M * kFull entries, which stay in registers; even and odd tokens are summed
-// apart, so that one addition does not wait for the last.
-template <int M>
+// out += sum over t of weights[t] * v[t] for M vectors of entries, which stay in registers; even and odd tokens are
+// summed apart, so that one addition does not wait for the last.
+template <typename P, int M>
 ALWAYS_INLINE void add_weighted(const float* weights, const float* v, int64_t stride, int64_t count, float* out) {
-  Lanes even[M], odd[M];
+  typename P::F even[M], odd[M];
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    even[m] = *reinterpret_cast<const Lanes*>(out + m * kFull);
-    odd[m] = Lanes{0};
+    even[m] = at<P>(out + m * P::kLanes);
+    odd[m] = typename P::F{};
   }
   int64_t t = 0;
   for (; t + 2 <= count; t += 2, v += 2 * stride)
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kFull);
-      odd[m] += weights[t + 1] * *reinterpret_cast<const Lanes*>(v + stride + m * kFull);
+      even[m] += weights[t] * at<P>(v + m * P::kLanes);
+      odd[m] += weights[t + 1] * at<P>(v + stride + m * P::kLanes);
     }
   if (t < count)
-    for (int m = 0; m < M; ++m) even[m] += weights[t] * *reinterpret_cast<const Lanes*>(v + m * kFull);
-  for (int m = 0; m < M; ++m) *reinterpret_cast<Lanes*>(out + m * kFull) = even[m] + odd[m];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) even[m] += weights[t] * at<P>(v + m * P::kLanes);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) at<P>(out + m * P::kLanes) = even[m] + odd[m];
 }
 
 // out[i] += sum over t of weights[i * total + t] * v[t]
-ALWAYS_INLINE void add_values(const float* weights, const float* v, int64_t stride, int64_t count, int64_t repeat,
-                       int64_t dim, int64_t total, float* out) {
-  for (int64_t i = 0; i < repeat; ++i) {
+template <typename P>
+ALWAYS_INLINE void add_values(const float* weights, const float* v, int64_t stride, int64_t count, int64_t heads,
+                              int64_t dim, int64_t total, float* out) {
+  for (int64_t i = 0; i < heads; ++i) {
     const float* own = weights + i * total;
     float* to = out + i * dim;
     int64_t d = 0;
-    for (; d + 4 * kFull <= dim; d += 4 * kFull) add_weighted<4>(own, v + d, stride, count, to + d);
-    for (; d + 2 * kFull <= dim; d += 2 * kFull) add_weighted<2>(own, v + d, stride, count, to + d);
-    if (d < dim) add_weighted<1>(own, v + d, stride, count, to + d);
+    for (; d + 4 * P::kLanes <= dim; d += 4 * P::kLanes) add_weighted<P, 4>(own, v + d, stride, count, to + d);
+    for (; d + 2 * P::kLanes <= dim; d += 2 * P::kLanes) add_weighted<P, 2>(own, v + d, stride, count, to + d);
+    if (d < dim) add_weighted<P, 1>(own, v + d, stride, count, to + d);
   }
 }
 
@@ -201,36 +194,38 @@ ALWAYS_INLINE void take_prefix_for_few(const Call& call, int64_t start, int64_t 
 }
 
 // Lanes `lane` to `lane + heads` are queries of one row.
+template <typename P>
 ALWAYS_INLINE void take_own(const Call& call, int64_t row, int64_t head, int64_t lane, int64_t heads, Memory& memory) {
+  using F = typename P::F;
   const int64_t slot = call.rows[3 * row + 2], count = call.lengths[row], dim = call.dim;
-  const int64_t total = (count + kFull - 1) / kFull * kFull;
+  const int64_t total = (count + P::kLanes - 1) / P::kLanes * P::kLanes;
   memory.own.resize(heads * total);
   float* weights = memory.own.data();
   float* out = &memory.out[lane * dim];
   const float* k = call.suffix_k + slot * call.sk_slot + head * call.sk.head;
   const float* v = call.suffix_v + slot * call.sv_slot + head * call.sv.head;
-  scores_of(&memory.queries[lane * dim], k, call.sk.entry, count, heads, dim, total, weights);
+  scores_of<P>(&memory.queries[lane * dim], k, call.sk.entry, count, heads, dim, total, weights);
   for (int64_t i = 0; i < heads; ++i) {
     float* own = weights + i * total;
-    for (int64_t t = count; t < total; ++t) own[t] = own[0];  // fills the last lanes; not counted below
-    float top[kFull];
-    std::copy(own, own + kFull, top);
-    for (int64_t t = 0; t < total; t += kFull)
-      for (int l = 0; l < kFull; ++l) top[l] = own[t + l] > top[l] ? own[t + l] : top[l];
-    const float before = memory.top[lane + i], most = std::max(before, *std::max_element(top, top + kFull));
-    for (int64_t t = 0; t < total; ++t) {
-      own[t] -= most;
-      exp_negative<Scalar>(own[t]);
+    F top = at<P>(own);
+    for (int64_t t = P::kLanes; t < total; t += P::kLanes) top = at<P>(own + t) > top ? at<P>(own + t) : top;
+    float most = memory.top[lane + i];
+    for (int l = 0; l < P::kLanes; ++l) most = top[l] > most ? top[l] : most;
+    for (int64_t t = 0; t < total; t += P::kLanes) {
+      F x = at<P>(own + t) - most;
+      exp_negative<P>(x);
+      at<P>(own + t) = x;
     }
     for (int64_t t = count; t < total; ++t) own[t] = 0.0f;
-    Lanes sums = {0};
-    for (int64_t t = 0; t < total; t += kFull) sums += *reinterpret_cast<const Lanes*>(own + t);
-    float change = before - most;
+    F sums = F{};
+    for (int64_t t = 0; t < total; t += P::kLanes) sums += at<P>(own + t);
+    float change = memory.top[lane + i] - most, own_sum = 0.0f;
     exp_negative<Scalar>(change);
-    memory.sum[lane + i] = memory.sum[lane + i] * change + sum_of(sums);
-    for (int64_t d = 0; d < dim; ++d) out[i * dim + d] *= change;
+    for (int l = 0; l < P::kLanes; ++l) own_sum += sums[l];
+    memory.sum[lane + i] = memory.sum[lane + i] * change + own_sum;
+    for (int64_t d = 0; d < dim; d += P::kLanes) at<P>(out + i * dim + d) *= change;
   }
-  add_values(weights, v, call.sv.entry, count, heads, dim, total, out);
+  add_values<P>(weights, v, call.sv.entry, count, heads, dim, total, out);
 }
 
 // Wide vectors where there are lanes for them: a lane's arithmetic is the same in each.
@@ -265,7 +260,7 @@ ALWAYS_INLINE void attend(const Call& call, const Tile& tile, int64_t head, Memo
   for (int64_t lane = 0; lane < lanes;) {
     const int64_t own = tile.first + lane, row = tile.rows[own / repeat], i = own % repeat;
     const int64_t heads = std::min(repeat - i, lanes - lane);
-    take_own(call, row, head, lane, heads, memory);
+    take_own<Wide>(call, row, head, lane, heads, memory);
     float* to = call.out + ((row * call.heads + head) * repeat + i) * dim;
     for (int64_t j = 0; j < heads; ++j) {
       const float inverse = 1.0f / memory.sum[lane + j];

@@ -16,6 +16,7 @@
 namespace videor1 {
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef float Octet __attribute__((vector_size(32), aligned(4)));
 typedef float Quarter __attribute__((vector_size(16), aligned(4)));
 
 ALWAYS_INLINE Quarter folded(Lanes x) {
@@ -32,12 +33,15 @@ ALWAYS_INLINE Quarter sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
   return (first + third) + (second + fourth);
 }
 
-// Lanes of two vectors by number, those of the second from 16 on.
+// Lanes of two vectors by number, those of the second behind those of the first.
 #if defined(__clang__) || __GNUC__ >= 12
 #define VIDEOR1_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int Picks __attribute__((vector_size(64)));
-#define VIDEOR1_PICK(a, b, ...) __builtin_shuffle(a, b, Picks{__VA_ARGS__})
+template <int kBytes>
+struct Picks {
+  typedef int type __attribute__((vector_size(kBytes)));
+};
+#define VIDEOR1_PICK(a, b, ...) __builtin_shuffle(a, b, Picks<sizeof(a)>::type{__VA_ARGS__})
 #endif
 
 // The sums of the lanes of sixteen vectors, which are overwritten: neighbours are added, in pairs of vectors each time.
@@ -60,6 +64,27 @@ ALWAYS_INLINE Lanes sums_of(Lanes* x) {
   const Lanes a = x[0], b = x[1];
   return VIDEOR1_PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          VIDEOR1_PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// The same of eight vectors of eight lanes, and of four of four.
+ALWAYS_INLINE Octet sums_of(Octet* x) {
+  for (int i = 0; i < 4; ++i) {
+    const Octet a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + VIDEOR1_PICK(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Octet a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + VIDEOR1_PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  const Octet a = x[0], b = x[1];
+  return VIDEOR1_PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + VIDEOR1_PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+ALWAYS_INLINE Quarter sums_of(Quarter* x) {
+  for (int i = 0; i < 2; ++i) {
+    const Quarter a = x[2 * i], b = x[2 * i + 1];
+    x[i] = VIDEOR1_PICK(a, b, 0, 4, 2, 6) + VIDEOR1_PICK(a, b, 1, 5, 3, 7);
+  }
+  return VIDEOR1_PICK(x[0], x[1], 0, 1, 4, 5) + VIDEOR1_PICK(x[0], x[1], 2, 3, 6, 7);
 }
 
 // The rows of sixteen vectors become their columns.
