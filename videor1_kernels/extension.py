@@ -33,6 +33,7 @@ OPERATORS = ("bindings.cpp", "frames_to_patches.cpp")  # on the stable ABI of to
 CUDA_OPERATORS = ("bindings.cpp", "frames_to_patches.cu")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's, the oldest supported: newer ones load it too
 BUILD_SECONDS = 300
+_SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 
 log = logging.getLogger(__name__)
 _finding = threading.Lock()  # one thread compiles, the others wait for it
@@ -68,11 +69,11 @@ def unavailable_on_cpu(
     dtypes: Collection[torch.dtype],
     find: Callable[[], Callable[..., int] | str],
 ) -> str | None:
-    """Why a function of fp32 and bf16 on a CPU cannot run, or None; ``find`` is called where all else allows it."""
+    """Why a function of ``dtypes`` on a CPU cannot run, or None; ``find`` is called where all else allows it."""
     if device.type != "cpu":
         return "it runs on a CPU"
     if dtype is not None and dtype not in dtypes:
-        return f"it takes fp32 and bf16, and an input is {dtype}"
+        return f"it takes {' and '.join(_SHORT[str(known)] for known in dtypes)}, and an input is {dtype}"
     with _finding:
         found = find()
     return found if isinstance(found, str) else None

@@ -22,7 +22,8 @@ from sampling_cases import (
 from torch import Tensor
 from triton_cases import CUDA, Operations
 
-from videor1_kernels import sample_tokens
+from videor1_kernels import backends, extension, last_backend, sample_tokens
+from videor1_kernels.sampling import native
 from videor1_kernels.testing import rounding
 
 # Of NumPy, in the interpreter: -inf - top, and what is no number in a row that has no distribution.
@@ -39,8 +40,10 @@ ALIKE = [
     {"top_k": 5, "top_p": 0.7},
 ]
 
+needs_native = pytest.mark.skipif(backends("sample_tokens")["native"] is not None, reason="there is no C++ compiler")
 
-@pytest.fixture(params=["reference", "triton"])
+
+@pytest.fixture(params=["reference", pytest.param("native", marks=needs_native), "triton"])
 def sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sampler:
     set_tile(monkeypatch)
     return Sampler(request.param)
@@ -99,8 +102,9 @@ def test_dtypes(
     rows, banned = 3 if sample.interpreted else 24, None if ids is None else torch.tensor(ids)
     logits = (3 * torch.randn(rows, 77, generator=generator)).to(dtype)
     uniform = torch.rand(rows, generator=generator).to(number)
-    if sample.backend == "triton" and dtype == torch.float64:
-        with pytest.raises(ValueError, match=r"backend 'triton' cannot run .* its kernels compute in fp32"):
+    if sample.backend != "reference" and dtype == torch.float64:
+        why = {"triton": "its kernels compute in fp32", "native": "it takes fp32, and an input is torch.float64"}
+        with pytest.raises(ValueError, match=f"backend '{sample.backend}' cannot run .* {why[sample.backend]}"):
             sample(logits, uniform, banned, **options)
         return
     tokens, logp = sample(logits, uniform, banned, **options)
@@ -158,12 +162,13 @@ def test_equal_tokens(sample: Sampler, count: int) -> None:
         ):
             tokens, _ = sample(logits, torch.tensor([0.0, ALMOST_ONE]), banned, **options)
             assert tokens.tolist() == [1, ids[number - 1]], options
-    for dtype in DTYPES[sample.backend == "triton" :]:
+    for dtype in DTYPES[sample.backend != "reference" :]:
         tokens, logp = sample(logits[:1].to(dtype), torch.zeros(1), banned, temperature=0)
         assert tokens.tolist() == [1]
         torch.testing.assert_close(logp, torch.full_like(logp, -math.log(count + 3)))
 
 
+@pytest.mark.fits(lambda sample, dtype: sample == "reference" or dtype != torch.float64)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_that_only_rounding_keeps_from_top_p_reaches_it(sample: Sampler, dtype: torch.dtype) -> None:
     few = [(7, 25), (15, 29), (29, 35), (28, 41)] if dtype == torch.float32 else []
@@ -178,16 +183,20 @@ def test_without_truncation_the_reference_sorts_nothing() -> None:
     sorting = {"sort", "argsort", "topk", "msort", "kthvalue"}
     for options in ({}, {"temperature": 0.5}, {"temperature": 0}, {"top_k": 50}, {"top_k": 99}):
         with Operations() as operations:
-            sample_tokens(logits, uniform, banned=banned, **options)
+            sample_tokens(logits, uniform, banned=banned, backend="reference", **options)
         assert not sorting & set(operations.names), operations.names
         assert len(operations.names) < 45
     with Operations() as operations:
-        sample_tokens(logits, uniform, top_k=49)
+        sample_tokens(logits, uniform, top_k=49, backend="reference")
     assert sorting & set(operations.names)
 
 
 @pytest.mark.fits(
-    lambda sample, vocabulary, dtype, **_: sample != "triton" or (dtype, vocabulary) == (torch.float32, 33)
+    lambda sample, vocabulary, dtype, **_: (
+        sample == "reference"
+        or (sample == "native" and dtype != torch.float64)
+        or (dtype, vocabulary) == (torch.float32, 33)
+    )
 )
 @pytest.mark.grid(vocabulary=[1, 7, 33, 300, 1001], dtype=DTYPES, options=SETTINGS[:6] + KINDS[2:])
 def test_rows_do_not_know_of_each_other(sample: Sampler, vocabulary: int, dtype: torch.dtype, options: Options) -> None:
@@ -319,3 +328,48 @@ def test_no_gradient_and_no_autocast(sample: Sampler) -> None:
     plain = sample(logits, half, top_p=0.9)
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert_same(sample(logits, half, torch.tensor([], dtype=torch.int64), top_p=0.9), plain)
+
+
+@needs_native
+@pytest.mark.parametrize("options", [*KINDS, {"top_k": 5, "top_p": 0.7}], ids=str)
+def test_native_draws_alike_for_any_threads_and_vectors(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "GRAIN", 1)
+    logits, uniform = 3 * torch.randn(13, 333, generator=torch.Generator().manual_seed(0)), even(13)
+    banned = torch.tensor([7, 332])
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return sample_tokens(logits, uniform, banned=banned, backend="native", **options)
+
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(draw())
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
+    for result in (*results, draw()):
+        assert_same(result, results[0])
+    for bits in (128, 256, 512):
+        monkeypatch.setattr(native, "vector_bits", lambda bits=bits: bits)
+        tokens, logp = draw()
+        assert torch.equal(tokens, results[0][0])
+        torch.testing.assert_close(logp, results[0][1], rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_native_turned_off_says_so_and_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
+    native._function.cache_clear()
+    try:
+        for _ in range(2):
+            sample_tokens(torch.zeros(2, 4), torch.zeros(2))
+            assert last_backend("sample_tokens") == "reference"
+        with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
+            sample_tokens(torch.zeros(2, 4), torch.zeros(2), backend="native")
+    finally:
+        native._function.cache_clear()
+    [said] = [r.getMessage() for r in caplog.records if "sample_tokens on the CPU runs in plain" in r.getMessage()]
+    assert "VIDEOR1_NATIVE=0 turns it off" in said

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import capturing, check_indices, check_number, check_tensor, compute_dtype, fail
-from videor1_kernels.sampling import reference
+from videor1_kernels.sampling import native, reference
 from videor1_kernels.sampling.reference import SampleTokensOptions
 
 __all__ = ["sample_tokens"]
 
 dispatch.register_triton("sample_tokens", "videor1_kernels.sampling.triton")
+dispatch.register("sample_tokens", "native", native, unavailable=native.unavailable)
 dispatch.register("sample_tokens", "reference", reference)
 
 
@@ -47,7 +48,7 @@ def sample_tokens(
         top_p: above 0, at most 1; 1 is off.
         top_k: 0 or more; 0 is off.
         banned: int64 [K], ids that are never drawn; at least one id of the vocabulary must not be among them.
-        backend: ``auto``, ``triton``, ``reference``.
+        backend: ``auto``, ``triton``, ``native`` (on a CPU; C++ compiled at its first use), ``reference``.
 
     Returns:
         (tokens, logp): int64 [R], and [R] in nats: fp32, or fp64 where the logits are. Neither has a gradient.
