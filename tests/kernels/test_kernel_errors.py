@@ -364,7 +364,9 @@ CANNOT = {
     ],
     "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
-    "sample_tokens": [("native", {"logits": torch.zeros(2, 5).double()}, "it takes fp32, and an input is torch.float64")],
+    "sample_tokens": [
+        ("native", {"logits": torch.zeros(2, 5).double()}, "it takes fp32, and an input is torch.float64")
+    ],
     "prefix_attention": [
         ("native", {x: torch.zeros(5, 2, 8).double() for x in "qkv"}, "backend 'native' cannot run on cpu"),
         ("triton", {x: torch.zeros(5, 2, 144) for x in "qkv"}, "q: expected a head dim of at most 128 for the triton"),
