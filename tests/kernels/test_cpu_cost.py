@@ -90,8 +90,7 @@ def test_nothing_is_multiplied_or_converted_twice(way: str, monkeypatch: pytest.
             return a.float() @ b.float().T
 
     monkeypatch.setattr(tiles, "bf16_product", lambda: stand_in if way == "bf16" else None)
-    if way == "mm":
-        monkeypatch.setattr(tiles, "onednn", lambda: False)
+    monkeypatch.setattr(tiles, "onednn", lambda: way != "mm")
     rows, hidden_size, vocab = 700, 8, 9000
     hidden, weight, labels = make(rows, hidden_size, vocab, torch.bfloat16)
     inputs = HeadInputs(hidden, weight, labels, None, 1.0)

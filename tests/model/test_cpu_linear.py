@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from videor1.model import cpu_linear
 from videor1.model.cpu_linear import linear, use_onednn
+from videor1_kernels.linear_logprob import tiles
 from videor1_kernels.testing import assert_no_worse
 
-pytestmark = pytest.mark.skipif(not cpu_linear.onednn(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not tiles.has_onednn(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tiles, cpu_linear):
+        monkeypatch.setattr(module, "onednn", lambda: True)
 
 
 def run(layer: Any, x: Tensor) -> list[Tensor]:
@@ -57,3 +64,11 @@ def test_a_second_derivative_is_an_error() -> None:
     (grad,) = torch.autograd.grad(linear(x, w).square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_it_is_taken_where_it_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for capability, taken in {"AVX512": True, "AVX2": False, "DEFAULT": True}.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert tiles.onednn() == taken
+        assert use_onednn(nn.Sequential(nn.Linear(4, 4))) == int(taken)
