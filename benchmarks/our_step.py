@@ -8,6 +8,7 @@ from unittest import mock
 from benchmarks.phases import Phases
 from benchmarks.whole_inputs import WholeInputs
 from videor1.model import VideoLM
+from videor1.model.cpu_layers import use_cpu_layers
 from videor1.model.cpu_linear import use_onednn
 from videor1.rollout import Rollout
 from videor1.rollout.local.engine import Run
@@ -40,6 +41,7 @@ class OurStep(Trainer):
     def make_model(self) -> VideoLM:
         model = self.inputs.make_model()
         use_onednn(model.hf)  # as load_model does
+        use_cpu_layers(model.hf, model.family)
         return model
 
     def rollout(self, prompts):

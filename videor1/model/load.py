@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
+from videor1.model.cpu_layers import use_cpu_layers
 from videor1.model.cpu_linear import use_onednn
 from videor1.model.families import Family, family_of
 from videor1.model.liger import use_liger
@@ -62,6 +63,7 @@ def load_model(config: CommonConfig) -> VideoLM:
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)
     use_onednn(model.hf)
+    use_cpu_layers(model.hf, model.family)
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model
