@@ -59,7 +59,7 @@ class Family:
             the rotary embedding; None: it has none.
         tokens: further single tokens that its tokenizer must have.
         lora_targets: the linear layers of the language model that get an adapter by default.
-        recipes: the files in ``videor1/configs`` that train it.
+        recipes: the files in ``videor1/configs`` that train it, by the size of the model.
         foreign_tokens: single tokens of another family's tokenizer, whose ids follow each other in it; one of which
             that holds is that family's.
         foreign_template: (a user's turn, a conversation with a tool, as a chat template renders them) -> whose it is
