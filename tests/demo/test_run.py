@@ -110,7 +110,9 @@ def test_the_other_familys_demo(tmp_path: Path, capsys: Capture) -> None:
     """A Qwen3-VL, whose frames are larger and whose prompts hold their times; a resume keeps it."""
     folder = tmp_path / "run"
     assert train.main(["--demo", "qwen3_vl", "--output_dir", str(folder), *SHORT]) == 0
-    assert "a tiny Qwen3-VL" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "a tiny Qwen3-VL" in shown
+    assert "--config qwen3_vl_8b --model_name_or_path MODEL" in shown
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 1
     assert set(summary["after"]) == {"ordered", "shuffled"}

@@ -26,6 +26,7 @@ from benchmarks.compiling import kernel_names
 from videor1.doctor import __main__ as doctor
 from videor1.doctor import machine, packages, selfcheck, tools
 from videor1.doctor.rows import Finding, Section, problems, redact_home, text
+from videor1.model.families import FAMILIES
 from videor1.types import SampleError
 from videor1_kernels import dispatch, extension
 from videor1_kernels.frames_to_patches import native
@@ -334,6 +335,24 @@ def test_an_operation_with_wrong_results_is_broken(op: str, wrong: Any, words: s
     rows = by_name(selfcheck.operation_rows())
     assert (rows[op].status, words in rows[op].value) == ("broken", True)
     assert {row.status for name, row in rows.items() if name != op} == {"ok"}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_patches_of_every_family_are_cut(model_type: str, monkeypatch: Patch) -> None:
+    """One level more in one channel is let through, two are not."""
+    right, rules = videor1_kernels.frames_to_patches, FAMILIES[model_type].frames
+
+    def off(*args: Any, dtype: torch.dtype, **options: Any) -> torch.Tensor:
+        patches = right(*args, dtype=dtype, **options)
+        moved = dtype != torch.float64 and options.get("patch_size") == rules.patch_size
+        return patches + moved * levels / (255 * min(rules.std))
+
+    monkeypatch.setattr(videor1_kernels, "frames_to_patches", off)
+    levels = 0.0
+    assert by_name(selfcheck.operation_rows())["frames_to_patches"].status == "ok"
+    levels = 2.0
+    row = by_name(selfcheck.operation_rows())["frames_to_patches"]
+    assert (row.status, f"patches of {rules.name} is off by up to " in row.value) == ("broken", True), row
 
 
 def test_clips_that_do_not_decode_or_cannot_be_made(monkeypatch: Patch) -> None:

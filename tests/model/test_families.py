@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rollouts import ask
+from safetensors import safe_open
 from tiny import greedy
 from tiny_families import SHAPES, family_inputs, family_media, family_prompt, family_prompts, make_family_lm
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from videor1.config import LoraConfig
 from videor1.model import VideoLM
 from videor1.model.features import prompt_features, shuffled_features
+from videor1.model.lm import set_checkpointing
+from videor1.model.save import save_model
 from videor1.rollout import LocalEngine, SamplingOptions
 from videor1.side_by_side import as_on_a_card
 from videor1.training.passes import completion_logp, pack
@@ -80,6 +85,67 @@ def test_a_packed_row_equals_repeated_rows(model: VideoLM) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().any(), name
         assert (parameter.grad - theirs[name]).norm() <= 1e-5 * (theirs[name].norm() + 1e-3 * size), name
+
+
+def test_recomputed_activations_change_no_gradient(model: VideoLM) -> None:
+    """Of the language model's layers and the tower's, whose further features leave it midway in some families."""
+    prompts, gradients = family_prompts(model), []
+    groups = answers(model, len(prompts))
+    for on in (False, True):
+        model.hf.zero_grad()
+        model.hf.train()
+        set_checkpointing(model.hf, on)
+        completion_logp(model, pack(model, prompts, groups)).sum().backward()
+        gradients.append({name: p.grad for name, p in model.hf.named_parameters()})
+    set_checkpointing(model.hf, False)
+    model.hf.eval()
+    for name, plain in gradients[0].items():
+        assert plain is not None, name
+        torch.testing.assert_close(gradients[1][name], plain, rtol=0, atol=1e-5 * float(plain.norm()), msg=name)
+
+
+# The first parts of the names in the published files, which transformers' older versions and vLLM know.
+ON_DISK = {
+    "qwen2_vl": {"visual", "model.embed_tokens", "model.layers", "model.norm"},
+    "qwen2_5_vl": {"visual", "model.embed_tokens", "model.layers", "model.norm"},
+    "qwen3_vl": {"model.visual", "model.language_model"},
+}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_transformers_loads_what_was_trained(model: VideoLM, rank: int, tmp_path: Path) -> None:
+    """By its own class, with nothing missing or left over, to the same log-probs, under the published names."""
+    (tmp_path / "source").mkdir()
+    trained = VideoLM(plain_copy(model), model.tokenizer, source=str(tmp_path / "source"), position_rule="transformers")
+    if rank:
+        trained.add_lora(LoraConfig(rank=rank), 0)
+    prompts = family_prompts(trained)
+    groups = answers(trained, len(prompts))
+    optimizer = torch.optim.AdamW(trained.trainable().values(), lr=1e-3)
+    for _ in range(2):
+        (-completion_logp(trained, pack(trained, prompts, groups)).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(trained, tmp_path / "saved")
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert type(loaded) is type(model.hf)
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    kind = model.family.model_type
+    assert {next((start for start in ON_DISK[kind] if name.startswith(f"{start}.")), name) for name in names} == (
+        ON_DISK[kind]
+    )
+    with trained.inference():
+        live = completion_logp(trained, pack(trained, prompts, groups))
+        before = completion_logp(model, pack(model, prompts, groups))
+        theirs = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            for answer in group:
+                logits = loaded.eval()(**family_inputs(trained, prompt, answer)).logits[0, -len(answer) - 1 : -1]
+                theirs.append(logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0])
+    assert (torch.cat(theirs) - live).abs().max() <= 2e-5
+    assert (before - live).abs().max() > 1e-3
 
 
 def test_greedy_rollouts_equal_generate(model: VideoLM) -> None:

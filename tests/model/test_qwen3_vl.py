@@ -29,7 +29,9 @@ from tiny_families import (
     make_qwen3,
     make_qwen3_tokenizer,
     qwen3_config,
+    tokenizer_of,
 )
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLVisionModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -43,7 +45,7 @@ from videor1.model import VideoLM, vision
 from videor1.model.families import FAMILIES
 from videor1.model.positions import PositionRule
 from videor1.model.prompts import VIDEO, build_input_ids, special_ids
-from videor1.model.template import check_template
+from videor1.model.template import check_answer, check_template
 from videor1.rollout import Branch, LocalEngine, SamplingOptions
 from videor1.rollout.local.kv_cache import bytes_per_token
 from videor1.types import Clip, Media, SampleError
@@ -307,15 +309,63 @@ def test_a_tokenizer_or_template_of_another_family() -> None:
     other.chat_template = CHAT_TEMPLATE
     with pytest.raises(ConfigError, match=r"template of MODEL is that of Qwen2.5-VL: it adds '<\|im_start\|>system"):
         check_template(other, "MODEL", FAMILY)
-    other.add_tokens(["<tool_response>"])
-    for model_type in ("qwen2_vl", "qwen2_5_vl"):
-        with pytest.raises(ConfigError, match=r"has the tokens <think>, </think>, <tool_response> of another family"):
-            special_ids(other, FAMILIES[model_type])
     config = qwen3_config(TOKENIZER)
     config.vision_config.patch_size = 14
     hf = type(make_qwen3())(config)
     with pytest.raises(ConfigError, match=r"tiny: its vision_config's patch_size is 14, expected 16 \(Qwen3-VL\)"):
         VideoLM(hf, TOKENIZER, source="tiny")
+
+
+# As Qwen3-VL's template has it: what a tool answers, between tags in a user's turn.
+TOOLS = (
+    "{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "<|im_start|>user{{ '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}<|im_end|>{{ '\\n' }}"
+    "{% else %}"
+)
+PLAIN_TEMPLATE = "{% for message in messages %}" + CHAT_TEMPLATE.partition("{% endif %}")[2]
+QWEN3_TEMPLATE = TOOLS + PLAIN_TEMPLATE.removeprefix("{% for message in messages %}").replace(
+    "{% endfor %}{% if add_generation_prompt %}", "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_tokenizer_or_template_of_qwen3_vl(model_type: str) -> None:
+    """Refused, while models that were trained on with tags, tools or templates of their own are let through."""
+    family = FAMILIES[model_type]
+
+    def tokenizer(*tokens: str, template: str = CHAT_TEMPLATE) -> Any:
+        made = copy.deepcopy(make_tokenizer())
+        made.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+        made.chat_template = template
+        return made
+
+    tags, tools = ("<think>", "</think>"), ("<tool_response>", "</tool_response>")
+    with pytest.raises(ConfigError, match=f"<tool_response>, </tool_response>, .* {family.name} has never seen them"):
+        special_ids(tokenizer(*tools, *tags), family)
+    for tokens in (tags, (*tags, "<answer>", "</answer>"), tools, (*tags, *tools), (*tools, "<answer>", *tags)):
+        special_ids(tokenizer(*tokens), family)
+    assert TOKENIZER.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False) == tokenizer(
+        template=QWEN3_TEMPLATE
+    ).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    with pytest.raises(
+        ConfigError, match=f"is that of Qwen3-VL: it adds no system turn, .* use the template of a {family.name}"
+    ):
+        check_template(tokenizer(template=QWEN3_TEMPLATE), "MODEL", family)
+    own = "<|im_start|>system\nThink first.<|im_end|>\n"
+    for template in (CHAT_TEMPLATE, PLAIN_TEMPLATE, own + QWEN3_TEMPLATE):
+        check_template(tokenizer(template=template), "MODEL", family)
+    check_template(tokenizer(*tags, template=QWEN3_TEMPLATE), "MODEL", FAMILY)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_template_that_opens_the_reasoning(model_type: str) -> None:
+    """As those of Thinking models: it can be asked, but no answer to it can earn the format reward."""
+    thinking = copy.deepcopy(tokenizer_of(model_type))
+    check_answer(thinking, "MODEL")
+    thinking.chat_template = thinking.chat_template.replace("assistant{{ '\\n' }}", "assistant{{ '\\n<think>\\n' }}")
+    check_template(thinking, "MODEL", FAMILIES[model_type])
+    with pytest.raises(ConfigError, match=r"template of MODEL ends a prompt with <think>, .* Take the Instruct"):
+        check_answer(thinking, "MODEL")
 
 
 # Language model's width, layers, heads of q and k; the tower's width, layers, heads, deepstack layers.

@@ -101,6 +101,11 @@ def test_processor_files_of_another_family(assets: Assets, tmp_path: Path) -> No
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     with pytest.raises(ConfigError, match=r"says image_mean \[0.5, 0.5, 0.5\], expected \[0.48"):
         check_processor(str(tmp_path), FAMILIES["qwen2_5_vl"])
+    (tmp_path / "preprocessor_config.json").unlink()
+    parts = {"image_processor": {"patch_size": 14}, "video_processor": {"patch_size": 16}, "processor_class": "any"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(parts))
+    with pytest.raises(ConfigError, match=r"processor_config.json of .* says patch_size 16, expected 14"):
+        check_processor(str(tmp_path), FAMILIES["qwen2_5_vl"])
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"preprocessor_config.json of .* is no JSON"):
         check_processor(str(tmp_path), FAMILIES["qwen2_5_vl"])

@@ -36,9 +36,11 @@ from videor1.rollout.local.kv_cache import MIB
 from videor1.train import _plan_room
 from videor1.train import main as train
 from videor1_kernels import PrefixLayout, linear_grpo_loss, prefix_attention
+from videor1_kernels.frames_to_patches import normalize_patches, patch_columns
 from videor1_kernels.linear_logprob import tiles
 from videor1_kernels.linear_logprob.products import chunk_rows
 from videor1_kernels.linear_logprob.waves import inner_parts
+from videor1_kernels.testing import PeakMemory
 
 CPU = torch.device("cpu")
 TINY = ["--max_completion_length", "24", "--video.max_frames", "4", "--video.max_pixels", "12544"]
@@ -122,6 +124,7 @@ def assert_as_measured(config: TrainConfig, shape: Any) -> dict[str, Compared]:
                 ("small", [*SMALL, "--lora.rank", "8", CHECKPOINTED, "--freeze_vision"]),
                 ("small Qwen2-VL", SMALL),
                 ("tiny Qwen3-VL", TINY),
+                ("tiny Qwen3-VL", [*TINY, "--bf16"]),
                 ("small Qwen3-VL", SMALL),
                 ("small Qwen3-VL", [*SMALL, "--lora.rank", "8", "--freeze_vision"]),
                 ("small Qwen3-VL", [*SMALL, "--beta", "0", "--max_tokens_per_row", "400"]),
@@ -151,6 +154,23 @@ def test_bf16_is_planned_for_either_kind_of_cpu(serves: bool, monkeypatch: pytes
     entries, tokens = 6144 - 3276, 320
     without = rows["reference"].planned - 4 * 256 * (entries + tokens) * (not serves)
     assert without == pytest.approx(12_234_560, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_written_into_a_tensor_takes_no_memory(dtype: torch.dtype) -> None:
+    """The patches of the demonstration's video become floats in a tensor that was there before, some rows at a time."""
+    sizes = (2912, patch_columns(16))
+    patches = torch.zeros(sizes, dtype=torch.uint8)
+    with PeakMemory(CPU) as memory:
+        normalize_patches(patches, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(sizes, dtype=torch.uint8)
+    ledger = Ledger(cuda=False)
+    ledger.hold("patches", [fake])
+    with ledger:
+        ledger.restart()
+        normalize_patches(fake, dtype)
+    assert ledger.peak["other"] == pytest.approx(memory.bytes, rel=1e-4)
 
 
 def test_checkpointing_and_shorter_rows_lower_the_planned_peak() -> None:

@@ -12,7 +12,8 @@ from transformers import Qwen2_5_VLConfig
 from videor1.config import TrainConfig
 from videor1.config.cli import parse
 from videor1.plan.layers import MARGIN, LayerPlans, choose_layers
-from videor1.plan.plan import GIB, plan
+from videor1.plan.plan import GIB, count_parameters, plan
+from videor1.plan.setup import Target, build_policy, shape_of
 from videor1.train import main as train
 
 LAYERS = 5
@@ -58,6 +59,17 @@ def test_as_few_layers_recompute_as_memory_needs(config: TrainConfig, plans: Lay
     for words in (f"2 of {LAYERS} layers", f"{plans.total(2) / GIB:.1f} GiB", "less 10%", "one layer fewer would take"):
         assert words in why
     assert "fewer" not in choose_layers(config, 2 * int(needs[0]))[1]
+
+
+@pytest.mark.parametrize("demo", [None, "qwen3_vl"])
+def test_the_demonstration_that_is_planned_is_the_one_asked_for(demo: str | None) -> None:
+    config = parse(TrainConfig, ["--gradient_checkpointing", *FLAGS], prog="plan", description="")
+    config.demo = demo
+    plans, family = LayerPlans.of(config), demo or "qwen2_5_vl"
+    for made in (plans.none, plans.every):
+        assert made.parameters == count_parameters(
+            build_policy(shape_of(None, family), config, Target.of(config), "meta")
+        )
 
 
 def test_several_processes_are_planned_as_one(config: TrainConfig) -> None:

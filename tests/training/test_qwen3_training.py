@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from media import numbered_frames, write_video
+from PIL import Image
 from runs import last_metrics, run_lines, sft_trainer, trainer
 from tiny_families import family_inputs, make_qwen3
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from videor1.data.samples import load_samples
 from videor1.demo.assets import Assets
+from videor1.errors import ConfigError
 from videor1.model import load_model
 from videor1.model.prompts import build_input_ids
 from videor1.training.passes import completion_logp, pack
@@ -77,6 +82,64 @@ def test_sft(folder: Path, assets: Assets, tmp_path: Path) -> None:
     run = sft_trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS)
     run.train()
     assert last_metrics(tmp_path)["step"] == 2
+
+
+ODD: dict[str, tuple[str, str | None, tuple[int, ...]]] = {  # name: (kind, what it is skipped for, frames and sides)
+    "one frame": ("video", "too_few_frames", (1, 64, 64)),
+    "three frames": ("video", None, (3, 64, 64)),
+    "smaller than a block": ("video", None, (5, 16, 16)),
+    "wide": ("video", None, (6, 16, 1600)),
+    "thin": ("image", None, (10, 1900)),
+    "too thin": ("image", "aspect_ratio", (10, 2200)),
+    "a pixel": ("image", None, (1, 1)),
+    "text": ("text", None, ()),
+}
+
+
+@pytest.mark.parametrize("names", [list(ODD), ["text"]], ids=["mixed", "text alone"])
+def test_odd_media(names: list[str], folder: Path, assets: Assets, tmp_path: Path) -> None:
+    """In one batch; what cannot be is skipped and counted by its kind."""
+    rows = []
+    for number, name in enumerate(names):
+        kind, _, size = ODD[name]
+        path = tmp_path / (f"{name}.mp4" if kind == "video" else f"{name}.png")
+        if kind == "video":
+            write_video(path, numbered_frames(*size), rate=4)
+        elif kind == "image":
+            Image.new("RGB", size[::-1], (200, 30, 30)).save(path)
+        row = {"problem_id": number, "problem": "What comes first?", "data_type": kind, "problem_type": "free-form"}
+        rows.append(row | {"solution": "<answer>red</answer>"} | ({"path": path.name} if size else {}))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    skipped = [kind for kind in (ODD[name][1] for name in names) if kind]
+    run = trainer(
+        assets,
+        tmp_path / "run",
+        model_name_or_path=folder,
+        dataset_name=tmp_path / "data.json",
+        max_steps=1,
+        per_device_train_batch_size=len(names) - len(skipped),
+        **PIXELS,
+    )
+    run.train()
+    lines = run_lines(tmp_path / "run", "skipped.jsonl") if skipped else []
+    assert sorted(line["kind"] for line in lines) == sorted(skipped)
+    last = last_metrics(tmp_path / "run")
+    assert (last["step"], math.isfinite(last["loss"])) == (1, True)
+    assert {row["problem_id"] for row in run_lines(tmp_path / "run", "rollouts.jsonl")} == {
+        str(number) for number, name in enumerate(names) if not ODD[name][1]
+    }
+
+
+def test_a_thinking_models_template_is_not_trained_with(folder: Path, assets: Assets, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += "{{ '<think>\\n' if add_generation_prompt }}"
+    tokenizer.save_pretrained(model)
+    trainer(assets, tmp_path / "plain", model_name_or_path=folder, **PIXELS)
+    for make in (trainer, sft_trainer):
+        with pytest.raises(ConfigError, match="ends a prompt with <think>"):
+            make(assets, tmp_path / make.__name__, model_name_or_path=model, **PIXELS)
 
 
 def test_a_video_over_the_budget_is_skipped_and_counted(folder: Path, assets: Assets, tmp_path: Path) -> None:

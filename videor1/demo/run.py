@@ -114,7 +114,8 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
     print(report_line(run_dir))
     print("  curves.png  rollouts.jsonl (every completion)  metrics.jsonl  checkpoints/  demo/ (the made data)")
     print("Next, your own data:")
-    print("  python -m videor1.train --config qwen2_5_vl_7b --model_name_or_path MODEL --dataset_name DATA.json")
+    recipe = FAMILIES[config.demo or DEFAULT].recipes[1]
+    print(f"  python -m videor1.train --config {recipe} --model_name_or_path MODEL --dataset_name DATA.json")
     return 0
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Case = Callable[[Cast, str], dict[str, Tensor]]
 
 TRAINER = "videor1.training.tgrpo"  # importing this module imports everything that a run needs
-LEVEL = 1 / (255 * 0.26130258)  # one level of a normalised pixel, by which rounding in fp32 may move it
+LEVEL = 1.01  # one level of a pixel, by which rounding in fp32 may move it
 CODECS = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1", "vp9": "libvpx-vp9"}  # codec -> encoder of the clip
 NEEDED_CODEC = "h264"  # the codec of the demonstration's clips
 FRAMES, SIDE, STEP = 8, 64, 30  # frames of a clip, side in pixels, grey levels from one frame to the next
@@ -85,7 +85,7 @@ def _compare(case: Case, device: torch.device, dtype: torch.dtype, backend: str)
                 return f"{name} are other ones than the reference's"
             continue
         bound = TOLERANCES[dtype]
-        atol = 1.01 * LEVEL if name == "patches" else bound.atol
+        atol = LEVEL if name.startswith("patches") else bound.atol
         error = (got.double() - expected).abs()
         if got.shape != expected.shape or not bool((error <= atol + bound.rtol * expected.abs()).all()):
             return f"{name} is off by up to {error.max():.1e}, at most about {atol:.0e} was expected"
@@ -210,17 +210,30 @@ def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
 
 
 def _frames_to_patches(cast: Cast, backend: str) -> dict[str, Tensor]:
+    """Return the patches of every family's rules, in levels of the channel that a level moves most."""
     import torch
 
     import videor1_kernels as kernels
+    from videor1.video import FRAME_RULES
 
     like = cast(torch.zeros(1))
     frames = torch.randint(256, (4, 40, 60, 3), generator=torch.Generator().manual_seed(14)).to(torch.uint8)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    patches = kernels.frames_to_patches(
-        frames.to(like.device), size=(28, 56), permutation=[2, 0, 3, 1], dtype=dtype, backend=backend
-    )
-    return {"patches": patches}
+    return {
+        f"patches of {name}": 255
+        * min(rules.std)
+        * kernels.frames_to_patches(
+            frames.to(like.device),
+            size=(rules.block, 2 * rules.block),
+            permutation=[2, 0, 3, 1],
+            dtype=dtype,
+            patch_size=rules.patch_size,
+            mean=rules.mean,
+            std=rules.std,
+            backend=backend,
+        )
+        for name, rules in FRAME_RULES.items()
+    }
 
 
 def _sample_tokens(cast: Cast, backend: str) -> dict[str, Tensor]:

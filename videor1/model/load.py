@@ -164,12 +164,17 @@ def check_processor(source: str, family: Family) -> None:
             given: Any = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"model_name_or_path: {file} of {source} is no JSON: {error}") from error
-        for name, value in expected.items() if isinstance(given, dict) else ():
-            if given.get(name, value) != value:
-                raise ConfigError(
-                    f"model_name_or_path: {file} of {source} says {name} {given[name]}, expected {value}: it is "
-                    f"another family's, the model is a {family.name}"
-                )
+        whole = given if isinstance(given, dict) else {}
+        for part in (
+            whole,
+            *(part for part in whole.values() if isinstance(part, dict)),
+        ):  # one for images, one for videos
+            for name, value in expected.items():
+                if part.get(name, value) != value:
+                    raise ConfigError(
+                        f"model_name_or_path: {file} of {source} says {name} {part[name]}, expected {value}: it is "
+                        f"another family's, the model is a {family.name}"
+                    )
 
 
 def load_weights(source: str, config: Any, dtype: torch.dtype) -> Any:

@@ -79,11 +79,12 @@ def special_ids(tokenizer: Any, family: Family | None = None) -> SpecialIds:
             f"{', '.join(missing)}; expected the tokenizer of a {names} model"
         )
     foreign = family.foreign_tokens if family else ()
-    if family and foreign and all(_token_id(tokenizer, token) is not None for token in foreign):
+    found = [_token_id(tokenizer, token) for token in foreign]
+    if family and found and found[0] is not None and found == [found[0] + i for i in range(len(found))]:
         raise ConfigError(
             f"the tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path or 'no path'}) has the tokens "
-            f"{', '.join(foreign)} of another family, which this model has never seen; expected the tokenizer of a "
-            f"{family.name} model"
+            f"{', '.join(foreign)} of another family in its order, and {family.name} has never seen them; expected the "
+            f"tokenizer of a {family.name} model"
         )
     ids: dict[str, Any] = {name: _token_id(tokenizer, token) for name, token in _TOKENS.items()}
     return SpecialIds(**ids, vision_pad=_token_id(tokenizer, _VISION_PAD))

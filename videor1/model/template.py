@@ -17,6 +17,9 @@ _QUESTION = (
     + "\nReason between <think> and </think>, then answer between <answer> and </answer>."
 )
 
+# What a template raises: Jinja's errors, and those of the operators and filters in it.
+_RAISED = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
 
 def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> None:
     """Check that the chat template renders prompts with a video, an image and text alone, with the question in each.
@@ -37,11 +40,8 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
                 f"model_name_or_path: the chat template of {source} {happened} the question of a prompt with {kind}: "
                 f"it gives {_short(rendered)}; {advice}"
             )
-        if family.foreign_text and family.foreign_text[0] in rendered:
-            text, whose = family.foreign_text
-            raise ConfigError(
-                f"model_name_or_path: the chat template of {source} is that of {whose}: it adds {text!r}; {advice}"
-            )
+        if kind == "text" and (whose := family.foreign_template(rendered, _with_tool(tokenizer))):
+            raise ConfigError(f"model_name_or_path: the chat template of {source} is that of {whose}; {advice}")
         eos = str(tokenizer.convert_ids_to_tokens(special.eos))
         if not rendered.partition(_QUESTION)[2].rpartition(eos)[2].strip():
             raise ConfigError(
@@ -68,20 +68,37 @@ def _render(tokenizer: Any, source: str, kind: str, advice: str) -> str:
     messages = [{"role": "user", "content": content}]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # What a template raises: Jinja's errors, and those of the operators and filters in it.
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except _RAISED as error:
         raise ConfigError(
             f"model_name_or_path: the chat template of {source} cannot render a prompt with {kind}: "
             f"{type(error).__name__}: {str(error)[:300]}; {advice}"
         ) from error
+
+
+def _with_tool(tokenizer: Any) -> str:
+    """Render a conversation in which a tool answers; "" where the template has no tools."""
+    turns = [("user", _QUESTION), ("assistant", "It depends."), ("tool", "red")]
+    try:
+        return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
+    except _RAISED:
+        return ""
+
+
+def check_answer(tokenizer: Any, source: str) -> None:
+    """Check that a model writes the whole of its answer itself, as training needs it.
+
+    Raises:
+        ConfigError: the chat template opens the reasoning, so that no answer could earn the format reward.
+    """
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, tokenize=False
+    )
+    if rendered.rstrip().endswith("<think>"):
+        raise ConfigError(
+            f"model_name_or_path: the chat template of {source} ends a prompt with <think>, as Thinking models' do; an "
+            "answer must open it itself to earn the format reward, and targets of SFT do. Take the Instruct model, or "
+            "remove <think> from the end of the template"
+        )
 
 
 def _short(text: str) -> str:

@@ -30,7 +30,7 @@ class LayerPlans:
     @staticmethod
     def of(config: TrainConfig, every: Plan | None = None) -> LayerPlans:
         """Those of a run; ``every``: the plan in which all layers recompute, if there is one already."""
-        shape = shape_of(config.model_name_or_path)
+        shape = shape_of(config.model_name_or_path, config.demo)
         layers = shape.text_config.num_hidden_layers
         none = plan(dataclasses.replace(config, checkpoint_layers=0), shape)
         return LayerPlans(layers, every or plan(dataclasses.replace(config, checkpoint_layers=layers), shape), none)

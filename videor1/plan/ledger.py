@@ -146,6 +146,8 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view and (not isinstance(out, Tensor) or _key(out) == _key(args[0])):
             return out  # A list of views often holds thousands of windows, so its tensors are not visited.
+        if _writes(func):
+            return out  # An argument. A real one, beside the fake ones, comes back as a fake one, which takes nothing.
         # In inference mode `to` arrives here undecomposed. Its schema says that it returns a view, but it may copy.
         cast = func.overloadpacket in _CASTS and _key(args[0]) in self._weights
         for value in tree_leaves(out):
@@ -341,6 +343,13 @@ def _without_pointers() -> Iterator[None]:
 
 def _logits_bytes(rows: int, vocabulary: int) -> int:
     return chunk_rows(rows, vocabulary) * -(-vocabulary // 64) * 64 * 4
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Return whether all that an operator returns are arguments that it has written to."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and r.alias_info.is_write for r in returns)
 
 
 def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from videor1.model import vision
+from videor1.model.families.foreign import QWEN3_TOKENS, qwen3_template
 from videor1.model.families.record import Family
 from videor1.model.positions import MediaRun
 from videor1.types import Media
@@ -67,5 +68,6 @@ QWEN2_5_VL = Family(
     runs=_runs,
     recipes=("qwen2_5_vl_3b", "qwen2_5_vl_7b", "video_r1", "sft"),
     server_video=_server_video,
-    foreign_tokens=("<think>", "</think>", "<tool_response>"),
+    foreign_tokens=QWEN3_TOKENS,
+    foreign_template=qwen3_template,
 )

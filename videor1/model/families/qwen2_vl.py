@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from videor1.model import vision
+from videor1.model.families.foreign import QWEN3_TOKENS, qwen3_template
 from videor1.model.families.record import Family
 from videor1.model.positions import MediaRun
 from videor1.types import Media
@@ -32,5 +33,6 @@ QWEN2_VL = Family(
     frames=QWEN2_RULES,
     tower_inputs=_tower_inputs,
     runs=_runs,
-    foreign_tokens=("<think>", "</think>", "<tool_response>"),
+    foreign_tokens=QWEN3_TOKENS,
+    foreign_template=qwen3_template,
 )

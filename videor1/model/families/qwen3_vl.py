@@ -16,6 +16,7 @@ from transformers.vision_utils import (
 )
 
 from videor1.model import vision
+from videor1.model.families.foreign import qwen2_template
 from videor1.model.families.record import Family
 from videor1.model.positions import MediaRun
 from videor1.types import Media
@@ -84,6 +85,6 @@ QWEN3_VL = Family(
     head_norms=lambda attention: (attention.q_norm, attention.k_norm),
     tokens=("<think>", "</think>"),
     recipes=("qwen3_vl_4b", "qwen3_vl_8b"),
-    foreign_text=("<|im_start|>system\nYou are a helpful assistant.<|im_end|>", "Qwen2.5-VL"),
+    foreign_template=qwen2_template,
     server_video=_server_video,
 )

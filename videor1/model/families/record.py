@@ -29,6 +29,10 @@ def _nothing(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
     return {}
 
 
+def _no_reason(user: str, tool: str) -> str | None:
+    return None
+
+
 def _no_norms(attention: Any) -> None:
     return None
 
@@ -55,9 +59,11 @@ class Family:
             the rotary embedding; None: it has none.
         tokens: further single tokens that its tokenizer must have.
         lora_targets: the linear layers of the language model that get an adapter by default.
-        recipes: the files in ``videor1/configs`` that train it.
-        foreign_tokens: single tokens of another family's tokenizer; one that has them all is that family's.
-        foreign_text: (text that only another family's chat template adds, whose it is).
+        recipes: the files in ``videor1/configs`` that train it, by the size of the model.
+        foreign_tokens: single tokens of another family's tokenizer, whose ids follow each other in it; one of which
+            that holds is that family's.
+        foreign_template: (a user's turn, a conversation with a tool, as a chat template renders them) -> whose it is
+            and how that shows, if it is another family's; None: it is not.
         server_video: a video -> what vLLM's loader of frames is told (``media_io_kwargs``), so that it puts them at the
             same times; None: ``rollout.engine: server`` cannot sample from it yet.
     """
@@ -76,7 +82,7 @@ class Family:
     lora_targets: tuple[str, ...] = QWEN_LINEAR
     recipes: tuple[str, ...] = ()
     foreign_tokens: tuple[str, ...] = ()
-    foreign_text: tuple[str, str] | None = None
+    foreign_template: Callable[[str, str], str | None] = _no_reason
     server_video: Callable[[Media], dict[str, Any]] | None = None
 
     def transformers_class(self) -> Any:
