@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from videor1_kernels import PrefixLayout, chosen_backend, last_backend, prefix_gated_delta
+from videor1_kernels import last_backend, prefix_gated_delta
 from videor1_kernels.prefix_gated_delta import reference
 from videor1_kernels.testing import LargestTensor, assert_matches, poisoned_memory
 
@@ -142,7 +141,9 @@ def test_a_fork_equals_transformers_on_repeated_rows(call: Callable[..., Any], n
     ends = [
         state
         for i, lengths in enumerate(case.lengths[1])
-        for state in (after.completions.split([len(x) for x in case.lengths[1]])[i] if lengths else after.prompts[i][None])
+        for state in (
+            after.completions.split([len(x) for x in case.lengths[1]])[i] if lengths else after.prompts[i][None]
+        )
     ]
     assert relative(torch.stack(ends), states) < 1e-6
     for name, mine, theirs in zip(NAMES, torch.autograd.grad((ours * case.grad).sum(), inputs), gradients, strict=True):
@@ -270,27 +271,14 @@ def test_padding_is_that_of_last_chunks_alone() -> None:
     assert largest.numel <= 64 * 64 * 5, largest.operation  # a chunk's decays
 
 
-@pytest.mark.parametrize("backend", ["reference", "fla"])
-def test_a_card_without_fla_is_an_error_that_names_the_extra(backend: str) -> None:
-    """Not a silent reference; which is there for fp32, for fp64, and where it is named."""
-    for op in (OP, "prefix_causal_conv"):
-        assert chosen_backend(op, "cuda", "reference", torch.bfloat16) == "reference"
-        assert chosen_backend(op, "cuda", dtype=torch.float32) == "reference"
-        assert chosen_backend(op, "cuda", dtype=torch.float64) == "reference"
-        assert chosen_backend(op, "cpu", dtype=torch.bfloat16) == "reference"
-
-
-def test_layouts_of_many_groups_are_moved_once_each_way() -> None:
-    layout = PrefixLayout([2, 3], [[1], [2, 2]])
-    seen = []
-    run = reference.gated_delta_rule
+def test_all_prompts_are_one_call_and_all_completions_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, run = [], reference.gated_delta_rule
 
     def spy(inputs: Any, lengths: tuple[int, ...], *others: Any, **options: Any) -> Any:
         seen.append(lengths)
         return run(inputs, lengths, *others, **options)
 
-    case = make_delta((list(layout.prompt_lengths), [list(x) for x in layout.completion_lengths]))
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress():
-        patch.setattr(reference, "gated_delta_rule", spy)
-        prefix_gated_delta(*case.inputs, layout)
-    assert seen == [(2, 3), (1, 2, 2)]
+    monkeypatch.setattr(reference, "gated_delta_rule", spy)
+    case = make_delta(([2, 3, 4], [[1], [], [2, 2]]))
+    prefix_gated_delta(*case.inputs, case.layout)
+    assert seen == [(2, 3, 4), (1, 2, 2)]
