@@ -245,8 +245,8 @@ def causal_conv_step(
 
     Args:
         x: [R, C], fp64, fp32, bf16 or fp16.
-        state: [S, C, K - 1] in x's dtype (fp64, fp32, bf16 or fp16), preallocated, the oldest input first; each slot's
-            numbers side by side in memory.
+        state: [S, C, L], L = K - 1, in x's dtype (fp64, fp32, bf16 or fp16), preallocated, the oldest input first; each
+            slot's numbers side by side in memory.
         weight: [C, K], the newest input's last; fp64, fp32, bf16 or fp16.
         bias: [C], fp64, fp32, bf16 or fp16.
         slots: int32 or int64 [R], in [0, S); None: row r has slot r.

@@ -7,7 +7,8 @@ hold on to their inputs alone, and compute the forward pass again in the backwar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -146,9 +147,19 @@ def _results(out: Tensor, states: PrefixStates | None) -> list[Tensor]:
     return [out.contiguous(), states.prompts.contiguous(), states.completions.contiguous()]
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd records what runs in the block: within an operator torch leaves autograd out, whatever is enabled."""
+    with ExitStack() as stack:
+        for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+            key = getattr(torch._C.DispatchKey, name)
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
 def _again(forward: Callable[..., list[Tensor]], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the inputs, by another forward pass."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _recorded():
         leaves = [x.detach().requires_grad_() for x in inputs]
         results = forward(*leaves)
     pairs = [(y, dy) for y, dy in zip(results, gradients, strict=True) if y.requires_grad]
