@@ -91,7 +91,7 @@ def _conv_inputs(rows: int, heads: tuple[int, int], dim: int, dtype: torch.dtype
 
 
 def _step(call: Call, inputs: StepInputs) -> Step:
-    """The state goes on from call to call, as in a rollout; the first call, which is compared, begins with the given."""
+    """The state goes on from call to call, as in a rollout; the first call is the one that is compared."""
     state = inputs.state.clone()
 
     def step() -> Mapping[str, Tensor]:
