@@ -138,8 +138,10 @@ def causal_conv_step_kernel(
         value = tl.load(last + j, mask=held, other=0.0)
         total += value.to(tl.float32) * tl.load(filters + j, mask=known, other=0.0).to(tl.float32)
         if j > 0:
+            tl.debug_barrier()  # another thread may hold the numbers that are overwritten
             tl.store(last + j - 1, value, mask=held)
     if K > 1:
+        tl.debug_barrier()
         tl.store(last + K - 2, new, mask=held)
     if HAS_BIAS:
         total += tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
