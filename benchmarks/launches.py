@@ -31,6 +31,8 @@ from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
+from videor1_kernels.prefix_gated_delta.reference_step import ConvStep, DeltaStep
+from videor1_kernels.prefix_gated_delta.triton_step import causal_conv_step, gated_delta_step
 from videor1_kernels.rotary_append.reference import HeadNorms, Places
 from videor1_kernels.rotary_append.triton import rotary_append
 from videor1_kernels.sampling.reference import SampleTokensOptions
@@ -87,6 +89,7 @@ def launch_all(capability: int) -> Iterator[Launch]:
         yield from _norms()
         yield from _rotaries()
         yield from _activations()
+        yield from _linear_steps()
     yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
     yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
 
@@ -382,6 +385,45 @@ def _activations() -> Iterator[Launch]:
     yield "sizes of 1, fp32", ONCE
     silu_mul(ALIGNED(1, 2))
     launch(1, 1, 1, BF16, ALIGNED)
+
+
+def _linear_steps() -> Iterator[Launch]:
+    def launch(
+        rows: int,
+        heads: tuple[int, int],
+        dims: tuple[int, int],
+        size: int,
+        dtype: torch.dtype,
+        memory: Memory,
+        *,
+        index: torch.dtype | None = torch.int64,
+        norm: bool = True,
+        gate: torch.dtype = FP32,
+        bias: bool = False,
+    ) -> None:
+        (key_heads, value_heads), (dk, dv) = heads, dims
+        q, k = (memory(rows, key_heads, dk, dtype=dtype) for _ in range(2))
+        v, beta = memory(rows, value_heads, dv, dtype=dtype), memory(rows, value_heads, dtype=dtype)
+        slots = None if index is None else memory(rows, dtype=index)
+        state = memory(rows + 5, value_heads, dk, dv)
+        step = DeltaStep(q, k, v, memory(rows, value_heads, dtype=gate), beta, state, slots)
+        gated_delta_step(step, 0.1, norm)
+        channels = 2 * key_heads * dk + value_heads * dv
+        x, weight = memory(rows, channels, dtype=dtype), memory(channels, size, dtype=dtype)
+        last = memory(rows + 5, channels, size - 1, dtype=dtype)
+        offset = memory(channels, dtype=dtype) if bias else None
+        causal_conv_step(ConvStep(x, last, weight, offset, slots), "silu" if norm else "none")
+
+    yield "12 rows of a Qwen3.5 of 32 heads, bf16", TARGETS
+    launch(12, (16, 32), (128, 128), 4, BF16, ALIGNED)
+    yield "own slots, biased, gates and rows in fp16", ONCE
+    launch(12, (16, 16), (128, 128), 4, FP16, ALIGNED, index=None, gate=FP16, bias=True)
+    yield "head dims 80 and 200, int32, odd everything, no norm, fp32", ONCE
+    launch(3, (2, 6), (80, 200), 3, FP32, ODD, index=torch.int32, norm=False)
+    yield "head dim 256, bf16", ONCE
+    launch(3, (1, 1), (256, 256), 4, BF16, ALIGNED)
+    yield "sizes of 1, fp32", ONCE
+    launch(1, (1, 1), (1, 1), 1, FP32, ALIGNED)
 
 
 def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:

@@ -38,6 +38,8 @@ PARTS = {
         "add_rms_norm",
         "rotary_append",
         "silu_mul",
+        "prefix_gated_delta",
+        "gated_delta_step",
     ),
     "video": ("frames_to_patches", "decode"),
     "step": ("step",),

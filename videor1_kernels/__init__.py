@@ -19,6 +19,13 @@ from videor1_kernels.prefix_attention import (
     prefix_attention,
     prefix_decode_attention,
 )
+from videor1_kernels.prefix_gated_delta import (
+    PrefixStates,
+    causal_conv_step,
+    gated_delta_step,
+    prefix_causal_conv,
+    prefix_gated_delta,
+)
 from videor1_kernels.rotary_append import rotary_append
 from videor1_kernels.sampling import sample_tokens
 from videor1_kernels.silu_mul import silu_mul
@@ -28,19 +35,24 @@ __all__ = [
     "DecodeLayout",
     "GrpoLoss",
     "PrefixLayout",
+    "PrefixStates",
     "RowPart",
     "YuvFrames",
     "add_rms_norm",
     "backends",
+    "causal_conv_step",
     "chosen_backend",
     "frames_to_patches",
+    "gated_delta_step",
     "grpo_loss",
     "last_backend",
     "linear_grpo_loss",
     "linear_logprob",
     "plan_rows",
     "prefix_attention",
+    "prefix_causal_conv",
     "prefix_decode_attention",
+    "prefix_gated_delta",
     "rotary_append",
     "sample_tokens",
     "selective_log_softmax",

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from videor1_kernels.checks import check_choice
 
-BACKENDS = ("auto", "reference", "triton", "native")
+BACKENDS = ("auto", "reference", "triton", "native", "fla")
 
 
 # (device, dtype) -> why it cannot run there, or None if it can. The dtype is None where no particular call is meant.
 Unavailable = Callable[[torch.device, torch.dtype | None], str | None]
+# (device, dtype) -> whether ``auto`` leaves it out there.
+OnlyExplicit = Callable[[torch.device, torch.dtype | None], bool]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Implementation:
     backend: str
     what: Any  # a callable, a module, or the name of a module to import at its first use
     unavailable: Unavailable
-    only_explicit: Callable[[torch.device], bool]  # whether ``auto`` leaves it out on this device
+    only_explicit: OnlyExplicit
 
 
 _registry: dict[str, list[Implementation]] = {}
@@ -42,7 +44,7 @@ def register(
     what: Any,
     *,
     unavailable: Unavailable = lambda device, dtype: None,
-    only_explicit: Callable[[torch.device], bool] = lambda device: False,
+    only_explicit: OnlyExplicit = lambda device, dtype: False,
 ) -> None:
     """Add an implementation of ``op``. ``auto`` takes the first one that can run, so register the fastest first."""
     check_choice("register", "backend", backend, BACKENDS[1:])
@@ -60,7 +62,7 @@ def register_triton(op: str, module: str, *, only_16_bit: bool = False) -> None:
             return "its kernels take bf16 and fp16 inputs, and an input is fp32"
         return _triton_unavailable(device, dtype)
 
-    register(op, "triton", module, unavailable=unavailable, only_explicit=lambda device: device.type != "cuda")
+    register(op, "triton", module, unavailable=unavailable, only_explicit=lambda device, _: device.type != "cuda")
 
 
 def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -127,7 +129,7 @@ def chosen_backend(
         dtype: the dtype of the computation, ``torch.bfloat16`` for example; None if no particular call is meant.
 
     Returns:
-        "triton", "native" or "reference".
+        "triton", "native", "fla" or "reference".
 
     Raises:
         ValueError: no such operation or backend, or a named backend that cannot run there (the message says why).
@@ -145,7 +147,7 @@ def last_backend(op: str) -> str | None:
         op: the name of an operation of this package.
 
     Returns:
-        "triton", "native" or "reference"; None before the first call.
+        "triton", "native", "fla" or "reference"; None before the first call.
 
     Raises:
         ValueError: no such operation.
@@ -186,10 +188,14 @@ def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     known = _implementations(op)
     check_choice(op, "backend", backend, BACKENDS)
     for entry in known:
-        wanted = not entry.only_explicit(device) if backend == "auto" else backend == entry.backend
+        wanted = not entry.only_explicit(device, dtype) if backend == "auto" else backend == entry.backend
         if wanted and entry.unavailable(device, dtype) is None:
             return entry
     reasons = {entry.backend: entry.unavailable(device, dtype) for entry in known}
-    usable = ", ".join(repr(name) for name, reason in reasons.items() if reason is None) or "none"
-    why = reasons.get(backend) or f"this version of videor1_kernels has no {backend} implementation of it"
-    raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {why}; usable here: 'auto', {usable}")
+    usable = [repr(name) for name, reason in reasons.items() if reason is None]
+    if backend == "auto":  # all that it may take is missing: what it would have taken first
+        why = next(reason for reason in reasons.values() if reason is not None)
+    else:
+        why = reasons.get(backend) or f"this version of videor1_kernels has no {backend} implementation of it"
+        usable = ["'auto'", *usable]
+    raise ValueError(f"{op}: backend {backend!r} cannot run on {device}: {why}; usable here: {', '.join(usable)}")

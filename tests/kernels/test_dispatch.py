@@ -24,6 +24,10 @@ OPERATIONS = (
     "add_rms_norm",
     "rotary_append",
     "silu_mul",
+    "prefix_gated_delta",
+    "prefix_causal_conv",
+    "gated_delta_step",
+    "causal_conv_step",
 )
 
 
@@ -58,6 +62,18 @@ def test_an_explicit_backend_never_falls_back(operation: str) -> None:
         dispatch.resolve(operation, "tritn", "cuda")
 
 
+def test_auto_is_an_error_where_all_that_it_may_take_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
+    dispatch.register("toy", "fla", lambda: "fast", unavailable=lambda device, dtype: "it is not installed")
+    dispatch.register("toy", "reference", lambda: "slow", only_explicit=lambda device, dtype: dtype == torch.float16)
+    assert dispatch.chosen_backend("toy", "cuda", dtype=torch.float32) == "reference"
+    with pytest.raises(
+        ValueError, match=r"toy: backend 'auto' cannot run on cuda: it is not installed; usable here: 'reference'$"
+    ):
+        dispatch.resolve("toy", "auto", "cuda", torch.float16)
+    assert dispatch.resolve("toy", "reference", "cuda", torch.float16)() == "slow"
+
+
 def test_what_ran_can_be_asked(operation: str) -> None:
     assert dispatch.last_backend(operation) is None
     dispatch.resolve(operation, "auto", "cuda")
@@ -73,7 +89,9 @@ def test_what_ran_can_be_asked(operation: str) -> None:
 def test_register_refuses_doubles_and_unknown_names(operation: str) -> None:
     with pytest.raises(ValueError, match="toy has a 'reference' backend already"):
         dispatch.register("toy", "reference", lambda: None)
-    with pytest.raises(ValueError, match="backend: expected one of 'reference', 'triton', 'native', got 'cutlass'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of 'reference', 'triton', 'native', 'fla', got 'cutlass'"
+    ):
         dispatch.register("toy", "cutlass", lambda: None)
 
 

@@ -29,6 +29,8 @@ from videor1_kernels.linear_logprob import triton as logprob
 from videor1_kernels.linear_logprob.inputs import HeadInputs
 from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
+from videor1_kernels.prefix_gated_delta.reference_step import ConvStep, DeltaStep
+from videor1_kernels.prefix_gated_delta.triton_step import causal_conv_step, gated_delta_step
 from videor1_kernels.rotary_append.reference import Places
 from videor1_kernels.rotary_append.triton import rotary_append
 from videor1_kernels.sampling.reference import SampleTokensOptions
@@ -157,6 +159,11 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
         qkv, table = q.view(3, 64).repeat(1, 2), kv[:, 0]
         rotary_append(qkv, table, table, suffix, suffix, Places(lengths, lengths, lengths - 1))
         silu_mul(qkv)
+        gates, slots = q[:, :, 0], lengths - 1
+        gated_delta_step(DeltaStep(q, q, q, gates, gates, torch.zeros(5, 4, 16, 16, device=DEVICE), slots), 1.0, True)
+        causal_conv_step(
+            ConvStep(qkv, torch.zeros(5, 128, 1, device=DEVICE), qkv[0].expand(2, -1).T, None, slots), "silu"
+        )
     assert not seen
     monkeypatch.setattr(logprob, "capturing", lambda _: False)
     for ours, theirs in zip(found, logprob.forward(inputs), strict=True):

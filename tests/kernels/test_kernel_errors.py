@@ -30,6 +30,15 @@ def decode_arguments(dim: int = 16) -> dict[str, Any]:
     }
 
 
+DELTA = {
+    "q": torch.zeros(5, 2, 8),
+    "k": torch.zeros(5, 2, 8),
+    "v": torch.zeros(5, 4, 6),
+    "g": torch.zeros(5, 4),
+    "beta": torch.zeros(5, 4),
+}
+FILTER = {"weight": torch.zeros(6, 4), "bias": torch.zeros(6)}
+
 GOOD: dict[str, dict[str, Any]] = {
     "linear_logprob": HEAD | {"bias": torch.zeros(5)},
     "selective_log_softmax": {"logits": torch.zeros(2, 4), "index": torch.zeros(2).long()},
@@ -63,6 +72,12 @@ GOOD: dict[str, dict[str, Any]] = {
         "suffix_slots": torch.tensor([2, 0]),
     },
     "silu_mul": {"gate_up": torch.zeros(2, 8), "inner": torch.zeros(2, 6), "b": torch.zeros(8, 3)},
+    "prefix_gated_delta": DELTA | {"layout": vk.PrefixLayout([3], [[2]])},
+    "prefix_causal_conv": {"x": torch.zeros(5, 6)} | FILTER | {"layout": vk.PrefixLayout([3], [[2]])},
+    "gated_delta_step": DELTA | {"state": torch.zeros(7, 4, 8, 6), "slots": torch.tensor([6, 0, 2, 1, 5])},
+    "causal_conv_step": {"x": torch.zeros(5, 6), "state": torch.zeros(7, 6, 3)}
+    | FILTER
+    | {"slots": torch.tensor([6, 0, 2, 1, 5])},
 }
 
 
@@ -188,6 +203,29 @@ OF_LOSS: Values = [
     ({"old_logp": zeros(2)}, "old_logp: expected shape [3], got [2]"),
     ({"ref_logp": zeros(4)}, "ref_logp: expected shape [3], got [4]"),
 ]
+OF_DELTA: Values = [
+    ({"q": zeros(5, 0, 8)}, "q: expected at least one head of at least one entry"),
+    ({"q": zeros(5, 2, 0)}, "q: expected at least one head of at least one entry"),
+    ({"k": zeros(5, 1, 8)}, "k: expected shape [5, 2, 8], got [5, 1, 8]"),
+    ({"v": zeros(5, 3, 6)}, "Hv a multiple of the 2 heads of q, got [5, 3, 6]"),
+    ({"v": zeros(5, 0, 6)}, "Hv a multiple of the 2 heads of q, got [5, 0, 6]"),
+    ({"v": zeros(5, 4, 0)}, "Hv a multiple of the 2 heads of q, got [5, 4, 0]"),
+    ({"g": zeros(5, 2)}, "g: expected shape [5, 4], got [5, 2]"),
+    ({"beta": zeros(4, 4)}, "beta: expected shape [5, 4], got [4, 4]"),
+    ({"use_qk_l2norm": 1}, "use_qk_l2norm: expected True or False, got 1"),
+]
+OF_FILTER: Values = [
+    ({"x": zeros(5, 0)}, "x: expected at least one channel, got [5, 0]"),
+    ({"weight": zeros(5, 4)}, "weight: expected shape [6, K], got [5, 4]"),
+    ({"weight": zeros(6, 0)}, "weight: expected a filter of at least one input, got [6, 0]"),
+    ({"bias": zeros(4)}, "bias: expected shape [6], got [4]"),
+    ({"activation": "gelu"}, "activation: expected one of 'none', 'silu', got 'gelu'"),
+]
+OF_PLACES: Values = [
+    ({"layout": vk.PrefixLayout([3], [[2]], "meta")}, "layout: expected index tensors on cpu"),
+    ({"layout": ([3], [[2]])}, "layout: expected a PrefixLayout, got tuple"),
+    ({"return_states": None}, "return_states: expected True or False, got None"),
+]
 VALUES: dict[str, Values] = {
     "linear_logprob": OF_HEAD,
     "linear_grpo_loss": [
@@ -283,6 +321,28 @@ VALUES: dict[str, Values] = {
         ({"inner": zeros(2, 3)}, "inner: expected shape [2, 6], got [2, 3]"),
         ({"inner": zeros(2, 6).half()}, "inner: expected dtype float32, got torch.float16"),
     ],
+    "prefix_gated_delta": [
+        ({"q": zeros(4, 2, 8)}, "q: expected shape [5, Hk, Dk], got [4, 2, 8]"),
+        *OF_DELTA,
+        *OF_PLACES,
+    ],
+    "prefix_causal_conv": [({"x": zeros(4, 6)}, "x: expected shape [5, C], got [4, 6]"), *OF_FILTER, *OF_PLACES],
+    "gated_delta_step": [
+        *OF_DELTA,
+        ({"state": zeros(7, 4, 6, 8)}, "state: expected shape [S, 4, 8, 6], got [7, 4, 6, 8]"),
+        ({"state": zeros(7, 4, 8, 6).half()}, "state: expected dtype float64 or float32, got torch.float16"),
+        ({"state": zeros(7, 4, 6, 8).mT}, "state: expected the numbers of a slot side by side"),
+        ({"slots": ids(0, 1)}, "slots: expected shape [5], got [2]"),
+        ({"slots": None, "state": zeros(4, 4, 8, 6)}, "state: expected a slot for each of the 5 rows, or slots, got 4"),
+    ],
+    "causal_conv_step": [
+        *OF_FILTER,
+        ({"state": zeros(7, 6, 4)}, "state: expected shape [S, 6, 3], got [7, 6, 4]"),
+        ({"state": zeros(7, 6, 3).half()}, "state: expected dtype float32, got torch.float16"),
+        ({"state": zeros(7, 3, 6).mT}, "state: expected the numbers of a slot side by side"),
+        ({"slots": ids(0, 1)}, "slots: expected shape [5], got [2]"),
+        ({"slots": None, "state": zeros(4, 6, 3)}, "state: expected a slot for each of the 5 rows, or slots, got 4"),
+    ],
     "rotary_append": [
         *(({"qkv": zeros(2, n)}, "qkv: expected q of a multiple of 2 heads of 4") for n in (33, 28, 16)),
         ({"qkv": zeros(2, 32).bfloat16()}, "suffix_k: expected dtype bfloat16, got torch.float32"),
@@ -341,7 +401,7 @@ def test_places_below_0(name: str, values: Tensor) -> None:
 
 NO_GRADIENT = [
     (op, name)
-    for op in ("add_rms_norm", "rotary_append", "silu_mul")
+    for op in ("add_rms_norm", "rotary_append", "silu_mul", "gated_delta_step", "causal_conv_step")
     for name, value in GOOD[op].items()
     if value.is_floating_point()
 ]
@@ -363,6 +423,8 @@ CANNOT = {
         ("native", {"cos": torch.zeros(9, 4).half()}, "it takes fp32 and bf16, and an input is torch.flo")
     ],
     "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
+    "prefix_gated_delta": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
+    "prefix_causal_conv": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
     "sample_tokens": [
         ("native", {"logits": torch.zeros(2, 5).double()}, "it takes fp32, and an input is torch.float64")
@@ -391,7 +453,7 @@ def test_what_a_backend_cannot_do(op: str, backend: str, change: dict[str, Any],
         getattr(vk, op)(**GOOD[op] | change, backend=backend)
 
 
-@pytest.mark.parametrize("op", [op for op in GOOD if op != "frames_to_patches"])  # which has no such kernel
+@pytest.mark.parametrize("op", [op for op in GOOD if "triton" in vk.backends(op)])
 def test_triton_refuses_fp64(op: str) -> None:
     double = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in GOOD[op].items()}
     with pytest.raises(ValueError, match=rf"^{op}: backend 'triton' cannot run .*, and an input is fp64"):

@@ -23,6 +23,14 @@ from videor1_kernels.linear_logprob.ops import (
     selective_op,
 )
 from videor1_kernels.prefix_attention.ops import prefix_attention_backward_op, prefix_attention_op
+from videor1_kernels.prefix_gated_delta.ops import (
+    causal_conv_step_op,
+    gated_delta_step_op,
+    prefix_causal_conv_backward_op,
+    prefix_causal_conv_op,
+    prefix_gated_delta_backward_op,
+    prefix_gated_delta_op,
+)
 from videor1_kernels.rotary_append.ops import rotary_append_op
 from videor1_kernels.silu_mul.ops import silu_mul_op
 
@@ -209,6 +217,79 @@ def test_opcheck(backend: str) -> None:
         warnings.simplefilter("ignore")
         for op, arguments in checks:
             assert set(opcheck(op, (*arguments, backend)).values()) == {"SUCCESS"}
+
+
+def delta_inputs() -> list[Tensor]:
+    """q, k, v, g and beta of the 17 tokens of LAYOUT."""
+    generator = torch.Generator().manual_seed(4)
+    made = [torch.randn(17, *shape, generator=generator) for shape in ((1, 8), (1, 8), (2, 6), (2,), (2,))]
+    return [x.to(DEVICE) for x in (*made[:3], -made[3].abs(), made[4].sigmoid())]
+
+
+def conv_inputs() -> list[Tensor]:
+    """x, weight and bias."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in ((17, 6), (6, 4), (6,))]
+
+
+def test_opcheck_of_linear_attention() -> None:
+    row = ([5, 3], [2, 1], [2, 4, 3])
+    delta, conv = delta_inputs(), conv_inputs()
+    rule, filtered = (*row, 0.3, True, "reference"), (*row, "silu", "reference")
+    checks: list[tuple[Any, tuple[Any, ...]]] = [
+        (prefix_gated_delta_op, (*(x.clone().requires_grad_() for x in delta), *rule)),
+        (prefix_gated_delta_backward_op, (prefix_gated_delta_op(*delta, *rule), *delta, *rule)),
+        (prefix_causal_conv_op, (*(x.clone().requires_grad_() for x in conv), *filtered)),
+        (prefix_causal_conv_op, (*(x.clone().requires_grad_() for x in conv[:2]), None, *filtered)),
+        (prefix_causal_conv_backward_op, (prefix_causal_conv_op(*conv, *filtered), *conv, *filtered)),
+    ]
+    slots = torch.tensor([3, 0], device=DEVICE)
+    for backend in BACKENDS:
+        tokens = [x[:2].clone() for x in delta]
+        state, last = torch.randn(4, 2, 8, 6, device=DEVICE), torch.randn(4, 6, 3, device=DEVICE)
+        checks += [
+            (gated_delta_step_op, (*tokens, state, slots, 0.3, True, backend)),
+            (causal_conv_step_op, (conv[0][:2].clone(), last, *conv[1:], slots, "silu", backend)),
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op, arguments in checks:
+            assert set(opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_linear_attention_compiles(states: bool) -> None:
+    """The node computes the forward pass again in its backward pass, to the same bits."""
+
+    def delta(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found = vk.prefix_gated_delta(*(2 * x for x in inputs), LAYOUT, return_states=states)
+        return (found[0], found[1].prompts, found[1].completions) if states else (found,)
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        found = vk.prefix_causal_conv(2 * x, weight, LAYOUT, bias=bias, activation="silu", return_states=states)
+        return (found[0], found[1].prompts, found[1].completions) if states else (found,)
+
+    for call, made in ((delta, delta_inputs()), (conv, conv_inputs())):
+        inputs = [x.to(torch.float32).requires_grad_() for x in made]
+        assert_same(results(compiled(call), inputs), results(call, inputs))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_states_change_in_a_compiled_graph(backend: str) -> None:
+    def call(state: Tensor, last: Tensor, slots: Tensor, *tokens: Tensor) -> Tensor:
+        mixed = vk.causal_conv_step(tokens[0].flatten(1), last, WEIGHT.detach()[:8, :4], slots=slots, backend=backend)
+        out = vk.gated_delta_step(mixed[:, None], *tokens[1:], state, slots=slots, backend=backend)
+        return out + state.sum() + last.sum()
+
+    def inputs() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(6)
+        state, last = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((4, 2, 8, 6), (4, 8, 3)))
+        return [state, last, torch.tensor([3, 0], device=DEVICE), *(x[:2].clone() for x in delta_inputs())]
+
+    ours, theirs = inputs(), inputs()
+    assert_same([compiled(call)(*ours)], [call(*theirs)])
+    assert_same(ours, theirs)
+    assert not torch.equal(ours[0], inputs()[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

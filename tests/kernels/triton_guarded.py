@@ -21,6 +21,8 @@ from videor1_kernels import (
     DecodeLayout,
     PrefixLayout,
     add_rms_norm,
+    causal_conv_step,
+    gated_delta_step,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
@@ -218,6 +220,31 @@ def rotate(dim: int, dtype: torch.dtype, *, norms: bool = False) -> None:
     )
 
 
+def linear_step(dk: int, dv: int, index: torch.dtype) -> None:
+    """One row has a slot that does not exist: its NaN is left out."""
+
+    def rule(q, k, v, g, beta, state, slots):  # type: ignore[no-untyped-def]
+        out = gated_delta_step(q, k, v, g, beta, state, slots=slots, backend="triton")
+        return [out[:2], state]
+
+    def conv(x, state, weight, bias, slots):  # type: ignore[no-untyped-def]
+        out = causal_conv_step(x, state, weight, bias=bias, slots=slots, activation="silu", backend="triton")
+        return [out[:2], state]
+
+    slots = torch.tensor([3, 0, 4], dtype=index)
+    tokens = [torch.randn(3, *shape) for shape in ((1, dk), (1, dk), (3, dv), (3,), (3,))]
+    run(f"gated_delta_step {dk} {dv}", rule, *tokens, torch.randn(4, 3, dk, dv), slots)
+    run(
+        f"causal_conv_step {dk}",
+        conv,
+        torch.randn(3, dk),
+        torch.randn(4, dk, 3),
+        torch.randn(dk, 4),
+        torch.randn(dk),
+        slots,
+    )
+
+
 def main() -> None:
     quicken_interpreter()
     torch.manual_seed(0)
@@ -253,6 +280,8 @@ def main() -> None:
     run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
     adapted = torch.randn(3, 2 * 70), torch.randn(3, 2 * 67), torch.randn(2 * 70, 67)
     run("silu_mul", lambda *inputs: [silu_mul(*inputs, backend="triton")], *adapted)
+    linear_step(20, 50, torch.int64)
+    linear_step(16, 32, torch.int32)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from videor1_kernels import dispatch
 from videor1_kernels.checks import INTEGERS, check_number, check_tensor, compute_dtype, fail
 from videor1_kernels.prefix_attention import native, native_decode, reference, reference_decode
 from videor1_kernels.prefix_attention.decode_layout import LAYOUTS, DecodeInputs, DecodeLayout
-from videor1_kernels.prefix_attention.layout import PrefixLayout
-from videor1_kernels.prefix_attention.ops import layout_numbers, prefix_attention_op
+from videor1_kernels.prefix_attention.layout import PrefixLayout, layout_numbers
+from videor1_kernels.prefix_attention.ops import prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
 MOST_D = 128  # the largest head dim of the Triton kernels

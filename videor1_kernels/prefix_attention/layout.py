@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from videor1_kernels.checks import INTEGERS, check_tensor, fail
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,3 +126,33 @@ class PrefixLayout:
             for length in self.completion_lengths[i]:
                 parts.append(torch.arange(int(first), int(first) + length, device=self.device).expand(3, length))
         return torch.cat(parts, dim=1)[:, None]
+
+
+def once_per_layout(build: Callable[Concatenate[PrefixLayout, P], T]) -> Callable[Concatenate[PrefixLayout, P], T]:
+    """Cache the result: all layers of a model share a layout, and their passes share its tiles."""
+    built: WeakKeyDictionary[PrefixLayout, dict[object, T]] = WeakKeyDictionary()
+
+    @functools.wraps(build)
+    def cached(layout: PrefixLayout, /, *args: P.args, **options: P.kwargs) -> T:
+        known, key = built.setdefault(layout, {}), (args, tuple(options.items()))
+        if key not in known:
+            known[key] = build(layout, *args, **options)
+        return known[key]
+
+    return cached
+
+
+def layout_numbers(layout: PrefixLayout) -> tuple[list[int], list[int], list[int]]:
+    """(prompt lengths, completions per group, completion lengths one group after the other)."""
+    groups = layout.completion_lengths
+    return list(layout.prompt_lengths), [len(group) for group in groups], [n for group in groups for n in group]
+
+
+@functools.lru_cache(maxsize=64)
+def known_layout(
+    prompts: tuple[int, ...], counts: tuple[int, ...], completions: tuple[int, ...], device: torch.device
+) -> PrefixLayout:
+    """Cached: all layers of a model and their backward passes ask for a layout, and other rows may come in between."""
+    bounds = list(accumulate(counts, initial=0))
+    groups = [completions[first:last] for first, last in pairwise(bounds)]
+    return PrefixLayout(prompts, groups, device)

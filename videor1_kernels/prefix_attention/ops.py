@@ -7,9 +7,7 @@ give the types of their parameters.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,16 +15,10 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import compute_dtype
-from videor1_kernels.prefix_attention.layout import PrefixLayout
+from videor1_kernels.prefix_attention.layout import PrefixLayout, known_layout
 
 _OP = "prefix_attention"
 _REST = "SymInt[] prompts, SymInt[] counts, SymInt[] completions, float scale, str backend"
-
-
-def layout_numbers(layout: PrefixLayout) -> tuple[list[int], list[int], list[int]]:
-    """(prompt lengths, completions per group, completion lengths one group after the other)."""
-    groups = layout.completion_lengths
-    return list(layout.prompt_lengths), [len(group) for group in groups], [n for group in groups for n in group]
 
 
 @torch.library.custom_op(
@@ -86,14 +78,4 @@ def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 def _layout(
     prompts: Sequence[int], counts: Sequence[int], completions: Sequence[int], device: torch.device
 ) -> PrefixLayout:
-    return _known_layout(tuple(prompts), tuple(counts), tuple(completions), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _known_layout(
-    prompts: tuple[int, ...], counts: tuple[int, ...], completions: tuple[int, ...], device: torch.device
-) -> PrefixLayout:
-    """Cached: all layers of a model and their backward passes ask for a layout, and other rows may come in between."""
-    bounds = list(accumulate(counts, initial=0))
-    groups = [completions[first:last] for first, last in pairwise(bounds)]
-    return PrefixLayout(prompts, groups, device)
+    return known_layout(tuple(prompts), tuple(counts), tuple(completions), device)

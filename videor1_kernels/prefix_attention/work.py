@@ -7,39 +7,18 @@ completion. So one rule covers both: in the packed row, a key is seen by the lat
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from videor1_kernels.prefix_attention.layout import PrefixLayout
+from videor1_kernels.prefix_attention.layout import PrefixLayout, once_per_layout
 
 PARTS = 512  # the queries of all key tiles together are cut into about this many equal parts
 LEAST_PART = 512  # queries
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _once_per_layout(build: Callable[Concatenate[PrefixLayout, P], T]) -> Callable[Concatenate[PrefixLayout, P], T]:
-    """Cache the result: all layers of a model share a layout, and their passes share its tiles."""
-    built: WeakKeyDictionary[PrefixLayout, dict[object, T]] = WeakKeyDictionary()
-
-    @functools.wraps(build)
-    def cached(layout: PrefixLayout, /, *args: P.args, **options: P.kwargs) -> T:
-        known, key = built.setdefault(layout, {}), (args, tuple(options.items()))
-        if key not in known:
-            known[key] = build(layout, *args, **options)
-        return known[key]
-
-    return cached
-
-
-@_once_per_layout
+@once_per_layout
 def query_tiles(layout: PrefixLayout, block: int) -> Tensor:
     """int32 [n, 5], with a row for every ``block`` queries or fewer; those that see most keys come first.
 
@@ -54,7 +33,7 @@ def query_tiles(layout: PrefixLayout, block: int) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=layout.device)
 
 
-@_once_per_layout
+@once_per_layout
 def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
     """Return (items int32 [n, 5], sums int32 [m, 4], number of partial results).
 
@@ -82,7 +61,7 @@ def key_items(layout: PrefixLayout, block: int) -> tuple[Tensor, Tensor, int]:
     return rows, summed.reshape(-1, 4), slots
 
 
-@_once_per_layout
+@once_per_layout
 def segment_numbers(layout: PrefixLayout) -> ctypes.Array[ctypes.c_int64]:
     """The first position and length of every prompt and completion, and those of its prompt (length 0 for a prompt)."""
     rows = [(start, stop - start, first, end - first) for start, stop, first, end in _segments(layout)]
