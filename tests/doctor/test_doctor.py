@@ -256,10 +256,14 @@ def test_a_gpu(fake_gpu: SimpleNamespace, monkeypatch: Patch) -> None:
     assert (machine.gpus()[1].status, "no bf16" in machine.gpus()[1].value) == ("warning", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert by_name(packages.environment())["TRITON_INTERPRET"].status == "warning"
-    # Operations that cannot run on it are broken.
-    rows = selfcheck.operation_rows()
-    assert {row.status for row in rows} == {"broken"}
-    assert all(row.fix for row in rows)
+    # Operations that cannot run on it are broken; those that need an optional package say which.
+    rows = by_name(selfcheck.operation_rows())
+    lacking = {name: row for name, row in rows.items() if row.status == "absent"}
+    assert all('pip install -e ".[fla]"' in row.value for row in lacking.values())
+    assert set(lacking) == {"prefix_gated_delta", "prefix_causal_conv"}
+    broken = [row for name, row in rows.items() if name not in lacking]
+    assert {row.status for row in broken} == {"broken"}
+    assert all(row.fix for row in broken)
 
 
 def test_every_kernel_is_launched(monkeypatch: Patch) -> None:

@@ -51,7 +51,11 @@ def operation_rows() -> list[Finding]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     rows = []
     for op in operations():
-        backend = videor1_kernels.chosen_backend(op, device, dtype=dtype)
+        try:
+            backend = videor1_kernels.chosen_backend(op, device, dtype=dtype)
+        except ValueError as error:  # An optional package is missing.
+            rows.append(Finding(op, f"cannot run: {error}", "absent"))
+            continue
         try:
             difference = _compare(CASES[op], torch.device(device), dtype, backend)
         except Exception as error:
@@ -291,14 +295,66 @@ def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
     }
 
 
+def _prefix_gated_delta(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    shapes = {"q": (2, 16), "k": (2, 16), "v": (4, 16), "g": (4,), "beta": (4,)}
+    made = {name: _randn(24 + i, 17, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    made |= {"g": -made["g"].abs(), "beta": made["beta"].sigmoid()}
+    inputs = {name: cast(x).requires_grad_() for name, x in made.items()}
+    q, k, v, g, beta = inputs.values()
+    layout = kernels.PrefixLayout([5, 3], [[2, 4], [3]], q.device)
+    out = kernels.prefix_gated_delta(q, k, v, g, beta, layout, backend=backend)
+    return _with_gradients({"output": out}, inputs)
+
+
+def _prefix_causal_conv(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, weight = cast(_randn(29, 17, 32)).requires_grad_(), cast(_randn(30, 32, 4)).requires_grad_()
+    layout = kernels.PrefixLayout([5, 3], [[2, 4], [3]], x.device)
+    out = kernels.prefix_causal_conv(x, weight, layout, activation="silu", backend=backend)
+    return _with_gradients({"output": out}, {"x": x, "weight": weight})
+
+
+def _gated_delta_step(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    q, k, v, gate = (
+        cast(_randn(31 + i, *shape)) for i, shape in enumerate([(3, 2, 16), (3, 2, 16), (3, 4, 16), (3, 4)])
+    )
+    state = cast(_randn(35, 5, 4, 16, 16))
+    state = state if state.dtype == torch.float64 else state.float()
+    slots = torch.tensor([4, 0, 2], device=q.device)
+    out = kernels.gated_delta_step(q, k, v, -gate.abs(), gate.sigmoid(), state, slots=slots, backend=backend)
+    return {"output": out, "state": state}
+
+
+def _causal_conv_step(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import torch
+
+    import videor1_kernels as kernels
+
+    x, state, weight = (cast(_randn(36 + i, *shape)) for i, shape in enumerate([(3, 32), (5, 32, 3), (32, 4)]))
+    slots = torch.tensor([4, 0, 2], device=x.device)
+    out = kernels.causal_conv_step(x, state, weight, slots=slots, activation="silu", backend=backend)
+    return {"output": out, "state": state}
+
+
 CASES: dict[str, Case] = {
     "add_rms_norm": _add_rms_norm,
+    "causal_conv_step": _causal_conv_step,
     "frames_to_patches": _frames_to_patches,
+    "gated_delta_step": _gated_delta_step,
     "grpo_loss": _grpo_loss,
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_logprob": _linear_logprob,
     "prefix_attention": _prefix_attention,
+    "prefix_causal_conv": _prefix_causal_conv,
     "prefix_decode_attention": _prefix_decode_attention,
+    "prefix_gated_delta": _prefix_gated_delta,
     "rotary_append": _rotary_append,
     "sample_tokens": _sample_tokens,
     "selective_log_softmax": _selective_log_softmax,

@@ -174,8 +174,12 @@ def kernels() -> list[Finding]:
     ops, rows = operations(), []
     reasons: dict[tuple[str, str], list[str]] = {}
     for op in ops:
-        taken = videor1_kernels.chosen_backend(op, device, dtype=dtype)
         found = videor1_kernels.backends(op, device)
+        try:
+            taken = videor1_kernels.chosen_backend(op, device, dtype=dtype)
+        except ValueError as error:  # An optional package is missing.
+            rows.append(Finding(op, str(error), "absent"))
+            continue
         for backend, reason in found.items():
             if reason is not None:
                 reasons.setdefault((backend, reason), []).append(op)
