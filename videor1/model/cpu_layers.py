@@ -80,7 +80,7 @@ def use_cpu_layers(hf: Any, family: Family) -> int:
     backend), go the way of transformers.
     """
     layers = [layer for layer in hf.model.language_model.layers if _suits(layer, family)]
-    if not layers or isinstance(_functions(), str):
+    if not layers or isinstance(_functions(), str) or add_rms_norm.unavailable(torch.device("cpu"), torch.float32):
         return 0
     for layer in layers:
         base: Any = type(layer)
