@@ -13,6 +13,7 @@
 
 #include "videor1/attention_tile.h"
 #include "videor1/exp.h"
+#include "videor1/ranges.h"
 #include "videor1/simd.h"
 
 namespace {
@@ -331,8 +332,6 @@ struct Tasks {
   Attend attend;
 };
 
-using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-
 void some(int64_t begin, int64_t end, void* data) {
   const Tasks& all = *static_cast<const Tasks*>(data);
   static thread_local Memory memory;
@@ -357,9 +356,5 @@ extern "C" int decode_attention(const float* q, const float* prefix_k, const flo
   Tasks all{call, tiles, attend_for(n[14])};
   const int64_t tasks = tiles.size() * n[1];
   grain = std::max<int64_t>(1, grain * static_cast<int64_t>(tiles.size()) / n[0]);
-  if (parallel_for == nullptr || tasks <= grain) {
-    some(0, tasks, &all);
-    return 0;
-  }
-  return reinterpret_cast<Parallel>(parallel_for)(0, tasks, grain, some, &all);
+  return over(tasks, grain, parallel_for, some, &all);
 }

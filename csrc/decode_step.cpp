@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "videor1/ranges.h"
 #include "videor1/simd.h"
 
 namespace {
@@ -48,16 +49,6 @@ ALWAYS_INLINE Bf16 narrow<Bf16>(float x) {  // to nearest, ties to even
 template <typename T>
 ALWAYS_INLINE float rounded(float x) {
   return wide(narrow<T>(x));
-}
-
-using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-
-// Rows in grains of `grain`, on torch's threads where there is more than one grain and a loop to do it.
-int for_rows(int64_t rows, int64_t grain, void* parallel_for, void (*some)(int64_t, int64_t, void*), void* data) {
-  if (parallel_for != nullptr && rows > grain)
-    return reinterpret_cast<Parallel>(parallel_for)(0, rows, grain, some, data);
-  some(0, rows, data);
-  return 0;
 }
 
 struct Norm {
@@ -177,7 +168,7 @@ extern "C" int add_rms_norm(const void* x, const void* residual, const void* wei
                             int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, int dtypes,
                             float eps, int64_t grain, void* parallel_for) {
   Norm call{x, residual, weight, summed, normed, width, x_stride, residual_stride, dtypes, eps};
-  return for_rows(rows, grain, parallel_for, norm_rows, &call);
+  return videor1::over(rows, grain, parallel_for, norm_rows, &call);
 }
 
 // numbers: R, Hq, Hkv, D, P, S, C, then the strides of rows of qkv, cos, sin, and (slot, token, head) of suffix_k and
@@ -193,5 +184,5 @@ extern "C" int rotary_append(const void* qkv, const void* cos, const void* sin, 
   }
   Rotary call{qkv,  cos,  sin,  q,    suffix_k, suffix_v, positions, lengths, slots, q_norm, k_norm, eps,   n[1],
               n[2], n[3], n[7], n[8], n[9],     n[10],    n[11],     n[12],   n[13], n[14],  n[15],  dtypes};
-  return for_rows(n[0], grain, parallel_for, rotary_rows, &call);
+  return videor1::over(n[0], grain, parallel_for, rotary_rows, &call);
 }

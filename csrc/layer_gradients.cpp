@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "videor1/attention_tile.h"
+#include "videor1/ranges.h"
 
 namespace {
 
@@ -165,7 +166,8 @@ struct Work {
 };
 
 template <typename P>
-ALWAYS_INLINE void blocks_of(const Work& work, int64_t begin, int64_t end) {
+ALWAYS_INLINE void blocks_of(int64_t begin, int64_t end, void* data) {
+  const Work& work = *static_cast<const Work*>(data);
   switch (work.kind) {
     case Work::kNorm: return norm_backward<P>(*static_cast<const Norm*>(work.call), begin, end);
     case Work::kSilu: return silu_mul<P>(*static_cast<const Silu*>(work.call), begin, end);
@@ -179,32 +181,11 @@ ALWAYS_INLINE void blocks_of(const Work& work, int64_t begin, int64_t end) {
     forward ? rotary<Narrow>(call, begin, end) : rotary_backward<Narrow>(call, begin, end);
 }
 
-using Blocks = void (*)(int64_t begin, int64_t end, void* data);
-using Parallel = int (*)(int64_t, int64_t, int64_t, Blocks, void*);
-
-#define VIDEOR1_BLOCKS(name, target, ...)                                  \
-  target void name(int64_t begin, int64_t end, void* data) {               \
-    blocks_of<__VA_ARGS__>(*static_cast<const Work*>(data), begin, end);   \
-  }
-
-#if defined(__x86_64__) && defined(__GNUC__)
-VIDEOR1_BLOCKS(blocks_512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), Processor<64, 12, 4>)
-VIDEOR1_BLOCKS(blocks_256, __attribute__((target("avx2,fma"))), Processor<32, 6, 2>)
-#endif
-VIDEOR1_BLOCKS(blocks_128, , Processor<16, 6, 2>)
+VIDEOR1_RANGE_FOR(blocks_of)
 
 int over_blocks(Work::Kind kind, const void* call, int64_t rows, int64_t bits, void* parallel_for) {
-  Blocks run = blocks_128;
-#if defined(__x86_64__) && defined(__GNUC__)
-  const int64_t widest = widest_vectors(bits);
-  if (widest == 512) run = blocks_512;
-  if (widest == 256) run = blocks_256;
-#endif
   Work work{kind, call};
-  const int64_t blocks = (rows + kRowsOfSum - 1) / kRowsOfSum;
-  if (parallel_for != nullptr && blocks > 1) return reinterpret_cast<Parallel>(parallel_for)(0, blocks, 1, run, &work);
-  run(0, blocks, &work);
-  return 0;
+  return over((rows + kRowsOfSum - 1) / kRowsOfSum, 1, parallel_for, range_for(bits), &work);
 }
 
 }  // namespace

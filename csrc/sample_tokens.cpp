@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "videor1/attention_tile.h"
+#include "videor1/ranges.h"
 
 namespace {
 
@@ -286,7 +287,8 @@ ALWAYS_INLINE void sample(const Call& call, int64_t row, Memory& memory) {
 }
 
 template <typename P>
-ALWAYS_INLINE void rows_of(const Call& call, int64_t begin, int64_t end) {
+ALWAYS_INLINE void sample_rows(int64_t begin, int64_t end, void* data) {
+  const Call& call = *static_cast<const Call*>(data);
   static thread_local Memory memory;
   const int64_t size = (call.vocabulary + kBlock - 1) / kBlock * kBlock;
   try {
@@ -299,31 +301,12 @@ ALWAYS_INLINE void rows_of(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-using Rows = void (*)(int64_t begin, int64_t end, void* data);
-
-#define VIDEOR1_ROWS(name, target, ...)                                  target void name(int64_t begin, int64_t end, void* data) {               rows_of<__VA_ARGS__>(*static_cast<const Call*>(data), begin, end);   }
-
-#if defined(__x86_64__) && defined(__GNUC__)
-VIDEOR1_ROWS(rows_512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), Processor<64, 12, 4>)
-VIDEOR1_ROWS(rows_256, __attribute__((target("avx2,fma"))), Processor<32, 6, 2>)
-#endif
-VIDEOR1_ROWS(rows_128, , Processor<16, 6, 2>)
-
-Rows rows_for(int64_t bits) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  const int64_t widest = widest_vectors(bits);
-  if (widest == 512) return rows_512;
-  if (widest == 256) return rows_256;
-#endif
-  return rows_128;
-}
-
-using Parallel = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+VIDEOR1_RANGE_FOR(sample_rows)
 
 }  // namespace
 
-// top_k 0, top_p 1: off; temperature 0: the likeliest. bits: of a vector; grain: rows that are worth a thread. Returns 0, what
-// torch_parallel_for did, or -1000 where there is no memory.
+// top_k 0, top_p 1: off; temperature 0: the likeliest. bits: of a vector; grain: rows that are worth a thread. Returns
+// 0, what torch_parallel_for did, or -1000 where there is no memory.
 extern "C" int sample_tokens(const float* logits, int64_t stride, int64_t rows, int64_t vocabulary,
                              const double* uniform, const int64_t* banned, int64_t banned_count, float temperature,
                              double top_p, int64_t top_k, int64_t* tokens, float* logp, int64_t bits, int64_t grain,
@@ -331,11 +314,6 @@ extern "C" int sample_tokens(const float* logits, int64_t stride, int64_t rows, 
   std::atomic<int> failed{0};
   Call call{logits,      stride, vocabulary, uniform, banned, banned_count,
             temperature, top_p,  top_k,      tokens,  logp,   &failed};
-  const Rows run = rows_for(bits);
-  int error = 0;
-  if (parallel_for != nullptr && rows > grain)
-    error = reinterpret_cast<Parallel>(parallel_for)(0, rows, grain, run, &call);
-  else
-    run(0, rows, &call);
+  const int error = over(rows, grain, parallel_for, range_for(bits), &call);
   return failed ? -1000 : error;
 }

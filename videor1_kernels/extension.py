@@ -79,6 +79,14 @@ def unavailable_on_cpu(
     return found if isinstance(found, str) else None
 
 
+def vector_bits() -> int:
+    """How wide vectors may be: as those of torch itself, which ATEN_CPU_CAPABILITY bounds."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return 512 if capability.startswith("AVX512") else 256 if capability == "AVX2" else 128
+
+
 def load_operators(device_type: str) -> None:
     """Make ``torch.ops.videor1_csrc`` run on "cpu" or "cuda", compiling the library if it is not in the cache.
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from videor1_kernels import extension
+from videor1_kernels import extension, last_backend
 from videor1_kernels.frames_to_patches import YuvFrames, native
 from videor1_kernels.frames_to_patches.reference import frames_to_patches_reference
 from videor1_kernels.testing import poisoned_memory
@@ -112,3 +113,28 @@ def _moved(plane: Tensor) -> Tensor:
     """On the card, with the strides it has."""
     whole = torch.as_strided(plane, (plane.untyped_storage().nbytes() // plane.element_size(),), (1,), 0)
     return torch.as_strided(whole.cuda(), plane.shape, plane.stride(), plane.storage_offset())
+
+
+def check_turned_off(
+    op: str,
+    functions: Any,
+    call: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """VIDEOR1_NATIVE=0: the reference serves, one line of the log says so, and to ask for the backend is an error.
+
+    ``functions`` is the operation's module of the native backend; ``call`` takes the backend.
+    """
+    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
+    functions._function.cache_clear()
+    try:
+        for _ in range(2):
+            call("auto")
+            assert last_backend(op) == "reference"
+        with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
+            call("native")
+    finally:
+        functions._function.cache_clear()
+    [said] = [r.getMessage() for r in caplog.records if f"{op} on the CPU runs in plain" in r.getMessage()]
+    assert "VIDEOR1_NATIVE=0 turns it off" in said

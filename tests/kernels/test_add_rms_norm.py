@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
+from native_cases import check_turned_off
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
-from triton_cases import DEVICE, DTYPES
+from triton_cases import DEVICE, DTYPES, for_threads
 
 from videor1_kernels import add_rms_norm, extension, last_backend
 from videor1_kernels.add_rms_norm import native
@@ -175,13 +176,7 @@ def test_views_autocast_and_the_same_bits(backend: str) -> None:
 def test_native_has_the_same_bits_for_any_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "GRAIN", 1)
     x, weight, residual = inputs(13, 70, (dtype,) * 3, "cpu")
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(add_rms_norm(x, weight, residual=residual, backend="native"))
-    finally:
-        torch.set_num_threads(threads)
+    results = for_threads(lambda: add_rms_norm(x, weight, residual=residual, backend="native"), 1, 2, 3)
     monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
     results.append(add_rms_norm(x, weight, residual=residual, backend="native"))
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
@@ -205,15 +200,6 @@ def test_auto_takes_the_reference_where_the_native_cannot_run(dtype: torch.dtype
 def test_native_turned_off_says_so_and_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
-    native._function.cache_clear()
-    try:
-        for _ in range(2):
-            add_rms_norm(torch.ones(2, 4), torch.ones(4))
-            assert last_backend(OP) == "reference"
-        with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
-            add_rms_norm(torch.ones(2, 4), torch.ones(4), backend="native")
-    finally:
-        native._function.cache_clear()
-    [said] = [r.getMessage() for r in caplog.records if "add_rms_norm on the CPU runs in plain" in r.getMessage()]
-    assert "VIDEOR1_NATIVE=0 turns it off" in said
+    check_turned_off(
+        OP, native, lambda backend: add_rms_norm(torch.ones(2, 4), torch.ones(4), backend=backend), monkeypatch, caplog
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
-from triton_cases import DEVICE, DTYPES
+from triton_cases import DEVICE, DTYPES, for_threads
 
 from videor1_kernels import extension, last_backend, rotary_append
 from videor1_kernels.rotary_append import native
@@ -319,13 +319,7 @@ def test_a_place_that_does_not_exist(backend: str, name: str, value: int) -> Non
 def test_native_has_the_same_bits_for_any_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "GRAIN", 1)
     call = make("native", 13, dtype=dtype)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(call())
-    finally:
-        torch.set_num_threads(threads)
+    results = for_threads(call, 1, 2, 3)
     monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
     results.append(call())
     for result in results:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_cases import check_turned_off
 from sampling_cases import (
     ALMOST_ONE,
     EDGES,
@@ -20,9 +21,9 @@ from sampling_cases import (
     without_distribution,
 )
 from torch import Tensor
-from triton_cases import CUDA, Operations
+from triton_cases import CUDA, Operations, for_threads
 
-from videor1_kernels import backends, extension, last_backend, sample_tokens
+from videor1_kernels import backends, extension, sample_tokens
 from videor1_kernels.sampling import native
 from videor1_kernels.testing import rounding
 
@@ -340,13 +341,7 @@ def test_native_draws_alike_for_any_threads_and_vectors(options: Options, monkey
     def draw() -> tuple[Tensor, Tensor]:
         return sample_tokens(logits, uniform, banned=banned, backend="native", **options)
 
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(draw())
-    finally:
-        torch.set_num_threads(threads)
+    results = for_threads(draw, 1, 2, 3)
     monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
     for result in (*results, draw()):
         assert_same(result, results[0])
@@ -361,15 +356,10 @@ def test_native_draws_alike_for_any_threads_and_vectors(options: Options, monkey
 def test_native_turned_off_says_so_and_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("VIDEOR1_NATIVE", "0")
-    native._function.cache_clear()
-    try:
-        for _ in range(2):
-            sample_tokens(torch.zeros(2, 4), torch.zeros(2))
-            assert last_backend("sample_tokens") == "reference"
-        with pytest.raises(ValueError, match="backend 'native' cannot run on cpu: VIDEOR1_NATIVE=0"):
-            sample_tokens(torch.zeros(2, 4), torch.zeros(2), backend="native")
-    finally:
-        native._function.cache_clear()
-    [said] = [r.getMessage() for r in caplog.records if "sample_tokens on the CPU runs in plain" in r.getMessage()]
-    assert "VIDEOR1_NATIVE=0 turns it off" in said
+    check_turned_off(
+        "sample_tokens",
+        native,
+        lambda backend: sample_tokens(torch.zeros(2, 4), torch.zeros(2), backend=backend),
+        monkeypatch,
+        caplog,
+    )

@@ -22,9 +22,9 @@ from videor1.model.families import Family
 from videor1.side_by_side import on_cores
 from videor1_kernels import PrefixLayout, dispatch, extension
 from videor1_kernels.add_rms_norm import native as add_rms_norm
+from videor1_kernels.extension import vector_bits
 from videor1_kernels.integrations.transformers import PackedRow
 from videor1_kernels.linear_logprob.tiles import product
-from videor1_kernels.prefix_attention.native import vector_bits
 
 WIDTHS, HALF_HEADS = 16, 4  # what they are multiples of
 MOST_WEIGHTS = 2**22  # numbers of a layer; of a larger one its products take nearly all the time
@@ -154,6 +154,7 @@ def _hooked(layer: nn.Module) -> bool:
 def _forward(layer: Any, family: Family, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's output [1, T, H]; None where transformers has to make it."""
     attention, context, rotary = layer.self_attn, kwargs.get("videor1_context"), kwargs.get("position_embeddings")
+    linears = _linears(layer)
     fit = (
         x.shape[0] == 1
         and x.dtype == torch.float32
@@ -161,7 +162,7 @@ def _forward(layer: Any, family: Family, x: Tensor, kwargs: dict[str, Any]) -> T
         and not torch.is_autocast_enabled("cpu")
         and kwargs.get("attention_mask") is None
         and context is not None
-        and all(type(linear) is nn.Linear for linear in _linears(layer))
+        and all(type(linear) is nn.Linear for linear in linears)
         and not _hooked(layer)
     )
     if not fit or rotary is None:
@@ -173,7 +174,7 @@ def _forward(layer: Any, family: Family, x: Tensor, kwargs: dict[str, Any]) -> T
         layout = context.layout
     elif torch.is_grad_enabled():
         return None
-    q, k, v, o, gate, up, down = _linears(layer)
+    q, k, v, o, gate, up, down = linears
     heads = family.head_norms(attention)
     shape = _Shape(
         attention.layer_idx,

@@ -165,10 +165,8 @@ def check_processor(source: str, family: Family) -> None:
         except ValueError as error:
             raise ConfigError(f"model_name_or_path: {file} of {source} is no JSON: {error}") from error
         whole = given if isinstance(given, dict) else {}
-        for part in (
-            whole,
-            *(part for part in whole.values() if isinstance(part, dict)),
-        ):  # one for images, one for videos
+        # There may be parts in it, one for images and one for videos.
+        for part in (whole, *(part for part in whole.values() if isinstance(part, dict))):
             for name, value in expected.items():
                 if part.get(name, value) != value:
                     raise ConfigError(

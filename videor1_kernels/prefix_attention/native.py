@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import extension
+from videor1_kernels.extension import vector_bits
 from videor1_kernels.prefix_attention.layout import PrefixLayout
 from videor1_kernels.prefix_attention.work import segment_numbers
 
@@ -119,9 +120,3 @@ def _call(
         raise MemoryError(f"prefix_attention: no memory for the keys and sums of a row of {tokens} tokens")
     if error:
         raise RuntimeError(f"prefix_attention: torch_parallel_for failed with error {error}")
-
-
-def vector_bits() -> int:
-    """How wide vectors may be: as those of torch itself, which ATEN_CPU_CAPABILITY bounds."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return 512 if capability.startswith("AVX512") else 256 if capability == "AVX2" else 128

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from videor1_kernels import extension
 from videor1_kernels.checks import fail
+from videor1_kernels.extension import vector_bits
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs, DecodeLayout
-from videor1_kernels.prefix_attention.native import vector_bits
 
 LANES = 16  # the head dim is a multiple of this
 GRAIN = 2**15  # multiplications of single numbers that are worth a thread of their own

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import extension
-from videor1_kernels.prefix_attention.native import vector_bits
+from videor1_kernels.extension import vector_bits
 from videor1_kernels.sampling.reference import SampleTokensOptions
 
 GRAIN = 2**15  # logits that are worth a thread of their own

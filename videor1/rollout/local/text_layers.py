@@ -18,7 +18,7 @@ from torch import Tensor
 from videor1.rollout.local.kv_cache import KVCache
 from videor1.rollout.local.projections import Projections
 from videor1_kernels import DecodeLayout, PrefixLayout, extension
-from videor1_kernels.prefix_attention.native import vector_bits
+from videor1_kernels.extension import vector_bits
 from videor1_kernels.prefix_attention.work import segment_numbers
 
 PANEL = 32  # kPanel
