@@ -39,6 +39,15 @@ def make_qwen3_tokenizer() -> Any:
     return tokenizer
 
 
+def opening(tokenizer: Any, text: str) -> Any:
+    """A copy whose chat template opens an answer with a text, as those of thinking models do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    head, found, end = tokenizer.chat_template.rpartition("{% endif %}")
+    assert found
+    tokenizer.chat_template = f"{head}{{{{ {text!r} }}}}{found}{end}"
+    return tokenizer
+
+
 def tokenizer_of(model_type: str) -> Any:
     return make_qwen3_tokenizer() if model_type == "qwen3_vl" else make_tokenizer()
 

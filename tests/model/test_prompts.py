@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, make_media, make_tokenizer
+from tiny_families import opening
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from videor1.errors import ConfigError
+from videor1.model.families import QWEN2_5_VL
 from videor1.model.prompts import build_input_ids, build_sft_ids, expand_media, question_text, special_ids
-from videor1.model.template import check_template
+from videor1.model.template import check_template, opened_text
 from videor1.rewards import accuracy_reward, format_reward
 from videor1.types import Media, Sample, SampleError
 
@@ -180,14 +182,60 @@ def test_sft_ids_train_the_answer_alone(space: str) -> None:
     assert accuracy_reward(answer, CHOICE.solution, CHOICE.problem_type) == 1.0
 
 
+THINK, CLOSED = "<think>\n", "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("space", ["", "\n", " \n\t"])
+@pytest.mark.parametrize(
+    ("opened", "process", "left"),
+    [
+        (THINK, "<think>{}Red first.</think>", "Red first.</think>\n<answer>A</answer>"),
+        (THINK, "<think>{}</think>", "</think>\n<answer>A</answer>"),
+        (CLOSED, "<think>{}</think>", "<answer>A</answer>"),
+    ],
+)
+def test_sft_ids_after_an_answer_that_the_template_opens(opened: str, process: str, left: str, space: str) -> None:
+    """The opened tags stand in the prompt, once; the loss is on what the model has to write."""
+    tokenizer = opening(TOKENIZER, opened)
+    sample = replace(CHOICE, process=process.format(space))
+    ids, mask = build_sft_ids(tokenizer, sample, VIDEO, 1000, opened=opened)
+    assert torch.equal(ids[~mask], ids_of(tokenizer=tokenizer))
+    assert tokenizer.decode(ids[~mask]).endswith(f"<|im_start|>assistant\n{opened}")
+    assert tokenizer.decode(ids[mask]) == f"{left}<|im_end|>"
+    assert tokenizer.decode(ids).rpartition("<|im_start|>")[2].count("<think>") == 1
+    assert format_reward(left, opened=opened) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("opened", "process"),
+    [
+        (THINK, "Red first.</think>"),
+        (THINK, "Red first."),
+        (THINK, "<think>Red first."),
+        (THINK, "<think>Red <think>first.</think>"),
+        (CLOSED, RED),
+        ("Well: <think>", RED),
+    ],
+)
+def test_sft_data_that_do_not_begin_as_the_template_does(opened: str, process: str) -> None:
+    with refused("process", f"problem q1: .*got .*{process[:10]}"):
+        build_sft_ids(opening(TOKENIZER, opened), replace(CHOICE, process=process), VIDEO, 1000, opened=opened)
+
+
 def changed(part: str, other: str) -> str:
     """The template with another part in the place of one."""
     assert part in CHAT_TEMPLATE
     return CHAT_TEMPLATE.replace(part, other)
 
 
+def ending(text: str) -> str:
+    """The template with a Jinja text at the end of a prompt."""
+    return CHAT_TEMPLATE.removesuffix(END) + text + END
+
+
 PART, TYPE = "{{ part['text'] }}", "{{ part['type'] }}_pad"
 PAD = f"<|vision_start|><|{TYPE}|><|vision_end|>"
+END = "{% endif %}"
 ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
 CHANGES = ("", "| trim | lower", "| e", "[:200]", ".split('\\n')[0]", "| replace('\\n', ' ')")
 TEMPLATES: list[tuple[str | None, str]] = [
@@ -209,6 +257,14 @@ TEMPLATES: list[tuple[str | None, str]] = [
     (changed(TYPE, "video_pad"), r"0 tokens <\|image_pad\|>|1 tokens <\|video_pad"),
     (changed(PART, PART + "<|image_pad|>"), r"gives 1 tokens <\|image_pad\|> for a prompt with text"),
     (changed(ANSWER, ""), "opens no turn for the answer"),
+    *(
+        (ending(f"{{{{ {opened!r} }}}}"), rf"opens an answer with {re.escape(repr(opened))}, .*: nothing\. ")
+        for opened in (THINK, CLOSED, "<answer>", "Sure! ")
+    ),
+    (changed("assistant{{ '\\n' }}", "assistant<think>"), "ends a prompt with text by .*cannot be told"),
+    (changed("<|im_start|>assistant", "<|im_start|>model"), "begins an earlier answer by .*cannot be told"),
+    (changed("{% for message in messages %}", "{% for message in messages[:1] %}"), "leaves out an earlier answer"),
+    (ending("{{ '<think>' if messages[0]['content'][1] }}"), "differently by the kind of prompt"),
 ]
 
 
@@ -218,3 +274,23 @@ def test_a_template_that_loses_something_is_refused(template: str | None, messag
         check_template(copy_tokenizer(template), "MODEL")
     assert "MODEL" in str(raised.value)
     check_template(copy_tokenizer(CHAT_TEMPLATE), "MODEL")
+
+
+# Templates of thinking models put reasoning before the last answer of a conversation, and some before every one.
+HEAD = "<|im_start|>{{ message['role'] }}{{ '\\n' }}"
+LAST = changed(HEAD, HEAD + "{% if HERE %}{{ EMPTY }}{% endif %}")
+ASSISTANT = "message['role'] == 'assistant'"
+
+
+@pytest.mark.parametrize("here", ["false", f"{ASSISTANT} and loop.last", ASSISTANT])
+@pytest.mark.parametrize("opened", ["", THINK, CLOSED])
+def test_what_a_template_opens_an_answer_with(opened: str, here: str) -> None:
+    family = replace(QWEN2_5_VL, opened=(CLOSED, THINK))
+    template = LAST.replace("HERE", here).replace("EMPTY", repr(CLOSED))
+    tokenizer = opening(copy_tokenizer(template), opened)
+    check_template(tokenizer, "MODEL", family)
+    assert opened_text(tokenizer, "MODEL", family) == opened
+    for known in ((), ("<think>",), (CLOSED + THINK,)):
+        if opened:
+            with pytest.raises(ConfigError, match=r"opens an answer with .<think>.* remove that text from the end"):
+                opened_text(tokenizer, "MODEL", replace(QWEN2_5_VL, opened=known))

@@ -28,6 +28,7 @@ from tiny_families import (
     make_family_lm,
     make_qwen3,
     make_qwen3_tokenizer,
+    opening,
     qwen3_config,
     tokenizer_of,
 )
@@ -45,7 +46,7 @@ from videor1.model import VideoLM, vision
 from videor1.model.families import FAMILIES
 from videor1.model.positions import PositionRule
 from videor1.model.prompts import VIDEO, build_input_ids, special_ids
-from videor1.model.template import check_answer, check_template
+from videor1.model.template import check_template
 from videor1.rollout import Branch, LocalEngine, SamplingOptions
 from videor1.rollout.local.kv_cache import bytes_per_token
 from videor1.types import Clip, Media, SampleError
@@ -359,13 +360,16 @@ def test_a_tokenizer_or_template_of_qwen3_vl(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_template_that_opens_the_reasoning(model_type: str) -> None:
-    """As those of Thinking models: it can be asked, but no answer to it can earn the format reward."""
-    thinking = copy.deepcopy(tokenizer_of(model_type))
-    check_answer(thinking, "MODEL")
-    thinking.chat_template = thinking.chat_template.replace("assistant{{ '\\n' }}", "assistant{{ '\\n<think>\\n' }}")
-    check_template(thinking, "MODEL", FAMILIES[model_type])
-    with pytest.raises(ConfigError, match=r"template of MODEL ends a prompt with <think>, .* Take the Instruct"):
-        check_answer(thinking, "MODEL")
+    """As that of Qwen3-VL's Thinking models, which no other family has."""
+    family, thinking = FAMILIES[model_type], opening(tokenizer_of(model_type), "<think>\n")
+    if family is FAMILY:
+        check_template(thinking, "MODEL", family)
+        model = VideoLM(make_qwen3(), thinking, source="tiny")
+        assert (model.opened_text, model.frozen_copy().opened_text) == ("<think>\n", "<think>\n")
+        assert MODEL.opened_text == ""
+    else:
+        with pytest.raises(ConfigError, match=r"template of MODEL opens an answer with '<think>\\n', .* Take another"):
+            check_template(thinking, "MODEL", family)
 
 
 # Language model's width, layers, heads of q and k; the tower's width, layers, heads, deepstack layers.

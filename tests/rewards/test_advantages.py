@@ -66,6 +66,18 @@ def test_by_hand() -> None:
         assert scored.result.rewards[0].tolist() == pytest.approx(rewards)
 
 
+def test_what_the_template_opened_is_read_and_not_counted() -> None:
+    """Answers to a prompt that ends in <think>: format and accuracy of the whole, length of what was written."""
+    written = answers("x</think><answer>A</answer>", RIGHT, "x<answer>A</answer>", lengths=(20, 21, 22))
+    reward = RewardConfig(length_range=(20, 20), length_bonus=0.5)
+    scored = score_groups([make_group(written, written[:1])], config(reward=reward, alpha=0.0), opened="<think>\n")
+    assert (scored.accuracy.tolist(), scored.format.tolist()) == ([[1, 1, 1]], [[1, 0, 0]])
+    assert (scored.lengths.tolist(), scored.result.rewards.tolist()) == ([[20, 21, 22]], [[2.5, 1, 1]])
+    closing = answers("A</answer>", "B</answer>")  # after an answer's opened tag
+    scored = score_groups([make_group(closing, closing[1:])], config(), opened="<think></think><answer>")
+    assert (scored.accuracy.tolist(), scored.shuffled_accuracy.tolist()) == ([[1, 0]], [[0]])
+
+
 def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[float]]:
     """(rewards, advantages) of a group of multiple-choice answers."""
     accuracy = [float("<answer>A</answer>" in c.text) for c in group.ordered]

@@ -54,6 +54,31 @@ def test_answer_and_format() -> None:
         assert format_reward(tagged(wrong)) == 0.0, wrong
 
 
+@pytest.mark.parametrize(
+    ("opened", "right", "wrong"),
+    [
+        ("[\n", ("a]\n\n(B)", "]()", "a\nb]b](B)(C)"), ("[a](B)", "a [b](B)", "a(B)", "(B)", "a](B", "a](B)\n", "")),
+        ("[\n\n]\n\n", ("(B)", "\n(B)", "](B)"), ("[a](B)", "a(B)", "(B", "(B) ", "")),
+    ],
+)
+def test_an_answer_that_the_template_opened(opened: str, right: tuple[str, ...], wrong: tuple[str, ...]) -> None:
+    """The format is the whole answer's, in which the model opens nothing again; others' rewards read the whole, too."""
+    opened, given = tagged(opened), []
+    note = SimpleNamespace(note=lambda completions, _: [float(given.append(text) or 0) for text in completions])
+    texts = [tagged(text) for text in (*right, *wrong)]
+    sample = Sample(0, "0", "?", "text", "multiple choice", "<answer>B</answer>")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "noting", note)
+        config = RewardConfig(functions=["noting:note"])
+        accuracy, form = score(texts, [sample] * len(texts), config, opened=opened)
+    load_reward.cache_clear()
+    assert form == [1.0] * len(right) + [0.0] * len(wrong)
+    assert [format_reward(text, opened=opened) for text in texts] == form
+    assert given == [opened + text for text in texts]
+    assert accuracy == [accuracy_reward(opened + text, sample.solution, sample.problem_type) for text in texts]
+    assert score(["B</answer>"], [sample], RewardConfig(), opened="<think></think><answer>") == ([1.0], [1.0])
+
+
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "\x1f", "\u3000", "B", "<", ">"]
 
 

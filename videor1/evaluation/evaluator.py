@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from videor1.answer import whole_text
 from videor1.config import EvalOptions
 from videor1.data import Dataset
 from videor1.data.cache import disk_cache
@@ -24,12 +25,12 @@ from videor1.video.shuffle import draw_permutation
 
 _CHUNK = 32  # prompts whose completions are sampled together
 
-Score = Callable[[str, Sample], float]  # (completion's text, its sample) -> score in [0, 1]
+Score = Callable[[str, Sample], float]  # (whole answer, its sample) -> score in [0, 1]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The result of one sample: means over its answers, and their texts."""
+    """The result of one sample: means over its answers, and their texts as the model wrote them."""
 
     sample: Sample
     accuracy: float  # mean score from frames in order (or the image)
@@ -40,6 +41,7 @@ class Answered:
     shuffled_texts: tuple[str, ...] = ()  # all answers from shuffled frames
     finished: float = 1.0  # share of answers that were not cut at max_completion_length
     shuffled_finished: float | None = None  # the same share for answers from shuffled frames
+    opened: str = ""  # what the chat template opened each answer with, before what the model wrote
 
 
 @dataclass
@@ -201,7 +203,7 @@ def _answer_prompts(
         sample, shuffled_completions = group.prompt.sample, group.shuffled
 
         def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
-            return sum(score(c.text, sample) for c in completions) / len(completions)
+            return sum(score(whole_text(model.opened_text, c.text), sample) for c in completions) / len(completions)
 
         def finished(completions: Sequence[Completion]) -> float:
             return sum(c.finished for c in completions) / len(completions)
@@ -217,6 +219,7 @@ def _answer_prompts(
                 tuple(c.text for c in shuffled_completions),
                 finished(group.ordered),
                 finished(shuffled_completions) if shuffled_completions else None,
+                model.opened_text,
             )
         )
     return answers

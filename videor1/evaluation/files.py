@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from videor1.answer import extract_answer
+from videor1.answer import extract_answer, whole_text
 from videor1.atomic import write_atomic
 from videor1.config import EvaluateConfig
 from videor1.config.cli import changed_options, load_run_config, save_run_config
@@ -37,8 +37,9 @@ def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[s
         "shuffled_accuracy": answered.shuffled,
         "finished": answered.finished,
         "shuffled_finished": answered.shuffled_finished,
-        "answered": _share_answered(answered.texts),
-        "shuffled_answered": _share_answered(answered.shuffled_texts),
+        "answered": _share_answered(answered.opened, answered.texts),
+        "shuffled_answered": _share_answered(answered.opened, answered.shuffled_texts),
+        "opened": answered.opened,
         "text": answered.text,
         "shuffled_text": answered.shuffled_text,
     }
@@ -63,8 +64,8 @@ def _question_fields(benchmark: str, question: Question) -> dict[str, Any]:
     }
 
 
-def _share_answered(texts: tuple[str, ...]) -> float | None:
-    return sum(bool(extract_answer(text)) for text in texts) / len(texts) if texts else None
+def _share_answered(opened: str, texts: tuple[str, ...]) -> float | None:
+    return sum(bool(extract_answer(whole_text(opened, text))) for text in texts) / len(texts) if texts else None
 
 
 def begin(

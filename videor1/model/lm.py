@@ -23,6 +23,7 @@ from videor1.model.families import Family, family_of
 from videor1.model.lora import use_lean_lora
 from videor1.model.positions import PositionRule, prompt_positions
 from videor1.model.prompts import SpecialIds, special_ids
+from videor1.model.template import opened_text
 from videor1.seeding import derive_seed
 from videor1.types import Media, Prompt
 from videor1.video.patches import normalize_patches, num_media_tokens
@@ -39,6 +40,8 @@ class VideoLM:
         family: what its family does differently from others.
         peft: the peft wrapper, or None.
         tokenizer, special: the tokenizer and its special ids.
+        opened_text: what the chat template opens an answer with, at the end of every prompt; "" for most. An answer as
+            a whole is this and what the model wrote (:func:`videor1.answer.whole_text`).
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
         position_rule: which positions text after media has, see :mod:`videor1.model.positions`.
     """
@@ -59,6 +62,7 @@ class VideoLM:
         self.flash = False  # whether flash-attn computes the attention of a rollout's prompts
         self.tokenizer = tokenizer
         self.special: SpecialIds = special_ids(tokenizer, self.family)
+        self.opened_text = opened_text(tokenizer, source, self.family)
         self.device = torch.device(device)
         self.bf16 = bf16
         self.source = source

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videor1.answer import follows_format
+from videor1.answer import follows_format, left_to_write
 from videor1.errors import ConfigError
 from videor1.model.families import FAMILIES, QWEN2_5_VL, Family
 from videor1.types import Media, Sample, SampleError
@@ -56,6 +56,7 @@ _TOKENS = {
     "vision_start": "<|vision_start|>",
     "vision_end": "<|vision_end|>",
 }
+EOS = _TOKENS["eos"]
 VIDEO = _TOKENS["vision_start"] + _TOKENS["video_pad"] + _TOKENS["vision_end"]  # a video in a chat template's text
 _VISION_PAD = "<|vision_pad|>"
 
@@ -223,22 +224,28 @@ def build_sft_ids(
     *,
     max_prompt_length: int | None = None,
     family: Family = QWEN2_5_VL,
+    opened: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Return the token ids and the loss mask of a sample for SFT.
 
-    The prompt's ids are exactly those of :func:`build_input_ids`. The target is ``process``, a newline and
-    ``solution``, without white space around both, so that it earns the format reward; then EOS.
+    The prompt's ids are exactly those of :func:`build_input_ids`. The whole answer is ``process``, a newline and
+    ``solution``, without white space around both, so that it earns the format reward. The target is what the model has
+    to write of it: all of it, or what follows the text that the chat template opens it with; then EOS.
+
+    Args:
+        opened: what the chat template opens an answer with (``VideoLM.opened_text``). The answer must begin with its
+            tags: after an opened and closed ``<think>`` the process must hold no reasoning.
 
     Returns:
         (token ids int64 [L], loss mask bool [L], which is True on the target, EOS included).
 
     Raises:
-        SampleError: ``process`` if the target cannot earn the format reward; ``too_long`` for more than ``max_length``
-            tokens together or ``max_prompt_length`` in the prompt; ``special_token`` and ``bad_text`` as
-            :func:`build_input_ids`.
+        SampleError: ``process`` if the answer cannot earn the format reward, or does not begin as the template does;
+            ``too_long`` for more than ``max_length`` tokens together or ``max_prompt_length`` in the prompt;
+            ``special_token`` and ``bad_text`` as :func:`build_input_ids`.
     """
-    target = f"{sample.process.strip()}\n{sample.solution.strip()}"
-    if not follows_format(target):
+    answer = f"{sample.process.strip()}\n{sample.solution.strip()}"
+    if not follows_format(answer):
         raise SampleError(
             "process",
             f"problem {sample.problem_id}: expected a process of <think>...</think> and a solution of "
@@ -246,7 +253,15 @@ def build_sft_ids(
             f"got process {sample.process[:60]!r} and solution {sample.solution[:60]!r}",
             sample.path,
         )
-    _check_no_special_tokens(tokenizer, sample, target)
+    target = left_to_write(opened, answer)
+    if target is None or not follows_format(target, opened):
+        raise SampleError(
+            "process",
+            f"problem {sample.problem_id}: the chat template opens an answer with {opened!r}, so that the process must "
+            f"begin with it and open <think> but once, got {sample.process[:60]!r}",
+            sample.path,
+        )
+    _check_no_special_tokens(tokenizer, sample, answer)
     limit = min(max_length, max_prompt_length or max_length)
     prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit, family=family)
     # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.

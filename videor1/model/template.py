@@ -1,4 +1,5 @@
-"""The check of a tokenizer's chat template, by a prompt of each kind, before anything is trained or asked."""
+"""The check of a tokenizer's chat template, by a prompt of each kind, before anything is trained or asked; and what the
+template opens an answer with."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from videor1.errors import ConfigError
 from videor1.model.families import QWEN2_5_VL, Family
-from videor1.model.prompts import VIDEO, special_ids
+from videor1.model.prompts import EOS, VIDEO, special_ids
 
 # Several lines, as a question with options has, and characters that a template may escape or that are Jinja's own.
 _QUESTION = (
@@ -16,6 +17,10 @@ _QUESTION = (
     + " ".join(f"word{number}" for number in range(200))
     + "\nReason between <think> and </think>, then answer between <answer> and </answer>."
 )
+
+_ANSWER = "It is a red square."
+_THEN = "And what happens then?"
+_KINDS = ("text", "video", "image")
 
 # What a template raises: Jinja's errors, and those of the operators and filters in it.
 _RAISED = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -25,14 +30,14 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
     """Check that the chat template renders prompts with a video, an image and text alone, with the question in each.
 
     Raises:
-        ConfigError: there is no template, it fails, it leaves out or changes the question, or it has no place for the
-            media or for the answer.
+        ConfigError: there is no template, it fails, it leaves out or changes the question, it has no place for the
+            media or for the answer, or it opens answers as :func:`opened_text` refuses it.
     """
-    advice = f"use the template of a {family.name} model (chat_template.jinja or tokenizer_config.json)"
+    advice = _advice(family)
     if not tokenizer.chat_template:
         raise ConfigError(f"model_name_or_path: the tokenizer of {source} has no chat template; {advice}")
     special = special_ids(tokenizer, family)
-    for kind, pad in (("text", None), ("video", special.video_pad), ("image", special.image_pad)):
+    for kind, pad in zip(_KINDS, (None, special.video_pad, special.image_pad), strict=True):
         rendered = _render(tokenizer, source, kind, advice)
         if rendered.count(_QUESTION) != 1:
             happened = "repeats" if _QUESTION in rendered else "leaves out or changes"
@@ -42,8 +47,7 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
             )
         if kind == "text" and (whose := family.foreign_template(rendered, _with_tool(tokenizer))):
             raise ConfigError(f"model_name_or_path: the chat template of {source} is that of {whose}; {advice}")
-        eos = str(tokenizer.convert_ids_to_tokens(special.eos))
-        if not rendered.partition(_QUESTION)[2].rpartition(eos)[2].strip():
+        if not _opening(rendered).strip():
             raise ConfigError(
                 f"model_name_or_path: the chat template of {source} opens no turn for the answer after the question; "
                 f"{advice}"
@@ -61,16 +65,84 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
                 f"model_name_or_path: the chat template of {source} does not put a video as {VIDEO}, where the times "
                 f"of its frames can stand: it gives {_short(rendered)}; {advice}"
             )
+    opened_text(tokenizer, source, family)
+
+
+def opened_text(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> str:
+    """Return what the chat template opens an answer with, behind the head of the assistant's turn; "" for most.
+
+    The head is what stands before an earlier answer of a conversation, to which thinking models' templates add no
+    reasoning. Blanks alone count as nothing.
+
+    Raises:
+        ConfigError: the template opens an answer with a text that the family's record does not list, or with different
+            texts for different kinds of prompts; or it begins a prompt's answer otherwise than an earlier one.
+    """
+    head = _head(tokenizer, source, family)
+    found = {}
+    for kind in _KINDS:
+        end = _opening(_render(tokenizer, source, kind, _advice(family)))
+        if not (end.startswith(head) or end.strip() == head.strip()):
+            raise ConfigError(
+                f"model_name_or_path: the chat template of {source} ends a prompt with {kind} by {_short(end)}, but "
+                f"begins an earlier answer by {_short(head)}: what it opens an answer with cannot be told; "
+                f"{_advice(family)}"
+            )
+        found[kind] = end.removeprefix(head) if end.strip() != head.strip() else ""
+    opened = found["text"]
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"model_name_or_path: the chat template of {source} opens an answer differently by the kind of prompt: "
+            f"{found}; expected the same for all"
+        )
+    if opened and opened not in family.opened:
+        listed = ", ".join(["nothing", *map(repr, family.opened)])
+        raise ConfigError(
+            f"model_name_or_path: the chat template of {source} opens an answer with {_short(opened)}, so that the "
+            f"model does not write it itself; expected of a {family.name} model: {listed}. Take another model, or "
+            "remove that text from the end of the template"
+        )
+    return opened
+
+
+def _head(tokenizer: Any, source: str, family: Family) -> str:
+    """Return the head of an assistant's turn, from the question's end to the answer.
+
+    It is taken from a conversation that goes on after the answer: templates of thinking models put reasoning before the
+    last one. What one puts before every answer all the same is no part of the head.
+    """
+    turns = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _THEN)]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    rendered = _apply(tokenizer, source, messages, "a conversation with an answer", _advice(family))
+    before, answer, _ = rendered.partition(_ANSWER)
+    if not answer:
+        raise ConfigError(
+            f"model_name_or_path: the chat template of {source} leaves out an earlier answer: it gives "
+            f"{_short(rendered)}; {_advice(family)}"
+        )
+    return _opening(before).partition("<think>")[0]
+
+
+def _opening(rendered: str) -> str:
+    """Return what stands behind the end of the question's turn."""
+    return rendered.partition(_QUESTION)[2].rpartition(EOS)[2]
+
+
+def _advice(family: Family) -> str:
+    return f"use the template of a {family.name} model (chat_template.jinja or tokenizer_config.json)"
 
 
 def _render(tokenizer: Any, source: str, kind: str, advice: str) -> str:
     content = [*([{"type": kind}] if kind != "text" else []), {"type": "text", "text": _QUESTION}]
-    messages = [{"role": "user", "content": content}]
+    return _apply(tokenizer, source, [{"role": "user", "content": content}], f"a prompt with {kind}", advice)
+
+
+def _apply(tokenizer: Any, source: str, messages: list[dict[str, Any]], what: str, advice: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except _RAISED as error:
         raise ConfigError(
-            f"model_name_or_path: the chat template of {source} cannot render a prompt with {kind}: "
+            f"model_name_or_path: the chat template of {source} cannot render {what}: "
             f"{type(error).__name__}: {str(error)[:300]}; {advice}"
         ) from error
 
@@ -82,23 +154,6 @@ def _with_tool(tokenizer: Any) -> str:
         return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
     except _RAISED:
         return ""
-
-
-def check_answer(tokenizer: Any, source: str) -> None:
-    """Check that a model writes the whole of its answer itself, as training needs it.
-
-    Raises:
-        ConfigError: the chat template opens the reasoning, so that no answer could earn the format reward.
-    """
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, tokenize=False
-    )
-    if rendered.rstrip().endswith("<think>"):
-        raise ConfigError(
-            f"model_name_or_path: the chat template of {source} ends a prompt with <think>, as Thinking models' do; an "
-            "answer must open it itself to earn the format reward, and targets of SFT do. Take the Instruct model, or "
-            "remove <think> from the end of the template"
-        )
 
 
 def _short(text: str) -> str:

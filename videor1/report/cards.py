@@ -90,6 +90,7 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
         "question": visible(row["problem"] if "problem" in row else _question(row["prompt"])),
         "options": [visible(option) for option in row.get("options") or []],
         "solution": visible(extract_answer(row["solution"]) or row["solution"]),
+        "opened": visible(row.get("opened", "")),  # which older files do not have
         "permutation": None if order is None else [int(i) for i in order],
         "completions": completions,
         "right": "all" if right == count else "some" if right else "none",

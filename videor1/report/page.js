@@ -118,6 +118,7 @@
     node.append(el("h4", {}, `Completions from ${card.permutation ? "frames in order" : card.kind === "text" ? "the text" : `the ${card.kind}`}: ${right} of ${card.completions.length} correct${above}`));
     if (card.tokens) node.append(legend(node));
     else node.append(el("p", { class: "note" }, "Tokens and log-probs of this prompt were not recorded (option log_tokens)."));
+    if (card.opened) node.append(el("p", { class: "note" }, "The chat template opens each completion with ", el("code", {}, JSON.stringify(card.opened)), ", which is no part of its tokens."));
     node.append(el("div", { class: "completions" }, ...card.completions.map((completion, i) => completionCard(completion, `${i + 1}`))));
     if (card.asked) {
       const left = card.asked - card.shuffled.length;

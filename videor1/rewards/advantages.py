@@ -21,7 +21,7 @@ class Scored:
 
     accuracy: Tensor  # [P, G]
     format: Tensor  # [P, G], custom rewards included
-    lengths: Tensor  # int64 [P, G], tokens
+    lengths: Tensor  # int64 [P, G], tokens that the model wrote: none of what the chat template opened
     shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such completion, or it was skipped; Gs is 0 without any
     # As ``videor1_kernels.Advantages``, with two exceptions. p_shuffled is NaN where shuffled completions were skipped,
     # and so is temporal where the bonus would have changed nothing: the rewards of such a group may lack a constant,
@@ -29,21 +29,25 @@ class Scored:
     result: Advantages
 
 
-def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
+def score_groups(
+    groups: Sequence[Group], config: TrainConfig, device: torch.device | str = "cpu", *, opened: str = ""
+) -> Scored:
     """Compute the rewards of every completion, then T-GRPO's advantages of the ordered ones.
 
     Accuracies that a group holds already (``Group.accuracies``) are not computed again.
 
     Args:
         device: where the advantages are computed. All returned tensors are on the CPU.
+        opened: what the chat template opened every answer with (``VideoLM.opened_text``).
     """
     if not groups:
         return _empty_scored(config)
-    judges = [_judge(group, config) for group in groups]
+    judges = [_judge(group, config, opened) for group in groups]
     accuracy = torch.tensor([judge.ordered for judge in judges])
     completions = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
     texts, samples = [text for text, _ in completions], [sample for _, sample in completions]
-    format_reward = torch.tensor(format_rewards(texts, samples, config.reward)).reshape(len(groups), -1)
+    format_reward = torch.tensor(format_rewards(texts, samples, config.reward, opened=opened))
+    format_reward = format_reward.reshape(len(groups), -1)
     shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
     decisive = shuffled.clone()
     skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
@@ -79,13 +83,15 @@ def score_groups(groups: Sequence[Group], config: TrainConfig, device: torch.dev
     return Scored(accuracy, format_reward, lengths, shuffled, values)
 
 
-def _judge(group: Group, config: TrainConfig) -> TemporalJudge:
+def _judge(group: Group, config: TrainConfig, opened: str) -> TemporalJudge:
     """Return a judge to which all completions of the group have been reported.
 
     It computes accuracies only, which is all that counts of the shuffled completions.
     """
     count, requested = len(group.ordered), group.shuffled_asked
-    judge = TemporalJudge(group.prompt.sample, config, ordered=count, shuffled=requested, known=group.accuracies)
+    judge = TemporalJudge(
+        group.prompt.sample, config, ordered=count, shuffled=requested, known=group.accuracies, opened=opened
+    )
     for completion in group.ordered:
         judge.ordered_done(completion)
     for completion in group.shuffled:

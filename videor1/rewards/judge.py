@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
+from videor1.answer import whole_text
 from videor1.config import TrainConfig
 from videor1.rewards.scoring import accuracy_of
 from videor1.types import Completion, Sample
@@ -25,6 +26,7 @@ class TemporalJudge:
     Args:
         ordered, shuffled: number of completions that the group will have.
         known: accuracies that another judge of the group has computed, by the completion's text.
+        opened: what the chat template opened the answers with.
 
     Attributes:
         ordered, shuffled: accuracies of the reported completions, in the order of the reports.
@@ -39,8 +41,9 @@ class TemporalJudge:
         ordered: int,
         shuffled: int,
         known: Mapping[str, float] | None = None,
+        opened: str = "",
     ) -> None:
-        self._sample, self._config = sample, config
+        self._sample, self._config, self._opened = sample, config, opened
         self._counts = (ordered, shuffled)
         self.ordered: list[float] = []
         self.shuffled: list[float] = []
@@ -95,7 +98,8 @@ class TemporalJudge:
     def _accuracy(self, completion: Completion) -> float:
         text = completion.text
         if text not in self.accuracies:
-            self.accuracies[text] = accuracy_of(text, self._sample, lenient=self._config.reward.lenient)
+            answer = whole_text(self._opened, text)
+            self.accuracies[text] = accuracy_of(answer, self._sample, lenient=self._config.reward.lenient)
         return self.accuracies[text]
 
 

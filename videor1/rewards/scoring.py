@@ -17,7 +17,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from videor1.answer import extract_answer, follows_format
+from videor1.answer import extract_answer, follows_format, whole_text
 from videor1.config import RewardConfig
 from videor1.errors import ConfigError, did_you_mean
 from videor1.rewards.quantity import read_quantity
@@ -61,7 +61,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     - ``free-form``: in scripts other than Latin, ROUGE compares single characters; Latin words keep their accents.
 
     Args:
-        completion: the completion's text, tags included.
+        completion: the whole answer, tags included: what the chat template opened it with, and what the model wrote.
         solution: the right answer, in ``<answer>`` tags.
         problem_type: "multiple choice", "numerical", "OCR", "free-form" or "regression".
         lenient: forgive what is listed above.
@@ -87,7 +87,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
 
 
 def accuracy_of(completion: str, sample: Sample, *, lenient: bool = False) -> float:
-    """Return the :func:`accuracy_reward` of a completion of ``sample``'s prompt."""
+    """Return the :func:`accuracy_reward` of a whole answer to ``sample``'s prompt."""
     return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
 
 
@@ -110,14 +110,16 @@ def solution_reward(answer: str, problem_type: str, *, lenient: bool = False) ->
     return max(strict, _LENIENT[problem_type](answer, answer)) if lenient else strict
 
 
-def format_reward(completion: str) -> float:
+def format_reward(completion: str, *, opened: str = "") -> float:
     """Score whether a completion has the requested form.
 
-    1 if the whole completion, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
+    1 if the whole answer, unstripped, is ``<think>...</think>``, blanks or nothing, ``<answer>...</answer>``;
     else 0 (``re.fullmatch`` of ``<think>.*?</think>\\s*<answer>.*?</answer>`` with DOTALL).
 
     Args:
-        completion: the completion's text, tags included.
+        completion: what the model wrote, tags included.
+        opened: what the chat template opened the answer with, such as ``<think>``: the whole answer is that and the
+            completion, and one that writes ``<think>`` again earns 0.
 
     Returns:
         1.0 or 0.0.
@@ -128,11 +130,17 @@ def format_reward(completion: str) -> float:
     Source:
         Video-R1's format reward (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1).
     """
-    return 1.0 if follows_format(completion) else 0.0
+    return 1.0 if follows_format(completion, opened) else 0.0
 
 
-def score(completions: list[str], samples: list[Sample], config: RewardConfig) -> tuple[list[float], list[float]]:
+def score(
+    completions: list[str], samples: list[Sample], config: RewardConfig, *, opened: str = ""
+) -> tuple[list[float], list[float]]:
     """Compute the rewards of completions; ``samples[i]`` is the sample that ``completions[i]`` belongs to.
+
+    Args:
+        completions: what the model wrote.
+        opened: what the chat template opened every answer with.
 
     Returns:
         (accuracy rewards, format rewards as of :func:`format_rewards`), one of each per completion.
@@ -141,24 +149,27 @@ def score(completions: list[str], samples: list[Sample], config: RewardConfig) -
         ConfigError: as :func:`format_rewards`.
     """
     accuracy = [
-        accuracy_of(completion, sample, lenient=config.lenient)
+        accuracy_of(whole_text(opened, completion), sample, lenient=config.lenient)
         for completion, sample in zip(completions, samples, strict=True)
     ]
-    return accuracy, format_rewards(completions, samples, config)
+    return accuracy, format_rewards(completions, samples, config, opened=opened)
 
 
-def format_rewards(completions: list[str], samples: list[Sample], config: RewardConfig) -> list[float]:
+def format_rewards(
+    completions: list[str], samples: list[Sample], config: RewardConfig, *, opened: str = ""
+) -> list[float]:
     """Compute ``config.format_weight`` * format_reward + the sum of ``config.functions`` for each completion.
 
-    ``samples[i]`` is the sample that ``completions[i]`` belongs to. An exception inside a function is not caught.
+    Arguments as of :func:`score`; the functions are given whole answers. An exception inside one is not caught.
 
     Raises:
         ConfigError: a function cannot be loaded, or does not return one finite number per completion.
     """
     assert len(completions) == len(samples), (len(completions), len(samples))
-    rewards = [config.format_weight * format_reward(completion) for completion in completions]
+    rewards = [config.format_weight * format_reward(completion, opened=opened) for completion in completions]
+    answers = [whole_text(opened, completion) for completion in completions]
     for name in config.functions:
-        extra = _call(name, load_reward(name), completions, samples)
+        extra = _call(name, load_reward(name), answers, samples)
         rewards = [a + b for a, b in zip(rewards, extra, strict=True)]
     return rewards
 

@@ -37,7 +37,6 @@ from videor1.model.lm import set_checkpointing
 from videor1.model.load import pick_device
 from videor1.model.positions import PositionRule
 from videor1.model.save import base_digest, sampled_digest
-from videor1.model.template import check_answer
 from videor1.seeding import derive_seed
 from videor1.training.checkpoint import (
     CheckpointError,
@@ -164,9 +163,7 @@ class Loop(ABC, Generic[C]):
 
     def make_model(self) -> VideoLM:
         """Load the model to train, as the options ask for it."""
-        model = load_model(self.config)
-        check_answer(model.tokenizer, model.source)
-        return model
+        return load_model(self.config)
 
     @abstractmethod
     def make_source(self, start: Any) -> Source[Any]:

@@ -21,6 +21,8 @@ def rollout_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield one row of rollouts.jsonl per group.
 
+    ``completions`` are what the model wrote, ``opened`` is what the chat template opened each of them with.
+
     Args:
         log_tokens: the first so many groups also get ``tokens`` and ``logps``, one list per ordered completion: the
             tokens as text (see :func:`token_strings`) and their log-probs at sampling, in nats, rounded to 4 decimals
@@ -40,6 +42,7 @@ def rollout_rows(
             "prompt": model.tokenizer.decode(_without_media(model, group.prompt).tolist()),
             "solution": sample.solution,
             "permutation": group.permutation,
+            "opened": model.opened_text,
             "completions": [c.text for c in group.ordered],
             "finished": [c.finished for c in group.ordered],
             "shuffled_asked": group.shuffled_asked,

@@ -65,6 +65,7 @@ class SFTTrainer(Loop[SFTConfig]):
                 self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
                 family=self.model.family,
+                opened=self.model.opened_text,
             )
             length = len(ids) - int(mask.sum())
             return Example(Prompt(sample, ids[:length], media, draw), ids[length:])

@@ -144,7 +144,7 @@ class Trainer(Loop[TrainConfig]):
         succeeded = [i for i, group in enumerate(rollout.groups) if group is not None]
         groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in succeeded]
         timer.mark("time/rollout")
-        scored = score_groups(groups, self.config, self.model.device)
+        scored = score_groups(groups, self.config, self.model.device, opened=self.model.opened_text)
         timer.mark("time/reward")
         return Batch(groups, features, scored, rollout)
 
@@ -231,8 +231,9 @@ class Trainer(Loop[TrainConfig]):
         self._said = said
 
     def _judge(self, prompt: Prompt) -> TemporalJudge:
-        config = self.config
-        return TemporalJudge(prompt.sample, config, ordered=config.num_generations, shuffled=config.num_shuffled)
+        config, opened = self.config, self.model.opened_text
+        counts = {"ordered": config.num_generations, "shuffled": config.num_shuffled}
+        return TemporalJudge(prompt.sample, config, **counts, opened=opened)
 
     def _kernels(self) -> str:
         """Return a line that names the backend of each kernel.

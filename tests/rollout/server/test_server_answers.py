@@ -119,6 +119,17 @@ def test_without_token_ids_the_text_is_encoded_again_and_said_once(server: FakeS
         engine.generate([request(TEXT, 2)])
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_that_a_server_took_out_of_the_text(server: FakeServer, name: str) -> None:
+    """The tokens hold it all the same; without them nobody knows what was sampled."""
+    message = {"content": "<answer>red</answer>", name: "red"}
+    server.respond = lambda body, _: completion(body, message=message)
+    assert ask_once(server, TEXT).text == answer_text(server.asked[0])
+    server.respond = lambda body, _: completion(body, message=message, token_ids=None, logprobs=None)
+    with pytest.raises(RolloutError, match="took the reasoning out of the answer's text"):
+        ask_once(server, TEXT)
+
+
 @pytest.mark.parametrize("sglang", [False, True])
 def test_a_server_that_reads_another_prompt_is_refused(server: FakeServer, sglang: bool) -> None:
     ours = VIDEO.input_ids.tolist()

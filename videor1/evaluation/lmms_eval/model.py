@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from videor1.answer import extract_answer
+from videor1.answer import extract_answer, whole_text
 from videor1.config import IMAGE_MAX_PIXELS, VIDEO_MAX_PIXELS, DataConfig, EvaluateConfig, ModelConfig, VideoConfig
 from videor1.data.prefetch import Prefetcher
 from videor1.errors import ConfigError
@@ -69,8 +69,8 @@ class VideoR1(_lmms):
 
     Args:
         pretrained: a model's folder or hub id.
-        think: ask for reasoning and tags as in training, and give the task the text in the answer tag (the whole
-            completion if there is no tag). The task's own limit, which is for a bare answer, does not apply then.
+        think: ask for reasoning and tags as in training, and give the task the text in the answer tag (all that the
+            model wrote if there is no tag). The task's own limit, which is for a bare answer, does not apply then.
         shuffle: show the frames in a seeded random order. The accuracy without it minus this one is the temporal gap.
         max_new_tokens: most tokens of a completion; None: 1024 with ``think``, else the task's limit.
         max_frames, fps, max_pixels, min_pixels, image_max_pixels: as the trainer's ``video.*`` options.
@@ -324,7 +324,7 @@ class VideoR1(_lmms):
         """Return the answer in a completion as lmms-eval's result, and pass it to lmms-eval's cache."""
         text = completion.text
         if self.think:
-            text = extract_answer(text) or text
+            text = extract_answer(whole_text(self.model.opened_text, text)) or text
         for stop in question.until:
             text = text.partition(stop)[0] if stop else text
         context, _, given = question.request.args[:3]

@@ -84,6 +84,7 @@ QWEN3_VL = Family(
     layer_inputs=_layer_inputs,
     head_norms=lambda attention: (attention.q_norm, attention.k_norm),
     tokens=("<think>", "</think>"),
+    opened=("<think>\n",),  # the Thinking models' template; the Instruct models' opens none
     recipes=("qwen3_vl_4b", "qwen3_vl_8b"),
     foreign_template=qwen2_template,
     server_video=_server_video,

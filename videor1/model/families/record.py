@@ -39,7 +39,7 @@ def _no_norms(attention: Any) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
+    r"""A family of models.
 
     Attributes:
         model_type: of its config.json.
@@ -62,6 +62,9 @@ class Family:
         recipes: the files in ``videor1/configs`` that train it, by the size of the model.
         foreign_tokens: single tokens of another family's tokenizer, whose ids follow each other in it; one of which
             that holds is that family's.
+        opened: the texts, character by character, that its chat templates may open an answer with behind the head of
+            the assistant's turn, such as "<think>\n" of thinking models. A template that opens none is always taken,
+            one that opens another is refused.
         foreign_template: (a user's turn, a conversation with a tool, as a chat template renders them) -> whose it is
             and how that shows, if it is another family's; None: it is not.
         server_video: a video -> what vLLM's loader of frames is told (``media_io_kwargs``), so that it puts them at the
@@ -82,6 +85,7 @@ class Family:
     lora_targets: tuple[str, ...] = QWEN_LINEAR
     recipes: tuple[str, ...] = ()
     foreign_tokens: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
     foreign_template: Callable[[str, str], str | None] = _no_reason
     server_video: Callable[[Media], dict[str, Any]] | None = None
 

@@ -66,6 +66,12 @@ class AnswerReader:
             return ids
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
+        # vLLM's and SGLang's names of what their parsers take out of the content, tags included.
+        if isinstance(message, dict) and (message.get("reasoning") or message.get("reasoning_content")):
+            raise RequestFailed(
+                "the server returns no token ids, and took the reasoning out of the answer's text, so that what was "
+                "sampled is not known: start it without a reasoning parser"
+            )
         if not isinstance(text, str):
             raise RequestFailed(f"expected an answer's text or token_ids, got {quoted(choice)}")
         if not self._warned:
