@@ -12,6 +12,7 @@ from.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 import os
 import shutil
@@ -99,6 +100,17 @@ def qwen3_assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     sizes = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
     folder = tmp_path_factory.mktemp("demo3") / "assets"
     return make_assets(folder, sizes=sizes, progress=False, family="qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def thinking_assets(qwen3_assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """The same with the template of Thinking models, which ends a prompt with <think>; read only."""
+    folder = Path(shutil.copytree(qwen3_assets.model, tmp_path_factory.mktemp("thinking") / "model"))
+    template = folder / "chat_template.jinja"
+    head, found, end = template.read_text("utf-8").rpartition("assistant\\n")
+    assert found
+    template.write_text(f"{head}{found}<think>\\n{end}", "utf-8")
+    return dataclasses.replace(qwen3_assets, model=folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from videor1.config import TrainConfig, cli
 from videor1.demo.assets import Assets
 from videor1.evaluation.intervals import mean_of_differences, mean_of_shares
 from videor1.logs.jsonl import read_jsonl
+from videor1.model import lm
 from videor1.rollout import SamplingOptions
 
 COUNTS = {"mmvu": 1, "mvbench": 20, "tempcompass": 3, "videomme": 6, "videommmu": 4, "vsibench": 5}
@@ -67,6 +68,25 @@ def test_a_qwen3_vl(evaluate: Evaluate, qwen3_assets: Assets) -> None:
     assert all(isinstance(row["text"], str) and isinstance(row["shuffled_text"], str) for row in made.answers)
     made = evaluate("data", dataset_name=qwen3_assets.dev, model_name_or_path=model, **pixels)
     assert made.results["dev"]["overall"]["questions"] == 3
+
+
+def test_answers_that_the_template_opened(
+    evaluate: Evaluate, oracle: type[Oracle], thinking_assets: Assets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are the whole answer's; the file says what was opened and what was written."""
+    pixels = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
+    options = pixels | {"dataset_name": thinking_assets.dev, "model_name_or_path": thinking_assets.model}
+    oracle.say = staticmethod(lambda solution, *_: f"so</think>{solution}")
+    made = evaluate("thinking", **options)
+    assert {(row["opened"], row["text"], row["accuracy"], row["answered"]) for row in made.answers} == {
+        ("<think>\n", f"so</think>{row['solution']}", 1.0, 1.0) for row in made.answers
+    }
+    opened = "<think></think><answer>"  # which changes what an answer says
+    monkeypatch.setattr(lm, "opened_text", lambda *_: opened)
+    oracle.say = staticmethod(lambda solution, *_: solution.removeprefix("<answer>"))
+    made = evaluate("answering", **options)
+    assert {(row["opened"], row["accuracy"], row["answered"]) for row in made.answers} == {(opened, 1.0, 1.0)}
+    assert {row["shuffled_answered"] for row in made.answers} == {1.0, None}
 
 
 def test_figures_against_a_direct_computation(evaluate: Evaluate, oracle: type[Oracle]) -> None:

@@ -173,6 +173,12 @@ def test_answers_come_back_in_order(make: Make, engine: type[Oracle], video: Pat
     assert [options for options, _ in engine.made] == [SamplingOptions(9, 0.0), SamplingOptions(1024, 0.0)]
     engine.say = staticmethod(lambda *_: "no tags")
     assert ask(model, contents[2:3]) == ["no tags"]
+    # What the chat template opened belongs to the answer, and is not given back as written.
+    model.model.opened_text = "<think></think><answer>"
+    engine.say = staticmethod(lambda *_: "B</answer>")
+    assert ask(model, contents[2:3]) == ["B"]
+    model.think = False
+    assert ask(model, contents[2:3]) == ["B</answer>"]
 
 
 def test_sampling_options_and_shuffled_frames(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rollouts import ask
-from tiny_families import family_media, family_prompt, make_qwen3, make_qwen3_tokenizer
+from tiny_families import family_media, family_prompt, make_qwen3, make_qwen3_tokenizer, opening
 from transformers import Qwen3VLMoeConfig
 
 from videor1.config import LoraConfig, TrainConfig
@@ -65,6 +65,27 @@ def test_one_record_and_one_line(toy: VideoLM) -> None:
     assert adapted == {"q_proj", "down_proj"}
     with pytest.raises(ConfigError, match=r"rollout.engine: server: not with Toy-VL yet"):
         make_engine(TrainConfig(rollout=dataclasses.replace(TrainConfig().rollout, engine="server")), toy, Path())
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_it_may_open_its_answers(opened: str, toy: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its record lists; a completion holds what the model writes, up to as many tokens as are asked for."""
+    tokenizer = opening(make_qwen3_tokenizer(), opened)
+    monkeypatch.setitem(FAMILIES, "toy_vl", dataclasses.replace(TOY, opened=("<I>",)))
+    with pytest.raises(
+        ConfigError, match=r"template of toy opens an answer .* expected of a Toy-VL model: nothing, '<I>"
+    ):
+        VideoLM(toy.hf, tokenizer, source="toy")
+    monkeypatch.setitem(FAMILIES, "toy_vl", dataclasses.replace(TOY, opened=("<I>", opened)))
+    model = VideoLM(toy.hf, tokenizer, source="toy")
+    assert (model.opened_text, toy.opened_text) == (opened, "")
+    prompt, plain = family_prompt(model, None), family_prompt(toy, None)
+    assert tokenizer.decode(prompt.input_ids) == tokenizer.decode(plain.input_ids) + opened
+    (group,) = LocalEngine(model, SamplingOptions(8)).generate([ask(model, prompt, 3)]).groups
+    assert group is not None
+    for completion in group.ordered:
+        assert completion.finished or len(completion.token_ids) == 8
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
 
 def test_no_family() -> None:

@@ -45,6 +45,10 @@ def test_a_rollout_says_everything(tmp_path: Path) -> None:
     assert (card["p"], card["p_shuffled"], card["asked"]) == (0.5, None, 2)  # one of two was skipped
     assert [completion["text"] for completion in card["shuffled"]] == ["<answer>A</answer>"]
     assert card["permutation"] == [3, 0, 2, 1]
+    (card,) = report(make_run(tmp_path / "opened", rollouts=[rollout_row(7, None, opened="<think>\u202e")])).rollouts[
+        "cards"
+    ]
+    assert card["opened"] == "<think>[U+202E]"
 
 
 def test_rollouts_of_an_older_run(tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def test_rollouts_of_an_older_run(tmp_path: Path) -> None:
     row = {name: value for name, value in rollout_row(1, Path("x.mp4")).items() if name not in new}
     (card,) = report(make_run(tmp_path / "run", rollouts=[row])).rollouts["cards"]
     assert card["question"] == "What comes first?"
-    assert (card["asked"], card["kind"], card["tokens"]) == (2, "video", False)
+    assert (card["asked"], card["kind"], card["tokens"], card["opened"]) == (2, "video", False, "")
     assert card["completions"][1]["text"] == visible(HOSTILE)
 
 

@@ -1,12 +1,15 @@
 """SFT: packing that changes nothing, and a cold start that knows when to stop. Its loss is in test_passes.py."""
 
+from pathlib import Path
+
 import pytest
 from batches import opened
-from runs import Lab, entries, last_metrics, same_weights, sft_flags, weights, write_data
+from runs import Lab, entries, last_metrics, same_weights, sft_flags, sft_trainer, weights, write_data
 from spies import spy
 
 import videor1.training.sft
 from videor1.config.cli import run_main
+from videor1.demo.assets import Assets
 from videor1.errors import ConfigError, DataError
 from videor1.sft import main
 from videor1.training.checkpoint import checkpoints
@@ -21,6 +24,23 @@ def test_examples_end_with_the_answer(lab: Lab) -> None:
             assert example.answer[-1] == run.model.special.eos
             assert tokenizer.decode(example.prompt.input_ids).endswith("<|im_start|>assistant\n")
             assert len(example) == len(example.prompt.input_ids) + len(example.answer)
+
+
+def test_targets_go_on_where_the_template_ends(thinking_assets: Assets, tmp_path: Path) -> None:
+    """<think> stands in the prompt, so that it is not learned; a sample that opens it twice is skipped and counted."""
+    good = entries(thinking_assets.sft)[:3]
+    twice = good[0] | {"process": "<think>No, <think>so.</think>"}
+    data = write_data(tmp_path / "cot.json", [twice, *good])
+    options = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
+    options |= {"dataset_name": data, "data__root": "/", "data__shuffle": False, "max_steps": 1}
+    run = sft_trainer(thinking_assets, tmp_path / "run", **options)
+    with opened(run, 3) as examples:
+        tokenizer = run.model.tokenizer
+        for example, entry in zip(examples, good, strict=True):
+            assert tokenizer.decode(example.prompt.input_ids).endswith("<|im_start|>assistant\n<think>\n")
+            left = entry["process"].removeprefix("<think>")
+            assert tokenizer.decode(example.answer) == f"{left}\n{entry['solution']}<|im_end|>"
+        assert run.source.skipped == {"process": 1}
 
 
 def test_packing_and_accumulation_do_not_change_the_update(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import threading
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fake_server
@@ -13,13 +14,14 @@ import pytest
 import torch
 from batches import groups_of, opened
 from patience import PATIENCE
-from runs import Lab, assert_moved_alike, last_metrics, metrics, run_lines, same_weights, weights
+from runs import Lab, assert_moved_alike, last_metrics, metrics, run_lines, same_weights, trainer, weights
 from spies import spy, wrap
 from tiny import LOG_PROB_TERMS, log_prob_rounding, make_model, make_tokenizer
 from torch import Tensor
 
 import videor1.training.tgrpo
 from videor1 import side_by_side
+from videor1.demo.assets import Assets
 from videor1.errors import TrainingStopped
 from videor1.model import VideoLM, features
 from videor1.rewards.advantages import score_groups
@@ -328,6 +330,7 @@ class Answering:
 
     def __init__(self, run: Trainer, fails: set[int], dead: bool = False) -> None:
         self.run, self.fails, self.dead, self.calls = run, fails, dead, []
+        self.say = lambda solution: [solution, "<answer>no</answer>"]
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
         self.calls.append("generate")
@@ -337,7 +340,7 @@ class Answering:
         for i, request in enumerate(requests):
             assert request.ordered.features is None
             ids = torch.tensor([5, 6, 7 + len(self.calls), self.run.model.special.eos])
-            texts = [request.prompt.sample.solution, "<answer>no</answer>"]
+            texts = self.say(request.prompt.sample.solution)
             answers = [Completion(ids, torch.zeros(4), True, text) for text in texts]
             groups.append(None if i in self.fails else Group(request.prompt, tuple(answers)))
         return Rollout(groups, failed=dict.fromkeys(self.fails, "too slow"))
@@ -362,6 +365,28 @@ def test_another_engine_and_requests_that_fail(freeze_vision: bool, lab: Lab) ->
     assert last_metrics(lab.folder)["data/skipped/rollout"] == 2
     assert last_metrics(lab.folder)["rollout/failed"] == 1
     assert not same_weights(weights(lab.assets.model), weights(final))
+
+
+def test_a_template_that_opens_the_reasoning(thinking_assets: Assets, tmp_path: Path) -> None:
+    """What closes it earns the format reward, what opens it again does not; only what was written is counted."""
+    options = {"video__max_pixels": 4096, "video__min_pixels": 4096, "video__image_max_pixels": 4096}
+    options |= {"num_generations": 3, "max_steps": 1, "reward__functions": "toy_rewards:nothing"}
+    run = trainer(thinking_assets, tmp_path, **options)
+    run.engine = engine = Answering(run, set())
+    engine.say = lambda solution: [f"so</think>\n{solution}", f"<think>so</think>{solution}", "so</think><answer>"]
+    run.train()
+    (row,) = run_lines(tmp_path, "rollouts.jsonl")
+    assert row["prompt"].endswith("<|im_start|>assistant\n<think>\n")
+    assert (row["opened"], row["completions"]) == ("<think>\n", engine.say(row["solution"]))
+    assert (row["accuracy"], row["format"], row["lengths"]) == ([1, 1, 0], [1, 0, 0], [4, 4, 4])
+    # The judge that may stop shuffled answers reads whole answers as well.
+    prompt = run.make_source(0).take(1)[0]
+    run.model.opened_text = "<think></think><answer>"
+    judge = run._judge(prompt)
+    judge.ordered_done(
+        Completion(torch.arange(2), torch.zeros(2), True, prompt.sample.solution.removeprefix("<answer>"))
+    )
+    assert judge.ordered == [1.0]
 
 
 def test_an_engine_that_cannot_go_on_stops_the_run(lab: Lab) -> None:

@@ -145,7 +145,8 @@ class RewardConfig:
     """Shortest and longest completion that gets the length bonus, in tokens, EOS counted."""
     functions: list[str] = field(default_factory=list)
     """Further reward functions, as module:function; each is called with (completions, samples) and returns one float
-    per completion, which is added to the format reward."""
+    per completion, which is added to the format reward. A completion is the whole answer here, with what the chat
+    template opened it with."""
 
 
 @dataclass

@@ -231,9 +231,14 @@ class Trainer(Loop[TrainConfig]):
         self._said = said
 
     def _judge(self, prompt: Prompt) -> TemporalJudge:
-        config, opened = self.config, self.model.opened_text
-        counts = {"ordered": config.num_generations, "shuffled": config.num_shuffled}
-        return TemporalJudge(prompt.sample, config, **counts, opened=opened)
+        config = self.config
+        return TemporalJudge(
+            prompt.sample,
+            config,
+            ordered=config.num_generations,
+            shuffled=config.num_shuffled,
+            opened=self.model.opened_text,
+        )
 
     def _kernels(self) -> str:
         """Return a line that names the backend of each kernel.
