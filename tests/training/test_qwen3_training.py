@@ -130,15 +130,19 @@ def test_odd_media(names: list[str], folder: Path, assets: Assets, tmp_path: Pat
     }
 
 
-def test_a_thinking_models_template_is_not_trained_with(folder: Path, assets: Assets, tmp_path: Path) -> None:
+def test_a_template_that_opens_what_no_qwen3_vl_knows_is_not_trained_with(
+    folder: Path, assets: Assets, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template += "{{ '<think>\\n' if add_generation_prompt }}"
+    tokenizer.chat_template += "{{ '<think>\\n\\n</think>' if add_generation_prompt }}"
     tokenizer.save_pretrained(model)
     trainer(assets, tmp_path / "plain", model_name_or_path=folder, **PIXELS)
     for make in (trainer, sft_trainer):
-        with pytest.raises(ConfigError, match="ends a prompt with <think>"):
+        with pytest.raises(
+            ConfigError, match=r"opens an answer with '<think>.*expected of a Qwen3-VL model: nothing, '<think>"
+        ):
             make(assets, tmp_path / make.__name__, model_name_or_path=model, **PIXELS)
 
 

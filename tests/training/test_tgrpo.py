@@ -172,8 +172,8 @@ def test_steps_that_teach_nothing_are_told_of_once(
 ) -> None:
     """A bonus alone teaches: all answers right, and all favoured by temporal.apply advantage."""
 
-    def favoured(original: Any, *arguments: Any) -> Any:
-        scored = original(*arguments)
+    def favoured(original: Any, *arguments: Any, **named: Any) -> Any:
+        scored = original(*arguments, **named)
         advantages = torch.full_like(scored.result.advantages, 0.3)
         return dataclasses.replace(scored, result=dataclasses.replace(scored.result, advantages=advantages))
 
