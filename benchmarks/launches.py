@@ -319,16 +319,23 @@ def _samples() -> Iterator[Launch]:
 
 def _norms() -> Iterator[Launch]:
     def launch(
-        sizes: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], memory: Memory, *, added: bool = True
+        sizes: tuple[int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        memory: Memory,
+        *,
+        added: bool = True,
+        unit_offset: bool = False,
     ) -> None:
         dtype, wide = dtypes
         residual = memory(*sizes, dtype=wide) if added else None
-        add_rms_norm(memory(*sizes, dtype=dtype), memory(sizes[1], dtype=wide), residual, 1e-6)
+        add_rms_norm(memory(*sizes, dtype=dtype), memory(sizes[1], dtype=wide), residual, 1e-6, unit_offset)
 
     yield "12 rows of a 7B model, bf16", TARGETS
     launch((12, 3584), (BF16, BF16), ALIGNED)
     yield "no residual, bf16", ONCE
     launch((12, 3584), (BF16, BF16), ALIGNED, added=False)
+    yield "12 rows of a Qwen3.5 of 4096, unit offset, bf16", TARGETS
+    launch((12, 4096), (BF16, BF16), ALIGNED, unit_offset=True)
     yield "fp32 stream and weight", ONCE
     launch((12, 8192), (BF16, FP32), ALIGNED)
     yield "odd everything, fp16", ONCE
@@ -348,25 +355,29 @@ def _rotaries() -> Iterator[Launch]:
         index: torch.dtype = torch.int64,
         slots: bool = True,
         norms: bool = False,
+        unit_offset: bool = False,
+        part: int = 1,  # of a head, this part is rotated
     ) -> None:
         dtype, table = dtypes
         caches = [memory(rows, 768, heads[1], size, dtype=dtype) for _ in range(2)]
-        tables = [memory(4096, size, dtype=table) for _ in range(2)]
+        tables = [memory(4096, size // part, dtype=table) for _ in range(2)]
         places = [memory(rows, dtype=index) for _ in range(3)]
         qkv = memory(rows, (heads[0] + 2 * heads[1]) * size, dtype=dtype)
-        weights = HeadNorms(*(memory(size, dtype=table) for _ in range(2)), 1e-6) if norms else None
+        weights = HeadNorms(*(memory(size, dtype=table) for _ in range(2)), 1e-6, unit_offset) if norms else None
         rotary_append(qkv, *tables, *caches, Places(places[0], places[1], places[2] if slots else None), weights)
 
     yield "12 rows of a 7B model, fp32 tables, bf16", TARGETS
     launch(12, (28, 4), 128, (BF16, FP32), ALIGNED)
     yield "12 rows of a Qwen3-VL 8B with norms of heads, fp32 tables, bf16", TARGETS
     launch(12, (32, 8), 128, (BF16, FP32), ALIGNED, norms=True)
+    yield "12 rows of a Qwen3.5 of 16 and 4 heads of 256, a quarter of them rotated, bf16", TARGETS
+    launch(12, (16, 4), 256, (BF16, FP32), ALIGNED, norms=True, unit_offset=True, part=4)
     yield "own slots, int32, bf16 tables", ONCE
     launch(12, (16, 2), 128, (BF16, BF16), ALIGNED, index=torch.int32, slots=False)
     yield "head dim 80, odd everything, norms of heads, fp16", ONCE
     launch(3, (6, 1), 80, (FP16, FP16), ODD, norms=True)
-    yield "head dim 80, odd everything, fp16", ONCE
-    launch(3, (6, 1), 80, (FP16, FP16), ODD)
+    yield "head dim 80, half of it rotated, odd everything, fp16", ONCE
+    launch(3, (6, 1), 80, (FP16, FP16), ODD, part=2)
     yield "one row of one head, fp32", ONCE
     launch(1, (1, 1), 2, (FP32, FP32), ALIGNED)
 

@@ -349,9 +349,14 @@ VALUES: dict[str, Values] = {
         *(({"suffix_k": zeros(3, 5, *n)}, "suffix_k: expected at least one head of an even") for n in ((0, 4), (2, 3))),
         ({"suffix_v": zeros(3, 4, 2, 4)}, "suffix_v: expected shape [3, 5, 2, 4]"),
         ({"suffix_v": zeros(3, 5, 4, 2).transpose(2, 3)}, "suffix_v: expected the entries of a head side by side"),
-        ({"cos": zeros(9, 2)}, "cos: expected shape [P, 4], got [9, 2]"),
+        *(
+            ({"cos": zeros(9, n)}, f"cos: expected an even number of columns from 2 to the head's 4, got {n}")
+            for n in (0, 3, 6)
+        ),
+        ({"cos": zeros(9, 2)}, "sin: expected shape [9, 2], got [9, 4]"),
         ({"sin": zeros(8, 4)}, "sin: expected shape [9, 4], got [8, 4]"),
         ({"positions": ids(1, 2, 3)}, "positions: expected shape [2], got [3]"),
+        ({"unit_offset": True}, "unit_offset: expected q_norm and k_norm with it, got neither"),
         ({"q_norm": zeros(4)}, "q_norm: expected both q_norm and k_norm, or neither"),
         ({"q_norm": zeros(4), "k_norm": zeros(3)}, "k_norm: expected shape [4], got [3]"),
         ({"q_norm": zeros(4), "k_norm": zeros(4), "eps": -1.0}, "eps: expected a finite number of 0 or more"),

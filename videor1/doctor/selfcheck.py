@@ -260,7 +260,8 @@ def _add_rms_norm(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     x, residual, weight = cast(_randn(16, 4, 48)), cast(_randn(17, 4, 48)), cast(_randn(18, 48))
     normed, summed = kernels.add_rms_norm(x, weight, residual=residual, backend=backend)
-    return {"normed": normed, "summed": summed}
+    offset, _ = kernels.add_rms_norm(x, weight, residual=residual, unit_offset=True, backend=backend)
+    return {"normed": normed, "summed": summed, "normed by 1 + weight": offset}
 
 
 def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -269,20 +270,21 @@ def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
     qkv, angles = cast(_randn(19, 3, (4 + 2 * 2) * 16)), _randn(20, 9, 16)
-    keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
     index = partial(torch.tensor, device=qkv.device)
-    q = kernels.rotary_append(
-        qkv,
-        cast(angles.cos()),
-        cast(angles.sin()),
-        keys,
-        values,
-        positions=index([8, 0, 3]),
-        suffix_lengths=index([1, 4, 2]),
-        suffix_slots=index([4, 0, 2]),
-        backend=backend,
-    )
-    return {"q": q, "keys": keys, "values": values}
+    q_norm, k_norm = cast(_randn(41, 16)), cast(_randn(42, 16))
+    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "unit_offset": True}
+    found = {}
+    # As Qwen2.5-VL has it; and as Qwen3.5 has it, with norms and only a part of each head rotated.
+    whole: dict[str, Any] = {}
+    for name, turning, options in (("", 16, whole), (" of Qwen3.5", 4, norms)):
+        tables = cast(angles.cos()[:, :turning]), cast(angles.sin()[:, :turning])
+        keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
+        places = {"suffix_lengths": index([1, 4, 2]), "suffix_slots": index([4, 0, 2])}
+        q = kernels.rotary_append(
+            qkv, *tables, keys, values, positions=index([8, 0, 3]), **places, **options, backend=backend
+        )
+        found |= {f"q{name}": q, f"keys{name}": keys, f"values{name}": values}
+    return found
 
 
 def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
