@@ -27,6 +27,7 @@ from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
 from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
+from videor1_kernels.output_gates.triton import gated_rms_norm, sigmoid_mul
 from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_decode
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
@@ -89,6 +90,7 @@ def launch_all(capability: int) -> Iterator[Launch]:
         yield from _norms()
         yield from _rotaries()
         yield from _activations()
+        yield from _output_gates()
         yield from _linear_steps()
     yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
     yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
@@ -396,6 +398,21 @@ def _activations() -> Iterator[Launch]:
     yield "sizes of 1, fp32", ONCE
     silu_mul(ALIGNED(1, 2))
     launch(1, 1, 1, BF16, ALIGNED)
+
+
+def _output_gates() -> Iterator[Launch]:
+    def launch(sizes: tuple[int, int, int], dtype: torch.dtype, weight: torch.dtype, memory: Memory) -> None:
+        rows, heads, size = sizes
+        x, gate = (memory(rows, heads, size, dtype=dtype) for _ in range(2))
+        gated_rms_norm(x, gate, memory(size, dtype=weight), 1e-6)
+        sigmoid_mul(x.flatten(1), gate.flatten(1))
+
+    yield "12 rows of a Qwen3.5 of 32 heads of 128, bf16", TARGETS
+    launch((12, 32, 128), BF16, BF16, ALIGNED)
+    yield "gates of an attention, odd everything, fp16", ONCE
+    launch((333, 7, 143), FP16, FP32, ODD)
+    yield "gates of sizes of 1, fp32", ONCE
+    launch((1, 1, 1), FP32, FP32, ALIGNED)
 
 
 def _linear_steps() -> Iterator[Launch]:

@@ -72,6 +72,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "suffix_slots": torch.tensor([2, 0]),
     },
     "silu_mul": {"gate_up": torch.zeros(2, 8), "inner": torch.zeros(2, 6), "b": torch.zeros(8, 3)},
+    "sigmoid_mul": {"x": torch.zeros(2, 8), "gate": torch.zeros(2, 8)},
+    "gated_rms_norm": {"x": torch.zeros(2, 3, 4), "gate": torch.zeros(2, 3, 4), "weight": torch.zeros(4)},
     "prefix_gated_delta": DELTA | {"layout": vk.PrefixLayout([3], [[2]])},
     "prefix_causal_conv": {"x": torch.zeros(5, 6)} | FILTER | {"layout": vk.PrefixLayout([3], [[2]])},
     "gated_delta_step": DELTA | {"state": torch.zeros(7, 4, 8, 6), "slots": torch.tensor([6, 0, 2, 1, 5])},
@@ -321,6 +323,15 @@ VALUES: dict[str, Values] = {
         ({"inner": zeros(2, 3)}, "inner: expected shape [2, 6], got [2, 3]"),
         ({"inner": zeros(2, 6).half()}, "inner: expected dtype float32, got torch.float16"),
     ],
+    "sigmoid_mul": [
+        ({"gate": zeros(2, 7)}, "gate: expected shape [2, 8], got [2, 7]"),
+        ({"gate": zeros(2, 8).half()}, "gate: expected dtype float32, got torch.float16"),
+    ],
+    "gated_rms_norm": [
+        ({"x": zeros(2, 3, 0)}, "x: expected at least one entry in a head, got [2, 3, 0]"),
+        ({"gate": zeros(2, 4, 3)}, "gate: expected shape [2, 3, 4], got [2, 4, 3]"),
+        ({"weight": zeros(3)}, "weight: expected shape [4], got [3]"),
+    ],
     "prefix_gated_delta": [
         ({"q": zeros(4, 2, 8)}, "q: expected shape [5, Hk, Dk], got [4, 2, 8]"),
         *OF_DELTA,
@@ -406,7 +417,10 @@ def test_places_below_0(name: str, values: Tensor) -> None:
 
 NO_GRADIENT = [
     (op, name)
-    for op in ("add_rms_norm", "rotary_append", "silu_mul", "gated_delta_step", "causal_conv_step")
+    for op in (
+        *("add_rms_norm", "rotary_append", "silu_mul", "sigmoid_mul", "gated_rms_norm"),
+        *("gated_delta_step", "causal_conv_step"),
+    )
     for name, value in GOOD[op].items()
     if value.is_floating_point()
 ]
@@ -428,6 +442,8 @@ CANNOT = {
         ("native", {"cos": torch.zeros(9, 4).half()}, "it takes fp32 and bf16, and an input is torch.flo")
     ],
     "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
+    "sigmoid_mul": [("native", {}, "backend 'native' cannot run on cpu")],
+    "gated_rms_norm": [("native", {}, "backend 'native' cannot run on cpu")],
     "prefix_gated_delta": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
     "prefix_causal_conv": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],

@@ -23,6 +23,7 @@ from videor1_kernels import (
     add_rms_norm,
     causal_conv_step,
     gated_delta_step,
+    gated_rms_norm,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
@@ -31,6 +32,7 @@ from videor1_kernels import (
     rotary_append,
     sample_tokens,
     selective_log_softmax,
+    sigmoid_mul,
     silu_mul,
     tgrpo_advantages,
 )
@@ -280,6 +282,9 @@ def main() -> None:
     rotate(6, torch.float16, norms=True)
     rotate(20, torch.float16, norms=True, turning=6)
     run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
+    run("sigmoid_mul", lambda *xs: [sigmoid_mul(*xs, backend="triton")], *torch.randn(2, 3, 70).half())
+    heads = torch.randn(3, 5, 20).half(), torch.randn(3, 5, 20), torch.randn(20)
+    run("gated_rms_norm", lambda *xs: [gated_rms_norm(*xs, backend="triton")], *heads)
     adapted = torch.randn(3, 2 * 70), torch.randn(3, 2 * 67), torch.randn(2 * 70, 67)
     run("silu_mul", lambda *inputs: [silu_mul(*inputs, backend="triton")], *adapted)
     linear_step(20, 50, torch.int64)

@@ -273,18 +273,40 @@ def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
     index = partial(torch.tensor, device=qkv.device)
     q_norm, k_norm = cast(_randn(41, 16)), cast(_randn(42, 16))
     norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "unit_offset": True}
-    found = {}
+    found: dict[str, Tensor] = {}
     # As Qwen2.5-VL has it; and as Qwen3.5 has it, with norms and only a part of each head rotated.
     whole: dict[str, Any] = {}
     for name, turning, options in (("", 16, whole), (" of Qwen3.5", 4, norms)):
-        tables = cast(angles.cos()[:, :turning]), cast(angles.sin()[:, :turning])
+        cos, sin = cast(angles.cos()[:, :turning]), cast(angles.sin()[:, :turning])
         keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
-        places = {"suffix_lengths": index([1, 4, 2]), "suffix_slots": index([4, 0, 2])}
         q = kernels.rotary_append(
-            qkv, *tables, keys, values, positions=index([8, 0, 3]), **places, **options, backend=backend
+            qkv,
+            cos,
+            sin,
+            keys,
+            values,
+            positions=index([8, 0, 3]),
+            suffix_lengths=index([1, 4, 2]),
+            suffix_slots=index([4, 0, 2]),
+            backend=backend,
+            **options,
         )
         found |= {f"q{name}": q, f"keys{name}": keys, f"values{name}": values}
     return found
+
+
+def _sigmoid_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, gate = cast(_randn(43, 4, 48)), cast(_randn(44, 4, 48))
+    return {"output": kernels.sigmoid_mul(x, gate, backend=backend)}
+
+
+def _gated_rms_norm(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, product, weight = cast(_randn(45, 4, 3, 16)), cast(_randn(46, 4, 80)), cast(_randn(47, 16))
+    return {"output": kernels.gated_rms_norm(x, product[:, 32:].unflatten(1, (3, 16)), weight, backend=backend)}
 
 
 def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -350,6 +372,7 @@ CASES: dict[str, Case] = {
     "causal_conv_step": _causal_conv_step,
     "frames_to_patches": _frames_to_patches,
     "gated_delta_step": _gated_delta_step,
+    "gated_rms_norm": _gated_rms_norm,
     "grpo_loss": _grpo_loss,
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_logprob": _linear_logprob,
@@ -360,6 +383,7 @@ CASES: dict[str, Case] = {
     "rotary_append": _rotary_append,
     "sample_tokens": _sample_tokens,
     "selective_log_softmax": _selective_log_softmax,
+    "sigmoid_mul": _sigmoid_mul,
     "silu_mul": _silu_mul,
     "tgrpo_advantages": _tgrpo_advantages,
 }

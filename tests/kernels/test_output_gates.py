@@ -1,0 +1,154 @@
+"""sigmoid_mul and gated_rms_norm on every backend against their formulas in fp64, and against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+from triton_cases import DEVICE, DTYPES
+
+from videor1_kernels import gated_rms_norm, last_backend, sigmoid_mul
+from videor1_kernels.output_gates import triton
+from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_memory
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TAKEN = {"reference": FLOATS, "triton": DTYPES}
+BACKENDS = list(TAKEN)
+
+# Of NumPy, in the interpreter: exp(-gate) of a gate far below 0 is inf.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "BLOCK", 64)
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def wider(x: Tensor, before: int = 3, after: int = 5) -> Tensor:
+    """The same as rows of a wider product, with NaN on both sides."""
+    flat = F.pad(x.flatten(1), (before, after), value=torch.nan)
+    return flat[:, before : flat.shape[1] - after].unflatten(1, x.shape[1:])
+
+
+def exact_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide, z = x.double(), gate.double()
+    return weight.double() * wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * z / (1 + (-z).exp())
+
+
+def norm_of_transformers(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    module = Qwen3_5RMSNormGated(x.shape[-1], eps)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return module(x, gate)
+
+
+@pytest.mark.fits(lambda backend, dtype, **_: dtype in TAKEN[backend])
+@pytest.mark.grid(
+    backend=BACKENDS,
+    dtype=FLOATS,
+    size=[(1, 1), (3, 64), (2, 65), (12, 192), (4, 333), (0, 8), (3, 0)],
+    scale=[2.0, 40.0],
+    view=[False, True],
+)
+def test_sigmoid_mul(backend: str, dtype: torch.dtype, size: tuple[int, int], scale: float, view: bool) -> None:
+    x, gate = randn(*size, dtype=dtype), randn(*size[::-1], dtype=dtype, scale=scale).T.contiguous()
+    given = [wider(x), wider(gate)] if view else [x, gate]
+    with poisoned_memory():
+        out = sigmoid_mul(*given, backend=backend)
+    assert last_backend("sigmoid_mul") == backend
+    assert (out.dtype, out.shape) == (dtype, size)
+    oracle = x.double() / (1 + (-gate.double()).exp())
+    assert_matches(out, oracle)
+    assert_no_worse(out, x * gate.sigmoid(), oracle, terms=2)
+    assert torch.equal(given[0], x)
+    assert torch.equal(given[1], gate)
+
+
+@pytest.mark.fits(lambda backend, dtype, gates, weights, **_: {dtype, gates, weights} <= set(TAKEN[backend]))
+@pytest.mark.grid(
+    backend=BACKENDS,
+    dtype=FLOATS,
+    gates=FLOATS,
+    weights=FLOATS,
+    size=[(1, 1, 1), (3, 4, 16), (2, 5, 70), (3, 9, 128), (0, 2, 8), (2, 0, 8)],
+    view=[False, True],
+    eps=[1e-6, 0.5],
+)
+def test_gated_rms_norm(
+    backend: str,
+    dtype: torch.dtype,
+    gates: torch.dtype,
+    weights: torch.dtype,
+    size: tuple[int, int, int],
+    view: bool,
+    eps: float,
+) -> None:
+    x, gate, weight = (
+        randn(*size, dtype=dtype),
+        randn(*size, dtype=gates, scale=3.0).flip(-1),
+        randn(size[2], dtype=weights),
+    )
+    given = [wider(x), wider(gate)] if view and x.numel() else [x, gate]
+    with poisoned_memory():
+        out = gated_rms_norm(*given, weight, eps=eps, backend=backend)
+    assert last_backend("gated_rms_norm") == backend
+    assert (out.dtype, out.shape) == (dtype, size)
+    oracle = exact_norm(x, gate, weight, eps)
+    assert_matches(out, oracle)
+    if torch.float64 not in (dtype, gates, weights):  # in which transformers' is still fp32
+        assert_no_worse(out, norm_of_transformers(x, gate, weight, eps), oracle, terms=size[2] + 3)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32])
+def test_rounds_where_transformers_does(dtype: torch.dtype) -> None:
+    """One in hundreds may lie on the other side of a tie; more would if a rounding were left out."""
+    x, gate = randn(8, 300, dtype=dtype), randn(300, 8, dtype=dtype).T
+    assert (sigmoid_mul(x, gate, backend="triton") != x * gate.sigmoid()).double().mean() < 0.01
+    once = (x.float() * gate.float().sigmoid()).to(dtype)
+    assert (once != x * gate.sigmoid()).double().mean() > 0.05
+    heads, gates = x.unflatten(1, (3, 100)), gate.unflatten(1, (3, 100))
+    for weights in (dtype, torch.float32):
+        weight = randn(100, dtype=weights)
+        expected = norm_of_transformers(heads, gates, weight, 1e-6)
+        assert (gated_rms_norm(heads, gates, weight, backend="triton") != expected).double().mean() < 0.02
+        assert (exact_norm(heads, gates, weight, 1e-6).to(dtype) != expected).double().mean() > 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_at_the_ends(backend: str) -> None:
+    gates = torch.tensor([-1e4, -100.0, -88.0, -20.0, 0.0, 20.0, 100.0, 1e4, torch.inf, torch.nan], device=DEVICE)
+    out = sigmoid_mul(torch.ones_like(gates)[None], gates[None], backend=backend)[0]
+    torch.testing.assert_close(out, gates.sigmoid(), equal_nan=True, rtol=1e-5, atol=1e-30)
+    ones = torch.ones(1, 1, len(gates), device=DEVICE)
+    out = gated_rms_norm(ones, gates[None, None], ones[0, 0], backend=backend)[0, 0]
+    torch.testing.assert_close(out, F.silu(gates), equal_nan=True, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_apart_autocast_and_a_row_of_itself_alone(backend: str) -> None:
+    x, gate, weight = (
+        randn(5, 6, 20, dtype=torch.float32),
+        randn(6, 5, 20, dtype=torch.float32),
+        randn(20, dtype=torch.float32),
+    )
+    gate = gate.transpose(0, 1)  # heads first
+    out, flat = gated_rms_norm(x, gate, weight, backend=backend), [x.flatten(1), gate.flatten(1)]
+    gated = sigmoid_mul(*flat, backend=backend)
+    spread = [t.repeat_interleave(2, -1)[..., ::2] for t in (x, gate, weight, *flat)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        again, gated_again = gated_rms_norm(*spread[:3], backend=backend), sigmoid_mul(*spread[3:], backend=backend)
+    assert_matches(again, out.double())
+    assert_matches(gated_again, gated.double())
+    changed = x.clone()
+    changed[1], changed[3, 2] = torch.nan, 7.0
+    again = gated_rms_norm(changed, gate, weight, backend=backend)
+    assert torch.equal(again[::2], out[::2])
+    assert torch.equal(again[3, :2], out[3, :2])
+    assert torch.equal(again[3, 3:], out[3, 3:])
+    assert again[1].isnan().all()
