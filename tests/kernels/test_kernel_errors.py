@@ -452,11 +452,11 @@ CANNOT = {
     ],
     "prefix_attention": [
         ("native", {x: torch.zeros(5, 2, 8).double() for x in "qkv"}, "backend 'native' cannot run on cpu"),
-        ("triton", {x: torch.zeros(5, 2, 144) for x in "qkv"}, "q: expected a head dim of at most 128 for the triton"),
+        ("triton", {x: torch.zeros(5, 2, 272) for x in "qkv"}, "q: expected a head dim of at most 256 for the triton"),
     ],
     "prefix_decode_attention": [
         ("native", decode_arguments(8), "q: expected a head dim that 16 divides for the native backend, got 8"),
-        ("triton", decode_arguments(144), "q: expected a head dim of at most 128 for the triton backend, got 144"),
+        ("triton", decode_arguments(272), "q: expected a head dim of at most 256 for the triton backend, got 272"),
         *(
             (backend, {"q": torch.zeros(4, 4, 16, requires_grad=True)}, f"requires a gradient for the {backend} back")
             for backend in ("native", "triton")

@@ -184,11 +184,18 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
 def _prefix_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
-    # The first prompt is long enough that several programs share the gradients of its keys.
-    q, k, v = (cast(_randn(6 + i, 712, heads, 32)).requires_grad_() for i, heads in enumerate((4, 2, 2)))
-    layout = kernels.PrefixLayout([700, 3], [[2, 3], [4]], device=q.device)
-    out = kernels.prefix_attention(q, k, v, layout, backend=backend)
-    return _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
+    # The first prompt is long enough that several programs share the gradients of its keys. Heads of 256 entries, as
+    # Qwen3.5 has them, have kernels of their own.
+    found: dict[str, Tensor] = {}
+    for size, tokens in ((32, 700), (256, 90)):
+        made = (_randn(6 + i, tokens + 12, heads, size) for i, heads in enumerate((4, 2, 2)))
+        # So that products, and what is allowed of their rounding, are of one size.
+        q, k, v = (cast(x * (32 / size) ** 0.5).requires_grad_() for x in made)
+        layout = kernels.PrefixLayout([tokens, 3], [[2, 3], [4]], device=q.device)
+        out = kernels.prefix_attention(q, k, v, layout, backend=backend)
+        results = _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
+        found |= {f"{name}, head dim {size}": value for name, value in results.items()}
+    return found
 
 
 def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -196,21 +203,23 @@ def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     import videor1_kernels as kernels
 
-    q, prefix_k, prefix_v = (cast(_randn(9 + i, n, h, 32)) for i, (n, h) in enumerate(((3, 4), (8, 2), (8, 2))))
-    suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, 32)) for i in range(2))
-    index = partial(torch.tensor, device=q.device)
-    out = kernels.prefix_decode_attention(
-        q,
-        prefix_k,
-        prefix_v,
-        suffix_k,
-        suffix_v,
-        suffix_lengths=index([1, 4, 2]),
-        cu_prefix=index([0, 5, 8]),
-        row_group=index([0, 0, 1]),
-        backend=backend,
-    )
-    return {"output": out}
+    found = {}
+    for size in (32, 256):
+        q, prefix_k, prefix_v = (cast(_randn(9 + i, n, h, size)) for i, (n, h) in enumerate(((3, 4), (8, 2), (8, 2))))
+        suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, size)) for i in range(2))
+        index = partial(torch.tensor, device=q.device)
+        found[f"output, head dim {size}"] = kernels.prefix_decode_attention(
+            q,
+            prefix_k,
+            prefix_v,
+            suffix_k,
+            suffix_v,
+            suffix_lengths=index([1, 4, 2]),
+            cu_prefix=index([0, 5, 8]),
+            row_group=index([0, 0, 1]),
+            backend=backend,
+        )
+    return found
 
 
 def _frames_to_patches(cast: Cast, backend: str) -> dict[str, Tensor]:
