@@ -1,5 +1,6 @@
-// What a decode step does between its products, on a CPU in fp32 and bf16: the norm of the residual stream, and rotary
-// positions with the write into the KV cache. Each is a few thousand numbers, for which torch takes ten to twenty calls.
+// What a decode step does between its products, on a CPU in fp32 and bf16: the norm of the residual stream, rotary
+// positions with the write into the KV cache, and the gated norm of a linear attention's heads. Each is a few thousand
+// numbers, for which torch takes ten to twenty calls.
 //
 // Compiled by videor1_kernels/extension.py at its first use, called through ctypes. A row is one task: the bits are the
 // same for any number of threads. Values are rounded where torch's operations round them.
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "videor1/exp.h"
 #include "videor1/ranges.h"
 #include "videor1/simd.h"
 
@@ -187,6 +189,45 @@ EVERY_CPU void rotary_rows(int64_t begin, int64_t end, void* data) {
     }
 }
 
+struct GatedNorm {
+  const void *x, *gate, *weight;
+  void* out;
+  int64_t heads, dim, x_row, x_head, gate_row, gate_head;
+  int dtypes;
+  float eps;
+};
+
+// P: what the dtypes of a head and of the weight promote to.
+template <typename X, typename G, typename W, typename P>
+ALWAYS_INLINE void gated_head(const GatedNorm& call, int64_t task) {
+  const int64_t row = task / call.heads, head = task % call.heads, dim = call.dim;
+  const X* x = static_cast<const X*>(call.x) + row * call.x_row + head * call.x_head;
+  const G* gate = static_cast<const G*>(call.gate) + row * call.gate_row + head * call.gate_head;
+  const W* weight = static_cast<const W*>(call.weight);
+  X* out = static_cast<X*>(call.out) + task * dim;
+  const float scale = scale_of(x, dim, call.eps);
+  for (int64_t d = 0; d < dim; ++d) {
+    const float z = wide(gate[d]), weighted = rounded<P>(wide(weight[d]) * rounded<X>(wide(x[d]) * scale));
+    float e = z > 0.0f ? -z : z;
+    videor1::exp_negative<videor1::Scalar>(e);
+    out[d] = narrow<X>(weighted * ((z > 0.0f ? z : z * e) / (e + 1.0f)));
+  }
+}
+
+EVERY_CPU void gated_heads(int64_t begin, int64_t end, void* data) {
+  const GatedNorm& call = *static_cast<const GatedNorm*>(data);
+  for (int64_t task = begin; task < end; ++task) switch (call.dtypes) {  // bits: x, gate, weight are bf16
+      case 0: gated_head<float, float, float, float>(call, task); break;
+      case 1: gated_head<Bf16, float, float, float>(call, task); break;
+      case 2: gated_head<float, Bf16, float, float>(call, task); break;
+      case 3: gated_head<Bf16, Bf16, float, float>(call, task); break;
+      case 4: gated_head<float, float, Bf16, float>(call, task); break;
+      case 5: gated_head<Bf16, float, Bf16, Bf16>(call, task); break;
+      case 6: gated_head<float, Bf16, Bf16, float>(call, task); break;
+      default: gated_head<Bf16, Bf16, Bf16, Bf16>(call, task);
+    }
+}
+
 }  // namespace
 
 // Each returns 0, or what torch_parallel_for did. Strides are in elements; grain: rows that are worth a thread.
@@ -213,4 +254,12 @@ extern "C" int rotary_append(const void* qkv, const void* cos, const void* sin, 
   Rotary call{qkv,  cos,  sin,  q,    suffix_k, suffix_v, positions, lengths, slots, q_norm, k_norm, eps,   n[1],
               n[2], n[3], n[7], n[8], n[9],     n[10],    n[11],     n[12],   n[13], n[14],  n[15],  n[16], kind};
   return videor1::over(n[0], grain, parallel_for, rotary_rows, &call);
+}
+
+// numbers: R, Hv, D, then the strides of rows and heads of x and of gate. grain: heads that are worth a thread.
+extern "C" int gated_rms_norm(const void* x, const void* gate, const void* weight, void* out, float eps,
+                              const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for) {
+  const int64_t* n = numbers;
+  GatedNorm call{x, gate, weight, out, n[1], n[2], n[3], n[4], n[5], n[6], dtypes, eps};
+  return videor1::over(n[0] * n[1], grain, parallel_for, gated_heads, &call);
 }

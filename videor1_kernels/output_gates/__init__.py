@@ -7,14 +7,16 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import check_no_gradient, check_number, check_tensor, fail
-from videor1_kernels.output_gates import reference
+from videor1_kernels.output_gates import native, reference
 from videor1_kernels.output_gates.ops import gated_rms_norm_op, run_gated_rms_norm, run_sigmoid_mul, sigmoid_mul_op
 
 __all__ = ["gated_rms_norm", "sigmoid_mul"]
 
-for _op in ("sigmoid_mul", "gated_rms_norm"):
-    dispatch.register_triton(_op, "videor1_kernels.output_gates.triton")
-    dispatch.register(_op, "reference", reference)
+dispatch.register_triton("sigmoid_mul", "videor1_kernels.output_gates.triton")
+dispatch.register("sigmoid_mul", "reference", reference)
+dispatch.register_triton("gated_rms_norm", "videor1_kernels.output_gates.triton")
+dispatch.register("gated_rms_norm", "native", native, unavailable=native.unavailable)
+dispatch.register("gated_rms_norm", "reference", reference)
 
 
 def sigmoid_mul(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -59,7 +61,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6
             lies.
         weight: [D], fp64, fp32, bf16 or fp16.
         eps: added to the mean of squares, 0 or more.
-        backend: ``auto``, ``triton``, ``reference``.
+        backend: ``auto``, ``triton``, ``native`` (on a CPU: fp32 and bf16; C++ compiled at its first use),
+            ``reference``.
 
     Returns:
         [R, Hv, D] in x's dtype; no gradient. The maths is fp64 where an input is.
