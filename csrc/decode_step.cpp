@@ -197,8 +197,21 @@ struct GatedNorm {
   float eps;
 };
 
-// P: what the dtypes of a head and of the weight promote to.
-template <typename X, typename G, typename W, typename P>
+// `count` entries of a head, up to a vector. S: what the dtypes of a head and of the weight promote to.
+template <typename P, typename S, typename X, typename G, typename W>
+ALWAYS_INLINE void gate_some(const X* x, const G* gate, const W* weight, float scale, int64_t count, X* out) {
+  using F = typename P::F;
+  float gates[P::kLanes] = {0}, weighted[P::kLanes] = {0};
+  for (int l = 0; l < count; ++l) gates[l] = wide(gate[l]);
+  for (int l = 0; l < count; ++l) weighted[l] = rounded<S>(wide(weight[l]) * rounded<X>(wide(x[l]) * scale));
+  F& z = videor1::at<P>(gates);
+  F e = z > F{} ? -z : z;
+  videor1::exp_negative<P>(e);
+  z = (z > F{} ? z : z * e) / (e + 1.0f) * videor1::at<P>(weighted);
+  for (int l = 0; l < count; ++l) out[l] = narrow<X>(gates[l]);
+}
+
+template <typename P, typename X, typename G, typename W, typename S>
 ALWAYS_INLINE void gated_head(const GatedNorm& call, int64_t task) {
   const int64_t row = task / call.heads, head = task % call.heads, dim = call.dim;
   const X* x = static_cast<const X*>(call.x) + row * call.x_row + head * call.x_head;
@@ -206,27 +219,27 @@ ALWAYS_INLINE void gated_head(const GatedNorm& call, int64_t task) {
   const W* weight = static_cast<const W*>(call.weight);
   X* out = static_cast<X*>(call.out) + task * dim;
   const float scale = scale_of(x, dim, call.eps);
-  for (int64_t d = 0; d < dim; ++d) {
-    const float z = wide(gate[d]), weighted = rounded<P>(wide(weight[d]) * rounded<X>(wide(x[d]) * scale));
-    float e = z > 0.0f ? -z : z;
-    videor1::exp_negative<videor1::Scalar>(e);
-    out[d] = narrow<X>(weighted * ((z > 0.0f ? z : z * e) / (e + 1.0f)));
-  }
+  int64_t d = 0;
+  for (; d + P::kLanes <= dim; d += P::kLanes) gate_some<P, S>(x + d, gate + d, weight + d, scale, P::kLanes, out + d);
+  if (d < dim) gate_some<P, S>(x + d, gate + d, weight + d, scale, dim - d, out + d);
 }
 
-EVERY_CPU void gated_heads(int64_t begin, int64_t end, void* data) {
+template <typename P>
+ALWAYS_INLINE void gated_heads(int64_t begin, int64_t end, void* data) {
   const GatedNorm& call = *static_cast<const GatedNorm*>(data);
   for (int64_t task = begin; task < end; ++task) switch (call.dtypes) {  // bits: x, gate, weight are bf16
-      case 0: gated_head<float, float, float, float>(call, task); break;
-      case 1: gated_head<Bf16, float, float, float>(call, task); break;
-      case 2: gated_head<float, Bf16, float, float>(call, task); break;
-      case 3: gated_head<Bf16, Bf16, float, float>(call, task); break;
-      case 4: gated_head<float, float, Bf16, float>(call, task); break;
-      case 5: gated_head<Bf16, float, Bf16, Bf16>(call, task); break;
-      case 6: gated_head<float, Bf16, Bf16, float>(call, task); break;
-      default: gated_head<Bf16, Bf16, Bf16, Bf16>(call, task);
+      case 0: gated_head<P, float, float, float, float>(call, task); break;
+      case 1: gated_head<P, Bf16, float, float, float>(call, task); break;
+      case 2: gated_head<P, float, Bf16, float, float>(call, task); break;
+      case 3: gated_head<P, Bf16, Bf16, float, float>(call, task); break;
+      case 4: gated_head<P, float, float, Bf16, float>(call, task); break;
+      case 5: gated_head<P, Bf16, float, Bf16, Bf16>(call, task); break;
+      case 6: gated_head<P, float, Bf16, Bf16, float>(call, task); break;
+      default: gated_head<P, Bf16, Bf16, Bf16, Bf16>(call, task);
     }
 }
+
+VIDEOR1_RANGE_FOR(gated_heads)
 
 }  // namespace
 
@@ -256,10 +269,11 @@ extern "C" int rotary_append(const void* qkv, const void* cos, const void* sin, 
   return videor1::over(n[0], grain, parallel_for, rotary_rows, &call);
 }
 
-// numbers: R, Hv, D, then the strides of rows and heads of x and of gate. grain: heads that are worth a thread.
+// numbers: R, Hv, D, then the strides of rows and heads of x and of gate, and how many bits a vector may have. grain:
+// heads that are worth a thread.
 extern "C" int gated_rms_norm(const void* x, const void* gate, const void* weight, void* out, float eps,
                               const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for) {
   const int64_t* n = numbers;
   GatedNorm call{x, gate, weight, out, n[1], n[2], n[3], n[4], n[5], n[6], dtypes, eps};
-  return videor1::over(n[0] * n[1], grain, parallel_for, gated_heads, &call);
+  return videor1::over(n[0] * n[1], grain, parallel_for, range_for(n[7]), &call);
 }

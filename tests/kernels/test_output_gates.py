@@ -173,14 +173,20 @@ def test_sigmoid_mul_of_columns_apart_and_autocast(backend: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("bits", [128, 256, 512])
 @pytest.mark.parametrize("dtype", TAKEN["native"])
-def test_native_has_the_same_bits_for_any_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_has_the_same_bits_for_any_threads(
+    dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without vectors of that many bits takes its widest."""
     monkeypatch.setattr(native, "GRAIN", 1)
+    monkeypatch.setattr(native, "vector_bits", lambda: bits)
     x, gate, weight = (randn(*size, dtype=dtype, device="cpu") for size in ((7, 3, 70), (7, 3, 70), (70,)))
     results = for_threads(lambda: gated_rms_norm(x, gate, weight, backend="native"), 1, 2, 3)
     monkeypatch.setattr(extension, "torch_parallel_for", lambda: None)
     results.append(gated_rms_norm(x, gate, weight, backend="native"))
     assert all(torch.equal(result, results[0]) for result in results)
+    assert_matches(results[0], exact_norm(x, gate, weight, 1e-6))
 
 
 @needs_native

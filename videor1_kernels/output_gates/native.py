@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import extension
+from videor1_kernels.extension import vector_bits
 
 GRAIN = 2**13  # numbers that are worth a thread of their own, each with an exponential
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
-NUMBERS = struct.Struct("7q").pack
+NUMBERS = struct.Struct("8q").pack
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -36,7 +37,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     out = x.new_empty((rows, heads, size))
     x, gate = (t if t.stride(2) == 1 else t.contiguous() for t in (x, gate))
     weight = weight.contiguous()
-    numbers = NUMBERS(rows, heads, size, *x.stride()[:2], *gate.stride()[:2])
+    numbers = NUMBERS(rows, heads, size, *x.stride()[:2], *gate.stride()[:2], vector_bits())
     dtypes = BF16[x.dtype] + 2 * BF16[gate.dtype] + 4 * BF16[weight.dtype]
     parallel_for = extension.torch_parallel_for() if out.numel() > GRAIN else None
     pointers = (x.data_ptr(), gate.data_ptr(), weight.data_ptr(), out.data_ptr())

@@ -40,8 +40,8 @@ BLOCKS: dict[int, Block] = {
 # one fill the tensor memory, elsewhere the registers.
 WIDE_BLOCKS: dict[int, Block] = {
     80: Block(64, 32, 8, 3),
-    86: Block(64, 32, 8, 2),
-    89: Block(64, 32, 8, 2),
+    86: Block(64, 16, 8, 3),
+    89: Block(64, 16, 8, 3),
     90: Block(64, 16, 4, 3),
     100: Block(64, 32, 8, 3),
     120: Block(64, 32, 8, 2),
