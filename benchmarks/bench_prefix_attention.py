@@ -47,10 +47,13 @@ class AttentionInputs:
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cuda":
-        heads = {"Qwen2.5-VL-7B": (28, 4), "Qwen2.5-VL-3B": (16, 2)}
+        heads = {"Qwen2.5-VL-7B": (28, 4, 128), "Qwen2.5-VL-3B": (16, 2, 128), "Qwen3.5-9B": (16, 4, 256)}
         sizes = [
-            Size(model, prompt, 8, 768, heads[model], 128, torch.bfloat16)
-            for model, prompt in (("Qwen2.5-VL-7B", 1224), ("Qwen2.5-VL-7B", 2248), ("Qwen2.5-VL-3B", 1224))
+            Size(model, prompt, 8, 768, heads[model][:2], heads[model][2], torch.bfloat16)
+            for model, prompt in (
+                *(("Qwen2.5-VL-7B", 1224), ("Qwen2.5-VL-7B", 2248), ("Qwen2.5-VL-3B", 1224)),
+                ("Qwen3.5-9B", 1224),
+            )
         ]
     else:
         sizes = [

@@ -59,10 +59,10 @@ class DecodeInputs:
 def cases(device: torch.device) -> list[Case]:
     if device.type != "cuda":
         return [_case(Size("small", 2, 384, (4, 2), 96, 192, (8, 2), 64, torch.float32))]
-    heads = {"Qwen2.5-VL-7B": (28, 4), "Qwen2.5-VL-3B": (16, 2)}
+    heads = {"Qwen2.5-VL-7B": (28, 4, 128), "Qwen2.5-VL-3B": (16, 2, 128), "Qwen3.5-9B": (16, 4, 256)}
     return [
-        _case(Size(model, prompts, 1224, (8, 4), 384, 768, heads[model], 128, torch.bfloat16))
-        for model in heads
+        _case(Size(model, prompts, 1224, (8, 4), 384, 768, (query, key), size, torch.bfloat16))
+        for model, (query, key, size) in heads.items()
         for prompts in (1, 16)
     ]
 

@@ -58,6 +58,7 @@ class Kernel:
     instructions: dict[str, int]  # of the tensor cores and of TMA, in its PTX
     counts: int  # atomics that release what the program stored and acquire what others did
     ordered: bool  # of these, all stand between barriers
+    tensor_memory: int = 0  # columns, of Blackwell's
     loops: Loops | None = None  # for sm_90 and the launches of launches.MEASURED
 
     @property
@@ -287,6 +288,7 @@ def _measure(function: Any, capability: int, launch: str, kernel: Any) -> Kernel
         instructions={name: len(re.findall(text, ptx)) for name, text in INSTRUCTIONS.items()},
         counts=counts,
         ordered=ordered,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         loops=count_loops(code) if measured else None,
     )
 

@@ -27,10 +27,11 @@ from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
 from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
+from videor1_kernels.output_gates.triton import gated_rms_norm, sigmoid_mul
 from videor1_kernels.prefix_attention import DecodeLayout, PrefixLayout, triton_decode
 from videor1_kernels.prefix_attention import triton as prefix_attention
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
-from videor1_kernels.prefix_attention.triton import BLOCKS, Block, Blocks
+from videor1_kernels.prefix_attention.triton import BLOCKS, NARROW, WIDE_BLOCKS, Block, Blocks
 from videor1_kernels.prefix_gated_delta.reference_step import ConvStep, DeltaStep
 from videor1_kernels.prefix_gated_delta.triton_step import causal_conv_step, gated_delta_step
 from videor1_kernels.rotary_append.reference import HeadNorms, Places
@@ -54,7 +55,9 @@ MEASURED = (
     SAMPLE := "12 rows of torch.bfloat16, all",
     SAMPLE_TOP_P := "12 rows of torch.bfloat16, top-p",
     ATTENTION := "7B group, bf16",
+    WIDE_ATTENTION := "Qwen3.5 9B group, bf16",
     DECODE := "7B decode, 12 rows, bf16",
+    WIDE_DECODE := "Qwen3.5 9B decode, 12 rows, bf16",
     FLATTENED := "the loop over tiles flattened",  # a fault, see launch_faults
 )
 
@@ -89,9 +92,11 @@ def launch_all(capability: int) -> Iterator[Launch]:
         yield from _norms()
         yield from _rotaries()
         yield from _activations()
+        yield from _output_gates()
         yield from _linear_steps()
-    yield from _attention(BLOCKS[capability], full=capability in FULL_TARGETS)
-    yield from _decode(triton_decode.BLOCKS[capability], full=capability in FULL_TARGETS)
+    yield from _attention(BLOCKS[capability], WIDE_BLOCKS[capability], full=capability in FULL_TARGETS)
+    decoding = triton_decode.BLOCKS[capability], triton_decode.WIDE_BLOCKS[capability]
+    yield from _decode(*decoding, full=capability in FULL_TARGETS)
 
 
 def launch_faults(capability: int) -> Iterator[Launch]:
@@ -125,7 +130,10 @@ def scalar_product_kernel(values, out, BLOCK: tl.constexpr):
 
 def twin(capability: int) -> int:
     """The target that stands for ``capability`` by default: sm_86 for sm_89 while all is configured alike."""
-    tables: tuple[dict[int, Any], ...] = (TILES, BLOCKS, triton_decode.BLOCKS)
+    tables: tuple[dict[int, Any], ...] = (
+        *(TILES, BLOCKS, WIDE_BLOCKS),
+        *(triton_decode.BLOCKS, triton_decode.WIDE_BLOCKS),
+    )
     return 86 if capability == 89 and all(table[89] == table[86] for table in tables) else capability
 
 
@@ -319,16 +327,23 @@ def _samples() -> Iterator[Launch]:
 
 def _norms() -> Iterator[Launch]:
     def launch(
-        sizes: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], memory: Memory, *, added: bool = True
+        sizes: tuple[int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        memory: Memory,
+        *,
+        added: bool = True,
+        unit_offset: bool = False,
     ) -> None:
         dtype, wide = dtypes
         residual = memory(*sizes, dtype=wide) if added else None
-        add_rms_norm(memory(*sizes, dtype=dtype), memory(sizes[1], dtype=wide), residual, 1e-6)
+        add_rms_norm(memory(*sizes, dtype=dtype), memory(sizes[1], dtype=wide), residual, 1e-6, unit_offset)
 
     yield "12 rows of a 7B model, bf16", TARGETS
     launch((12, 3584), (BF16, BF16), ALIGNED)
     yield "no residual, bf16", ONCE
     launch((12, 3584), (BF16, BF16), ALIGNED, added=False)
+    yield "12 rows of a Qwen3.5 of 4096, unit offset, bf16", TARGETS
+    launch((12, 4096), (BF16, BF16), ALIGNED, unit_offset=True)
     yield "fp32 stream and weight", ONCE
     launch((12, 8192), (BF16, FP32), ALIGNED)
     yield "odd everything, fp16", ONCE
@@ -348,25 +363,29 @@ def _rotaries() -> Iterator[Launch]:
         index: torch.dtype = torch.int64,
         slots: bool = True,
         norms: bool = False,
+        unit_offset: bool = False,
+        part: int = 1,  # of a head, this part is rotated
     ) -> None:
         dtype, table = dtypes
         caches = [memory(rows, 768, heads[1], size, dtype=dtype) for _ in range(2)]
-        tables = [memory(4096, size, dtype=table) for _ in range(2)]
+        tables = [memory(4096, size // part, dtype=table) for _ in range(2)]
         places = [memory(rows, dtype=index) for _ in range(3)]
         qkv = memory(rows, (heads[0] + 2 * heads[1]) * size, dtype=dtype)
-        weights = HeadNorms(*(memory(size, dtype=table) for _ in range(2)), 1e-6) if norms else None
+        weights = HeadNorms(*(memory(size, dtype=table) for _ in range(2)), 1e-6, unit_offset) if norms else None
         rotary_append(qkv, *tables, *caches, Places(places[0], places[1], places[2] if slots else None), weights)
 
     yield "12 rows of a 7B model, fp32 tables, bf16", TARGETS
     launch(12, (28, 4), 128, (BF16, FP32), ALIGNED)
     yield "12 rows of a Qwen3-VL 8B with norms of heads, fp32 tables, bf16", TARGETS
     launch(12, (32, 8), 128, (BF16, FP32), ALIGNED, norms=True)
+    yield "12 rows of a Qwen3.5 of 16 and 4 heads of 256, a quarter of them rotated, bf16", TARGETS
+    launch(12, (16, 4), 256, (BF16, FP32), ALIGNED, norms=True, unit_offset=True, part=4)
     yield "own slots, int32, bf16 tables", ONCE
     launch(12, (16, 2), 128, (BF16, BF16), ALIGNED, index=torch.int32, slots=False)
     yield "head dim 80, odd everything, norms of heads, fp16", ONCE
     launch(3, (6, 1), 80, (FP16, FP16), ODD, norms=True)
-    yield "head dim 80, odd everything, fp16", ONCE
-    launch(3, (6, 1), 80, (FP16, FP16), ODD)
+    yield "head dim 80, half of it rotated, odd everything, fp16", ONCE
+    launch(3, (6, 1), 80, (FP16, FP16), ODD, part=2)
     yield "one row of one head, fp32", ONCE
     launch(1, (1, 1), 2, (FP32, FP32), ALIGNED)
 
@@ -385,6 +404,21 @@ def _activations() -> Iterator[Launch]:
     yield "sizes of 1, fp32", ONCE
     silu_mul(ALIGNED(1, 2))
     launch(1, 1, 1, BF16, ALIGNED)
+
+
+def _output_gates() -> Iterator[Launch]:
+    def launch(sizes: tuple[int, int, int], dtype: torch.dtype, weight: torch.dtype, memory: Memory) -> None:
+        rows, heads, size = sizes
+        x, gate = (memory(rows, heads, size, dtype=dtype) for _ in range(2))
+        gated_rms_norm(x, gate, memory(size, dtype=weight), 1e-6)
+        sigmoid_mul(x.flatten(1), gate.flatten(1))
+
+    yield "12 rows of a Qwen3.5 of 32 heads of 128, bf16", TARGETS
+    launch((12, 32, 128), BF16, BF16, ALIGNED)
+    yield "gates of an attention, odd everything, fp16", ONCE
+    launch((333, 7, 143), FP16, FP32, ODD)
+    yield "gates of sizes of 1, fp32", ONCE
+    launch((1, 1, 1), FP32, FP32, ALIGNED)
 
 
 def _linear_steps() -> Iterator[Launch]:
@@ -426,9 +460,9 @@ def _linear_steps() -> Iterator[Launch]:
     launch(1, (1, 1), (1, 1), 1, FP32, ALIGNED)
 
 
-def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:
+def _attention(narrow: Blocks, wide: Blocks, *, full: bool) -> Iterator[Launch]:
     def launch(layout: PrefixLayout, heads: tuple[int, int], size: int, dtype: torch.dtype, memory: Memory) -> None:
-        rows = layout.total_tokens
+        rows, blocks = layout.total_tokens, wide if size > NARROW else narrow
         q, grad = (memory(rows, heads[0], size, dtype=dtype) for _ in range(2))
         k, v = (memory(rows, heads[1], size, dtype=dtype) for _ in range(2))
         out, lse = prefix_attention.forward(q, k, v, layout, 0.1, blocks)
@@ -436,14 +470,18 @@ def _attention(blocks: Blocks, *, full: bool) -> Iterator[Launch]:
 
     yield ATTENTION, TARGETS
     launch(PrefixLayout([1224], [[768] * 8]), (28, 4), 128, BF16, ALIGNED)
+    yield WIDE_ATTENTION, TARGETS
+    launch(PrefixLayout([1224], [[768] * 8]), (16, 4), 256, BF16, ALIGNED)
     if full:
+        yield "head dim 160, odd everything, fp16", (90,)
+        launch(PrefixLayout([1223, 1], [[1, 700], []]), (3, 3), 160, FP16, ODD)
         yield "head dim 80, odd everything, fp16", (90,)
         launch(PrefixLayout([1223, 1], [[1, 700], []]), (6, 2), 80, FP16, ODD)
         yield "one token, head dim 64, bf16", ONCE
         launch(PrefixLayout([1], [[]]), (1, 1), 64, BF16, ALIGNED)
 
 
-def _decode(block: Block, *, full: bool) -> Iterator[Launch]:
+def _decode(narrow: Block, wide: Block, *, full: bool) -> Iterator[Launch]:
     def launch(
         groups: list[int],
         sizes: tuple[int, int],  # of a prefix and of the memory of a suffix
@@ -463,15 +501,19 @@ def _decode(block: Block, *, full: bool) -> Iterator[Launch]:
         suffixes = [memory(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2)]
         q, suffix_lengths = memory(rows, heads[0], size, dtype=dtype), memory(rows, dtype=lengths).zero_()
         inputs = DecodeInputs(q, *prefixes, *suffixes, suffix_lengths)
-        triton_decode.prefix_decode_attention(inputs, layout, 0.1, block)
+        triton_decode.prefix_decode_attention(inputs, layout, 0.1, wide if size > NARROW else narrow)
 
     yield DECODE, TARGETS
     launch([8, 4], (1224, 768), (28, 4), 128, BF16, ALIGNED)
+    yield WIDE_DECODE, TARGETS
+    launch([8, 4], (1224, 768), (16, 4), 256, BF16, ALIGNED)
     if full:
         yield "3B decode, 12 rows, slots, bf16", ()
         launch([8, 4], (1224, 768), (16, 2), 128, BF16, ALIGNED, slots=True)
         yield "head dim 64, 2 queries a key, int64 lengths, fp16", ONCE
         launch([8, 4], (1224, 768), (8, 4), 64, FP16, ALIGNED, lengths=torch.int64)
+        yield "head dim 192, a query a key, odd everything, fp16", (90,)
+        launch([3], (333, 77), (8, 8), 192, FP16, ODD)
         yield "head dim 80, 16 queries a key, odd everything, fp16", (90,)
         launch([3], (333, 77), (16, 1), 80, FP16, ODD, slots=True)
         yield "one row, sizes of 1, bf16", ONCE

@@ -38,6 +38,7 @@ PARTS = {
         "add_rms_norm",
         "rotary_append",
         "silu_mul",
+        "output_gates",
         "prefix_gated_delta",
         "gated_delta_step",
     ),

@@ -158,7 +158,8 @@ def _sample(*loops: int, rows: int = 132, splits: int = 1) -> Callable[[Kernel],
 _shared = partial(_sample, rows=12, splits=11)
 
 
-GROUP, HEADS, KEY_HEADS, SIZE = PrefixLayout([1224], [[768] * 8]), 28, 4, 128
+GROUP, KEY_HEADS = PrefixLayout([1224], [[768] * 8]), 4
+HEADS = {128: 28, 256: 16}  # by head dim: of a 7B model, and of a Qwen3.5 9B
 GROUP_SHAPE = "P 1,224, 8 completions of 768"
 
 
@@ -172,20 +173,21 @@ def _attention(products: int, tensors: int) -> Callable[[Kernel], Work]:
     """``products`` of queries with keys or of scores with values, ``tensors`` [tokens, heads, D] read or written."""
 
     def work(kernel: Kernel) -> Work:
-        m, n = kernel.flags["BLOCK_M"], kernel.flags["BLOCK_N"]
+        m, n, size = (kernel.flags[name] for name in ("BLOCK_M", "BLOCK_N", "D"))
+        heads = HEADS[size]
         if "key_gradients" in kernel.name:
             items = key_items(GROUP, n)[0].tolist()
-            steps = HEADS * sum(_up(last - first, m) for _, _, first, last, _ in items)
+            steps = heads * sum(_up(last - first, m) for _, _, first, last, _ in items)
             programs = len(items) * KEY_HEADS
         else:
             tiles = query_tiles(GROUP, m).tolist()
-            steps = HEADS * sum(
+            steps = heads * sum(
                 _up(prompt_stop - prompt, n) + _up(min(first + m, stop) - start, n)
                 for first, stop, prompt, prompt_stop, start in tiles
             )
-            programs = len(tiles) * HEADS
-        flops = 2.0 * products * SIZE * HEADS * _seen()
-        return Work(GROUP_SHAPE, flops, 2.0 * tensors * GROUP.total_tokens * HEADS * SIZE, steps, programs, programs)
+            programs = len(tiles) * heads
+        flops, moved = (2.0 * size * heads * count for count in (products * _seen(), tensors * GROUP.total_tokens))
+        return Work(f"{GROUP_SHAPE}, D {size}", flops, moved, steps, programs, programs)
 
     return work
 
@@ -193,16 +195,18 @@ def _attention(products: int, tensors: int) -> Callable[[Kernel], Work]:
 def _sums(kernel: Kernel) -> Work:
     _, sums, slots = key_items(GROUP, kernel.flags["BLOCK_N"])
     programs = len(sums) * KEY_HEADS * kernel.flags["BLOCK_N"] // kernel.flags["BLOCK"]
-    parts = slots * 2 * KEY_HEADS * kernel.flags["BLOCK_N"] * SIZE * 4
-    return Work(GROUP_SHAPE, 0, parts, programs * slots / max(1, len(sums)), programs, programs)
+    size = kernel.flags["D"]
+    parts, passes = slots * 2 * KEY_HEADS * kernel.flags["BLOCK_N"] * size * 4, programs * slots / max(1, len(sums))
+    return Work(f"{GROUP_SHAPE}, D {size}", 0, parts, passes, programs, programs)
 
 
 def _decode(kernel: Kernel) -> Work:
-    block = kernel.flags["BLOCK_N"]
+    block, size = kernel.flags["BLOCK_N"], kernel.flags["D"]
     keys = 2 * 1224 + 12 * 768
     steps = KEY_HEADS * (2 * _up(1224, block) + 12 * _up(768, block))
-    flops = 4.0 * kernel.flags["BLOCK_M"] * SIZE * steps * block
-    return Work("12 rows, P 1,224, 768 own tokens", flops, 2.0 * 2 * keys * KEY_HEADS * SIZE, steps, 264, 264)
+    flops = 4.0 * kernel.flags["BLOCK_M"] * size * steps * block
+    shape = f"12 rows, P 1,224, 768 own tokens, D {size}"
+    return Work(shape, flops, 2.0 * 2 * keys * KEY_HEADS * size, steps, 264, 264)
 
 
 def _up(count: int, step: int) -> int:
@@ -226,7 +230,13 @@ WORK: dict[tuple[str, str], Callable[[Kernel], Work]] = {
     ("prefix_query_gradient", launches.ATTENTION): _attention(3, 6),
     ("prefix_key_gradients", launches.ATTENTION): _attention(4, 6),
     ("prefix_sum_parts", launches.ATTENTION): _sums,
+    ("prefix_forward", launches.WIDE_ATTENTION): _attention(2, 4),
+    ("prefix_query_gradient", launches.WIDE_ATTENTION): _attention(3, 6),
+    ("prefix_key_gradients of keys", launches.WIDE_ATTENTION): _attention(3, 5),
+    ("prefix_key_gradients of values", launches.WIDE_ATTENTION): _attention(2, 4),
+    ("prefix_sum_parts", launches.WIDE_ATTENTION): _sums,
     ("prefix_decode", launches.DECODE): _decode,
+    ("prefix_decode", launches.WIDE_DECODE): _decode,
 }
 
 
@@ -242,10 +252,16 @@ def measured(kernels: Sequence[Kernel]) -> dict[str, Kernel]:
     Raises:
         ValueError: one of :data:`WORK` was not compiled, or has no loop.
     """
-    known = {(k.name.rpartition(".")[2], k.launch): k for k in kernels if k.capability == 90}
+    known = {(_short_name(k), k.launch): k for k in kernels if k.capability == 90}
     if missing := [key for key in WORK if key not in known or known[key].loops is None]:
         raise ValueError(f"expected a kernel with a loop for each of WORK, got none for {missing}")
     return {f"{name}: {launch}": known[name, launch] for name, launch in WORK}
+
+
+def _short_name(kernel: Kernel) -> str:
+    """Without its module, and with which of two gradients it computes where they are of two launches."""
+    of_one = {(True, False): " of keys", (False, True): " of values"}
+    return kernel.name.rpartition(".")[2] + of_one.get((kernel.flags.get("OF_KEYS"), kernel.flags.get("OF_VALUES")), "")
 
 
 def recorded_values(name: str, kernel: Kernel) -> dict[str, int]:

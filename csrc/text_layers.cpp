@@ -42,7 +42,7 @@ using Norm = int (*)(const void* x, const void* residual, const void* weight, vo
                      void* parallel_for);
 using Rotary = int (*)(const void* qkv, const void* cos, const void* sin, void* suffix_k, void* suffix_v, void* q,
                        const int64_t* positions, const int64_t* lengths, const int64_t* slots, const float* q_norm,
-                       const float* k_norm, float eps, const int64_t* numbers, int dtypes, int64_t grain, void* parallel_for);
+                       const float* k_norm, float eps, const int64_t* numbers, int kind, int64_t grain, void* parallel_for);
 using Decoding = int (*)(const float* q, const float* prefix_k, const float* prefix_v, const float* suffix_k,
                          const float* suffix_v, float* out, const int64_t* rows, const int64_t* lengths,
                          const int64_t* numbers, float scale, int64_t grain, void* parallel_for);
@@ -192,9 +192,9 @@ int rotary(const Pass& pass, const Layer& layer, const Buffers& to, const int64_
   const bool decoding = pass.segments == nullptr;
   const int64_t packed[3] = {width, width, pass.dim};
   const int64_t *ks = decoding ? pass.suffix_k : packed, *vs = decoding ? pass.suffix_v : packed;
-  const int64_t numbers[16] = {rows, pass.heads, pass.kv_heads, pass.dim, decoding ? pass.table_rows : rows,
+  const int64_t numbers[17] = {rows, pass.heads, pass.kv_heads, pass.dim, decoding ? pass.table_rows : rows,
                                decoding ? pass.slot_count : rows, decoding ? pass.capacity : 1, stride, pass.dim, pass.dim,
-                               ks[0], ks[1], ks[2], vs[0], vs[1], vs[2]};
+                               ks[0], ks[1], ks[2], vs[0], vs[1], vs[2], pass.dim};
   float* q = to.q + first * pass.heads * pass.dim;
   if (decoding)
     return pass.rotary(to.qkv, pass.cos, pass.sin, layer.suffix_k, layer.suffix_v, q, pass.positions + first,

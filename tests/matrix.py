@@ -39,7 +39,7 @@ NUMERIC_KERNELS = files(
     "add_rms_norm frames_to_patches group_advantage grpo_loss integration_liger integration_openrlhf",
     "integration_transformers integration_trl integration_verl linear_grpo_loss linear_logprob linear_logprob_tiles",
     "prefix_attention prefix_causal_conv prefix_decode_attention prefix_gated_delta prefix_layout rotary_append",
-    "sample_tokens selective_log_softmax silu_mul",
+    "output_gates sample_tokens selective_log_softmax silu_mul",
 )
 NUMERIC = NUMERIC_KERNELS + files(
     "{}",

@@ -11,6 +11,7 @@ from videor1_kernels.frames_to_patches import YuvFrames, frames_to_patches
 from videor1_kernels.group_advantage import Advantages, tgrpo_advantages
 from videor1_kernels.grpo_loss import GrpoLoss, grpo_loss, linear_grpo_loss
 from videor1_kernels.linear_logprob import linear_logprob, selective_log_softmax
+from videor1_kernels.output_gates import gated_rms_norm, sigmoid_mul
 from videor1_kernels.prefix_attention import (
     DecodeLayout,
     PrefixLayout,
@@ -44,6 +45,7 @@ __all__ = [
     "chosen_backend",
     "frames_to_patches",
     "gated_delta_step",
+    "gated_rms_norm",
     "grpo_loss",
     "last_backend",
     "linear_grpo_loss",
@@ -56,6 +58,7 @@ __all__ = [
     "rotary_append",
     "sample_tokens",
     "selective_log_softmax",
+    "sigmoid_mul",
     "silu_mul",
     "tgrpo_advantages",
 ]

@@ -9,6 +9,7 @@ import torch
 from native_cases import check_turned_off
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 from triton_cases import DEVICE, DTYPES, for_threads
 
 from videor1_kernels import add_rms_norm, extension, last_backend
@@ -41,16 +42,19 @@ def inputs(
     return x * scale, weight, residual * scale
 
 
-def exact(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def exact(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
     summed = x.double() + (0 if residual is None else residual.double())
-    return weight.double() * summed / (summed.pow(2).sum(-1, keepdim=True) / x.shape[1] + eps).sqrt(), summed
+    factor = weight.double() + unit_offset
+    return factor * summed / (summed.pow(2).sum(-1, keepdim=True) / x.shape[1] + eps).sqrt(), summed
 
 
 def of_transformers(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float = 1e-6, steps: int = 0
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float = 1e-6, unit_offset: bool = False
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer's addition and norm."""
-    module = Qwen2_5_VLRMSNorm(x.shape[1], eps).to(weight.device)
+    module = (Qwen3_5RMSNorm if unit_offset else Qwen2_5_VLRMSNorm)(x.shape[1], eps).to(weight.device)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     summed = x if residual is None else residual + x
     return module(summed), summed
@@ -63,15 +67,18 @@ def of_transformers(
     size=[(1, 1), (3, 16), (12, 128), (5, 70), (2, 1000), (0, 64)],
     added=[True, False],
     eps=[1e-6, 0.5],
+    unit_offset=[False, True],
 )
-def test_equals_its_formula(backend: str, dtype: torch.dtype, size: tuple[int, int], added: bool, eps: float) -> None:
+def test_equals_its_formula(
+    backend: str, dtype: torch.dtype, size: tuple[int, int], added: bool, eps: float, unit_offset: bool
+) -> None:
     x, weight, residual = inputs(*size, (dtype,) * 3, device_of(backend))
     given = residual if added else None
     with poisoned_memory():
-        out = add_rms_norm(x, weight, residual=given, eps=eps, backend=backend)
+        out = add_rms_norm(x, weight, residual=given, eps=eps, unit_offset=unit_offset, backend=backend)
     assert last_backend(OP) == backend
-    plain = of_transformers(x, weight, given, eps)
-    for ours, theirs, oracle in zip(out, plain, exact(x, weight, given, eps), strict=True):
+    plain = of_transformers(x, weight, given, eps, unit_offset)
+    for ours, theirs, oracle in zip(out, plain, exact(x, weight, given, eps, unit_offset), strict=True):
         assert ours.dtype == dtype
         assert ours.shape == size
         assert_matches(ours, oracle)
@@ -97,12 +104,13 @@ MIXED = [  # as under autocast; and a stream wider or narrower than the rest
 @pytest.mark.fits(lambda backend, dtypes, **_: set(dtypes) <= set(TAKEN[backend]))
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rounds_where_transformers_does(backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rounds_where_transformers_does(backend: str, dtypes: tuple[torch.dtype, ...], unit_offset: bool) -> None:
     """The sum to the bit. Of the norm, which is rounded twice, one in hundreds may lie on the other side of a tie."""
     x, weight, residual = inputs(6, 300, dtypes, device_of(backend))  # type: ignore[arg-type]
-    normed, summed = add_rms_norm(x, weight, residual=residual, backend=backend)
+    normed, summed = add_rms_norm(x, weight, residual=residual, unit_offset=unit_offset, backend=backend)
     assert torch.equal(summed, (residual + x).to(residual.dtype))
-    expected, _ = of_transformers(summed, weight, None)
+    expected, _ = of_transformers(summed, weight, None, unit_offset=unit_offset)
     assert normed.dtype == expected.dtype
     if summed.dtype == torch.float32:
         torch.testing.assert_close(normed, expected, rtol=1e-6 if normed.dtype == torch.float32 else 1e-2, atol=0)

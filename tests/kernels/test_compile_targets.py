@@ -19,7 +19,7 @@ from benchmarks import compiling, launches, static
 from benchmarks.compiling import Kernel, Report, kept_report, kernel_names, release_order, report, sources_key, table
 from videor1_kernels.linear_logprob.triton_forward import TILES
 from videor1_kernels.prefix_attention import triton_decode
-from videor1_kernels.prefix_attention.triton import BLOCKS
+from videor1_kernels.prefix_attention.triton import BLOCKS, WIDE_BLOCKS
 
 ARCHITECTURES = {80, 90, 100}
 PACKAGE = Path(videor1_kernels.__file__).parent
@@ -98,29 +98,34 @@ def test_every_shipped_tile_is_compiled(compiled: Report) -> None:
 
 
 def test_every_shipped_block_is_compiled(compiled: Report) -> None:
-    """At head dim 128; decoding also at the 7B model's and other numbers of queries a key."""
+    """At head dims 128 and 256; decoding also at the 7B model's and other numbers of queries a key."""
     kernels = [k for k in compiled.kernels if "REPEAT" in k.flags]
-    found = {
-        (k.capability, k.name.rpartition("_")[2], k.flags["BLOCK_M"], k.flags["BLOCK_N"], k.num_warps, k.num_stages)
-        for k in kernels
-        if k.flags.get("D") == 128
-    }
-    for capability, blocks in BLOCKS.items():
-        shipped = {"forward": blocks.forward, "gradient": blocks.query_gradient, "gradients": blocks.key_gradients}
-        for name, block in (shipped | {"decode": triton_decode.BLOCKS[capability]}).items():
-            assert (capability, name, *astuple(block)) in found, f"sm_{capability}: {name}, {block}"
+    for size, attention, decoding in (
+        (128, BLOCKS, triton_decode.BLOCKS),
+        (256, WIDE_BLOCKS, triton_decode.WIDE_BLOCKS),
+    ):
+        found = {
+            (k.capability, k.name.rpartition("_")[2], k.flags["BLOCK_M"], k.flags["BLOCK_N"], k.num_warps, k.num_stages)
+            for k in kernels
+            if k.flags.get("D") == size
+        }
+        for capability, blocks in attention.items():
+            shipped = {"forward": blocks.forward, "gradient": blocks.query_gradient, "gradients": blocks.key_gradients}
+            for name, block in (shipped | {"decode": decoding[capability]}).items():
+                assert (capability, name, *astuple(block)) in found, f"sm_{capability}, D {size}: {name}, {block}"
     decoded = {(k.flags["REPEAT"], k.flags["D"]) for k in kernels if k.name == DECODE}
-    assert decoded >= {(7, 128), (2, 64), (16, 80), (1, 1)}
+    assert decoded >= {(7, 128), (2, 64), (16, 80), (1, 1), (4, 256), (1, 192)}
 
 
 def test_decode_programs_share_a_multiprocessor(compiled: Report) -> None:
-    """On Hopper and Blackwell at D = 128, registers and shared memory have room for as many as the splits count on."""
-    kernels = [k for k in compiled.kernels if k.name == DECODE and k.flags["D"] == 128 and k.capability in (90, 100)]
+    """On Hopper, and on Blackwell at D = 128, there is room for as many programs as the splits count on."""
+    sizes = {90: (128, 256), 100: (128,)}
+    kernels = [k for k in compiled.kernels if k.name == DECODE and k.flags["D"] in sizes.get(k.capability, ())]
     for k in kernels:
         registers = -(-k.registers * 32 // 256) * 256 * k.num_warps
         room = min(65536 // registers, (228 << 10) // (k.shared + 1024))  # of which each program is taken 1 KiB
         assert room >= triton_decode.PROGRAMS, f"\n{table([k])}"
-    assert {k.capability for k in kernels} == {90, 100}
+    assert {(k.capability, k.flags["D"]) for k in kernels} == {(90, 128), (90, 256), (100, 128)}
 
 
 def test_counts_between_programs_stand_between_barriers(compiled: Report) -> None:
@@ -151,11 +156,11 @@ def targets_together(full: bool) -> list[set[int]]:
 
 
 def test_every_flag_is_compiled_on_and_off(compiled: Report, full: bool) -> None:
-    """But for the tile's: those are what the target's tile says."""
+    """But for the tile's and the blocks': those are what the target's tile and blocks say."""
     for name in {kernel.name for kernel in compiled.kernels}:
         for targets in targets_together(full):
             flags = [k.flags for k in compiled.kernels if k.name == name and k.capability in targets]
-            for flag in set().union(*flags) - {"FLATTEN", "EARLY"}:
+            for flag in set().union(*flags) - {"FLATTEN", "EARLY", "OF_KEYS", "OF_VALUES"}:
                 values = {constants[flag] for constants in flags if isinstance(constants[flag], bool)}
                 assert values in (set(), {False, True}), f"{name} for {targets}: {flag} is never {not values.pop()}"
 
@@ -180,6 +185,12 @@ def test_registers(compiled: Report) -> None:
 
 def test_shared_memory(compiled: Report) -> None:
     assert not (found := failing(compiled.kernels, lambda k: k.shared > SHARED_MEMORY[k.capability])), found
+
+
+def test_tensor_memory(compiled: Report) -> None:
+    """A launch that asks for more columns than a Blackwell has is an error there."""
+    assert not (found := failing(compiled.kernels, lambda k: k.tensor_memory > 512)), found
+    assert {k.capability for k in compiled.kernels if k.tensor_memory} == {100}
 
 
 def test_products_are_on_the_tensor_cores(compiled: Report) -> None:

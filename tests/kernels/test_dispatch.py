@@ -24,6 +24,8 @@ OPERATIONS = (
     "add_rms_norm",
     "rotary_append",
     "silu_mul",
+    "sigmoid_mul",
+    "gated_rms_norm",
     "prefix_gated_delta",
     "prefix_causal_conv",
     "gated_delta_step",

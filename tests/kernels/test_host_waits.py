@@ -27,6 +27,7 @@ from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions
 from videor1_kernels.linear_logprob import products
 from videor1_kernels.linear_logprob import triton as logprob
 from videor1_kernels.linear_logprob.inputs import HeadInputs
+from videor1_kernels.output_gates.triton import gated_rms_norm, sigmoid_mul
 from videor1_kernels.prefix_attention import triton_decode
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.prefix_gated_delta.reference_step import ConvStep, DeltaStep
@@ -159,6 +160,8 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
         qkv, table = q.view(3, 64).repeat(1, 2), kv[:, 0]
         rotary_append(qkv, table, table, suffix, suffix, Places(lengths, lengths, lengths - 1))
         silu_mul(qkv)
+        sigmoid_mul(qkv, qkv)
+        gated_rms_norm(q, q, q[0, 0], 1e-6)
         gates, slots = q[:, :, 0], lengths - 1
         gated_delta_step(DeltaStep(q, q, q, gates, gates, torch.zeros(5, 4, 16, 16, device=DEVICE), slots), 1.0, True)
         causal_conv_step(

@@ -72,6 +72,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "suffix_slots": torch.tensor([2, 0]),
     },
     "silu_mul": {"gate_up": torch.zeros(2, 8), "inner": torch.zeros(2, 6), "b": torch.zeros(8, 3)},
+    "sigmoid_mul": {"x": torch.zeros(2, 8), "gate": torch.zeros(2, 8)},
+    "gated_rms_norm": {"x": torch.zeros(2, 3, 4), "gate": torch.zeros(2, 3, 4), "weight": torch.zeros(4)},
     "prefix_gated_delta": DELTA | {"layout": vk.PrefixLayout([3], [[2]])},
     "prefix_causal_conv": {"x": torch.zeros(5, 6)} | FILTER | {"layout": vk.PrefixLayout([3], [[2]])},
     "gated_delta_step": DELTA | {"state": torch.zeros(7, 4, 8, 6), "slots": torch.tensor([6, 0, 2, 1, 5])},
@@ -321,6 +323,15 @@ VALUES: dict[str, Values] = {
         ({"inner": zeros(2, 3)}, "inner: expected shape [2, 6], got [2, 3]"),
         ({"inner": zeros(2, 6).half()}, "inner: expected dtype float32, got torch.float16"),
     ],
+    "sigmoid_mul": [
+        ({"gate": zeros(2, 7)}, "gate: expected shape [2, 8], got [2, 7]"),
+        ({"gate": zeros(2, 8).half()}, "gate: expected dtype float32, got torch.float16"),
+    ],
+    "gated_rms_norm": [
+        ({"x": zeros(2, 3, 0)}, "x: expected at least one entry in a head, got [2, 3, 0]"),
+        ({"gate": zeros(2, 4, 3)}, "gate: expected shape [2, 3, 4], got [2, 4, 3]"),
+        ({"weight": zeros(3)}, "weight: expected shape [4], got [3]"),
+    ],
     "prefix_gated_delta": [
         ({"q": zeros(4, 2, 8)}, "q: expected shape [5, Hk, Dk], got [4, 2, 8]"),
         *OF_DELTA,
@@ -349,9 +360,14 @@ VALUES: dict[str, Values] = {
         *(({"suffix_k": zeros(3, 5, *n)}, "suffix_k: expected at least one head of an even") for n in ((0, 4), (2, 3))),
         ({"suffix_v": zeros(3, 4, 2, 4)}, "suffix_v: expected shape [3, 5, 2, 4]"),
         ({"suffix_v": zeros(3, 5, 4, 2).transpose(2, 3)}, "suffix_v: expected the entries of a head side by side"),
-        ({"cos": zeros(9, 2)}, "cos: expected shape [P, 4], got [9, 2]"),
+        *(
+            ({"cos": zeros(9, n)}, f"cos: expected an even number of columns from 2 to the head's 4, got {n}")
+            for n in (0, 3, 6)
+        ),
+        ({"cos": zeros(9, 2)}, "sin: expected shape [9, 2], got [9, 4]"),
         ({"sin": zeros(8, 4)}, "sin: expected shape [9, 4], got [8, 4]"),
         ({"positions": ids(1, 2, 3)}, "positions: expected shape [2], got [3]"),
+        ({"unit_offset": True}, "unit_offset: expected q_norm and k_norm with it, got neither"),
         ({"q_norm": zeros(4)}, "q_norm: expected both q_norm and k_norm, or neither"),
         ({"q_norm": zeros(4), "k_norm": zeros(3)}, "k_norm: expected shape [4], got [3]"),
         ({"q_norm": zeros(4), "k_norm": zeros(4), "eps": -1.0}, "eps: expected a finite number of 0 or more"),
@@ -401,7 +417,10 @@ def test_places_below_0(name: str, values: Tensor) -> None:
 
 NO_GRADIENT = [
     (op, name)
-    for op in ("add_rms_norm", "rotary_append", "silu_mul", "gated_delta_step", "causal_conv_step")
+    for op in (
+        *("add_rms_norm", "rotary_append", "silu_mul", "sigmoid_mul", "gated_rms_norm"),
+        *("gated_delta_step", "causal_conv_step"),
+    )
     for name, value in GOOD[op].items()
     if value.is_floating_point()
 ]
@@ -423,6 +442,10 @@ CANNOT = {
         ("native", {"cos": torch.zeros(9, 4).half()}, "it takes fp32 and bf16, and an input is torch.flo")
     ],
     "silu_mul": [("native", {}, "backend 'native' cannot run on cpu")],
+    "sigmoid_mul": [("native", {}, "backend 'native' cannot run on cpu")],
+    "gated_rms_norm": [
+        ("native", {"weight": torch.zeros(4).half()}, "it takes fp32 and bf16, and an input is torch.float16")
+    ],
     "prefix_gated_delta": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
     "prefix_causal_conv": [("fla", {}, "backend 'fla' cannot run on cpu: it needs CUDA tensors")],
     "linear_logprob": [("native", {}, "on cpu: this version of videor1_kernels has no native implementation of it")],
@@ -431,11 +454,11 @@ CANNOT = {
     ],
     "prefix_attention": [
         ("native", {x: torch.zeros(5, 2, 8).double() for x in "qkv"}, "backend 'native' cannot run on cpu"),
-        ("triton", {x: torch.zeros(5, 2, 144) for x in "qkv"}, "q: expected a head dim of at most 128 for the triton"),
+        ("triton", {x: torch.zeros(5, 2, 272) for x in "qkv"}, "q: expected a head dim of at most 256 for the triton"),
     ],
     "prefix_decode_attention": [
         ("native", decode_arguments(8), "q: expected a head dim that 16 divides for the native backend, got 8"),
-        ("triton", decode_arguments(144), "q: expected a head dim of at most 128 for the triton backend, got 144"),
+        ("triton", decode_arguments(272), "q: expected a head dim of at most 256 for the triton backend, got 272"),
         *(
             (backend, {"q": torch.zeros(4, 4, 16, requires_grad=True)}, f"requires a gradient for the {backend} back")
             for backend in ("native", "triton")

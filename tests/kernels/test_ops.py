@@ -22,6 +22,7 @@ from videor1_kernels.linear_logprob.ops import (
     selective_backward_op,
     selective_op,
 )
+from videor1_kernels.output_gates.ops import gated_rms_norm_op, sigmoid_mul_op
 from videor1_kernels.prefix_attention.ops import prefix_attention_backward_op, prefix_attention_op
 from videor1_kernels.prefix_gated_delta.ops import (
     causal_conv_step_op,
@@ -204,11 +205,14 @@ def test_opcheck(backend: str) -> None:
             ),
         ),
         (tgrpo_advantages_op, (rewards, rewards, (9 * rewards).long(), shuffled, *numbers)),
-        (add_rms_norm_op, (fixed, fixed[0], 2 * fixed, 1e-6)),
-        (add_rms_norm_op, (fixed, fixed[0].half(), None, 1e-6)),
-        (rotary_append_op, (*rotary_inputs(), None, None, 0.0)),
-        (rotary_append_op, (*rotary_inputs(), *rotary_inputs()[1][:2], 1e-6)),
+        (add_rms_norm_op, (fixed, fixed[0], 2 * fixed, 1e-6, False)),
+        (add_rms_norm_op, (fixed, fixed[0].half(), None, 1e-6, False)),
+        (add_rms_norm_op, (fixed.half(), fixed[0], None, 1e-6, True)),
+        (rotary_append_op, (*rotary_inputs(), None, None, 0.0, False)),
+        (rotary_append_op, (*rotary_inputs(), *rotary_inputs()[1][:2], 1e-6, True)),
         (silu_mul_op, (fixed, None, None)),
+        (sigmoid_mul_op, (fixed, 2 * fixed)),
+        (gated_rms_norm_op, (fixed[:, None], fixed.half()[:, None], fixed[0], 1e-6)),
         (silu_mul_op, (fixed, fixed[:, :2], fixed[0, :, None])),
         (prefix_attention_op, (*(x.clone().requires_grad_() for x in qkv), *row)),
         (prefix_attention_backward_op, (qkv[0], *qkv, *prefix_attention_op(*qkv, *row, backend), *row)),
@@ -391,11 +395,13 @@ def test_the_cache_changes_in_a_compiled_graph(backend: str, norms: bool) -> Non
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("added", [True, False])
-def test_norm_and_activation_compile(backend: str, added: bool) -> None:
+def test_norm_activation_and_gates_compile(backend: str, added: bool) -> None:
     def call(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         given = 2 * residual if added else None
         normed, summed = vk.add_rms_norm(2 * x, weight, residual=given, backend=backend)
-        return normed + 1, summed + 1, vk.silu_mul(normed, backend=backend)
+        heads = vk.gated_rms_norm(normed[:, None], summed[:, None], weight, backend=backend)
+        gated = vk.sigmoid_mul(normed, summed, backend=backend)
+        return normed + 1, summed + 1, vk.silu_mul(normed, backend=backend), gated, heads
 
     inputs = WEIGHT.detach(), WEIGHT[0].detach(), WEIGHT.detach().flip(0)
     assert_same(compiled(call)(*inputs), call(*inputs))

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton_cases import CUDA, DEVICE, HALF
 
 from videor1_kernels import PrefixLayout, chosen_backend, extension, last_backend, prefix_attention
-from videor1_kernels.prefix_attention import native, reference, softmax, triton, work
+from videor1_kernels.prefix_attention import native, reference, softmax, triton, triton_decode, work
 from videor1_kernels.prefix_attention.triton import Block, Blocks
 from videor1_kernels.testing import LargestTensor, assert_matches, assert_no_worse, poisoned_memory
 
@@ -134,6 +134,36 @@ def test_equals_dense_fp64(name: str, backend: str, heads: tuple[int, int], dim:
 )
 def test_other_head_dims_and_16_bits(backend: str, dim: int, dtype: torch.dtype | None) -> None:
     Case(SHORT, backend, (2, 1), dim, dtype).check()
+
+
+@pytest.mark.grid(
+    backend=BACKENDS,
+    dim=[160, 192, 256],
+    heads=[(1, 1), (4, 2), (4, 1)],
+    name=["ragged", "one key more than a block", "single tokens", "no completion"],
+    apart=[True, False],
+)
+def test_wide_heads(
+    backend: str, dim: int, heads: tuple[int, int], name: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the head dim from which on kernels have other blocks; gradients of keys and values ``apart`` or not."""
+    monkeypatch.setattr(triton, "INTERPRETED", Blocks(*[Block(16, 16, 4, 1)] * 3, apart=apart))
+    Case(LAYOUTS[name], backend, heads, dim).check()
+
+
+@pytest.mark.parametrize(("dim", "wide"), [(16, False), (128, False), (136, True), (256, True)])
+def test_blocks_of_a_card(dim: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of more than 128 entries have smaller ones, in training and in decoding."""
+
+    class OnACard:
+        device, shape = torch.device("cuda"), (5, 4, dim)
+
+    for capability in (80, 86, 90, 100, 120):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: divmod(c, 10))
+        expected = (triton.WIDE_BLOCKS if wide else triton.BLOCKS)[capability]
+        assert triton.blocks_for(OnACard()) == expected
+        expected = (triton_decode.WIDE_BLOCKS if wide else triton_decode.BLOCKS)[capability]
+        assert triton_decode.block_for(OnACard()) == expected
 
 
 @pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler")

@@ -51,6 +51,15 @@ def test_equals_the_loop(
         assert torch.equal(prefix_decode_attention(*tensors, **index, scale=scale, backend=backend), out)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [((4, 1), 256), ((2, 2), 192), ((4, 2), 160)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_heads(backend: str, heads: tuple[int, int], dim: int) -> None:
+    """Above the head dim from which on the Triton kernel has other blocks."""
+    case = Case([(20, 2), (17, 1)], [3, 18, 1], 18, heads, dim, backend=backend, scattered=True)
+    with poisoned_memory():
+        assert_matches(case(), case.exact())
+
+
 @pytest.mark.fits(
     lambda dtype, backend, **_: dtype in {"native": [torch.float32], "triton": HALF}.get(backend, [dtype])
 )
@@ -168,7 +177,15 @@ def test_gradcheck() -> None:
         ("native", 144, torch.float32, "native"),
         ("native", 24, torch.float32, "reference"),
         ("native", 16, torch.float64, "reference"),
-        *([("triton", 128, torch.float16, "triton"), ("triton", 144, torch.float16, "reference")] if CUDA else []),
+        *(
+            [
+                ("triton", 128, torch.float16, "triton"),
+                ("triton", 256, torch.float16, "triton"),
+                ("triton", 272, torch.float16, "reference"),
+            ]
+            if CUDA
+            else []
+        ),
     ],
 )
 def test_auto_takes_the_reference_where_no_other_can_run(

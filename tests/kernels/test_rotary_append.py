@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb as apply_partial_rotary
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from triton_cases import DEVICE, DTYPES, for_threads
 
@@ -43,6 +45,7 @@ class Call:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     eps: float = 1e-3  # so large that it shows
+    unit_offset: bool = False
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, and copies of the cache after the call; the call's own cache stays as it was."""
@@ -50,7 +53,7 @@ class Call:
         assert all(a.stride() == b.stride() for a, b in zip(caches, (self.suffix_k, self.suffix_v), strict=True))
         index = {name: getattr(self, name) for name in ("positions", "suffix_lengths", "suffix_slots")}
         norms: dict[str, Any] = (
-            {} if self.q_norm is None else {n: getattr(self, n) for n in ("q_norm", "k_norm", "eps")}
+            {} if self.q_norm is None else {n: getattr(self, n) for n in ("q_norm", "k_norm", "eps", "unit_offset")}
         )
         q = rotary_append(self.qkv, self.cos, self.sin, *caches, **index, **norms, backend=self.backend)
         return q, *caches
@@ -62,7 +65,8 @@ class Call:
         q_heads = heads.shape[1] - 2 * kv_heads
         q = heads.new_empty(rows, q_heads, dim)
         k, v = self.suffix_k.to(dtype), self.suffix_v.to(dtype)
-        half = dim // 2
+        turning = self.cos.shape[1]
+        half = turning // 2
         for row in range(rows):
             at = int(self.positions[row])
             slot = row if self.suffix_slots is None else int(self.suffix_slots[row])
@@ -72,9 +76,12 @@ class Call:
                 norm = self.q_norm if head < q_heads else self.k_norm
                 if norm is not None and head < q_heads + kv_heads:
                     normed = x / (x.square().mean() + self.eps).sqrt()
-                    x = normed.to(self.qkv.dtype).to(dtype) * norm.to(dtype)
-                turned = torch.cat([-x[half:], x[:half]])
-                rotated = x * cos + turned * sin
+                    if self.unit_offset:
+                        x = (normed * (1 + norm.to(dtype))).to(self.qkv.dtype).to(dtype)
+                    else:
+                        x = normed.to(self.qkv.dtype).to(dtype) * norm.to(dtype)
+                turned = torch.cat([-x[half:turning], x[:half]])
+                rotated = torch.cat([x[:turning] * cos + turned * sin, x[turning:]])
                 if head < q_heads:
                     q[row, head] = rotated
                 elif head < q_heads + kv_heads:
@@ -96,7 +103,10 @@ def make(
     heads_first: bool = False,
     index: torch.dtype = torch.int64,
     norm: torch.dtype | None = None,
+    unit_offset: bool = False,
+    part: float = 1.0,
 ) -> Call:
+    """``part``: of a head the entries that are rotated."""
     device = DEVICE if backend == "triton" else "cpu"
     generator = torch.Generator().manual_seed(rows + dim)
     positions, count, capacity = 40, rows + 2, 7
@@ -109,7 +119,7 @@ def make(
     def integers(values: Tensor) -> Tensor:
         return values.to(device, index)
 
-    angles = 3 * torch.randn(positions, dim, generator=generator, dtype=torch.float64)
+    angles = 3 * torch.randn(positions, max(2, int(part * dim) // 2 * 2), generator=generator, dtype=torch.float64)
     return Call(
         torch.randn(rows, (heads[0] + 2 * heads[1]) * dim, generator=generator, dtype=torch.float64).to(device, dtype),
         angles.cos().to(device, table),
@@ -121,9 +131,10 @@ def make(
         integers(torch.randperm(count, generator=generator)[:rows]) if slots else None,
         backend,
         *(
-            None if norm is None else (1 + torch.randn(dim, generator=generator)).to(device, norm)
+            None if norm is None else (1 - unit_offset + torch.randn(dim, generator=generator)).to(device, norm)
             for _ in ("q_norm", "k_norm")
         ),
+        unit_offset=unit_offset,
     )
 
 
@@ -141,6 +152,7 @@ def assert_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
     slots=[True, False],
     heads_first=[True, False],
     index=[torch.int64, torch.int32],
+    part=[1.0, 0.25],
 )
 def test_equals_the_loop(
     backend: str,
@@ -150,8 +162,9 @@ def test_equals_the_loop(
     slots: bool,
     heads_first: bool,
     index: torch.dtype,
+    part: float,
 ) -> None:
-    call = make(backend, *shape, dtype, table, slots=slots, heads_first=heads_first, index=index)
+    call = make(backend, *shape, dtype, table, slots=slots, heads_first=heads_first, index=index, part=part)
     with poisoned_memory():
         out = call()
     assert last_backend(OP) == backend
@@ -175,13 +188,21 @@ def test_equals_the_loop(
     norm=FLOATS,
     shape=[(1, (1, 1), 2), (5, (4, 2), 16), (3, (7, 1), 20), (2, (3, 3), 80), (0, (4, 2), 8)],
     heads_first=[True, False],
+    unit_offset=[False, True],
+    part=[1.0, 0.25],
 )
 def test_heads_are_normalised_first(
-    backend: str, dtype: torch.dtype, norm: torch.dtype, shape: tuple[int, tuple[int, int], int], heads_first: bool
+    backend: str,
+    dtype: torch.dtype,
+    norm: torch.dtype,
+    shape: tuple[int, tuple[int, int], int],
+    heads_first: bool,
+    unit_offset: bool,
+    part: float,
 ) -> None:
-    """As transformers' Qwen3 layers do, in whose own dtype a norm is rounded before its weight."""
+    """As transformers' Qwen3 layers do, in whose own dtype a norm is rounded before its weight, or Qwen3.5's behind."""
     native_norm = norm if backend == "reference" or norm != torch.float16 else torch.float32
-    call = make(backend, *shape, dtype, heads_first=heads_first, norm=native_norm)
+    call = make(backend, *shape, dtype, heads_first=heads_first, norm=native_norm, unit_offset=unit_offset, part=part)
     with poisoned_memory():
         out = call()
     assert last_backend(OP) == backend
@@ -212,6 +233,30 @@ def test_norms_equal_transformers(backend: str) -> None:
     expected = replace(call, qkv=normed, q_norm=None, k_norm=None)()
     for ours, theirs in zip(call(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.fits(lambda backend, dtype: dtype in TAKEN[backend])
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_norms_and_partial_rotary_of_qwen3_5(backend: str, dtype: torch.dtype) -> None:
+    """Weights and tables in fp32, as in a model whose norms are."""
+    call = make(backend, 6, (4, 2), 32, dtype, norm=torch.float32, unit_offset=True, part=0.25)
+    cos, sin = (x[:, :4].repeat(1, 2) for x in (call.cos, call.sin))
+    call = replace(call, cos=cos, sin=sin)
+    q, k, _ = call()
+    heads, modules = call.qkv.view(6, -1, 32), []
+    for weight in (call.q_norm, call.k_norm):
+        modules.append(Qwen3_5RMSNorm(32, eps=call.eps).to(call.qkv.device))
+        modules[-1].weight = torch.nn.Parameter(weight, requires_grad=False)
+    normed = [module(x) for module, x in zip(modules, (heads[:, :4], heads[:, 4:6]), strict=True)]
+    theirs = apply_partial_rotary(*normed, *(x[call.positions] for x in (cos, sin)))
+    written = k[call.suffix_slots, call.suffix_lengths - 1]
+    for ours, expected in zip((q, written), theirs, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        else:  # one in hundreds may lie on the other side of a tie, of the norm or of the sum
+            assert (ours != expected.to(dtype)).double().mean() < 0.02
+            assert_matches(ours, expected.double())
 
 
 @pytest.mark.fits(lambda backend, dtype: dtype in TAKEN[backend])
@@ -290,7 +335,7 @@ PLACES = [("positions", -1), ("positions", 40), ("suffix_lengths", 0), ("suffix_
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_place_that_does_not_exist(backend: str, name: str, value: int) -> None:
     """An error, and nothing is written; but for Triton, which does not wait, and writes nothing for that row."""
-    call = make(backend)
+    call = make(backend, part=0.5)
     good, changed = call(), getattr(call, name).clone()
     changed[2] = value
     bad = replace(call, **{name: changed})

@@ -24,4 +24,4 @@ def test_no_access_outside_the_tensors() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 35, done.stdout
+    assert len(done.stdout.splitlines()) == 38, done.stdout

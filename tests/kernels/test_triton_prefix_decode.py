@@ -26,7 +26,9 @@ def workspaces(case: Case) -> dict[tuple[int, ...], triton_decode.Workspace]:
     return triton_decode._workspaces[case.layout]
 
 
-@pytest.mark.parametrize(("heads", "dim"), [((7, 1), 20), ((3, 1), 80), ((20, 1), 3), ((1, 1), 1)])
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((7, 1), 20), ((3, 1), 80), ((20, 1), 3), ((1, 1), 1), ((2, 1), 192), ((1, 1), 160)]
+)
 def test_heads_and_head_dims(heads: tuple[int, int], dim: int) -> None:
     """Of 20 query heads a key head, a row takes two blocks of 16; of 3, four rows share one."""
     rows = 2 if heads[0] > 16 else 5

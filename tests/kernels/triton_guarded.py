@@ -23,6 +23,7 @@ from videor1_kernels import (
     add_rms_norm,
     causal_conv_step,
     gated_delta_step,
+    gated_rms_norm,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
@@ -31,6 +32,7 @@ from videor1_kernels import (
     rotary_append,
     sample_tokens,
     selective_log_softmax,
+    sigmoid_mul,
     silu_mul,
     tgrpo_advantages,
 )
@@ -197,21 +199,22 @@ def sample(options: dict[str, float], splits: int) -> None:
 
 def norm(x, weight, residual):  # type: ignore[no-untyped-def]
     alone, _ = add_rms_norm(x, weight, backend="triton")
-    return [alone, *add_rms_norm(x, weight, residual=residual, backend="triton")]
+    offset, _ = add_rms_norm(x, weight, unit_offset=True, backend="triton")
+    return [alone, offset, *add_rms_norm(x, weight, residual=residual, backend="triton")]
 
 
-def rotate(dim: int, dtype: torch.dtype, *, norms: bool = False) -> None:
+def rotate(dim: int, dtype: torch.dtype, *, norms: bool = False, turning: int | None = None) -> None:
     def call(qkv, cos, sin, suffix_k, suffix_v, positions, lengths, slots, *weights):  # type: ignore[no-untyped-def]
         index = {"positions": positions, "suffix_lengths": lengths, "suffix_slots": slots}
-        index |= dict(zip(("q_norm", "k_norm"), weights, strict=False))
+        index |= dict(zip(("q_norm", "k_norm"), weights, strict=False)) | {"unit_offset": norms and bool(turning)}
         q = rotary_append(qkv, cos, sin, suffix_k, suffix_v, **index, backend="triton")
         return [q[:3], suffix_k, suffix_v]
 
     run(
-        f"rotary_append {dim} {dtype} {norms}",
+        f"rotary_append {dim} {dtype} {norms} {turning}",
         call,
         torch.randn(8, (3 + 2) * dim).to(dtype),
-        *(torch.randn(9, dim) for _ in range(2)),
+        *(torch.randn(9, turning or dim) for _ in range(2)),
         *(torch.randn(4, 5, 1, dim).to(dtype) for _ in range(2)),
         torch.tensor([8, 0, 3, 9, -1, 4, 4, 4]),  # from the fourth on, one of each row is out of range
         torch.tensor([5, 1, 3, 1, 1, 0, 6, 5]),
@@ -277,7 +280,11 @@ def main() -> None:
     rotate(16, torch.float32)
     rotate(6, torch.float16)
     rotate(6, torch.float16, norms=True)
+    rotate(20, torch.float16, norms=True, turning=6)
     run("silu_mul", lambda gate_up: [silu_mul(gate_up, backend="triton")], torch.randn(3, 2 * 70).half())
+    run("sigmoid_mul", lambda *xs: [sigmoid_mul(*xs, backend="triton")], *torch.randn(2, 3, 70).half())
+    heads = torch.randn(3, 5, 20).half(), torch.randn(3, 5, 20), torch.randn(20)
+    run("gated_rms_norm", lambda *xs: [gated_rms_norm(*xs, backend="triton")], *heads)
     adapted = torch.randn(3, 2 * 70), torch.randn(3, 2 * 67), torch.randn(2 * 70, 67)
     run("silu_mul", lambda *inputs: [silu_mul(*inputs, backend="triton")], *adapted)
     linear_step(20, 50, torch.int64)

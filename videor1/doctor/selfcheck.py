@@ -184,11 +184,18 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
 def _prefix_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
-    # The first prompt is long enough that several programs share the gradients of its keys.
-    q, k, v = (cast(_randn(6 + i, 712, heads, 32)).requires_grad_() for i, heads in enumerate((4, 2, 2)))
-    layout = kernels.PrefixLayout([700, 3], [[2, 3], [4]], device=q.device)
-    out = kernels.prefix_attention(q, k, v, layout, backend=backend)
-    return _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
+    # The first prompt is long enough that several programs share the gradients of its keys. Heads of 256 entries, as
+    # Qwen3.5 has them, have kernels of their own.
+    found: dict[str, Tensor] = {}
+    for size, tokens in ((32, 700), (256, 90)):
+        made = (_randn(6 + i, tokens + 12, heads, size) for i, heads in enumerate((4, 2, 2)))
+        # So that products, and what is allowed of their rounding, are of one size.
+        q, k, v = (cast(x * (32 / size) ** 0.5).requires_grad_() for x in made)
+        layout = kernels.PrefixLayout([tokens, 3], [[2, 3], [4]], device=q.device)
+        out = kernels.prefix_attention(q, k, v, layout, backend=backend)
+        results = _with_gradients({"output": out}, {"q": q, "k": k, "v": v})
+        found |= {f"{name}, head dim {size}": value for name, value in results.items()}
+    return found
 
 
 def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -196,21 +203,23 @@ def _prefix_decode_attention(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     import videor1_kernels as kernels
 
-    q, prefix_k, prefix_v = (cast(_randn(9 + i, n, h, 32)) for i, (n, h) in enumerate(((3, 4), (8, 2), (8, 2))))
-    suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, 32)) for i in range(2))
-    index = partial(torch.tensor, device=q.device)
-    out = kernels.prefix_decode_attention(
-        q,
-        prefix_k,
-        prefix_v,
-        suffix_k,
-        suffix_v,
-        suffix_lengths=index([1, 4, 2]),
-        cu_prefix=index([0, 5, 8]),
-        row_group=index([0, 0, 1]),
-        backend=backend,
-    )
-    return {"output": out}
+    found = {}
+    for size in (32, 256):
+        q, prefix_k, prefix_v = (cast(_randn(9 + i, n, h, size)) for i, (n, h) in enumerate(((3, 4), (8, 2), (8, 2))))
+        suffix_k, suffix_v = (cast(_randn(12 + i, 3, 4, 2, size)) for i in range(2))
+        index = partial(torch.tensor, device=q.device)
+        found[f"output, head dim {size}"] = kernels.prefix_decode_attention(
+            q,
+            prefix_k,
+            prefix_v,
+            suffix_k,
+            suffix_v,
+            suffix_lengths=index([1, 4, 2]),
+            cu_prefix=index([0, 5, 8]),
+            row_group=index([0, 0, 1]),
+            backend=backend,
+        )
+    return found
 
 
 def _frames_to_patches(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -260,7 +269,8 @@ def _add_rms_norm(cast: Cast, backend: str) -> dict[str, Tensor]:
 
     x, residual, weight = cast(_randn(16, 4, 48)), cast(_randn(17, 4, 48)), cast(_randn(18, 48))
     normed, summed = kernels.add_rms_norm(x, weight, residual=residual, backend=backend)
-    return {"normed": normed, "summed": summed}
+    offset, _ = kernels.add_rms_norm(x, weight, residual=residual, unit_offset=True, backend=backend)
+    return {"normed": normed, "summed": summed, "normed by 1 + weight": offset}
 
 
 def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -269,20 +279,43 @@ def _rotary_append(cast: Cast, backend: str) -> dict[str, Tensor]:
     import videor1_kernels as kernels
 
     qkv, angles = cast(_randn(19, 3, (4 + 2 * 2) * 16)), _randn(20, 9, 16)
-    keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
     index = partial(torch.tensor, device=qkv.device)
-    q = kernels.rotary_append(
-        qkv,
-        cast(angles.cos()),
-        cast(angles.sin()),
-        keys,
-        values,
-        positions=index([8, 0, 3]),
-        suffix_lengths=index([1, 4, 2]),
-        suffix_slots=index([4, 0, 2]),
-        backend=backend,
-    )
-    return {"q": q, "keys": keys, "values": values}
+    q_norm, k_norm = cast(_randn(41, 16)), cast(_randn(42, 16))
+    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "unit_offset": True}
+    found: dict[str, Tensor] = {}
+    # As Qwen2.5-VL has it; and as Qwen3.5 has it, with norms and only a part of each head rotated.
+    whole: dict[str, Any] = {}
+    for name, turning, options in (("", 16, whole), (" of Qwen3.5", 4, norms)):
+        cos, sin = cast(angles.cos()[:, :turning]), cast(angles.sin()[:, :turning])
+        keys, values = (cast(torch.zeros(5, 4, 2, 16)) for _ in range(2))
+        q = kernels.rotary_append(
+            qkv,
+            cos,
+            sin,
+            keys,
+            values,
+            positions=index([8, 0, 3]),
+            suffix_lengths=index([1, 4, 2]),
+            suffix_slots=index([4, 0, 2]),
+            backend=backend,
+            **options,
+        )
+        found |= {f"q{name}": q, f"keys{name}": keys, f"values{name}": values}
+    return found
+
+
+def _sigmoid_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, gate = cast(_randn(43, 4, 48)), cast(_randn(44, 4, 48))
+    return {"output": kernels.sigmoid_mul(x, gate, backend=backend)}
+
+
+def _gated_rms_norm(cast: Cast, backend: str) -> dict[str, Tensor]:
+    import videor1_kernels as kernels
+
+    x, product, weight = cast(_randn(45, 4, 3, 16)), cast(_randn(46, 4, 80)), cast(_randn(47, 16))
+    return {"output": kernels.gated_rms_norm(x, product[:, 32:].unflatten(1, (3, 16)), weight, backend=backend)}
 
 
 def _silu_mul(cast: Cast, backend: str) -> dict[str, Tensor]:
@@ -348,6 +381,7 @@ CASES: dict[str, Case] = {
     "causal_conv_step": _causal_conv_step,
     "frames_to_patches": _frames_to_patches,
     "gated_delta_step": _gated_delta_step,
+    "gated_rms_norm": _gated_rms_norm,
     "grpo_loss": _grpo_loss,
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_logprob": _linear_logprob,
@@ -358,6 +392,7 @@ CASES: dict[str, Case] = {
     "rotary_append": _rotary_append,
     "sample_tokens": _sample_tokens,
     "selective_log_softmax": _selective_log_softmax,
+    "sigmoid_mul": _sigmoid_mul,
     "silu_mul": _silu_mul,
     "tgrpo_advantages": _tgrpo_advantages,
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from videor1_kernels import extension
+from videor1_kernels.add_rms_norm.reference import normed_dtype
 
 GRAIN = 2**15  # numbers that are worth a thread of their own
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
@@ -26,15 +27,17 @@ def _function() -> Callable[..., int] | str:
     return extension.function("decode_step", "add_rms_norm", arguments, "add_rms_norm")
 
 
-def add_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return normed and summed, both [R, H]."""
     call = _function()
     assert not isinstance(call, str), call
     stream = x if residual is None else residual
-    dtypes = BF16[x.dtype] + 2 * BF16[stream.dtype] + 4 * BF16[weight.dtype]
-    summed, normed_dtype = stream, weight.dtype if weight.dtype == stream.dtype else torch.float32
+    kind = BF16[x.dtype] + 2 * BF16[stream.dtype] + 4 * BF16[weight.dtype] + 8 * unit_offset
+    summed = stream
     rows, width = x.shape
-    normed = x.new_empty((rows, width), dtype=normed_dtype)
+    normed = x.new_empty((rows, width), dtype=normed_dtype(weight, stream, unit_offset))
     if x.stride(1) != 1:
         x = x.contiguous()
     weight = weight.contiguous()
@@ -45,7 +48,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float)
         summed = residual.new_empty((rows, width))
         at, to, step = residual.data_ptr(), summed.data_ptr(), residual.stride(0)
     parallel_for = extension.torch_parallel_for() if rows * width > GRAIN else None
-    numbers = (rows, width, x.stride(0), step, dtypes, eps, max(1, GRAIN // width), parallel_for)
+    numbers = (rows, width, x.stride(0), step, kind, eps, max(1, GRAIN // width), parallel_for)
     error = call(x.data_ptr(), at, weight.data_ptr(), to, normed.data_ptr(), *numbers)
     if error:
         raise RuntimeError(f"add_rms_norm: torch_parallel_for failed with error {error}")

@@ -15,7 +15,7 @@ from videor1_kernels.prefix_attention.layout import PrefixLayout, layout_numbers
 from videor1_kernels.prefix_attention.ops import prefix_attention_op
 from videor1_kernels.prefix_attention.rows import RowPart, plan_rows
 
-MOST_D = 128  # the largest head dim of the Triton kernels
+MOST_D = 256  # the largest head dim of the Triton kernels
 
 __all__ = ["DecodeLayout", "PrefixLayout", "RowPart", "plan_rows", "prefix_attention", "prefix_decode_attention"]
 
@@ -42,7 +42,7 @@ def prefix_attention(
             key head h // (Hq / Hkv)).
         layout: the order of the row, T = ``layout.total_tokens``.
         scale: factor on the scores; None: D ** -0.5.
-        backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 128 or less), ``native`` (on a CPU: fp32 and bf16;
+        backend: ``auto``, ``triton`` (on a GPU: bf16 and fp16, D of 256 or less), ``native`` (on a CPU: fp32 and bf16;
             C++ compiled at its first use), ``reference``.
 
     Returns:
@@ -102,7 +102,7 @@ def prefix_decode_attention(
             and layers; it may also place prefixes and suffixes anywhere in preallocated memory.
         scale: factor on the scores; None: D ** -0.5.
         backend: ``auto``, ``native`` (on a CPU: fp32, D a multiple of 16, no gradient; C++ compiled at its first use),
-            ``triton`` (on a GPU: inputs all bf16 or all fp16, D of 128 or less, no gradient),
+            ``triton`` (on a GPU: inputs all bf16 or all fp16, D of 256 or less, no gradient),
             ``reference``.
 
     Returns:

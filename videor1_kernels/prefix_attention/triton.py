@@ -6,7 +6,7 @@ tf32x3, with blocks down to 16 keys. The large products of the reference are bet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from videor1_kernels.prefix_attention.triton_forward import prefix_forward
 from videor1_kernels.prefix_attention.work import key_items, query_tiles
 
 SUM_ROWS = 32
+NARROW = 128  # the largest head dim of BLOCKS
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Blocks:
     forward: Block
     query_gradient: Block
     key_gradients: Block
+    # Whether dk and dv are of a launch each: the scores are computed twice, the sums take half of the registers.
+    apart: bool = field(default=False, kw_only=True)
 
 
 # By compute capability; others take the nearest one below. Larger blocks spill registers at D = 128.
@@ -54,14 +57,25 @@ BLOCKS: dict[int, Blocks] = {
     100: Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 2), Block(32, 128, 8, 2)),
     120: Blocks(Block(128, 32, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
 }
+# Of a head dim above NARROW, up to 256: a program keeps twice as much of each query and key, and larger blocks spill. A
+# product on Hopper and Blackwell has at least 64 rows: dk and dv of as many keys together spill too.
+WIDE_BLOCKS: dict[int, Blocks] = {
+    80: Blocks(Block(64, 32, 8, 3), Block(64, 32, 8, 2), Block(16, 64, 8, 2)),
+    86: Blocks(Block(64, 32, 8, 2), Block(64, 16, 8, 2), Block(16, 64, 8, 2)),
+    89: Blocks(Block(64, 32, 8, 2), Block(64, 16, 8, 2), Block(16, 64, 8, 2)),
+    90: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(32, 128, 8, 2), apart=True),
+    100: Blocks(Block(128, 32, 8, 3), Block(128, 32, 8, 2), Block(32, 128, 8, 2), apart=True),
+    120: Blocks(Block(64, 32, 8, 2), Block(64, 16, 8, 2), Block(16, 64, 8, 2)),
+}
 INTERPRETED = Blocks(*[Block(64, 64, 4, 1)] * 3)  # the interpreter takes as long for a small block as for a large one
 
 
 def blocks_for(q: Tensor) -> Blocks:
-    """The configuration for q's device."""
+    """The configuration for q's device and head dim."""
     if q.device.type != "cuda":  # the interpreter
         return INTERPRETED
-    return BLOCKS[nearest_capability(BLOCKS, q.device)]
+    known = WIDE_BLOCKS if q.shape[2] > NARROW else BLOCKS
+    return known[nearest_capability(known, q.device)]
 
 
 def forward(
@@ -107,9 +121,11 @@ def backward(
     block = blocks.key_gradients
     items, sums, slots = key_items(layout, block.n)
     parts = q.new_empty((slots, 2, k.shape[1], block.n, size), dtype=torch.float32)
-    prefix_key_gradients[len(items), k.shape[1]](
-        *shared, dk, dv, parts, items, *strides, dk.stride(0), tokens, scale, **_options(block, q, k)
-    )
+    arguments = (*shared, dk, dv, parts, items, *strides, dk.stride(0), tokens, scale)
+    for of_keys, of_values in ((True, False), (False, True)) if blocks.apart else ((True, True),):
+        prefix_key_gradients[len(items), k.shape[1]](
+            *arguments, OF_KEYS=of_keys, OF_VALUES=of_values, **_options(block, q, k)
+        )
     if len(sums):
         rows = min(SUM_ROWS, block.n)
         prefix_sum_parts[len(sums), k.shape[1], block.n // rows](

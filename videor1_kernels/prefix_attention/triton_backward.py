@@ -122,8 +122,10 @@ def prefix_key_gradients(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    OF_VALUES: tl.constexpr,
 ):
-    """Write dk and dv [T, Hkv, D] for the ``items`` of work.key_items.
+    """Write dk and dv [T, Hkv, D] for the ``items`` of work.key_items; only one of them without OF_VALUES or OF_KEYS.
 
     A partial result goes into parts fp32 [slots, 2, Hkv, BLOCK_N, D]. The query heads of a key head are summed in
     registers.
@@ -150,23 +152,29 @@ def prefix_key_gradients(
         row_delta = tl.load(delta + head * T + queries, mask=queries < stop, other=0.0)
         weights = tl.exp2(tl.dot(k_block, q_block.T) * factor - high[None, :])
         weights = tl.where(seen_from[:, None] <= queries[None, :], weights, 0.0)
-        dv = tl.dot(weights.to(g_block.dtype), g_block, dv)
-        d_weights = tl.dot(v_block, g_block.T)
-        d_scores = weights * (d_weights - row_delta[None, :])
-        dk = tl.dot(d_scores.to(q_block.dtype), q_block, dk)
+        if OF_VALUES:
+            dv = tl.dot(weights.to(g_block.dtype), g_block, dv)
+        if OF_KEYS:
+            d_weights = tl.dot(v_block, g_block.T)
+            d_scores = weights * (d_weights - row_delta[None, :])
+            dk = tl.dot(d_scores.to(q_block.dtype), q_block, dk)
     dk *= scale
     columns = tl.arange(0, BLOCK_D)
     inside = (columns < D)[None, :]
     if slot < 0:
         at = keys.to(tl.int64)[:, None] * dk_row + key_head * D + columns[None, :]
         mask = (keys < key_stop)[:, None] & inside
-        tl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=mask)
-        tl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=mask)
+        if OF_KEYS:
+            tl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=mask)
+        if OF_VALUES:
+            tl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=mask)
     else:
         size = key_heads.to(tl.int64) * (BLOCK_N * D)
         at = slot * 2 * size + key_head * (BLOCK_N * D) + tl.arange(0, BLOCK_N)[:, None] * D + columns[None, :]
-        tl.store(parts + at, dk, mask=inside)
-        tl.store(parts + size + at, dv, mask=inside)
+        if OF_KEYS:
+            tl.store(parts + at, dk, mask=inside)
+        if OF_VALUES:
+            tl.store(parts + size + at, dv, mask=inside)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 from videor1_kernels.checks import capturing, fail
 from videor1_kernels.dispatch import nearest_capability
 from videor1_kernels.prefix_attention.decode_layout import TILE_ROWS, DecodeInputs, DecodeLayout
-from videor1_kernels.prefix_attention.triton import Block
+from videor1_kernels.prefix_attention.triton import NARROW, Block
 from videor1_kernels.prefix_attention.triton_forward import LOG2E, fold, load_rows
 
 # By compute capability; others take the nearest one below. A product on Hopper and Blackwell has at least 64 queries,
@@ -34,6 +34,16 @@ BLOCKS: dict[int, Block] = {
     89: Block(64, 32, 8, 2),
     90: Block(64, 32, 4, 3),
     100: Block(64, 64, 8, 3),
+    120: Block(64, 32, 8, 2),
+}
+# Of a head dim above NARROW, up to 256. Two programs share a multiprocessor on Hopper alone: on Blackwell the sums of
+# one fill the tensor memory, elsewhere the registers.
+WIDE_BLOCKS: dict[int, Block] = {
+    80: Block(64, 32, 8, 3),
+    86: Block(64, 16, 8, 3),
+    89: Block(64, 16, 8, 3),
+    90: Block(64, 16, 4, 3),
+    100: Block(64, 32, 8, 3),
     120: Block(64, 32, 8, 2),
 }
 INTERPRETED = Block(64, 64, 4, 1)
@@ -295,10 +305,11 @@ def workspace(layout: DecodeLayout, q: Tensor, kv_heads: int, splits: int) -> Wo
 
 
 def block_for(q: Tensor) -> Block:
-    """The configuration for q's device."""
+    """The configuration for q's device and head dim."""
     if q.device.type != "cuda":
         return INTERPRETED
-    return BLOCKS[nearest_capability(BLOCKS, q.device)]
+    known = WIDE_BLOCKS if q.shape[2] > NARROW else BLOCKS
+    return known[nearest_capability(known, q.device)]
 
 
 def splits_for(

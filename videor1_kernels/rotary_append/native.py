@@ -15,7 +15,7 @@ from videor1_kernels.rotary_append.reference import HeadNorms, Places, check_pla
 
 GRAIN = 2**15  # numbers that are worth a thread of their own
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
-NUMBERS = struct.Struct("16q").pack  # a third of the time that an array of ctypes takes
+NUMBERS = struct.Struct("17q").pack  # a third of the time that an array of ctypes takes
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -41,9 +41,9 @@ def rotary_append(
     """Return q, normalised and rotated, [R, Hq, D], and write such a k, and v, of each row into the cache."""
     call = _function()
     assert not isinstance(call, str), call
-    dtypes = BF16[qkv.dtype] + 2 * BF16[cos.dtype]
     if sin.dtype != cos.dtype:
-        cos, sin, dtypes = cos.float(), sin.float(), BF16[qkv.dtype]
+        cos, sin = cos.float(), sin.float()
+    kind = BF16[qkv.dtype] + 2 * BF16[cos.dtype] + (0 if norms is None else 4 * norms.unit_offset)
     qkv, cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in (qkv, cos, sin))
     positions, lengths, slots = places
     positions, lengths = _addressable(positions), _addressable(lengths)
@@ -65,6 +65,7 @@ def rotary_append(
         sin.stride(0),
         *suffix_k.stride()[:3],
         *suffix_v.stride()[:3],
+        cos.shape[1],
     )
     error = call(
         qkv.data_ptr(),
@@ -79,7 +80,7 @@ def rotary_append(
         *((None, None) if norms is None else (weight.data_ptr() for weight in weights)),
         0.0 if norms is None else norms.eps,
         numbers,
-        dtypes,
+        kind,
         max(1, GRAIN // width),
         extension.torch_parallel_for() if rows * width > GRAIN else None,
     )

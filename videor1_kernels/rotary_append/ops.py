@@ -40,10 +40,11 @@ def rotary_append_op(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    unit_offset: bool,
     backend: str,
 ) -> Tensor:
     places = Places(positions, suffix_lengths, suffix_slots)
-    norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
+    norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps, unit_offset)
     return run(qkv, cos, sin, suffix_k, suffix_v, places, norms, backend).contiguous()
 
 
@@ -60,6 +61,7 @@ def _(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    unit_offset: bool,
     backend: str,
 ) -> Tensor:
     _, _, kv_heads, dim = suffix_k.shape

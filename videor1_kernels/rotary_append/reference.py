@@ -1,4 +1,4 @@
-"""Reference of rotary_append in plain torch. R rows, Hq and Hkv heads of D, P positions, S slots of C tokens."""
+"""Reference of rotary_append in plain torch. R rows, Hq and Hkv heads of D, P positions of Rd, S slots of C tokens."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class HeadNorms(NamedTuple):
     q: Tensor  # the weight, [D]
     k: Tensor
     eps: float
+    unit_offset: bool = False  # whether the factor is 1 + weight
 
 
 def check_places(places: Places, positions: int, slots: int, capacity: int) -> None:
@@ -54,20 +55,29 @@ def rotary_append(
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     dtype = compute_dtype(qkv, cos, sin, *(norms[:2] if norms else ()))
     if norms is not None:
-        q, k = (_normed(x, weight, norms.eps, dtype) for x, weight in ((q, norms.q), (k, norms.k)))
-    cos, sin = (table[places.positions.long()][:, None].to(dtype) for table in (cos, sin))  # [R, 1, D]
-    q, k = ((x * cos + _rotate_half(x) * sin).to(qkv.dtype) for x in (q, k))
+        q, k = (_normed(x, weight, norms, dtype) for x, weight in ((q, norms.q), (k, norms.k)))
+    cos, sin = (table[places.positions.long()][:, None].to(dtype) for table in (cos, sin))  # [R, 1, Rd]
+    q, k = (_rotated(x, cos, sin).to(qkv.dtype) for x in (q, k))
     rows = torch.arange(len(qkv), device=qkv.device) if places.suffix_slots is None else places.suffix_slots.long()
     token = places.suffix_lengths.long() - 1
     suffix_k[rows, token], suffix_v[rows, token] = k, v
     return q
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Normalise heads [R, heads, D] as add_rms_norm does the stream: rounded to their own dtype before the weight."""
+def _normed(x: Tensor, weight: Tensor, norms: HeadNorms, dtype: torch.dtype) -> Tensor:
+    """Normalise heads [R, heads, D] as add_rms_norm does the stream: rounded to their own dtype before the weight, with
+    a unit offset behind it.
+    """
     wide = x.to(dtype)
-    normed = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
-    return normed.to(dtype) * weight.to(dtype)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + norms.eps).rsqrt()
+    if norms.unit_offset:
+        return (normed * (1 + weight.to(dtype))).to(x.dtype).to(dtype)
+    return normed.to(x.dtype).to(dtype) * weight.to(dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([turned * cos + _rotate_half(turned) * sin, passed], -1)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

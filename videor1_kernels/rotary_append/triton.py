@@ -1,4 +1,4 @@
-"""rotary_append on Triton, in one launch. R rows, Hq and Hkv heads of D, P positions, S slots of C tokens."""
+"""rotary_append on Triton, in one launch. R rows, Hq and Hkv heads of D, P positions of Rd, S slots of C tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import Tensor
 from videor1_kernels.rotary_append.reference import HeadNorms, Places
 
 BLOCK_H = 4  # heads of a program: the 36 of a 7B model are 9 programs a row
+
+
+@triton.jit
+def _rounded(wide, x):
+    """fp32 numbers as the dtype of ``x`` has them."""
+    return wide.to(x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -40,8 +46,10 @@ def rotary_append_kernel(
     v_token,
     v_head,
     D: tl.constexpr,
+    RD: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -59,26 +67,36 @@ def rotary_append_kernel(
     inside = (head < q_heads + 2 * kv_heads)[:, None] & (d < D)[None, :]
     heads = qkv + row * qkv_row + head[:, None] * D
     x = tl.load(heads + d[None, :], mask=inside, other=0.0)  # [BLOCK_H, BLOCK_D]
-    across = (d + D // 2) % D  # the other half
+    across = (d + RD // 2) % RD  # the other half of what is rotated
     other = tl.load(heads + across[None, :], mask=inside, other=0.0)
     turned, counterpart = x.to(tl.float32), other.to(tl.float32)
     if HAS_NORMS:
         scale = tl.rsqrt(tl.sum(turned * turned, 1) / D + eps)[:, None]
         of_query = (head < q_heads)[:, None]
-        turned = (turned * scale).to(x.dtype).to(tl.float32)
-        counterpart = (counterpart * scale).to(x.dtype).to(tl.float32)
+        turned *= scale
+        counterpart *= scale
+        if not UNIT_OFFSET:
+            turned, counterpart = _rounded(turned, x), _rounded(counterpart, x)
         # [1, BLOCK_D], in order and as the other half has them; of v's heads it does not matter which.
         q_here, k_here = tl.load(q_norm + d, mask=d < D)[None, :], tl.load(k_norm + d, mask=d < D)[None, :]
         q_across, k_across = tl.load(q_norm + across)[None, :], tl.load(k_norm + across)[None, :]
-        turned *= tl.where(of_query, q_here, k_here).to(tl.float32)
-        counterpart *= tl.where(of_query, q_across, k_across).to(tl.float32)
+        here = tl.where(of_query, q_here, k_here).to(tl.float32)
+        there = tl.where(of_query, q_across, k_across).to(tl.float32)
+        if UNIT_OFFSET:
+            turned, counterpart = _rounded(turned * (1.0 + here), x), _rounded(counterpart * (1.0 + there), x)
+        else:
+            turned *= here
+            counterpart *= there
     # As sizes, since the interpreter has no conjunction of a scalar and a vector.
-    known = d < tl.where(exists, D, 0)
+    known = d < tl.where(exists, RD, 0)
     written = tl.where(exists, kv_heads, 0)
     c = tl.load(cos + position * cos_row + d, mask=known, other=float("nan")).to(tl.float32)  # [BLOCK_D]
     s = tl.load(sin + position * sin_row + d, mask=known, other=float("nan")).to(tl.float32)
-    s = tl.where(d < D // 2, -s, s)
+    s = tl.where(d < RD // 2, -s, s)
     rotated = turned * c[None, :] + counterpart * s[None, :]
+    if RD < D:
+        passed = d >= tl.where(exists, RD, D)
+        rotated = tl.where(passed[None, :], turned, rotated)
     rotated = rotated.to(q.dtype.element_ty)
 
     key = (head - q_heads).to(tl.int64)
@@ -128,8 +146,10 @@ def rotary_append(
         *suffix_k.stride()[:3],
         *suffix_v.stride()[:3],
         D=dim,
+        RD=cos.shape[1],
         HAS_SLOTS=places.suffix_slots is not None,
         HAS_NORMS=norms is not None,
+        UNIT_OFFSET=norms is not None and norms.unit_offset,
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(dim),
         num_warps=4,
