@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import gc
 import os
 import shutil
@@ -93,13 +94,24 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 
 @pytest.fixture(scope="session")
-def qwen3_assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    """The same with a tiny Qwen3-VL; read only."""
+def family_assets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Assets]:
+    """The same with a tiny model of a family; read only."""
     from videor1.demo.assets import Sizes, make_assets
 
     sizes = Sizes(4, 2, train_videos=3, train_images=1, dev_videos=2, dev_images=1, test_videos=1, test_images=0)
-    folder = tmp_path_factory.mktemp("demo3") / "assets"
-    return make_assets(folder, sizes=sizes, progress=False, family="qwen3_vl")
+
+    @functools.cache
+    def make(family: str) -> Assets:
+        folder = tmp_path_factory.mktemp(family) / "assets"
+        return make_assets(folder, sizes=sizes, progress=False, family=family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen3_assets(family_assets: Callable[[str], Assets]) -> Assets:
+    """The same with a tiny Qwen3-VL; read only."""
+    return family_assets("qwen3_vl")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,14 @@ import torch
 from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, installed_seconds, make_model, make_tokenizer
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from videor1.model import VideoLM
 from videor1.model.families import FAMILIES
@@ -21,6 +28,8 @@ from videor1.video.patches import normalize_patches
 from videor1_kernels.frames_to_patches import patch_columns
 
 WEIGHTS = 0.1  # so that log-probs stay below 8, where the last bit of fp32 is 5e-7
+# Of a hybrid. Its norms of heads magnify what rounding leaves of sums that nearly cancel; with these weights few do.
+HYBRID_WEIGHTS, HYBRID_CONVOLUTION = 0.06, 6.0
 
 # Shapes of a Qwen3-VL: which layers of the tower are deepstack's, heads of q and k, entries of a head.
 SHAPES: dict[str, tuple[list[int], tuple[int, int], int]] = {
@@ -49,7 +58,7 @@ def opening(tokenizer: Any, text: str) -> Any:
 
 
 def tokenizer_of(model_type: str) -> Any:
-    return make_qwen3_tokenizer() if model_type == "qwen3_vl" else make_tokenizer()
+    return make_qwen3_tokenizer() if model_type.startswith("qwen3") else make_tokenizer()
 
 
 def _ids(tokenizer: Any) -> dict[str, int]:
@@ -83,11 +92,57 @@ def qwen3_config(tokenizer: Any, shape: str = "three, GQA 2") -> Qwen3VLConfig:
 
 def make_qwen3(shape: str = "three, GQA 2", seed: int = 0, tokenizer: Any = None) -> nn.Module:
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(qwen3_config(tokenizer or make_qwen3_tokenizer(), shape)).eval()
+    return _varied(Qwen3VLForConditionalGeneration(qwen3_config(tokenizer or make_qwen3_tokenizer(), shape)).eval())
+
+
+def _varied(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # which begin as 1 and 0: what they do would not show
                 parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+# Layers of a Qwen3.5, l: linear attention, f: full attention; its heads of k and v (linear), of q and k (full).
+HYBRIDS: dict[str, tuple[str, tuple[int, int], tuple[int, int]]] = {
+    "lllf, two heads of v to one of k": ("lllf", (2, 4), (4, 2)),
+    "flfl, GQA 4": ("flfl", (3, 3), (4, 1)),
+}
+
+
+def make_qwen3_5(shape: str, seed: int = 0, tokenizer: Any = None) -> nn.Module:
+    """With linear layers that keep much of their state: half of it over some tens of tokens."""
+    tokenizer = tokenizer or make_qwen3_tokenizer()
+    layers, (key_heads, value_heads), (heads, kv_heads) = HYBRIDS[shape]
+    config = Qwen3_5Config(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": len(layers),
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 32,
+            "layer_types": ["linear_attention" if kind == "l" else "full_attention" for kind in layers],
+            "linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+            "max_position_embeddings": 4096, "initializer_range": HYBRID_WEIGHTS, "tie_word_embeddings": True,
+            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "num_position_embeddings": 36, "initializer_range": 0.15,
+        },
+        tie_word_embeddings=True,
+        **_ids(tokenizer),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = _varied(Qwen3_5ForConditionalGeneration(config).eval())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(-4, 0)
+            elif name.endswith("conv1d.weight"):
+                parameter.normal_(std=HYBRID_CONVOLUTION)
     return model
 
 
@@ -106,12 +161,18 @@ def make_qwen2(seed: int = 0) -> nn.Module:
     return Qwen2VLForConditionalGeneration(config).eval()
 
 
-def make_family_lm(model_type: str, shape: str = "three, GQA 2") -> VideoLM:
+def make_family_lm(model_type: str, shape: str = "") -> VideoLM:
     """A fresh tiny model of a family, in fp32, with transformers' own positions."""
     if model_type == "qwen2_5_vl":
         hf = make_model(initializer_range=WEIGHTS)
         return VideoLM(hf, make_tokenizer(), source="tiny", position_rule="transformers")
-    hf = make_qwen3(shape) if model_type == "qwen3_vl" else make_qwen2()
+    hf: nn.Module
+    if model_type == "qwen2_vl":
+        hf = make_qwen2()
+    elif model_type == "qwen3_vl":
+        hf = make_qwen3(shape or "three, GQA 2")
+    else:
+        hf = make_qwen3_5(shape or next(iter(HYBRIDS)))
     return VideoLM(hf, tokenizer_of(model_type), source="tiny", position_rule="transformers")
 
 

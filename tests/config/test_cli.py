@@ -336,7 +336,9 @@ def squeeze(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-TRAIN_RECIPES = "demo, demo_qwen3_vl, qwen2_5_vl_3b, qwen2_5_vl_7b, qwen3_vl_4b, qwen3_vl_8b, video_r1"
+TRAIN_RECIPES = (
+    "demo, demo_qwen3_5, demo_qwen3_vl, qwen2_5_vl_3b, qwen2_5_vl_7b, qwen3_5_9b, qwen3_vl_4b, qwen3_vl_8b, video_r1"
+)
 
 
 @pytest.mark.parametrize(

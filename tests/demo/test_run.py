@@ -24,6 +24,7 @@ from videor1.demo.model import DEMO_MODELS
 from videor1.errors import ConfigError
 from videor1.logs.jsonl import read_jsonl
 from videor1.model import load_model
+from videor1.model.families import FAMILIES
 from videor1.training.sft import SFTTrainer
 
 SMALL = Sizes(8, 1, train_videos=4, train_images=1, dev_videos=2, dev_images=0, test_videos=4, test_images=0)
@@ -106,27 +107,30 @@ def test_a_demo_that_was_stopped_in_its_cold_start_goes_on_as_told(
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_the_other_familys_demo(tmp_path: Path, capsys: Capture) -> None:
-    """A Qwen3-VL, whose frames are larger and whose prompts hold their times; a resume keeps it."""
+@pytest.mark.parametrize(("demo", "name", "recipe"), [("qwen3_vl", "Qwen3-VL", "8b"), ("qwen3_5", "Qwen3.5", "9b")])
+def test_other_families_demos(demo: str, name: str, recipe: str, tmp_path: Path, capsys: Capture) -> None:
+    """Whose frames are larger and whose prompts hold their times, and of one open <think>; a resume keeps it."""
     folder = tmp_path / "run"
-    assert train.main(["--demo", "qwen3_vl", "--output_dir", str(folder), *SHORT]) == 0
+    assert train.main(["--demo", demo, "--output_dir", str(folder), *SHORT]) == 0
     shown = capsys.readouterr().out
-    assert "a tiny Qwen3-VL" in shown
-    assert "--config qwen3_vl_8b --model_name_or_path MODEL" in shown
+    assert f"a tiny {name}" in shown
+    assert f"--config {demo}_{recipe} --model_name_or_path MODEL" in shown
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 1
     assert set(summary["after"]) == {"ordered", "shuffled"}
-    assert any("<0.2 seconds>" in json.dumps(row) for row in read_jsonl(folder / "rollouts.jsonl"))
+    rows = read_jsonl(folder / "rollouts.jsonl")
+    assert any("<0.2 seconds>" in json.dumps(row) for row in rows)
+    assert {row["opened"] for row in rows} == {"<think>\n" if demo == "qwen3_5" else ""}
     config = load_config(TrainConfig, folder / "config.yaml")
-    assert (config.demo, config.video.max_pixels) == ("qwen3_vl", 64 * 64)
+    assert (config.demo, config.video.max_pixels) == (demo, 64 * 64)
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder / "checkpoints" / "step-1", output_loading_info=True
     )
-    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert type(model).__name__ == FAMILIES[demo].model_class
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     os.remove(folder / "summary.json")
     assert train.main(["--output_dir", str(folder), "--resume", "auto"]) == 0
-    assert "a tiny Qwen3-VL" in capsys.readouterr().out
+    assert f"a tiny {name}" in capsys.readouterr().out
     assert json.loads((folder / "summary.json").read_text()).keys() == summary.keys()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,15 @@ def test_the_models_own_answers(evaluate: Evaluate, assets: Assets) -> None:
     assert (settings["model_name_or_path"], settings["video.max_frames"]) == (str(assets.model), 16)
 
 
-def test_a_qwen3_vl(evaluate: Evaluate, qwen3_assets: Assets) -> None:
-    """Asked about benchmarks and a data file with images, with the times of its frames in its prompts."""
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_other_families(family: str, evaluate: Evaluate, family_assets: Callable[[str], Assets]) -> None:
+    """Asked about benchmarks and a data file with images, with the times of frames in the prompts."""
+    assets = family_assets(family)
     pixels = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
-    model = qwen3_assets.model
+    model = assets.model
     made = evaluate(benchmark="videomme,vsibench", model_name_or_path=model, **pixels)
     assert all(isinstance(row["text"], str) and isinstance(row["shuffled_text"], str) for row in made.answers)
-    made = evaluate("data", dataset_name=qwen3_assets.dev, model_name_or_path=model, **pixels)
+    made = evaluate("data", dataset_name=assets.dev, model_name_or_path=model, **pixels)
     assert made.results["dev"]["overall"]["questions"] == 3
 
 

@@ -12,7 +12,7 @@ import torch
 from rollouts import ask
 from safetensors import safe_open
 from tiny import greedy
-from tiny_families import SHAPES, family_inputs, family_media, family_prompt, family_prompts, make_family_lm
+from tiny_families import HYBRIDS, SHAPES, family_inputs, family_media, family_prompt, family_prompts, make_family_lm
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
@@ -26,7 +26,7 @@ from videor1.side_by_side import as_on_a_card
 from videor1.training.passes import completion_logp, pack
 from videor1.types import Prompt
 
-EVERY = [("qwen2_vl", ""), ("qwen2_5_vl", ""), *(("qwen3_vl", shape) for shape in SHAPES)]
+EVERY = [("qwen2_vl", ""), ("qwen2_5_vl", ""), *(("qwen3_vl", s) for s in SHAPES), *(("qwen3_5", s) for s in HYBRIDS)]
 
 
 @pytest.fixture(scope="module", params=EVERY, ids=str)
@@ -101,6 +101,7 @@ ON_DISK = {
     "qwen2_vl": {"visual", "model.embed_tokens", "model.layers", "model.norm"},
     "qwen2_5_vl": {"visual", "model.embed_tokens", "model.layers", "model.norm"},
     "qwen3_vl": {"model.visual", "model.language_model"},
+    "qwen3_5": {"model.visual", "model.language_model"},
 }
 
 

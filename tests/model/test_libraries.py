@@ -68,10 +68,13 @@ def test_prompts_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def liger_norm_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What LigerRMSNorm computes with casting_mode llama, from the attributes that it reads."""
-    assert (self.offset, self.casting_mode, self.in_place, self.row_mode) == (0.0, "llama", False, None)
+    """What LigerRMSNorm computes with casting_mode llama or gemma, from the attributes that it reads."""
+    assert (self.offset, self.casting_mode) in ((0.0, "llama"), (1.0, "gemma"))
+    assert (self.in_place, self.row_mode) == (False, None)
     wide = hidden.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    if self.casting_mode == "gemma":
+        return ((self.offset + self.weight.float()) * normal).to(hidden.dtype)
     return (self.offset + self.weight) * normal.to(hidden.dtype)
 
 
@@ -113,14 +116,15 @@ def test_liger_in_the_model(model_type: str) -> None:
     ):
         names = set(model.hf.state_dict())
         use_liger(model.hf)
-        replaced = [m for m in model.hf.modules() if getattr(m, "casting_mode", None) == "llama"]
-        layer = model.hf.model.language_model.layers[0]
+        replaced = [m for m in model.hf.modules() if hasattr(m, "casting_mode")]
+        layers = model.hf.model.language_model.layers
+        layer = next(layer for layer in layers if hasattr(layer, "self_attn"))
         heads = model.family.head_norms(layer.self_attn) or ()
         assert {*heads, layer.input_layernorm} <= set(replaced)
         assert set(model.hf.state_dict()) == names, "checkpoints stay as they are"
         liger = completion_logp(model, row)
         liger.sum().backward()
-    assert len(turned) == len(model.hf.model.language_model.layers), "once a layer"
+    assert len(turned) == (0 if model_type == "qwen3_5" else len(layers)), "once a layer, and never a part of a head"
     torch.testing.assert_close(liger, plain, rtol=0, atol=log_prob_rounding(plain))
     for name, parameter in model.hf.named_parameters():
         assert (parameter.grad - gradients[name]).norm() <= GRADIENT_ROUNDING * gradients[name].norm(), name

@@ -48,7 +48,7 @@ from videor1.model.positions import PositionRule
 from videor1.model.prompts import VIDEO, build_input_ids, special_ids
 from videor1.model.template import check_template
 from videor1.rollout import Branch, LocalEngine, SamplingOptions
-from videor1.rollout.local.kv_cache import bytes_per_token
+from videor1.rollout.local.kv_cache import Sizes
 from videor1.types import Clip, Media, SampleError
 from videor1.video import PixelLimits, read_frames, read_image
 from videor1.video.media import load_media
@@ -396,7 +396,7 @@ def test_published_shapes(size: str) -> None:
             "deepstack_visual_indexes": deepstack,
         },
     )  # fmt: skip
-    assert bytes_per_token(config.text_config, torch.bfloat16) == 2 * layers * key_heads * 128 * 2
+    assert Sizes.of(config.text_config, torch.bfloat16).token == 2 * layers * key_heads * 128 * 2
     with torch.device("meta"):
         tower = Qwen3VLVisionModel._from_config(config.vision_config, attn_implementation="sdpa").bfloat16()
     vision.prepare(tower)

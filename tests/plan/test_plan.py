@@ -92,6 +92,7 @@ def small_qwen3() -> Qwen3VLConfig:
 
 
 SHAPES = {"tiny": lambda: shape_of(None), "small": small_shape, "tiny Qwen3-VL": lambda: shape_of(None, "qwen3_vl")}
+SHAPES |= {"tiny Qwen3.5": lambda: shape_of(None, "qwen3_5")}
 SHAPES |= {"small Qwen3-VL": small_qwen3, "small Qwen2-VL": small_qwen2}
 
 
@@ -115,6 +116,7 @@ def assert_as_measured(config: TrainConfig, shape: Any) -> dict[str, Compared]:
         ("small", [*SMALL, "--lora.rank", "8"]),
         ("small", [*SMALL, "--beta", "0", "--max_tokens_per_row", "360"]),
         ("small Qwen3-VL", [*SMALL, CHECKPOINTED]),
+        ("tiny Qwen3.5", TINY),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (

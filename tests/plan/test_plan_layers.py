@@ -61,7 +61,7 @@ def test_as_few_layers_recompute_as_memory_needs(config: TrainConfig, plans: Lay
     assert "fewer" not in choose_layers(config, 2 * int(needs[0]))[1]
 
 
-@pytest.mark.parametrize("demo", [None, "qwen3_vl"])
+@pytest.mark.parametrize("demo", [None, "qwen3_vl", "qwen3_5"])
 def test_the_demonstration_that_is_planned_is_the_one_asked_for(demo: str | None) -> None:
     config = parse(TrainConfig, ["--gradient_checkpointing", *FLAGS], prog="plan", description="")
     config.demo = demo

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,14 +171,17 @@ def test_what_is_gathered_at_once_for_a_rollout(decode_weights: str, ranks: Fork
             assert found["visual"] < found["rollout"] < found["visual"] + found["layer"]
 
 
-@STAGES
-def test_a_qwen3_vl(qwen3_assets: Assets, ranks: ForkServer, tmp_path: Path, stage: int) -> None:
-    """Its position table and the mergers of its deepstack are gathered as well."""
+@pytest.mark.parametrize(("family", "stage"), [("qwen3_vl", 2), ("qwen3_vl", 3), ("qwen3_5", 3)])
+def test_other_families(
+    family: str, stage: int, family_assets: Callable[[str], Assets], ranks: ForkServer, tmp_path: Path
+) -> None:
+    """A position table, the mergers of deepstack, and what linear attention reads of its modules are gathered too."""
+    assets = family_assets(family)
     pixels = dict.fromkeys(["video__max_pixels", "video__min_pixels", "video__image_max_pixels"], 4096)
     options: dict[str, Any] = pixels | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}
-    trainer(qwen3_assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
-    ranks.run_ranks(train_flags(qwen3_assets, tmp_path / "two", **options, **zero(stage)))
-    assert_same_runs(tmp_path / "one", tmp_path / "two", qwen3_assets, 2)
+    trainer(assets, tmp_path / "one", per_device_train_batch_size=2, **options).train()
+    ranks.run_ranks(train_flags(assets, tmp_path / "two", **options, **zero(stage)))
+    assert_same_runs(tmp_path / "one", tmp_path / "two", assets, 2)
     last = dict(checkpoints(tmp_path / "two"))[2]
     _, report = AutoModelForImageTextToText.from_pretrained(last, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report

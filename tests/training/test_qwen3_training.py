@@ -1,10 +1,11 @@
-"""T-GRPO and SFT of a tiny Qwen3-VL on the demonstration's data, to a checkpoint that transformers loads."""
+"""T-GRPO and SFT of a tiny Qwen3-VL and Qwen3.5 on the demonstration's data, to checkpoints that transformers loads."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from media import numbered_frames, write_video
 from PIL import Image
 from runs import last_metrics, run_lines, sft_trainer, trainer
-from tiny_families import family_inputs, make_qwen3
+from tiny_families import HYBRIDS, family_inputs, make_qwen3, make_qwen3_5
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from videor1.data.samples import load_samples
@@ -30,16 +31,27 @@ PIXELS |= {"video.min_pixels": 2048, "video.image_min_pixels": 1024}
 PROCESSOR = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
 
 
-@pytest.fixture(scope="module")
-def folder(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_folder(family: str, assets: Assets, path: Path) -> Path:
     """A model folder as on the hub, with the demonstration's tokenizer, which has <think> and <answer> as tokens."""
-    path = tmp_path_factory.mktemp("qwen3") / "model"
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
-    make_qwen3(tokenizer=tokenizer).save_pretrained(path)
+    hybrid = next(iter(HYBRIDS))
+    model = make_qwen3_5(hybrid, tokenizer=tokenizer) if family == "qwen3_5" else make_qwen3(tokenizer=tokenizer)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (path / name).write_text(json.dumps(PROCESSOR))
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder("qwen3_vl", assets, tmp_path_factory.mktemp("qwen3") / "model")
+
+
+@pytest.fixture(scope="module")
+def hybrid(family_assets: Callable[[str], Assets], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the template of its demonstration, which opens <think>."""
+    return make_folder("qwen3_5", family_assets("qwen3_5"), tmp_path_factory.mktemp("qwen3_5") / "model")
 
 
 OPTIONS = (
@@ -50,11 +62,19 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_tgrpo(options: dict[str, Any], folder: Path, assets: Assets, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["folder", "hybrid"])
+def test_tgrpo(
+    options: dict[str, Any], family: str, assets: Assets, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(family)
     run = trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS, **options)
     before = {name: p.detach().clone() for name, p in run.model.trainable().items()}
     tower = {name for name in before if "visual" in name}
-    assert any("deepstack_merger_list" in name for name in tower) == (not options["lora.rank"] and "beta" in options)
+    whole = not options["lora.rank"] and "beta" in options
+    assert any("deepstack_merger_list" in name for name in tower) == (whole and family == "folder")
+    if family == "hybrid":
+        parts = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+        assert all(any(f"linear_attn.{part}" in name for name in before) for part in parts)
     assert bool(tower) == any("merger" in name for name in tower)
     frozen = {name: p.detach().clone() for name, p in run.model.hf.named_parameters() if not p.requires_grad}
     checkpoint = run.train()
@@ -75,10 +95,12 @@ def test_tgrpo(options: dict[str, Any], folder: Path, assets: Assets, tmp_path: 
         logits = model.eval()(**family_inputs(run.model, prompt, answer)).logits[0, -len(answer) - 1 : -1]
     torch.testing.assert_close(logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0], live, rtol=0, atol=2e-5)
     again = load_model(trainer(assets, tmp_path / "again", model_name_or_path=checkpoint, **PIXELS).config)
-    assert again.family.name == "Qwen3-VL"
+    assert again.family is run.model.family
 
 
-def test_sft(folder: Path, assets: Assets, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["folder", "hybrid"])
+def test_sft(family: str, assets: Assets, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(family)
     run = sft_trainer(assets, tmp_path, model_name_or_path=folder, max_steps=2, **PIXELS)
     run.train()
     assert last_metrics(tmp_path)["step"] == 2
@@ -130,7 +152,9 @@ def test_odd_media(names: list[str], folder: Path, assets: Assets, tmp_path: Pat
     }
 
 
-def test_a_template_that_opens_another_text_is_refused(folder: Path, assets: Assets, tmp_path: Path) -> None:
+def test_a_template_that_opens_what_no_qwen3_vl_knows_is_not_trained_with(
+    folder: Path, assets: Assets, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -138,7 +162,9 @@ def test_a_template_that_opens_another_text_is_refused(folder: Path, assets: Ass
     tokenizer.save_pretrained(model)
     trainer(assets, tmp_path / "plain", model_name_or_path=folder, **PIXELS)
     for make in (trainer, sft_trainer):
-        with pytest.raises(ConfigError, match=r"opens an answer with '<think>.*expected of a Qwen3-VL model: nothing,"):
+        with pytest.raises(
+            ConfigError, match=r"opens an answer with '<think>.*expected of a Qwen3-VL model: nothing, '<think>"
+        ):
             make(assets, tmp_path / make.__name__, model_name_or_path=model, **PIXELS)
 
 

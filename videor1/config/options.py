@@ -76,14 +76,15 @@ class VideoConfig:
     fps: Annotated[float, above(0, most=1e6)] = 2.0
     """Frames per second to sample."""
     max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = VIDEO_MAX_PIXELS
-    """Maximum pixels of a video frame after resizing (height and width are multiples of 28; of Qwen3-VL's, of 32)."""
+    """Maximum pixels of a video frame after resizing (height and width are multiples of 28; of Qwen3-VL's and
+    Qwen3.5's, of 32)."""
     min_pixels: Annotated[int | None, at_least(1, "at least 1 and at most video.max_pixels", most=MOST_PIXELS)] = None
     """Minimum pixels of a video frame after resizing; default: max_pixels, but not more than 128 * 28 * 28 (as in the
-    reference). Qwen3-VL: of all frames together; default: 4 * 32 * 32, as its processor has it."""
+    reference). Qwen3-VL and Qwen3.5: of all frames together; default: 4 * 32 * 32, as its processor has it."""
     total_pixels: Annotated[int | None, at_least(1, most=MOST_PIXELS)] = None
-    """Maximum pixels of all frames of a video together, for Qwen3-VL alone; default: 24576 * 32 * 32, as its processor
-    has it. Frames become smaller for it; a video that stays above it at the smallest size is skipped and counted
-    (over_budget), never cut."""
+    """Maximum pixels of all frames of a video together, for Qwen3-VL and Qwen3.5; default: 24576 * 32 * 32, as their
+    processor has it. Frames become smaller for it; a video that stays above it at the smallest size is skipped and
+    counted (over_budget), never cut."""
     image_max_pixels: Annotated[int, at_least(1, most=MOST_PIXELS)] = IMAGE_MAX_PIXELS
     """Maximum pixels of an image after resizing."""
     image_min_pixels: Annotated[int, at_least(1, "at least 1 and at most video.image_max_pixels", most=MOST_PIXELS)] = (
@@ -233,7 +234,8 @@ class CommonConfig:
     """The options that all commands share."""
 
     model_name_or_path: str | None = None
-    """Folder of a model, or its id on the Hugging Face hub: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense)."""
+    """Folder of a model, or its id on the Hugging Face hub: a Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense) or
+    Qwen3.5."""
     dataset_name: str | None = None
     """Data in the Video-R1 JSON format: a .json list or a .jsonl file; or, as a stream, .jsonl, .jsonl.gz or .parquet
     shards (a folder, a glob, a URL, or several joined by commas), a folder that datasets' save_to_disk wrote, or
@@ -395,7 +397,7 @@ class TrainConfig(EvalOptions):
     """Prompts per step whose completions are written to rollouts.jsonl token by token with log-probs, for the report;
     0: none."""
 
-    demo: Literal["qwen2_5_vl", "qwen3_vl"] | None = None
+    demo: Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"] | None = None
     """The family of the demonstration's tiny model, without a model and data of your own; default: qwen2_5_vl."""
     compat: Literal["video-r1"] | None = None
     """video-r1: every default as in the reference code (the recipe video_r1); options that are given take

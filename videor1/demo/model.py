@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3_5Config, Qwen3VLConfig
 from transformers.utils import logging as transformers_logging
 
 from videor1.model.families import FAMILIES
@@ -145,6 +145,26 @@ DEMO_MODELS = {
             },
         },
         {"depth": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        _QWEN3_PROCESSOR_FILES,
+    ),
+    # 3 text layers of linear attention and one of full attention.
+    "qwen3_5": DemoModel(
+        Qwen3_5Config,
+        {
+            "head_dim": HIDDEN // 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": HIDDEN // 4,
+            "linear_value_head_dim": HIDDEN // 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        {"depth": 2, "num_position_embeddings": 64},
         _QWEN3_PROCESSOR_FILES,
     ),
 }

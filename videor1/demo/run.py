@@ -114,7 +114,7 @@ def _stages(config: TrainConfig, run_dir: Path, started: float) -> int:
     print(report_line(run_dir))
     print("  curves.png  rollouts.jsonl (every completion)  metrics.jsonl  checkpoints/  demo/ (the made data)")
     print("Next, your own data:")
-    recipe = FAMILIES[config.demo or DEFAULT].recipes[1]
+    recipe = FAMILIES[config.demo or DEFAULT].recipes[:2][-1]  # of the second size, if there is one
     print(f"  python -m videor1.train --config {recipe} --model_name_or_path MODEL --dataset_name DATA.json")
     return 0
 

@@ -58,6 +58,10 @@ CHAT_TEMPLATE = """\
 """
 
 
+# What the templates of families whose models think open an answer with.
+_OPENED = {"qwen3_5": "<think>\\n"}
+
+
 def make_tokenizer(family: str = "qwen2_5_vl") -> Qwen2Tokenizer:
     """Return a byte-level BPE tokenizer in which each word of the demo is one token.
 
@@ -86,7 +90,8 @@ def make_tokenizer(family: str = "qwen2_5_vl") -> Qwen2Tokenizer:
         model_max_length=4096,
     )
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    head = "<|im_start|>assistant\\n"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(head, head + _OPENED.get(family, ""))
     return tokenizer
 
 

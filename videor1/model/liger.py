@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from videor1.errors import ConfigError, install
+from videor1.model.families import family_of
 
 
 def use_liger(hf: Any) -> None:
@@ -30,24 +31,29 @@ def use_liger(hf: Any) -> None:
         raise ConfigError(f"model.liger: {error}; {install('liger')}") from error
 
     modeling: Any = sys.modules[type(hf).__module__]
-    # M-RoPE chooses the angles before this function is called, which then does the plain rotation.
-    assert modeling.apply_rotary_pos_emb
-    modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
     text, tower = hf.model.language_model, hf.model.visual
-    # An RMSNorm of transformers is known by its attribute: the classes are many, and torch's LayerNorm lacks it.
-    norms = [m for part in (text, tower.blocks) for m in part.modules() if hasattr(m, "variance_epsilon")]
+    # M-RoPE chooses the angles before this function is called, which then does the plain rotation. Liger's rotates
+    # whole heads.
+    assert modeling.apply_rotary_pos_emb
+    if text.config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0:
+        modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
+    # Of the class of the last one: that of linear attention takes a gate besides.
+    norms = [m for part in (text, tower.blocks) for m in part.modules() if type(m) is type(text.norm)]
     for layer in text.layers:
         layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
+    unit_offset = family_of(hf.config.model_type).unit_offset
     for norm in norms:
-        _use_norm(norm, LigerRMSNorm)
+        _use_norm(norm, LigerRMSNorm, unit_offset=unit_offset)
 
 
-def _use_norm(norm: nn.Module, liger_norm: Any) -> None:
+def _use_norm(norm: nn.Module, liger_norm: Any, *, unit_offset: bool) -> None:
     """Replace a norm's forward pass by Liger's, and set what that reads from the module.
 
-    It must not work in place, since its input is the residual stream.
+    It must not work in place, since its input is the residual stream. A norm by 1 + weight rounds where Gemma's does.
     """
     settings = {"offset": 0.0, "casting_mode": "llama", "in_place": False, "row_mode": None}
+    if unit_offset:
+        settings |= {"offset": 1.0, "casting_mode": "gemma", "variance_epsilon": norm.eps}
     for name, value in settings.items():
         setattr(norm, name, value)
     norm.forward = MethodType(liger_norm.forward, norm)

@@ -42,6 +42,7 @@ class VideoLM:
         tokenizer, special: the tokenizer and its special ids.
         opened_text: what the chat template opens an answer with, at the end of every prompt; "" for most. An answer as
             a whole is this and what the model wrote (:func:`videor1.answer.whole_text`).
+        linear_layers: how many layers of the language model are linear attention.
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
         position_rule: which positions text after media has, see :mod:`videor1.model.positions`.
     """
@@ -69,7 +70,7 @@ class VideoLM:
         check_choice("VideoLM", "position_rule", position_rule, get_args(PositionRule))
         self.position_rule: PositionRule = position_rule
         self.compute_dtype = torch.bfloat16 if bf16 else next(hf.parameters()).dtype
-        hf.model.language_model.set_attn_implementation(attention.register())
+        self.linear_layers = attention.share_prefixes(hf.model.language_model)
         vision.prepare(hf.model.visual)
         self._check_vocabulary()
         self._check_tower()

@@ -33,6 +33,7 @@ from videor1.model.weights import (
     stored_tensors,
     weight_files,
 )
+from videor1_kernels import chosen_backend
 
 
 def load_model(config: CommonConfig) -> VideoLM:
@@ -60,6 +61,7 @@ def load_model(config: CommonConfig) -> VideoLM:
     _use_libraries(hf, config.model, device)
     rule = config.model.positions or trained_rule(source, getattr(hf.config, POSITIONS_KEY, None)) or "paper"
     model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
+    check_linear_attention(model)
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)
     use_onednn(model.hf)
@@ -67,6 +69,21 @@ def load_model(config: CommonConfig) -> VideoLM:
     if not model.trainable():
         raise ConfigError("no parameter is left to train")
     return model
+
+
+def check_linear_attention(model: VideoLM) -> None:
+    """Check that there are kernels for a model's linear attention on its device.
+
+    Raises:
+        ConfigError: flash-linear-attention is not installed, and the model is on a GPU in bf16.
+    """
+    for op in ("prefix_gated_delta", "prefix_causal_conv") if model.linear_layers else ():
+        try:
+            chosen_backend(op, model.device, "auto", model.compute_dtype)
+        except ValueError as error:
+            raise ConfigError(
+                f"model_name_or_path: {model.source} has {model.linear_layers} layers of linear attention: {error}"
+            ) from error
 
 
 def make_trainable(model: VideoLM, config: CommonConfig) -> None:

@@ -26,7 +26,7 @@ from videor1.plan.setup import TEXT_TOKENS, Target, Work, build_policy, build_re
 from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.engine import PREFILL_TOKENS
 from videor1.rollout.local.kept import grown
-from videor1.rollout.local.kv_cache import MIB, Capacity, bytes_per_token, plan_capacity
+from videor1.rollout.local.kv_cache import MIB, Capacity, Sizes, plan_capacity
 from videor1.rollout.local.weights import DecodeWeights
 from videor1.side_by_side import as_on_a_card
 from videor1.training.optim import make_optimizer
@@ -82,6 +82,7 @@ class Plan:
     rows: int  # packed rows of a step
     row_tokens: int  # tokens of the longest row
     kv: int  # bytes of the rollout's KV cache
+    states: int  # of these, what layers of linear attention hold of the completions, whatever their length
     kept: int  # bytes that a rollout may keep for the next, the KV cache among them; 0: never
     keep_cache: bool | str  # the option
     phases: tuple[Phase, ...]
@@ -165,7 +166,7 @@ def plan(config: TrainConfig, shape: Any = None, *, text_tokens: int = TEXT_TOKE
     optimizer = make_optimizer(model.trainable(), config)
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = target.cuda, False  # as make_optimizer has it on a GPU: no temporaries
-    capacity = _capacity(config, model, work, keeps=target.cuda)
+    capacity = _capacity(config, model, work, cuda=target.cuda)
     engine = _FakeEngine(config, model, work, capacity, ledger, fake)
     step = TrainingStep(config, model, frozen, optimizer, work, engine)
     phases: list[Phase] = []
@@ -199,6 +200,7 @@ def plan(config: TrainConfig, shape: Any = None, *, text_tokens: int = TEXT_TOKE
         rows=work.rows,
         row_tokens=work.row.layout.total_tokens,
         kv=capacity.bytes if config.rollout.engine == "local" else 0,
+        states=capacity.all_states if config.rollout.engine == "local" else 0,
         kept=engine.kept_bytes,
         keep_cache=config.rollout.keep_cache,
         phases=tuple(phases),
@@ -231,7 +233,7 @@ def _tensors(model: VideoLM) -> Iterator[Tensor]:
     yield from model.hf.buffers()
 
 
-def _capacity(config: TrainConfig, model: VideoLM, work: Work, *, keeps: bool) -> Capacity:
+def _capacity(config: TrainConfig, model: VideoLM, work: Work, *, cuda: bool) -> Capacity:
     counts = [count for count in (config.num_generations, config.num_shuffled) if count]
     branches = [(len(prompt.input_ids), count) for prompt in work.prompts for count in counts]
     rollout = config.rollout
@@ -239,11 +241,12 @@ def _capacity(config: TrainConfig, model: VideoLM, work: Work, *, keeps: bool) -
     capacity = plan_capacity(
         branches,
         config.max_completion_length,
-        bytes_per_token(model.hf.config.text_config, model.compute_dtype),
+        Sizes.of(model.hf.config.text_config, model.compute_dtype),
         max_rows=config.rollout_batch_size,
         budget=budget,
+        padded=rollout.cuda_graphs and cuda,
     )
-    larger = rollout.cuda_graphs and (rollout.keep_cache is True or (keeps and rollout.keep_cache == "auto"))
+    larger = rollout.cuda_graphs and (rollout.keep_cache is True or (cuda and rollout.keep_cache == "auto"))
     return grown(capacity, None, sys.maxsize if budget is None else budget) if larger else capacity
 
 

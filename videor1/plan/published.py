@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3VLConfig
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def _qwen3(text: Text, *, large_tower: bool) -> Qwen3VLConfig:
     )
 
 
+def _qwen3_5_9b() -> Qwen3_5Config:
+    """transformers' defaults, which it says are those of the 9B."""
+    return Qwen3_5Config(vision_config={"out_hidden_size": 4096})
+
+
 # A name for the command line, which is also found in a published name such as Qwen/Qwen3-VL-4B-Instruct.
 PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl-3b": lambda: _qwen2_5(Text(2048, 36, 16, 2, 11008, 151936, True)),
@@ -78,6 +83,7 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3-vl-2b": lambda: _qwen3(Text(2048, 28, 16, 8, 6144, 151936, True), large_tower=False),
     "qwen3-vl-4b": lambda: _qwen3(Text(2560, 36, 32, 8, 9728, 151936, True), large_tower=False),
     "qwen3-vl-8b": lambda: _qwen3(Text(4096, 36, 32, 8, 12288, 151936, False), large_tower=True),
+    "qwen3.5-9b": _qwen3_5_9b,
     "qwen3-vl-32b": lambda: _qwen3(Text(5120, 64, 64, 8, 25600, 151936, False), large_tower=True),
 }
 _SHORT = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b"}

@@ -56,6 +56,10 @@ def table(made: Plan) -> str:
         "",
         f"KV cache: {made.kv / GIB:.3g} GiB. Peak: {made.peak / GIB:.2f} GiB, in the phase {made.binding.name}.",
     ]
+    if made.states:
+        lines[-1] += (
+            f"\nOf the cache, states of linear attention: {made.states / GIB:.3g} GiB, the same for longer completions."
+        )
     if made.context and made.kept:
         cards = ", ".join(f"{card} GB {'yes' if made.keeps(card) else 'no'}" for card in CARDS)
         lines.append(f"Kept between rollouts: {made.kept / GIB:.3g} GiB, on cards of: {cards}.")

@@ -25,6 +25,7 @@ from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, score_groups
 from videor1.rewards.judge import TemporalJudge
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, RolloutEngine, RolloutError, make_engine
+from videor1.rollout.local.operations import Operations
 from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import ChooseLayers, Loop
@@ -35,6 +36,7 @@ from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
+from videor1_kernels.integrations.transformers import linear_backend
 
 KERNELS = (
     "prefix_attention",
@@ -246,7 +248,10 @@ class Trainer(Loop[TrainConfig]):
         On a GPU the reference implementation is slow, and ``auto`` chooses it where a kernel cannot run.
         """
         device, dtype = self.model.device, self.model.compute_dtype
-        chosen = {op: chosen_backend(op, device, self.config.kernels, dtype) for op in KERNELS}
+        named: dict[str, str] = dict.fromkeys((*KERNELS, *Operations.names(self.model)), self.config.kernels)
+        if self.model.linear_layers:
+            named |= dict.fromkeys(("prefix_causal_conv", "prefix_gated_delta"), linear_backend(self.config.kernels))
+        chosen = {op: chosen_backend(op, device, backend, dtype) for op, backend in named.items()}
         return "kernels: " + ", ".join(f"{op} {backend}" for op, backend in chosen.items())
 
     def progress_values(self, row: dict[str, Any]) -> dict[str, float | None]:

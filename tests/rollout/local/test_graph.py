@@ -75,9 +75,9 @@ def graphed() -> Iterator[list[str]]:
     """Engines capture their steps on this machine; -> the log of warm-ups and captures."""
     log: list[str] = []
 
-    def steps(step: DecodeStep) -> GraphedSteps:
+    def steps(step: DecodeStep, spare: int | None) -> GraphedSteps:
         graphs = Graphs(log)
-        return GraphedSteps(graphs.watch(step), graphs)
+        return GraphedSteps(graphs.watch(step), graphs, spare=spare)
 
     def capturable(self: DecodeStep, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)

@@ -12,7 +12,7 @@ from rollouts import Judge
 from tiny import make_model, make_prompt
 
 from videor1.errors import ConfigError
-from videor1.rollout.local.kv_cache import Capacity, KVCache, Spans, bytes_per_token, plan_capacity
+from videor1.rollout.local.kv_cache import Capacity, KVCache, Sizes, Spans, plan_capacity
 from videor1.rollout.local.scheduler import Job, Scheduler
 from videor1.rollout.protocol import Branch, Request
 from videor1.types import Prompt
@@ -93,7 +93,7 @@ def test_random_runs_never_share_memory_and_always_end() -> None:
         judges = [rng.choice([None, Judge(True), Judge(None)]) for _ in range(12)]
         asked = [request(rng.randint(1, 30), rng.randint(1, 6), rng.randint(0, 3), judge) for judge in judges]
         branches = [(len(r.prompt.input_ids), b.count) for r in asked for b in (r.ordered, r.shuffled) if b]
-        capacity = plan_capacity(branches, 4, 1, max_rows=rng.randint(1, 20))
+        capacity = plan_capacity(branches, 4, Sizes(1, 0), max_rows=rng.randint(1, 20))
         scheduler, done = Scheduler(asked, capacity, eager=rng.random() < 0.5), 0
         while True:
             scheduler.drop()
@@ -139,23 +139,23 @@ def test_spans(steps: list[tuple[bool, int]]) -> None:
 def test_the_cache_is_the_shared_amount() -> None:
     """A group of 8 ordered and 4 shuffled answers: two prompts and twelve suffixes, not twelve prompts."""
     group = [(1224, 8), (1224, 4)]
-    capacity = plan_capacity(group, 768, 57344, max_rows=64, budget=10**10)
+    capacity = plan_capacity(group, 768, Sizes(57344, 0), max_rows=64, budget=10**10)
     assert capacity.bytes == (2 * 1224 + 12 * 768) * 57344
-    assert plan_capacity(group, 768, 57344, max_rows=64) == capacity
+    assert plan_capacity(group, 768, Sizes(57344, 0), max_rows=64) == capacity
     needs = r"kv_mib: 8 completions of up to 768 tokens to a prompt of 1224 tokens need 402\.9 MiB"
     with pytest.raises(ConfigError, match=needs):
-        plan_capacity(group, 768, 57344, max_rows=64, budget=400 * 2**20)
+        plan_capacity(group, 768, Sizes(57344, 0), max_rows=64, budget=400 * 2**20)
     branches = [(100, 8), (100, 4)] * 6
     for budget in (20_000, 10_000, 2_500):
-        capacity = plan_capacity(branches, 50, 4, max_rows=1000, budget=budget)
+        capacity = plan_capacity(branches, 50, Sizes(4, 0), max_rows=1000, budget=budget)
         assert capacity.bytes <= budget
         assert capacity.slots >= 8
         assert capacity.prefix_tokens >= 100
     # Without a budget the rows bound; one branch always fits.
-    assert plan_capacity(branches, 50, 4, max_rows=16) == Capacity(16, 200, 50, 4)
-    assert plan_capacity(branches, 50, 4, max_rows=1) == Capacity(8, 100, 50, 4)
+    assert plan_capacity(branches, 50, Sizes(4, 0), max_rows=16) == Capacity(16, 200, 50, 4)
+    assert plan_capacity(branches, 50, Sizes(4, 0), max_rows=1) == Capacity(8, 100, 50, 4)
     config = make_model().config.text_config
-    assert bytes_per_token(config, torch.float32) == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
+    assert Sizes.of(config, torch.float32).token == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
     cache = KVCache(Capacity(3, 7, 5, 256), config, torch.float32, torch.device("cpu"))
     tensors = [*cache.prefix_k, *cache.prefix_v, *cache.suffix_k, *cache.suffix_v]
-    assert sum(t.numel() * t.element_size() for t in tensors) == (7 + 3 * 5) * bytes_per_token(config, torch.float32)
+    assert sum(t.numel() * t.element_size() for t in tensors) == (7 + 3 * 5) * Sizes.of(config, torch.float32).token

@@ -63,7 +63,7 @@ def passes(model: VideoLM, rows: int, positions: Tensor) -> tuple[Tensor, Tensor
     decoder = Decoder(model, cache, range(10, 60))
     layout = PrefixLayout(lengths, [[], []])
     ids = torch.arange(24) * 13 % 300
-    first = decoder.prefill(ids, positions, [], Prefill(layout, cache, starts, "auto"))
+    first = decoder.prefill(ids, positions, [], Prefill(layout, cache, starts, [[] for _ in starts], "auto"))
     slots = torch.randperm(rows + 2, generator=torch.Generator().manual_seed(rows))[:rows]
     groups = torch.arange(rows) % 2
     batch = DecodeLayout(torch.tensor([0, 19, 24]), groups, torch.tensor(starts), slots)

@@ -119,4 +119,4 @@ def test_every_time_is_the_text_of_ours() -> None:
 
 
 def test_which_families_a_server_serves() -> None:
-    assert [f.model_type for f in FAMILIES.values() if f.server_video] == ["qwen2_5_vl", "qwen3_vl"]
+    assert [f.model_type for f in FAMILIES.values() if f.server_video] == ["qwen2_5_vl", "qwen3_vl", "qwen3_5"]

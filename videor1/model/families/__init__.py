@@ -5,12 +5,13 @@ from __future__ import annotations
 from videor1.errors import ConfigError
 from videor1.model.families.qwen2_5_vl import QWEN2_5_VL
 from videor1.model.families.qwen2_vl import QWEN2_VL
+from videor1.model.families.qwen3_5 import QWEN3_5
 from videor1.model.families.qwen3_vl import QWEN3_VL
 from videor1.model.families.record import Family
 
 __all__ = ["FAMILIES", "QWEN2_5_VL", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)}
 
 # Models that look like a family's and are not.
 _MISSING = {

@@ -21,11 +21,11 @@ from videor1.video import FrameRules
 QWEN_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled(output: Any) -> Tensor:
     return output.pooler_output
 
 
-def _nothing(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
+def nothing(further: Sequence[Tensor], at: Tensor) -> dict[str, Any]:
     return {}
 
 
@@ -57,6 +57,9 @@ class Family:
             arguments of the language model's ``forward``. It is asked for rows with media only.
         head_norms: a layer's attention -> its RMSNorms of each head of q and of k, which a decode step computes before
             the rotary embedding; None: it has none.
+        unit_offset: whether the language model's RMSNorms, but for those in linear attention, multiply by 1 + weight.
+        output_gate: whether ``q_proj`` gives, behind each head's query, a gate of the same size: attention's output is
+            multiplied by its sigmoid.
         tokens: further single tokens that its tokenizer must have.
         lora_targets: the linear layers of the language model that get an adapter by default.
         recipes: the files in ``videor1/configs`` that train it, by the size of the model.
@@ -78,9 +81,11 @@ class Family:
     tower_inputs: Callable[[Tensor, Any, torch.device, torch.dtype], dict[str, Any]]
     runs: Callable[[Media, Any], list[MediaRun]]
     video_text: Callable[[Media, str], str] | None = None
-    features: Callable[[Any], Tensor] = _pooled
-    layer_inputs: Callable[[Sequence[Tensor], Tensor], dict[str, Any]] = _nothing
+    features: Callable[[Any], Tensor] = pooled
+    layer_inputs: Callable[[Sequence[Tensor], Tensor], dict[str, Any]] = nothing
     head_norms: Callable[[Any], tuple[Any, Any] | None] = _no_norms
+    unit_offset: bool = False
+    output_gate: bool = False
     tokens: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = QWEN_LINEAR
     recipes: tuple[str, ...] = ()

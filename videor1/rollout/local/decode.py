@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from videor1.model import VideoLM
 from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.operations import Operations, attention_of
 from videor1.rollout.local.text_layers import OPERATIONS, TextLayers
-from videor1.rollout.local.weights import DecodeWeights, Norm
+from videor1.rollout.local.weights import DecodeLayer, DecodeWeights, Norm
 from videor1.side_by_side import on_cores, side_by_side, threads
-from videor1_kernels import DecodeLayout, PrefixLayout, dispatch, prefix_attention
-from videor1_kernels.prefix_attention import decode_backend
+from videor1_kernels import (
+    DecodeLayout,
+    PrefixLayout,
+    dispatch,
+    prefix_attention,
+    prefix_causal_conv,
+    prefix_gated_delta,
+)
+from videor1_kernels.integrations.transformers import linear_backend
 from videor1_kernels.prefix_attention.decode_layout import DecodeInputs
 from videor1_kernels.rotary_append.reference import Places
+from videor1_kernels.transfer import to_device
 
 LEAST_ROWS = 48  # that are worth a thread
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Attention context of a prefill: prompts end to end, whose keys and values go to the cache at ``starts``."""
+    """Context of a prefill: prompts end to end, whose keys and values go to the cache at ``starts``."""
 
     layout: PrefixLayout
     cache: KVCache
     starts: Sequence[int]
+    slots: Sequence[Sequence[int]]  # of each prompt's sequences, which get the states of linear attention behind it
     backend: str
     flash: bool = False  # whether flash-attn computes the attention
 
@@ -43,6 +52,32 @@ class Prefill:
             return _flash_attention(q, k, v, self.layout, scale)
         return prefix_attention(q, k, v, self.layout, scale=scale, backend=self.backend)
 
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, activation: str) -> Tensor:
+        out, states = prefix_causal_conv(
+            x, weight, self.layout, activation=activation, return_states=True, backend=linear_backend(self.backend)
+        )
+        self._fork(self.cache.states[layer].tail, states.prompts)
+        return out
+
+    def recur(self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        out, states = prefix_gated_delta(
+            q, k, v, g, beta, self.layout, return_states=True, backend=linear_backend(self.backend)
+        )
+        self._fork(self.cache.states[layer].recurrent, states.prompts)
+        return out
+
+    def _fork(self, pool: Tensor, prompts: Tensor) -> None:
+        """Give each sequence a copy of its prompt's state."""
+        slots, prompt = self._copies
+        pool.index_copy_(0, slots, prompts.index_select(0, prompt).to(pool.dtype))
+
+    @functools.cached_property
+    def _copies(self) -> tuple[Tensor, Tensor]:
+        """int64 [sequences]: the slot of each, and the number of its prompt."""
+        pairs = [(slot, number) for number, slots in enumerate(self.slots) for slot in slots]
+        slots, prompt = to_device(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), self.layout.device)
+        return slots, prompt
+
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float | None) -> Tensor:
     """Compute causal attention of prompts that lie end to end."""
@@ -51,35 +86,6 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scal
     lengths = torch.tensor([0, *layout.prompt_lengths], dtype=torch.int32)
     ends, longest = lengths.cumsum(0, dtype=torch.int32).to(q.device), int(lengths.max())
     return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
-
-
-class Operations(NamedTuple):
-    """Implementations of what a decode step computes between its products.
-
-    They are called directly: the public functions would check at each call what is the same in every layer and step.
-    """
-
-    attention: Callable[..., Tensor]  # of prefix_decode_attention
-    norm: Callable[..., tuple[Tensor, Tensor]]  # of add_rms_norm
-    rotary: Callable[..., Tensor]  # of rotary_append
-    silu: Callable[..., Tensor]  # of silu_mul
-
-    @staticmethod
-    def of(model: VideoLM, backend: str) -> Operations:
-        device, dtype = model.device, model.compute_dtype
-        stream = next(model.hf.parameters()).dtype  # of the residual stream and the tables, fp32 in a whole bf16 model
-        rarest = dtype if dtype == stream else torch.float32
-
-        def resolve(op: str, of: torch.dtype, backend: str = backend) -> Any:
-            return getattr(dispatch.resolve(op, backend, device, of), op)
-
-        head_dim = model.hf.model.language_model.layers[0].self_attn.head_dim
-        return Operations(
-            resolve("prefix_decode_attention", dtype, decode_backend(head_dim, device, backend)),
-            resolve("add_rms_norm", rarest),
-            resolve("rotary_append", rarest),
-            resolve("silu_mul", dtype),
-        )
 
 
 class Decoder:
@@ -107,7 +113,9 @@ class Decoder:
         native = chosen == {"native"} and on_cores(model.device) and not model.flash
         self.weights = DecodeWeights(model) if weights is None else weights
         self.layers = self.weights.layers
-        self.scale = self.text.layers[0].self_attn.scaling
+        attention = attention_of(self.text)
+        self.scale, self.head_dim = attention.scaling, attention.head_dim
+        self.gated = model.family.output_gate
         self.native = TextLayers.of(self.text, self.layers, self.dtype) if native else None
         self.first = positions.start
         every = torch.arange(positions.start, positions.stop, device=model.device).expand(3, 1, -1)
@@ -149,19 +157,38 @@ class Decoder:
             return self._normed(torch.cat(side_by_side(calls, tokens.device)))
 
         def norm(module: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-            normed, summed = run.norm(x, module.weight, residual, module.eps)
+            normed, summed = run.norm(x, module.weight, residual, module.eps, module.unit_offset)
             return normed.to(dtype), summed
 
         hidden: Tensor | None = None
         for index, layer in enumerate(self.layers):
             x, hidden = norm(layer.input_norm, change, hidden)
-            keys, values = cache.suffix_k[index], cache.suffix_v[index]
-            q = run.rotary(layer.qkv(x), self.cos, self.sin, keys, values, places, layer.head_norms)
-            inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, lengths)
-            out = run.attention(inputs, layout, self.scale)
-            x, hidden = norm(layer.mlp_norm, layer.out(out.flatten(1)), hidden)
+            products = layer.qkv(x)
+            if layer.linear is None:
+                out = self._attend(index, layer, products, places, layout)
+            else:
+                assert run.linear is not None
+                out = layer.linear.step(products, cache.states[index], layout.suffix_slots, run.linear)
+            x, hidden = norm(layer.mlp_norm, layer.out(out), hidden)
             change = layer.down(run.silu(*layer.gate_up.terms(x)))
         return self._normed(change if hidden is None else hidden + change)
+
+    def _attend(self, index: int, layer: DecodeLayer, products: Tensor, places: Places, layout: DecodeLayout) -> Tensor:
+        """Return the output [R, Hq D] of a layer's attention, for what its first product gave."""
+        run, cache = self.operations, self.cache
+        assert cache is not None
+        keys, values = cache.suffix_k[index], cache.suffix_v[index]
+        gate = None
+        if self.gated:  # each head's gate lies behind its query
+            kv = 2 * keys.shape[2] * self.head_dim
+            queries, rest = products.split([products.shape[1] - kv, kv], 1)
+            query, of_gate = queries.unflatten(1, (-1, 2, self.head_dim)).unbind(2)
+            products = torch.cat([query.flatten(1), rest, of_gate.flatten(1)], 1)
+            products, gate = products.split([query.shape[1] * self.head_dim + kv, query.shape[1] * self.head_dim], 1)
+        q = run.rotary(products, self.cos, self.sin, keys, values, places, layer.head_norms)
+        inputs = DecodeInputs(q, cache.prefix_k[index], cache.prefix_v[index], keys, values, places.suffix_lengths)
+        out = run.attention(inputs, layout, self.scale).flatten(1)
+        return out if gate is None or run.gate is None else run.gate(out, gate)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         normed: Tensor = self.text.norm(hidden)

@@ -21,13 +21,13 @@ from videor1.rollout.local.decode import Prefill
 from videor1.rollout.local.graph import GraphedSteps
 from videor1.rollout.local.inflight import InFlight
 from videor1.rollout.local.kept import Kept, default_room, grown, table_of
-from videor1.rollout.local.kv_cache import MIB, Capacity, KVCache, bytes_per_token, cache_budget, plan_capacity
+from videor1.rollout.local.kv_cache import MIB, Capacity, KVCache, Sizes, cache_budget, plan_capacity
 from videor1.rollout.local.scheduler import Job, RunningSequence, Scheduler
 from videor1.rollout.local.step import DecodeStep
 from videor1.rollout.local.weights import DecodeWeights, Gathered, copied_bytes
 from videor1.rollout.protocol import Request, Rollout, RolloutStats, SamplingOptions
 from videor1.seeding import generator
-from videor1.side_by_side import side_by_side
+from videor1.side_by_side import on_cores, side_by_side
 from videor1.types import Completion, Group
 from videor1_kernels import PrefixLayout
 from videor1_kernels.transfer import to_device
@@ -191,9 +191,15 @@ class Run:
         branches = [
             (len(r.prompt.input_ids), branch.count) for r in requests for branch in (r.ordered, r.shuffled) if branch
         ]
-        token_bytes = bytes_per_token(config, model.compute_dtype)
         budget = cache_budget(device, engine.kv_bytes)
-        capacity = plan_capacity(branches, options.max_new_tokens, token_bytes, max_rows=engine.max_rows, budget=budget)
+        capacity = plan_capacity(
+            branches,
+            options.max_new_tokens,
+            Sizes.of(config, model.compute_dtype),
+            max_rows=engine.max_rows,
+            budget=budget,
+            padded=engine.cuda_graphs and not on_cores(device),
+        )
         sequences = sum(count for _, count in branches)
         # For each request: the positions of the prompt's tokens and the position of the first completion token.
         self.positions = [model.positions(request.prompt) for request in requests]
@@ -211,7 +217,7 @@ class Run:
         self.unread: deque[tuple[list[RunningSequence], Reading]] = deque()
         self.ahead = 1 if device.type == "cuda" else 0
         self.stops = {special.eos, special.pad}
-        self.in_flight = InFlight(self.uniform)
+        self.in_flight = InFlight(self.uniform, self.cache.spare_slot)
         # For each request: the ordered and the shuffled completions; None until they are finished.
         self.completions: list[tuple[list[Completion | None], list[Completion | None]]] = [
             ([None] * r.ordered.count, [None] * (r.shuffled.count if r.shuffled else 0)) for r in requests
@@ -240,7 +246,8 @@ class Run:
             self.step, self.uniform, self.graphs = kept.step, kept.uniform, kept.graphs
         else:
             self.uniform = torch.empty(sequences, options.max_new_tokens, device=model.device)
-            self.graphs = GraphedSteps(self.step) if engine.cuda_graphs and self.step.capturable else None
+            spare = self.cache.spare_slot
+            self.graphs = GraphedSteps(self.step, spare=spare) if engine.cuda_graphs and self.step.capturable else None
             kept = None if self.graphs is None else Kept(self.step, self.cache, self.uniform, self.graphs)
         if kept is not None and graphed and engine.keeps(kept):
             engine.kept = kept
@@ -284,7 +291,14 @@ class Run:
             torch.cat([prompt.input_ids for prompt in prompts]),
             layout.text_positions(positions, firsts),
             [job.branch.features for job in jobs if job.branch.features is not None],
-            Prefill(layout, self.cache, [job.start for job in jobs], self.engine.backend, self.model.flash),
+            Prefill(
+                layout,
+                self.cache,
+                [job.start for job in jobs],
+                [[sequence.slot for sequence in job.sequences] for job in jobs],
+                self.engine.backend,
+                self.model.flash,
+            ),
         )
         return hidden[to_device(torch.tensor(layout.prompt_lengths).cumsum(0) - 1, model.device)]
 

@@ -2,7 +2,7 @@
 
 A graph is captured for a number of sequences, and replayed for others by writing into its batch, which it advances by
 itself. A batch between two sizes is padded with copies of its first sequence, which write to the cache what that one
-writes.
+writes; where a step changes states, they have a slot of their own.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ class GraphedSteps:
     Args:
         step: the step; it must not wait for the device.
         graphs: makes the graphs; None: CUDA graphs.
+        spare: a slot of the cache that belongs to no sequence, where a step changes what it reads (states of linear
+            attention): what runs before a capture has to leave the sequences' own as they are.
     """
 
-    def __init__(self, step: StepFunction, graphs: Graphs | None = None) -> None:
-        self._step = step
+    def __init__(self, step: StepFunction, graphs: Graphs | None = None, *, spare: int | None = None) -> None:
+        self._step, self._spare = step, spare
         self._graphs = CudaGraphs() if graphs is None else graphs
         self._captured: dict[int, Captured] = {}
 
@@ -112,9 +114,12 @@ class GraphedSteps:
     def _capture(self, batch: Batch) -> Captured:
         """Capture the step for this size, on a batch of its own.
 
-        It runs twice before. The same inputs give the same keys and values, so that the cache is as after one step.
+        It runs twice before. The same inputs give the same keys and values, so that the cache is as after one step;
+        with states, all rows have the spare slot until the replay gives them their own.
         """
         own, graph = replace(batch.clone(), layout=batch.layout.clone()), self._graphs.new()
+        if self._spare is not None and own.layout.suffix_slots is not None:
+            own.layout.suffix_slots.fill_(self._spare)
         with self._graphs.warm_up():
             for _ in range(2):
                 self._step(own.clone())

@@ -19,12 +19,13 @@ class InFlight:
     Attributes:
         sequences: the sequences, in the order of the batch.
         uniform: fp32 [N, C], their random numbers.
+        spare: the slot of what fills a batch up; None: that of the first sequence.
     """
 
-    def __init__(self, uniform: Tensor) -> None:
+    def __init__(self, uniform: Tensor, spare: int | None = None) -> None:
         device = self.device = uniform.device
         self.sequences: list[RunningSequence] = []
-        self.uniform = uniform
+        self.uniform, self._spare = uniform, spare
         # int64 [R] each, and behind them what a padded batch has more: tokens, counts, first, rows of uniform
         self._state = {name: torch.empty(0, dtype=torch.int64, device=device) for name in Batch.STATE}
         self._batch: Batch | None = None
@@ -89,10 +90,13 @@ class InFlight:
         jobs = {id(sequence.job): sequence.job for sequence in sequences}
         prefix_index = {key: i for i, key in enumerate(jobs)}
         lengths = torch.tensor([0, *(job.length for job in jobs.values())])
+        slots = [sequence.slot for sequence in sequences]
+        if self._spare is not None:
+            slots[len(self) :] = [self._spare] * (len(slots) - len(self))
         layout = DecodeLayout(
             lengths.cumsum(0),
             torch.tensor([prefix_index[id(sequence.job)] for sequence in sequences]),
             torch.tensor([job.start for job in jobs.values()]),
-            torch.tensor([sequence.slot for sequence in sequences]),
+            torch.tensor(slots),
         )
         return layout if self.device.type == "cpu" else layout.to(self.device)

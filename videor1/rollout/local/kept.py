@@ -7,6 +7,7 @@ parameter that has moved, a longer prompt), all is made anew.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped]
@@ -48,7 +49,7 @@ class Kept:
         return (
             capacity.slots <= own.slots
             and capacity.prefix_tokens <= own.prefix_tokens
-            and (capacity.new_tokens, capacity.bytes_per_token) == (own.new_tokens, own.bytes_per_token)
+            and dataclasses.replace(own, slots=capacity.slots, prefix_tokens=capacity.prefix_tokens) == capacity
             and sequences <= len(self.uniform)
             and table.start <= positions.start
             and positions.stop <= table.stop
@@ -77,7 +78,7 @@ def grown(capacity: Capacity, known: Capacity | None, budget: int) -> Capacity:
     slots = capacity.slots
     if known is not None:
         tokens, slots = max(tokens, known.prefix_tokens), max(slots, known.slots)
-    larger = Capacity(slots, tokens, capacity.new_tokens, capacity.bytes_per_token)
+    larger = dataclasses.replace(capacity, slots=slots, prefix_tokens=tokens)
     return larger if larger.bytes <= budget else capacity
 
 

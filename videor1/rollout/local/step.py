@@ -10,6 +10,7 @@ from torch import Tensor
 from videor1.model import VideoLM
 from videor1.rollout.local.decode import Decoder
 from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.operations import Operations
 from videor1.rollout.local.weights import DecodeWeights
 from videor1.rollout.protocol import SamplingOptions
 from videor1_kernels import DecodeLayout, dispatch
@@ -66,7 +67,7 @@ class DecodeStep:
         self.sampler = dispatch.resolve("sample_tokens", backend, device, torch.float32).sample_tokens
         top_k = options.top_k if options.top_k < len(self.head) else 0
         self.sampling = SampleTokensOptions(float(options.temperature), float(options.top_p), top_k)
-        dtypes = dict.fromkeys(("prefix_decode_attention", "add_rms_norm", "rotary_append", "silu_mul"), dtype)
+        dtypes = dict.fromkeys(Operations.names(model), dtype)
         dtypes["sample_tokens"] = torch.float32
         chosen = {dispatch.chosen_backend(op, device, backend, dtypes[op]) for op in dtypes}
         # A CUDA graph can capture the step only if it never waits for the device.

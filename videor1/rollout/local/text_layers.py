@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from videor1.rollout.local.kv_cache import KVCache
+from videor1.rollout.local.operations import attention_of
 from videor1.rollout.local.projections import Projections
 from videor1_kernels import DecodeLayout, PrefixLayout, extension
 from videor1_kernels.extension import vector_bits
@@ -52,7 +53,7 @@ class TextLayers:
     """
 
     def __init__(self, text: Any, layers: Sequence[Any], call: Callable[..., int], functions: bytes) -> None:
-        attention, config = text.layers[0].self_attn, text.config
+        attention, config = attention_of(text), text.config
         self._call, self._functions = call, functions
         self._dim, self._scale = attention.head_dim, float(attention.scaling)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -72,7 +73,9 @@ class TextLayers:
             and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
             and sum(p.numel() for p in parameters) - text.embed_tokens.weight.numel() <= MOST_WEIGHTS
             and text.config.hidden_act == "silu"
-            and text.layers[0].self_attn.head_dim % LANES == 0
+            and all(layer.linear is None for layer in layers)
+            and not any(norm.unit_offset for layer in layers for norm in (layer.input_norm, layer.mlp_norm))
+            and attention_of(text).head_dim % LANES == 0
             and all(p.joined() is not None for layer in layers for p in layer if isinstance(p, Projections))
             and all(getattr(layer.self_attn, "sliding_window", None) is None for layer in text.layers)
             and len({norm.eps for layer in layers for norm in (layer.input_norm, layer.mlp_norm)}) == 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from videor1.model import VideoLM
+from videor1.rollout.local.linear_attention import LinearWeights, products_of
 from videor1.rollout.local.projections import Projections, same_memory, second_copy
 from videor1_kernels.rotary_append.reference import HeadNorms
 
@@ -25,18 +26,20 @@ Gathered = Callable[[Sequence[nn.Parameter]], contextlib.AbstractContextManager[
 class Norm(NamedTuple):
     weight: Tensor
     eps: float
+    unit_offset: bool  # whether it multiplies by 1 + weight
 
 
 class DecodeLayer(NamedTuple):
     """What a decoder layer computes with."""
 
     input_norm: Norm
-    qkv: Projections
+    qkv: Projections  # of the layer's input: q, k and v, or what linear attention takes
     out: Projections
     mlp_norm: Norm
     gate_up: Projections
     down: Projections
     head_norms: HeadNorms | None  # of each head of q and k
+    linear: LinearWeights | None  # of a layer of linear attention
 
     @property
     def projections(self) -> tuple[Projections, ...]:
@@ -63,8 +66,10 @@ class DecodeWeights:
             weight = weight.to(kind or weight.dtype, copy=self._fleeting)
             return self._single.setdefault(module, weight)
 
+        offset = model.family.unit_offset
+
         def norm(module: Any) -> Norm:
-            return Norm(fixed(module), module.variance_epsilon)
+            return Norm(fixed(module), _eps(module), offset)
 
         def join(layers: Sequence[nn.Module], stacked: bool = False) -> Projections:
             return Projections(layers, dtype, packed=packed, stacked=stacked, fleeting=self._fleeting)
@@ -75,8 +80,11 @@ class DecodeWeights:
                 qkv, out, gate_up, down = _groups(layer)
                 norms = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
                 joined = join(qkv), join(out), join(gate_up, stacked=True), join(down)
-                heads = _head_norms(model.family.head_norms(layer.self_attn), fixed)
-                self.layers.append(DecodeLayer(norms[0], *joined[:2], norms[1], *joined[2:], heads))
+                heads, linear = None, getattr(layer, "linear_attn", None)
+                if linear is None:
+                    heads = _head_norms(model.family.head_norms(layer.self_attn), fixed, offset)
+                own = None if linear is None else LinearWeights.of(linear, copy=self._fleeting)
+                self.layers.append(DecodeLayer(norms[0], *joined[:2], norms[1], *joined[2:], heads, own))
         embedding, head = self._text.embed_tokens, model.hf.lm_head
         for module in (self._text.norm, embedding):
             with _whole(module, gathered):
@@ -89,7 +97,11 @@ class DecodeWeights:
         """Take the model's weights of now; return False where they do not fit in here, so that this is of no use."""
         for layer, ours in zip(self._text.layers, self.layers, strict=True):
             with _whole(layer, gathered):
-                heads = self._model.family.head_norms(layer.self_attn) or ()
+                heads: Sequence[Any] = ()
+                if ours.linear is None:
+                    heads = self._model.family.head_norms(layer.self_attn) or ()
+                elif not ours.linear.renew(layer.linear_attn, copied=self._fleeting):
+                    return False
                 norms = layer.input_layernorm, layer.post_attention_layernorm, *heads
                 if not all(map(self._renew, norms)) or not all(joined.renew() for joined in ours.projections):
                     return False
@@ -124,6 +136,7 @@ class DecodeWeights:
         """Return all weights that a step reads; None where some of them are not known."""
         found = [*self._single.values()]
         for layer in self.layers:
+            found += [] if layer.linear is None else layer.linear.tensors()
             for projections in layer.projections:
                 read = projections.tensors()
                 if read is None:
@@ -140,13 +153,21 @@ class DecodeWeights:
         return sum(size for key, size in storages.items() if key not in parameters)
 
 
-def _head_norms(modules: tuple[Any, Any] | None, weight: Callable[[Any], Tensor]) -> HeadNorms | None:
+def _head_norms(
+    modules: tuple[Any, Any] | None, weight: Callable[[Any], Tensor], unit_offset: bool
+) -> HeadNorms | None:
     """Return the norms of a layer's heads of q and k, which have one eps."""
     if modules is None:
         return None
     q, k = modules
-    assert q.variance_epsilon == k.variance_epsilon, (q.variance_epsilon, k.variance_epsilon)
-    return HeadNorms(weight(q), weight(k), q.variance_epsilon)
+    assert _eps(q) == _eps(k), (_eps(q), _eps(k))
+    return HeadNorms(weight(q), weight(k), _eps(q), unit_offset)
+
+
+def _eps(norm: Any) -> float:
+    """Of an RMSNorm of transformers, which name it differently."""
+    eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return eps
 
 
 @contextlib.contextmanager
@@ -163,10 +184,10 @@ def copied_bytes(model: VideoLM) -> int:
 
 def _groups(layer: Any) -> tuple[Sequence[nn.Module], ...]:
     """Return the linear layers of a decoder layer that share their input."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
+    mlp = layer.mlp
+    if linear := getattr(layer, "linear_attn", None):
+        own: tuple[Sequence[nn.Module], ...] = (products_of(linear), (linear.out_proj,))
+    else:
+        attention = layer.self_attn
+        own = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)
+    return (*own, (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
