@@ -115,7 +115,8 @@ def test_checks_wait_with_the_rest(waits: Any) -> None:
         given = completions._replace(cu_seqlens=cu_seqlens)
         run = grpo_ops.linear_grpo_loss_op._init_fn
         return run(
-            inputs.hidden, inputs.weight, labels, *given, None, temperatures, 1.0, None, *chosen, [True] * 3, "triton"
+            *(inputs.hidden, inputs.weight, labels, *given, None, temperatures, 1.0, None, 0.0),
+            *(*chosen, [True] * 3, "triton"),
         )
 
     good = inputs.labels, torch.ones(size, device=DEVICE), completions.cu_seqlens

@@ -166,9 +166,9 @@ def test_gradients_are_laid_out_as_compiled_code_expects(backend: str) -> None:
     bias, needs, ones = head.bias.detach(), [True, True, False], torch.ones(6, device=DEVICE)
     completions = torch.ones(2, device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE), None, None
     options = "grpo", 0.0, None, None, 10.0, "token", None, None
-    loss = hidden, weight, head.labels, *completions, bias, None, 1.0, None, *options, needs, backend
+    loss = hidden, weight, head.labels, *completions, bias, None, 1.0, None, 0.0, *options, needs, backend
     torch.library.opcheck(torch.ops.videor1.linear_grpo_loss, loss, test_utils="test_faketensor")
-    head_inputs = hidden.detach(), weight.detach(), head.labels, bias, None, 1.0, None
+    head_inputs = hidden.detach(), weight.detach(), head.labels, bias, None, 1.0, None, 0.0
     gradient = ones, ones, *head_inputs, ones, ones.double(), needs, backend
     torch.library.opcheck(torch.ops.videor1.linear_logprob_backward, gradient, test_utils="test_faketensor")
 

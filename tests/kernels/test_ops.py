@@ -175,15 +175,15 @@ def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
     options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
     numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward")
-    head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None)
+    head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)
     rewards, shuffled = torch.rand(2, 3, device=DEVICE), torch.rand(2, 2, device=DEVICE)
     logits, index = torch.randn(4, 7, device=DEVICE), torch.randint(7, (4, 2), device=DEVICE)
     logp, kept = selective_op(logits, index, None, 0.8, backend)
     qkv = [x.detach().to(torch.float16 if DEVICE == "cuda" else torch.float32) for x in QKV]
     row = ([5, 3], [2, 1], [2, 4, 3], 0.3)
     checks: list[tuple[Any, tuple[Any, ...]]] = [
-        (linear_logprob_op, (HIDDEN, WEIGHT, LABELS, BIAS, None, 0.8, torch.float16)),
-        (linear_logprob_op, (HIDDEN, fixed, LABELS, None, TEMPERATURES, 1.0, None)),
+        (linear_logprob_op, (HIDDEN, WEIGHT, LABELS, BIAS, None, 0.8, torch.float16, 0.0)),
+        (linear_logprob_op, (HIDDEN, fixed, LABELS, None, TEMPERATURES, 1.0, None, 1.5)),
         (linear_logprob_backward_op, (lp, None, *head, lp, lp.double(), [True, False, True])),
         (selective_op, (logits.clone().requires_grad_(), index, None, 0.8)),
         (selective_backward_op, (torch.ones_like(logp), logits, index, None, 0.8, kept)),
@@ -192,7 +192,22 @@ def test_opcheck(backend: str) -> None:
     checks += [
         (
             linear_grpo_loss_op,
-            (HIDDEN, WEIGHT, LABELS, ADVANTAGES, CU, lp, lp, BIAS, None, 0.8, operands, *options, [True, True, True]),
+            (
+                HIDDEN,
+                WEIGHT,
+                LABELS,
+                ADVANTAGES,
+                CU,
+                lp,
+                lp,
+                BIAS,
+                None,
+                0.8,
+                operands,
+                0.0,
+                *options,
+                [True, True, True],
+            ),
         )
         for operands in (None, torch.float16)
     ]
@@ -200,7 +215,7 @@ def test_opcheck(backend: str) -> None:
         (
             linear_grpo_loss_op,
             (
-                *(HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, None, TEMPERATURES, 1.0, None),
+                *(HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, None, TEMPERATURES, 1.0, None, 2.0),
                 *(*options, [True, False, False]),
             ),
         ),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
-from videor1_kernels.checks import INTEGERS, check_choice, check_number, check_tensor, fail
+from videor1_kernels.checks import IGNORED, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import count_op, grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Completions, GrpoLossOptions
-from videor1_kernels.linear_logprob import check_head, split_temperature
+from videor1_kernels.linear_logprob import check_head, check_softcap, linear_logprob, split_temperature
 from videor1_kernels.linear_logprob.inputs import autocast_dtype
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
@@ -141,6 +142,8 @@ def linear_grpo_loss(
     kl_clamp: float = 10.0,
     importance_level: str = "token",
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_shard: tuple[int, Any] | None = None,
     max_completion_length: int | None = None,
     num_tokens: float | None = None,
     backend: str = "auto",
@@ -168,6 +171,8 @@ def linear_grpo_loss(
         loss_type, beta, clip_low, clip_high, importance_level: as in :func:`grpo_loss`.
         kl_clamp: above 0, nats.
         temperature: a number, or a tensor [N] of a float dtype; above 0.
+        softcap, vocab_shard: as in :func:`~videor1_kernels.linear_logprob`. With a shard the gradient is formed in the
+            backward pass, from logits that are computed again: 2NHV + 6CHV operations of all ranks together.
         max_completion_length: for dr_grpo, tokens.
         num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
         backend: ``auto``, ``triton``, ``reference``.
@@ -187,6 +192,35 @@ def linear_grpo_loss(
     op = "linear_grpo_loss"
     check_tensor(op, "hidden", hidden, ("N", "H"))
     check_head(op, hidden, weight, labels, bias)
+    if vocab_shard is not None:
+        logp, entropy = linear_logprob(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            vocab_shard=vocab_shard,
+            backend=backend,
+        )
+        found = grpo_loss(
+            logp,
+            advantages,
+            cu_seqlens,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            loss_type=loss_type,
+            beta=beta,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_clamp=kl_clamp,
+            importance_level=importance_level,
+            mask=labels != IGNORED,
+            max_completion_length=max_completion_length,
+            num_tokens=num_tokens,
+            backend=backend,
+        )
+        return replace(found, entropy=entropy.detach())
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
     completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     options = GrpoLossOptions(
@@ -203,6 +237,7 @@ def linear_grpo_loss(
         temperatures,
         scalar,
         autocast_dtype(hidden, weight, bias),
+        check_softcap(op, softcap),
         *astuple(options),
         needs,
         backend,

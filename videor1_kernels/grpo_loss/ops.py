@@ -92,7 +92,7 @@ grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
     "videor1::linear_grpo_loss",
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor labels, {_COMPLETIONS}, Tensor? bias, Tensor? temperatures,"
-    f" float temperature, ScalarType? operands, {_OPTIONS}, bool[] needs, str backend)"
+    f" float temperature, ScalarType? operands, float softcap, {_OPTIONS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, *others):
@@ -101,7 +101,7 @@ def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp
     The gradients are those of loss / norm, an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
     """
     op = "linear_grpo_loss"
-    temperatures, temperature, operands, *options, needs, backend = others
+    temperatures, temperature, operands, softcap, *options, needs, backend = others
     rows = read_rows(labels, advantages, cu_seqlens, temperatures, weight.shape[0])
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden), values=rows.boundaries)
     if rows.bad_labels:
@@ -109,7 +109,7 @@ def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp
     if rows.bad_temperatures:
         check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
-    inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands)
+    inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap)
     completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     with dispatch.running_on(hidden):
         result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs, rows)
@@ -152,7 +152,7 @@ def _differentiate_linear(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[
         None if grad is None or not need else scale_op(g, grad * norm, dtype)
         for g, need, dtype in zip(gradients, needed, ctx.dtypes, strict=True)
     )
-    return d_hidden, d_weight, None, None, None, None, None, d_bias, *[None] * 13
+    return d_hidden, d_weight, None, None, None, None, None, d_bias, *[None] * 14
 
 
 linear_grpo_loss_op.register_autograd(_differentiate_linear, setup_context=_save_linear)

@@ -55,6 +55,7 @@ class _Rows:
     bias: Tensor | None
     labels: Tensor  # [n]
     scale: Tensor  # fp32 [n]: 1 / temperature
+    softcap: float
     old_logp: Tensor | None  # [n]
     ref_logp: Tensor | None  # [n]
     advantages: Tensor  # [S]
@@ -114,7 +115,7 @@ def linear_grpo_loss(
     The host does not wait for the device after ``known`` (None: read here), except for the size of each chunk's
     products where a ratio may be clipped, or the KL term is all that a completion has.
     """
-    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden, weight, labels, bias, temperature, _, softcap = inputs
     advantages, cu_seqlens, old_logp, ref_logp = completions
     if known is None:
         known = read_rows(labels, advantages, cu_seqlens, None, len(weight))
@@ -138,6 +139,7 @@ def linear_grpo_loss(
         bias,
         ordered(labels),
         ordered(inverse(temperature, labels)),
+        softcap,
         None if old_logp is None else ordered(old_logp),
         None if ref_logp is None else ordered(ref_logp),
         advantages.contiguous(),
@@ -156,7 +158,7 @@ def linear_grpo_loss(
     if any(needs):
         _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
     else:
-        logp, entropy, _ = statistics(rows.hidden, head_weight, rows.labels, bias, rows.scale)
+        logp, entropy, _ = statistics(rows.hidden, head_weight, rows.labels, bias, rows.scale, softcap=softcap)
         rows.add_terms(0, rows.segments([(0, kept)])[0], logp, coefficient, sums)
     with_gradient = (coefficient != 0).sum()
     d_hidden = gradients.d_hidden
@@ -200,7 +202,7 @@ def _gradients(
     spare = slice(rows.live, len(logp))
     if len(logp) > rows.live:
         logp[spare], entropy[spare], _ = statistics(
-            rows.hidden[spare], rows.weight, rows.labels[spare], rows.bias, rows.scale[spare]
+            rows.hidden[spare], rows.weight, rows.labels[spare], rows.bias, rows.scale[spare], softcap=rows.softcap
         )
     chunks = list(_chunks(rows))
     # Else a coefficient is 0 only by chance, and the size of the products need not be read.
@@ -212,12 +214,12 @@ def _gradients(
         part, whole = slice(low, high), slice(first, stop)
         x, y, scale = rows.hidden[part], rows.labels[part, None], rows.scale[part]
         logits = product(x, rows.weight.T, narrow_rows(buffer, high - low, vocabulary, torch.float32))
-        chosen, softmax = row_statistics(logits, y, rows.bias, scale, entropy=True)
+        chosen, softmax = row_statistics(logits, y, rows.bias, scale, entropy=True, softcap=rows.softcap)
         if known is None:
             logp[part], entropy[part] = chosen[:, 0], softmax.entropy
         elif low == first:  # the first chunk of a completion that no chunk can hold: all of its log-probs first
             logp[whole], entropy[whole], _ = statistics(
-                rows.hidden[whole], rows.weight, rows.labels[whole], rows.bias, rows.scale[whole]
+                rows.hidden[whole], rows.weight, rows.labels[whole], rows.bias, rows.scale[whole], softcap=rows.softcap
             )
         if low == first:
             rows.add_terms(first, segments, logp[whole], coefficient[whole], sums)
@@ -225,7 +227,7 @@ def _gradients(
         count = high - low if source is None else len(source)
         d_logits = narrow_rows(buffer, count, vocabulary, x.dtype)
         gradient = (coefficient[part] / norm)[:, None]
-        row_gradient(logits, d_logits, y, rows.bias, scale, softmax, gradient, source=source)
+        row_gradient(logits, d_logits, y, rows.bias, scale, softmax, gradient, source=source, softcap=rows.softcap)
         if count:
             gradients.add(part if source is None else source + low, x if source is None else x[source], d_logits)
 

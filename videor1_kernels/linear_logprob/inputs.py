@@ -19,6 +19,7 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # [V]
     temperature: float | Tensor  # one number, or one per row: [N]
     given: tuple[torch.dtype, ...] = ()  # dtypes of hidden, weight and bias as the caller has them, if others
+    softcap: float = 0.0  # c of c tanh(logits / c), which the temperature divides; 0: none
 
     @property
     def gradient_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -34,6 +35,7 @@ def head_inputs(
     temperatures: Tensor | None,
     temperature: float,
     operands: torch.dtype | None,
+    softcap: float = 0.0,
 ) -> HeadInputs:
     """The inputs as the torch operators receive them: with ``temperatures`` [N], or None and one ``temperature``.
 
@@ -42,7 +44,9 @@ def head_inputs(
     given = tuple(x.dtype for x in (hidden, weight, bias) if x is not None)
     if operands is not None:
         hidden, weight, bias = (None if x is None else x.to(operands) for x in (hidden, weight, bias))  # type: ignore[assignment]
-    return HeadInputs(hidden, weight, labels, bias, temperature if temperatures is None else temperatures, given)
+    return HeadInputs(
+        hidden, weight, labels, bias, temperature if temperatures is None else temperatures, given, softcap
+    )
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from videor1_kernels.linear_logprob.inputs import head_inputs
 
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? temperatures, float temperature,"
-    " ScalarType? operands"
+    " ScalarType? operands, float softcap"
 )
 _LOGITS = "Tensor logits, Tensor index, Tensor? temperatures, float temperature"
 
@@ -25,7 +25,7 @@ _LOGITS = "Tensor logits, Tensor index, Tensor? temperatures, float temperature"
 @torch.library.custom_op(
     "videor1::linear_logprob", mutates_args=(), schema=f"({_HEAD}, str backend) -> (Tensor, Tensor, Tensor)"
 )
-def linear_logprob_op(hidden, weight, labels, bias, temperatures, temperature, operands, backend):
+def linear_logprob_op(hidden, weight, labels, bias, temperatures, temperature, operands, softcap, backend):
     """Return (logp, entropy, lse), each [N]; lse is fp64."""
     op = "linear_logprob"
     check_indices(op, "labels", labels, weight.shape[0], ignored=IGNORED)
@@ -33,7 +33,7 @@ def linear_logprob_op(hidden, weight, labels, bias, temperatures, temperature, o
     dtype = compute_dtype(hidden, weight, bias)
     run = dispatch.resolve(op, backend, hidden.device, dtype)
     with dispatch.running_on(hidden):
-        return run.forward(head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands))
+        return run.forward(head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap))
 
 
 @linear_logprob_op.register_fake
@@ -68,7 +68,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, ctx.operands, ctx.backend = inputs
+    *tensors, ctx.temperature, ctx.operands, ctx.softcap, ctx.backend = inputs
     _, entropy, lse = output
     ctx.save_for_backward(*tensors, entropy, lse)
     ctx.set_materialize_grads(False)
@@ -78,10 +78,10 @@ def _differentiate(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | No
     *tensors, entropy, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = linear_logprob_backward_op(
-        grad_logp, grad_entropy, *tensors, ctx.temperature, ctx.operands, entropy, lse, needs, ctx.backend
+        grad_logp, grad_entropy, *tensors, ctx.temperature, ctx.operands, ctx.softcap, entropy, lse, needs, ctx.backend
     )
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 4
+    return d_hidden, d_weight, None, d_bias, *[None] * 5
 
 
 linear_logprob_op.register_autograd(_differentiate, setup_context=_save)

@@ -34,7 +34,7 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     All three are 0 in ignored rows, whose hidden state is never read. lse = log sum_v exp z_v is always fp64, because
     the backward pass makes the rounding error of lse a relative error of every probability in its row.
     """
-    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden, weight, labels, bias, temperature, _, softcap = inputs
     dtype = compute_dtype(hidden, weight, bias)
     live = (labels != IGNORED).nonzero()[:, 0]
     n, m = tile_sizes(len(live), weight, dtype)
@@ -46,7 +46,8 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
         head = weight[columns].to(operand)
         for block in spans(len(live), n):
             rows = block if len(live) == len(labels) else live[block]  # a slice copies nothing
-            logits = _logits(hidden[rows].to(operand), head, bias, columns, temperature, rows)  # [n, m]
+            logits = _logits(hidden[rows].to(operand), head, bias, columns, softcap)  # [n, m]
+            _divide(logits, temperature, rows)
             here, position = _labels_within(labels[rows], columns)
             chosen[block] = torch.where(here, logits.gather(1, position)[:, 0], chosen[block])
             softmax.add(block, logits, scratch[: logits.numel()].view_as(logits))
@@ -61,7 +62,13 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def backward(
-    inputs: HeadInputs, grads: Sequence[Tensor | None], entropy: Tensor, lse: Tensor, needs: Sequence[bool]
+    inputs: HeadInputs,
+    grads: Sequence[Tensor | None],
+    entropy: Tensor,
+    lse: Tensor,
+    needs: Sequence[bool],
+    *,
+    part_lse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias, None for each that ``needs`` leaves out.
 
@@ -72,8 +79,10 @@ def backward(
         grads: the incoming gradients [N] of logp and of entropy, each a tensor or None.
         entropy, lse: what :func:`forward` returned.
         needs: which of the three gradients are wanted.
+        part_lse: where the weight is a part of the vocabulary, and ``lse`` and ``entropy`` are of the whole: the lse
+            of the part, which the kernels need and this does not. A label below 0 is then in another part.
     """
-    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden, weight, labels, bias, temperature, _, softcap = inputs
     hidden_dtype, weight_dtype, *bias_dtype = inputs.gradient_dtypes
     grad_logp, grad_entropy = grads
     need_hidden, need_weight, need_bias = needs
@@ -95,7 +104,9 @@ def backward(
         for block in spans(len(live), n):
             rows = block if len(live) == len(labels) else live[block]
             x = hidden[rows].to(operand)
-            scores = _logits(x, head, bias, columns, temperature, rows)  # [n, m]: first z, then log p, then dz / t
+            scores = _logits(x, head, bias, columns, softcap)  # [n, m]: first z, then log p, then dz / t
+            slope = _slope(scores, softcap) if softcap else None
+            _divide(scores, temperature, rows)
             scores.sub_(lse_high[rows, None]).sub_(lse_low[rows, None])
             probs = torch.exp(scores, out=scratch[: scores.numel()].view_as(scores))
             g = None if grad_logp is None else grad_logp[rows, None].to(dtype) / at_rows(temperature, rows)
@@ -111,6 +122,8 @@ def backward(
             if g is not None:
                 here, position = _labels_within(labels[rows], columns)
                 scores.scatter_add_(1, position, g.masked_fill(~here[:, None], 0.0))
+            if slope is not None:
+                scores.mul_(slope)
             if d_rows is not None and wide_head is not None:
                 d_rows[block] += product(scores, wide_head.T)
             if d_head is not None:
@@ -128,13 +141,23 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def _logits(
-    x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, temperature: float | Tensor, rows: slice | Tensor
-) -> Tensor:
+def _logits(x: Tensor, head: Tensor, bias: Tensor | None, columns: slice, softcap: float) -> Tensor:
     logits = product(x, head)  # [n, m]
     if bias is not None:
         logits += bias[columns].to(logits.dtype)
-    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(at_rows(temperature, rows))
+    if softcap:  # a banned token stays so
+        logits = torch.where(logits == -torch.inf, logits, torch.tanh(logits / softcap) * softcap)
+    return logits
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor:
+    """d c tanh(z / c) / dz, of the capped logits; 0 for banned tokens."""
+    return (1 - (capped / softcap).square()).masked_fill_(capped == -torch.inf, 0.0)
+
+
+def _divide(logits: Tensor, temperature: float | Tensor, rows: slice | Tensor) -> None:
+    if not isinstance(temperature, float) or temperature != 1.0:
+        logits.div_(at_rows(temperature, rows))
 
 
 def _labels_within(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -40,32 +40,40 @@ def forward(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     Rows without a label are left out, for which the host waits once to know how many there are. While a CUDA graph is
     captured nothing may wait: then they are computed, and their results are 0 all the same.
     """
-    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden, weight, labels, bias, temperature, _, softcap = inputs
     scale = inverse(temperature, labels)
     if capturing(labels):
         wanted = labels != IGNORED
-        found = statistics(hidden, weight, labels.clamp(min=0), bias, scale)
+        found = statistics(hidden, weight, labels.clamp(min=0), bias, scale, softcap=softcap)
         logp, entropy, lse = (torch.where(wanted, value, 0.0) for value in found)
         return logp, entropy, lse.double()
     rows = (labels != IGNORED).nonzero()[:, 0]
     if len(rows) == len(labels):
-        logp, entropy, lse = statistics(hidden, weight, labels, bias, scale)
+        logp, entropy, lse = statistics(hidden, weight, labels, bias, scale, softcap=softcap)
         return logp, entropy, lse.double()
     outputs = tuple(hidden.new_zeros(len(labels), dtype=torch.float32) for _ in range(3))
-    for whole, part in zip(outputs, statistics(hidden[rows], weight, labels[rows], bias, scale[rows]), strict=True):
+    parts = statistics(hidden[rows], weight, labels[rows], bias, scale[rows], softcap=softcap)
+    for whole, part in zip(outputs, parts, strict=True):
         whole[rows] = part
     return outputs[0], outputs[1], outputs[2].double()
 
 
 def statistics(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: Tensor, way: str | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    way: str | None = None,
+    *,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logp, entropy, lse) of rows that all have labels; scale fp32 [N]: 1 / temperature.
 
-    way: one of :data:`WAYS`, for 16-bit inputs; None: that of the device.
+    way: one of :data:`WAYS`, for 16-bit inputs; None: that of the device. A soft cap is for the row kernels alone.
     """
     hidden, weight = common_dtype(hidden, weight)
-    way = way or (WAYS[nearest_capability(WAYS, hidden.device)] if hidden.is_cuda else "fused")
+    way = "chunks" if softcap else way or (WAYS[nearest_capability(WAYS, hidden.device)] if hidden.is_cuda else "fused")
     if hidden.dtype != torch.float32 and len(hidden) and way == "fused":
         return product_statistics(hidden, weight, labels, bias, scale)
     logp, entropy, lse = (hidden.new_empty(len(labels), dtype=torch.float32) for _ in range(3))
@@ -74,14 +82,20 @@ def statistics(
     for first in range(0, len(labels), size):
         rows = slice(first, first + size)
         logits = product(hidden[rows], weight.T, narrow_rows(buffer, len(hidden[rows]), len(weight), torch.float32))
-        part, softmax = row_statistics(logits, labels[rows, None], bias, scale[rows], entropy=True)
+        part, softmax = row_statistics(logits, labels[rows, None], bias, scale[rows], entropy=True, softcap=softcap)
         logp[rows], entropy[rows] = part[:, 0], softmax.entropy
         lse[rows] = softmax.top * scale[rows] + softmax.log_total
     return logp, entropy, lse
 
 
 def backward(
-    inputs: HeadInputs, grads: Sequence[Tensor | None], entropy: Tensor, lse: Tensor, needs: Sequence[bool]
+    inputs: HeadInputs,
+    grads: Sequence[Tensor | None],
+    entropy: Tensor,
+    lse: Tensor,
+    needs: Sequence[bool],
+    *,
+    part_lse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias where needed; the arguments are those of the reference.
 
@@ -89,7 +103,7 @@ def backward(
     logits: if those of the forward pass were used, the rounding of a log-sum-exp of 1e4 would be a relative error of
     5e-4 in every probability.
     """
-    hidden, weight, labels, bias, temperature, _ = inputs
+    hidden, weight, labels, bias, temperature, _, softcap = inputs
     hidden_dtype, weight_dtype, *bias_dtype = inputs.gradient_dtypes
     grad_logp, grad_entropy = grads
     head_hidden, head_weight = common_dtype(hidden, weight)
@@ -106,11 +120,15 @@ def backward(
     for rows in live.split(size) if len(live) else ():
         x, chosen, t = head_hidden[rows], labels[rows, None], scale[rows]
         logits = product(x, head_weight.T, narrow_rows(buffer, len(rows), len(weight), torch.float32))
-        _, softmax = row_statistics(logits, chosen, bias, t, entropy=grad_entropy is not None)
+        known = chosen if part_lse is None else chosen.clamp(min=0)
+        _, softmax = row_statistics(logits, known, bias, t, entropy=grad_entropy is not None, softcap=softcap)
+        if part_lse is not None:  # the part's share of the whole
+            further = (lse[rows] - part_lse[rows]).float()
+            softmax = RowStatistics(softmax.top, softmax.log_total + further, entropy[rows].float())
         d_logits = narrow_rows(buffer, len(rows), len(weight), x.dtype)
         g = torch.zeros_like(t) if grad_logp is None else grad_logp[rows].float() / norm
         e = None if grad_entropy is None else grad_entropy[rows].float() / norm
-        row_gradient(logits, d_logits, chosen, bias, t, softmax, g[:, None], grad_entropy=e)
+        row_gradient(logits, d_logits, chosen, bias, t, softmax, g[:, None], grad_entropy=e, softcap=softcap)
         gradients.add(rows, x, d_logits)
     buffer = logits = d_logits = x = None  # type: ignore[assignment]  # d_weight's last step needs room for another
     return (

@@ -1,7 +1,7 @@
 """Row kernels over logits in memory: the statistics of their softmax, and their gradient, which may replace them.
 
 R rows, V vocabulary, K chosen entries per row. Logits are [R, V], or [B, T, V] with R = B T and any strides of B and T,
-as of a slice: row r is (r // T, r % T). With z the logit (bias included), t = 1 / temperature, m = max z:
+as of a slice: row r is (r // T, r % T). With z the logit (bias and soft cap included), t = 1 / temperature, m = max z:
 log p = (z - m) t - log sum exp((z - m) t). Differences are taken before the temperature multiplies, as in plain torch.
 """
 
@@ -21,6 +21,26 @@ NUM_WARPS = 8
 
 
 @triton.jit
+def _capped(z, softcap):
+    """c tanh(z / c); -inf, a banned token, stays."""
+    a = tl.abs(z) / softcap
+    small = tl.exp2(a * (-2 * LOG2E))
+    tanh = (1 - small) / (1 + small)
+    # Of small numbers 1 - exp(-2 a) would keep few digits.
+    s = a * a
+    series = a * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315 - s * (62 / 2835 - s * (1382 / 155925))))))
+    tanh = tl.where(a < 0.25, series, tanh)
+    return tl.where(z == float("-inf"), z, tl.where(z < 0, -tanh, tanh) * softcap)
+
+
+@triton.jit
+def _slope(capped, softcap):
+    """d c tanh(z / c) / dz, of the capped logit."""
+    ratio = capped / softcap
+    return tl.where(capped == float("-inf"), 0.0, (1 - ratio) * (1 + ratio))
+
+
+@triton.jit
 def row_statistics_kernel(
     logits,
     index,
@@ -35,8 +55,10 @@ def row_statistics_kernel(
     stride,
     V,
     K,
+    softcap,
     HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -52,6 +74,8 @@ def row_statistics_kernel(
         z = tl.load(base + columns, mask=columns < V, other=float("-inf")).to(tl.float32)  # [BLOCK]
         if HAS_BIAS:
             z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = _capped(z, softcap)
         new = tl.maximum(top, tl.max(z, 0))
         shrink = tl.exp2((top - new) * t * LOG2E)
         below = z - new
@@ -73,6 +97,8 @@ def row_statistics_kernel(
         z = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = _capped(z, softcap)
         tl.store(logp + row * K + entries, (z - top) * t - log_total, mask=entries < K)
 
 
@@ -95,17 +121,21 @@ def row_gradient_kernel(
     out_stride,
     V,
     K,
+    softcap,
     HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MOVED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)) to ``out``; one program per row.
+    """Write d_logits = t (sum_k g_k (1[v = index_k] - p_v) - e p_v (log p_v + E)) to ``out``; one program per row. With
+    SOFTCAP that is times the slope of c tanh(z / c).
 
-    With MOVED, program i reads row source[i] and writes row i. ``out`` may be the memory of ``logits``, even in a
-    narrower dtype, if no other program writes the row that program i reads: element v of the result then lies at or
-    before element v of the input, so a block may be overwritten once all threads have read it.
+    An index below 0 is no entry of this row. With MOVED, program i reads row source[i] and writes row i. ``out`` may be
+    the memory of ``logits``, even in a narrower dtype, if no other program writes the row that program i reads: element
+    v of the result then lies at or before element v of the input, so a block may be overwritten once all threads have
+    read it.
     """
     target = tl.program_id(0).to(tl.int64)
     row = tl.load(source + target).to(tl.int64) if MOVED else target
@@ -128,9 +158,11 @@ def row_gradient_kernel(
     if active:
         # The chosen entries are read before their block may be overwritten, and written after it. They have names of
         # their own, because in Triton a name cannot change its shape inside a loop.
-        z_k = tl.load(base + chosen, mask=entries < K, other=0.0).to(tl.float32)
+        z_k = tl.load(base + chosen, mask=chosen >= 0, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            z_k += tl.load(bias + chosen, mask=entries < K, other=0.0).to(tl.float32)
+            z_k += tl.load(bias + chosen, mask=chosen >= 0, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z_k = _capped(z_k, softcap)
         same = tl.zeros((BLOCK_K,), tl.float32)  # an entry chosen several times gets the sum of its gradients
         for k in range(0, K):
             same += tl.where(chosen == tl.load(index + row * K + k), tl.load(grad + row * K + k), 0.0)
@@ -140,20 +172,26 @@ def row_gradient_kernel(
         if ENTROPY:
             d -= e * p_k * (tl.where(lp_k < LOWEST, LOWEST, lp_k) + spread)
         d *= t
+        if SOFTCAP:
+            d *= _slope(z_k, softcap)
         for first in range(0, V, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             z = tl.load(base + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
             if HAS_BIAS:
                 z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+            if SOFTCAP:
+                z = _capped(z, softcap)
             lp = (z - m) * t - log_sum
             p = tl.exp2(lp * LOG2E)
             dz = -gain * p
             if ENTROPY:
                 dz -= e * p * (tl.where(lp < LOWEST, LOWEST, lp) + spread)
+            if SOFTCAP:
+                dz *= _slope(z, softcap)
             tl.debug_barrier()
             tl.store(result + columns, (dz * t).to(out.dtype.element_ty), mask=columns < V)
         tl.debug_barrier()
-        tl.store(result + chosen, d.to(out.dtype.element_ty), mask=entries < K)
+        tl.store(result + chosen, d.to(out.dtype.element_ty), mask=chosen >= 0)
     else:
         for first in range(0, V, BLOCK):
             columns = first + tl.arange(0, BLOCK)
@@ -169,7 +207,7 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(
-    logits: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor, *, entropy: bool
+    logits: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor, *, entropy: bool, softcap: float = 0.0
 ) -> tuple[Tensor, RowStatistics]:
     """Log-probs of the chosen entries, fp32 [R, K] in nats, and the statistics of the rows.
 
@@ -192,8 +230,10 @@ def row_statistics(
             *_row_strides(logits),
             vocabulary,
             entries,
+            softcap,
             HAS_BIAS=bias is not None,
             ENTROPY=entropy,
+            SOFTCAP=softcap > 0,
             BLOCK=block_for(vocabulary),
             BLOCK_K=triton.next_power_of_2(min(max(entries, 1), 1024)),
             num_warps=NUM_WARPS,
@@ -212,6 +252,7 @@ def row_gradient(
     *,
     grad_entropy: Tensor | None = None,
     source: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Write d_logits to ``out`` [len(source) or R, V]; the kernel says what may share memory.
 
@@ -240,8 +281,10 @@ def row_gradient(
         out.stride(0),
         logits.shape[-1],
         entries,
+        softcap,
         HAS_BIAS=bias is not None,
         ENTROPY=grad_entropy is not None,
+        SOFTCAP=softcap > 0,
         MOVED=source is not None,
         BLOCK=block_for(logits.shape[-1]),
         BLOCK_K=triton.next_power_of_2(max(entries, 1)),
