@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,20 @@ def test_linear_attention_of_another_kind_is_refused() -> None:
     fake = SimpleNamespace(config=config, layers=nn.ModuleList([layer]), set_attn_implementation=lambda name: None)
     with pytest.raises(ValueError, match=r"activation of .*silu.*, got 'gelu'"):
         share_prefixes(fake)
+
+
+def test_a_packed_row_through_layers_that_share_nothing_is_refused() -> None:
+    """By the attention, as it is registered for any model."""
+    model = make_family_lm("qwen3_5", "flfl, GQA 4")
+    text = copy.deepcopy(model.hf.model.language_model)
+    for layer in text.layers:
+        if hasattr(layer, "self_attn"):
+            del layer.self_attn.videor1_shares
+    model.hf.model.language_model = text
+    with pytest.raises(ValueError, match=r"linear attention, .* call .*share_prefixes\(language_model\)"):
+        states_of(model, [torch.arange(4)])
+    share_prefixes(text)
+    states_of(model, [torch.arange(4)])
 
 
 def test_gradients_reach_a_shared_prompt_from_every_answer(model: VideoLM) -> None:

@@ -22,6 +22,7 @@ from videor1_kernels.prefix_attention import PrefixLayout, prefix_attention
 from videor1_kernels.prefix_gated_delta import ACTIVATIONS, prefix_causal_conv, prefix_gated_delta
 
 NAME = "videor1_prefix"
+LINEAR = "linear_attention"  # in a config's layer_types
 
 
 class AttentionContext(Protocol):
@@ -109,7 +110,7 @@ def share_prefixes(language_model: Any) -> int:
     """
     language_model.set_attn_implementation(register())
     kinds = getattr(language_model.config, "layer_types", None) or ()
-    linear = [layer for layer, kind in zip(language_model.layers, kinds, strict=False) if kind == "linear_attention"]
+    linear = [layer for layer, kind in zip(language_model.layers, kinds, strict=False) if kind == LINEAR]
     for layer in linear:
         mixer: Any = getattr(layer, "linear_attn", None)
         if not (hasattr(mixer, "forward") and all(hasattr(mixer, name) for name in _MIXER)):
@@ -123,6 +124,9 @@ def share_prefixes(language_model: Any) -> int:
         if type(mixer.conv1d) is not _Convolution:  # which it is where this was called before
             base: Any = type(mixer)
             mixer.__class__, mixer.conv1d.__class__ = _shared(base), _Convolution
+    for layer in language_model.layers:
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.videor1_shares = True
     return len(linear)
 
 
@@ -195,6 +199,13 @@ def _attention(
             "load the model with attn_implementation='sdpa' for a plain forward or generate"
         )
     _check_row(query, attention_mask)
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    if LINEAR in kinds and not hasattr(module, "videor1_shares"):
+        raise ValueError(
+            "the model has layers of linear attention, which would carry what they know from one completion of a "
+            "packed row into the next: call videor1_kernels.integrations.transformers.share_prefixes(language_model) "
+            "in place of set_attn_implementation"
+        )
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         # As autocast does before torch's own attention: fp32 rotary tables have made query and key fp32.

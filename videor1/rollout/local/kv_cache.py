@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from videor1.errors import ConfigError
+from videor1_kernels.integrations.transformers import LINEAR
 
 MIB = 2**20
 
@@ -69,9 +70,6 @@ class Sizes(NamedTuple):
             one = math.prod(recurrent) * state_dtype(dtype).itemsize + math.prod(tail) * dtype.itemsize
             state = linear * one
         return Sizes(2 * (len(kinds) - linear) * heads * dim * dtype.itemsize, state)
-
-
-LINEAR = "linear_attention"  # in a config's layer_types
 
 
 def layer_kinds(text_config: Any) -> list[str]:
