@@ -293,8 +293,12 @@ def _advantages() -> Iterator[Launch]:
     launch(333, 16, 16, "threshold", lengths=torch.int32, rest=("std", 1e-4, "advantage"))
     yield "no shuffled branch, bf16, only centred", ONCE
     launch(333, 5, None, "reference", BF16, BF16, ("none", 1e-4, "reward"))
+    yield "gdpo, and the batch's deviation, leave-one-out", ONCE
+    launch(333, 8, 4, "margin", rest=("gdpo", 1e-4, "reward"))
+    launch(333, 8, 4, "margin", rest=("batch", 1e-4, "advantage", "leave_one_out"))
     yield "sizes of 1, fp16", ONCE
     launch(1, 1, 1, "margin", dtype=FP16)
+    launch(1, 1, 1, "margin", rest=("gdpo", 1e-4, "reward", "leave_one_out"))
 
 
 def _samples() -> Iterator[Launch]:

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in (di
 NAN = math.nan
 SHORT = 100  # tokens: outside the length bonus's range
 FIELDS = ("advantages", "rewards", "temporal", "p", "p_shuffled")
-RULES, NORMALIZE, APPLY = ("margin", "threshold", "reference"), ("std", "none"), ("reward", "advantage")
+RULES, APPLY = ("margin", "threshold", "reference"), ("reward", "advantage")
+NORMALIZE, BASELINES = ("std", "none", "batch", "gdpo"), ("mean", "leave_one_out")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no product of matrices: the interpreter is right in bf16 too
 Inputs = Sequence[Tensor | None]
 
@@ -147,6 +148,85 @@ def test_advantages_by_hand(inputs: tuple[Any, ...], options: dict[str, Any], ad
     assert call(*inputs, **options).advantages[0].tolist() == pytest.approx(advantages, abs=BY_HAND)
 
 
+def z_scores(values: Sequence[float], eps: float) -> list[float]:
+    return [(v - mean(values)) / (stdev(values) + eps) for v in values]
+
+
+def formula(
+    inputs: Inputs, rule: str, normalize: str, apply: str, baseline: str, batch_std: Tensor | None, eps: float
+) -> list[list[float]]:
+    """Advantages of prompts with both branches whole, in plain numbers; alpha 0.3, mu 0.8, a length bonus of 0.2."""
+    accuracies, formats, lengths, shuffled = (x.tolist() for x in inputs if x is not None)
+    groups, own = [], []
+    for acc, form, tokens, others in zip(accuracies, formats, lengths, shuffled, strict=True):
+        p, q = mean(acc), mean(others)
+        bonus = {"margin": 0.3 * max(p - q, 0), "threshold": 0.3 * (p > 0.8 * q), "reference": 0.3 * (p >= 0.8 * q)}
+        right = [float(a > 0.1) for a in acc]
+        short = [r * (320 <= n <= 512) * (sum(right) > 1) for r, n in zip(right, tokens, strict=True)]
+        given = [bonus[rule] * r for r in right]
+        in_reward = apply == "reward"
+        rewards = [a + f + 0.2 * s + in_reward * g for a, f, s, g in zip(acc, form, short, given, strict=True)]
+        parts = [(1, acc), (1, form), (0.2, short), (in_reward * bonus[rule], right)]
+        groups.append((rewards, parts, [0.0] * len(acc) if in_reward else given))
+    everything = [r for rewards, *_ in groups for r in rewards]
+    for i, (rewards, parts, added) in enumerate(groups):
+        size, total = len(rewards), sum(rewards)
+        base = [total / size if baseline == "mean" else (total - r) / (size - 1) for r in rewards]
+        centred = [r - b for r, b in zip(rewards, base, strict=True)]
+        if normalize == "gdpo":
+            stretch = 1 if baseline == "mean" else size / (size - 1)
+            scored = [[stretch * weight * z for z in z_scores(x, eps)] for weight, x in parts]
+            own.append([sum(column) for column in zip(*scored, strict=True)])
+        else:
+            batch = stdev(everything) if batch_std is None else float(batch_std[i])
+            scale = {"std": stdev(rewards) + eps, "none": 1.0, "batch": batch + eps}[normalize]
+            own.append([c / scale for c in centred])
+        own[-1] = [a + b for a, b in zip(own[-1], added, strict=True)]
+    return own
+
+
+@pytest.mark.grid(rule=RULES, apply=APPLY, normalize=NORMALIZE, baseline=BASELINES, given=[False, True])
+def test_advantages_by_formula(rule: str, apply: str, normalize: str, baseline: str, given: bool) -> None:
+    """Groups of 2 to 7 with rewards that differ; a deviation that is given for each prompt, and one of all of them."""
+    for size, seed in ((2, 0), (4, 1), (7, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        accuracy, form, shuffled = (torch.rand(5, n, generator=generator).double() for n in (size, size, 3))
+        accuracy[:, 0] = 0.05  # not correct
+        lengths = torch.randint(300, 540, (5, size), generator=generator)
+        inputs = (accuracy, form, lengths, shuffled)
+        std = torch.rand(5, generator=generator).double() + 0.1 if given and normalize == "batch" else None
+        options = {"rule": rule, "apply": apply, "normalize": normalize, "baseline": baseline, "eps": 0.01}
+        out = tgrpo_advantages(*(x.to(DEVICE) for x in inputs), **options, batch_std=std, backend="reference")
+        expected = formula(inputs, **options, batch_std=std)
+        torch.testing.assert_close(out.advantages.cpu(), torch.tensor(expected).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "bonus"), [(0.3, 0.15), (3.0, 1.5)])
+def test_gdpo_keeps_the_size_of_the_temporal_bonus(alpha: float, bonus: float) -> None:
+    """Accuracies of 1 and 0 and equal formats: std takes the bonus out, gdpo gives alpha (p - p~) z(correct)."""
+    z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    out = call([1, 1, 0, 0], [0, 0], [1] * 4, alpha=alpha, normalize="gdpo")
+    expected = [z + bonus * z] * 2 + [-z - bonus * z] * 2
+    assert out.advantages[0].tolist() == pytest.approx(expected, abs=BY_HAND)
+    assert call([1, 1, 0, 0], [0, 0], [1] * 4, alpha=alpha).advantages[0, 0].item() == pytest.approx(z, rel=1e-3)
+    # All correct: it is the same for all of them, and gone.
+    assert (call([1, 1, 1, 1], [0, 0], alpha=alpha, normalize="gdpo").advantages == 0).all()
+
+
+def test_the_batch_counts_groups_of_equal_rewards() -> None:
+    """Rewards 2 2 and 1 0: mean 1.25, variance 2.75 / 3. A bonus for all of a group moves the others' advantages."""
+    accuracy = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    form = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    lengths = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    plain = tgrpo_advantages(accuracy, form, lengths, normalize="batch", eps=0.0)
+    x = 0.5 / math.sqrt(2.75 / 3)
+    assert plain.advantages.flatten().tolist() == pytest.approx([0, 0, x, -x], abs=BY_HAND)
+    shuffled = torch.tensor([[0.0], [NAN]], dtype=torch.float64, device=DEVICE)
+    raised = tgrpo_advantages(accuracy, form, lengths, shuffled, normalize="batch", eps=0.0)
+    x = 0.5 / stdev([2.3, 2.3, 1, 0])
+    assert raised.advantages.flatten().tolist() == pytest.approx([0, 0, x, -x], abs=BY_HAND)
+
+
 @pytest.mark.grid(rule=RULES, apply=APPLY)
 def test_no_shuffled_branch(rule: str, apply: str) -> None:
     plain = call([1, 1, 0, 0], None, rule=rule, apply=apply)
@@ -192,7 +272,9 @@ def test_equal_rewards_give_exactly_zero(
     backend, dtype = kind
     inputs = {"format": format, "lengths": lengths, "dtype": dtype, "backend": backend}
     inputs["correct_above"] = 1.0 if accuracy is TENTHS else 0.1
-    for options in ({}, {"normalize": "none"}, {"eps": 0.0}):  # with eps 0 the quotient would be 0 / 0
+    # With eps 0 the quotient would be 0 / 0. Normalised for itself, a length bonus of 0.2 does not balance 0.2.
+    single = [{"normalize": "gdpo"}] * (len(set(lengths or [0])) == 1)
+    for options in ({}, {"normalize": "none"}, {"eps": 0.0}, {"normalize": "batch", "eps": 0.0}, *single):
         assert (call(accuracy, **inputs, **options).advantages == 0).all()
     # A real difference is not taken for rounding.
     advantages = call([0.5, 0.5 + 1e-5], dtype=dtype, backend=backend).advantages
@@ -280,9 +362,11 @@ def check(inputs: Inputs, fp64: bool = True, **options: Any) -> list[Tensor]:
     return ours
 
 
-@pytest.mark.grid(dtype=DTYPES, rule=RULES, normalize=NORMALIZE, apply=APPLY)
-def test_every_rule_equals_the_reference(dtype: torch.dtype, rule: str, normalize: str, apply: str) -> None:
-    options: dict[str, Any] = {"rule": rule, "normalize": normalize, "apply": apply}
+@pytest.mark.grid(dtype=DTYPES, rule=RULES, normalize=NORMALIZE, apply=APPLY, baseline=BASELINES)
+def test_every_rule_equals_the_reference(
+    dtype: torch.dtype, rule: str, normalize: str, apply: str, baseline: str
+) -> None:
+    options: dict[str, Any] = {"rule": rule, "normalize": normalize, "apply": apply, "baseline": baseline}
     ours = check(make(37, 8, 4, dtype), **options)
     assert (ours[2] > 0).any()
     assert (ours[2] == 0).any()
@@ -290,6 +374,8 @@ def test_every_rule_equals_the_reference(dtype: torch.dtype, rule: str, normaliz
     assert ours[4].isnan().any()
     options |= {"alpha": 0.7, "mu": 0.5, "length_bonus": -0.1, "eps": 0.0, "correct_above": 0.5}
     check(make(13, 5, 3, dtype, seed=1, binary=True), **options)
+    if normalize == "batch":
+        check(make(13, 5, 3, dtype, seed=1), **options, batch_std=torch.linspace(0.1, 2, 13, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +387,8 @@ def test_shapes(prompts: int, size: int, others: int) -> None:
     inputs = make(prompts, size, others)
     ours = check(inputs)
     check((*inputs[:3], None))
+    for normalize in ("batch", "gdpo"):
+        check(inputs, normalize=normalize, baseline="leave_one_out")
     if size == 1:
         assert (ours[0] == 0).all()
 

@@ -253,6 +253,12 @@ VALUES: dict[str, Values] = {
         ({"lengths": zeros(3, 2)}, "lengths: expected shape [2, 3], got [3, 2]"),
         ({"lengths": GROUP > 0}, "lengths: expected dtype int64"),
         ({"shuffled_accuracy": zeros(3, 2)}, "shuffled_accuracy: expected shape [2, Gs], got [3, 2]"),
+        (
+            {"batch_std": zeros(2)},
+            'batch_std: expected None unless normalize is "batch", got a tensor with normalize "std"',
+        ),
+        ({"batch_std": zeros(3), "normalize": "batch"}, "batch_std: expected shape [2], got [3]"),
+        ({"batch_std": zeros(2) - 1, "normalize": "batch"}, "batch_std: expected finite values of 0 or more"),
     ],
     "prefix_attention": [
         ({"q": zeros(6, 4, 8)}, "q: expected shape [5, Hq, D], got [6, 4, 8]"),

@@ -174,7 +174,7 @@ def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
 def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
     options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
-    numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward")
+    numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward", "mean", None)
     head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)
     rewards, shuffled = torch.rand(2, 3, device=DEVICE), torch.rand(2, 2, device=DEVICE)
     logits, index = torch.randn(4, 7, device=DEVICE), torch.randint(7, (4, 2), device=DEVICE)

@@ -14,7 +14,8 @@ import torch
 from tiny import make_media, make_prompt
 
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
-from videor1.rewards.advantages import score_groups
+from videor1.rewards.advantages import divided, score_groups
+from videor1.rewards.deviation import deviation
 from videor1.types import Completion, Group
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
@@ -79,7 +80,7 @@ def test_what_the_template_opened_is_read_and_not_counted() -> None:
 
 
 def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[float]]:
-    """(rewards, advantages) of a group of multiple-choice answers."""
+    """(rewards, advantages) of a group of multiple-choice answers; for batch as only centred."""
     accuracy = [float("<answer>A</answer>" in c.text) for c in group.ordered]
     form = [float(c.text.startswith("<think>")) for c in group.ordered]
     p, bonus = statistics.fmean(accuracy), 0.0
@@ -92,14 +93,27 @@ def expected(group: Group, options: TrainConfig) -> tuple[list[float], list[floa
             "reference": alpha * (p >= mu * q),
         }[options.temporal.rule]
     low, high = options.reward.length_range
-    rewards = []
-    for c, a, f in zip(group.ordered, accuracy, form, strict=True):
-        brief = a > 0 and sum(accuracy) > 1 and low <= len(c.token_ids) <= high
-        length = options.reward.length_bonus if brief and options.len_control else 0.0
-        rewards.append(a + f + length + (bonus if a and options.temporal_apply == "reward" else 0.0))
-    mean = statistics.fmean(rewards)
-    scale = statistics.stdev(rewards) + options.advantage_eps if options.normalize == "std" else 1.0
-    advantages = [(r - mean) / scale for r in rewards]
+    omega = options.reward.length_bonus if options.len_control else 0.0
+    given = bonus if options.temporal_apply == "reward" else 0.0
+    brief = [
+        float(a > 0 and sum(accuracy) > 1 and low <= len(c.token_ids) <= high)
+        for c, a in zip(group.ordered, accuracy, strict=True)
+    ]
+    parts = [(1.0, accuracy), (1.0, form), (omega, brief), (given, accuracy)]  # accuracies are 0 and 1
+    rewards = [sum(weight * part[i] for weight, part in parts) for i in range(len(accuracy))]
+
+    def z(values: list[float], divide: bool = True) -> list[float]:
+        mean = statistics.fmean(values)
+        scale = statistics.stdev(values) + options.advantage_eps if divide else 1.0
+        return [(value - mean) / scale for value in values]
+
+    if options.normalize == "gdpo":
+        scored = [[weight * value for value in z(part)] for weight, part in parts]
+        advantages = [sum(column) for column in zip(*scored, strict=True)]
+    else:
+        advantages = z(rewards, options.normalize == "std")
+    if options.advantage_baseline == "leave_one_out":
+        advantages = [a * len(rewards) / (len(rewards) - 1) for a in advantages]
     if options.temporal_apply == "advantage":
         advantages = [x + (bonus if a else 0.0) for x, a in zip(advantages, accuracy, strict=True)]
     return rewards, advantages
@@ -118,11 +132,15 @@ MIXED = [
     rule=["margin", "threshold", "reference"],
     apply=["reward", "advantage", None],
     len_control=[True, False],
-    normalize=["std", "none"],
+    normalize=["std", "none", "batch", "gdpo"],
+    advantage_baseline=["mean", "leave_one_out"],
 )
-def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_control: bool, normalize: str) -> None:
+def test_mixed_batches_under_every_rule(
+    rule: str, apply: str | None, len_control: bool, normalize: str, advantage_baseline: str
+) -> None:
     """Uneven numbers of shuffled answers, and groups that have none."""
-    options = config(rule=rule, apply=apply, len_control=len_control, normalize=normalize)
+    grouped = {"normalize": normalize, "advantage_baseline": advantage_baseline}
+    options = config(rule=rule, apply=apply, len_control=len_control, **grouped)
     scored = score_groups(MIXED, options)
     assert scored.shuffled_accuracy.shape == (5, 3)
     assert scored.shuffled_accuracy.isnan().sum(1).tolist() == [0, 3, 1, 2, 3]
@@ -138,6 +156,15 @@ def test_mixed_batches_under_every_rule(rule: str, apply: str | None, len_contro
         rewards, advantages = expected(group, options)
         assert scored.result.rewards[row].tolist() == pytest.approx(rewards, abs=1e-6)
         assert scored.result.advantages[row].tolist() == pytest.approx(advantages, abs=1e-5)
+    if options.scales_by_batch:
+        std = statistics.stdev(scored.result.rewards.flatten().tolist())
+        assert deviation(scored.result.rewards.flatten().tolist()) == pytest.approx(std, rel=1e-12)
+        bonus = [0.0] * 5 if options.temporal_apply == "reward" else scored.result.temporal.tolist()
+        bonuses = torch.tensor(bonus)[:, None] * scored.accuracy
+        wanted = (scored.result.advantages - bonuses) / (std + options.advantage_eps) + bonuses
+        done = divided(scored, torch.full((5,), std).double(), options).result
+        torch.testing.assert_close(done.advantages, wanted, rtol=0, atol=1e-5)
+        assert torch.equal(done.rewards, scored.result.rewards)
 
 
 def test_accuracies_that_are_known_and_functions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

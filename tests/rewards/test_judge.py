@@ -16,7 +16,8 @@ from tiny import make_prompt
 
 from videor1.config import TemporalConfig, TrainConfig
 from videor1.demo.assets import Assets
-from videor1.rewards.advantages import score_groups
+from videor1.rewards.advantages import Scored, divided, score_groups
+from videor1.rewards.deviation import deviation
 from videor1.rewards.judge import TemporalJudge
 from videor1.types import Completion, Group, Sample
 
@@ -36,11 +37,24 @@ def group_of(ordered: list[Completion], shuffled: list[Completion], asked: int) 
     return Group(asking, tuple(ordered), tuple(shuffled), None, asked)
 
 
-def make_config(rule: Any, apply: Any, normalize: Any = "std", mu: float = 0.8, alpha: float = 0.3) -> TrainConfig:
-    return TrainConfig(temporal=TemporalConfig(rule=rule, apply=apply, mu=mu, alpha=alpha), normalize=normalize)
+def make_config(
+    rule: Any, apply: Any, normalize: Any = "std", mu: float = 0.8, alpha: float = 0.3, baseline: Any = "mean"
+) -> TrainConfig:
+    temporal = TemporalConfig(rule=rule, apply=apply, mu=mu, alpha=alpha)
+    return TrainConfig(temporal=temporal, normalize=normalize, advantage_baseline=baseline)
 
 
 REWARD, ADVANTAGE = make_config("reference", "reward"), make_config("margin", "advantage")
+BATCH = make_config("margin", "reward", "batch")
+
+
+def score(groups: list[Group], config: TrainConfig) -> Scored:
+    """A batch of these groups, as the trainer scores it."""
+    scored = score_groups(groups, config)
+    if not config.scales_by_batch:
+        return scored
+    std = torch.full((len(groups),), deviation(scored.result.rewards.flatten().tolist()), dtype=torch.float64)
+    return divided(scored, std, config)
 
 
 def play(ordered: list[Completion], shuffled: list[Completion], config: TrainConfig, rng: random.Random) -> Group:
@@ -60,9 +74,15 @@ def play(ordered: list[Completion], shuffled: list[Completion], config: TrainCon
     return group_of(ordered, done, len(shuffled))
 
 
-@pytest.mark.grid(rule=["margin", "threshold", "reference"], apply=["reward", "advantage"], normalize=["std", "none"])
-def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize: str) -> None:
-    rng, config = random.Random(f"{rule}{apply}"), make_config(rule, apply, normalize)
+@pytest.mark.grid(
+    rule=["margin", "threshold", "reference"],
+    given=list(itertools.product(["reward", "advantage"], ["std", "none", "batch", "gdpo"])),
+    baseline=["mean", "leave_one_out"],
+)
+def test_the_same_advantages_over_random_batches(rule: str, given: tuple[str, str], baseline: str) -> None:
+    """Of three groups each."""
+    apply, normalize = given
+    rng, config = random.Random(f"{rule}{apply}"), make_config(rule, apply, normalize, baseline=baseline)
     kinds = {
         "binary": lambda: rng.choice((0.0, 1.0)),
         "mostly right": lambda: rng.choice((1.0, 1.0, 1.0, 0.0)),
@@ -70,29 +90,34 @@ def test_the_same_advantages_over_random_groups(rule: str, apply: str, normalize
         "close": lambda: round(rng.uniform(0.9, 0.9003), 6),
     }
     skipped, full, zeros = 0, 0, 0
-    for draw in itertools.islice(itertools.cycle(kinds.values()), 200):
+    for draw in itertools.islice(itertools.cycle(kinds.values()), 67):
         size, others = rng.choice([2, 4, 8]), rng.choice([1, 2, 4])
-        ordered = [completion(draw(), rng.random() < 0.7) for _ in range(size)]
-        shuffled = [completion(draw()) for _ in range(others)]
-        group = play(ordered, shuffled, config, rng)
-        left_out = others - len(group.shuffled)
-        skipped, full = skipped + left_out, full + others
-        one, other = (score_groups([g], config) for g in (group, group_of(ordered, shuffled, others)))
+        played, whole = [], []
+        for _ in range(3):
+            ordered = [completion(draw(), rng.random() < 0.7) for _ in range(size)]
+            shuffled = [completion(draw()) for _ in range(others)]
+            played.append(play(ordered, shuffled, config, rng))
+            whole.append(group_of(ordered, shuffled, others))
+        one, other = score(played, config), score(whole, config)
         assert (one.result.advantages - other.result.advantages).abs().max() <= 1e-6
         assert ((one.result.advantages == 0) == (other.result.advantages == 0)).all()
-        zeros += int((one.result.advantages == 0).all())
-        gap = other.result.rewards - one.result.rewards
-        correct = other.accuracy > config.reward.correct_above
-        assert (gap[~correct] == 0).all()  # a constant on the correct ones, if anything
-        assert not correct.any() or gap[correct].max() - gap[correct].min() <= 1e-6
+        zeros += int((one.result.advantages == 0).all(1).sum())
         known = ~one.result.temporal.isnan()
         assert torch.equal(one.result.temporal[known], other.result.temporal[known])
-        assert int(one.shuffled_accuracy.isnan().sum()) == left_out
-        if left_out:
-            assert one.result.p_shuffled.isnan().all()
-        else:
-            assert torch.equal(one.result.p_shuffled, other.result.p_shuffled)
-            assert known.all()
+        for i, group in enumerate(played):
+            left_out = others - len(group.shuffled)
+            skipped, full = skipped + left_out, full + others
+            gap = other.result.rewards[i] - one.result.rewards[i]
+            correct = other.accuracy[i] > config.reward.correct_above
+            assert (gap[~correct] == 0).all()  # a constant on the correct ones, if anything
+            assert not correct.any() or gap[correct].max() - gap[correct].min() <= 1e-6
+            assert normalize != "batch" or (gap == 0).all()  # it would move the deviation of all
+            assert int(one.shuffled_accuracy[i].isnan().sum()) == left_out
+            if left_out:
+                assert one.result.p_shuffled[i].isnan()
+            else:
+                assert torch.equal(one.result.p_shuffled[i], other.result.p_shuffled[i])
+                assert known[i]
     assert 0 < skipped < full
     assert zeros
 
@@ -111,6 +136,9 @@ CASES: list[tuple[TrainConfig, list[float], list[float], bool | None]] = [
     # None correct; all correct.
     *((config, [0, 0, 0, 0.05], [], False) for config in (REWARD, ADVANTAGE)),
     *((REWARD, [1, 1, 1, 1], [], False), (ADVANTAGE, [1, 1, 1, 1], [], True)),
+    # A bonus for all is part of the batch's deviation, and normalised by itself it is none.
+    *((BATCH, [0, 0, 0, 0], [], False), (BATCH, [1, 1, 1, 1], [], True), (BATCH, [1], [], True)),
+    (make_config("margin", "reward", "gdpo"), [1, 1, 1, 1], [], False),
     # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right not.
     *((REWARD, [1, 1, 0, 0], [0], False), (REWARD, [1, 1, 0, 0], [1], True)),
     # p = 0.25 fails as soon as p~ is above 0.3125: one right answer of two.
@@ -147,8 +175,25 @@ def test_a_bonus_decided_early_is_the_bonus(rule: str, bonus: float) -> None:
     assert scored.result.temporal.tolist() == pytest.approx([0.3 * 0.25])
 
 
-@pytest.mark.parametrize(("rule", "apply"), [("margin", "advantage"), ("reference", "reward")])
-def test_a_run_is_the_same_with_and_without(rule: str, apply: str, assets: Assets, tmp_path: Path) -> None:
+def test_a_bonus_that_all_of_a_group_get_moves_the_others_of_its_batch() -> None:
+    """With the deviation of the batch; skipped by the other normalisations, it would not be missed there."""
+    ordered = [[completion(a) for a in row] for row in ((1, 1), (1, 0))]
+    none = [group_of(row, [], 0) for row in ordered]
+    given = [group_of(ordered[0], [completion(0.0)], 1), none[1]]
+    for normalize in ("std", "none", "gdpo", "batch"):
+        config = make_config("margin", "reward", normalize)
+        one, other = (score(groups, config).result.advantages for groups in (none, given))
+        assert (one - other).abs().max() < 1e-6 or normalize == "batch"
+    assert (one - other)[1].abs().min() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rule", "apply", "normalize"),
+    [("margin", "advantage", "std"), ("reference", "reward", "std"), ("reference", "reward", "batch")],
+)
+def test_a_run_is_the_same_with_and_without(
+    rule: str, apply: str, normalize: str, assets: Assets, tmp_path: Path
+) -> None:
     """Ordered answers, advantages and weights; only what no gradient sees is left out, and counted.
 
     An answer is scored once in a step: by the judge, or with the rewards where there is none; equal ones together."""
@@ -161,6 +206,7 @@ def test_a_run_is_the_same_with_and_without(rule: str, apply: str, assets: Asset
     ends, lines, rows = [], [], []
     for skip in (True, False):
         options = {"temporal__rule": rule, "temporal__apply": apply, "temporal__skip_shuffled": skip, "max_steps": 3}
+        options["normalize"] = normalize
         options |= {"num_generations": 3, "temporal__num_generations": 3, "per_device_train_batch_size": 4}
         run = trainer(assets, tmp_path / str(skip), num_iterations=1, **options)
         with patch("videor1.rewards.scoring.accuracy_reward", by_lot):

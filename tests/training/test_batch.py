@@ -37,7 +37,12 @@ def made(*live: bool, width: int = 1, failed: int = 0) -> Batch:
     pair = torch.stack([column, column], 1)
     advantages = torch.stack([(column + 1) * torch.tensor(live, dtype=torch.float32), torch.zeros(len(live))], 1)
     scored = Scored(
-        pair, pair, pair.long(), column[:, None].expand(-1, width), Advantages(advantages, pair, column, column, column)
+        pair,
+        pair,
+        pair.long(),
+        column[:, None].expand(-1, width),
+        column[:, None].expand(-1, width),
+        Advantages(advantages, pair, column, column, column),
     )
     stats = RolloutStats(tokens=10, decode_steps=2, kv_bytes=100 + len(live), retries=1)
     failures = {len(live) + i: "why" for i in range(failed)}

@@ -369,10 +369,15 @@ class TrainConfig(EvalOptions):
 
     len_control: bool = True
     """Give the length reward: reward.length_bonus for correct completions within reward.length_range."""
-    normalize: Literal["std", "none"] = "std"
-    """Divide the centred rewards by the group's standard deviation (ddof 1), or only centre them."""
+    normalize: Literal["std", "none", "batch", "gdpo"] = "std"
+    """What the rewards, centred in their group, are divided by. std: the group's standard deviation (ddof 1); none:
+    nothing; batch: the standard deviation of all rewards of the batch, over all ranks; gdpo: each reward (accuracy,
+    format with reward.functions, length bonus, temporal bonus) by its own deviation in the group, and then summed."""
     advantage_eps: Annotated[float, at_least(0)] = 1e-4
     """Constant added to the standard deviation before dividing by it."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a completion's reward is compared with: the mean of its group, or of the others of its group (RLOO, with
+    normalize none)."""
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
     """How token losses are averaged: per completion and then over completions (grpo), over the micro-batch's tokens
@@ -419,6 +424,11 @@ class TrainConfig(EvalOptions):
         if not self.temporal.enabled:
             return 0
         return self.temporal.num_generations or max(1, self.num_generations // 2)
+
+    @property
+    def scales_by_batch(self) -> bool:
+        """Whether rewards are divided by a standard deviation of more than their group."""
+        return self.normalize == "batch"
 
     @property
     def temporal_apply(self) -> str:

@@ -177,8 +177,13 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
     accuracy = cast(torch.tensor([[1.0, 0, 1, 0], [1, 1, 0.5, 0], [0, 0, 0, 0]]))
     shuffled = cast(torch.tensor([[0.0, 1], [0.5, 0], [1, 1]]))
     lengths = torch.tensor([[400, 10, 20, 30], [400, 400, 400, 1], [1, 2, 3, 4]], device=accuracy.device)
-    result = kernels.tgrpo_advantages(accuracy, torch.ones_like(accuracy), lengths, shuffled, backend=backend)
-    return {"advantages": result.advantages, "rewards": result.rewards, "p": result.p}
+    inputs = (accuracy, torch.ones_like(accuracy), lengths, shuffled)
+    result, *others = (
+        kernels.tgrpo_advantages(*inputs, normalize=normalize, backend=backend)
+        for normalize in ("std", "batch", "gdpo")
+    )
+    named = {"by the batch": others[0].advantages, "each reward by itself": others[1].advantages}
+    return {"advantages": result.advantages, "rewards": result.rewards, "p": result.p} | named
 
 
 def _prefix_attention(cast: Cast, backend: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Scored:
     format: Tensor  # [P, G], custom rewards included
     lengths: Tensor  # int64 [P, G], tokens that the model wrote: none of what the chat template opened
     shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such completion, or it was skipped; Gs is 0 without any
+    decisive: Tensor  # [P, Gs]: what the temporal bonus is computed from: as far as it matters, the same with all run
     # As ``videor1_kernels.Advantages``, with two exceptions. p_shuffled is NaN where shuffled completions were skipped,
     # and so is temporal where the bonus would have changed nothing: the rewards of such a group may lack a constant,
     # but its advantages are exact.
@@ -34,7 +35,8 @@ def score_groups(
 ) -> Scored:
     """Compute the rewards of every completion, then T-GRPO's advantages of the ordered ones.
 
-    Accuracies that a group holds already (``Group.accuracies``) are not computed again.
+    Accuracies that a group holds already (``Group.accuracies``) are not computed again. Where rewards are divided by
+    the standard deviation of a batch, they are only centred here: :func:`divided` divides them once all are known.
 
     Args:
         device: where the advantages are computed. All returned tensors are on the CPU.
@@ -51,7 +53,6 @@ def score_groups(
     shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
     decisive = shuffled.clone()
     skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
-    reward, temporal = config.reward, config.temporal
     for i, (group, judge) in enumerate(zip(groups, judges, strict=True)):
         finished = len(judge.shuffled)
         shuffled[i, :finished] = decisive[i, :finished] = torch.tensor(judge.shuffled)
@@ -61,11 +62,36 @@ def score_groups(
         elif skipped[i] and judge.needed is False:
             decisive[i], unknown[i] = torch.nan, True
     lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
-    result = tgrpo_advantages(
-        accuracy.to(device),
-        format_reward.to(device),
-        lengths.to(device),
-        decisive.to(device) if decisive.shape[1] else None,
+    result = _advantages((accuracy, format_reward, lengths, decisive), config, device)
+    p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
+    bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
+    values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
+    return Scored(accuracy, format_reward, lengths, shuffled, decisive, values)
+
+
+def divided(scored: Scored, std: Tensor, config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
+    """Return ``scored`` with advantages whose centred rewards are divided by ``std`` [P], each prompt's, plus eps."""
+    if not len(std):
+        return scored
+    inputs = (scored.accuracy, scored.format, scored.lengths, scored.decisive)
+    advantages = _advantages(inputs, config, device, std).advantages.cpu()
+    return replace(scored, result=replace(scored.result, advantages=advantages))
+
+
+def _advantages(
+    inputs: Sequence[Tensor], config: TrainConfig, device: torch.device | str, std: Tensor | None = None
+) -> Advantages:
+    """Call the kernel with accuracies, formats, lengths and shuffled accuracies, and the options' values."""
+    reward, temporal = config.reward, config.temporal
+    accuracy, format_reward, lengths, decisive = (tensor.to(device) for tensor in inputs)
+    normalize = config.normalize
+    if config.scales_by_batch:
+        normalize = "none" if std is None else "batch"
+    return tgrpo_advantages(
+        accuracy,
+        format_reward,
+        lengths,
+        decisive if decisive.shape[1] else None,
         rule=temporal.rule,
         alpha=temporal.alpha,
         mu=temporal.mu,
@@ -73,14 +99,12 @@ def score_groups(
         correct_above=reward.correct_above,
         length_bonus=reward.length_bonus if config.len_control else 0.0,
         length_range=reward.length_range,
-        normalize=config.normalize,
+        normalize=normalize,
         eps=config.advantage_eps,
+        baseline=config.advantage_baseline,
+        batch_std=None if std is None else std.to(device),
         backend=config.kernels,
     )
-    p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
-    bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
-    values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
-    return Scored(accuracy, format_reward, lengths, shuffled, values)
 
 
 def _judge(group: Group, config: TrainConfig, opened: str) -> TemporalJudge:
@@ -103,4 +127,5 @@ def _empty_scored(config: TrainConfig) -> Scored:
     """Return the rewards and advantages of no group."""
     matrix, vector = torch.empty(0, config.num_generations), torch.empty(0)
     advantages = Advantages(matrix, matrix, vector, vector, vector)
-    return Scored(matrix, matrix, matrix.long(), torch.empty(0, config.num_shuffled), advantages)
+    shuffled = torch.empty(0, config.num_shuffled)
+    return Scored(matrix, matrix, matrix.long(), shuffled, shuffled, advantages)

@@ -2,8 +2,9 @@
 
 The temporal bonus is one number per group, given to its correct ordered completions. It therefore changes nothing where
 no ordered completion is correct. Applied to the rewards, it also changes nothing where all are correct, since a
-constant cancels in the group's normalisation. In every other group the bonus itself must be known. It may be decided
-before all completions are finished: the accuracy of each is between 0 and 1, which bounds their mean.
+constant cancels in the group's normalisation; but not where rewards are divided by the standard deviation of a batch,
+which all rewards are part of. In every other group the bonus itself must be known. It may be decided before all
+completions are finished: the accuracy of each is between 0 and 1, which bounds their mean.
 """
 
 from __future__ import annotations
@@ -86,14 +87,15 @@ class TemporalJudge:
         return p_low >= threshold_high or p_high < threshold_low
 
     def _verdict(self) -> bool | None:
-        done, in_reward = len(self.ordered), self._config.temporal_apply == "reward"
+        done = len(self.ordered)
+        cancels = self._config.temporal_apply == "reward" and not self._config.scales_by_batch
         above = _fp32(self._config.reward.correct_above)
         correct = sum(_fp32(accuracy) > above for accuracy in self.ordered)
-        if done == self._counts[0] and (not correct or (in_reward and correct == done)):
+        if done == self._counts[0] and (not correct or (cancels and correct == done)):
             return False
         if not self._config.temporal.alpha or self.decided:
             return False
-        return True if correct and (not in_reward or correct < done) else None
+        return True if correct and (not cancels or correct < done) else None
 
     def _accuracy(self, completion: Completion) -> float:
         text = completion.text

@@ -22,7 +22,8 @@ from videor1.logs.jsonl import JsonlWriter
 from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
 from videor1.rewards import load_reward
-from videor1.rewards.advantages import Scored, score_groups
+from videor1.rewards.advantages import Scored, divided, score_groups
+from videor1.rewards.deviation import deviation
 from videor1.rewards.judge import TemporalJudge
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, RolloutEngine, RolloutError, make_engine
 from videor1.rollout.local.operations import Operations
@@ -113,6 +114,7 @@ class Trainer(Loop[TrainConfig]):
             if config.dynamic_sampling:
                 more = functools.partial(self._sample_batch, timer=timer)
                 batch = refill(batch, size, config.dynamic_sampling, more)
+        batch = self._divided(batch)
         groups, features, scored = batch.groups, batch.features, batch.scored
         assert self.rollouts is not None, "the run is open"
         self._say_decode_weights()
@@ -149,6 +151,17 @@ class Trainer(Loop[TrainConfig]):
         scored = score_groups(groups, self.config, self.model.device, opened=self.model.opened_text)
         timer.mark("time/reward")
         return Batch(groups, features, scored, rollout)
+
+    def _divided(self, batch: Batch) -> Batch:
+        """Divide the centred rewards where their standard deviation is one of more than a group: of all ranks'."""
+        if not self.config.scales_by_batch:
+            return batch
+        own = batch.scored.result.rewards
+        std = deviation([reward for rewards in self.ranks.gather(own.flatten().tolist()) for reward in rewards])
+        scored = divided(
+            batch.scored, torch.full((len(own),), std, dtype=torch.float64), self.config, self.model.device
+        )
+        return dataclasses.replace(batch, scored=scored)
 
     def _rollout_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the weights are whole on this rank for rollouts.

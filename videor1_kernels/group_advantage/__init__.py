@@ -10,7 +10,7 @@ from videor1_kernels import dispatch
 from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.group_advantage import reference
 from videor1_kernels.group_advantage.ops import tgrpo_advantages_op
-from videor1_kernels.group_advantage.reference import APPLY, NORMALIZE, RULES
+from videor1_kernels.group_advantage.reference import APPLY, BASELINES, NORMALIZE, RULES
 
 __all__ = ["Advantages", "tgrpo_advantages"]
 
@@ -44,6 +44,8 @@ def tgrpo_advantages(
     normalize: str = "std",
     eps: float = 1e-4,
     apply: str = "reward",
+    baseline: str = "mean",
+    batch_std: Tensor | None = None,
     backend: str = "auto",
 ) -> Advantages:
     """Rewards and group-relative advantages of T-GRPO.
@@ -60,12 +62,23 @@ def tgrpo_advantages(
         + length_bonus  if it is correct, low <= length <= high, and more than one completion of the group is correct
         + temporal bonus  if it is correct and ``apply`` is "reward"
 
-    and its advantage (reward - mean) / (std + eps) over the group, std with ddof 1; ``normalize="none"`` only centres.
-    ``apply="advantage"`` adds the temporal bonus of correct completions to the normalised advantage instead, also in
-    groups whose rewards are all equal.
+    and its advantage, with means and standard deviations (ddof 1) of its group unless said otherwise, by ``normalize``:
 
-    Before that addition, a group whose rewards are all equal (to within the rounding of their sums), or that has one
-    completion only, gets advantages of exactly 0.
+        std    (reward - mean) / (std + eps)
+        none   reward - mean
+        batch  (reward - mean) / (std of all P G rewards + eps); with ``batch_std``: that of the prompt in its place
+        gdpo   z(accuracy) + z(format) + length_bonus z(gets the length bonus) + temporal bonus z(is correct)
+
+    z(x) = (x - mean) / (std + eps) of one reward, 0 where it is the same in the whole group. In ``gdpo`` the bonuses
+    are weights, so that normalisation leaves them their size: the last term is alpha (p - p~) z or alpha z by the rule,
+    and is left out unless ``apply`` is "reward".
+
+    ``apply="advantage"`` adds the temporal bonus of correct completions to the normalised advantage instead, also in
+    groups whose rewards are all equal. ``baseline="leave_one_out"`` takes the mean of the group's other completions in
+    place of the group's: before that addition, advantages are multiplied by G / (G - 1).
+
+    Before that addition, a group whose rewards are all equal (to within the rounding of their sums; in ``gdpo``: whose
+    sums of normalised rewards are), or that has one completion only, gets advantages of exactly 0.
 
     Args:
         accuracy, format: [P, G]; fp64, fp32, bf16 or fp16. The results are fp32, or fp64 if any is fp64; sums are fp64.
@@ -78,21 +91,28 @@ def tgrpo_advantages(
         correct_above: a completion is correct whose accuracy exceeds this.
         length_bonus: size of the length bonus.
         length_range: (low, high), tokens, both included.
-        normalize: "std" or "none".
+        normalize: "std", "none", "batch" or "gdpo", as above.
         eps: added to the standard deviation, 0 or more.
         apply: "reward" or "advantage": what the temporal bonus is added to.
+        baseline: "mean" or "leave_one_out" (RLOO's; with ``normalize="none"`` it is RLOO).
+        batch_std: [P] of a float dtype, 0 or more, with ``normalize="batch"`` only: what to divide the rewards of each
+            prompt by, where that is known from elsewhere (from all processes, or as a moving average).
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
         :class:`Advantages`: advantages and rewards [P, G], temporal bonus and the two means [P]; no gradient.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option; an accuracy or format that is NaN or infinite.
+        ValueError: a wrong shape, dtype, device or option; an accuracy or format that is NaN or infinite; a
+            ``batch_std`` that is negative, NaN or infinite, or comes with another ``normalize``.
         TypeError: an argument that is no tensor.
 
     Source:
         Video-R1 (arXiv 2503.21776), whose paper has the rule ``threshold`` and whose code ``reference``; ``margin`` and
-        ``apply="advantage"`` are this library's.
+        ``apply="advantage"`` are this library's. ``none``: Dr. GRPO (arXiv 2503.20783). ``batch``: a deviation of the
+        batch as in REINFORCE++ (arXiv 2501.03262), here of the rewards, as TRL's ``scale_rewards="batch"`` has it.
+        ``gdpo``: GDPO (arXiv 2601.05242) without its second normalisation of the sum over the batch. RLOO: arXiv
+        2402.14740.
     """
     op = "tgrpo_advantages"
     check_tensor(op, "accuracy", accuracy, ("P", "G"))
@@ -107,6 +127,7 @@ def tgrpo_advantages(
     check_choice(op, "rule", rule, RULES)
     check_choice(op, "normalize", normalize, NORMALIZE)
     check_choice(op, "apply", apply, APPLY)
+    check_choice(op, "baseline", baseline, BASELINES)
     check_number(op, "alpha", alpha, at_least=0)
     check_number(op, "mu", mu, at_least=0)
     check_number(op, "correct_above", correct_above)
@@ -114,6 +135,11 @@ def tgrpo_advantages(
     check_number(op, "eps", eps, at_least=0)
     if len(length_range) != 2 or not length_range[0] <= length_range[1]:
         raise fail(op, "length_range", "(low, high) with low <= high", tuple(length_range))
-    options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply)
+    if batch_std is not None:
+        if normalize != "batch":
+            raise fail(op, "batch_std", 'None unless normalize is "batch"', f'a tensor with normalize "{normalize}"')
+        check_tensor(op, "batch_std", batch_std, (len(accuracy),), device=device)
+        batch_std = batch_std.detach()
+    options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply, baseline, batch_std)
     made = tgrpo_advantages_op(accuracy.detach(), format.detach(), lengths, shuffled_accuracy, *options, backend)
     return Advantages(*made)

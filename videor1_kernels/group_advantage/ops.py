@@ -28,14 +28,18 @@ def tgrpo_advantages_op(
     normalize: str,
     eps: float,
     apply: str,
+    baseline: str,
+    batch_std: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     run = dispatch.resolve("tgrpo_advantages", backend, accuracy.device, dtype)
-    options = AdvantageOptions(rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply)
+    options = AdvantageOptions(
+        rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply, baseline
+    )
     with dispatch.running_on(accuracy):
-        return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options)
+        return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options, batch_std)
 
 
 @tgrpo_advantages_op.register_fake

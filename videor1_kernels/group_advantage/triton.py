@@ -1,4 +1,7 @@
-"""tgrpo_advantages on Triton, in one launch. P prompts, each with G ordered and Gs shuffled completions."""
+"""tgrpo_advantages on Triton, in one launch, or in two where the deviation of the batch is computed.
+
+P prompts, each with G ordered and Gs shuffled completions.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,33 @@ import triton.language as tl
 from torch import Tensor
 
 from videor1_kernels.checks import capturing
-from videor1_kernels.group_advantage.reference import RULES, AdvantageOptions, check_values
+from videor1_kernels.group_advantage.reference import NORMALIZE, RULES, AdvantageOptions, check_values, deviation
 
 ELEMENTS = 512  # in a program: its prompts times the padded size of a group
+STD, NONE, BATCH, GDPO = (tl.constexpr(NORMALIZE.index(name)) for name in ("std", "none", "batch", "gdpo"))
+
+
+@triton.jit
+def deviation_of(centred, G):
+    """The standard deviation [BLOCK_P], ddof 1, of centred fp64 values [BLOCK_P, BLOCK_G] that are 0 outside."""
+    return tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(G - 1, 1))
+
+
+@triton.jit
+def equal_values(values, magnitude, inside):
+    """Whether all of a row's values [BLOCK_P, BLOCK_G] are equal, to within the rounding of sums of this magnitude."""
+    top = tl.max(tl.where(inside, values, float("-inf")), 1)
+    bottom = tl.min(tl.where(inside, values, float("inf")), 1)
+    return top - bottom <= 4 * 1.1920928955078125e-07 * tl.max(magnitude, 1)
+
+
+@triton.jit
+def normalised(values, inside, G, eps):
+    """One fp64 reward [BLOCK_P, BLOCK_G] of each group, normalised; 0 where it is the same for all."""
+    mean = tl.sum(values, 1) / G
+    centred = tl.where(inside, values - mean[:, None], 0.0)
+    equal = equal_values(values, tl.abs(values), inside)
+    return tl.where(equal[:, None], 0.0, centred / (deviation_of(centred, G) + eps)[:, None])
 
 
 @triton.jit
@@ -19,6 +46,7 @@ def advantage_kernel(
     format,
     lengths,
     shuffled,
+    batch_std,
     advantages,
     rewards_out,
     temporal_out,
@@ -36,7 +64,8 @@ def advantage_kernel(
     high,
     eps,
     RULE: tl.constexpr,
-    STD: tl.constexpr,
+    MODE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
     IN_REWARD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -44,7 +73,8 @@ def advantage_kernel(
 ):
     """Write advantages and rewards [P, G] and the other results [P], from [P, G] inputs and shuffled [P, Gs].
 
-    RULE is the index in RULES. unusable [P] becomes 1 where an input is NaN or infinite and must not be.
+    RULE and MODE are the indices in RULES and NORMALIZE; batch_std [P] is read in the mode BATCH alone. unusable [P]
+    becomes 1 where an input is NaN or infinite and must not be.
     """
     prompts = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     here = prompts < P
@@ -86,18 +116,31 @@ def advantage_kernel(
     if IN_REWARD:
         rewards += bonus
 
-    mean = tl.sum(rewards, 1) / G
-    centred = tl.where(inside, rewards - mean[:, None], 0.0)
-    # Sums that are equal may differ in their last bits, as 0.1 + 0.2 and 0.3 do. Such a difference is no preference.
-    magnitude = tl.max(tl.abs(acc) + tl.abs(form) + tl.abs(extra), 1)
-    top = tl.max(tl.where(inside, rewards, float("-inf")), 1)
-    bottom = tl.min(tl.where(inside, rewards, float("inf")), 1)
-    equal = top - bottom <= 4 * 1.1920928955078125e-07 * magnitude
-    result = centred
-    if STD:
-        std = tl.sqrt(tl.sum(centred * centred, 1) / tl.maximum(G - 1, 1))
-        result = centred / (std + eps)[:, None]
+    if MODE == GDPO:
+        z_accuracy, z_format = normalised(acc, inside, G, eps), normalised(form, inside, G, eps)
+        z_length = length_bonus * normalised(brief.to(tl.float64), inside, G, eps)
+        result = z_accuracy + z_format + z_length
+        magnitude = tl.abs(z_accuracy) + tl.abs(z_format) + tl.abs(z_length)
+        if IN_REWARD:
+            z_temporal = temporal.to(tl.float64)[:, None] * normalised(correct.to(tl.float64), inside, G, eps)
+            result += z_temporal
+            magnitude += tl.abs(z_temporal)
+        equal = equal_values(result, magnitude, inside)
+    else:
+        mean = tl.sum(rewards, 1) / G
+        result = tl.where(inside, rewards - mean[:, None], 0.0)
+        # Sums that are equal may differ in their last bits, as 0.1 + 0.2 and 0.3 do. Such a difference is no
+        # preference.
+        equal = equal_values(rewards, tl.abs(acc) + tl.abs(form) + tl.abs(extra), inside)
+        if MODE == STD:
+            result = result / (deviation_of(result, G) + eps)[:, None]
+        elif MODE == BATCH:
+            std = tl.load(batch_std + prompts, mask=here, other=0.0).to(tl.float64)
+            bad = tl.maximum(bad, (~((std >= 0) & (std < infinite))).to(tl.int32))
+            result = result / (std + eps)[:, None]
     result = tl.where(equal[:, None], 0.0, result)
+    if LEAVE_ONE_OUT:
+        result = result * G / tl.maximum(G - 1, 1)
     if not IN_REWARD:
         result += bonus
     tl.store(advantages + at, result, mask=inside)
@@ -109,7 +152,12 @@ def advantage_kernel(
 
 
 def tgrpo_advantages(
-    accuracy: Tensor, format: Tensor, lengths: Tensor, shuffled_accuracy: Tensor | None, options: AdvantageOptions
+    accuracy: Tensor,
+    format: Tensor,
+    lengths: Tensor,
+    shuffled_accuracy: Tensor | None,
+    options: AdvantageOptions,
+    batch_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each fp32 [P, G], and temporal, p and p_shuffled, each fp32 [P].
 
@@ -123,13 +171,14 @@ def tgrpo_advantages(
     block_g = triton.next_power_of_2(size)
     block_s = triton.next_power_of_2(max(others, 1))
     block_p = max(1, ELEMENTS // max(block_g, block_s))
-    if prompts:
-        low, high = (_rounded(bound, lengths.dtype) for bound in options.length_range)
+    low, high = (_rounded(bound, lengths.dtype) for bound in options.length_range)
+    inputs = [accuracy.contiguous(), format.contiguous(), lengths.contiguous()]
+    inputs.append(accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous())
+
+    def launch(normalize: str, std: Tensor | None, rewards: Tensor) -> None:
         advantage_kernel[(triton.cdiv(prompts, block_p),)](
-            accuracy.contiguous(),
-            format.contiguous(),
-            lengths.contiguous(),
-            accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous(),
+            *inputs,
+            inputs[0] if std is None else std.contiguous(),
             advantages,
             rewards,
             temporal,
@@ -147,15 +196,23 @@ def tgrpo_advantages(
             high,
             options.eps,
             RULE=RULES.index(options.rule),
-            STD=options.normalize == "std",
+            MODE=NORMALIZE.index(normalize),
+            LEAVE_ONE_OUT=options.baseline == "leave_one_out",
             IN_REWARD=options.apply == "reward",
             BLOCK_P=block_p,
             BLOCK_G=block_g,
             BLOCK_S=block_s,
             num_warps=4,
         )
+
+    if prompts:
+        if options.normalize == "batch" and batch_std is None:
+            exact = torch.empty_like(rewards, dtype=torch.float64)
+            launch("none", None, exact)
+            batch_std = deviation((exact - exact.mean()).view(1, -1)).view(1).expand(prompts)
+        launch(options.normalize, batch_std, rewards)
         if not capturing(accuracy) and bool(unusable.any()):
-            check_values(accuracy, format, shuffled_accuracy)
+            check_values(accuracy, format, shuffled_accuracy, batch_std)
     return advantages, rewards, temporal, p, p_shuffled
 
 
