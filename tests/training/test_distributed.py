@@ -148,7 +148,12 @@ def test_sft_on_two(ranks: ForkServer, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora__rank": 4}, {"freeze_vision": True, "gradient_checkpointing": True}], ids=["lora", "frozen"]
+    "options",
+    [
+        {"lora__rank": 4, "normalize": "ema_task", "temporal__apply": "reward"},
+        {"freeze_vision": True, "gradient_checkpointing": True, "normalize": "batch"},
+    ],
+    ids=["lora", "frozen"],
 )
 def test_trained_with(options: dict[str, Any], ranks: ForkServer, lab: Lab) -> None:
     options = options | {"max_steps": 2, "save_steps": 0, "beta": 0.04, "learning_rate": 3e-4}

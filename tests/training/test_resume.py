@@ -34,7 +34,13 @@ HARD |= {"logging_steps": 3, "eval_steps": 4, "save_steps": 2, "max_steps": 8, "
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora__rank": 4, "lora__dropout": 0.3, "lora__alpha": 8, "gradient_checkpointing": True},
-    "bf16": {"bf16": True, "freeze_vision": True, "beta": 0, "temporal__shuffle_unit": "temporal_patch"},
+    "bf16": {
+        "bf16": True,
+        "freeze_vision": True,
+        "beta": 0,
+        "temporal__shuffle_unit": "temporal_patch",
+        "normalize": "ema_task",
+    },
     "sft": {"per_device_train_batch_size": 2, "max_length": 400, "lora__rank": 4, "lora__dropout": 0.3},
 }
 

@@ -31,6 +31,7 @@ FOLDER = Path("checkpoints/step-4")
         {"evaluated_at": 4, "accuracy": 0.5},
         {"accuracy": 1},
         {"counters": {"nonfinite_steps": 4, "num_tokens": 0}, "nonfinite_in_a_row": 4},
+        {"reward_moments": {"OCR": [0.25, 0.5, 0.5], "regression": [0.0, 0.0, 0.01]}},
         {"something": "of a later version"},
     ],
 )
@@ -59,6 +60,9 @@ def test_states_that_are_right(changes: dict[str, Any]) -> None:
         *({"evaluated_at": value} for value in (5, -2, "4", 1.0, None)),
         *({"accuracy": value} for value in ("high", None, [])),
         *({"fixed": value} for value in (None, [], "x")),
+        *({"reward_moments": value} for value in (None, [], {"OCR": 1.0}, {"OCR": [0.1, 0.1]})),
+        *({"reward_moments": {"OCR": value}} for value in ([0.5, 0.2, 1.0], [0.1, 1.0, 0.0], [0.1, 1.0, 2.0])),
+        *({"reward_moments": {"OCR": value}} for value in ([math.nan, 1.0, 1.0], [0.1, math.inf, 1.0], [0, 0, 1])),
     ],
     ids=repr,
 )

@@ -369,12 +369,15 @@ class TrainConfig(EvalOptions):
 
     len_control: bool = True
     """Give the length reward: reward.length_bonus for correct completions within reward.length_range."""
-    normalize: Literal["std", "none", "batch", "gdpo"] = "std"
+    normalize: Literal["std", "none", "batch", "gdpo", "ema_task"] = "std"
     """What the rewards, centred in their group, are divided by. std: the group's standard deviation (ddof 1); none:
     nothing; batch: the standard deviation of all rewards of the batch, over all ranks; gdpo: each reward (accuracy,
-    format with reward.functions, length bonus, temporal bonus) by its own deviation in the group, and then summed."""
+    format with reward.functions, length bonus, temporal bonus) by its own deviation in the group, and then summed;
+    ema_task: a moving average, over batches, of the deviation of the rewards of its problem type."""
     advantage_eps: Annotated[float, at_least(0)] = 1e-4
     """Constant added to the standard deviation before dividing by it."""
+    advantage_decay: Annotated[float, BELOW_ONE] = 0.99
+    """With normalize ema_task: decay of the moving averages, in each batch that has the problem type."""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a completion's reward is compared with: the mean of its group, or of the others of its group (RLOO, with
     normalize none)."""
@@ -428,7 +431,7 @@ class TrainConfig(EvalOptions):
     @property
     def scales_by_batch(self) -> bool:
         """Whether rewards are divided by a standard deviation of more than their group."""
-        return self.normalize == "batch"
+        return self.normalize in ("batch", "ema_task")
 
     @property
     def temporal_apply(self) -> str:

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -188,6 +188,13 @@ class Loop(ABC, Generic[C]):
     @abstractmethod
     def samples_per_step(self) -> float:
         """Return how many samples of the data set one optimizer step consumes."""
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what a subclass keeps in a checkpoint beside the loop's state, as JSON values, alike on all ranks."""
+        return {}
+
+    def restore_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the :meth:`own_state` in a checkpoint's state; {} in a new run."""
 
     def progress_values(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return the metrics of a step that the progress bar shows, by label."""
@@ -403,6 +410,7 @@ class Loop(ABC, Generic[C]):
         return {
             "position": positions[0] if len(positions) == 1 else positions,
             **self.journal.state(),
+            **self.own_state(),
             "fixed": self.fixed,
         }
 
@@ -471,6 +479,7 @@ class Loop(ABC, Generic[C]):
             for note in self._notes:
                 self.progress.write(note)
             self._notes.clear()
+            self.restore_own_state(state)
             if isinstance(self.dataset, RowStream) and self.dataset.large_blocks:
                 self.progress.write(self.dataset.large_blocks)
             if not skips.path.stat().st_size:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
 from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, divided, score_groups
-from videor1.rewards.deviation import deviation
+from videor1.rewards.deviation import TaskDeviations, deviation
 from videor1.rewards.judge import TemporalJudge
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, RolloutEngine, RolloutError, make_engine
 from videor1.rollout.local.operations import Operations
@@ -75,6 +76,7 @@ class Trainer(Loop[TrainConfig]):
         self.engine: RolloutEngine = make_engine(
             config, self.model, self.run_dir, self.ranks.gathered if self.ranks.partitioned else None
         )
+        self.deviations = TaskDeviations(config.advantage_decay)  # with normalize ema_task
         self.rollouts: JsonlWriter | None = None  # while the run is open
         self.weights_are_new = True  # whether the engine has yet to be told of the current weights
         self._said = ""  # about the engine's weights
@@ -104,6 +106,13 @@ class Trainer(Loop[TrainConfig]):
                 self.progress.write(self._kernels())
             self.rollouts = self.open_jsonl("rollouts.jsonl")
             yield
+
+    def own_state(self) -> dict[str, Any]:
+        moments = self.deviations.state()
+        return {"reward_moments": moments} if moments else {}
+
+    def restore_own_state(self, state: Mapping[str, Any]) -> None:
+        self.deviations = TaskDeviations(self.config.advantage_decay, state.get("reward_moments"))
 
     def train_batch(self) -> None:
         """Sample and score one batch, then make its ``num_iterations`` updates."""
@@ -156,12 +165,18 @@ class Trainer(Loop[TrainConfig]):
         """Divide the centred rewards where their standard deviation is one of more than a group: of all ranks'."""
         if not self.config.scales_by_batch:
             return batch
-        own = batch.scored.result.rewards
-        std = deviation([reward for rewards in self.ranks.gather(own.flatten().tolist()) for reward in rewards])
-        scored = divided(
-            batch.scored, torch.full((len(own),), std, dtype=torch.float64), self.config, self.model.device
-        )
-        return dataclasses.replace(batch, scored=scored)
+        types = [group.prompt.sample.problem_type for group in batch.groups]
+        own = list(zip(types, batch.scored.result.rewards.tolist(), strict=True))
+        rewards: dict[str, list[float]] = {}  # of all ranks
+        for name, values in itertools.chain(*self.ranks.gather(own)):
+            rewards.setdefault(name, []).extend(values)
+        if self.config.normalize == "batch":
+            std = [deviation(list(itertools.chain(*rewards.values())))] * len(types)
+        else:
+            self.deviations.update(rewards)
+            std = [self.deviations.of(name) for name in types]
+        wide = torch.tensor(std, dtype=torch.float64)
+        return dataclasses.replace(batch, scored=divided(batch.scored, wide, self.config, self.model.device))
 
     def _rollout_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the weights are whole on this rank for rollouts.

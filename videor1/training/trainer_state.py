@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,20 @@ def check_state(state: Any, folder: Path) -> None:
     rows = state.get("pending_metrics", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"state.json: pending_metrics: expected a list of objects, got {rows!r:.60}")
+    moments = state.get("reward_moments", {})
+    if not isinstance(moments, dict) or not all(map(_are_moments, moments.values())):
+        raise ValueError(
+            f"state.json: reward_moments: expected averages [m1, m2, weight] by problem type, got {moments!r:.80}"
+        )
+
+
+def _are_moments(values: Any) -> bool:
+    """Whether these are averages of a number and of its square, and the weight in (0, 1] that both have."""
+    if not isinstance(values, list) or len(values) != 3 or any(type(value) is not float for value in values):
+        return False
+    first, second, weight = values
+    # The square of a mean is at most the mean of squares; equal ones may differ by their rounding.
+    return all(map(math.isfinite, values)) and 0 < weight <= 1 + 1e-9 and first**2 <= second * weight * (1 + 1e-9)
 
 
 def _count(values: Mapping[str, Any], name: str, shown: str | None, default: int | None = None) -> int:
