@@ -285,7 +285,8 @@ def _advantages() -> Iterator[Launch]:
         options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), *rest)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
-        tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options)
+        std = torch.ones(prompts) if options.normalize == "batch" else None
+        tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options, std)
 
     yield "4096 prompts of 8 and 4", TARGETS
     launch(4096, 8, 4, "margin")

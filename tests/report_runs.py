@@ -33,6 +33,7 @@ def step_row(step: int) -> dict[str, Any]:
         "step": step, "loss": -0.1 + step / 1000, "grad_norm": 1.0 + step % 3, "learning_rate": 1e-6 * step,
         "epoch": step / 100, "num_tokens": 1000 * step, "nonfinite_steps": 0, "failed_checkpoints": 0,
         "reward": 1 + step / 100, "rewards/accuracy/mean": 0.4 + step / 200, "rewards/format/mean": 0.9,
+        "sampling/kl_k3": 1e-4 * step, "sampling/chi2": 3e-4 * step, "sampling/ess": 1 - step / 1000,
         "frac_reward_zero_std": 0.3, "kl": step / 1000, "entropy": 1.0 - step / 200,
         "completions/mean_length": 100 + step, "completions/max_length": 200 + step, "completions/clipped_ratio": 0.01,
         "temporal/p": 0.5 + step / 200, "temporal/p_shuffled": None if step % 5 == 0 else 0.3,

@@ -24,7 +24,9 @@ from videor1.report.cards import visible
 from videor1.report.overview import silence, state
 from videor1.report.run import load_run
 
-CHARTS = "held-out accuracy reward bonus kl entropy length clipped skipped variance loss grad rate speed times"
+CHARTS = (
+    "held-out accuracy reward bonus kl entropy length clipped skipped variance mismatch ess loss grad rate speed times"
+)
 
 
 def assert_says(page: Page, *sentences: str) -> None:

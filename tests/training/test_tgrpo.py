@@ -266,6 +266,9 @@ def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatc
         others = {"loss", "grad_norm", "learning_rate", "kl", "entropy", "clip_ratio/region_mean", "data/skipped"}
         assert others | {"nonfinite_steps", "sampling/sampling_logp_difference/mean"} <= row.keys()
         assert row["sampling/sampling_logp_difference/max"] < 2e-5
+        assert 0 <= row["sampling/kl_k3"] < 1e-9
+        assert abs(row["sampling/chi2"]) < 4e-5
+        assert 1 - 1e-8 < row["sampling/ess"] <= 1 + 1e-12
 
 
 @pytest.mark.slow
@@ -403,7 +406,9 @@ def test_a_run_on_a_server(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_server.FakeServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options |= {"rollout__engine": "server", "rollout__url": server.url, "rollout__timeout": PATIENCE}
-        run = lab.make(**options)
+        with pytest.warns(UserWarning, match=r"top_p 0\.95: a server returns log-probs") as warned:
+            run = lab.make(**options)
+        assert sum("log-probs" in str(warning.message) for warning in warned) == 1
         monkeypatch.setattr(fake_server, "TOKENIZER", run.model.tokenizer)
         monkeypatch.setattr(fake_server, "SPECIAL", run.model.special)
         final = run.train()
@@ -411,5 +416,8 @@ def test_a_run_on_a_server(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         loaded = [body for path, body in server.controlled if path.endswith("collective_rpc")]
         server.shutdown()
     assert len(loaded) == 2  # before each rollout
-    assert last_metrics(lab.folder)["rollout/failed"] == 0
+    last = last_metrics(lab.folder)
+    assert last["rollout/failed"] == 0
+    assert last["sampling/kl_k3"] > 0  # the reply's log-probs are made up
+    assert 0 < last["sampling/ess"] < 1
     assert not same_weights(weights(lab.assets.model), weights(final))

@@ -20,6 +20,7 @@ from videor1.report.metrics import Metrics, read_metrics
 
 SERIES = (
     "loss", "grad_norm", "learning_rate", "epoch", "reward", "rewards/accuracy/mean", "rewards/format/mean",
+    "sampling/kl_k3", "sampling/chi2", "sampling/ess", "sampling/truncated", "sampling/masked",
     "frac_reward_zero_std", "kl", "entropy", "clip_ratio/region_mean", "completions/mean_length",
     "completions/max_length", "completions/clipped_ratio", "temporal/p", "temporal/p_shuffled", "temporal/bonus",
     "temporal/rewarded", "rollout/shuffled_asked", "rollout/shuffled_skipped", "rollout/shuffled_stopped",

@@ -46,6 +46,7 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path, gathered: Ga
     options = SamplingOptions(config.max_completion_length, config.temperature, config.top_p, config.top_k)
     rollout = config.rollout
     if rollout.engine == "server":
+        from videor1.rollout.server.answer import logp_warning
         from videor1.rollout.server.engine import ServerEngine
 
         if model.family.server_video is None:
@@ -56,6 +57,8 @@ def make_engine(config: TrainConfig, model: VideoLM, run_dir: Path, gathered: Ga
                 "their answers to clips of more than a few seconds come from another policy than this one",
                 stacklevel=2,
             )
+        if warning := logp_warning(options):
+            warnings.warn(warning, stacklevel=2)
         return ServerEngine(
             url=rollout.url,
             model=rollout.model,

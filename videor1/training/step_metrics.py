@@ -12,6 +12,7 @@ from torch import Tensor
 
 from videor1.rollout import Rollout
 from videor1.training.batch import Batch, concatenate
+from videor1.training.mismatch import WeightBounds, mismatch
 from videor1.training.rows import TrainingRow
 from videor1_kernels import GrpoLoss
 
@@ -23,7 +24,7 @@ class StepReport:
     batch: Batch  # without media and features
     tokens: list[float]  # completion tokens of each row
     means: dict[str, list[float]]  # mean of each row, by name: kl, entropy, clip_fraction
-    gaps: Tensor  # [N] absolute difference of the log-probs in training and at sampling, in nats
+    log_ratios: list[Tensor]  # of each completion in a row: log-prob in training less that at sampling, in nats
     packed_tokens: int  # prompt and completion tokens of all rows
     left_out: int  # groups that are in no row
 
@@ -32,9 +33,12 @@ def make_step_report(
     batch: Batch, rows: Sequence[TrainingRow], results: Sequence[GrpoLoss], left_out: int
 ) -> StepReport:
     """Return this rank's report of its completions and its training passes."""
-    logps, empty = [c.logp for g in batch.groups for c in g.ordered], torch.empty(0)
-    sampled = torch.cat([empty, *(logps[i] for row in rows for i in row.completions.tolist())])
-    gaps = (torch.cat([empty, *(r.logp.cpu() for r in results)]) - sampled).abs()
+    logps = [c.logp for g in batch.groups for c in g.ordered]
+    log_ratios = []
+    for row, result in zip(rows, results, strict=True):
+        sampled = [logps[i] for i in row.completions.tolist()]
+        trained = result.logp.cpu().split([len(logp) for logp in sampled])
+        log_ratios += [ours - theirs for ours, theirs in zip(trained, sampled, strict=True)]
     names = ("kl", "entropy", "clip_fraction")
     groups = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
     stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
@@ -42,13 +46,15 @@ def make_step_report(
         replace(batch, groups=groups, features=[None] * len(groups), rollout=stats),
         [float(len(row.packed.labels)) for row in rows],
         {name: [_row_mean(getattr(result, name)) for result in results] for name in names},
-        gaps[~gaps.isnan()],  # NaN where a server returned no log-probs.
+        log_ratios,
         sum(row.packed.layout.total_tokens for row in rows),
         left_out,
     )
 
 
-def step_metrics(reports: Sequence[StepReport], phases: Mapping[str, float], seconds: float) -> dict[str, Any]:
+def step_metrics(
+    reports: Sequence[StepReport], phases: Mapping[str, float], seconds: float, bounds: WeightBounds | None = None
+) -> dict[str, Any]:
     """Return the metrics of a step.
 
     They have TRL's names, plus ``temporal/*``, ``rollout/*``, ``sampling/*``, ``pass/*`` and ``time/*``.
@@ -56,6 +62,7 @@ def step_metrics(reports: Sequence[StepReport], phases: Mapping[str, float], sec
     Args:
         phases: seconds of each phase, by the metric's name.
         seconds: of the whole step.
+        bounds: of the importance weights that correct for the policy at sampling; None: there is no correction.
     """
     batch = concatenate([report.batch for report in reports])
     groups, scored = batch.groups, batch.scored
@@ -63,7 +70,9 @@ def step_metrics(reports: Sequence[StepReport], phases: Mapping[str, float], sec
     if not groups:
         return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **phases}
     result, lengths = scored.result, scored.lengths
-    gap = torch.cat([report.gaps for report in reports])
+    log_ratios = [ratio for report in reports for ratio in report.log_ratios]
+    gap = torch.cat([torch.empty(0), *log_ratios]).abs()
+    gap = gap[~gap.isnan()]  # NaN where a server returned no log-probs.
     video = torch.tensor([g.shuffled_asked > 0 for g in groups])
     known, stats = ~result.p_shuffled.isnan(), batch.rollout.stats
     tokens = [count for report in reports for count in report.tokens]
@@ -104,6 +113,7 @@ def step_metrics(reports: Sequence[StepReport], phases: Mapping[str, float], sec
         "rollout/failed": failed,
         "sampling/sampling_logp_difference/mean": float(gap.mean()),  # NaN where there is none
         "sampling/sampling_logp_difference/max": float(gap.max()) if len(gap) else math.nan,
+        **mismatch(log_ratios, bounds),
         "pass/rows": len(tokens),
         "pass/tokens": sum(report.packed_tokens for report in reports),
         "pass/groups_left_out": sum(report.left_out for report in reports),

@@ -1,6 +1,7 @@
 """What a request says and brings, and what becomes of a server's answer."""
 
 import math
+import re
 import warnings
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from tiny import make_lm, make_media, make_prompt
 
 from videor1.rollout import SamplingOptions
 from videor1.rollout.protocol import Branch, Request, RolloutError
+from videor1.rollout.server.answer import logp_warning
 from videor1.rollout.server.media import media_fields, media_frames, media_part
 from videor1.seeding import derive_seed
 from videor1.types import Clip, Prompt
@@ -88,6 +90,22 @@ def test_where_an_answer_ends(server: FakeServer) -> None:
         assert bool(answer.logp.isfinite().all()) is known
         assert bool(answer.logp.isnan().all()) is not known
         assert server.asked[-1]["logprobs"] is known
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, None),
+        ({"temperature": 0.0, "top_p": 0.5}, None),  # greedy: nothing is sampled
+        ({"temperature": 0.7}, "temperature 0.7: .*not used"),
+        ({"temperature": 1.2, "top_p": 0.9}, "temperature 1.2: "),
+        ({"top_p": 0.95}, "top_p 0.95: .*a part of it"),
+        ({"top_k": 20, "top_p": 0.9}, "top_p 0.9, top_k 20: "),
+    ],
+)
+def test_log_probs_that_are_not_of_what_was_sampled_are_told(options: dict[str, float], message: str | None) -> None:
+    said = logp_warning(SamplingOptions(64, **options))
+    assert said is None if message is None else re.match(message, said or "")
 
 
 def test_sglang_names_the_token_ids_otherwise(server: FakeServer) -> None:

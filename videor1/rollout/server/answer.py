@@ -17,6 +17,26 @@ from videor1.types import Completion, Prompt
 _ROUNDING = 1e-3  # by which a server's kernels may put the log-prob of a certain token above 0
 
 
+def logp_warning(options: SamplingOptions) -> str | None:
+    """Return what to tell where a server's log-probs cannot be those of what was sampled; None where they can.
+
+    vLLM (by default) and SGLang return log-probs at temperature 1 before top-p and top-k. The trainer's are at the
+    sampling temperature, and ignore top-p and top-k as well.
+    """
+    if options.temperature not in (0.0, 1.0):
+        return (
+            f"temperature {options.temperature:g}: a server returns log-probs at temperature 1, which are not those of "
+            "what was sampled; they are not used, so that sampling/* has no values and nothing can be corrected by them"
+        )
+    cut = [f"top_p {options.top_p:g}"] * (options.top_p < 1) + [f"top_k {options.top_k}"] * (options.top_k > 0)
+    if cut and options.temperature:
+        return (
+            f"{', '.join(cut)}: a server returns log-probs of the whole distribution, and tokens were sampled from a "
+            "part of it; sampling/* compares whole ones, and top_p 1 and top_k 0 make them those of what was sampled"
+        )
+    return None
+
+
 class AnswerReader:
     """Converts the replies of one server to completions."""
 
