@@ -138,7 +138,7 @@ CASES: list[tuple[TrainConfig, list[float], list[float], bool | None]] = [
     *((REWARD, [1, 1, 1, 1], [], False), (ADVANTAGE, [1, 1, 1, 1], [], True)),
     # A bonus for all is part of the batch's deviation, and normalised by itself it is none.
     *((BATCH, [0, 0, 0, 0], [], False), (BATCH, [1, 1, 1, 1], [], True), (BATCH, [1], [], True)),
-    (make_config("reference", "reward", "ema_task"), [1, 1, 1, 1], [], True),
+    (make_config("margin", "reward", "ema_task"), [1, 1, 1, 1], [], True),
     (make_config("margin", "reward", "gdpo"), [1, 1, 1, 1], [], False),
     # reference, mu 0.8: p = 0.5 passes p~ up to 0.625. One wrong shuffled answer of two decides, one right not.
     *((REWARD, [1, 1, 0, 0], [0], False), (REWARD, [1, 1, 0, 0], [1], True)),
@@ -190,7 +190,7 @@ def test_a_bonus_that_all_of_a_group_get_moves_the_others_of_its_batch() -> None
 
 @pytest.mark.parametrize(
     ("rule", "apply", "normalize"),
-    [("margin", "advantage", "std"), ("reference", "reward", "std"), ("reference", "reward", "batch")],
+    [("margin", "advantage", "std"), ("reference", "reward", "std"), ("margin", "reward", "batch")],
 )
 def test_a_run_is_the_same_with_and_without(
     rule: str, apply: str, normalize: str, assets: Assets, tmp_path: Path

@@ -160,6 +160,10 @@ def test_trained_with(options: dict[str, Any], ranks: ForkServer, lab: Lab) -> N
     lab.make("one", per_device_train_batch_size=2, **options).train()
     ranks.run_ranks(train_flags(lab.assets, lab.folder / "two", **options, **zero(3)))
     assert_same_runs(lab.folder / "one", lab.folder / "two", lab.assets, 2)
+    states = [dict(checkpoints(lab.folder / name))[2] / "trainer" / "state.json" for name in ("one", "two")]
+    moments = [json.loads(state.read_text()).get("reward_moments") for state in states]
+    assert moments[0] == moments[1]  # to the bit
+    assert bool(moments[0]) == (options.get("normalize") == "ema_task")
 
 
 @pytest.mark.parametrize("decode_weights", ["auto", "model"])
