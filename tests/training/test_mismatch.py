@@ -48,7 +48,7 @@ def test_they_estimate_the_divergences() -> None:
         ({"level": "token", "high": 2.0}, 1),
         ({"level": "token", "low": 0.5, "high": 1.4}, 4),
         ({"level": "token", "low": 0.95}, 2),
-        ({"level": "sequence", "high": 2.0}, 1),
+        ({"level": "sequence", "low": 0.5, "high": 1.5}, 1),  # products of the weights: 0.47; 7.39; 1.65; 1
         ({"level": "sequence", "low": 0.8, "high": 1.1}, 7),
         ({"level": "token", "low": 0.0, "high": math.inf}, 0),
     ],

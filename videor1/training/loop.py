@@ -1,7 +1,8 @@
 """The training loop that SFT and T-GRPO share: optimizer steps, metrics, checkpoints, exact resume, signals.
 
 Every random number is derived from (seed, name, position), never from a running global generator. The state of a run is
-therefore its weights, its optimizer state, its step and its position in the data.
+therefore its weights, its optimizer state, its step and its position in the data; a trainer may add what it averages
+over steps.
 """
 
 from __future__ import annotations
