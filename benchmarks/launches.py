@@ -22,7 +22,7 @@ from torch import Tensor
 from videor1_kernels.add_rms_norm.triton import add_rms_norm
 from videor1_kernels.group_advantage import reference as group_advantage
 from videor1_kernels.group_advantage.triton import tgrpo_advantages
-from videor1_kernels.grpo_loss import reference as grpo_loss
+from videor1_kernels.grpo_loss import records
 from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.products import logits_buffer, narrow_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics
@@ -224,7 +224,7 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 def _terms() -> Iterator[Launch]:
     def options(loss_type: str, level: str, clips: tuple[float | None, float | None], beta: float) -> Any:
-        return grpo_loss.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0)
+        return records.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0)
 
     def launch(
         completions: int,
@@ -237,6 +237,7 @@ def _terms() -> Iterator[Launch]:
         **given: bool,
     ) -> None:
         old, ref = (memory(6144, dtype=dtype) if wanted else None for wanted in (given.get("old", True), beta))
+        factors = (memory(6144), memory(6144)) if "weighted" in given else (None, None)
         terms(
             memory(6144, dtype=dtype),
             old,
@@ -248,12 +249,14 @@ def _terms() -> Iterator[Launch]:
             memory(1, dtype=torch.int64)[0],
             options(loss_type, level, clips, beta),
             memory(6144),
+            factors=factors,
+            completions=memory(1, dtype=torch.int64)[0] if "weighted" in given else None,
         )
 
     def launch_whole(loss_type: str, level: str, beta: float, masked: bool, lengths: torch.dtype, size: int) -> None:
         logp, mask = ALIGNED(6144), ALIGNED(6144, dtype=torch.bool).fill_(True) if masked else None
         advantages, cu_seqlens = ALIGNED(size), ALIGNED(size + 1, dtype=lengths)
-        completions = grpo_loss.Completions(advantages, cu_seqlens, logp, logp)
+        completions = records.Completions(advantages, cu_seqlens, logp, logp)
         whole_terms(logp, completions, mask, options(loss_type, level, (0.2, 0.2), beta))
 
     yield "on policy, KL", ONCE
@@ -266,6 +269,8 @@ def _terms() -> Iterator[Launch]:
     launch(333, ALIGNED, "grpo", "sequence", (0.2, None), 0.04, masked=True)
     yield "GSPO over all tokens, one segment, fp16", ONCE
     launch(1, ALIGNED, "bnpo", "sequence", dtype=FP16)
+    yield "weights, of completions that count, KL", TARGETS
+    launch(333, ALIGNED, "grpo", "token", (0.2, 0.28), 0.04, weighted=True)
     yield "whole completions, KL, int32", TARGETS
     launch_whole("grpo", "token", 0.04, False, torch.int32, 16)
     yield "whole completions, all tokens, mask, sequence, int64", ONCE

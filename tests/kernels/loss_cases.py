@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,23 @@ LOSSES = [
 LEVELS = ("token", "sequence")
 CLIPS = [(None, None), (0.2, None), (None, 0.28), (0.2, 0.28)]
 BOTH = {"clip_low": 0.2, "clip_high": 0.28}
+# What may weigh tokens: which of the tensors of ``weighted_case`` are given, and the options for them.
+WEIGHTS: list[dict[str, Any]] = [
+    {"importance_correction": "token", "correction_min": 0.7, "correction_max": 1.4},
+    {"importance_correction": "token", "correction_mode": "mask", "correction_min": 0.7, "correction_max": 1.4},
+    {"importance_correction": "sequence", "correction_max": 1.05},
+    {"importance_correction": "sequence", "correction_mode": "mask", "correction_min": 0.95, "correction_max": None},
+    {"token_weight": True},
+    {"completion_mask": True},
+    {"importance_correction": "token", "correction_mode": "mask", "token_weight": True, "completion_mask": True},
+]
+BOUNDS: list[dict[str, Any]] = [
+    {},
+    {"delta": 1.5},
+    {"delta": 1.1},
+    {"clip_dual": 1.3},
+    {"delta": 2.0, "clip_dual": 1.6},
+]
 LENGTHS = (5, 1, 0, 5)
 LEAVES = ("hidden", "weight", "bias")
 
@@ -213,11 +231,21 @@ def naive(
     importance_level: str = "token",
     max_completion_length: float = 0,
     num_tokens: float = 0,
+    rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    importance_correction: str = "none",
+    correction_mode: str = "truncate",
+    correction_min: float | None = None,
+    correction_max: float | None = 2.0,
+    delta: float | None = None,
+    clip_dual: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KL and clip fraction."""
     nothing = logp[:0].sum()
     per_completion, kls, clipped, count = [], [nothing], 0, 0
-    for s in range(len(advantages)):
+    completions = [s for s in range(len(advantages)) if completion_mask is None or completion_mask[s]]
+    for s in completions:
         kept = [t for t in range(int(cu_seqlens[s]), int(cu_seqlens[s + 1])) if mask is None or mask[t]]
         if not kept:
             continue
@@ -225,21 +253,39 @@ def naive(
         lp, a = logp[kept], advantages[s]
         log_ratio = lp - (lp.detach() if old_logp is None else old_logp[kept])
         if importance_level == "sequence":
-            log_ratio = log_ratio.mean().expand(len(kept))
+            mean = log_ratio.mean().expand(len(kept))
+            # Where tokens weigh differently, GSPO-token's: the same number, through a token's own log-prob.
+            weighted = rollout_logp is not None or token_weight is not None
+            log_ratio = mean.detach() + lp - lp.detach() if weighted else mean
         r = log_ratio.exp()
         bounded = r.clamp(0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high)
-        terms = -torch.minimum(r * a, bounded * a)
-        clipped += int((bounded * a < r * a).sum())
+        if delta is not None and clip_high is None:
+            bounded = bounded.clamp(max=delta)
+        gains = torch.minimum((r if delta is None else r.clamp(max=delta)) * a, bounded * a)
+        if clip_dual is not None and a < 0:
+            gains = torch.maximum(gains, clip_dual * a)
+        terms = -gains
+        clipped += int((gains != r * a).sum())
+        inside = torch.ones_like(lp)
+        if importance_correction != "none":
+            assert rollout_logp is not None
+            gap = ((lp if old_logp is None else old_logp[kept]) - rollout_logp[kept]).detach()
+            w = (gap if importance_correction == "token" else gap.mean().expand(len(kept))).exp()
+            low = 0.0 if correction_min is None else correction_min
+            high = math.inf if correction_max is None else correction_max
+            if correction_mode == "mask":
+                inside = ((w >= low) & (w <= high)).to(lp.dtype)
+            terms = terms * (w if correction_mode == "mask" else w.clamp(low, high))
         if beta:
             assert ref_logp is not None
             x = (ref_logp[kept] - lp).clamp(-kl_clamp, kl_clamp)
             terms = terms + beta * (x.exp() - x - 1)
             kls.append((x.exp() - x - 1).sum())
-        per_completion.append(terms)
+        per_completion.append(terms * inside * (1.0 if token_weight is None else token_weight[kept]))
     if loss_type == "grpo":
-        loss = sum((terms.mean() for terms in per_completion), nothing) / max(len(advantages), 1)
+        loss = sum((terms.mean() for terms in per_completion), nothing) / max(len(completions), 1)
     else:
-        size = {"bnpo": count, "dr_grpo": len(advantages) * max_completion_length, "dapo": num_tokens}[loss_type]
+        size = {"bnpo": count, "dr_grpo": len(completions) * max_completion_length, "dapo": num_tokens}[loss_type]
         loss = sum((terms.sum() for terms in per_completion), nothing) / (size or 1)
     return loss, sum(kls).detach() / max(count, 1), nothing.detach() + clipped / max(count, 1)
 
@@ -268,6 +314,36 @@ def make_case(
     return leaf(logp.to(DEVICE, dtype)), case | {"cu_seqlens": cumulative(lengths)}
 
 
+def weighted(case: dict[str, Any], chosen: dict[str, Any], seed: int = 7) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The case with the tensors that an entry of WEIGHTS asks for, NaN where masked, and the options of the entry.
+
+    Without old log-probs the sampler's lie around the reference's, as those of the policy do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    options = dict(chosen)
+    base = case["ref_logp"] if case.get("old_logp") is None else case["old_logp"]
+    noise = torch.randn(len(base), generator=generator).to(base)
+    found = {}
+    if "importance_correction" in options:
+        found["rollout_logp"] = base + 0.5 * noise
+    if options.pop("token_weight", False):
+        found["token_weight"] = (noise - 0.2).clamp(min=0)
+    if case.get("mask") is not None:
+        for values in found.values():
+            values[~case["mask"]] = math.nan
+    if options.pop("completion_mask", False):
+        found["completion_mask"] = torch.arange(len(case["advantages"]), device=DEVICE) != 0
+    return case | found, options
+
+
+def counted(case: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+    """bool [N], the tokens that neither a mask nor the mask of completions leaves out; None: all."""
+    if case.get("completion_mask") is None:
+        return mask
+    whole = case["completion_mask"].repeat_interleave(case["cu_seqlens"].long().diff())
+    return whole if mask is None else mask & whole
+
+
 def check_loss(backend: str, logp: Tensor, case: dict[str, Any], **options: Any) -> tuple[GrpoLoss, Tensor]:
     """grpo_loss against ``naive``; loss and statistics are fp32 or wider, the gradient of the log-probs' dtype."""
     with poisoned_memory():
@@ -277,7 +353,8 @@ def check_loss(backend: str, logp: Tensor, case: dict[str, Any], **options: Any)
     exact = leaf(logp.double())
     oracle = naive(exact, **double(case), **options)
     (exact_grad,) = torch.autograd.grad(3 * oracle[0], exact)
-    shown = exact.detach() if case.get("mask") is None else exact.detach().masked_fill(~case["mask"], 0.0)
+    mask = counted(case, case.get("mask"))
+    shown = exact.detach() if mask is None else exact.detach().masked_fill(~mask, 0.0)
     wide = torch.promote_types(logp.dtype, torch.float32)
     for a, o in zip((ours.loss, ours.kl, ours.clip_fraction, ours.logp), (*oracle, shown), strict=True):
         assert a.dtype == wide
@@ -328,6 +405,8 @@ def check_linear(
     """linear_grpo_loss against both oracles. Statistics to fp32's rounding, gradients to their dtype's."""
     ours, grads = run_linear(backend, head, case, factor, temperature=temperature, **options)
     exact = head.oracle()
+    if (mask := counted(case, None)) is not None:
+        exact = replace(exact, labels=exact.labels.masked_fill(~mask, -100))
     logp, entropy = evaluate("dense", exact, temperature)
     loss, kl, clip_fraction = naive(logp, **double(case), mask=exact.labels != -100, **options)
     *exact_grads, coefficient = torch.autograd.grad(factor * loss, [*exact.leaves, logp])

@@ -40,6 +40,151 @@ def test_equals_naive(
             assert ours.clip_fraction > 0
 
 
+@pytest.mark.grid(
+    weights=cases.WEIGHTS,
+    bounds=cases.BOUNDS,
+    loss=cases.LOSSES,
+    level=cases.LEVELS,
+    clips=cases.CLIPS,
+    kind=cases.KINDS[:2],
+    beta=[0.0, 0.04],
+    old=[True, False],
+    masked=[True, False],
+)
+def test_weighted_and_bounded_terms(
+    weights: dict[str, Any],
+    bounds: dict[str, Any],
+    loss: dict[str, Any],
+    level: str,
+    clips: cases.Clips,
+    kind: cases.Kind,
+    beta: float,
+    old: bool,
+    masked: bool,
+) -> None:
+    backend, dtype = kind
+    logp, case = cases.make_case((5, 1, 0, 5, 3), dtype=dtype, masked=masked)
+    if not old:
+        case["old_logp"] = None
+    case, options = cases.weighted(case, weights)
+    bounded = {"importance_level": level, "beta": beta, "clip_low": clips[0], "clip_high": clips[1], **bounds}
+    ours, _ = cases.check_loss(backend, logp, case, **loss, **options, **bounded)
+    if options.get("correction_mode") == "mask":
+        assert ours.skipped_rows > 0
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases.KINDS[:2])
+def test_weights_of_one_change_no_bit(backend: str, dtype: torch.dtype) -> None:
+    """Neither a sampler that is the old policy, nor weights that are 1; nor a mask that lets all through."""
+    for level in cases.LEVELS:
+        logp, case = cases.make_case(dtype=dtype, masked=True)
+        want, want_grad = cases.check_loss(backend, logp, case, importance_level=level, **cases.BOTH)
+        ones = {
+            "rollout_logp": case["old_logp"],
+            "token_weight": torch.ones_like(logp),
+            "completion_mask": torch.ones(len(case["advantages"]), dtype=torch.bool, device=DEVICE),
+        }
+        for correction in ("none", "token", "sequence"):
+            for mode in ("truncate", "mask"):
+                options = {"importance_correction": correction, "correction_mode": mode, **cases.BOTH}
+                ours = grpo_loss(logp, **case | ones, importance_level=level, backend=backend, **options)
+                (grad,) = torch.autograd.grad(3 * ours.loss, logp)
+                for a, b in zip(
+                    (ours.loss, ours.kl, ours.clip_fraction, grad),
+                    (want.loss, want.kl, want.clip_fraction, want_grad),
+                    strict=True,
+                ):
+                    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_correction_by_hand(backend: str) -> None:
+    """Ratios of 1 and weights of 4, 1/4 and 1: A = 2, by token, by completion (all of weight 1), cut or left out."""
+    logp, two = torch.tensor([-1.0, -2.0, -3.0], device=DEVICE), torch.tensor([2.0], device=DEVICE)
+    apart = torch.tensor([math.log(4), -math.log(4), 0.0], device=DEVICE)
+    case = {"rollout_logp": logp - apart, "ref_logp": logp - 1.0, "loss_type": "bnpo", "backend": backend}
+    kl = math.exp(-1) + 1 - 1
+    for options, weights, kept in (
+        ({"importance_correction": "token"}, 2 + 1 / 4 + 1, 3),
+        ({"importance_correction": "token", "correction_min": 0.5}, 2 + 1 / 2 + 1, 3),
+        ({"importance_correction": "token", "correction_max": None}, 4 + 1 / 4 + 1, 3),
+        ({"importance_correction": "token", "correction_mode": "mask"}, 1 / 4 + 1, 2),
+        ({"importance_correction": "token", "correction_mode": "mask", "correction_min": 0.5}, 1, 1),
+        ({"importance_correction": "sequence", "correction_mode": "mask", "correction_min": 0.9}, 3, 3),
+        ({"importance_correction": "sequence", "correction_mode": "mask", "correction_max": 0.9}, 0, 0),
+    ):
+        out = grpo_loss(leaf(logp), two, cases.cumulative([3]), beta=0.3, **case, **options)
+        assert out.loss.item() == pytest.approx((-2 * weights + 0.3 * kept * kl) / 3, rel=1e-6)
+        assert out.kl.item() == pytest.approx(kl, rel=1e-6)  # of all tokens, whatever they weigh
+        assert out.skipped_rows == 3 - kept
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_bounds_by_hand(backend: str) -> None:
+    """A ratio of e^2 with A = -1 costs e^2; delta and the dual clip bound it, and its gradient is gone."""
+    logp, minus = torch.zeros(1, device=DEVICE), -torch.ones(1, device=DEVICE)
+    case = {"old_logp": logp - 2.0, "beta": 0, "backend": backend}
+    for options, cost in (
+        ({"clip_high": 0.2}, math.exp(2)),
+        ({"clip_high": 0.2, "delta": 4.0}, 4.0),
+        ({"clip_high": 0.2, "delta": 1.1}, 1.2),
+        ({"delta": 4.0}, 4.0),
+        ({"clip_dual": 3.0}, 3.0),
+        ({"clip_high": 0.2, "delta": 4.0, "clip_dual": 3.0}, 3.0),
+    ):
+        out = grpo_loss(leaf(logp), minus, cases.cumulative([1]), **case, **options)
+        assert out.loss.item() == pytest.approx(cost, rel=1e-6)
+        assert out.skipped_rows == out.clip_fraction.item() == (cost < 5)
+    for options, gain in (
+        ({"delta": 4.0}, 4.0),
+        ({"delta": 1.1, "clip_high": 0.2}, 1.1),
+        ({"clip_dual": 3.0}, math.exp(2)),
+    ):
+        out = grpo_loss(leaf(logp), -minus, cases.cumulative([1]), **case, **options)
+        assert out.loss.item() == pytest.approx(-gain, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_a_completion_that_does_not_count_is_as_if_it_were_not_there(backend: str) -> None:
+    logp, case = cases.make_case((3, 4, 2))
+    want = grpo_loss(
+        logp[3:],
+        case["advantages"][1:],
+        cases.cumulative([4, 2]),
+        old_logp=case["old_logp"][3:],
+        ref_logp=case["ref_logp"][3:],
+        backend=backend,
+    )
+    case["completion_mask"] = torch.tensor([False, True, True], device=DEVICE)
+    case["old_logp"][:3] = math.nan
+    ours, grad = cases.check_loss(backend, logp, case)
+    assert torch.equal(ours.loss, want.loss)
+    assert (grad[:3] == 0).all()
+    none = {"completion_mask": torch.zeros(3, dtype=torch.bool, device=DEVICE)}
+    for loss in cases.LOSSES:
+        ours, _ = cases.check_loss(backend, logp, case | none, **loss)
+        assert (ours.loss, ours.kl, ours.skipped_rows) == (0, 0, 9)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_what_weighs_nothing_may_overflow(backend: str) -> None:
+    """A weight of 0 takes a term of infinity away, and one that overflows leaves an advantage of 0 alone."""
+    logp = leaf(torch.zeros(3, device=DEVICE))
+    case = {
+        "advantages": torch.tensor([-1.0, 0.0, 1.0], device=DEVICE),
+        "cu_seqlens": cases.cumulative([1, 1, 1]),
+        "old_logp": torch.tensor([-200.0, 0.0, 0.0], device=DEVICE),
+        "rollout_logp": torch.tensor([-200.0, -200.0, 0.0], device=DEVICE),
+        "token_weight": torch.tensor([0.0, 1.0, 1.0], device=DEVICE),
+    }
+    options = {"beta": 0, "importance_correction": "token", "correction_max": None}
+    out = grpo_loss(logp, **case, **options, backend=backend)
+    assert (out.loss.item(), out.skipped_rows) == (pytest.approx(-1 / 3), 2)
+    assert torch.autograd.grad(out.loss, logp)[0].tolist() == [0, 0, pytest.approx(-1 / 3)]
+
+
 @pytest.mark.parametrize("level", cases.LEVELS)
 def test_gradcheck(level: str) -> None:
     logp, case = cases.make_case(dtype=torch.float64)
@@ -47,6 +192,12 @@ def test_gradcheck(level: str) -> None:
     assert torch.autograd.gradcheck(
         lambda x: grpo_loss(x, **case, importance_level=level, **cases.BOTH, beta=0.1).loss, logp
     )
+    for weights in cases.WEIGHTS if level == "token" else ():  # GSPO-token holds its ratio, which differences cannot
+        given, options = cases.weighted(case, weights)
+        bounds = options | cases.BOTH | {"delta": 1.5, "clip_dual": 3.0}
+        assert torch.autograd.gradcheck(
+            lambda x, given=given, bounds=bounds: grpo_loss(x, **given, **bounds).loss, logp
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
 def options(**chosen: Any) -> GrpoLossOptions:
     given = {"loss_type": "grpo", "beta": 0.0, "clip_low": None, "clip_high": None, "kl_clamp": 10.0} | chosen
-    return GrpoLossOptions(**given, importance_level="token", max_completion_length=None, num_tokens=None)
+    return GrpoLossOptions(**{"importance_level": "token", "max_completion_length": None, "num_tokens": None} | given)
 
 
 def head(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[HeadInputs, Completions]:
@@ -105,13 +106,27 @@ def test_a_clipped_loss_waits_for_the_size_of_each_chunk(waits: Any, monkeypatch
     assert seen == ["tolist", *["nonzero"] * -(-int((inputs.labels != -100).sum()) // 8)]
 
 
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_a_truncating_correction_does_not_wait(waits: Any, correction: str) -> None:
+    """Nor do completions that do not count; weights that may be 0 have their rows read, by chunk."""
+    inputs, completions = head(old_logp=None)
+    completions = completions._replace(
+        rollout_logp=completions.ref_logp, completion_mask=torch.ones_like(completions.advantages, dtype=torch.bool)
+    )
+    for mode, seen_by_chunk in (("truncate", []), ("mask", ["nonzero"])):
+        with waits() as seen:
+            chosen = options(importance_correction=correction, correction_mode=mode)
+            grpo.linear_grpo_loss(inputs, completions, chosen, (True, True, False))
+        assert seen == ["tolist", *seen_by_chunk]
+
+
 def test_checks_wait_with_the_rest(waits: Any) -> None:
     """Of the operator: lengths, labels and temperatures are read together, and every fault still has its message."""
     inputs, completions = head(old_logp=None)
     size = len(inputs.labels)
 
     def call(labels: torch.Tensor, temperatures: torch.Tensor, cu_seqlens: torch.Tensor) -> Any:
-        chosen = ("grpo", 0.0, None, None, 10.0, "token", None, None)
+        chosen = astuple(options())
         given = completions._replace(cu_seqlens=cu_seqlens)
         run = grpo_ops.linear_grpo_loss_op._init_fn
         return run(
@@ -151,6 +166,9 @@ def test_what_a_graph_can_capture_never_waits(waits: Any, monkeypatch: pytest.Mo
     with waits() as seen:
         found = logprob.forward(inputs)
         grpo.grpo_loss(logp.detach(), Completions(**case), None, options(**BOTH))
+        for correction in ("token", "sequence"):
+            given = Completions(**case, rollout_logp=logp.detach(), completion_mask=case["advantages"] > 0)
+            grpo.grpo_loss(logp.detach(), given, None, options(importance_correction=correction))
         out, kept = logprob.selective_forward(sliced, index, 0.7)
         logprob.selective_backward(torch.ones_like(out), sliced, index, 0.7, kept)
         for splits in (1, 2):

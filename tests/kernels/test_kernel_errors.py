@@ -15,7 +15,10 @@ import videor1_kernels as vk
 
 N, CU = torch.zeros(3), torch.tensor([0, 1, 3], dtype=torch.int32)
 HEAD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(3).long()}
-LOSS = {"advantages": torch.zeros(2), "cu_seqlens": CU, "old_logp": N, "ref_logp": N}
+LOSS = {"advantages": torch.zeros(2), "cu_seqlens": CU, "old_logp": N, "ref_logp": N, "rollout_logp": N} | {
+    "token_weight": N,
+    "completion_mask": torch.zeros(2) == 0,
+}
 GROUP = torch.zeros(2, 3)
 FRAMES = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
 
@@ -151,13 +154,15 @@ def parameters(kind: str) -> list[tuple[str, str]]:
 KINDS = ("float", "float | None", "float | Tensor", "int | None")
 NUMBERS = [case for kind in KINDS for case in parameters(kind)]
 ABOVE_0 = ("temperature", "scale", "clip_low", "clip_high", "kl_clamp", "num_tokens", "max_completion_length")
+ABOVE_0 += ("delta", "correction_max")
 READ_WITH = {"num_tokens": {"loss_type": "dapo"}, "max_completion_length": {"loss_type": "dr_grpo"}}
 
 
 @pytest.mark.parametrize(("op", "name"), NUMBERS)
 def test_numbers_that_are_none_or_out_of_range(op: str, name: str) -> None:
-    default = inspect.signature(getattr(vk, op)).parameters[name].default
-    for value in (math.nan, math.inf, "1", True, -1.0, *([] if default is None else [None])):
+    parameter = inspect.signature(getattr(vk, op)).parameters[name]
+    may_be_none = parameter.default is None or parameter.annotation == "float | None"
+    for value in (math.nan, math.inf, "1", True, -1.0, *([] if may_be_none else [None])):
         if value == -1.0 and name in ("correct_above", "length_bonus"):
             continue
         assert f"{op}: {name}: expected " in error_of(op, GOOD[op] | READ_WITH.get(name, {}) | {name: value})
@@ -204,6 +209,15 @@ OF_LOSS: Values = [
     ({"cu_seqlens": ids(0, 2, 4)}, "cu_seqlens: expected the first entry 0 and the last 3, got 0 and 4"),
     ({"old_logp": zeros(2)}, "old_logp: expected shape [3], got [2]"),
     ({"ref_logp": zeros(4)}, "ref_logp: expected shape [3], got [4]"),
+    ({"rollout_logp": zeros(4)}, "rollout_logp: expected shape [3], got [4]"),
+    ({"token_weight": zeros(2)}, "token_weight: expected shape [3], got [2]"),
+    ({"completion_mask": zeros(3) == 0}, "completion_mask: expected shape [2], got [3]"),
+    (
+        {"importance_correction": "token", "rollout_logp": None},
+        "rollout_logp: expected a tensor [3], as importance_correction is 'token', got None",
+    ),
+    ({"correction_min": 3.0}, "correction_min: expected at most correction_max, 2, got 3.0"),
+    ({"clip_dual": 1.0}, "clip_dual: expected a finite number above 1, got 1.0"),
 ]
 OF_DELTA: Values = [
     ({"q": zeros(5, 0, 8)}, "q: expected at least one head of at least one entry"),

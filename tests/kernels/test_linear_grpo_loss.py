@@ -18,6 +18,7 @@ from videor1_kernels.testing import assert_matches, assert_no_worse, poisoned_me
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 ROWS = sum(cases.LENGTHS)
+LONG = (5, 1, 0, 6, 2, 1, 1)
 
 
 @pytest.mark.grid(
@@ -32,6 +33,84 @@ def test_equals_both_oracles(
         case["old_logp"] = None
     options = {"importance_level": level, "beta": beta, "clip_low": clips[0], "clip_high": clips[1]}
     cases.check_linear(backend, head, case, **loss, **options)
+
+
+@pytest.mark.grid(
+    weights=cases.WEIGHTS,
+    bounds=cases.BOUNDS,
+    kind=cases.KINDS,
+    loss=cases.LOSSES,
+    level=cases.LEVELS,
+    beta=[0.0, 0.04],
+    old=[True, False],
+    chunked=[True, False],
+)
+def test_weighted_and_bounded_terms(
+    weights: dict[str, Any],
+    bounds: dict[str, Any],
+    kind: cases.Kind,
+    loss: dict[str, Any],
+    level: str,
+    beta: float,
+    old: bool,
+    chunked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a completion of advantage 0 and ignored rows; in chunks, the first completion is longer than one."""
+    backend, dtype = kind
+    if chunked:
+        cases.cut_small(monkeypatch)
+    head, case = cases.make_linear(dtype, LONG, ignored=True, bias=not old)
+    case["advantages"][[1, 4]] = 0.0
+    if not old:
+        case["old_logp"] = None
+    case, options = cases.weighted(case, weights)
+    options |= {"importance_level": level, "beta": beta, **cases.BOTH, **bounds}
+    cases.check_linear(backend, head, case, **loss, **options)
+
+
+@pytest.mark.grid(kind=cases.KINDS[::2], correction=["token", "sequence"], old=[True, False])
+def test_masked_tokens_are_not_multiplied(kind: cases.Kind, correction: str, old: bool) -> None:
+    """Rows that the correction leaves out cost nothing, with a KL term too; what is left keeps its bits."""
+    backend, dtype = kind
+    head, case = cases.make_linear(dtype, (4, 3, 6), bias=True)
+    case["rollout_logp"] = case["old_logp"].clone()
+    case["rollout_logp"][:4] -= 3.0  # the first completion's weight is e^3
+    if not old:
+        case["rollout_logp"] = case["rollout_logp"] - 5.0 * (torch.arange(13, device=DEVICE) < 4)
+        case["old_logp"] = None
+    options = {"beta": 0.1, "importance_correction": correction, "correction_mode": "mask", "correction_max": 5.0}
+    ours, grads = cases.check_linear(backend, head, case, **options)
+    assert ours.skipped_rows == 4
+    assert (grads[0][:4] == 0).all()
+    backward = 2 + (backend == "reference")
+    product = 70 * 16
+    assert (
+        cases.multiplications(lambda: cases.run_linear(backend, head, case, **options)) == (13 + backward * 9) * product
+    )
+    given = {name: x for name, x in case.items() if name != "rollout_logp"} | {
+        "token_weight": (torch.arange(13, device=DEVICE) >= 4).float()
+    }
+    same, same_grads = cases.run_linear(backend, head, given, beta=0.1)
+    if correction == "sequence" or not old:
+        return
+    # The other tokens' weights are exactly 1.
+    for a, b in zip((ours.loss, *grads), (same.loss, *same_grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases.KINDS[:2])
+def test_completions_that_do_not_count_never_reach_the_head(backend: str, dtype: torch.dtype) -> None:
+    head, case = cases.make_linear(dtype, (4, 3, 6), bias=True)
+    case["completion_mask"] = torch.tensor([True, False, True], device=DEVICE)
+    want, want_grads = cases.check_linear(backend, head, case, **cases.BOTH)
+    poisoned = head.hidden.detach().clone()
+    poisoned[4:7] = math.nan
+    head.labels[4:7] = 999
+    ours, grads = cases.run_linear(backend, replace(head, hidden=leaf(poisoned)), case, **cases.BOTH)
+    for a, b in zip((ours.loss, ours.logp, *grads), (want.loss, want.logp, *want_grads), strict=True):
+        assert torch.equal(a, b)
+    assert (ours.logp[4:7] == 0).all()
 
 
 @pytest.mark.grid(kind=cases.KINDS, temperature=[0.3, 2.0, "row"], shape=[(1, 1, 1), (33, 140, 17), (8, 128, 32)])
@@ -282,8 +361,6 @@ def test_skipped_rows_are_never_read(kind: cases.Kind, chunked: bool, monkeypatc
 
 
 # Triton's rows: in chunks, and in any order.
-
-LONG = (5, 1, 0, 6, 2, 1, 1)
 
 
 @pytest.mark.grid(dtype=DTYPES, level=cases.LEVELS, beta=[0.0, 0.04], old=[True, False])

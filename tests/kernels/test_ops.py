@@ -173,7 +173,8 @@ def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
-    options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None)
+    options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None, "token", "mask", None, 2.0, 4.0, 3.0)
+    completions = (ADVANTAGES, CU, lp, lp, lp - 0.5, lp.exp(), ADVANTAGES[0] != ADVANTAGES)
     numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward", "mean", None)
     head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)
     rewards, shuffled = torch.rand(2, 3, device=DEVICE), torch.rand(2, 2, device=DEVICE)
@@ -187,27 +188,12 @@ def test_opcheck(backend: str) -> None:
         (linear_logprob_backward_op, (lp, None, *head, lp, lp.double(), [True, False, True])),
         (selective_op, (logits.clone().requires_grad_(), index, None, 0.8)),
         (selective_backward_op, (torch.ones_like(logp), logits, index, None, 0.8, kept)),
-        (grpo_loss_op, (LOGP, ADVANTAGES, CU, lp, lp, LABELS != -100, *options)),
+        (grpo_loss_op, (LOGP, *completions, LABELS != -100, *options)),
     ]
     checks += [
         (
             linear_grpo_loss_op,
-            (
-                HIDDEN,
-                WEIGHT,
-                LABELS,
-                ADVANTAGES,
-                CU,
-                lp,
-                lp,
-                BIAS,
-                None,
-                0.8,
-                operands,
-                0.0,
-                *options,
-                [True, True, True],
-            ),
+            (HIDDEN, WEIGHT, LABELS, *completions, BIAS, None, 0.8, operands, 0.0, *options, [True, True, True]),
         )
         for operands in (None, torch.float16)
     ]
@@ -215,7 +201,7 @@ def test_opcheck(backend: str) -> None:
         (
             linear_grpo_loss_op,
             (
-                *(HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, None, TEMPERATURES, 1.0, None, 2.0),
+                *(HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, lp, None, None, None, TEMPERATURES, 1.0, None, 2.0),
                 *(*options, [True, False, False]),
             ),
         ),

@@ -12,7 +12,14 @@ from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import count_op, grpo_loss_op, linear_grpo_loss_op
-from videor1_kernels.grpo_loss.reference import IMPORTANCE_LEVELS, LOSS_TYPES, Completions, GrpoLossOptions
+from videor1_kernels.grpo_loss.records import (
+    CORRECTION_MODES,
+    CORRECTIONS,
+    IMPORTANCE_LEVELS,
+    LOSS_TYPES,
+    Completions,
+    GrpoLossOptions,
+)
 from videor1_kernels.linear_logprob import check_head, check_softcap, linear_logprob, split_temperature
 from videor1_kernels.linear_logprob.inputs import autocast_dtype
 
@@ -50,12 +57,21 @@ def grpo_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    completion_mask: Tensor | None = None,
     loss_type: str = "grpo",
     beta: float = 0.04,
     clip_low: float | None = None,
     clip_high: float | None = None,
+    delta: float | None = None,
+    clip_dual: float | None = None,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
+    importance_correction: str = "none",
+    correction_mode: str = "truncate",
+    correction_min: float | None = None,
+    correction_max: float | None = 2.0,
     mask: Tensor | None = None,
     max_completion_length: int | None = None,
     num_tokens: float | None = None,
@@ -65,11 +81,24 @@ def grpo_loss(
 
     Token t of completion s, with A = advantages[s]:
 
-        l_t = -(min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - beta kl_t)
+        l_t = -u_t (w_t min(min(r, delta) A, clip(r, 1 - clip_low, 1 + clip_high) A) - beta kl_t)
         r = exp(logp_t - old_logp_t); with importance_level "sequence" (GSPO) r = exp(mean over the completion's tokens)
         kl_t = exp(x) - x - 1,  x = clamp(ref_logp_t - logp_t, -kl_clamp, kl_clamp)
 
-    and the loss is, by ``loss_type``:
+    For A < 0, ``clip_dual`` bounds r from above once more. u = ``token_weight``, and w, 1 without a correction, is the
+    importance correction for what sampled (``rollout_logp``), a policy that is not quite that of ``old_logp``:
+
+        importance_correction  "token": w_t = exp(old_logp_t - rollout_logp_t)
+                               "sequence": w_t = exp(mean of old_logp - rollout_logp over the completion's tokens)
+        correction_mode        "truncate": w_t is clamped to [correction_min, correction_max]
+                               "mask": where w_t lies outside of these, l_t = 0, KL term included
+
+    Neither has a gradient. No w multiplies the KL term: so it is in TRL and in verl. A token that is masked so still
+    counts in whatever the loss is divided by, as in TRL; verl takes it out of there too, as ``mask`` does here. Where u
+    or w differ between the tokens of a completion, the ratio of "sequence" is that of GSPO-token, whose gradient goes
+    through a token's own log-prob alone.
+
+    The loss is, by ``loss_type``:
 
         grpo     mean over the S completions of the mean of l over a completion's tokens
         bnpo     sum of l / number of tokens of this call
@@ -88,11 +117,22 @@ def grpo_loss(
             so that r is exactly 1.
         ref_logp: [N], nats, under the reference model; fp64, fp32, bf16 or fp16. Needed where ``beta`` is above 0,
             ignored where it is 0.
+        rollout_logp: [N], nats, as the sampler reported them; fp64, fp32, bf16 or fp16. Needed for a correction,
+            ignored without one.
+        token_weight: [N], a factor of each token's term; fp64, fp32, bf16 or fp16. None: 1.
+        completion_mask: bool [S]; a completion with False is as if it were not there: its tokens are masked, and S does
+            not count it. None: all are in.
         loss_type: "grpo", "bnpo", "dr_grpo" or "dapo", as above.
         beta: factor on the KL term, 0 or more.
         clip_low, clip_high: above 0; None leaves that side unclipped.
+        delta: above 0, the bound of a ratio whose advantage is negative, as far as it lies above 1 + ``clip_high``, and
+            of any other one; None: none.
+        clip_dual: above 1, the bound of a ratio whose advantage is negative; None: none.
         kl_clamp: above 0, nats.
         importance_level: "token" or "sequence".
+        importance_correction: "none", "token" or "sequence".
+        correction_mode: "truncate" or "mask".
+        correction_min, correction_max: 0 or more and above 0; None leaves that side open.
         mask: bool [N], False leaves the token out; None: all are in.
         max_completion_length: for dr_grpo, tokens.
         num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
@@ -108,15 +148,30 @@ def grpo_loss(
 
     Source:
         GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476), GSPO (arXiv 2507.18071),
-        T-GRPO (arXiv 2503.21776); kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
+        T-GRPO (arXiv 2503.21776). ``delta`` is that of INTELLECT-2 (arXiv 2505.07291), ``clip_dual`` that of dual-clip
+        PPO (arXiv 1912.09729); the corrections are those of TRL (``vllm_importance_sampling_mode``) and of verl
+        (rollout correction). kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
     """
     op = "grpo_loss"
     check_tensor(op, "logp", logp, ("N",))
     if mask is not None:
         check_tensor(op, "mask", mask, logp.shape, (torch.bool,), logp.device)
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, completion_mask)
     options = GrpoLossOptions(
-        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
+        loss_type,
+        beta,
+        clip_low,
+        clip_high,
+        kl_clamp,
+        importance_level,
+        max_completion_length,
+        num_tokens,
+        importance_correction,
+        correction_mode,
+        correction_min,
+        correction_max,
+        delta,
+        clip_dual,
     )
     options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
@@ -134,13 +189,22 @@ def linear_grpo_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    completion_mask: Tensor | None = None,
     bias: Tensor | None = None,
     loss_type: str = "grpo",
     beta: float = 0.04,
     clip_low: float | None = None,
     clip_high: float | None = None,
+    delta: float | None = None,
+    clip_dual: float | None = None,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
+    importance_correction: str = "none",
+    correction_mode: str = "truncate",
+    correction_min: float | None = None,
+    correction_max: float | None = 2.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_shard: tuple[int, Any] | None = None,
@@ -153,8 +217,8 @@ def linear_grpo_loss(
     It is :func:`grpo_loss` of the log-probabilities of :func:`~videor1_kernels.linear_logprob`; see there for the
     formulas, and for what autocast does. The logits are never whole in memory.
 
-    A token whose coefficient d loss / d logp is exactly 0 (it is masked or clipped, or its advantage is 0 and there is
-    no KL term) takes no part in the products of the gradient.
+    A token whose coefficient d loss / d logp is exactly 0 (it is masked or clipped, its weight is 0, or its advantage
+    is 0 and there is no KL term) takes no part in the products of the gradient.
 
     This call already computes the gradients of ``hidden``, ``weight`` and ``bias``, as far as they require one and not
     under ``torch.no_grad()``; ``loss.backward()`` only scales them. If C rows have a coefficient other than 0, the
@@ -167,8 +231,11 @@ def linear_grpo_loss(
         labels: int64 [N] in [0, V); -100 masks the token.
         advantages: [S]; fp64, fp32, bf16 or fp16.
         cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
-        old_logp, ref_logp: [N], nats, as in :func:`grpo_loss`; fp64, fp32, bf16 or fp16; or None.
-        loss_type, beta, clip_low, clip_high, importance_level: as in :func:`grpo_loss`.
+        old_logp, ref_logp, rollout_logp: [N], nats, as in :func:`grpo_loss`; fp64, fp32, bf16 or fp16; or None.
+        token_weight: [N], as there; fp64, fp32, bf16 or fp16; or None.
+        completion_mask: bool [S], as there, or None. The tokens of a completion with False never reach the head.
+        loss_type, beta, clip_low, clip_high, delta, clip_dual, importance_level: as there.
+        importance_correction, correction_mode, correction_min, correction_max: as there.
         kl_clamp: above 0, nats.
         temperature: a number, or a tensor [N] of a float dtype; above 0.
         softcap, vocab_shard: as in :func:`~videor1_kernels.linear_logprob`. With a shard the gradient is formed in the
@@ -192,6 +259,25 @@ def linear_grpo_loss(
     op = "linear_grpo_loss"
     check_tensor(op, "hidden", hidden, ("N", "H"))
     check_head(op, hidden, weight, labels, bias)
+    temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
+    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, completion_mask)
+    options = GrpoLossOptions(
+        loss_type,
+        beta,
+        clip_low,
+        clip_high,
+        kl_clamp,
+        importance_level,
+        max_completion_length,
+        num_tokens,
+        importance_correction,
+        correction_mode,
+        correction_min,
+        correction_max,
+        delta,
+        clip_dual,
+    )
+    options = _checked(op, completions, len(hidden), hidden.device, options)
     if vocab_shard is not None:
         logp, entropy = linear_logprob(
             hidden,
@@ -203,30 +289,10 @@ def linear_grpo_loss(
             vocab_shard=vocab_shard,
             backend=backend,
         )
-        found = grpo_loss(
-            logp,
-            advantages,
-            cu_seqlens,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            loss_type=loss_type,
-            beta=beta,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_clamp=kl_clamp,
-            importance_level=importance_level,
-            mask=labels != IGNORED,
-            max_completion_length=max_completion_length,
-            num_tokens=num_tokens,
-            backend=backend,
+        loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
+            logp, *map(_detached, completions), labels != IGNORED, *astuple(options), backend
         )
-        return replace(found, entropy=entropy.detach())
-    temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
-    options = GrpoLossOptions(
-        loss_type, beta, clip_low, clip_high, kl_clamp, importance_level, max_completion_length, num_tokens
-    )
-    options = _checked(op, completions, len(hidden), hidden.device, options)
+        return GrpoLoss(loss, shown.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
         hidden,
@@ -249,15 +315,17 @@ def _checked(
     op: str, completions: Completions, tokens: int, device: torch.device, options: GrpoLossOptions
 ) -> GrpoLossOptions:
     """Check everything but where the log-probs come from. Returns the options with numbers of the operator's types."""
-    advantages, cu_seqlens, old_logp, ref_logp = completions
+    advantages, cu_seqlens, _, ref_logp, rollout_logp, *_ = completions
     beta, num_tokens = options.beta, options.num_tokens
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
     if not len(cu_seqlens):
         raise fail(op, "cu_seqlens", "at least one entry (the leading 0)", "an empty tensor")
     check_tensor(op, "advantages", advantages, (len(cu_seqlens) - 1,), device=device)
-    for name, values in (("old_logp", old_logp), ("ref_logp", ref_logp)):
-        if values is not None:
+    for name in ("old_logp", "ref_logp", "rollout_logp", "token_weight"):
+        if (values := getattr(completions, name)) is not None:
             check_tensor(op, name, values, (tokens,), device=device)
+    if completions.completion_mask is not None:
+        check_tensor(op, "completion_mask", completions.completion_mask, advantages.shape, (torch.bool,), device)
     check_choice(op, "loss_type", options.loss_type, LOSS_TYPES)
     check_choice(op, "importance_level", options.importance_level, IMPORTANCE_LEVELS)
     check_number(op, "beta", beta, at_least=0)
@@ -265,6 +333,10 @@ def _checked(
     for name, clip in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
         if clip is not None:
             check_number(op, name, clip, above=0)
+    _check_correction(op, rollout_logp, tokens, options)
+    for name, least in (("delta", 0.0), ("clip_dual", 1.0)):
+        if (bound := getattr(options, name)) is not None:
+            check_number(op, name, bound, above=least)
     if beta > 0 and ref_logp is None:
         raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)
     if options.loss_type == "dr_grpo":
@@ -278,6 +350,20 @@ def _checked(
             num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
     return replace(options, beta=float(beta), kl_clamp=float(options.kl_clamp), num_tokens=num_tokens)
+
+
+def _check_correction(op: str, rollout_logp: Tensor | None, tokens: int, options: GrpoLossOptions) -> None:
+    correction, low, high = options.importance_correction, options.correction_min, options.correction_max
+    check_choice(op, "importance_correction", correction, CORRECTIONS)
+    check_choice(op, "correction_mode", options.correction_mode, CORRECTION_MODES)
+    if low is not None:
+        check_number(op, "correction_min", low, at_least=0)
+    if high is not None:
+        check_number(op, "correction_max", high, above=0)
+    if low is not None and high is not None and low > high:
+        raise fail(op, "correction_min", f"at most correction_max, {high:g}", low)
+    if correction != "none" and rollout_logp is None:
+        raise fail(op, "rollout_logp", f"a tensor [{tokens}], as importance_correction is {correction!r}", None)
 
 
 def _detached(values: Tensor | None) -> Tensor | None:

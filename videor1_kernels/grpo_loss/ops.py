@@ -14,7 +14,8 @@ from torch import Tensor
 
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, check_cu_seqlens, check_indices, check_temperature, compute_dtype
-from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions
+from videor1_kernels.grpo_loss.factors import counted_tokens
+from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions
 from videor1_kernels.grpo_loss.rows import read_rows
 from videor1_kernels.linear_logprob.inputs import head_inputs
 from videor1_kernels.linear_logprob.products import times
@@ -42,10 +43,16 @@ def _(count: Tensor) -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-_COMPLETIONS = "Tensor advantages, Tensor cu_seqlens, Tensor? old_logp, Tensor? ref_logp"
+_COMPLETIONS = (
+    "Tensor advantages, Tensor cu_seqlens, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, "
+    "Tensor? token_weight, Tensor? completion_mask"
+)
+_GIVEN = len(Completions._fields)
+_LEAVES = (0, 1, 3 + _GIVEN)  # hidden, weight and bias among the inputs of linear_grpo_loss
 _OPTIONS = (
     "str loss_type, float beta, float? clip_low, float? clip_high, float kl_clamp, str importance_level, "
-    "float? max_completion_length, float? num_tokens"
+    "float? max_completion_length, float? num_tokens, str importance_correction, str correction_mode, "
+    "float? correction_min, float? correction_max, float? delta, float? clip_dual"
 )
 
 
@@ -55,13 +62,15 @@ _OPTIONS = (
     schema=f"(Tensor logp, {_COMPLETIONS}, Tensor? mask, {_OPTIONS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def grpo_loss_op(logp, advantages, cu_seqlens, old_logp, ref_logp, mask, *others):
+def grpo_loss_op(logp, *others):
     """Return (loss, logp, kl, clip_fraction, coefficient, skipped)."""
     op = "grpo_loss"
-    *options, backend = others
-    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(logp))
+    completions, (mask, *options, backend) = Completions(*others[:_GIVEN]), others[_GIVEN:]
+    check_cu_seqlens(op, "cu_seqlens", completions.cu_seqlens, len(logp))
     run = dispatch.resolve(op, backend, logp.device, compute_dtype(logp))
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
+    if completions.completion_mask is not None:
+        counted = counted_tokens(completions.completion_mask, completions.cu_seqlens, len(logp))
+        mask = counted if mask is None else mask & counted
     with dispatch.running_on(logp):
         return tuple(run.grpo_loss(logp, completions, mask, GrpoLossOptions(*options)))
 
@@ -76,13 +85,13 @@ def _(logp: Tensor, *options: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(output[4])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.others = inputs[0].dtype, len(inputs) - 1
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
     (coefficient,) = ctx.saved_tensors
-    return (None if grad is None else scale_op(coefficient, grad, ctx.dtype), *[None] * 14)
+    return (None if grad is None else scale_op(coefficient, grad, ctx.dtype), *[None] * ctx.others)
 
 
 grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
@@ -95,13 +104,18 @@ grpo_loss_op.register_autograd(_differentiate, setup_context=_save)
     f" float temperature, ScalarType? operands, float softcap, {_OPTIONS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp, ref_logp, bias, *others):
+def linear_grpo_loss_op(hidden, weight, labels, *others):
     """Return (loss, logp, entropy, kl, clip_fraction, skipped, d_hidden, d_weight, d_bias, norm).
 
     The gradients are those of loss / norm, an empty tensor for each that ``needs`` (hidden, weight, bias) leaves out.
     """
     op = "linear_grpo_loss"
-    temperatures, temperature, operands, softcap, *options, needs, backend = others
+    completions = Completions(*others[:_GIVEN])
+    bias, temperatures, temperature, operands, softcap, *options, needs, backend = others[_GIVEN:]
+    advantages, cu_seqlens = completions.advantages, completions.cu_seqlens
+    if completions.completion_mask is not None:
+        counted = counted_tokens(completions.completion_mask, cu_seqlens, len(labels))
+        labels = labels.masked_fill(~counted, IGNORED)
     rows = read_rows(labels, advantages, cu_seqlens, temperatures, weight.shape[0])
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, len(hidden), values=rows.boundaries)
     if rows.bad_labels:
@@ -110,7 +124,6 @@ def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp
         check_temperature(op, temperatures)
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
     inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap)
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp)
     with dispatch.running_on(hidden):
         result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs, rows)
     # The fake kernel promises contiguous results, but a gradient may have the memory layout of its input.
@@ -118,10 +131,8 @@ def linear_grpo_loss_op(hidden, weight, labels, advantages, cu_seqlens, old_logp
 
 
 @linear_grpo_loss_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, cu_seqlens: Tensor, *options: Any
-) -> tuple[Any, ...]:
-    bias, operands, needs, backend = options[2], options[5], options[-2], options[-1]
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Any, ...]:
+    bias, _, _, operands, *_, needs, backend = others[_GIVEN:]
     dtype = compute_dtype(hidden, weight, bias)
     chosen = dispatch.chosen_backend("linear_grpo_loss", hidden.device, backend, dtype)
     loss, kl, clip_fraction, norm = (hidden.new_empty((), dtype=dtype) for _ in range(4))
@@ -139,20 +150,19 @@ def _(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, bias = inputs[0], inputs[1], inputs[7]
+    hidden, weight, bias = (inputs[i] for i in _LEAVES)
     ctx.save_for_backward(*output[6:10])
-    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.dtypes, ctx.size = [None if x is None else x.dtype for x in (hidden, weight, bias)], len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_linear(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
     *gradients, norm = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
-    d_hidden, d_weight, d_bias = (
-        None if grad is None or not need else scale_op(g, grad * norm, dtype)
-        for g, need, dtype in zip(gradients, needed, ctx.dtypes, strict=True)
-    )
-    return d_hidden, d_weight, None, None, None, None, None, d_bias, *[None] * 14
+    found: list[Tensor | None] = [None] * ctx.size
+    for place, g, dtype in zip(_LEAVES, gradients, ctx.dtypes, strict=True):
+        if grad is not None and ctx.needs_input_grad[place]:
+            found[place] = scale_op(g, grad * norm, dtype)
+    return tuple(found)
 
 
 linear_grpo_loss_op.register_autograd(_differentiate_linear, setup_context=_save_linear)

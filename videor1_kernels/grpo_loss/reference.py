@@ -4,48 +4,25 @@ The loss is linear in the terms of its tokens. So the gradient of a token is one
 depends only on the log-probs of its completion. The forward pass forms it and keeps it.
 
 N tokens, S completions. Per token, with weight w (see ``_token_weights``), ratio r and x = clamp(ref_logp - logp):
-coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]).
+coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]), with the factors of :mod:`.factors` where there
+are any.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
+from videor1_kernels.grpo_loss.factors import token_factors
+from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions, ceilings
 from videor1_kernels.grpo_loss.rows import KnownRows
 from videor1_kernels.linear_logprob import reference as head
 from videor1_kernels.linear_logprob.inputs import HeadInputs
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-IMPORTANCE_LEVELS = ("token", "sequence")
-
-
-@dataclass(frozen=True)
-class GrpoLossOptions:
-    """The checked options of a loss call."""
-
-    loss_type: str
-    beta: float
-    clip_low: float | None
-    clip_high: float | None
-    kl_clamp: float
-    importance_level: str
-    max_completion_length: float | None
-    num_tokens: float | None
-
-
-class Completions(NamedTuple):
-    """S completions of N tokens in all, end to end, and what the loss knows of them beside the policy's log-probs."""
-
-    advantages: Tensor  # [S]
-    cu_seqlens: Tensor  # [S+1]: where each completion starts, and N
-    old_logp: Tensor | None  # [N], under the policy that sampled; None: the policy itself
-    ref_logp: Tensor | None  # [N], under the reference model
 
 
 class Terms(NamedTuple):
@@ -129,8 +106,11 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
     counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
     tokens = counted[boundaries[1:]] - counted[boundaries[:-1]]  # [S], unmasked
-    weight = _token_weights(tokens, options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
+    weight = _token_weights(tokens, completions.counted(), options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
     advantage = completions.advantages.to(dtype)[sequence]  # [N]
+    on_policy, whole = token_factors(
+        logp if old_logp is None else old_logp, completions, mask, lengths, tokens, options
+    )
 
     log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp
     if options.importance_level == "sequence" and len(lengths):
@@ -141,13 +121,15 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     if options.clip_low is not None:
         clipped |= (advantage < 0) & (ratio < 1 - options.clip_low)
         ratio = torch.where(clipped, 1 - options.clip_low, ratio)
-    if options.clip_high is not None:
-        above = (advantage > 0) & (ratio > 1 + options.clip_high)
-        ratio = torch.where(above, 1 + options.clip_high, ratio)
-        clipped |= above
+    for side, ceiling in zip((advantage > 0, advantage < 0), ceilings(options), strict=True):
+        if ceiling < math.inf:
+            above = side & (ratio > ceiling)
+            ratio = torch.where(above, ceiling, ratio)
+            clipped |= above
     clipped &= mask
-    # A zero advantage has no policy term, even where the ratio has overflowed.
-    term = torch.where(advantage == 0, 0.0, -ratio * advantage)
+    gain = advantage if on_policy is None else torch.where(advantage == 0, 0.0, advantage * on_policy)
+    # No advantage or no weight, no policy term, even where the ratio has overflowed.
+    term = torch.where(gain == 0, 0.0, -ratio * gain)
     slope = term.masked_fill(clipped, 0.0)
     kl = torch.zeros_like(logp)
     if options.beta > 0:
@@ -158,6 +140,9 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
         kl = growth - x
         term = term + options.beta * kl
         slope = slope - options.beta * torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
+    if whole is not None:
+        weight = weight * whole
+        term, slope = (torch.where(weight == 0, 0.0, values) for values in (term, slope))
     total = mask.sum().clamp(min=1)
     return Terms(
         loss=(weight * term).sum(),
@@ -167,9 +152,11 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     )
 
 
-def _token_weights(tokens: Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
-    """The factor [S] that the terms of a completion's tokens have in the loss; tokens [S]: how many it has."""
-    completions = len(tokens)
+def _token_weights(tokens: Tensor, completions: int | Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
+    """The factor [S] that the terms of a completion's tokens have in the loss.
+
+    tokens [S]: how many each has; completions: how many count.
+    """
     ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)
     if options.loss_type == "grpo":
         return ones / (tokens.clamp(min=1) * completions)

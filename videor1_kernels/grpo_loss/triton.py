@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from videor1_kernels.checks import IGNORED
-from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, LinearResult, Result
+from videor1_kernels.grpo_loss.factors import token_factors
+from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions
+from videor1_kernels.grpo_loss.reference import LinearResult, Result
 from videor1_kernels.grpo_loss.rows import KnownRows, read_rows
 from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.inputs import HeadInputs
@@ -56,8 +58,8 @@ class _Rows:
     labels: Tensor  # [n]
     scale: Tensor  # fp32 [n]: 1 / temperature
     softcap: float
-    old_logp: Tensor | None  # [n]
-    ref_logp: Tensor | None  # [n]
+    given: Completions  # with the values of the n rows, and the advantages of all S completions
+    factors: tuple[Tensor | None, Tensor | None]  # of token_factors, [n]; None too where they depend on the log-probs
     advantages: Tensor  # [S]
     tokens: Tensor  # int64 [S]
     whole: Tensor  # int64 scalar: n
@@ -86,9 +88,19 @@ class _Rows:
     def add_terms(self, first: int, segments: Tensor, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
         """Fill in the coefficients of the rows from ``first`` on that have ``segments``; add their loss, KL and clipped
         tokens to ``sums``. logp and coefficient are of these rows alone."""
-        stop = first + len(logp)
-        old, ref = (None if v is None else v[first:stop] for v in (self.old_logp, self.ref_logp))
+        part = slice(first, first + len(logp))
+        given = self.given
+        old, ref = (None if v is None else v[part] for v in (given.old_logp, given.ref_logp))
         starts, stops, completions = (row.contiguous() for row in segments)
+        on_policy, whole = self.factors
+        factors = None if on_policy is None else on_policy[part], None if whole is None else whole[part]
+        if self.factors_wait:
+            here = given._replace(
+                rollout_logp=None if given.rollout_logp is None else given.rollout_logp[part],
+                token_weight=None if given.token_weight is None else given.token_weight[part],
+            )
+            lengths = stops - starts  # with a correction by completion, all segments are whole ones
+            factors = token_factors(logp, here, None, lengths, lengths, self.options)
         sums += terms(
             logp,
             old,
@@ -100,7 +112,14 @@ class _Rows:
             self.whole,
             self.options,
             coefficient,
+            factors=factors,
+            completions=given.counted(),
         ).sum(1)
+
+    @property
+    def factors_wait(self) -> bool:
+        """Whether the importance correction is that of the policy's own log-probs."""
+        return self.options.importance_correction != "none" and self.given.old_logp is None
 
 
 def linear_grpo_loss(
@@ -116,7 +135,7 @@ def linear_grpo_loss(
     products where a ratio may be clipped, or the KL term is all that a completion has.
     """
     hidden, weight, labels, bias, temperature, _, softcap = inputs
-    advantages, cu_seqlens, old_logp, ref_logp = completions
+    advantages, cu_seqlens, old_logp = completions.advantages, completions.cu_seqlens, completions.old_logp
     if known is None:
         known = read_rows(labels, advantages, cu_seqlens, None, len(weight))
     size, device = len(labels), hidden.device
@@ -133,6 +152,13 @@ def linear_grpo_loss(
     def ordered(values: Tensor) -> Tensor:
         return values.contiguous() if order is None else values[order]
 
+    def maybe(values: Tensor | None) -> Tensor | None:
+        return None if values is None else ordered(values)
+
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if options.importance_correction == "none" or old_logp is not None:
+        base = advantages.new_empty(0, dtype=torch.float32) if old_logp is None else old_logp.float()
+        factors = token_factors(base, completions, keep, boundaries.diff(), known.counts, options)
     rows = _Rows(
         head_hidden if order is None else head_hidden[order],
         head_weight,
@@ -140,8 +166,13 @@ def linear_grpo_loss(
         ordered(labels),
         ordered(inverse(temperature, labels)),
         softcap,
-        None if old_logp is None else ordered(old_logp),
-        None if ref_logp is None else ordered(ref_logp),
+        completions._replace(
+            old_logp=maybe(old_logp),
+            ref_logp=maybe(completions.ref_logp),
+            rollout_logp=maybe(completions.rollout_logp),
+            token_weight=maybe(completions.token_weight),
+        ),
+        (maybe(factors[0]), maybe(factors[1])),
         advantages.contiguous(),
         known.counts,
         known.counts.sum(),
@@ -206,8 +237,11 @@ def _gradients(
         )
     chunks = list(_chunks(rows))
     # Else a coefficient is 0 only by chance, and the size of the products need not be read.
-    clipped = rows.old_logp is not None and not (options.clip_low is None and options.clip_high is None)
-    may_vanish = clipped or (options.beta > 0 and rows.some_zero)
+    bounds = (options.clip_low, options.clip_high, options.delta, options.clip_dual)
+    clipped = rows.given.old_logp is not None and any(bound is not None for bound in bounds)
+    masked = options.importance_correction != "none" and options.correction_mode == "mask"
+    weighted = masked or rows.given.token_weight is not None
+    may_vanish = clipped or weighted or (options.beta > 0 and rows.some_zero)
     parts = [(low, high) if known is None else known for low, high, known in chunks]
     buffer = logits_buffer(max((high - low for low, high, _ in chunks), default=0), vocabulary, logp.device)
     for (low, high, known), (first, stop), segments in zip(chunks, parts, rows.segments(parts), strict=True):
@@ -251,7 +285,9 @@ def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
     A sequence ratio depends on the log-probs of a whole completion, so chunks then end where completions end. A
     completion longer than a chunk comes in several, each with the completion's own (first, stop).
     """
-    if rows.options.importance_level == "token" or rows.old_logp is None:
+    ratio = rows.options.importance_level == "sequence" and rows.given.old_logp is not None
+    correction = rows.options.importance_correction == "sequence" and rows.factors_wait
+    if not ratio and not correction:
         size = chunk_rows(rows.live, len(rows.weight))
         yield from ((low, min(low + size, rows.live), None) for low in range(0, rows.live, size))
         return
@@ -289,7 +325,7 @@ def _norm(rows: _Rows) -> Tensor:
     one = torch.ones((), dtype=torch.float32, device=rows.hidden.device)
     if rows.hidden.dtype != torch.float16 or not rows.spans:
         return one
-    options, completions = rows.options, len(rows.tokens)
+    options, completions = rows.options, rows.given.counted()
     shortest = torch.where(rows.tokens > 0, rows.tokens, rows.whole).min()
     divisor = {  # the smallest by which a token's term is divided
         "grpo": shortest * completions,
@@ -297,4 +333,9 @@ def _norm(rows: _Rows) -> Tensor:
         "dr_grpo": completions * (options.max_completion_length or 0),
         "dapo": options.num_tokens or 0,
     }[options.loss_type]
-    return power_of_two(rows.advantages.float().abs().max().clamp(min=1) / divisor)
+    largest = rows.advantages.float().abs().max().clamp(min=1)
+    if options.importance_correction != "none" and options.correction_max is not None:
+        largest = largest * max(options.correction_max, 1.0)
+    if rows.given.token_weight is not None:
+        largest = largest * rows.given.token_weight.float().abs().max()
+    return power_of_two(largest / divisor)

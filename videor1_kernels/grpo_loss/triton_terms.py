@@ -5,12 +5,16 @@ N tokens, S completions. A program takes a segment: a completion, or a part of o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from videor1_kernels.grpo_loss.reference import Completions, GrpoLossOptions, Result
+from videor1_kernels.grpo_loss.factors import token_factors
+from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions, ceilings
+from videor1_kernels.grpo_loss.reference import Result
 
 BLOCK = 512  # 1024 takes twice the registers, and some are spilled
 
@@ -28,6 +32,8 @@ def terms_kernel(
     old_logp,
     ref_logp,
     mask,
+    on_policy,
+    factor,
     starts,
     stops,
     completions,
@@ -41,25 +47,29 @@ def terms_kernel(
     segments,
     clip_low,
     clip_high,
+    most_positive,
+    most_negative,
     kl_clamp,
     beta,
     denominator,
     HAS_OLD: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ON_POLICY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     CLIP_LOW: tl.constexpr,
     CLIP_HIGH: tl.constexpr,
     KL: tl.constexpr,
     SEQUENCE: tl.constexpr,
     PER_COMPLETION: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
+    PER_WHOLE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write coefficient [N] and sums [3, segments]: of loss, KL and clipped tokens.
 
     Segment i is tokens starts[i] to stops[i] - 1, of completion completions[i]. tokens [S]: the unmasked tokens of each
-    completion. The weight of a token is 1 / (its completion's tokens * denominator) with PER_COMPLETION,
-    1 / (whole * denominator) with PER_TOKEN, else 1 / denominator.
+    completion. The weight of a token is 1 / denominator, divided by its completion's tokens with PER_COMPLETION, and by
+    ``whole`` with PER_WHOLE; ``factor`` [N] multiplies it, and ``on_policy`` [N] the policy term.
 
     With WHOLE, segment i is completion i: ``starts`` is cu_seqlens [S+1], and stops, completions and tokens are not
     read. Then shown [N], the log-probs with 0 at masked tokens, and counts [2, segments], of unmasked tokens and of
@@ -87,8 +97,8 @@ def terms_kernel(
     share = 1.0
     if PER_COMPLETION:
         share = count
-    elif PER_TOKEN:
-        share = tl.maximum(tl.load(whole), 1).to(tl.float32)
+    if PER_WHOLE:
+        share = share * tl.maximum(tl.load(whole), 1).to(tl.float32)
     weight = tl.div_rn(1.0, share * denominator)
     mean = 0.0
     if SEQUENCE and HAS_OLD:
@@ -104,6 +114,9 @@ def terms_kernel(
     # Clipping takes the gradient away from a ratio that is too small for A < 0, or too large for A > 0.
     floor = tl.where(advantage < 0, 1 - clip_low, float("-inf")) if CLIP_LOW else float("-inf")
     ceiling = tl.where(advantage > 0, 1 + clip_high, float("inf")) if CLIP_HIGH else float("inf")
+    ceiling = tl.minimum(
+        ceiling, tl.where(advantage > 0, most_positive, tl.where(advantage < 0, most_negative, float("inf")))
+    )
     losses = tl.zeros((BLOCK,), tl.float32)
     kls = tl.zeros((BLOCK,), tl.float32)
     clips = tl.zeros((BLOCK,), tl.float32)
@@ -123,8 +136,11 @@ def terms_kernel(
         ratio = tl.exp(gap)
         clipped = (ratio < floor) | (ratio > ceiling)
         ratio = tl.where(ratio < floor, floor, tl.where(ratio > ceiling, ceiling, ratio))
-        # A zero advantage has no policy term, even where the ratio has overflowed.
-        term = tl.where(advantage == 0, 0.0, -ratio * advantage)
+        gain = advantage
+        if HAS_ON_POLICY:
+            gain = tl.where(advantage == 0, 0.0, advantage * tl.load(on_policy + at, mask=here, other=0.0))
+        # No advantage or no weight, no policy term, even where the ratio has overflowed.
+        term = tl.where(gain == 0, 0.0, -ratio * gain)
         slope = tl.where(clipped, 0.0, term)
         if KL:
             apart = tl.load(ref_logp + at, mask=here, other=0.0).to(tl.float32) - new
@@ -134,13 +150,17 @@ def terms_kernel(
             kls += tl.where(here, kl, 0.0)
             term += beta * kl
             slope -= beta * tl.where(tl.abs(apart) > kl_clamp, 0.0, growth)
-        losses += tl.where(here, weight * term, 0.0)
         clips += tl.where(here & clipped, 1.0, 0.0)
-        slope = tl.where(here, weight * slope, 0.0)
+        own = weight
+        if HAS_FACTOR:
+            own = weight * tl.load(factor + at, mask=here, other=0.0)
+            here = here & (own != 0)
+        losses += tl.where(here, own * term, 0.0)
+        slope = tl.where(here, own * slope, 0.0)
         tl.store(coefficient + at, slope, mask=inside)
         if WHOLE:
             live += (slope != 0).to(tl.int32)
-            tl.store(shown + at, tl.where(here, new, 0.0), mask=inside)
+            tl.store(shown + at, new, mask=inside)
     if WHOLE:
         tl.store(counts + segment, unmasked)
         tl.store(counts + segments + segment, tl.sum(live, 0).to(tl.int64))
@@ -175,7 +195,7 @@ def finish_kernel(sums, counts, loss, kl, clip_fraction, skipped, N, segments, B
 def whole_terms(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Result:
     """Return the loss of whole completions, and its gradient.
 
-    Two launches, or three where a mask decides what all tokens are divided by.
+    Two launches, or three where a mask decides what all tokens are divided by; a few more for the factors of tokens.
     """
     cu_seqlens, advantages, segments = completions.cu_seqlens, completions.advantages, len(completions.advantages)
     coefficient, shown = (logp.new_empty(len(logp), dtype=torch.float32) for _ in range(2))
@@ -186,19 +206,34 @@ def whole_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opt
     if segments:
         by_all = options.loss_type == "bnpo"
         whole = mask.sum() if by_all and mask is not None else None
-        values = (logp, completions.old_logp, completions.ref_logp, mask)
+        factors = _factors_of_whole(logp, completions, mask, options)
+        values = (logp, completions.old_logp, completions.ref_logp, mask, *factors)
         _launch(
-            tuple(None if x is None else x.contiguous() for x in values),  # type: ignore[arg-type]
+            tuple(None if x is None else x.contiguous() for x in values),
             (boundaries, boundaries, boundaries),
             advantages.contiguous(),
             boundaries,
             whole,
+            completions.counted(),
             len(logp) if by_all and mask is None else 1,
             options,
             (coefficient, shown, sums, counts),
         )
     finish_kernel[(1,)](sums, counts, loss, kl, clip_fraction, skipped, len(logp), segments, BLOCK=128, num_warps=4)
     return Result(loss, shown, kl, clip_fraction, coefficient, skipped)
+
+
+def _factors_of_whole(
+    logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions
+) -> tuple[Tensor | None, Tensor | None]:
+    if options.importance_correction == "none" and completions.token_weight is None:
+        return None, None
+    boundaries = completions.cu_seqlens.long()
+    lengths = tokens = boundaries.diff()
+    if mask is not None:
+        tokens = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])[boundaries].diff()
+    old = logp if completions.old_logp is None else completions.old_logp
+    return token_factors(old.float(), completions, mask, lengths, tokens, options)
 
 
 def terms(
@@ -212,21 +247,25 @@ def terms(
     whole: Tensor,
     options: GrpoLossOptions,
     coefficient: Tensor,
+    *,
+    factors: tuple[Tensor | None, Tensor | None] = (None, None),
+    completions: int | Tensor | None = None,
 ) -> Tensor:
     """Return sums fp32 [3, segments] of loss terms, KL and clipped tokens, and fill in ``coefficient`` fp32 [N].
 
     segments: (starts, stops, completions), int64. With importance_level "sequence" a segment is a whole completion.
     tokens int64 [S]: the unmasked tokens of every completion; whole int64 scalar: those of all completions.
+    factors: those of :func:`~.factors.token_factors`; completions: how many count (None: S).
     """
     sums = logp.new_empty((3, len(segments[0])), dtype=torch.float32)
     if len(segments[0]):
-        divided_by_all = options.loss_type not in ("dr_grpo", "dapo")
         _launch(
-            (logp, old_logp, ref_logp, mask),
+            (logp, old_logp, ref_logp, mask, *factors),
             segments,
             advantages,
             tokens,
-            whole if divided_by_all else None,
+            whole if options.loss_type == "bnpo" else None,
+            len(advantages) if completions is None else completions,
             1,
             options,
             (coefficient, None, sums, None),
@@ -235,11 +274,12 @@ def terms(
 
 
 def _launch(
-    values: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    values: tuple[Tensor | None, ...],
     segments: tuple[Tensor, Tensor, Tensor],
     advantages: Tensor,
     tokens: Tensor,
     whole: Tensor | None,
+    completions: int | Tensor,
     total: int,
     options: GrpoLossOptions,
     outputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
@@ -247,24 +287,32 @@ def _launch(
     """Launch :func:`terms_kernel`.
 
     Args:
-        values: log-probs, old ones, reference ones, mask.
+        values: log-probs, old ones, reference ones, mask, and the factors of the policy terms and of the whole terms.
         whole, total: what weights are divided by: the former if it is given, else the latter.
+        completions: how many count.
         outputs: coefficient, shown, sums, counts; shown and counts for whole completions alone.
     """
-    logp, old_logp, ref_logp, mask = values
+    logp, old_logp, ref_logp, mask, on_policy, factor = values
+    assert logp is not None
     coefficient, shown, sums, counts = outputs
-    completions = len(advantages)
+    if options.loss_type in ("grpo", "dr_grpo") and isinstance(completions, Tensor):
+        whole, completions = completions, 1
+    number = completions if isinstance(completions, int) else 1
     denominator = {
-        "grpo": float(completions),
+        "grpo": float(number),
         "bnpo": 1.0,
-        "dr_grpo": float(completions * (options.max_completion_length or 0)),
+        "dr_grpo": float(number * (options.max_completion_length or 0)),
         "dapo": float(options.num_tokens or 0),
     }[options.loss_type]
+    # Where ceilings are those of the clip alone, the kernel forms them.
+    positive, negative = ceilings(options)
     terms_kernel[(sums.shape[1],)](
         logp,
         logp if old_logp is None else old_logp,
         logp if ref_logp is None else ref_logp,
         logp if mask is None else mask.view(torch.uint8),
+        logp if on_policy is None else on_policy,
+        logp if factor is None else factor,
         *segments,
         advantages,
         tokens,
@@ -276,17 +324,21 @@ def _launch(
         sums.shape[1],
         options.clip_low or 0.0,
         options.clip_high or 0.0,
+        positive if options.delta is not None else math.inf,
+        negative,
         options.kl_clamp,
         options.beta,
         denominator * total,
         HAS_OLD=old_logp is not None,
         HAS_MASK=mask is not None,
+        HAS_ON_POLICY=on_policy is not None,
+        HAS_FACTOR=factor is not None,
         CLIP_LOW=options.clip_low is not None,
         CLIP_HIGH=options.clip_high is not None,
         KL=options.beta > 0,
         SEQUENCE=options.importance_level == "sequence",
         PER_COMPLETION=options.loss_type == "grpo",
-        PER_TOKEN=whole is not None,
+        PER_WHOLE=whole is not None,
         WHOLE=counts is not None,
         BLOCK=BLOCK,
         num_warps=4,

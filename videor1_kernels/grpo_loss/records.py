@@ -1,0 +1,65 @@
+"""What every part of the losses passes on: the checked options of a call, and its completions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+IMPORTANCE_LEVELS = ("token", "sequence")
+CORRECTIONS = ("none", "token", "sequence")
+CORRECTION_MODES = ("truncate", "mask")
+
+
+@dataclass(frozen=True)
+class GrpoLossOptions:
+    """The checked options of a loss call, in the order in which the operators take them."""
+
+    loss_type: str
+    beta: float
+    clip_low: float | None
+    clip_high: float | None
+    kl_clamp: float
+    importance_level: str
+    max_completion_length: float | None
+    num_tokens: float | None
+    importance_correction: str = "none"
+    correction_mode: str = "truncate"
+    correction_min: float | None = None
+    correction_max: float | None = 2.0
+    delta: float | None = None
+    clip_dual: float | None = None
+
+
+class Completions(NamedTuple):
+    """S completions of N tokens in all, end to end, and what the loss knows of them beside the policy's log-probs."""
+
+    advantages: Tensor  # [S]
+    cu_seqlens: Tensor  # [S+1]: where each completion starts, and N
+    old_logp: Tensor | None  # [N], under the policy that sampled; None: the policy itself
+    ref_logp: Tensor | None  # [N], under the reference model
+    rollout_logp: Tensor | None = None  # [N], as the sampler reported them
+    token_weight: Tensor | None = None  # [N]
+    completion_mask: Tensor | None = None  # bool [S]: those that count; the tokens of the others are masked already
+
+    def counted(self) -> int | Tensor:
+        """How many completions count, at least 1 where that is known on the device alone."""
+        return len(self.advantages) if self.completion_mask is None else self.completion_mask.sum().clamp(min=1)
+
+
+def ceilings(options: GrpoLossOptions) -> tuple[float, float]:
+    """Above which ratio a policy term has no gradient, for positive and for negative advantages.
+
+    For A > 0 it is min(r, delta) A or the clipped one, whichever is less; for A < 0, where the smaller product has the
+    larger ratio, delta bounds the ratio only above 1 + clip_high, and clip_dual bounds whatever is left.
+    """
+    high = math.inf if options.clip_high is None else 1 + options.clip_high
+    if options.delta is None:
+        positive, negative = high, math.inf
+    else:
+        positive = min(high, options.delta)
+        negative = options.delta if options.clip_high is None else max(high, options.delta)
+    return positive, negative if options.clip_dual is None else min(negative, options.clip_dual)
