@@ -395,6 +395,28 @@ class TrainConfig(EvalOptions):
     """Clip the ratio at 1 - clip_low; default: no clip."""
     clip_high: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 + clip_high; default: no clip."""
+    delta: Annotated[float | None, above(0)] = None
+    """Bound of the ratio of a completion with a negative advantage, as far as it lies above 1 + clip_high, and of any
+    other ratio (two-sided clipping); default: none."""
+    clip_dual: Annotated[float | None, above(1)] = None
+    """Bound of the ratio of a completion with a negative advantage (dual clip); default: none."""
+    importance_correction: Literal["none", "token", "sequence"] = "none"
+    """Correct for a rollout that was sampled from another policy than the one that is trained (a server, a quantised
+    engine): the policy term is multiplied by exp(log-prob in training - log-prob at sampling), of each token, or as
+    the geometric mean of its completion's tokens (sequence)."""
+    correction_mode: Literal["truncate", "mask"] = "truncate"
+    """What becomes of such a weight outside of its bounds: it is set to the bound (truncate), or its token, or its
+    completion, has no loss (mask)."""
+    correction_min: Annotated[float | None, at_least(0)] = None
+    """Lower bound of these weights; default: none."""
+    correction_max: Annotated[float | None, above(0)] = 2.0
+    """Upper bound of these weights; null: none."""
+    mask_truncated_completions: bool = False
+    """Leave completions without an end (cut off at max_completion_length) out of the loss, and out of what it is
+    divided by."""
+    mask_overlong: Annotated[int, at_least(0)] = 0
+    """Tokens below max_completion_length within which a completion's reward falls, linearly, by up to 1, as a part of
+    the format reward: DAPO's soft punishment of overlong answers; 0: off."""
     num_iterations: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
     """Optimizer steps per rollout; more than one uses the rollout's log-probs, recomputed, as old log-probs."""
     dynamic_sampling: Annotated[int, at_least(0, "0 (off) or more", most=MOST_COMPLETIONS)] = 0
@@ -418,6 +440,11 @@ class TrainConfig(EvalOptions):
         expect("max_tokens_per_row", row, expected, row is None or row > completion)
         tokens = f"at most {MOST_ROW:,} / num_generations ({self.num_generations})"
         expect("max_completion_length", completion, tokens, completion * self.num_generations <= MOST_ROW)
+        cache = self.mask_overlong
+        expect("mask_overlong", cache, f"at most max_completion_length ({completion})", cache <= completion)
+        low, high = self.correction_min or 0.0, self.correction_max
+        at_most = "at most correction_max" if high is None else f"at most correction_max ({high:g})"
+        expect("correction_min", self.correction_min, at_most, high is None or low <= high)
         low, high = self.reward.length_range
         expect("reward.length_range", self.reward.length_range, "(low, high) with low <= high", low <= high)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videor1.config import TrainConfig
 from videor1.rewards.judge import TemporalJudge
-from videor1.rewards.scoring import format_rewards
+from videor1.rewards.scoring import format_rewards, overlong_penalty
 from videor1.types import Group
 from videor1_kernels import Advantages, tgrpo_advantages
 
@@ -20,7 +20,7 @@ class Scored:
     """Rewards and advantages of P groups of G ordered completions."""
 
     accuracy: Tensor  # [P, G]
-    format: Tensor  # [P, G], custom rewards included
+    format: Tensor  # [P, G], custom rewards and the overlong penalty included
     lengths: Tensor  # int64 [P, G], tokens that the model wrote: none of what the chat template opened
     shuffled_accuracy: Tensor  # [P, Gs]; NaN: no such completion, or it was skipped; Gs is 0 without any
     decisive: Tensor  # [P, Gs]: what the temporal bonus is computed from: as far as it matters, the same with all run
@@ -50,6 +50,10 @@ def score_groups(
     texts, samples = [text for text, _ in completions], [sample for _, sample in completions]
     format_reward = torch.tensor(format_rewards(texts, samples, config.reward, opened=opened))
     format_reward = format_reward.reshape(len(groups), -1)
+    lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
+    if cache := config.mask_overlong:
+        limit = config.max_completion_length
+        format_reward += torch.tensor([[overlong_penalty(n, limit, cache) for n in row] for row in lengths.tolist()])
     shuffled = torch.full((len(groups), max(max(g.shuffled_asked, len(g.shuffled)) for g in groups)), torch.nan)
     decisive = shuffled.clone()
     skipped, unknown = (torch.zeros(len(groups), dtype=torch.bool) for _ in range(2))
@@ -61,7 +65,6 @@ def score_groups(
             decisive[i, finished : group.shuffled_asked] = 0.0  # Any value gives the same bonus.
         elif skipped[i] and judge.needed is False:
             decisive[i], unknown[i] = torch.nan, True
-    lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     result = _advantages((accuracy, format_reward, lengths, decisive), config, device)
     p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)

@@ -133,6 +133,28 @@ def format_reward(completion: str, *, opened: str = "") -> float:
     return 1.0 if follows_format(completion, opened) else 0.0
 
 
+def overlong_penalty(length: int, limit: int, cache: int) -> float:
+    """Score how far a completion goes into the last tokens that it may have.
+
+    0 up to ``limit`` - ``cache`` tokens, from there falling linearly to -1 at ``limit``.
+
+    Args:
+        length: tokens of the completion.
+        limit: most tokens of a completion (Lmax).
+        cache: the last tokens before the limit (Lcache); 0: the score is always 0.
+
+    Returns:
+        Between -1 and 0.
+
+    Raises:
+        Nothing.
+
+    Source:
+        Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
+    """
+    return -min(1.0, max(0.0, (length - (limit - cache)) / cache)) if cache else 0.0
+
+
 def score(
     completions: list[str], samples: list[Sample], config: RewardConfig, *, opened: str = ""
 ) -> tuple[list[float], list[float]]:

@@ -76,6 +76,8 @@ def tgrpo_loss(
     num_tokens: int,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    completion_mask: Tensor | None = None,
     features: Sequence[Tensor] | None = None,
 ) -> GrpoLoss:
     """Return the policy loss of one packed row.
@@ -85,6 +87,8 @@ def tgrpo_loss(
         num_tokens: completion tokens of the whole accumulated batch (loss_type dapo).
         old_logp: [N] log-probs under the policy that sampled; None for the first update after a rollout.
         ref_logp: [N] log-probs under the reference model; None where beta is 0.
+        rollout_logp: [N] log-probs as the sampler gave them; None without an importance correction.
+        completion_mask: bool [S], the completions that count; None: all.
         features: vision features from a frozen tower; None runs the tower, with gradients if it is trained.
     """
     hidden = predicting_states(model, packed, features, config.kernels)
@@ -97,10 +101,18 @@ def tgrpo_loss(
             packed.layout.cu_completions,
             old_logp=old_logp,
             ref_logp=ref_logp,
+            rollout_logp=rollout_logp,
+            completion_mask=completion_mask,
             loss_type=config.loss_type,
             beta=config.beta,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
+            delta=config.delta,
+            clip_dual=config.clip_dual,
+            importance_correction=config.importance_correction,
+            correction_mode=config.correction_mode,
+            correction_min=config.correction_min,
+            correction_max=config.correction_max,
             kl_clamp=config.kl_clamp,
             importance_level=config.importance_level,
             temperature=config.temperature,

@@ -20,17 +20,29 @@ from videor1_kernels import plan_rows
 
 @dataclass(frozen=True)
 class Totals:
-    """The counts of a batch, over all ranks, that the loss's means divide by."""
+    """The counts of a batch, over all ranks, that the loss's means divide by: of completions that count."""
 
     completions: int
     tokens: int  # in the completions
     micro_batches: int
 
 
-def batch_totals(lengths: Tensor, config: TrainConfig) -> Totals:
-    """Return the totals of one rank's batch; ``lengths``: int64 [P, G], tokens of each completion."""
+def counting(groups: Sequence[Group], config: TrainConfig) -> Tensor:
+    """Return which completions count in the loss, bool [P, G]: all, or those that ended."""
+    every = [[completion.finished or not config.mask_truncated_completions for completion in g.ordered] for g in groups]
+    return torch.tensor(every).reshape(len(groups), -1)
+
+
+def batch_totals(lengths: Tensor, config: TrainConfig, counts: Tensor | None = None) -> Totals:
+    """Return the totals of one rank's batch.
+
+    Args:
+        lengths: int64 [P, G], tokens of each completion.
+        counts: bool [P, G], the completions that count; None: all.
+    """
     micro_batches = -(-len(lengths) // config.per_device_train_batch_size)
-    return Totals(lengths.numel(), int(lengths.sum()), micro_batches)
+    counted = lengths.flatten() if counts is None else lengths[counts]
+    return Totals(len(counted), int(counted.sum()), micro_batches)
 
 
 def sum_totals(totals: Sequence[Totals]) -> Totals:
@@ -46,6 +58,8 @@ class TrainingRow:
     groups: tuple[int, ...]  # indices into the batch's groups, in the order of the row's prompts
     completions: Tensor  # int64 [S]: indices of the row's completions among the batch's, prompt by prompt
     weight: float  # factor on the row's loss, so that the sum over all rows is the loss of the batch
+    rollout_logp: Tensor  # fp32 [N], as the sampler gave them; NaN where it gave none
+    counts: Tensor  # bool [S], the completions that count in the loss
 
 
 def training_rows(
@@ -55,7 +69,8 @@ def training_rows(
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
     for, with the same loss; on a CPU it is several, see ``even_batches``. Without a KL term a group whose advantages
-    are all 0 has a gradient of exactly 0: it is in no row, but still counts in the means.
+    are all 0 has a gradient of exactly 0: it is in no row, but still counts in the means. Nor is one of which no
+    completion counts.
 
     Args:
         totals: those of all ranks; None: of these groups alone.
@@ -63,14 +78,17 @@ def training_rows(
     Returns:
         (rows, number of groups that are in no row).
     """
-    totals = totals or batch_totals(scored.lengths, config)
+    counts = counting(groups, config)
+    totals = totals or batch_totals(scored.lengths, config, counts)
     lengths, size = scored.lengths, config.per_device_train_batch_size
+    counted = lengths * counts
     micro_batches = [range(first, min(first + size, len(groups))) for first in range(0, len(groups), size)]
     rows, left_out = [], 0
     for members in micro_batches:
-        trained = [i for i in members if config.beta or bool(scored.result.advantages[i].any())]
+        moved = (scored.result.advantages != 0) | bool(config.beta)
+        trained = [i for i in members if bool((moved[i] & counts[i]).any())]
         left_out += len(members) - len(trained)
-        tokens = int(lengths[members.start : members.stop].sum())
+        tokens = int(counted[members.start : members.stop].sum())
         for chosen in _plan(trained, groups, lengths, config.max_tokens_per_row, model.device):
             packed = pack(
                 model,
@@ -80,11 +98,13 @@ def training_rows(
             places = torch.tensor([i * lengths.shape[1] + c for i, completions in chosen for c in completions])
             weight = loss_weight(
                 config.loss_type,
-                completions=len(places) / totals.completions,
-                tokens=int(lengths.flatten()[places].sum()) / tokens,
+                completions=int(counts.flatten()[places].sum()) / totals.completions,
+                tokens=int(counted.flatten()[places].sum()) / max(1, tokens),
                 micro_batches=totals.micro_batches,
             )
-            rows.append(TrainingRow(packed, tuple(i for i, _ in chosen), places, weight))
+            sampled = torch.cat([groups[i].ordered[c].logp for i, completions in chosen for c in completions])
+            kept = counts.flatten()[places]
+            rows.append(TrainingRow(packed, tuple(i for i, _ in chosen), places, weight, sampled, kept))
     return rows, left_out
 
 

@@ -31,9 +31,10 @@ from videor1.rollout.local.operations import Operations
 from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import ChooseLayers, Loop
+from videor1.training.mismatch import WeightBounds
 from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
-from videor1.training.rows import TrainingRow, batch_totals, sum_totals, training_rows
+from videor1.training.rows import TrainingRow, batch_totals, counting, sum_totals, training_rows
 from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
@@ -131,8 +132,9 @@ class Trainer(Loop[TrainConfig]):
             self.rollouts.write(self.step + 1, row)
         timer.mark("time/reward")
 
-        totals = sum_totals(self.ranks.gather(batch_totals(scored.lengths, config)))
+        totals = sum_totals(self.ranks.gather(batch_totals(scored.lengths, config, counting(groups, config))))
         rows, left_out = training_rows(self.model, groups, scored, config, totals)
+        self._check_sampled(rows)
         row_features = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
         ref_logps = self._reference_logps(rows, row_features)
         timer.mark("time/reference")
@@ -297,7 +299,8 @@ class Trainer(Loop[TrainConfig]):
         results: dict[int, GrpoLoss],
     ) -> list[Callable[[], Tensor]]:
         """Return what computes the weighted loss of each row, and puts its detached result into ``results``."""
-        advantages = scored.result.advantages.flatten()
+        advantages, config = scored.result.advantages.flatten(), self.config
+        corrects, masks = config.importance_correction != "none", config.mask_truncated_completions
 
         def loss_of(i: int) -> Tensor:
             row, features = rows[i], row_features[i]
@@ -305,10 +308,12 @@ class Trainer(Loop[TrainConfig]):
                 self.model,
                 row.packed,
                 advantages[row.completions],
-                self.config,
+                config,
                 num_tokens=tokens,
                 old_logp=old_logps[i],
                 ref_logp=ref_logps[i],
+                rollout_logp=row.rollout_logp.to(self.model.device) if corrects else None,
+                completion_mask=row.counts.to(self.model.device) if masks else None,
                 features=features,
             )
             # Detached, since ``results`` would otherwise keep the row's graph alive.
@@ -318,6 +323,14 @@ class Trainer(Loop[TrainConfig]):
             return loss if features is not None or has_media else loss + self.dummy_tower_loss()
 
         return [functools.partial(loss_of, i) for i in range(len(rows))]
+
+    def _check_sampled(self, rows: Sequence[TrainingRow]) -> None:
+        """Check that there are the log-probs that a correction needs. Raises TrainingStopped."""
+        if self.config.importance_correction != "none" and any(bool(row.rollout_logp.isnan().any()) for row in rows):
+            raise TrainingStopped(
+                f"importance_correction {self.config.importance_correction}: the server gives no log-probs of what it "
+                "sampled; start one that does, or take importance_correction none"
+            )
 
     def _frozen_features(self, features: Sequence[Tensor | None]) -> list[Tensor] | None:
         """Return the rollout's vision features for use in training; None where the tower is trained or has not run."""
@@ -337,9 +350,17 @@ class Trainer(Loop[TrainConfig]):
         self, batch: Batch, rows: Sequence[TrainingRow], results: dict[int, GrpoLoss], left_out: int, timer: _PhaseTimer
     ) -> dict[str, Any]:
         reports = self.ranks.gather(make_step_report(batch, rows, [results[i] for i in range(len(rows))], left_out))
-        metrics = step_metrics(reports, timer.seconds, timer.total())
+        metrics = step_metrics(reports, timer.seconds, timer.total(), self._bounds())
         self._warn_without_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
         return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
+
+    def _bounds(self) -> WeightBounds | None:
+        """Return the bounds of the correction's weights; None without one."""
+        config = self.config
+        if config.importance_correction == "none":
+            return None
+        bounds = config.correction_min, config.correction_max
+        return WeightBounds(config.importance_correction, config.correction_mode, *bounds)
 
     def _warn_without_signal(self, signal: bool, metrics: dict[str, Any]) -> None:
         """Warn once after ``NO_SIGNAL_STEPS`` steps in a row without a nonzero advantage.
