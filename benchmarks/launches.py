@@ -224,7 +224,10 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 def _terms() -> Iterator[Launch]:
     def options(loss_type: str, level: str, clips: tuple[float | None, float | None], beta: float) -> Any:
-        return records.GrpoLossOptions(loss_type, beta, *clips, 10.0, level, 768, 6144.0)
+        by_ratio = loss_type == "sapo"
+        return records.GrpoLossOptions(
+            loss_type, beta, *clips, 10.0, level, 768, 6144.0, use_bias_correction_kl=by_ratio
+        )
 
     def launch(
         completions: int,
@@ -271,6 +274,10 @@ def _terms() -> Iterator[Launch]:
     launch(1, ALIGNED, "bnpo", "sequence", dtype=FP16)
     yield "weights, of completions that count, KL", TARGETS
     launch(333, ALIGNED, "grpo", "token", (0.2, 0.28), 0.04, weighted=True)
+    yield "CISPO", ONCE
+    launch(16, ALIGNED, "cispo", "token", (None, 3.0))
+    yield "SAPO by completion, KL by ratio", ONCE
+    launch(16, ALIGNED, "sapo", "sequence", (None, None), 0.04)
     yield "whole completions, KL, int32", TARGETS
     launch_whole("grpo", "token", 0.04, False, torch.int32, 16)
     yield "whole completions, all tokens, mask, sequence, int64", ONCE

@@ -52,8 +52,20 @@ WEIGHTS: list[dict[str, Any]] = [
     {"importance_correction": "sequence", "correction_max": 1.05},
     {"importance_correction": "sequence", "correction_mode": "mask", "correction_min": 0.95, "correction_max": None},
     {"token_weight": True},
+    {"importance_weight": True},
     {"completion_mask": True},
     {"importance_correction": "token", "correction_mode": "mask", "token_weight": True, "completion_mask": True},
+]
+# Loss types with a policy term of their own; with what they take.
+OWN: list[dict[str, Any]] = [
+    {"loss_type": "luspo"},
+    {"loss_type": "luspo", "clip_low": 0.2, "clip_high": 0.28, "delta": 1.5},
+    {"loss_type": "cispo", "num_tokens": 23, "clip_low": 0.3, "clip_high": 0.2},
+    {"loss_type": "cispo", "num_tokens": 23, "clip_high": -0.1},
+    {"loss_type": "sapo"},
+    {"loss_type": "sapo", "sapo_temperature_pos": 0.7, "sapo_temperature_neg": 2.0},
+    {"loss_type": "vespo", "num_tokens": 23},
+    {"loss_type": "vespo", "num_tokens": 23, "vespo_k_pos": 1.0, "vespo_lambda_neg": 1.5},
 ]
 BOUNDS: list[dict[str, Any]] = [
     {},
@@ -233,6 +245,7 @@ def naive(
     num_tokens: float = 0,
     rollout_logp: Tensor | None = None,
     token_weight: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     completion_mask: Tensor | None = None,
     importance_correction: str = "none",
     correction_mode: str = "truncate",
@@ -240,6 +253,13 @@ def naive(
     correction_max: float | None = 2.0,
     delta: float | None = None,
     clip_dual: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    use_bias_correction_kl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KL and clip fraction."""
     nothing = logp[:0].sum()
@@ -255,7 +275,7 @@ def naive(
         if importance_level == "sequence":
             mean = log_ratio.mean().expand(len(kept))
             # Where tokens weigh differently, GSPO-token's: the same number, through a token's own log-prob.
-            weighted = rollout_logp is not None or token_weight is not None
+            weighted = any(x is not None for x in (rollout_logp, token_weight, importance_weight))
             log_ratio = mean.detach() + lp - lp.detach() if weighted else mean
         r = log_ratio.exp()
         bounded = r.clamp(0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high)
@@ -264,9 +284,8 @@ def naive(
         gains = torch.minimum((r if delta is None else r.clamp(max=delta)) * a, bounded * a)
         if clip_dual is not None and a < 0:
             gains = torch.maximum(gains, clip_dual * a)
-        terms = -gains
-        clipped += int((gains != r * a).sum())
         inside = torch.ones_like(lp)
+        w = inside if importance_weight is None else importance_weight[kept]
         if importance_correction != "none":
             assert rollout_logp is not None
             gap = ((lp if old_logp is None else old_logp[kept]) - rollout_logp[kept]).detach()
@@ -275,17 +294,34 @@ def naive(
             high = math.inf if correction_max is None else correction_max
             if correction_mode == "mask":
                 inside = ((w >= low) & (w <= high)).to(lp.dtype)
-            terms = terms * (w if correction_mode == "mask" else w.clamp(low, high))
+            w = w * inside if correction_mode == "mask" else w.clamp(low, high)
+        if loss_type == "cispo":
+            gains = bounded.detach() * a * lp
+            clipped += int((bounded * a != r * a).sum())
+        elif loss_type == "sapo":
+            tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
+            gains = 4 / tau * torch.sigmoid(tau * (r - 1)) * a
+        elif loss_type == "vespo":
+            k, rate = (vespo_k_pos, vespo_lambda_pos) if a >= 0 else (vespo_k_neg, vespo_lambda_neg)
+            total = (log_ratio.clamp(-20, 20).sum() + w.log().clamp(math.log(1e-8), 20).sum()).clamp(math.log(1e-8), 20)
+            gains = (rate + k * total - rate * total.exp()).exp().detach() * a * lp
+            w = torch.ones_like(lp)
+        else:
+            clipped += int((gains != r * a).sum())
+        terms = -gains * w
         if beta:
             assert ref_logp is not None
             x = (ref_logp[kept] - lp).clamp(-kl_clamp, kl_clamp)
-            terms = terms + beta * (x.exp() - x - 1)
-            kls.append((x.exp() - x - 1).sum())
+            kl = (x.exp() - x - 1) * (r if use_bias_correction_kl else 1.0)
+            terms = terms + beta * kl
+            kls.append(kl.sum())
         per_completion.append(terms * inside * (1.0 if token_weight is None else token_weight[kept]))
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         loss = sum((terms.mean() for terms in per_completion), nothing) / max(len(completions), 1)
     else:
-        size = {"bnpo": count, "dr_grpo": len(completions) * max_completion_length, "dapo": num_tokens}[loss_type]
+        size = {"bnpo": count, "dr_grpo": len(completions) * max_completion_length, "luspo": len(completions)}.get(
+            loss_type, num_tokens
+        )
         loss = sum((terms.sum() for terms in per_completion), nothing) / (size or 1)
     return loss, sum(kls).detach() / max(count, 1), nothing.detach() + clipped / max(count, 1)
 
@@ -326,8 +362,9 @@ def weighted(case: dict[str, Any], chosen: dict[str, Any], seed: int = 7) -> tup
     found = {}
     if "importance_correction" in options:
         found["rollout_logp"] = base + 0.5 * noise
-    if options.pop("token_weight", False):
-        found["token_weight"] = (noise - 0.2).clamp(min=0)
+    for name in ("token_weight", "importance_weight"):
+        if options.pop(name, False):
+            found[name] = (noise - 0.2).clamp(min=0)
     if case.get("mask") is not None:
         for values in found.values():
             values[~case["mask"]] = math.nan

@@ -73,6 +73,70 @@ def test_weighted_and_bounded_terms(
         assert ours.skipped_rows > 0
 
 
+@pytest.mark.grid(
+    own=cases.OWN,
+    weights=[{}, *cases.WEIGHTS],
+    level=cases.LEVELS,
+    kind=cases.KINDS[:2],
+    beta=[0.0, 0.04],
+    by_ratio=[True, False],
+    old=[True, False],
+    masked=[True, False],
+)
+def test_losses_with_terms_of_their_own(
+    own: dict[str, Any],
+    weights: dict[str, Any],
+    level: str,
+    kind: cases.Kind,
+    beta: float,
+    by_ratio: bool,
+    old: bool,
+    masked: bool,
+) -> None:
+    backend, dtype = kind
+    logp, case = cases.make_case((5, 1, 0, 5, 3), dtype=dtype, masked=masked)
+    if not old:
+        case["old_logp"] = None
+    case, options = cases.weighted(case, weights)
+    options |= {"importance_level": level, "beta": beta, "use_bias_correction_kl": by_ratio} | own
+    if own["loss_type"] == "vespo":
+        options["importance_level"] = "token"
+        if options.get("importance_correction") == "sequence":
+            options["importance_correction"] = "token"
+    cases.check_loss(backend, logp, case, **options)
+
+
+@pytest.mark.grid(kind=cases.KINDS[:2], loss=cases.LOSSES, level=cases.LEVELS, old=[True, False])
+def test_the_kl_term_by_ratio(kind: cases.Kind, loss: dict[str, Any], level: str, old: bool) -> None:
+    """Clipped tokens keep it; in a sequence the gradient goes through all tokens' ratio."""
+    backend, dtype = kind
+    for masked in (False, True):
+        logp, case = cases.make_case(dtype=dtype, masked=masked)
+        if not old:
+            case["old_logp"] = None
+        options = {"importance_level": level, "use_bias_correction_kl": True, "kl_clamp": 2.0}
+        cases.check_loss(backend, logp, case, **loss, **cases.BOTH, **options)
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_losses_with_terms_of_their_own_by_hand(backend: str) -> None:
+    """One token of log-prob -2, of ratio e, and A = 3."""
+    logp, case = leaf(torch.tensor([-2.0], device=DEVICE)), {"old_logp": torch.tensor([-3.0], device=DEVICE)}
+    case |= {"advantages": torch.tensor([3.0], device=DEVICE), "cu_seqlens": cases.cumulative([1]), "beta": 0}
+    soft = 1 / (1 + math.exp(-0.5 * (math.e - 1)))
+    phi = math.exp(2 + 1.5 - 2 * math.e)
+    for options, loss, slope in (
+        ({"loss_type": "cispo", "num_tokens": 2, "clip_high": 0.5}, 1.5 * 3 * 2 / 2, -1.5 * 3 / 2),
+        ({"loss_type": "cispo", "num_tokens": 1}, math.e * 3 * 2, -math.e * 3),
+        ({"loss_type": "sapo", "sapo_temperature_pos": 0.5}, -8 * soft * 3, -4 * soft * (1 - soft) * math.e * 3),
+        ({"loss_type": "vespo", "num_tokens": 1, "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0}, phi * 3 * 2, -phi * 3),
+        ({"loss_type": "luspo"}, -math.e * 3, -math.e * 3),
+    ):
+        out = grpo_loss(logp, **case, **options, backend=backend)
+        assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+        assert torch.autograd.grad(out.loss, logp)[0].item() == pytest.approx(slope, rel=1e-5)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), cases.KINDS[:2])
 def test_weights_of_one_change_no_bit(backend: str, dtype: torch.dtype) -> None:
     """Neither a sampler that is the old policy, nor weights that are 1; nor a mask that lets all through."""
@@ -81,7 +145,7 @@ def test_weights_of_one_change_no_bit(backend: str, dtype: torch.dtype) -> None:
         want, want_grad = cases.check_loss(backend, logp, case, importance_level=level, **cases.BOTH)
         ones = {
             "rollout_logp": case["old_logp"],
-            "token_weight": torch.ones_like(logp),
+            "token_weight": torch.ones_like(logp.detach()),
             "completion_mask": torch.ones(len(case["advantages"]), dtype=torch.bool, device=DEVICE),
         }
         for correction in ("none", "token", "sequence"):

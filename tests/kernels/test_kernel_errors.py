@@ -17,6 +17,7 @@ N, CU = torch.zeros(3), torch.tensor([0, 1, 3], dtype=torch.int32)
 HEAD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(3).long()}
 LOSS = {"advantages": torch.zeros(2), "cu_seqlens": CU, "old_logp": N, "ref_logp": N, "rollout_logp": N} | {
     "token_weight": N,
+    "importance_weight": N,
     "completion_mask": torch.zeros(2) == 0,
 }
 GROUP = torch.zeros(2, 3)
@@ -154,7 +155,8 @@ def parameters(kind: str) -> list[tuple[str, str]]:
 KINDS = ("float", "float | None", "float | Tensor", "int | None")
 NUMBERS = [case for kind in KINDS for case in parameters(kind)]
 ABOVE_0 = ("temperature", "scale", "clip_low", "clip_high", "kl_clamp", "num_tokens", "max_completion_length")
-ABOVE_0 += ("delta", "correction_max")
+ABOVE_0 += ("delta", "correction_max", "sapo_temperature_pos", "sapo_temperature_neg")
+ABOVE_0 += ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 READ_WITH = {"num_tokens": {"loss_type": "dapo"}, "max_completion_length": {"loss_type": "dr_grpo"}}
 
 
@@ -213,10 +215,19 @@ OF_LOSS: Values = [
     ({"token_weight": zeros(2)}, "token_weight: expected shape [3], got [2]"),
     ({"completion_mask": zeros(3) == 0}, "completion_mask: expected shape [2], got [3]"),
     (
-        {"importance_correction": "token", "rollout_logp": None},
+        {"importance_correction": "token", "rollout_logp": None, "importance_weight": None},
         "rollout_logp: expected a tensor [3], as importance_correction is 'token', got None",
     ),
+    ({"importance_correction": "token"}, "importance_weight: expected None, as importance_correction 'token' forms it"),
     ({"correction_min": 3.0}, "correction_min: expected at most correction_max, 2, got 3.0"),
+    ({"loss_type": "cispo", "num_tokens": 1, "delta": 2.0}, "delta: expected None, as loss_type 'cispo' has no such"),
+    ({"loss_type": "sapo", "clip_low": 0.2}, "clip_low: expected None, as loss_type 'sapo' has no such bound, got 0.2"),
+    ({"loss_type": "vespo"}, "num_tokens: expected the tokens of the whole accumulated batch, as loss_type is 'vespo'"),
+    (
+        {"loss_type": "vespo", "num_tokens": 1, "importance_level": "sequence"},
+        "importance_level: expected 'token' (or no correction), as vespo's weight is that of a whole completion",
+    ),
+    ({"use_bias_correction_kl": 1}, "use_bias_correction_kl: expected True or False, got 1"),
     ({"clip_dual": 1.0}, "clip_dual: expected a finite number above 1, got 1.0"),
 ]
 OF_DELTA: Values = [

@@ -69,6 +69,38 @@ def test_weighted_and_bounded_terms(
     cases.check_linear(backend, head, case, **loss, **options)
 
 
+@pytest.mark.grid(
+    own=cases.OWN,
+    kind=cases.KINDS,
+    weights=[{}, *cases.WEIGHTS[:2], *cases.WEIGHTS[4:]],
+    by_ratio=[True, False],
+    beta=[0.0, 0.04],
+    old=[True, False],
+    chunked=[True, False],
+)
+def test_losses_with_terms_of_their_own(
+    own: dict[str, Any],
+    kind: cases.Kind,
+    weights: dict[str, Any],
+    by_ratio: bool,
+    beta: float,
+    old: bool,
+    chunked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, dtype = kind
+    if chunked:
+        cases.cut_small(monkeypatch)
+    head, case = cases.make_linear(dtype, LONG, ignored=True, bias=not old)
+    case["advantages"][[1, 4]] = 0.0
+    if not old:
+        case["old_logp"] = None
+    case, options = cases.weighted(case, weights)
+    level = "sequence" if own["loss_type"] in ("luspo", "sapo") else "token"
+    options |= {"importance_level": level, "beta": beta, "use_bias_correction_kl": by_ratio, **own}
+    cases.check_linear(backend, head, case, **options)
+
+
 @pytest.mark.grid(kind=cases.KINDS[::2], correction=["token", "sequence"], old=[True, False])
 def test_masked_tokens_are_not_multiplied(kind: cases.Kind, correction: str, old: bool) -> None:
     """Rows that the correction leaves out cost nothing, with a KL term too; what is left keeps its bits."""

@@ -174,7 +174,8 @@ def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
 def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
     options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None, "token", "mask", None, 2.0, 4.0, 3.0)
-    completions = (ADVANTAGES, CU, lp, lp, lp - 0.5, lp.exp(), ADVANTAGES[0] != ADVANTAGES)
+    options += (1.0, 1.05, 2.0, 3.0, 3.0, 2.0, True)
+    completions = (ADVANTAGES, CU, lp, lp, lp - 0.5, lp.exp(), None, ADVANTAGES[0] != ADVANTAGES)
     numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward", "mean", None)
     head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)
     rewards, shuffled = torch.rand(2, 3, device=DEVICE), torch.rand(2, 2, device=DEVICE)
@@ -201,7 +202,24 @@ def test_opcheck(backend: str) -> None:
         (
             linear_grpo_loss_op,
             (
-                *(HIDDEN, fixed, LABELS, ADVANTAGES, CU, None, lp, lp, None, None, None, TEMPERATURES, 1.0, None, 2.0),
+                *(
+                    HIDDEN,
+                    fixed,
+                    LABELS,
+                    ADVANTAGES,
+                    CU,
+                    None,
+                    lp,
+                    lp,
+                    None,
+                    None,
+                    None,
+                    None,
+                    TEMPERATURES,
+                    1.0,
+                    None,
+                    2.0,
+                ),
                 *(*options, [True, False, False]),
             ),
         ),

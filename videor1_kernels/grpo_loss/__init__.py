@@ -59,6 +59,7 @@ def grpo_loss(
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     token_weight: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     completion_mask: Tensor | None = None,
     loss_type: str = "grpo",
     beta: float = 0.04,
@@ -66,6 +67,13 @@ def grpo_loss(
     clip_high: float | None = None,
     delta: float | None = None,
     clip_dual: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    use_bias_correction_kl: bool = False,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
     importance_correction: str = "none",
@@ -104,6 +112,16 @@ def grpo_loss(
         bnpo     sum of l / number of tokens of this call
         dr_grpo  sum of l / (S * max_completion_length)
         dapo     sum of l / num_tokens
+        luspo    sum of l / S: with "sequence", GSPO's term times the length of the completion
+
+    Three more have a policy term of their own in the place of the minimum:
+
+        cispo    sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp_t, sum of l / num_tokens; sg has no gradient
+        sapo     4 / tau sigmoid(tau (r - 1)) A with tau of A > 0 or of the others, divided as grpo
+        vespo    sg(e^lambda W^k e^(-lambda W)) A logp_t, W the product of a completion's r and w, k and lambda of
+                 A >= 0 or of the others, sum of l / num_tokens; that weight takes the place of r and of w
+
+    With ``use_bias_correction_kl`` the KL term is r kl_t, and r has a gradient there.
 
     An empty completion adds 0 to the sum and counts in S; no completions or no tokens give a loss of 0 that still has a
     gradient function. A masked token is as if it were not there: it counts in no mean and gets no gradient.
@@ -120,14 +138,20 @@ def grpo_loss(
         rollout_logp: [N], nats, as the sampler reported them; fp64, fp32, bf16 or fp16. Needed for a correction,
             ignored without one.
         token_weight: [N], a factor of each token's term; fp64, fp32, bf16 or fp16. None: 1.
+        importance_weight: [N], w itself, from a caller that has it; fp64, fp32, bf16 or fp16. None: 1.
         completion_mask: bool [S]; a completion with False is as if it were not there: its tokens are masked, and S does
             not count it. None: all are in.
-        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo", as above.
+        loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo" or "vespo", as above.
         beta: factor on the KL term, 0 or more.
-        clip_low, clip_high: above 0; None leaves that side unclipped.
+        clip_low, clip_high: above 0 (``clip_high`` above -1 for cispo); None leaves that side unclipped. sapo and vespo
+            have no clip.
         delta: above 0, the bound of a ratio whose advantage is negative, as far as it lies above 1 + ``clip_high``, and
             of any other one; None: none.
-        clip_dual: above 1, the bound of a ratio whose advantage is negative; None: none.
+        clip_dual: above 1, the bound of a ratio whose advantage is negative; None: none. It and ``delta`` are for loss
+            types of the minimum.
+        sapo_temperature_pos, sapo_temperature_neg: above 0, tau for A > 0 and for the others.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: above 0, for A >= 0 and for the others.
+        use_bias_correction_kl: whether r multiplies the KL term, in the loss and in ``kl``.
         kl_clamp: above 0, nats.
         importance_level: "token" or "sequence".
         importance_correction: "none", "token" or "sequence".
@@ -135,7 +159,8 @@ def grpo_loss(
         correction_min, correction_max: 0 or more and above 0; None leaves that side open.
         mask: bool [N], False leaves the token out; None: all are in.
         max_completion_length: for dr_grpo, tokens.
-        num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
+        num_tokens: for dapo, cispo and vespo, the tokens of the whole accumulated batch (of all processes, divided by
+            their number).
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
@@ -149,14 +174,18 @@ def grpo_loss(
     Source:
         GRPO (arXiv 2402.03300), Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476), GSPO (arXiv 2507.18071),
         T-GRPO (arXiv 2503.21776). ``delta`` is that of INTELLECT-2 (arXiv 2505.07291), ``clip_dual`` that of dual-clip
-        PPO (arXiv 1912.09729); the corrections are those of TRL (``vllm_importance_sampling_mode``) and of verl
-        (rollout correction). kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
+        PPO (arXiv 1912.09729); CISPO is of MiniMax-M1 (arXiv 2506.13585), SAPO of arXiv 2511.20347, luspo and vespo are
+        as TRL and Liger-Kernel define them; ``use_bias_correction_kl`` is of DeepSeek-V3.2 (arXiv 2512.02556). The
+        corrections are those of TRL (``vllm_importance_sampling_mode``) and of verl (rollout correction). kl is the
+        estimator k3 of http://joschu.net/blog/kl-approx.html.
     """
     op = "grpo_loss"
     check_tensor(op, "logp", logp, ("N",))
     if mask is not None:
         check_tensor(op, "mask", mask, logp.shape, (torch.bool,), logp.device)
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, completion_mask)
+    completions = Completions(
+        advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, importance_weight, completion_mask
+    )
     options = GrpoLossOptions(
         loss_type,
         beta,
@@ -172,6 +201,13 @@ def grpo_loss(
         correction_max,
         delta,
         clip_dual,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
+        vespo_k_pos,
+        vespo_lambda_pos,
+        vespo_k_neg,
+        vespo_lambda_neg,
+        use_bias_correction_kl,
     )
     options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
@@ -191,6 +227,7 @@ def linear_grpo_loss(
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     token_weight: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     completion_mask: Tensor | None = None,
     bias: Tensor | None = None,
     loss_type: str = "grpo",
@@ -199,6 +236,13 @@ def linear_grpo_loss(
     clip_high: float | None = None,
     delta: float | None = None,
     clip_dual: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    use_bias_correction_kl: bool = False,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
     importance_correction: str = "none",
@@ -232,16 +276,19 @@ def linear_grpo_loss(
         advantages: [S]; fp64, fp32, bf16 or fp16.
         cu_seqlens: int32 or int64 [S+1]: completion s holds tokens cu_seqlens[s] to cu_seqlens[s+1] - 1.
         old_logp, ref_logp, rollout_logp: [N], nats, as in :func:`grpo_loss`; fp64, fp32, bf16 or fp16; or None.
-        token_weight: [N], as there; fp64, fp32, bf16 or fp16; or None.
+        token_weight, importance_weight: [N], as there; fp64, fp32, bf16 or fp16; or None.
         completion_mask: bool [S], as there, or None. The tokens of a completion with False never reach the head.
-        loss_type, beta, clip_low, clip_high, delta, clip_dual, importance_level: as there.
+        loss_type, beta, clip_low, clip_high, delta, clip_dual, importance_level, use_bias_correction_kl: as there.
+        sapo_temperature_pos, sapo_temperature_neg: as there.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: as there.
         importance_correction, correction_mode, correction_min, correction_max: as there.
         kl_clamp: above 0, nats.
         temperature: a number, or a tensor [N] of a float dtype; above 0.
         softcap, vocab_shard: as in :func:`~videor1_kernels.linear_logprob`. With a shard the gradient is formed in the
             backward pass, from logits that are computed again: 2NHV + 6CHV operations of all ranks together.
         max_completion_length: for dr_grpo, tokens.
-        num_tokens: for dapo, the tokens of the whole accumulated batch (of all processes, divided by their number).
+        num_tokens: for dapo, cispo and vespo, the tokens of the whole accumulated batch (of all processes, divided by
+            their number).
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
@@ -260,7 +307,9 @@ def linear_grpo_loss(
     check_tensor(op, "hidden", hidden, ("N", "H"))
     check_head(op, hidden, weight, labels, bias)
     temperatures, scalar = split_temperature(op, temperature, hidden, weight, bias)
-    completions = Completions(advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, completion_mask)
+    completions = Completions(
+        advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, importance_weight, completion_mask
+    )
     options = GrpoLossOptions(
         loss_type,
         beta,
@@ -276,6 +325,13 @@ def linear_grpo_loss(
         correction_max,
         delta,
         clip_dual,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
+        vespo_k_pos,
+        vespo_lambda_pos,
+        vespo_k_neg,
+        vespo_lambda_neg,
+        use_bias_correction_kl,
     )
     options = _checked(op, completions, len(hidden), hidden.device, options)
     if vocab_shard is not None:
@@ -315,13 +371,13 @@ def _checked(
     op: str, completions: Completions, tokens: int, device: torch.device, options: GrpoLossOptions
 ) -> GrpoLossOptions:
     """Check everything but where the log-probs come from. Returns the options with numbers of the operator's types."""
-    advantages, cu_seqlens, _, ref_logp, rollout_logp, *_ = completions
+    advantages, cu_seqlens, _, ref_logp, *_ = completions
     beta, num_tokens = options.beta, options.num_tokens
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
     if not len(cu_seqlens):
         raise fail(op, "cu_seqlens", "at least one entry (the leading 0)", "an empty tensor")
     check_tensor(op, "advantages", advantages, (len(cu_seqlens) - 1,), device=device)
-    for name in ("old_logp", "ref_logp", "rollout_logp", "token_weight"):
+    for name in ("old_logp", "ref_logp", "rollout_logp", "token_weight", "importance_weight"):
         if (values := getattr(completions, name)) is not None:
             check_tensor(op, name, values, (tokens,), device=device)
     if completions.completion_mask is not None:
@@ -330,29 +386,49 @@ def _checked(
     check_choice(op, "importance_level", options.importance_level, IMPORTANCE_LEVELS)
     check_number(op, "beta", beta, at_least=0)
     check_number(op, "kl_clamp", options.kl_clamp, above=0)
-    for name, clip in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
-        if clip is not None:
-            check_number(op, name, clip, above=0)
-    _check_correction(op, rollout_logp, tokens, options)
-    for name, least in (("delta", 0.0), ("clip_dual", 1.0)):
-        if (bound := getattr(options, name)) is not None:
-            check_number(op, name, bound, above=least)
+    _check_policy(op, options)
+    _check_correction(op, completions, tokens, options)
     if beta > 0 and ref_logp is None:
         raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)
-    if options.loss_type == "dr_grpo":
+    if options.divisor == "length":
         if options.max_completion_length is None:
             raise fail(op, "max_completion_length", "a number of tokens, as loss_type is 'dr_grpo'", None)
         check_number(op, "max_completion_length", options.max_completion_length, above=0)
-    if options.loss_type == "dapo":
+    if options.divisor == "num_tokens":
         if num_tokens is None:
-            raise fail(op, "num_tokens", "the tokens of the whole accumulated batch, as loss_type is 'dapo'", None)
+            expected = f"the tokens of the whole accumulated batch, as loss_type is {options.loss_type!r}"
+            raise fail(op, "num_tokens", expected, None)
         if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
             num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
     return replace(options, beta=float(beta), kl_clamp=float(options.kl_clamp), num_tokens=num_tokens)
 
 
-def _check_correction(op: str, rollout_logp: Tensor | None, tokens: int, options: GrpoLossOptions) -> None:
+def _check_policy(op: str, options: GrpoLossOptions) -> None:
+    """Check the options of the policy term: their ranges, and that the loss type has what is given."""
+    loss_type = options.loss_type
+    above = {"clip_low": 0.0, "clip_high": -1.0 if loss_type == "cispo" else 0.0, "delta": 0.0, "clip_dual": 1.0}
+    none = {"cispo": ("delta", "clip_dual"), "sapo": tuple(above), "vespo": tuple(above)}.get(loss_type, ())
+    for name, least in above.items():
+        bound = getattr(options, name)
+        if bound is not None:
+            check_number(op, name, bound, above=least)
+            if name in none:
+                raise fail(op, name, f"None, as loss_type {loss_type!r} has no such bound", bound)
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        check_number(op, name, getattr(options, name), above=0)
+    for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+        check_number(op, name, getattr(options, name), above=0)
+    if not isinstance(options.use_bias_correction_kl, bool):
+        raise fail(op, "use_bias_correction_kl", "True or False", options.use_bias_correction_kl)
+    if loss_type == "vespo":
+        for name in ("importance_level", "importance_correction"):
+            if getattr(options, name) == "sequence":
+                expected = "'token' (or no correction), as vespo's weight is that of a whole completion already"
+                raise fail(op, name, expected, "'sequence'")
+
+
+def _check_correction(op: str, completions: Completions, tokens: int, options: GrpoLossOptions) -> None:
     correction, low, high = options.importance_correction, options.correction_min, options.correction_max
     check_choice(op, "importance_correction", correction, CORRECTIONS)
     check_choice(op, "correction_mode", options.correction_mode, CORRECTION_MODES)
@@ -362,7 +438,9 @@ def _check_correction(op: str, rollout_logp: Tensor | None, tokens: int, options
         check_number(op, "correction_max", high, above=0)
     if low is not None and high is not None and low > high:
         raise fail(op, "correction_min", f"at most correction_max, {high:g}", low)
-    if correction != "none" and rollout_logp is None:
+    if correction != "none" and completions.importance_weight is not None:
+        raise fail(op, "importance_weight", f"None, as importance_correction {correction!r} forms it", "a tensor")
+    if correction != "none" and completions.rollout_logp is None:
         raise fail(op, "rollout_logp", f"a tensor [{tokens}], as importance_correction is {correction!r}", None)
 
 

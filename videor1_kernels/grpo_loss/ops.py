@@ -45,14 +45,16 @@ def _(count: Tensor) -> Any:
 
 _COMPLETIONS = (
     "Tensor advantages, Tensor cu_seqlens, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, "
-    "Tensor? token_weight, Tensor? completion_mask"
+    "Tensor? token_weight, Tensor? importance_weight, Tensor? completion_mask"
 )
 _GIVEN = len(Completions._fields)
 _LEAVES = (0, 1, 3 + _GIVEN)  # hidden, weight and bias among the inputs of linear_grpo_loss
 _OPTIONS = (
     "str loss_type, float beta, float? clip_low, float? clip_high, float kl_clamp, str importance_level, "
     "float? max_completion_length, float? num_tokens, str importance_correction, str correction_mode, "
-    "float? correction_min, float? correction_max, float? delta, float? clip_dual"
+    "float? correction_min, float? correction_max, float? delta, float? clip_dual, "
+    "float sapo_temperature_pos, float sapo_temperature_neg, float vespo_k_pos, float vespo_lambda_pos, "
+    "float vespo_k_neg, float vespo_lambda_neg, bool use_bias_correction_kl"
 )
 
 

@@ -8,7 +8,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+# What the sum of a loss type's terms is divided by: the tokens of each completion and S, all tokens of the call,
+# S * max_completion_length, num_tokens, or S.
+DIVISORS = {
+    "grpo": "completion",
+    "sapo": "completion",
+    "bnpo": "call",
+    "dr_grpo": "length",
+    "dapo": "num_tokens",
+    "cispo": "num_tokens",
+    "vespo": "num_tokens",
+    "luspo": "completions",
+}
+LOG_WEIGHTED = ("cispo", "vespo")  # their policy term is a detached weight times the log-prob
 IMPORTANCE_LEVELS = ("token", "sequence")
 CORRECTIONS = ("none", "token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
@@ -32,6 +45,23 @@ class GrpoLossOptions:
     correction_max: float | None = 2.0
     delta: float | None = None
     clip_dual: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    use_bias_correction_kl: bool = False
+
+    @property
+    def divisor(self) -> str:
+        """What the terms are divided by, one of the values of DIVISORS."""
+        return DIVISORS[self.loss_type]
+
+    @property
+    def kl_by_ratio(self) -> bool:
+        """Whether the ratio multiplies the KL term."""
+        return self.use_bias_correction_kl and self.beta > 0
 
 
 class Completions(NamedTuple):
@@ -43,6 +73,7 @@ class Completions(NamedTuple):
     ref_logp: Tensor | None  # [N], under the reference model
     rollout_logp: Tensor | None = None  # [N], as the sampler reported them
     token_weight: Tensor | None = None  # [N]
+    importance_weight: Tensor | None = None  # [N]
     completion_mask: Tensor | None = None  # bool [S]: those that count; the tokens of the others are masked already
 
     def counted(self) -> int | Tensor:
@@ -61,5 +92,6 @@ def ceilings(options: GrpoLossOptions) -> tuple[float, float]:
         positive, negative = high, math.inf
     else:
         positive = min(high, options.delta)
-        negative = options.delta if options.clip_high is None else max(high, options.delta)
+        least = 1 - options.clip_low if options.clip_low is not None else 0.0
+        negative = max(options.delta, least if options.clip_high is None else high)
     return positive, negative if options.clip_dual is None else min(negative, options.clip_dual)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from videor1_kernels.checks import IGNORED, compute_dtype
 from videor1_kernels.grpo_loss.factors import token_factors
-from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions, ceilings
+from videor1_kernels.grpo_loss.records import LOG_WEIGHTED, Completions, GrpoLossOptions, ceilings
 from videor1_kernels.grpo_loss.rows import KnownRows
 from videor1_kernels.linear_logprob import reference as head
 from videor1_kernels.linear_logprob.inputs import HeadInputs
@@ -108,29 +108,18 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     tokens = counted[boundaries[1:]] - counted[boundaries[:-1]]  # [S], unmasked
     weight = _token_weights(tokens, completions.counted(), options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
     advantage = completions.advantages.to(dtype)[sequence]  # [N]
-    on_policy, whole = token_factors(
-        logp if old_logp is None else old_logp, completions, mask, lengths, tokens, options
-    )
+    old, new = (logp, None) if old_logp is None else (old_logp, logp)
+    on_policy, whole = token_factors(old, completions, mask, lengths, tokens, options, new)
 
-    log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp
+    log_ratio = logp - old
     if options.importance_level == "sequence" and len(lengths):
         sums = torch.segment_reduce(log_ratio, "sum", lengths=lengths, initial=0.0)  # [S]
         log_ratio = (sums / tokens.clamp(min=1))[sequence]
-    clipped = torch.zeros_like(mask)
-    ratio = log_ratio.exp()
-    if options.clip_low is not None:
-        clipped |= (advantage < 0) & (ratio < 1 - options.clip_low)
-        ratio = torch.where(clipped, 1 - options.clip_low, ratio)
-    for side, ceiling in zip((advantage > 0, advantage < 0), ceilings(options), strict=True):
-        if ceiling < math.inf:
-            above = side & (ratio > ceiling)
-            ratio = torch.where(above, ceiling, ratio)
-            clipped |= above
+    unbounded = log_ratio.exp()
+    ratio, clipped = _clip(unbounded, advantage, options)
     clipped &= mask
     gain = advantage if on_policy is None else torch.where(advantage == 0, 0.0, advantage * on_policy)
-    # No advantage or no weight, no policy term, even where the ratio has overflowed.
-    term = torch.where(gain == 0, 0.0, -ratio * gain)
-    slope = term.masked_fill(clipped, 0.0)
+    term, slope = _policy_terms(ratio, clipped, gain, advantage, logp, options)
     kl = torch.zeros_like(logp)
     if options.beta > 0:
         assert ref_logp is not None
@@ -138,8 +127,16 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
         x = gap.clamp(-options.kl_clamp, options.kl_clamp)
         growth = x.expm1()
         kl = growth - x
+        change = -torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
+        if options.kl_by_ratio:
+            shared = kl
+            if options.importance_level == "sequence" and on_policy is None and whole is None and len(lengths):
+                kept = kl.masked_fill(~mask, 0.0)
+                sums = torch.segment_reduce(kept, "sum", lengths=lengths, initial=0.0)  # [S]
+                shared = (sums / tokens.clamp(min=1))[sequence]
+            kl, change = unbounded * kl, unbounded * (change + shared)
         term = term + options.beta * kl
-        slope = slope - options.beta * torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
+        slope = slope + options.beta * change
     if whole is not None:
         weight = weight * whole
         term, slope = (torch.where(weight == 0, 0.0, values) for values in (term, slope))
@@ -152,17 +149,59 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     )
 
 
+def _clip(ratio: Tensor, advantage: Tensor, options: GrpoLossOptions) -> tuple[Tensor, Tensor]:
+    """The ratio within its bounds, and where it was outside, both [N].
+
+    CISPO's are bounds of a weight, whatever the advantage; others leave the side that costs the policy nothing open.
+    """
+    clipped = torch.zeros_like(ratio, dtype=torch.bool)
+    any_sign = options.loss_type == "cispo"
+    if options.clip_low is not None:
+        clipped |= (advantage != 0 if any_sign else advantage < 0) & (ratio < 1 - options.clip_low)
+        ratio = torch.where(clipped, 1 - options.clip_low, ratio)
+    positive, negative = ceilings(options)
+    for side, ceiling in ((advantage > 0, positive), (advantage < 0, positive if any_sign else negative)):
+        if ceiling < math.inf:
+            above = side & (ratio > ceiling)
+            ratio = torch.where(above, ceiling, ratio)
+            clipped |= above
+    return ratio, clipped
+
+
+def _policy_terms(
+    ratio: Tensor, clipped: Tensor, gain: Tensor, advantage: Tensor, logp: Tensor, options: GrpoLossOptions
+) -> tuple[Tensor, Tensor]:
+    """The policy term of each token and its derivative by the log-prob, [N]; gain: advantage times weight.
+
+    No gain, no term, even where the ratio has overflowed.
+    """
+    if options.loss_type == "sapo":
+        temperature = torch.full_like(ratio, options.sapo_temperature_neg)
+        temperature.masked_fill_(advantage > 0, options.sapo_temperature_pos)
+        at = temperature * (ratio - 1)
+        steep = torch.where(ratio.isinf(), 0.0, at.sigmoid() * (-at).sigmoid() * ratio)
+        return torch.where(gain == 0, 0.0, -gain * at.sigmoid() * (4 / temperature)), -gain * 4 * steep
+    if options.loss_type == "vespo":
+        ratio = torch.ones_like(ratio)  # it is in the weight
+    term = torch.where(gain == 0, 0.0, -ratio * gain)
+    if options.loss_type in LOG_WEIGHTED:
+        return torch.where(term == 0, 0.0, term * logp), term
+    return term, term.masked_fill(clipped, 0.0)
+
+
 def _token_weights(tokens: Tensor, completions: int | Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
     """The factor [S] that the terms of a completion's tokens have in the loss.
 
     tokens [S]: how many each has; completions: how many count.
     """
     ones = torch.ones(len(tokens), dtype=dtype, device=tokens.device)
-    if options.loss_type == "grpo":
+    if options.divisor == "completion":
         return ones / (tokens.clamp(min=1) * completions)
-    if options.loss_type == "bnpo":
+    if options.divisor == "call":
         return ones / tokens.sum().clamp(min=1)
-    if options.loss_type == "dr_grpo":
+    if options.divisor == "completions":
+        return ones / completions
+    if options.divisor == "length":
         assert options.max_completion_length is not None
         return ones / (completions * options.max_completion_length)
     assert options.num_tokens is not None

@@ -94,13 +94,16 @@ class _Rows:
         starts, stops, completions = (row.contiguous() for row in segments)
         on_policy, whole = self.factors
         factors = None if on_policy is None else on_policy[part], None if whole is None else whole[part]
-        if self.factors_wait:
+        if _factors_wait(self.options, old):
             here = given._replace(
+                advantages=self.advantages[completions],
                 rollout_logp=None if given.rollout_logp is None else given.rollout_logp[part],
                 token_weight=None if given.token_weight is None else given.token_weight[part],
+                importance_weight=None if given.importance_weight is None else given.importance_weight[part],
             )
             lengths = stops - starts  # with a correction by completion, all segments are whole ones
-            factors = token_factors(logp, here, None, lengths, lengths, self.options)
+            was, new = (logp, None) if old is None else (old.float(), logp)
+            factors = token_factors(was, here, None, lengths, lengths, self.options, new)
         sums += terms(
             logp,
             old,
@@ -116,10 +119,13 @@ class _Rows:
             completions=given.counted(),
         ).sum(1)
 
-    @property
-    def factors_wait(self) -> bool:
-        """Whether the importance correction is that of the policy's own log-probs."""
-        return self.options.importance_correction != "none" and self.given.old_logp is None
+
+def _factors_wait(options: GrpoLossOptions, old_logp: Tensor | None) -> bool:
+    """Whether the factors of tokens depend on the policy's own log-probs."""
+    corrected = options.importance_correction != "none"
+    if options.loss_type == "vespo":
+        return corrected or old_logp is not None
+    return corrected and old_logp is None
 
 
 def linear_grpo_loss(
@@ -156,8 +162,8 @@ def linear_grpo_loss(
         return None if values is None else ordered(values)
 
     factors: tuple[Tensor | None, Tensor | None] = (None, None)
-    if options.importance_correction == "none" or old_logp is not None:
-        base = advantages.new_empty(0, dtype=torch.float32) if old_logp is None else old_logp.float()
+    if not _factors_wait(options, old_logp):
+        base = torch.zeros(size, device=device, dtype=torch.float32) if old_logp is None else old_logp.float()
         factors = token_factors(base, completions, keep, boundaries.diff(), known.counts, options)
     rows = _Rows(
         head_hidden if order is None else head_hidden[order],
@@ -171,6 +177,7 @@ def linear_grpo_loss(
             ref_logp=maybe(completions.ref_logp),
             rollout_logp=maybe(completions.rollout_logp),
             token_weight=maybe(completions.token_weight),
+            importance_weight=maybe(completions.importance_weight),
         ),
         (maybe(factors[0]), maybe(factors[1])),
         advantages.contiguous(),
@@ -240,7 +247,7 @@ def _gradients(
     bounds = (options.clip_low, options.clip_high, options.delta, options.clip_dual)
     clipped = rows.given.old_logp is not None and any(bound is not None for bound in bounds)
     masked = options.importance_correction != "none" and options.correction_mode == "mask"
-    weighted = masked or rows.given.token_weight is not None
+    weighted = masked or rows.given.token_weight is not None or rows.given.importance_weight is not None
     may_vanish = clipped or weighted or (options.beta > 0 and rows.some_zero)
     parts = [(low, high) if known is None else known for low, high, known in chunks]
     buffer = logits_buffer(max((high - low for low, high, _ in chunks), default=0), vocabulary, logp.device)
@@ -285,8 +292,10 @@ def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
     A sequence ratio depends on the log-probs of a whole completion, so chunks then end where completions end. A
     completion longer than a chunk comes in several, each with the completion's own (first, stop).
     """
-    ratio = rows.options.importance_level == "sequence" and rows.given.old_logp is not None
-    correction = rows.options.importance_correction == "sequence" and rows.factors_wait
+    options = rows.options
+    ratio = options.importance_level == "sequence" and (rows.given.old_logp is not None or options.kl_by_ratio)
+    whole = options.importance_correction == "sequence" or options.loss_type == "vespo"
+    correction = whole and _factors_wait(options, rows.given.old_logp)
     if not ratio and not correction:
         size = chunk_rows(rows.live, len(rows.weight))
         yield from ((low, min(low + size, rows.live), None) for low in range(0, rows.live, size))
@@ -328,14 +337,16 @@ def _norm(rows: _Rows) -> Tensor:
     options, completions = rows.options, rows.given.counted()
     shortest = torch.where(rows.tokens > 0, rows.tokens, rows.whole).min()
     divisor = {  # the smallest by which a token's term is divided
-        "grpo": shortest * completions,
-        "bnpo": rows.whole,
-        "dr_grpo": completions * (options.max_completion_length or 0),
-        "dapo": options.num_tokens or 0,
-    }[options.loss_type]
+        "completion": shortest * completions,
+        "completions": completions,
+        "call": rows.whole,
+        "length": completions * (options.max_completion_length or 0),
+        "num_tokens": options.num_tokens or 0,
+    }[options.divisor]
     largest = rows.advantages.float().abs().max().clamp(min=1)
     if options.importance_correction != "none" and options.correction_max is not None:
         largest = largest * max(options.correction_max, 1.0)
-    if rows.given.token_weight is not None:
-        largest = largest * rows.given.token_weight.float().abs().max()
+    for weight in (rows.given.token_weight, rows.given.importance_weight):
+        if weight is not None:
+            largest = largest * weight.float().abs().max()
     return power_of_two(largest / divisor)

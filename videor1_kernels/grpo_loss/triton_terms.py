@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videor1_kernels.grpo_loss.factors import token_factors
-from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions, ceilings
+from videor1_kernels.grpo_loss.records import LOG_WEIGHTED, Completions, GrpoLossOptions, ceilings
 from videor1_kernels.grpo_loss.reference import Result
 
 BLOCK = 512  # 1024 takes twice the registers, and some are spilled
@@ -49,6 +49,8 @@ def terms_kernel(
     clip_high,
     most_positive,
     most_negative,
+    soft_positive,
+    soft_negative,
     kl_clamp,
     beta,
     denominator,
@@ -56,6 +58,10 @@ def terms_kernel(
     HAS_MASK: tl.constexpr,
     HAS_ON_POLICY: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    LOG_WEIGHTED: tl.constexpr,
+    RATIO: tl.constexpr,
+    SOFT: tl.constexpr,
+    KL_BY_RATIO: tl.constexpr,
     CLIP_LOW: tl.constexpr,
     CLIP_HIGH: tl.constexpr,
     KL: tl.constexpr,
@@ -111,9 +117,30 @@ def terms_kernel(
             new = tl.load(logp + at, mask=here, other=0.0).to(tl.float32)
             gaps += new - tl.load(old_logp + at, mask=here, other=0.0).to(tl.float32)
         mean = tl.sum(gaps, 0) / count
-    # Clipping takes the gradient away from a ratio that is too small for A < 0, or too large for A > 0.
-    floor = tl.where(advantage < 0, 1 - clip_low, float("-inf")) if CLIP_LOW else float("-inf")
-    ceiling = tl.where(advantage > 0, 1 + clip_high, float("inf")) if CLIP_HIGH else float("inf")
+    own_kl = not SEQUENCE or HAS_ON_POLICY or HAS_FACTOR
+    mean_kl = 0.0
+    if KL and KL_BY_RATIO and not own_kl:
+        kl_sums = tl.zeros((BLOCK,), tl.float32)
+        for block in range(first, stop, BLOCK):
+            at = block + tl.arange(0, BLOCK)
+            here = at < stop
+            if HAS_MASK:
+                here = here & (tl.load(mask + at, mask=here, other=0) != 0)
+            apart = tl.load(ref_logp + at, mask=here, other=0.0).to(tl.float32)
+            apart -= tl.load(logp + at, mask=here, other=0.0).to(tl.float32)
+            x = tl.where(apart > kl_clamp, kl_clamp, tl.where(apart < -kl_clamp, -kl_clamp, apart))
+            kl_sums += _expm1(x) - x
+        mean_kl = tl.sum(kl_sums, 0) / count
+    # Clipping takes the gradient away from a ratio that is too small for A < 0, or too large for A > 0. A weight of the
+    # log-prob is bounded on both sides.
+    if LOG_WEIGHTED:
+        floors = advantage != 0
+        ceils = advantage != 0
+    else:
+        floors = advantage < 0
+        ceils = advantage > 0
+    floor = tl.where(floors, 1 - clip_low, float("-inf")) if CLIP_LOW else float("-inf")
+    ceiling = tl.where(ceils, 1 + clip_high, float("inf")) if CLIP_HIGH else float("inf")
     ceiling = tl.minimum(
         ceiling, tl.where(advantage > 0, most_positive, tl.where(advantage < 0, most_negative, float("inf")))
     )
@@ -134,6 +161,9 @@ def terms_kernel(
             else:
                 gap = new - tl.load(old_logp + at, mask=here, other=0.0).to(tl.float32)
         ratio = tl.exp(gap)
+        unbounded = ratio
+        if not RATIO:  # it is in on_policy already
+            ratio = tl.full((BLOCK,), 1.0, tl.float32)
         clipped = (ratio < floor) | (ratio > ceiling)
         ratio = tl.where(ratio < floor, floor, tl.where(ratio > ceiling, ceiling, ratio))
         gain = advantage
@@ -142,14 +172,28 @@ def terms_kernel(
         # No advantage or no weight, no policy term, even where the ratio has overflowed.
         term = tl.where(gain == 0, 0.0, -ratio * gain)
         slope = tl.where(clipped, 0.0, term)
+        if LOG_WEIGHTED:
+            slope = term
+            term = tl.where(term == 0, 0.0, term * new)
+        if SOFT:
+            temperature = tl.where(advantage > 0, soft_positive, soft_negative)
+            z = temperature * (ratio - 1)
+            small = tl.exp(-tl.abs(z))
+            term = tl.where(gain == 0, 0.0, -gain * tl.where(z >= 0, 1.0, small) / (1 + small) * (4 / temperature))
+            steep = tl.where(ratio == float("inf"), 0.0, small / ((1 + small) * (1 + small)) * ratio)
+            slope = -gain * 4 * steep
         if KL:
             apart = tl.load(ref_logp + at, mask=here, other=0.0).to(tl.float32) - new
             x = tl.where(apart > kl_clamp, kl_clamp, tl.where(apart < -kl_clamp, -kl_clamp, apart))  # NaN stays NaN
             growth = _expm1(x)
             kl = growth - x
+            change = tl.where(tl.abs(apart) > kl_clamp, 0.0, growth)
+            if KL_BY_RATIO:
+                change = unbounded * (change - (kl if own_kl else mean_kl))
+                kl = unbounded * kl
             kls += tl.where(here, kl, 0.0)
             term += beta * kl
-            slope -= beta * tl.where(tl.abs(apart) > kl_clamp, 0.0, growth)
+            slope -= beta * change
         clips += tl.where(here & clipped, 1.0, 0.0)
         own = weight
         if HAS_FACTOR:
@@ -204,7 +248,7 @@ def whole_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opt
     counts, skipped = (logp.new_empty(shape, dtype=torch.int64) for shape in ((2, segments), ()))
     boundaries = cu_seqlens.contiguous()
     if segments:
-        by_all = options.loss_type == "bnpo"
+        by_all = options.divisor == "call"
         whole = mask.sum() if by_all and mask is not None else None
         factors = _factors_of_whole(logp, completions, mask, options)
         values = (logp, completions.old_logp, completions.ref_logp, mask, *factors)
@@ -226,14 +270,16 @@ def whole_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opt
 def _factors_of_whole(
     logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions
 ) -> tuple[Tensor | None, Tensor | None]:
-    if options.importance_correction == "none" and completions.token_weight is None:
+    vespo = options.loss_type == "vespo" and completions.old_logp is not None
+    given = completions.token_weight is not None or completions.importance_weight is not None
+    if options.importance_correction == "none" and not given and not vespo:
         return None, None
     boundaries = completions.cu_seqlens.long()
     lengths = tokens = boundaries.diff()
     if mask is not None:
         tokens = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])[boundaries].diff()
-    old = logp if completions.old_logp is None else completions.old_logp
-    return token_factors(old.float(), completions, mask, lengths, tokens, options)
+    old, new = (logp, None) if completions.old_logp is None else (completions.old_logp, logp.float())
+    return token_factors(old.float(), completions, mask, lengths, tokens, options, new)
 
 
 def terms(
@@ -264,7 +310,7 @@ def terms(
             segments,
             advantages,
             tokens,
-            whole if options.loss_type == "bnpo" else None,
+            whole if options.divisor == "call" else None,
             len(advantages) if completions is None else completions,
             1,
             options,
@@ -295,15 +341,16 @@ def _launch(
     logp, old_logp, ref_logp, mask, on_policy, factor = values
     assert logp is not None
     coefficient, shown, sums, counts = outputs
-    if options.loss_type in ("grpo", "dr_grpo") and isinstance(completions, Tensor):
+    if options.divisor in ("completion", "completions", "length") and isinstance(completions, Tensor):
         whole, completions = completions, 1
     number = completions if isinstance(completions, int) else 1
     denominator = {
-        "grpo": float(number),
-        "bnpo": 1.0,
-        "dr_grpo": float(number * (options.max_completion_length or 0)),
-        "dapo": float(options.num_tokens or 0),
-    }[options.loss_type]
+        "completion": float(number),
+        "completions": float(number),
+        "call": 1.0,
+        "length": float(number * (options.max_completion_length or 0)),
+        "num_tokens": float(options.num_tokens or 0),
+    }[options.divisor]
     # Where ceilings are those of the clip alone, the kernel forms them.
     positive, negative = ceilings(options)
     terms_kernel[(sums.shape[1],)](
@@ -326,6 +373,8 @@ def _launch(
         options.clip_high or 0.0,
         positive if options.delta is not None else math.inf,
         negative,
+        options.sapo_temperature_pos,
+        options.sapo_temperature_neg,
         options.kl_clamp,
         options.beta,
         denominator * total,
@@ -333,11 +382,15 @@ def _launch(
         HAS_MASK=mask is not None,
         HAS_ON_POLICY=on_policy is not None,
         HAS_FACTOR=factor is not None,
+        LOG_WEIGHTED=options.loss_type in LOG_WEIGHTED,
+        RATIO=options.loss_type != "vespo",
+        SOFT=options.loss_type == "sapo",
+        KL_BY_RATIO=options.kl_by_ratio,
         CLIP_LOW=options.clip_low is not None,
         CLIP_HIGH=options.clip_high is not None,
         KL=options.beta > 0,
         SEQUENCE=options.importance_level == "sequence",
-        PER_COMPLETION=options.loss_type == "grpo",
+        PER_COMPLETION=options.divisor == "completion",
         PER_WHOLE=whole is not None,
         WHOLE=counts is not None,
         BLOCK=BLOCK,
