@@ -39,7 +39,10 @@ def assert_same_gradient(one: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 @pytest.mark.parametrize(
     ("loss_type", "level"),
-    [("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "sequence"), ("dapo", "token"), ("dapo", "sequence")],
+    [
+        *(("grpo", "token"), ("grpo", "sequence"), ("dr_grpo", "sequence"), ("dapo", "token"), ("dapo", "sequence")),
+        *(("luspo", "sequence"), ("cispo", "token"), ("sapo", "token"), ("vespo", "token")),
+    ],
 )
 def test_gradients_do_not_depend_on_the_micro_batches(loss_type: str, level: str, lab: Lab) -> None:
     """(4 prompts, 1 pass), (2, 2) and (1, 4), with answers of unequal lengths; against a reference that has moved.

@@ -382,15 +382,31 @@ class TrainConfig(EvalOptions):
     """What a completion's reward is compared with: the mean of its group, or of the others of its group (RLOO, with
     normalize none)."""
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = "grpo"
     """How token losses are averaged: per completion and then over completions (grpo), over the micro-batch's tokens
-    (bnpo), by a constant (dr_grpo), over the whole batch's tokens (dapo)."""
+    (bnpo), by a constant (dr_grpo), over the whole batch's tokens (dapo), their sums over completions (luspo). Three
+    have a policy term of their own: the log-prob times a clipped ratio without a gradient (cispo), a soft gate on the
+    ratio (sapo), a weight of the whole completion (vespo)."""
+    sapo_temperature_pos: Annotated[float, above(0)] = 1.0
+    """Of loss_type sapo: temperature of the gate of completions with a positive advantage."""
+    sapo_temperature_neg: Annotated[float, above(0)] = 1.05
+    """Of loss_type sapo: temperature of the gate of the other completions."""
+    vespo_k_pos: Annotated[float, above(0)] = 2.0
+    """Of loss_type vespo: power of the weight of completions with an advantage of 0 or more."""
+    vespo_lambda_pos: Annotated[float, above(0)] = 3.0
+    """Of loss_type vespo: how fast such a weight falls."""
+    vespo_k_neg: Annotated[float, above(0)] = 3.0
+    """Of loss_type vespo: power of the weight of the other completions."""
+    vespo_lambda_neg: Annotated[float, above(0)] = 2.0
+    """Of loss_type vespo: how fast such a weight falls."""
     importance_level: Literal["token", "sequence"] = "token"
     """Level of the importance ratio; sequence is GSPO."""
     beta: Annotated[float, at_least(0)] = 0.04
     """Weight of the KL term; 0 needs no reference model."""
     kl_clamp: Annotated[float, above(0)] = 10.0
     """Bound that ref_logp - logp is clamped to inside the KL term."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL term by the importance ratio."""
     clip_low: Annotated[float | None, above(0)] = None
     """Clip the ratio at 1 - clip_low; default: no clip."""
     clip_high: Annotated[float | None, above(0)] = None

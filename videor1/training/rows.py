@@ -127,13 +127,15 @@ def _plan(
 def loss_weight(loss_type: str, *, completions: float, tokens: float, micro_batches: int) -> float:
     """Return the factor on a row's loss, so that the sum over the rows is the loss of the accumulated batch.
 
-    The losses that are means over completions (grpo, dr_grpo) are weighted by the row's share of the completions. bnpo,
-    a mean over the tokens of a micro-batch, is weighted by the row's share of those and averaged over micro-batches.
-    dapo has been divided by the tokens of the whole batch already.
+    Losses that are means over completions are weighted by the row's share of the completions. bnpo, a mean over the
+    tokens of a micro-batch, is weighted by the row's share of those and averaged over micro-batches. dapo, cispo and
+    vespo have been divided by the tokens of the whole batch already.
 
     Args:
         completions: the row's share of the batch's completions.
         tokens: the row's share of its micro-batch's completion tokens.
         micro_batches: number of micro-batches of the whole batch.
     """
-    return {"grpo": completions, "dr_grpo": completions, "bnpo": tokens / micro_batches, "dapo": 1.0}[loss_type]
+    if loss_type in ("dapo", "cispo", "vespo"):
+        return 1.0
+    return tokens / micro_batches if loss_type == "bnpo" else completions
