@@ -166,13 +166,23 @@ def _head(tile: Tile, *, full: bool) -> Iterator[Launch]:
 
 
 def _statistics() -> Iterator[Launch]:
-    def launch(logits: Tensor, entries: int, memory: Memory, *, entropy: bool, bias: torch.dtype | None = None) -> None:
+    def launch(
+        logits: Tensor,
+        entries: int,
+        memory: Memory,
+        *,
+        entropy: bool,
+        bias: torch.dtype | None = None,
+        softcap: float = 0.0,
+    ) -> None:
         rows, vocabulary = logits.shape
         index, biases = memory(rows, entries, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
-        row_statistics(logits, index, biases, memory(rows), entropy=entropy)
+        row_statistics(logits, index, biases, memory(rows), entropy=entropy, softcap=softcap)
 
     yield STATISTICS, TARGETS
     launch(_chunk(4096, 152064, FP32), 1, ALIGNED, entropy=True)
+    yield "soft-capped chunk of fp32 logits, entropy, bf16 bias", TARGETS
+    launch(_chunk(4096, 256000, FP32), 1, ALIGNED, entropy=True, bias=BF16, softcap=30.0)
     yield "chunk of fp32 logits, odd V, entropy, bf16 bias", ONCE
     launch(_chunk(333, 1001, FP32), 1, ODD, entropy=True, bias=BF16)
     yield "32 of bf16 logits", ONCE
@@ -185,7 +195,14 @@ def _statistics() -> Iterator[Launch]:
 
 def _gradients() -> Iterator[Launch]:
     def launch(
-        logits: Tensor, out: Tensor, entries: int, memory: Memory, *, bias: torch.dtype | None = None, **given: bool
+        logits: Tensor,
+        out: Tensor,
+        entries: int,
+        memory: Memory,
+        *,
+        bias: torch.dtype | None = None,
+        softcap: float = 0.0,
+        **given: bool,
     ) -> None:
         rows, vocabulary = logits.shape
         index, biases = memory(rows, entries, dtype=torch.int64), bias and memory(vocabulary, dtype=bias)
@@ -199,6 +216,7 @@ def _gradients() -> Iterator[Launch]:
             memory(rows, entries),
             grad_entropy=memory(rows) if "entropy" in given else None,
             source=memory(rows, dtype=torch.int64) if "moved" in given else None,
+            softcap=softcap,
         )
 
     yield GRADIENT, (80, 90)
@@ -210,6 +228,9 @@ def _gradients() -> Iterator[Launch]:
     yield "fp32 logits in place, entropy, fp32 bias", TARGETS
     chunk = _chunk(4096, 152064, FP32)
     launch(chunk, chunk, 1, ALIGNED, entropy=True, bias=FP32)
+    yield "soft-capped fp32 logits in place, entropy, fp32 bias", TARGETS
+    chunk = _chunk(4096, 256000, FP32)
+    launch(chunk, chunk, 1, ALIGNED, entropy=True, bias=FP32, softcap=30.0)
     yield "32 of bf16 logits", ONCE
     launch(*(ALIGNED(4096, 152064, dtype=BF16) for _ in range(2)), 32, ALIGNED)
     yield "3 of fp16 logits, odd V", ONCE

@@ -260,9 +260,11 @@ def naive(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
     use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KL and clip fraction."""
-    nothing = logp[:0].sum()
+    nothing = logp[:0].sum() + (0.0 if entropy is None else entropy[:0].sum())
     per_completion, kls, clipped, count = [], [nothing], 0, 0
     completions = [s for s in range(len(advantages)) if completion_mask is None or completion_mask[s]]
     for s in completions:
@@ -315,6 +317,8 @@ def naive(
             kl = (x.exp() - x - 1) * (r if use_bias_correction_kl else 1.0)
             terms = terms + beta * kl
             kls.append(kl.sum())
+        if entropy is not None:
+            terms = terms - entropy_coef * entropy[kept]
         per_completion.append(terms * inside * (1.0 if token_weight is None else token_weight[kept]))
     if loss_type in ("grpo", "sapo"):
         loss = sum((terms.mean() for terms in per_completion), nothing) / max(len(completions), 1)
@@ -445,8 +449,8 @@ def check_linear(
     if (mask := counted(case, None)) is not None:
         exact = replace(exact, labels=exact.labels.masked_fill(~mask, -100))
     logp, entropy = evaluate("dense", exact, temperature)
-    loss, kl, clip_fraction = naive(logp, **double(case), mask=exact.labels != -100, **options)
-    *exact_grads, coefficient = torch.autograd.grad(factor * loss, [*exact.leaves, logp])
+    loss, kl, clip_fraction = naive(logp, **double(case), mask=exact.labels != -100, entropy=entropy, **options)
+    *exact_grads, coefficient, by_entropy = torch.autograd.grad(factor * loss, [*exact.leaves, logp, entropy])
     wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
     theirs = {"loss": loss, "kl": kl, "clip_fraction": clip_fraction, "logp": logp, "entropy": entropy}
     for name, value in theirs.items():
@@ -456,5 +460,5 @@ def check_linear(
     for i, (a, o) in enumerate(zip(grads, exact_grads, strict=True)):
         scale = o.abs().max().clamp(min=1) if o.numel() else 1.0
         assert_matches(a.double() / scale, o / scale, a.dtype, f"gradient {i}")
-    assert ours.skipped_rows == int((coefficient == 0).sum())
+    assert ours.skipped_rows == int(((coefficient == 0) & (by_entropy == 0)).sum())
     return ours, grads

@@ -22,7 +22,7 @@ from videor1_kernels.testing import rounding
 B, T, H, V = 4, 7, 16, 29
 TERMS = H + V + B * T  # of a logit, a softmax, and the loss
 LARGEST = 10.0  # of the logits
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
 Inputs = dict[str, Any]
 Results = tuple[Tensor, Sequence[Tensor], dict[str, Tensor]]
@@ -78,13 +78,33 @@ def assert_same(inputs: Inputs, frozen: Sequence[str] = (), **options: Any) -> R
     return loss, metrics, grads
 
 
-@pytest.mark.grid(loss_type=LOSS_TYPES, level=LEVELS)
-def test_same_numbers(loss_type: str, level: str) -> None:
-    _, (kl, clip_ratio), grads = assert_same(
-        make_inputs(), loss_type=loss_type, importance_sampling_level=level, max_completion_length=11, beta=0.07
-    )
+@pytest.mark.grid(
+    loss_type=LOSS_TYPES,
+    level=LEVELS,
+    delta=[None, 1.3, 0.9],
+    by_ratio=[False, True],
+    ratio=[None, (B, T), (B, 1), (B,)],
+    old=[True, False],
+)
+def test_same_numbers(
+    loss_type: str, level: str, delta: float | None, by_ratio: bool, ratio: tuple[int, ...] | None, old: bool
+) -> None:
+    if loss_type in ("cispo", "sapo", "vespo"):
+        level = "token"
+    if level == "sequence" and ratio is not None:
+        ratio, by_ratio = (B, 1), False
+    inputs = make_inputs()
+    if ratio is not None:
+        inputs["vllm_is_ratio"] = torch.rand(ratio, generator=torch.Generator().manual_seed(1)) + 0.3
+        if ratio == (B, T):  # TRL's is 1 where a token does not count, and VESPO multiplies them all
+            inputs["vllm_is_ratio"][inputs["attention_mask"] == 0] = 1.0
+    if not old:
+        inputs["old_per_token_logps"] = None
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "delta": delta, "beta": 0.07}
+    options |= {"use_bias_correction_kl": by_ratio, "max_completion_length": 11}
+    _, (kl, clip_ratio), grads = assert_same(inputs, **options)
     assert kl > 0.01
-    assert 0 < clip_ratio < 1 or level == "sequence"
+    assert 0 <= clip_ratio < 1
     assert grads["_input"][1, 2:4].abs().max() == 0  # the hole
     assert grads["_input"][1, 4:].abs().max() > 0  # and what follows it
 
@@ -109,6 +129,12 @@ def test_sequence_level_clips_whole_completions() -> None:
         ({}, {"use_ref_model": False, "beta": 0.5}),  # the KL term is 0, and is reported
         ({}, {"chunk_size": 3, "loss_type": "bnpo"}),
         ({}, {"sapo_temperature_pos": 3.0, "vespo_k_pos": 1.0}),  # of other loss types: no effect in either
+        ({}, {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 0.5, "loss_type": "sapo"}),
+        ({}, {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.5, "loss_type": "vespo"}),
+        ({}, {"epsilon_high": 1.2, "loss_type": "cispo"}),
+        ({}, {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0}),
+        ({"attention_mask": torch.ones(B, T)}, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+        ({"attention_mask": torch.ones(B, T)}, {"loss_type": "luspo", "delta": 1.3}),
         ({"bias": None}, {"frozen": ("lin_weight",)}),
         ({"ref_input": torch.ones(B, T, H), "ref_weight": torch.ones(V, H)}, {}),  # given log-probs win
         *(
@@ -121,6 +147,12 @@ def test_sequence_level_clips_whole_completions() -> None:
 @pytest.mark.filterwarnings("ignore:Both ref_per_token_logps and ref_input")  # Liger's
 def test_same_numbers_with_options(changes: dict[str, Any], options: dict[str, Any]) -> None:
     assert_same(make_inputs(**changes), **options)
+
+
+def test_a_warning_where_the_reference_comes_twice() -> None:
+    inputs = make_inputs(ref_input=torch.ones(B, T, H), ref_weight=torch.ones(V, H))
+    with pytest.warns(UserWarning, match="Both ref_per_token_logps and ref_input are provided"):
+        run(Ours, inputs)
 
 
 def test_on_policy_without_old_log_probs() -> None:
@@ -214,14 +246,24 @@ def test_arguments_are_those_of_the_installed_liger(method: str) -> None:
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"loss_type": "sapo"}, {}, "loss_type: expected one of 'grpo', 'bnpo', 'dr_grpo', 'dapo', got 'sapo'"),
-        ({"loss_type": "luspo"}, {}, "loss_type.*'luspo'"),
+        ({"loss_type": "luspos"}, {}, "loss_type.*did you mean 'luspo'"),
+        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, {}, "importance_sampling_level: .*'token'"),
+        ({"sapo_temperature_pos": 0.0}, {}, "sapo_temperature_pos: expected a finite number above 0"),
         ({"importance_sampling_level": "tokens"}, {}, "importance_sampling_level.*did you mean 'token'"),
-        ({"delta": 4.0}, {}, r"delta: expected None .*got 4\.0"),
-        ({"use_bias_correction_kl": True}, {}, "use_bias_correction_kl: expected False, or beta=0"),
+        ({"delta": -4.0}, {}, r"delta: expected a finite number above 0, got -4\.0"),
+        (
+            {"use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
+            {"vllm_is_ratio": torch.ones(B)},
+            "use_bias_correction_kl: expected False at sequence level with a vllm_is_ratio",
+        ),
+        (
+            {"importance_sampling_level": "sequence"},
+            {"vllm_is_ratio": torch.ones(B, T)},
+            "vllm_is_ratio: .*at sequence",
+        ),
         ({"loss_type": "dr_grpo"}, {}, "max_completion_length"),
         ({"backend": "no-such-backend"}, {}, "no-such-backend"),
-        ({}, {"vllm_is_ratio": torch.ones(B, T)}, "vllm_is_ratio: expected None"),
+        ({}, {"vllm_is_ratio": torch.ones(B, T + 1)}, r"vllm_is_ratio: expected shape \[4, 7\], \[4, 1\] or \[4\]"),
         ({}, {"ref_per_token_logps": None}, "ref_per_token_logps: expected a tensor, or ref_input and ref_weight"),
         ({}, {"attention_mask": torch.full((B, T), 0.5)}, "attention_mask: expected 0 and 1 only"),
         ({}, {"attention_mask": torch.ones(B, T + 1)}, r"attention_mask: expected shape \[4, 7\], got \[4, 8\]"),

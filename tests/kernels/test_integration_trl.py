@@ -76,6 +76,12 @@ def test_low_precision_logits_give_fp32(dtype: torch.dtype) -> None:
     assert (ours.dtype, grad.dtype) == (torch.float32, dtype)
     exact = THEIR_SOFTMAX(logits.float(), index)
     torch.testing.assert_close(ours, exact, rtol=0, atol=rounding(V, logits.abs().max().item()))
+    with use(match_dtype=True):
+        for row_mask in (None, torch.ones(3, 4)):
+            matched, theirs = (f(logits, index, 0.7, row_mask) for f in (host.selective_log_softmax, THEIR_SOFTMAX))
+            assert matched.dtype == theirs.dtype == dtype
+            wide = selective_log_softmax(logits, index, 0.7, row_mask)
+            assert torch.equal(matched, wide.to(dtype))
 
 
 def test_what_an_index_may_be() -> None:

@@ -261,6 +261,7 @@ VALUES: dict[str, Values] = {
         *OF_LOSS,
     ],
     "grpo_loss": [
+        ({"entropy_coef": 0.1}, "entropy_coef: expected 0, as log-probs show no distribution"),
         ({"mask": torch.ones(3)}, "mask: expected dtype bool"),
         ({"mask": zeros(2) == 0}, "mask: expected shape [3], got [2]"),
         *OF_LOSS,

@@ -101,6 +101,40 @@ def test_losses_with_terms_of_their_own(
     cases.check_linear(backend, head, case, **options)
 
 
+@pytest.mark.grid(
+    kind=cases.KINDS,
+    loss=[*cases.LOSSES, *cases.OWN[::2]],
+    weights=[{}, *cases.WEIGHTS],
+    beta=[0.0, 0.04],
+    clipped=[True, False],
+    chunked=[True, False],
+)
+def test_entropy_in_the_loss(
+    kind: cases.Kind,
+    loss: dict[str, Any],
+    weights: dict[str, Any],
+    beta: float,
+    clipped: bool,
+    chunked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A completion of advantage 0 and clipped tokens have a gradient by their entropy; what weighs 0 has none."""
+    backend, dtype = kind
+    if chunked:
+        cases.cut_small(monkeypatch)
+    head, case = cases.make_linear(dtype, LONG, ignored=True, bias=True)
+    case["advantages"][[1, 4]] = 0.0
+    case, options = cases.weighted(case, weights)
+    if loss in cases.LOSSES and clipped:
+        options |= cases.BOTH
+    if loss["loss_type"] == "vespo" and options.get("importance_correction") == "sequence":
+        options["importance_correction"] = "token"
+    options |= {"beta": beta, "entropy_coef": 0.3, "temperature": 0.7}
+    ours, _ = cases.check_linear(backend, head, case, **options, **loss)
+    if not weights:
+        assert ours.skipped_rows == int((head.labels == -100).sum())
+
+
 @pytest.mark.grid(kind=cases.KINDS[::2], correction=["token", "sequence"], old=[True, False])
 def test_masked_tokens_are_not_multiplied(kind: cases.Kind, correction: str, old: bool) -> None:
     """Rows that the correction leaves out cost nothing, with a KL term too; what is left keeps its bits."""
@@ -434,7 +468,7 @@ def test_live_rows_come_first_and_keep_their_places() -> None:
     for size in (0, 1, 2, 3, 17, 64):
         for share in (0.0, 0.2, 0.5, 0.9, 1.0):
             alive = torch.rand(size, generator=generator) < share
-            source = triton._live_first(torch.where(alive, -1.5, 0.0).to(DEVICE)).cpu()
+            source = triton._live_first(alive.to(DEVICE)).cpu()
             assert sorted(source.tolist()) == alive.nonzero()[:, 0].tolist()
             for target, row in enumerate(source.tolist()):
                 assert row == target or (row >= len(source) and not alive[target])

@@ -174,7 +174,7 @@ def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
 def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
     options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None, "token", "mask", None, 2.0, 4.0, 3.0)
-    options += (1.0, 1.05, 2.0, 3.0, 3.0, 2.0, True)
+    options += (1.0, 1.05, 2.0, 3.0, 3.0, 2.0, True, 0.1)
     completions = (ADVANTAGES, CU, lp, lp, lp - 0.5, lp.exp(), None, ADVANTAGES[0] != ADVANTAGES)
     numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward", "mean", None)
     head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)

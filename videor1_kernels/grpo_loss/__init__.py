@@ -39,7 +39,7 @@ class GrpoLoss:
     entropy: Tensor | None  # [N] nats; None from grpo_loss, which sees no distribution
     kl: Tensor  # scalar: mean of the k3 estimate over the unmasked tokens; 0 where beta is 0
     clip_fraction: Tensor  # scalar: share of the unmasked tokens whose policy term is clipped away (no gradient)
-    skipped: Tensor  # int64 scalar: tokens with d loss / d logp of exactly 0
+    skipped: Tensor  # int64 scalar: tokens with d loss / d logp of exactly 0, and d loss / d entropy
 
     @property
     def skipped_rows(self) -> int:
@@ -74,6 +74,7 @@ def grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
     use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
     importance_correction: str = "none",
@@ -152,6 +153,7 @@ def grpo_loss(
         sapo_temperature_pos, sapo_temperature_neg: above 0, tau for A > 0 and for the others.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: above 0, for A >= 0 and for the others.
         use_bias_correction_kl: whether r multiplies the KL term, in the loss and in ``kl``.
+        entropy_coef: 0, as log-probs show no entropy; :func:`linear_grpo_loss` has it.
         kl_clamp: above 0, nats.
         importance_level: "token" or "sequence".
         importance_correction: "none", "token" or "sequence".
@@ -208,6 +210,7 @@ def grpo_loss(
         vespo_k_neg,
         vespo_lambda_neg,
         use_bias_correction_kl,
+        entropy_coef,
     )
     options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
@@ -243,6 +246,7 @@ def linear_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
     use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0,
     kl_clamp: float = 10.0,
     importance_level: str = "token",
     importance_correction: str = "none",
@@ -264,6 +268,10 @@ def linear_grpo_loss(
     A token whose coefficient d loss / d logp is exactly 0 (it is masked or clipped, its weight is 0, or its advantage
     is 0 and there is no KL term) takes no part in the products of the gradient.
 
+    With ``entropy_coef`` the loss has - u_t ``entropy_coef`` entropy_t beside each token's other terms, and its
+    gradient: as in verl it is divided by what the loss type divides by. TRL takes its mean over tokens whatever the
+    loss type. Then only tokens that are masked, or of weight 0, are taken out.
+
     This call already computes the gradients of ``hidden``, ``weight`` and ``bias``, as far as they require one and not
     under ``torch.no_grad()``; ``loss.backward()`` only scales them. If C rows have a coefficient other than 0, the
     kernels do 2NHV + 4CHV operations, or 2NHV + 2CHV for a frozen head. Between the two calls d_weight is kept in fp32.
@@ -280,6 +288,7 @@ def linear_grpo_loss(
         completion_mask: bool [S], as there, or None. The tokens of a completion with False never reach the head.
         loss_type, beta, clip_low, clip_high, delta, clip_dual, importance_level, use_bias_correction_kl: as there.
         sapo_temperature_pos, sapo_temperature_neg: as there.
+        entropy_coef: 0 or more; a token's term is less by this times its entropy, and is weighed and divided with it.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: as there.
         importance_correction, correction_mode, correction_min, correction_max: as there.
         kl_clamp: above 0, nats.
@@ -332,9 +341,12 @@ def linear_grpo_loss(
         vespo_k_neg,
         vespo_lambda_neg,
         use_bias_correction_kl,
+        entropy_coef,
     )
     options = _checked(op, completions, len(hidden), hidden.device, options)
     if vocab_shard is not None:
+        if options.entropy_coef:
+            raise fail(op, "entropy_coef", "0, as the head is divided among ranks", options.entropy_coef)
         logp, entropy = linear_logprob(
             hidden,
             weight,
@@ -387,6 +399,10 @@ def _checked(
     check_number(op, "beta", beta, at_least=0)
     check_number(op, "kl_clamp", options.kl_clamp, above=0)
     _check_policy(op, options)
+    check_number(op, "entropy_coef", options.entropy_coef, at_least=0)
+    if op == "grpo_loss" and options.entropy_coef != 0:
+        expected = "0, as log-probs show no distribution (linear_grpo_loss has the entropy)"
+        raise fail(op, "entropy_coef", expected, options.entropy_coef)
     _check_correction(op, completions, tokens, options)
     if beta > 0 and ref_logp is None:
         raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)

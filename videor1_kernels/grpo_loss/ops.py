@@ -54,7 +54,8 @@ _OPTIONS = (
     "float? max_completion_length, float? num_tokens, str importance_correction, str correction_mode, "
     "float? correction_min, float? correction_max, float? delta, float? clip_dual, "
     "float sapo_temperature_pos, float sapo_temperature_neg, float vespo_k_pos, float vespo_lambda_pos, "
-    "float vespo_k_neg, float vespo_lambda_neg, bool use_bias_correction_kl"
+    "float vespo_k_neg, float vespo_lambda_neg, bool use_bias_correction_kl, "
+    "float entropy_coef"
 )
 
 

@@ -52,6 +52,7 @@ class GrpoLossOptions:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
 
     @property
     def divisor(self) -> str:

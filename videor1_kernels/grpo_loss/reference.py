@@ -3,7 +3,7 @@
 The loss is linear in the terms of its tokens. So the gradient of a token is one coefficient, d loss / d logp, which
 depends only on the log-probs of its completion. The forward pass forms it and keeps it.
 
-N tokens, S completions. Per token, with weight w (see ``_token_weights``), ratio r and x = clamp(ref_logp - logp):
+N tokens, S completions. Per token, with weight w (see ``token_weights``), ratio r and x = clamp(ref_logp - logp):
 coefficient = w (-r A [not clipped] + beta (1 - exp(x)) [not clamped]), with the factors of :mod:`.factors` where there
 are any.
 """
@@ -32,6 +32,7 @@ class Terms(NamedTuple):
     coefficient: Tensor  # [N]: d loss / d logp
     kl: Tensor  # scalar
     clip_fraction: Tensor  # scalar
+    weight: Tensor  # [N]: the factor of a token's term in the loss
 
 
 class Result(NamedTuple):
@@ -53,7 +54,7 @@ class LinearResult(NamedTuple):
     entropy: Tensor  # [N]
     kl: Tensor  # scalar
     clip_fraction: Tensor  # scalar
-    skipped_rows: Tensor  # int64 scalar: tokens whose coefficient is 0
+    skipped_rows: Tensor  # int64 scalar: tokens whose coefficient is 0, and that of their entropy
     d_hidden: Tensor | None  # [N, H]; None where it is not needed, as the two below
     d_weight: Tensor | None  # [V, H], in the dtype that it was summed in
     d_bias: Tensor | None  # [V], in the dtype that it was summed in
@@ -83,11 +84,17 @@ def linear_grpo_loss(
     """
     logp, entropy, lse = head.forward(inputs)
     counted = inputs.labels != IGNORED
-    loss, _, kl, clip_fraction, coefficient, skipped = grpo_loss(logp, completions, counted, options)
+    loss, coefficient, kl, clip_fraction, weight = loss_terms(logp, completions, counted, options)
+    bonus = None  # [N]: d loss / d entropy
+    idle = coefficient == 0
+    if options.entropy_coef > 0:
+        bonus = -options.entropy_coef * weight
+        loss = loss + (bonus * entropy).sum()
+        idle &= bonus == 0
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if any(needs):
-        gradients = head.backward(inputs, (coefficient, None), entropy, lse, needs)
-    return LinearResult(loss, logp, entropy, kl, clip_fraction, skipped, *gradients, torch.ones_like(loss))
+        gradients = head.backward(inputs, (coefficient, bonus), entropy, lse, needs)
+    return LinearResult(loss, logp, entropy, kl, clip_fraction, idle.sum(), *gradients, torch.ones_like(loss))
 
 
 def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, options: GrpoLossOptions) -> Terms:
@@ -106,7 +113,7 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
     counted = torch.cat([boundaries.new_zeros(1), mask.long().cumsum(0)])
     tokens = counted[boundaries[1:]] - counted[boundaries[:-1]]  # [S], unmasked
-    weight = _token_weights(tokens, completions.counted(), options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
+    weight = token_weights(tokens, completions.counted(), options, dtype)[sequence].masked_fill(~mask, 0.0)  # [N]
     advantage = completions.advantages.to(dtype)[sequence]  # [N]
     old, new = (logp, None) if old_logp is None else (old_logp, logp)
     on_policy, whole = token_factors(old, completions, mask, lengths, tokens, options, new)
@@ -146,6 +153,7 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
         coefficient=weight * slope,
         kl=(kl * mask).sum() / total,
         clip_fraction=clipped.sum().to(dtype) / total,
+        weight=weight,
     )
 
 
@@ -189,7 +197,7 @@ def _policy_terms(
     return term, term.masked_fill(clipped, 0.0)
 
 
-def _token_weights(tokens: Tensor, completions: int | Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
+def token_weights(tokens: Tensor, completions: int | Tensor, options: GrpoLossOptions, dtype: torch.dtype) -> Tensor:
     """The factor [S] that the terms of a completion's tokens have in the loss.
 
     tokens [S]: how many each has; completions: how many count.

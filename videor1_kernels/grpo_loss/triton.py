@@ -24,7 +24,7 @@ from torch import Tensor
 from videor1_kernels.checks import IGNORED
 from videor1_kernels.grpo_loss.factors import token_factors
 from videor1_kernels.grpo_loss.records import Completions, GrpoLossOptions
-from videor1_kernels.grpo_loss.reference import LinearResult, Result
+from videor1_kernels.grpo_loss.reference import LinearResult, Result, token_weights
 from videor1_kernels.grpo_loss.rows import KnownRows, read_rows
 from videor1_kernels.grpo_loss.triton_terms import terms, whole_terms
 from videor1_kernels.linear_logprob.inputs import HeadInputs
@@ -59,6 +59,7 @@ class _Rows:
     scale: Tensor  # fp32 [n]: 1 / temperature
     softcap: float
     given: Completions  # with the values of the n rows, and the advantages of all S completions
+    bonus: Tensor | None  # fp32 [n]: d loss / d entropy but for factors of tokens; None: no entropy in the loss
     factors: tuple[Tensor | None, Tensor | None]  # of token_factors, [n]; None too where they depend on the log-probs
     advantages: Tensor  # [S]
     tokens: Tensor  # int64 [S]
@@ -85,9 +86,18 @@ class _Rows:
         table = to_device(table.contiguous(), self.hidden.device)
         return list(table.split([len(part) for part in pieces], 1))
 
-    def add_terms(self, first: int, segments: Tensor, logp: Tensor, coefficient: Tensor, sums: Tensor) -> None:
+    def add_terms(
+        self,
+        first: int,
+        segments: Tensor,
+        logp: Tensor,
+        entropy: Tensor,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        sums: Tensor,
+    ) -> None:
         """Fill in the coefficients of the rows from ``first`` on that have ``segments``; add their loss, KL and clipped
-        tokens to ``sums``. logp and coefficient are of these rows alone."""
+        tokens to ``sums``. All but ``sums`` are of these rows alone."""
         part = slice(first, first + len(logp))
         given = self.given
         old, ref = (None if v is None else v[part] for v in (given.old_logp, given.ref_logp))
@@ -118,6 +128,9 @@ class _Rows:
             factors=factors,
             completions=given.counted(),
         ).sum(1)
+        if self.bonus is not None and d_entropy is not None:
+            d_entropy.copy_(self.bonus[part] if factors[1] is None else self.bonus[part] * factors[1])
+            sums[0] += (d_entropy * entropy).sum()
 
 
 def _factors_wait(options: GrpoLossOptions, old_logp: Tensor | None) -> bool:
@@ -148,8 +161,8 @@ def linear_grpo_loss(
     head_hidden, head_weight = common_dtype(hidden, weight)
     boundaries = cu_seqlens.long()
     keep = labels != IGNORED
-    # Without a KL term a completion of advantage 0 has no gradient: its rows only need their statistics.
-    split = options.beta == 0 and any(needs)
+    # Without a KL term and entropy a completion of advantage 0 has no gradient: its rows only need their statistics.
+    split = options.beta == 0 and options.entropy_coef == 0 and any(needs)
     spans, live = _spans(known.tokens, [zero and split for zero in known.zero])
     kept = sum(known.tokens)
     as_given = kept == size and live in (0, size)
@@ -165,6 +178,10 @@ def linear_grpo_loss(
     if not _factors_wait(options, old_logp):
         base = torch.zeros(size, device=device, dtype=torch.float32) if old_logp is None else old_logp.float()
         factors = token_factors(base, completions, keep, boundaries.diff(), known.counts, options)
+    bonus = None
+    if options.entropy_coef > 0:
+        weights = token_weights(known.counts, completions.counted(), options, torch.float32)
+        bonus = ordered(-options.entropy_coef * weights.repeat_interleave(boundaries.diff(), output_size=size))
     rows = _Rows(
         head_hidden if order is None else head_hidden[order],
         head_weight,
@@ -179,6 +196,7 @@ def linear_grpo_loss(
             token_weight=maybe(completions.token_weight),
             importance_weight=maybe(completions.importance_weight),
         ),
+        bonus,
         (maybe(factors[0]), maybe(factors[1])),
         advantages.contiguous(),
         known.counts,
@@ -189,16 +207,17 @@ def linear_grpo_loss(
         options,
     )
     logp, entropy, coefficient = (torch.zeros(kept, dtype=torch.float32, device=device) for _ in range(3))
+    d_entropy = None if bonus is None else torch.zeros_like(coefficient)
     own = inputs.gradient_dtypes[0] == head_hidden.dtype  # else fp32, to be rounded only once it is scaled
     gradients = HeadGradients(rows.hidden, head_weight, needs, head_hidden.dtype if own else torch.float32)
     norm = _norm(rows)
     sums = torch.zeros(3, dtype=torch.float32, device=device)
     if any(needs):
-        _gradients(rows, gradients, norm, logp, entropy, coefficient, sums)
+        _gradients(rows, gradients, norm, logp, entropy, coefficient, d_entropy, sums)
     else:
         logp, entropy, _ = statistics(rows.hidden, head_weight, rows.labels, bias, rows.scale, softcap=softcap)
-        rows.add_terms(0, rows.segments([(0, kept)])[0], logp, coefficient, sums)
-    with_gradient = (coefficient != 0).sum()
+        rows.add_terms(0, rows.segments([(0, kept)])[0], logp, entropy, coefficient, d_entropy, sums)
+    with_gradient = _alive(coefficient, d_entropy).sum()
     d_hidden = gradients.d_hidden
     if order is not None:
         logp, entropy = (v.new_zeros(size).index_copy_(0, order, v) for v in (logp, entropy))
@@ -233,9 +252,10 @@ def _gradients(
     logp: Tensor,
     entropy: Tensor,
     coefficient: Tensor,
+    d_entropy: Tensor | None,
     sums: Tensor,
 ) -> None:
-    """Fill in logp, entropy and coefficient [n], and add to sums and gradients."""
+    """Fill in logp, entropy, coefficient and d_entropy [n], and add to sums and gradients."""
     vocabulary, options = len(rows.weight), rows.options
     spare = slice(rows.live, len(logp))
     if len(logp) > rows.live:
@@ -248,7 +268,7 @@ def _gradients(
     clipped = rows.given.old_logp is not None and any(bound is not None for bound in bounds)
     masked = options.importance_correction != "none" and options.correction_mode == "mask"
     weighted = masked or rows.given.token_weight is not None or rows.given.importance_weight is not None
-    may_vanish = clipped or weighted or (options.beta > 0 and rows.some_zero)
+    may_vanish = weighted or (d_entropy is None and (clipped or (options.beta > 0 and rows.some_zero)))
     parts = [(low, high) if known is None else known for low, high, known in chunks]
     buffer = logits_buffer(max((high - low for low, high, _ in chunks), default=0), vocabulary, logp.device)
     for (low, high, known), (first, stop), segments in zip(chunks, parts, rows.segments(parts), strict=True):
@@ -263,12 +283,26 @@ def _gradients(
                 rows.hidden[whole], rows.weight, rows.labels[whole], rows.bias, rows.scale[whole], softcap=rows.softcap
             )
         if low == first:
-            rows.add_terms(first, segments, logp[whole], coefficient[whole], sums)
-        source = _live_first(coefficient[part]) if may_vanish else None
+            own = None if d_entropy is None else d_entropy[whole]
+            rows.add_terms(first, segments, logp[whole], entropy[whole], coefficient[whole], own, sums)
+        by_entropy = None if d_entropy is None else d_entropy[part]
+        source = _live_first(_alive(coefficient[part], by_entropy)) if may_vanish else None
         count = high - low if source is None else len(source)
         d_logits = narrow_rows(buffer, count, vocabulary, x.dtype)
         gradient = (coefficient[part] / norm)[:, None]
-        row_gradient(logits, d_logits, y, rows.bias, scale, softmax, gradient, source=source, softcap=rows.softcap)
+        spread = None if by_entropy is None else by_entropy / norm
+        row_gradient(
+            logits,
+            d_logits,
+            y,
+            rows.bias,
+            scale,
+            softmax,
+            gradient,
+            grad_entropy=spread,
+            source=source,
+            softcap=rows.softcap,
+        )
         if count:
             gradients.add(part if source is None else source + low, x if source is None else x[source], d_logits)
 
@@ -316,12 +350,16 @@ def _chunks(rows: _Rows) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
         yield start, rows.live, None
 
 
-def _live_first(coefficient: Tensor) -> Tensor:
-    """The k rows of non-zero coefficient, as source [k]: those below k in their own places, the others in the gaps.
+def _alive(coefficient: Tensor, d_entropy: Tensor | None) -> Tensor:
+    alive = coefficient != 0
+    return alive if d_entropy is None else alive | (d_entropy != 0)
+
+
+def _live_first(alive: Tensor) -> Tensor:
+    """The k rows that are alive, as source [k]: those below k in their own places, the others in the gaps.
 
     So the gradient of row source[i] can be written over row i while other rows are still being read.
     """
-    alive = coefficient != 0
     index = alive.nonzero()[:, 0]
     head = alive[: len(index)]
     gap = (~head).long().cumsum(0) - 1
@@ -343,7 +381,7 @@ def _norm(rows: _Rows) -> Tensor:
         "length": completions * (options.max_completion_length or 0),
         "num_tokens": options.num_tokens or 0,
     }[options.divisor]
-    largest = rows.advantages.float().abs().max().clamp(min=1)
+    largest = rows.advantages.float().abs().max().clamp(min=max(1.0, options.entropy_coef))
     if options.importance_correction != "none" and options.correction_max is not None:
         largest = largest * max(options.correction_max, 1.0)
     for weight in (rows.given.token_weight, rows.given.importance_weight):

@@ -8,19 +8,23 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 import videor1_kernels
-from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_tensor, fail
+from videor1_kernels.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.integrations.host import Replacement, replace, with_backend
 
 __all__ = ["LigerFusedLinearGRPOLoss", "use"]
 
 OP = "LigerFusedLinearGRPOLoss"
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+BY_TOKENS_OF_ALL = ("dapo", "cispo", "vespo")
+BY_TOKEN = ("cispo", "sapo", "vespo")  # loss types that Liger has at token level alone
+UNCLIPPED = ("sapo", "vespo")
 UNCLAMPED = float(torch.finfo(torch.float32).max)  # Liger's KL has no clamp
 
 
@@ -50,12 +54,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     Args:
         beta, epsilon_low, epsilon_high, temperature, max_completion_length, importance_sampling_level: as in Liger.
-        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
+        loss_type, delta, use_bias_correction_kl, sapo_*, vespo_*: as in Liger. "luspo" sums over the tokens that count,
+            as TRL does; Liger's also takes padded positions in where its terms are of tokens.
         use_ref_model: False: the KL term is 0 with gradient 0, as in Liger.
-        delta: None only.
-        use_bias_correction_kl: False where there is a KL term (TRL's default is True: set it to False for a ``beta``).
         compiled, chunk_size: of Liger's implementation; no effect here.
-        sapo_*, vespo_*: of loss types that are not supported here; no effect.
         backend: of the kernels.
 
     Raises:
@@ -88,10 +90,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         super().__init__()
         check_choice(OP, "loss_type", loss_type, LOSS_TYPES)
         check_choice(OP, "importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-        if delta is not None:
-            raise fail(OP, "delta", "None (the ratio is clipped by epsilon_low and epsilon_high only)", delta)
-        if use_bias_correction_kl and beta != 0 and use_ref_model:
-            raise fail(OP, "use_bias_correction_kl", "False, or beta=0 (no ratio weights the KL term here)", True)
+        if importance_sampling_level == "sequence" and loss_type in BY_TOKEN:
+            expected = f"'token', as in Liger for loss_type {loss_type!r}"
+            raise fail(OP, "importance_sampling_level", expected, "'sequence'")
+        above_0 = {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
+        above_0 |= {} if delta is None else {"delta": delta}
+        for name, value in above_0.items():
+            check_number(OP, name, value, above=0)
         self.beta = beta
         self.use_ref_model = use_ref_model
         self.epsilon_low = epsilon_low
@@ -100,6 +105,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.max_completion_length = max_completion_length
         self.importance_sampling_level = importance_sampling_level
         self.temperature = temperature
+        self.delta = delta
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.sapo_temperature_pos = sapo_temperature_pos
+        self.sapo_temperature_neg = sapo_temperature_neg
+        self.vespo_k_pos = vespo_k_pos
+        self.vespo_lambda_pos = vespo_lambda_pos
+        self.vespo_k_neg = vespo_k_neg
+        self.vespo_lambda_neg = vespo_lambda_neg
         self.backend = backend
 
     def forward(
@@ -128,10 +141,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             advantages: [B].
             old_per_token_logps: [B, T]; None: those of this call, so that every ratio is 1.
             ref_per_token_logps: [B, T]; None with ``beta`` other than 0: worked out, without gradient, from
-                ``ref_input`` [B, T, H], ``ref_weight`` [V, H] and ``ref_bias``.
-            vllm_is_ratio: None only.
-            num_items_in_batch: for "dapo", the tokens of the whole accumulated batch over all processes; None: those
-                of this call over all processes.
+                ``ref_input`` [B, T, H], ``ref_weight`` [V, H] and ``ref_bias``; with both a warning, and these win.
+            vllm_is_ratio: [B, T], [B, 1] or [B], weights of the policy term as TRL makes them. At sequence level not
+                [B, T], and none with ``use_bias_correction_kl``.
+            num_items_in_batch: for "dapo", "cispo" and "vespo", the tokens of the whole accumulated batch over all
+                processes; None: those of this call over all processes.
 
         Returns:
             (loss, metrics): an fp32 scalar that can be differentiated, and detached scalars: the mean KL if ``beta`` is
@@ -140,8 +154,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Raises:
             ValueError: an input that is not supported or does not fit the others.
         """
-        if vllm_is_ratio is not None:
-            raise fail(OP, "vllm_is_ratio", "None (a sampler's importance correction is not supported)", "a tensor")
         check_tensor(OP, "_input", _input, ("B", "T", "H"))
         batch = _input.shape[:2]
         check_tensor(OP, "attention_mask", attention_mask, batch, (torch.bool, *INTEGERS, *FLOATS), _input.device)
@@ -152,6 +164,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
         labels = selected_token_ids[keep]
         with_kl = self.beta != 0 and self.use_ref_model
+        old_logp = self._packed("old_per_token_logps", old_per_token_logps, keep)
+        cispo = self.loss_type == "cispo"
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            message = "Both ref_per_token_logps and ref_input are provided: ref_per_token_logps are used"
+            warnings.warn(message, stacklevel=2)
         ref_logp = None
         if with_kl:
             ref_logp = self._reference(labels, keep, ref_per_token_logps, ref_input, ref_weight, ref_bias)
@@ -161,22 +178,67 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             labels,
             advantages,
             cu_seqlens,
-            old_logp=self._packed("old_per_token_logps", old_per_token_logps, keep),
+            old_logp=old_logp,
             ref_logp=ref_logp,
             bias=bias,
             loss_type=self.loss_type,
             beta=self.beta if with_kl else 0.0,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
+            importance_weight=self._importance(vllm_is_ratio, keep, with_kl),
+            # Liger bounds CISPO's weight by epsilon_high itself, and not from below.
+            clip_low=None if cispo or self.loss_type in UNCLIPPED else self.epsilon_low,
+            clip_high=None if self.loss_type in UNCLIPPED else self.epsilon_high - cispo,
+            delta=None if self.loss_type in BY_TOKEN else self.delta,
+            use_bias_correction_kl=self.use_bias_correction_kl,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos,
+            vespo_lambda_pos=self.vespo_lambda_pos,
+            vespo_k_neg=self.vespo_k_neg,
+            vespo_lambda_neg=self.vespo_lambda_neg,
             kl_clamp=UNCLAMPED,
             importance_level=self.importance_sampling_level,
             temperature=self.temperature,
             max_completion_length=self.max_completion_length,
-            num_tokens=self._num_tokens(keep, num_items_in_batch) if self.loss_type == "dapo" else None,
+            num_tokens=self._num_tokens(keep, num_items_in_batch) if self.loss_type in BY_TOKENS_OF_ALL else None,
             backend=self.backend,
         )
-        metrics = (result.clip_fraction,) if self.beta == 0 else (result.kl, result.clip_fraction)
-        return result.loss, metrics
+        clipped = result.clip_fraction
+        if cispo or (self.delta is not None and self.loss_type not in BY_TOKEN):
+            clipped = self._clip_ratio(result.logp, old_logp, keep, advantages)
+        return result.loss, (clipped,) if self.beta == 0 else (result.kl, clipped)
+
+    def _clip_ratio(self, logp: Tensor, old_logp: Tensor | None, keep: Tensor, advantages: Tensor) -> Tensor:
+        """Liger's share of clipped tokens, which counts neither ``delta`` nor negative advantages of CISPO."""
+        gaps = torch.zeros(keep.shape, dtype=logp.dtype, device=keep.device)
+        gaps[keep] = torch.zeros_like(logp) if old_logp is None else logp - old_logp.to(logp.dtype)
+        if self.importance_sampling_level == "sequence":
+            gaps = (gaps.sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)).expand_as(gaps)
+        ratio, signs = gaps.exp(), advantages[:, None]
+        high = self.epsilon_high + (self.loss_type != "cispo")
+        clipped = (ratio > high) & (signs > 0)
+        if self.loss_type != "cispo":
+            clipped |= (ratio < 1 - self.epsilon_low) & (signs < 0)
+        return (clipped & keep).sum() / keep.sum().clamp(min=1).to(logp.dtype)
+
+    def _importance(self, ratio: Tensor | None, keep: Tensor, with_kl: bool) -> Tensor | None:
+        """The weights of the tokens that count, [N], of a ratio [B, T], [B, 1] or [B]."""
+        if ratio is None:
+            return None
+        check_tensor(OP, "vllm_is_ratio", ratio, device=keep.device)
+        (rows, width), shape = keep.shape, list(ratio.shape)
+        if shape not in ([rows], [rows, 1], [rows, width]):
+            raise fail(OP, "vllm_is_ratio", f"shape [{rows}, {width}], [{rows}, 1] or [{rows}]", shape)
+        by_completion = ratio.dim() == 1 or ratio.shape[1] == 1
+        if self.importance_sampling_level == "sequence":
+            if not by_completion:
+                raise fail(OP, "vllm_is_ratio", f"shape [{rows}, 1] or [{rows}] at sequence level", shape)
+            if self.use_bias_correction_kl and with_kl:
+                raise fail(OP, "use_bias_correction_kl", "False at sequence level with a vllm_is_ratio", True)
+        weights = ratio.detach().reshape(rows, -1).expand(rows, width)
+        if self.loss_type == "vespo" and by_completion:  # VESPO multiplies the weights of tokens: this is one of them
+            first = keep & (keep.cumsum(1) == 1)
+            weights = torch.where(first, weights, 1.0)
+        return weights[keep]
 
     def _reference(
         self,

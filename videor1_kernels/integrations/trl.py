@@ -29,12 +29,13 @@ __all__ = ["FusedHead", "selective_log_softmax", "use"]
 HEAD_OUTPUTS = ("log_probs", "entropy")
 
 
-def use(*, backend: str = "auto") -> ExitStack:
+def use(*, backend: str = "auto", match_dtype: bool = False) -> ExitStack:
     """Put this library's log-probabilities into TRL, for the rest of the process or for a ``with`` block.
 
     Args:
         backend: ``auto``, ``triton`` or ``reference``, for the kernels of :class:`FusedHead` and of
             :func:`selective_log_softmax`.
+        match_dtype: whether :func:`selective_log_softmax` returns the dtype of its logits, as TRL's own does on a CPU.
 
     Returns:
         An ``ExitStack``. TRL has its own functions back when it is closed, or when its ``with`` block ends. A trainer
@@ -46,7 +47,7 @@ def use(*, backend: str = "auto") -> ExitStack:
     Source:
         This library; the names and arguments replaced are TRL's (https://github.com/huggingface/trl).
     """
-    ours = functools.partial(selective_log_softmax, backend=backend)
+    ours = functools.partial(selective_log_softmax, backend=backend, match_dtype=match_dtype)
     replacements = [
         Replacement("trl.trainer.utils", "selective_log_softmax", ours),
         Replacement("trl.trainer.utils", "_ChunkedLogProbFunction", FusedHead(backend)),
@@ -55,7 +56,13 @@ def use(*, backend: str = "auto") -> ExitStack:
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None, *, backend: str = "auto"
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    match_dtype: bool = False,
 ) -> Tensor:
     """TRL's ``selective_log_softmax``: log softmax(logits / temperature)[index], in nats.
 
@@ -64,25 +71,28 @@ def selective_log_softmax(
         index: int64 or int32, [...] or [..., K], in [0, V); anything where ``row_mask`` is zero.
         temperature: above 0.
         row_mask: shaped as ``index``; where it is zero the result is exactly 0 and no gradient flows.
+        match_dtype: whether to round the result to the logits' dtype.
 
     Returns:
-        Shaped as ``index``; fp32, or fp64 for fp64 logits, whatever the device. TRL returns fp32 from its Triton kernel
-        (GPUs) and the logits' dtype elsewhere; fp32 costs one number per token and keeps what a ratio needs.
+        Shaped as ``index``; fp32, or fp64 for fp64 logits, whatever the device, unless ``match_dtype``. TRL returns
+        fp32 from its Triton kernel (GPUs) and the logits' dtype elsewhere; fp32 costs one number per token and keeps
+        what a ratio needs.
 
     Raises:
         ValueError: as :func:`videor1_kernels.selective_log_softmax`, or a ``row_mask`` of another shape than ``index``.
     """
     if index.dtype == torch.int32:
         index = index.long()
+    dtype = logits.dtype if match_dtype else torch.promote_types(logits.dtype, torch.float32)
     if row_mask is None:
-        return videor1_kernels.selective_log_softmax(logits, index, temperature=temperature, backend=backend)
+        return videor1_kernels.selective_log_softmax(logits, index, temperature=temperature, backend=backend).to(dtype)
     if row_mask.shape != index.shape:
         raise fail("selective_log_softmax", "row_mask", f"shape {list(index.shape)}", list(row_mask.shape))
     out = row_mask == 0
     logp = videor1_kernels.selective_log_softmax(
         logits, index.masked_fill(out, 0), temperature=temperature, backend=backend
     )
-    return logp.masked_fill(out, 0.0)
+    return logp.masked_fill(out, 0.0).to(dtype)
 
 
 class FusedHead:
