@@ -77,6 +77,22 @@ def test_a_correction_weights_by_the_log_probs_at_sampling(level: str, mode: str
     assert row["sampling/kl_k3"] > 0.05
 
 
+def test_an_entropy_bonus_is_in_every_row(lab: Lab) -> None:
+    """Also of groups whose advantages are all 0."""
+    run = lab.make(**OPTIONS, entropy_coef=0.1)
+    with opened(run, 4) as prompts:
+        groups = cut_unequally(groups_of(run, prompts))
+        groups[0] = dataclasses.replace(groups[0], ordered=(groups[0].ordered[0],) * 3)
+        rows, left_out = training_rows(run.model, groups, score_groups(groups, run.config), run.config)
+        assert left_out == 0
+        assert {i for row in rows for i in row.groups} == {0, 1, 2, 3}
+        with_bonus = gradients(run, prompts, groups, 4)
+        assert_same(with_bonus, gradients(run, prompts, groups, 1))
+        run.config.entropy_coef = 0.0
+        without = gradients(run, prompts, groups, 4)
+    assert any(not torch.allclose(with_bonus[name], without[name], atol=1e-4) for name in without)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_completions_without_an_end_leave_the_loss_and_its_mean(loss_type: str, lab: Lab) -> None:
     run = lab.make(**OPTIONS, mask_truncated_completions=True, loss_type=loss_type)

@@ -416,6 +416,8 @@ class TrainConfig(EvalOptions):
     other ratio (two-sided clipping); default: none."""
     clip_dual: Annotated[float | None, above(1)] = None
     """Bound of the ratio of a completion with a negative advantage (dual clip); default: none."""
+    entropy_coef: Annotated[float, at_least(0)] = 0.0
+    """Weight of an entropy bonus in the loss."""
     importance_correction: Literal["none", "token", "sequence"] = "none"
     """Correct for a rollout that was sampled from another policy than the one that is trained (a server, a quantised
     engine): the policy term is multiplied by exp(log-prob in training - log-prob at sampling), of each token, or as

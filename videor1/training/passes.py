@@ -120,6 +120,7 @@ def tgrpo_loss(
             vespo_k_neg=config.vespo_k_neg,
             vespo_lambda_neg=config.vespo_lambda_neg,
             use_bias_correction_kl=config.use_bias_correction_kl,
+            entropy_coef=config.entropy_coef,
             kl_clamp=config.kl_clamp,
             importance_level=config.importance_level,
             temperature=config.temperature,
