@@ -68,9 +68,9 @@ def training_rows(
     """Pack the groups of a batch into training rows.
 
     ``per_device_train_batch_size`` groups are a micro-batch; it is one row, or as many as ``max_tokens_per_row`` asks
-    for, with the same loss; on a CPU it is several, see ``even_batches``. Without a KL term and an entropy bonus a group
-    whose advantages are all 0 has a gradient of exactly 0: it is in no row, but still counts in the means. Nor is one
-    of which no completion counts.
+    for, with the same loss; on a CPU it is several, see ``even_batches``. Without a KL term and an entropy bonus a
+    group whose advantages are all 0 has a gradient of exactly 0: it is in no row, but still counts in the means. Nor is
+    one of which no completion counts.
 
     Args:
         totals: those of all ranks; None: of these groups alone.
