@@ -30,7 +30,7 @@ class Totals:
 def counting(groups: Sequence[Group], config: TrainConfig) -> Tensor:
     """Return which completions count in the loss, bool [P, G]: all, or those that ended."""
     every = [[completion.finished or not config.mask_truncated_completions for completion in g.ordered] for g in groups]
-    return torch.tensor(every).reshape(len(groups), -1)
+    return torch.tensor(every, dtype=torch.bool).reshape(len(groups), -1 if groups else config.num_generations)
 
 
 def batch_totals(lengths: Tensor, config: TrainConfig, counts: Tensor | None = None) -> Totals:
