@@ -297,6 +297,8 @@ def _terms() -> Iterator[Launch]:
     launch(333, ALIGNED, "grpo", "token", (0.2, 0.28), 0.04, weighted=True)
     yield "CISPO", ONCE
     launch(16, ALIGNED, "cispo", "token", (None, 3.0))
+    yield "VESPO, weights", ONCE
+    launch(16, ALIGNED, "vespo", "token", (None, None), weighted=True)
     yield "SAPO by completion, KL by ratio", ONCE
     launch(16, ALIGNED, "sapo", "sequence", (None, None), 0.04)
     yield "whole completions, KL, int32", TARGETS

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -126,7 +125,7 @@ def test_checks_wait_with_the_rest(waits: Any) -> None:
     size = len(inputs.labels)
 
     def call(labels: torch.Tensor, temperatures: torch.Tensor, cu_seqlens: torch.Tensor) -> Any:
-        chosen = astuple(options())
+        chosen = options().packed()
         given = completions._replace(cu_seqlens=cu_seqlens)
         run = grpo_ops.linear_grpo_loss_op._init_fn
         return run(

@@ -16,6 +16,7 @@ from videor1_kernels.add_rms_norm.ops import add_rms_norm_op
 from videor1_kernels.group_advantage.ops import tgrpo_advantages_op
 from videor1_kernels.grpo_loss import reference
 from videor1_kernels.grpo_loss.ops import grpo_loss_op, linear_grpo_loss_op
+from videor1_kernels.grpo_loss.records import GrpoLossOptions
 from videor1_kernels.linear_logprob.ops import (
     linear_logprob_backward_op,
     linear_logprob_op,
@@ -173,8 +174,8 @@ def test_values_and_backends_are_checked_inside_a_compiled_graph() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     fixed, lp = WEIGHT.detach(), LOGP.detach()
-    options = ("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None, "token", "mask", None, 2.0, 4.0, 3.0)
-    options += (1.0, 1.05, 2.0, 3.0, 3.0, 2.0, True, 0.1)
+    chosen = {"importance_correction": "token", "correction_mode": "mask", "delta": 4.0, "use_bias_correction_kl": True}
+    options = GrpoLossOptions("grpo", 0.1, 0.2, 0.3, 10.0, "token", None, None, **chosen).packed()
     completions = (ADVANTAGES, CU, lp, lp, lp - 0.5, lp.exp(), None, ADVANTAGES[0] != ADVANTAGES)
     numbers = ("margin", 0.3, 0.8, 0.1, 0.2, 3.0, 6.0, "std", 1e-4, "reward", "mean", None)
     head = (HIDDEN.detach(), fixed, LABELS, BIAS.detach(), None, 0.8, None, 1.5)

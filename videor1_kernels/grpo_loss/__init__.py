@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -214,7 +214,7 @@ def grpo_loss(
     )
     options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-        logp, *map(_detached, completions), mask, *astuple(options), backend
+        logp, *map(_detached, completions), mask, *options.packed(), backend
     )
     return GrpoLoss(loss, shown.detach(), None, kl.detach(), clip_fraction.detach(), skipped)
 
@@ -358,7 +358,7 @@ def linear_grpo_loss(
             backend=backend,
         )
         loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-            logp, *map(_detached, completions), labels != IGNORED, *astuple(options), backend
+            logp, *map(_detached, completions), labels != IGNORED, *options.packed(), backend
         )
         return GrpoLoss(loss, shown.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -372,7 +372,7 @@ def linear_grpo_loss(
         scalar,
         autocast_dtype(hidden, weight, bias),
         check_softcap(op, softcap),
-        *astuple(options),
+        *options.packed(),
         needs,
         backend,
     )
@@ -382,7 +382,7 @@ def linear_grpo_loss(
 def _checked(
     op: str, completions: Completions, tokens: int, device: torch.device, options: GrpoLossOptions
 ) -> GrpoLossOptions:
-    """Check everything but where the log-probs come from. Returns the options with numbers of the operator's types."""
+    """Check everything but where the log-probs come from. Returns the options, with a ``num_tokens`` of the host."""
     advantages, cu_seqlens, _, ref_logp, *_ = completions
     beta, num_tokens = options.beta, options.num_tokens
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
@@ -417,7 +417,7 @@ def _checked(
         if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
             num_tokens = num_tokens.item()
         check_number(op, "num_tokens", num_tokens, above=0)
-    return replace(options, beta=float(beta), kl_clamp=float(options.kl_clamp), num_tokens=num_tokens)
+    return options if num_tokens is options.num_tokens else replace(options, num_tokens=num_tokens)
 
 
 def _check_policy(op: str, options: GrpoLossOptions) -> None:

@@ -49,14 +49,7 @@ _COMPLETIONS = (
 )
 _GIVEN = len(Completions._fields)
 _LEAVES = (0, 1, 3 + _GIVEN)  # hidden, weight and bias among the inputs of linear_grpo_loss
-_OPTIONS = (
-    "str loss_type, float beta, float? clip_low, float? clip_high, float kl_clamp, str importance_level, "
-    "float? max_completion_length, float? num_tokens, str importance_correction, str correction_mode, "
-    "float? correction_min, float? correction_max, float? delta, float? clip_dual, "
-    "float sapo_temperature_pos, float sapo_temperature_neg, float vespo_k_pos, float vespo_lambda_pos, "
-    "float vespo_k_neg, float vespo_lambda_neg, bool use_bias_correction_kl, "
-    "float entropy_coef"
-)
+_OPTIONS = "str terms, float[] numbers, float? max_completion_length, float? num_tokens"
 
 
 @torch.library.custom_op(
@@ -75,7 +68,7 @@ def grpo_loss_op(logp, *others):
         counted = counted_tokens(completions.completion_mask, completions.cu_seqlens, len(logp))
         mask = counted if mask is None else mask & counted
     with dispatch.running_on(logp):
-        return tuple(run.grpo_loss(logp, completions, mask, GrpoLossOptions(*options)))
+        return tuple(run.grpo_loss(logp, completions, mask, GrpoLossOptions.unpacked(*options)))
 
 
 @grpo_loss_op.register_fake
@@ -128,7 +121,7 @@ def linear_grpo_loss_op(hidden, weight, labels, *others):
     run = dispatch.resolve(op, backend, hidden.device, compute_dtype(hidden, weight, bias))
     inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap)
     with dispatch.running_on(hidden):
-        result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions(*options), needs, rows)
+        result = run.linear_grpo_loss(inputs, completions, GrpoLossOptions.unpacked(*options), needs, rows)
     # The fake kernel promises contiguous results, but a gradient may have the memory layout of its input.
     return tuple(hidden.new_empty(0) if value is None else value.contiguous() for value in result)
 

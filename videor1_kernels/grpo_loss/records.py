@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,9 +27,17 @@ CORRECTIONS = ("none", "token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
 
 
+_TERMS = ("loss_type", "importance_level", "importance_correction", "correction_mode")
+_NUMBERS = (
+    *("beta", "clip_low", "clip_high", "kl_clamp", "correction_min", "correction_max", "delta", "clip_dual"),
+    *("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
+    *("vespo_lambda_neg", "entropy_coef"),
+)
+
+
 @dataclass(frozen=True)
 class GrpoLossOptions:
-    """The checked options of a loss call, in the order in which the operators take them."""
+    """The checked options of a loss call."""
 
     loss_type: str
     beta: float
@@ -53,6 +61,26 @@ class GrpoLossOptions:
     vespo_lambda_neg: float = 2.0
     use_bias_correction_kl: bool = False
     entropy_coef: float = 0.0
+
+    def packed(self) -> tuple[str, list[float], float | None, float | None]:
+        """All options in four arguments, since each of an operator's costs its caller time on the host."""
+        terms = [getattr(self, name) for name in _TERMS] + ["by ratio" if self.use_bias_correction_kl else ""]
+        numbers = [getattr(self, name) for name in _NUMBERS]
+        given = [math.inf if number is None else float(number) for number in numbers]
+        return "/".join(terms), given, self.max_completion_length, self.num_tokens
+
+    @classmethod
+    def unpacked(
+        cls, terms: str, numbers: list[float], max_completion_length: float | None, num_tokens: float | None
+    ) -> GrpoLossOptions:
+        """The options that :meth:`packed` gave."""
+        loss_type, level, correction, mode, by_ratio = terms.split("/")
+        found: list[Any] = [None if number == math.inf else number for number in numbers]
+        beta, clip_low, clip_high, kl_clamp, *bounds = found
+        *rest, entropy_coef = bounds
+        ratio = (clip_low, clip_high, kl_clamp, level, max_completion_length, num_tokens)
+        values: list[Any] = [loss_type, beta, *ratio, correction, mode, *rest, bool(by_ratio), entropy_coef]
+        return cls(*values)
 
     @property
     def divisor(self) -> str:

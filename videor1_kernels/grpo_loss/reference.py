@@ -134,16 +134,16 @@ def loss_terms(logp: Tensor, completions: Completions, mask: Tensor | None, opti
         x = gap.clamp(-options.kl_clamp, options.kl_clamp)
         growth = x.expm1()
         kl = growth - x
-        change = -torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
+        change = torch.where(gap.abs() <= options.kl_clamp, growth, 0.0)
         if options.kl_by_ratio:
             shared = kl
             if options.importance_level == "sequence" and on_policy is None and whole is None and len(lengths):
                 kept = kl.masked_fill(~mask, 0.0)
                 sums = torch.segment_reduce(kept, "sum", lengths=lengths, initial=0.0)  # [S]
                 shared = (sums / tokens.clamp(min=1))[sequence]
-            kl, change = unbounded * kl, unbounded * (change + shared)
+            kl, change = unbounded * kl, unbounded * (change - shared)
         term = term + options.beta * kl
-        slope = slope + options.beta * change
+        slope = slope - options.beta * change
     if whole is not None:
         weight = weight * whole
         term, slope = (torch.where(weight == 0, 0.0, values) for values in (term, slope))
@@ -168,9 +168,9 @@ def _clip(ratio: Tensor, advantage: Tensor, options: GrpoLossOptions) -> tuple[T
         clipped |= (advantage != 0 if any_sign else advantage < 0) & (ratio < 1 - options.clip_low)
         ratio = torch.where(clipped, 1 - options.clip_low, ratio)
     positive, negative = ceilings(options)
-    for side, ceiling in ((advantage > 0, positive), (advantage < 0, positive if any_sign else negative)):
+    for sign, ceiling in ((1, positive), (-1, positive if any_sign else negative)):
         if ceiling < math.inf:
-            above = side & (ratio > ceiling)
+            above = (advantage > 0 if sign > 0 else advantage < 0) & (ratio > ceiling)
             ratio = torch.where(above, ceiling, ratio)
             clipped |= above
     return ratio, clipped

@@ -62,6 +62,7 @@ def terms_kernel(
     RATIO: tl.constexpr,
     SOFT: tl.constexpr,
     KL_BY_RATIO: tl.constexpr,
+    MEAN_KL: tl.constexpr,
     CLIP_LOW: tl.constexpr,
     CLIP_HIGH: tl.constexpr,
     KL: tl.constexpr,
@@ -75,7 +76,8 @@ def terms_kernel(
 
     Segment i is tokens starts[i] to stops[i] - 1, of completion completions[i]. tokens [S]: the unmasked tokens of each
     completion. The weight of a token is 1 / denominator, divided by its completion's tokens with PER_COMPLETION, and by
-    ``whole`` with PER_WHOLE; ``factor`` [N] multiplies it, and ``on_policy`` [N] the policy term.
+    ``whole`` with PER_WHOLE; ``factor`` [N] multiplies it, and ``on_policy`` [N] the policy term. With MEAN_KL the KL
+    terms are multiplied by the ratio of a whole completion, which has its gradient through each of the tokens alike.
 
     With WHOLE, segment i is completion i: ``starts`` is cu_seqlens [S+1], and stops, completions and tokens are not
     read. Then shown [N], the log-probs with 0 at masked tokens, and counts [2, segments], of unmasked tokens and of
@@ -117,9 +119,8 @@ def terms_kernel(
             new = tl.load(logp + at, mask=here, other=0.0).to(tl.float32)
             gaps += new - tl.load(old_logp + at, mask=here, other=0.0).to(tl.float32)
         mean = tl.sum(gaps, 0) / count
-    own_kl = not SEQUENCE or HAS_ON_POLICY or HAS_FACTOR
     mean_kl = 0.0
-    if KL and KL_BY_RATIO and not own_kl:
+    if MEAN_KL:
         kl_sums = tl.zeros((BLOCK,), tl.float32)
         for block in range(first, stop, BLOCK):
             at = block + tl.arange(0, BLOCK)
@@ -189,7 +190,7 @@ def terms_kernel(
             kl = growth - x
             change = tl.where(tl.abs(apart) > kl_clamp, 0.0, growth)
             if KL_BY_RATIO:
-                change = unbounded * (change - (kl if own_kl else mean_kl))
+                change = unbounded * (change - (mean_kl if MEAN_KL else kl))
                 kl = unbounded * kl
             kls += tl.where(here, kl, 0.0)
             term += beta * kl
@@ -351,6 +352,7 @@ def _launch(
         "length": float(number * (options.max_completion_length or 0)),
         "num_tokens": float(options.num_tokens or 0),
     }[options.divisor]
+    alone = options.importance_level == "token" or on_policy is not None or factor is not None
     # Where ceilings are those of the clip alone, the kernel forms them.
     positive, negative = ceilings(options)
     terms_kernel[(sums.shape[1],)](
@@ -386,6 +388,7 @@ def _launch(
         RATIO=options.loss_type != "vespo",
         SOFT=options.loss_type == "sapo",
         KL_BY_RATIO=options.kl_by_ratio,
+        MEAN_KL=options.kl_by_ratio and not alone,
         CLIP_LOW=options.clip_low is not None,
         CLIP_HIGH=options.clip_high is not None,
         KL=options.beta > 0,
