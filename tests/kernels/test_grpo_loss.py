@@ -195,6 +195,7 @@ def test_bounds_by_hand(backend: str) -> None:
         ({"delta": 4.0}, 4.0),
         ({"clip_dual": 3.0}, 3.0),
         ({"clip_high": 0.2, "delta": 4.0, "clip_dual": 3.0}, 3.0),
+        ({"clip_high": 0.2, "delta": 4.0, "clip_dual": 4.5}, 4.0),
     ):
         out = grpo_loss(leaf(logp), minus, cases.cumulative([1]), **case, **options)
         assert out.loss.item() == pytest.approx(cost, rel=1e-6)
