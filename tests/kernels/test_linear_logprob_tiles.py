@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_cases import CUDA, DEVICE, DTYPES, HALF, QUIET, Head, count_calls, for_threads, leaf, make_head, upstream
 
 from videor1_kernels import linear_grpo_loss, linear_logprob, selective_log_softmax
+from videor1_kernels.grpo_loss.records import GrpoLossOptions
 from videor1_kernels.linear_logprob import products, tiles, triton, triton_rows
 from videor1_kernels.linear_logprob.triton_forward import TILES, Tile, product_statistics, tile_for
 from videor1_kernels.linear_logprob.triton_rows import RowStatistics, row_gradient, row_statistics
@@ -164,8 +165,8 @@ def test_gradients_are_laid_out_as_compiled_code_expects(backend: str) -> None:
     head = make_head(6, 9, 4, bias=True)
     hidden, weight = (leaf(cases.LAYOUTS["column-major"](x.detach())) for x in (head.hidden, head.weight))
     bias, needs, ones = head.bias.detach(), [True, True, False], torch.ones(6, device=DEVICE)
-    completions = torch.ones(2, device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE), None, None
-    options = "grpo", 0.0, None, None, 10.0, "token", None, None
+    completions = torch.ones(2, device=DEVICE), torch.tensor([0, 2, 6], device=DEVICE), *[None] * 6
+    options = GrpoLossOptions("grpo", 0.0, None, None, 10.0, "token", None, None).packed()
     loss = hidden, weight, head.labels, *completions, bias, None, 1.0, None, 0.0, *options, needs, backend
     torch.library.opcheck(torch.ops.videor1.linear_grpo_loss, loss, test_utils="test_faketensor")
     head_inputs = hidden.detach(), weight.detach(), head.labels, bias, None, 1.0, None, 0.0
