@@ -271,11 +271,16 @@ def test_every_logged_line_has_the_names_that_trackers_know(lab: Lab, monkeypatc
         assert 1 - 1e-8 < row["sampling/ess"] <= 1 + 1e-12
 
 
+TODAYS = {"loss_type": "cispo", "importance_correction": "token", "correction_max": 1.0, "entropy_coef": 0.01}
+TODAYS |= {"max_steps": 2, "max_completion_length": 3, "per_device_train_batch_size": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "importance_level", "options"),
     [
         ("tiny", "token", {"max_steps": 2, "max_completion_length": 3, "per_device_train_batch_size": 1}),
+        ("tiny", "token", TODAYS),
         pytest.param("demo", "token", {"max_steps": 3, "gradient_accumulation_steps": 2}, marks=pytest.mark.full),
         pytest.param("demo", "sequence", {"max_steps": 3}, marks=pytest.mark.full),
     ],
