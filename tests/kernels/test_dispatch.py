@@ -111,13 +111,21 @@ def test_public_functions(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "signature"),
     [
-        ("linear_logprob", "hidden, weight, labels, *, bias=None, temperature=1.0, backend='auto'"),
+        (
+            "linear_logprob",
+            "hidden, weight, labels, *, bias=None, temperature=1.0, softcap=None, vocab_shard=None, backend='auto'",
+        ),
         ("selective_log_softmax", "logits, index, *, temperature=1.0, backend='auto'"),
         (
             "linear_grpo_loss",
-            "hidden, weight, labels, advantages, cu_seqlens, *, old_logp=None, ref_logp=None, bias=None, "
-            "loss_type='grpo', beta=0.04, clip_low=None, clip_high=None, kl_clamp=10.0, importance_level='token', "
-            "temperature=1.0, max_completion_length=None, num_tokens=None, backend='auto'",
+            "hidden, weight, labels, advantages, cu_seqlens, *, old_logp=None, ref_logp=None, rollout_logp=None, "
+            "token_weight=None, importance_weight=None, completion_mask=None, bias=None, loss_type='grpo', beta=0.04, "
+            "clip_low=None, clip_high=None, delta=None, clip_dual=None, sapo_temperature_pos=1.0, "
+            "sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, "
+            "use_bias_correction_kl=False, entropy_coef=0.0, kl_clamp=10.0, importance_level='token', "
+            "importance_correction='none', correction_mode='truncate', correction_min=None, correction_max=2.0, "
+            "temperature=1.0, softcap=None, vocab_shard=None, max_completion_length=None, num_tokens=None, "
+            "backend='auto'",
         ),
         (
             "tgrpo_advantages",

@@ -198,8 +198,8 @@ def frame_numbers(strip: Any) -> list[str]:
 
 def test_every_chart_is_drawn(one: Window) -> None:
     charts = one.all(".plot")
-    assert len(charts) == 15
-    assert one.js("return document.documentElement.dataset.drawn") == "15"
+    assert len(charts) == 17
+    assert one.js("return document.documentElement.dataset.drawn") == "17"
     for chart in charts:
         assert one.js("return arguments[0].querySelectorAll('.scatterlayer path').length", chart) > 0
         assert chart.get_attribute("aria-label")

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from videor1_kernels.checks import IGNORED
+from videor1_kernels.grpo_loss.records import Completions
 from videor1_kernels.linear_logprob import reference as head_reference
 from videor1_kernels.linear_logprob import tiles
 from videor1_kernels.linear_logprob.inputs import HeadInputs, head_inputs
@@ -250,40 +251,28 @@ class Ledger(TorchDispatchMode):
         temperatures: Any,
         temperature: float,
         operands: torch.dtype | None,
+        softcap: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self, self.part("head and loss"), _without_pointers():
-            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands)
+            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap)
             if not self.cuda:
                 return head_reference.forward(inputs)
             rows, vocabulary = len(labels), len(weight)
-            if inputs.hidden.dtype.itemsize == 2:
+            if inputs.hidden.dtype.itemsize == 2 and not softcap:
                 self.workspace(3 * -(-vocabulary // HEAD_BLOCK) * rows * 4)
             else:
                 self.workspace(_logits_bytes(rows, vocabulary))
             logp, entropy = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
             return logp, entropy, hidden.new_empty(rows, dtype=torch.float64)
 
-    def _loss(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        advantages: Tensor,
-        cu_seqlens: Tensor,
-        old_logp: Any,
-        ref_logp: Any,
-        bias: Any,
-        temperatures: Any,
-        temperature: float,
-        operands: torch.dtype | None,
-        *options: Any,
-    ) -> tuple[Any, ...]:
-        needs: Sequence[bool] = options[-2]
+    def _loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Any, ...]:
+        # of each completion; of the head; of the loss; which gradients are wanted, and the backend
+        bias, temperatures, temperature, operands, softcap, *_, needs, _ = others[len(Completions._fields) :]
         with self, self.part("head and loss"), _without_pointers():
             scalars = [hidden.new_empty((), dtype=torch.float32) for _ in range(4)]
             logp, entropy = (hidden.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
-            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands)
+            inputs = head_inputs(hidden, weight, labels, bias, temperatures, temperature, operands, softcap)
             if self.cuda:
                 d_hidden, d_weight = self._loss_kernel(inputs.hidden, inputs.weight, needs)
             else:

@@ -263,6 +263,8 @@ def launches_of_a_7b_step(layers: int, **form: Any) -> tuple[Counter[str], int]:
             norm=stand_in("norm", lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape))),
             rotary=stand_in("rotary", lambda qkv, *_: qkv.new_empty(len(qkv), 28, 128)),
             silu=stand_in("silu", lambda gate_up, *_: gate_up.new_empty(len(gate_up), 18944)),
+            gate=None,
+            linear=None,
         )
         with Launches() as seen:
             decoder.states(torch.empty(2, dtype=torch.int64), torch.tensor([1, 2]), torch.tensor([1, 2]), layout)
