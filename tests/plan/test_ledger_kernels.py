@@ -98,6 +98,6 @@ def test_log_probs_of_16384_tokens(dtype: torch.dtype) -> None:
         launcher = sum(ledger.peak.values()) - before - size(*out)
         ledger.restart()
         now = sum(ledger.live.values())
-        planned = ledger._logprob(hidden, weight, labels, None, None, 1.0, None, "triton")
+        planned = ledger._logprob(hidden, weight, labels, None, None, 1.0, None, 0.0, "triton")
         workspace = sum(ledger.peak.values()) - now - size(*planned)
     assert workspace == pytest.approx(launcher, rel=0.02)
