@@ -152,15 +152,14 @@ def _shared(base: Any) -> Any:
     def forward(
         module: Any,
         hidden_states: Tensor,  # [1, T, H]
-        cache: Any = None,
-        attention_mask: Tensor | None = None,
+        *arguments: Any,  # whose order and names transformers' versions change
         videor1_context: AttentionContext | None = None,
         **options: Any,
     ) -> Tensor:
         if videor1_context is None:
-            out: Tensor = base.forward(module, hidden_states, cache, attention_mask, **options)
+            out: Tensor = base.forward(module, hidden_states, *arguments, **options)
             return out
-        _check_row(hidden_states, attention_mask)
+        _check_row(hidden_states, options.get("attention_mask"))
         context, layer, x = videor1_context, module.layer_idx, hidden_states[0]
         mixed = module.conv1d(module.in_proj_qkv(x), context, layer, module.activation)
         q, k, v = mixed.split([module.key_dim, module.key_dim, module.value_dim], -1)
