@@ -34,6 +34,7 @@ from videor1.model.weights import (
     weight_files,
 )
 from videor1_kernels import chosen_backend
+from videor1_kernels.integrations.transformers import LINEAR_KERNELS
 
 
 def load_model(config: CommonConfig) -> VideoLM:
@@ -77,7 +78,7 @@ def check_linear_attention(model: VideoLM) -> None:
     Raises:
         ConfigError: flash-linear-attention is not installed, and the model is on a GPU in bf16.
     """
-    for op in ("prefix_gated_delta", "prefix_causal_conv") if model.linear_layers else ():
+    for op in LINEAR_KERNELS if model.linear_layers else ():
         try:
             chosen_backend(op, model.device, "auto", model.compute_dtype)
         except ValueError as error:

@@ -39,7 +39,7 @@ from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Media, Prompt, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
-from videor1_kernels.integrations.transformers import linear_backend
+from videor1_kernels.integrations.transformers import LINEAR_KERNELS, linear_backend
 
 KERNELS = (
     "prefix_attention",
@@ -280,7 +280,7 @@ class Trainer(Loop[TrainConfig]):
         device, dtype = self.model.device, self.model.compute_dtype
         named: dict[str, str] = dict.fromkeys((*KERNELS, *Operations.names(self.model)), self.config.kernels)
         if self.model.linear_layers:
-            named |= dict.fromkeys(("prefix_causal_conv", "prefix_gated_delta"), linear_backend(self.config.kernels))
+            named |= dict.fromkeys(LINEAR_KERNELS, linear_backend(self.config.kernels))
         chosen = {op: chosen_backend(op, device, backend, dtype) for op, backend in named.items()}
         return "kernels: " + ", ".join(f"{op} {backend}" for op, backend in chosen.items())
 

@@ -23,6 +23,7 @@ from videor1_kernels.prefix_gated_delta import ACTIVATIONS, prefix_causal_conv, 
 
 NAME = "videor1_prefix"
 LINEAR = "linear_attention"  # in a config's layer_types
+LINEAR_KERNELS = ("prefix_causal_conv", "prefix_gated_delta")  # what such a layer computes a packed row with
 
 
 class AttentionContext(Protocol):
