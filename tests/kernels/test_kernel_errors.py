@@ -513,3 +513,12 @@ def test_triton_refuses_fp64(op: str) -> None:
     double = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in GOOD[op].items()}
     with pytest.raises(ValueError, match=rf"^{op}: backend 'triton' cannot run .*, and an input is fp64"):
         getattr(vk, op)(**double, backend="triton")
+
+
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_grpo_loss"])
+def test_options_that_equal_known_ones_are_checked_too(op: str) -> None:
+    call = GOOD[op] | {"beta": 1, "use_bias_correction_kl": True}
+    getattr(vk, op)(**call)
+    for wrong in ({"beta": True}, {"use_bias_correction_kl": 1}, {"kl_clamp": [1]}, {"beta": torch.tensor(1)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            getattr(vk, op)(**call | wrong)

@@ -48,6 +48,10 @@ def every_case() -> list[dict[str, Any]]:
     for backend, dtype in (cases.KINDS[0], cases.KINDS[1]):
         found.append(head_case(backend, dtype, halves, loss=loss, biased=False))
         found.append(head_case(backend, dtype, halves, loss=loss | {"importance_level": "sequence"}, softcap=2.0))
+        bonus = {"entropy_coef": 0.3, "token_weight": torch.tensor([0.0, *[0.5, 1.5] * 5])}
+        found.append(head_case(backend, dtype, halves, loss=loss | bonus))
+        without = {"completion_mask": torch.tensor([True, True, False]), "loss_type": "bnpo"}
+        found.append(head_case(backend, dtype, uneven, loss=loss | bonus | without))
     return found
 
 

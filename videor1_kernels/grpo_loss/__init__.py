@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from videor1_kernels import dispatch
 from videor1_kernels.checks import IGNORED, INTEGERS, check_choice, check_number, check_tensor, fail
 from videor1_kernels.grpo_loss import reference
+from videor1_kernels.grpo_loss.factors import counted_tokens
 from videor1_kernels.grpo_loss.ops import count_op, grpo_loss_op, linear_grpo_loss_op
 from videor1_kernels.grpo_loss.records import (
     CORRECTION_MODES,
@@ -19,11 +21,15 @@ from videor1_kernels.grpo_loss.records import (
     LOSS_TYPES,
     Completions,
     GrpoLossOptions,
+    PackedOptions,
 )
 from videor1_kernels.linear_logprob import check_head, check_softcap, linear_logprob, split_temperature
 from videor1_kernels.linear_logprob.inputs import autocast_dtype
 
 __all__ = ["GrpoLoss", "grpo_loss", "linear_grpo_loss"]
+
+NUM_TOKENS = [field.name for field in fields(GrpoLossOptions)].index("num_tokens")
+PLAIN = (str, int, float, bool, type(None))  # what an option may be; all of them can be hashed
 
 for _op in ("grpo_loss", "linear_grpo_loss"):
     dispatch.register_triton(_op, "videor1_kernels.grpo_loss.triton")
@@ -188,7 +194,11 @@ def grpo_loss(
     completions = Completions(
         advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, importance_weight, completion_mask
     )
-    options = GrpoLossOptions(
+    options = _checked(
+        op,
+        completions,
+        len(logp),
+        logp.device,
         loss_type,
         beta,
         clip_low,
@@ -212,9 +222,8 @@ def grpo_loss(
         use_bias_correction_kl,
         entropy_coef,
     )
-    options = _checked(op, completions, len(logp), logp.device, options)
     loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-        logp, *map(_detached, completions), mask, *options.packed(), backend
+        logp, *map(_detached, completions), mask, *options, backend
     )
     return GrpoLoss(loss, shown.detach(), None, kl.detach(), clip_fraction.detach(), skipped)
 
@@ -319,7 +328,11 @@ def linear_grpo_loss(
     completions = Completions(
         advantages, cu_seqlens, old_logp, ref_logp, rollout_logp, token_weight, importance_weight, completion_mask
     )
-    options = GrpoLossOptions(
+    options = _checked(
+        op,
+        completions,
+        len(hidden),
+        hidden.device,
         loss_type,
         beta,
         clip_low,
@@ -343,10 +356,9 @@ def linear_grpo_loss(
         use_bias_correction_kl,
         entropy_coef,
     )
-    options = _checked(op, completions, len(hidden), hidden.device, options)
     if vocab_shard is not None:
-        if options.entropy_coef:
-            raise fail(op, "entropy_coef", "0, as the head is divided among ranks", options.entropy_coef)
+        if completion_mask is not None:
+            labels = labels.masked_fill(~counted_tokens(completion_mask, cu_seqlens, len(labels)), IGNORED)
         logp, entropy = linear_logprob(
             hidden,
             weight,
@@ -357,10 +369,8 @@ def linear_grpo_loss(
             vocab_shard=vocab_shard,
             backend=backend,
         )
-        loss, shown, kl, clip_fraction, _, skipped = grpo_loss_op(
-            logp, *map(_detached, completions), labels != IGNORED, *options.packed(), backend
-        )
-        return GrpoLoss(loss, shown.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
+        given = Completions._make(map(_detached, completions))
+        return _of_logp(logp, entropy, given, labels != IGNORED, GrpoLossOptions.unpacked(*options), backend)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, kl, clip_fraction, skipped, *_ = linear_grpo_loss_op(
         hidden,
@@ -372,52 +382,84 @@ def linear_grpo_loss(
         scalar,
         autocast_dtype(hidden, weight, bias),
         check_softcap(op, softcap),
-        *options.packed(),
+        *options,
         needs,
         backend,
     )
     return GrpoLoss(loss, logp.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
 
 
-def _checked(
-    op: str, completions: Completions, tokens: int, device: torch.device, options: GrpoLossOptions
-) -> GrpoLossOptions:
-    """Check everything but where the log-probs come from. Returns the options, with a ``num_tokens`` of the host."""
-    advantages, cu_seqlens, _, ref_logp, *_ = completions
-    beta, num_tokens = options.beta, options.num_tokens
+def _of_logp(
+    logp: Tensor, entropy: Tensor, completions: Completions, mask: Tensor, options: GrpoLossOptions, backend: str
+) -> GrpoLoss:
+    """The loss, entropy bonus included, where both log-probs and entropies can be differentiated."""
+    plain = replace(options, entropy_coef=0.0).packed()
+    loss, shown, kl, clip_fraction, coefficient, skipped = grpo_loss_op(logp, *completions, mask, *plain, backend)
+    if options.entropy_coef > 0:
+        weight = reference.loss_terms(logp.detach(), completions, mask, options).weight
+        loss = loss - options.entropy_coef * (weight * entropy.masked_fill(~mask, 0.0)).sum()
+        skipped = ((coefficient == 0) & (weight == 0)).sum()
+    return GrpoLoss(loss, shown.detach(), entropy.detach(), kl.detach(), clip_fraction.detach(), skipped)
+
+
+def _checked(op: str, completions: Completions, tokens: int, device: torch.device, *values: Any) -> PackedOptions:
+    """Check everything but where the log-probs come from; ``values`` are those of GrpoLossOptions, in its order."""
+    advantages, cu_seqlens, *_ = completions
     check_tensor(op, "cu_seqlens", cu_seqlens, ("S+1",), INTEGERS, device)
     if not len(cu_seqlens):
         raise fail(op, "cu_seqlens", "at least one entry (the leading 0)", "an empty tensor")
     check_tensor(op, "advantages", advantages, (len(cu_seqlens) - 1,), device=device)
     for name in ("old_logp", "ref_logp", "rollout_logp", "token_weight", "importance_weight"):
-        if (values := getattr(completions, name)) is not None:
-            check_tensor(op, name, values, (tokens,), device=device)
+        if (given := getattr(completions, name)) is not None:
+            check_tensor(op, name, given, (tokens,), device=device)
     if completions.completion_mask is not None:
         check_tensor(op, "completion_mask", completions.completion_mask, advantages.shape, (torch.bool,), device)
+    options, packed = _checked_options(op, values)
+    correction = options.importance_correction
+    if correction != "none" and completions.importance_weight is not None:
+        raise fail(op, "importance_weight", f"None, as importance_correction {correction!r} forms it", "a tensor")
+    if correction != "none" and completions.rollout_logp is None:
+        raise fail(op, "rollout_logp", f"a tensor [{tokens}], as importance_correction is {correction!r}", None)
+    if options.beta > 0 and completions.ref_logp is None:
+        raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {options.beta:g} (pass it, or beta=0)", None)
+    return packed
+
+
+def _checked_options(op: str, values: tuple[Any, ...]) -> tuple[GrpoLossOptions, PackedOptions]:
+    """Return the checked options; a training run calls with the same ones again and again."""
+    at = NUM_TOKENS
+    if hasattr(values[at], "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
+        values = (*values[:at], values[at].item(), *values[at + 1 :])
+    if torch.compiler.is_compiling() or not all(isinstance(value, PLAIN) for value in values):
+        return _check_options(op, *values)
+    return _known_options(op, *values)
+
+
+def _check_options(op: str, *values: Any) -> tuple[GrpoLossOptions, PackedOptions]:
+    options = GrpoLossOptions(*values)
     check_choice(op, "loss_type", options.loss_type, LOSS_TYPES)
     check_choice(op, "importance_level", options.importance_level, IMPORTANCE_LEVELS)
-    check_number(op, "beta", beta, at_least=0)
+    check_number(op, "beta", options.beta, at_least=0)
     check_number(op, "kl_clamp", options.kl_clamp, above=0)
     _check_policy(op, options)
     check_number(op, "entropy_coef", options.entropy_coef, at_least=0)
     if op == "grpo_loss" and options.entropy_coef != 0:
         expected = "0, as log-probs show no distribution (linear_grpo_loss has the entropy)"
         raise fail(op, "entropy_coef", expected, options.entropy_coef)
-    _check_correction(op, completions, tokens, options)
-    if beta > 0 and ref_logp is None:
-        raise fail(op, "ref_logp", f"a tensor [{tokens}], as beta is {beta:g} (pass it, or beta=0)", None)
+    _check_correction(op, options)
     if options.divisor == "length":
         if options.max_completion_length is None:
             raise fail(op, "max_completion_length", "a number of tokens, as loss_type is 'dr_grpo'", None)
         check_number(op, "max_completion_length", options.max_completion_length, above=0)
     if options.divisor == "num_tokens":
-        if num_tokens is None:
+        if options.num_tokens is None:
             expected = f"the tokens of the whole accumulated batch, as loss_type is {options.loss_type!r}"
             raise fail(op, "num_tokens", expected, None)
-        if hasattr(num_tokens, "item"):  # a 0-d tensor or a NumPy number, as an all-reduce gives it
-            num_tokens = num_tokens.item()
-        check_number(op, "num_tokens", num_tokens, above=0)
-    return options if num_tokens is options.num_tokens else replace(options, num_tokens=num_tokens)
+        check_number(op, "num_tokens", options.num_tokens, above=0)
+    return options, options.packed()
+
+
+_known_options = functools.lru_cache(maxsize=64, typed=True)(_check_options)
 
 
 def _check_policy(op: str, options: GrpoLossOptions) -> None:
@@ -444,9 +486,9 @@ def _check_policy(op: str, options: GrpoLossOptions) -> None:
                 raise fail(op, name, expected, "'sequence'")
 
 
-def _check_correction(op: str, completions: Completions, tokens: int, options: GrpoLossOptions) -> None:
-    correction, low, high = options.importance_correction, options.correction_min, options.correction_max
-    check_choice(op, "importance_correction", correction, CORRECTIONS)
+def _check_correction(op: str, options: GrpoLossOptions) -> None:
+    low, high = options.correction_min, options.correction_max
+    check_choice(op, "importance_correction", options.importance_correction, CORRECTIONS)
     check_choice(op, "correction_mode", options.correction_mode, CORRECTION_MODES)
     if low is not None:
         check_number(op, "correction_min", low, at_least=0)
@@ -454,10 +496,6 @@ def _check_correction(op: str, completions: Completions, tokens: int, options: G
         check_number(op, "correction_max", high, above=0)
     if low is not None and high is not None and low > high:
         raise fail(op, "correction_min", f"at most correction_max, {high:g}", low)
-    if correction != "none" and completions.importance_weight is not None:
-        raise fail(op, "importance_weight", f"None, as importance_correction {correction!r} forms it", "a tensor")
-    if correction != "none" and completions.rollout_logp is None:
-        raise fail(op, "rollout_logp", f"a tensor [{tokens}], as importance_correction is {correction!r}", None)
 
 
 def _detached(values: Tensor | None) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 CORRECTIONS = ("none", "token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
 
+PackedOptions = tuple[str, list[float], float | None, float | None]
 
 _TERMS = ("loss_type", "importance_level", "importance_correction", "correction_mode")
 _NUMBERS = (
@@ -62,7 +65,7 @@ class GrpoLossOptions:
     use_bias_correction_kl: bool = False
     entropy_coef: float = 0.0
 
-    def packed(self) -> tuple[str, list[float], float | None, float | None]:
+    def packed(self) -> PackedOptions:
         """All options in four arguments, since each of an operator's costs its caller time on the host."""
         terms = [getattr(self, name) for name in _TERMS] + ["by ratio" if self.use_bias_correction_kl else ""]
         numbers = [getattr(self, name) for name in _NUMBERS]
@@ -70,17 +73,9 @@ class GrpoLossOptions:
         return "/".join(terms), given, self.max_completion_length, self.num_tokens
 
     @classmethod
-    def unpacked(
-        cls, terms: str, numbers: list[float], max_completion_length: float | None, num_tokens: float | None
-    ) -> GrpoLossOptions:
+    def unpacked(cls, terms: str, numbers: Sequence[float], *totals: float | None) -> GrpoLossOptions:
         """The options that :meth:`packed` gave."""
-        loss_type, level, correction, mode, by_ratio = terms.split("/")
-        found: list[Any] = [None if number == math.inf else number for number in numbers]
-        beta, clip_low, clip_high, kl_clamp, *bounds = found
-        *rest, entropy_coef = bounds
-        ratio = (clip_low, clip_high, kl_clamp, level, max_completion_length, num_tokens)
-        values: list[Any] = [loss_type, beta, *ratio, correction, mode, *rest, bool(by_ratio), entropy_coef]
-        return cls(*values)
+        return _unpacked(terms, tuple(numbers), *totals)
 
     @property
     def divisor(self) -> str:
@@ -91,6 +86,19 @@ class GrpoLossOptions:
     def kl_by_ratio(self) -> bool:
         """Whether the ratio multiplies the KL term."""
         return self.use_bias_correction_kl and self.beta > 0
+
+
+@functools.lru_cache(maxsize=64)
+def _unpacked(
+    terms: str, numbers: tuple[float, ...], max_completion_length: float | None, num_tokens: float | None
+) -> GrpoLossOptions:
+    loss_type, level, correction, mode, by_ratio = terms.split("/")
+    found: list[Any] = [None if number == math.inf else number for number in numbers]
+    beta, clip_low, clip_high, kl_clamp, *bounds = found
+    *rest, entropy_coef = bounds
+    ratio = (clip_low, clip_high, kl_clamp, level, max_completion_length, num_tokens)
+    values: list[Any] = [loss_type, beta, *ratio, correction, mode, *rest, bool(by_ratio), entropy_coef]
+    return GrpoLossOptions(*values)
 
 
 class Completions(NamedTuple):

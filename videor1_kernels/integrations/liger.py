@@ -54,8 +54,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     Args:
         beta, epsilon_low, epsilon_high, temperature, max_completion_length, importance_sampling_level: as in Liger.
-        loss_type, delta, use_bias_correction_kl, sapo_*, vespo_*: as in Liger. "luspo" sums over the tokens that count,
-            as TRL does; Liger's also takes padded positions in where its terms are of tokens.
+        loss_type, delta, use_bias_correction_kl, sapo_*, vespo_*: as in Liger.
         use_ref_model: False: the KL term is 0 with gradient 0, as in Liger.
         compiled, chunk_size: of Liger's implementation; no effect here.
         backend: of the kernels.
@@ -90,9 +89,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         super().__init__()
         check_choice(OP, "loss_type", loss_type, LOSS_TYPES)
         check_choice(OP, "importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-        if importance_sampling_level == "sequence" and loss_type in BY_TOKEN:
-            expected = f"'token', as in Liger for loss_type {loss_type!r}"
-            raise fail(OP, "importance_sampling_level", expected, "'sequence'")
         above_0 = {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
         above_0 |= {} if delta is None else {"delta": delta}
         for name, value in above_0.items():
@@ -136,7 +132,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Args:
             _input: [B, T, H], position t predicts token t. A masked position is left out before the head.
             lin_weight, bias: the head, [V, H] and [V] or None.
-            selected_token_ids: int64 [B, T]; anything where masked.
+            selected_token_ids: int64 [B, T]; anything where masked, but tokens for "luspo", whose terms of tokens count
+                there too, as in Liger and TRL.
             attention_mask: [B, T] of 0 and 1, the tokens that count; holes are fine.
             advantages: [B].
             old_per_token_logps: [B, T]; None: those of this call, so that every ratio is 1.
@@ -154,6 +151,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Raises:
             ValueError: an input that is not supported or does not fit the others.
         """
+        if self.importance_sampling_level == "sequence" and self.loss_type in BY_TOKEN:
+            raise ValueError(
+                f"{OP}: Sequence-level importance sampling is not supported for loss_type {self.loss_type!r}, as in "
+                "Liger; use importance_sampling_level 'token'"
+            )
         check_tensor(OP, "_input", _input, ("B", "T", "H"))
         batch = _input.shape[:2]
         check_tensor(OP, "attention_mask", attention_mask, batch, (torch.bool, *INTEGERS, *FLOATS), _input.device)
@@ -167,8 +169,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         old_logp = self._packed("old_per_token_logps", old_per_token_logps, keep)
         cispo = self.loss_type == "cispo"
         if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
-            message = "Both ref_per_token_logps and ref_input are provided: ref_per_token_logps are used"
+            message = "Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps."
             warnings.warn(message, stacklevel=2)
+        if self.loss_type == "luspo" and (with_kl or self.importance_sampling_level == "token"):
+            head, references = (_input, lin_weight, bias), (ref_per_token_logps, ref_input, ref_weight, ref_bias)
+            given = selected_token_ids, keep, advantages, old_per_token_logps, vllm_is_ratio
+            return self._luspo(head, *given, references if with_kl else None)
         ref_logp = None
         if with_kl:
             ref_logp = self._reference(labels, keep, ref_per_token_logps, ref_input, ref_weight, ref_bias)
@@ -206,6 +212,59 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if cispo or (self.delta is not None and self.loss_type not in BY_TOKEN):
             clipped = self._clip_ratio(result.logp, old_logp, keep, advantages)
         return result.loss, (clipped,) if self.beta == 0 else (result.kl, clipped)
+
+    def _luspo(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        keep: Tensor,
+        advantages: Tensor,
+        old_logp: Tensor | None,
+        ratio: Tensor | None,
+        references: tuple[Tensor | None, ...] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """LUSPO where its terms are of tokens: their mean over all T positions, times the tokens that count.
+
+        A policy term of a whole completion is the same at every position, so that only its KL term is of tokens.
+        """
+        (hidden, weight, bias), (rows, width) = head, keep.shape
+        everywhere = torch.ones_like(keep)
+        logp, _ = videor1_kernels.linear_logprob(
+            hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, temperature=self.temperature,
+            backend=self.backend,
+        )  # fmt: skip
+        old = self._packed("old_per_token_logps", old_logp, everywhere)
+        old = logp.detach() if old is None else old.to(logp.dtype)
+        share = keep.sum(1, keepdim=True).to(logp.dtype) / width  # [B, 1]
+        by_token = self.importance_sampling_level == "token"
+        policy = videor1_kernels.grpo_loss(
+            logp,
+            advantages,
+            torch.arange(rows + 1, device=keep.device, dtype=torch.int32) * width,
+            old_logp=old,
+            importance_weight=self._importance(ratio, everywhere, references is not None),
+            token_weight=share.expand(keep.shape).flatten() if by_token else None,
+            mask=None if by_token else keep.flatten(),
+            loss_type="luspo",
+            beta=0.0,
+            clip_low=self.epsilon_low,
+            clip_high=self.epsilon_high,
+            delta=self.delta,
+            importance_level=self.importance_sampling_level,
+            backend=self.backend,
+        )
+        clipped = self._clip_ratio(logp.detach()[keep.flatten()], old[keep.flatten()], keep, advantages)
+        if references is None:
+            return policy.loss, (clipped,) if self.beta == 0 else (policy.kl, clipped)
+        gap = (self._reference(labels.flatten(), everywhere, *references).to(logp.dtype) - logp).view(keep.shape)
+        kl = gap.expm1() - gap
+        if self.use_bias_correction_kl:
+            log_ratio = (logp - old).view(keep.shape)
+            if not by_token:
+                log_ratio = log_ratio.where(keep, 0.0).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
+            kl = kl * log_ratio.exp()
+        mean_kl = kl.detach().where(keep, 0.0).sum() / keep.sum().clamp(min=1)
+        return policy.loss + self.beta * (kl * share).sum() / rows, (mean_kl, clipped)
 
     def _clip_ratio(self, logp: Tensor, old_logp: Tensor | None, keep: Tensor, advantages: Tensor) -> Tensor:
         """Liger's share of clipped tokens, which counts neither ``delta`` nor negative advantages of CISPO."""
