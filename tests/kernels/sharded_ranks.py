@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from videor1_kernels import linear_grpo_loss, linear_logprob
+from videor1_kernels.integrations.verl import linear_cross_entropy
 
 
 def compute(case: dict[str, Any], start: int, end: int, shard: tuple[int, Any] | None) -> dict[str, Any]:
@@ -16,7 +17,12 @@ def compute(case: dict[str, Any], start: int, end: int, shard: tuple[int, Any] |
     hidden, weight = case["hidden"].clone().requires_grad_(), case["weight"][start:end].clone().requires_grad_()
     bias = None if case["bias"] is None else case["bias"][start:end].clone().requires_grad_()
     head = {"bias": bias, "temperature": case["temperature"], "softcap": case["softcap"], "vocab_shard": shard}
-    if case["loss"] is None:
+    if case.get("verl"):
+        options = case["temperature"], "none", shard and shard[1]
+        found = linear_cross_entropy(hidden, weight, case["labels"], *options, backend=case["backend"])
+        torch.autograd.backward(found, case["incoming"])
+        results = {"logp": found[0], "entropy": found[1]}
+    elif case["loss"] is None:
         found = linear_logprob(hidden, weight, case["labels"], **head, backend=case["backend"])
         torch.autograd.backward(found, case["incoming"])
         results = {"logp": found[0], "entropy": found[1]}

@@ -125,11 +125,14 @@ def head_and_gradients(
 @pytest.mark.grid(
     scaled=[(1.0, 1.0), (0.7, 1.0), (0.9, 0.25)],
     with_bias=[True, False],
+    softcap=[None, 2.5],
     outputs=[("log_probs",), ("log_probs", "entropy")],
 )
-def test_head_gives_the_same_numbers(scaled: tuple[float, float], with_bias: bool, outputs: tuple[str, ...]) -> None:
+def test_head_gives_the_same_numbers(
+    scaled: tuple[float, float], with_bias: bool, softcap: float | None, outputs: tuple[str, ...]
+) -> None:
     temperature, scale = scaled
-    inputs = (*make_head(with_bias), temperature, 8, None, scale, outputs)
+    inputs = (*make_head(with_bias), temperature, 8, softcap, scale, outputs)
     (ours, our_grads), (theirs, their_grads) = (head_and_gradients(h, *inputs) for h in (FusedHead(), THEIR_HEAD))
     assert len(ours) == len(theirs) == 5
     hidden, weight, bias = inputs[:3]
@@ -158,7 +161,7 @@ def test_head_under_autocast_takes_its_dtype() -> None:
 def test_head_refuses_what_it_does_not_compute() -> None:
     hidden, weight, bias, targets = make_head()
     for args, message in (
-        ((30.0, 1.0, ("log_probs",)), r"final_logit_softcapping: expected None .*got 30\.0"),
+        ((-3.0, 1.0, ("log_probs",)), r"softcap: expected a finite number above 0.*got -3\.0"),
         ((None, 1.0, ("log_probs", "is_top1")), r"outputs: expected of log_probs, entropy .*\['is_top1'\]"),
         ((None, 0.0, ("log_probs",)), "logit_scale: expected a finite number above 0, got 0.0"),
     ):

@@ -119,23 +119,23 @@ class FusedHead:
         shapes TRL's own tiles and has no effect.
 
         Raises:
-            ValueError: for a model with capped logits, an output other than those of :data:`HEAD_OUTPUTS`, or a head
-                that DeepSpeed ZeRO-3 has partitioned (it would be gone again in the backward pass).
+            ValueError: for an output other than those of :data:`HEAD_OUTPUTS`, or a head that DeepSpeed ZeRO-3 has
+                partitioned (it would be gone again in the backward pass).
         """
         op = "trl fused head"
-        if final_logit_softcapping is not None:
-            raise fail(
-                op,
-                "final_logit_softcapping",
-                "None (train models with capped logits without use())",
-                final_logit_softcapping,
-            )
         if unknown := [name for name in outputs if name not in HEAD_OUTPUTS]:
             raise fail(op, "outputs", f"of {', '.join(HEAD_OUTPUTS)} (run this trainer without use())", unknown)
         if hasattr(weight, "ds_id"):
             raise fail(op, "weight", "a whole parameter (under DeepSpeed ZeRO-3 train without use())", "a ZeRO-3 one")
         check_number(op, "logit_scale", logit_scale, above=0)
+        cap = final_logit_softcapping
         logp, entropy = videor1_kernels.linear_logprob(
-            hidden, weight, targets, bias=bias, temperature=temperature / logit_scale, backend=self.backend
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature / logit_scale,
+            softcap=None if cap is None else cap / logit_scale,  # TRL caps the scaled logits
+            backend=self.backend,
         )
         return logp, entropy if "entropy" in outputs else None, None, None, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import videor1_kernels
-from videor1_kernels.checks import check_choice, fail
+from videor1_kernels.checks import check_choice
 from videor1_kernels.integrations.host import Replacement, replace, with_backend
 
 __all__ = ["FusedLinearForPPO", "linear_cross_entropy", "use"]
@@ -65,29 +65,25 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H].
-        weight: [V, H].
+        weight: [V, H], or this rank's slice of V / n rows.
         labels: int64 or int32 [...], N in all, in [0, V); -100: both results are 0.
         temperature: above 0; a number, or one per row as a tensor [...].
         reduction: of the log-probability over the N tokens: "none", "sum" or "mean".
-        dist_process_group: None, or a tensor-parallel group of one process.
+        dist_process_group: None, or the tensor-parallel group of n processes whose slices are the vocabulary.
 
     Returns:
         (logp, entropy): [N] flat whatever the shape of ``labels``, as in verl, or a scalar ``logp`` where it is
         reduced; entropy is always [N]. fp32, differentiable into ``hidden`` and ``weight``.
 
     Raises:
-        ValueError: a group of several processes, each with a slice of the vocabulary; what
-            :func:`videor1_kernels.linear_logprob` refuses.
+        ValueError: what :func:`videor1_kernels.linear_logprob` refuses.
     """
     op = "linear_cross_entropy"
     check_choice(op, "reduction", reduction.lower(), REDUCTIONS)
-    if dist_process_group is not None and (size := torch.distributed.get_world_size(dist_process_group)) > 1:
-        raise fail(
-            op,
-            "dist_process_group",
-            "None or one process (a weight sliced over processes needs verl's own)",
-            f"{size} processes",
-        )
+    shard = None
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        # verl's slices are of one size, and its labels those of the whole vocabulary.
+        shard = torch.distributed.get_rank(dist_process_group) * len(weight), dist_process_group
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(-1)
     logp, entropy = videor1_kernels.linear_logprob(
@@ -95,6 +91,7 @@ def linear_cross_entropy(
         weight,
         _int64(labels).reshape(-1),
         temperature=temperature,
+        vocab_shard=shard,
         backend=backend,
     )
     if reduction.lower() != "none":
