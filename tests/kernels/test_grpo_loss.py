@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE, QUIET, leaf
 
-from videor1_kernels import grpo_loss
+from videor1_kernels import grpo_loss, linear_grpo_loss, linear_logprob
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
@@ -181,6 +181,37 @@ def test_correction_by_hand(backend: str) -> None:
         assert out.loss.item() == pytest.approx((-2 * weights + 0.3 * kept * kl) / 3, rel=1e-6)
         assert out.kl.item() == pytest.approx(kl, rel=1e-6)  # of all tokens, whatever they weigh
         assert out.skipped_rows == 3 - kept
+
+
+@pytest.mark.grid(backend=cases.BACKENDS, level=["token", "sequence"], old=[True, False], linear=[True, False])
+def test_what_is_not_known_at_sampling_counts_as_old_log_probs(
+    backend: str, level: str, old: bool, linear: bool
+) -> None:
+    """One completion all of NaN, one in part, one whole: as with the old log-probs in their places."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, head = (torch.randn(n, 6, generator=generator) for n in (7, 9))
+    labels, advantages = torch.arange(7), torch.tensor([1.0, -0.5, 2.0])
+    logp = linear_logprob(hidden, head, labels)[0]
+    was = logp + 0.3 * torch.randn(7, generator=generator) if old else None
+    sampled = (logp if was is None else was) - 0.5 * torch.randn(7, generator=generator)
+    unknown = torch.tensor([True, True, True, False, True, False, False])
+
+    def run(rollout_logp: Tensor) -> list[Tensor]:
+        where = [x.to(DEVICE) for x in ((hidden, head, labels) if linear else (logp,))]
+        first = where[0].detach().requires_grad_()
+        function = linear_grpo_loss if linear else grpo_loss
+        given = None if was is None else was.to(DEVICE)
+        out = function(
+            first, *where[1:], advantages.to(DEVICE), cases.cumulative([3, 2, 2]), old_logp=given, beta=0.0,
+            rollout_logp=rollout_logp.to(DEVICE), importance_correction=level, backend=backend,
+        )  # fmt: skip
+        return [out.loss, *torch.autograd.grad(out.loss, first)]
+
+    found = run(sampled.masked_fill(unknown, torch.nan))
+    expected = run(torch.where(unknown, logp if was is None else was, sampled))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found[1], run(sampled)[1])
 
 
 @pytest.mark.parametrize("backend", cases.BACKENDS)

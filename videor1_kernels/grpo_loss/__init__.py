@@ -143,7 +143,7 @@ def grpo_loss(
         ref_logp: [N], nats, under the reference model; fp64, fp32, bf16 or fp16. Needed where ``beta`` is above 0,
             ignored where it is 0.
         rollout_logp: [N], nats, as the sampler reported them; fp64, fp32, bf16 or fp16. Needed for a correction,
-            ignored without one.
+            ignored without one. NaN: not known, as of an answer from elsewhere; it counts as ``old_logp``, w_t = 1.
         token_weight: [N], a factor of each token's term; fp64, fp32, bf16 or fp16. None: 1.
         importance_weight: [N], w itself, from a caller that has it; fp64, fp32, bf16 or fp16. None: 1.
         completion_mask: bool [S]; a completion with False is as if it were not there: its tokens are masked, and S does

@@ -1,7 +1,8 @@
 """The detached factors of a token's terms: the importance correction of a sampler, and weights that a caller gives.
 
 N tokens, S completions. A token's term is u (w policy + beta kl). w = exp(old_logp - rollout_logp), by itself or by the
-geometric mean over its completion, is held within bounds; or what lies outside them is left out, by u = 0. In VESPO the
+geometric mean over its completion, is held within bounds; or what lies outside them is left out, by u = 0. Where
+rollout_logp is NaN, it is not known and counts as old_logp, so that w = 1 before the bounds. In VESPO the
 policy's own weight is one number per completion, which takes the place of w.
 """
 
@@ -39,7 +40,9 @@ def token_factors(
         w = _filled(completions.importance_weight, mask, old_logp.dtype)
     if options.importance_correction != "none":
         assert completions.rollout_logp is not None
-        gap = _filled(old_logp, mask, old_logp.dtype) - _filled(completions.rollout_logp, mask, old_logp.dtype)
+        known = ~completions.rollout_logp.isnan()
+        known = known if mask is None else known & mask
+        gap = _filled(old_logp, known, old_logp.dtype) - _filled(completions.rollout_logp, known, old_logp.dtype)
         if options.importance_correction == "sequence" and len(lengths):
             sums = torch.segment_reduce(gap, "sum", lengths=lengths, initial=0.0, unsafe=True)  # [S]
             gap = (sums / tokens.clamp(min=1)).repeat_interleave(lengths, output_size=len(gap))
