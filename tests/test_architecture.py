@@ -21,7 +21,7 @@ TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".sh", ".h", ".
 # its own folder and from what stands on the lines above, and from nothing else.
 LAYERS = (
     ("videor1_kernels",),
-    ("types", "errors", "seeding", "answer", "atomic", "side_by_side"),
+    ("types", "errors", "seeding", "answer", "placeholders", "atomic", "side_by_side"),
     ("config", "logs"),
     ("video", "rewards"),
     ("data", "model", "doctor", "report"),

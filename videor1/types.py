@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,6 +39,37 @@ class SampleError(Exception):
 
 
 @dataclass(frozen=True)
+class MediaItem:
+    """A video or an image of a sample, as the data name it."""
+
+    kind: Literal["video", "image"]
+    path: Path | None = None  # absolute path of the file, or of a folder of images; None where frames are listed
+    root: Path | None = field(default=None, repr=False)  # as Sample.root
+    frames: tuple[Path, ...] = ()  # absolute paths of images that are a video's frames, in their order
+    # Seconds of each image, listed or of a folder (by the numbers in their names), from the video's beginning.
+    timestamps: tuple[float, ...] = ()
+    frames_per_second: float | None = None  # constant rate of such images, in place of timestamps
+    start: float | None = None  # seconds from the video's beginning: earlier frames are not used; None: no bound
+    end: float | None = None  # seconds from the video's beginning: later frames are not used; None: no bound
+    fps: float | None = None  # frames per second to sample; None: as the run samples
+    max_frames: int | None = None  # most frames to sample; None: as the run has it
+    max_pixels: int | None = None  # most pixels of a frame or of the image; None: as the run has it
+
+    @property
+    def named(self) -> Path | None:
+        """The path that errors name: of the file or folder, or of the first listed frame."""
+        return self.path if self.path is not None or not self.frames else self.frames[0]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of the conversation that a prompt consists of."""
+
+    role: Literal["user", "assistant"]
+    content: str  # may hold the placeholders <video> and <image>
+
+
+@dataclass(frozen=True)
 class Sample:
     """One checked entry of a data file in the Video-R1 JSON format."""
 
@@ -58,6 +89,21 @@ class Sample:
     start: float | None = None  # seconds from the video's beginning: earlier frames are not used; None: no bound
     end: float | None = None  # seconds from the video's beginning: later frames are not used; None: no bound
     frames_per_second: float | None = None  # rate of the images where path is a folder of them; None: path is a file
+    # The fields from here on are not in the repr, for the same reason as root.
+    # Where the data list media: all of them, in the order of their placeholders. ``data_type`` is then video if one of
+    # them is, and ``path`` is the first one's. Empty: the medium of ``data_type`` and ``path``, if any.
+    media: tuple[MediaItem, ...] = field(default=(), repr=False)
+    messages: tuple[Message, ...] = field(default=(), repr=False)  # the conversation, in place of problem alone
+    system: str | None = field(default=None, repr=False)  # system prompt; None: the run's, or the chat template's own
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)  # beside the run's
+
+    @property
+    def items(self) -> tuple[MediaItem, ...]:
+        """The media of the sample, in order, whichever way the data name them."""
+        if self.media or self.data_type == "text":
+            return self.media
+        where = {"path": self.path, "root": self.root, "start": self.start, "end": self.end}
+        return (MediaItem(self.data_type, **where, frames_per_second=self.frames_per_second),)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -76,6 +122,9 @@ class Clip:
     rotation: int = 0  # degrees: 0, 90, 180 or 270
     mirrored: bool = False
     numbers: tuple[int, ...] = ()  # of the frames in the file, from 0; (0,) or none for an image
+    # Time of each frame in seconds where the data give it; none: its number divided by ``source_fps``.
+    given_times: tuple[float, ...] = ()
+    decoded_bytes: int = 0  # memory that decoding was estimated to take, see video/limits.py
 
 
 @dataclass(frozen=True)
@@ -90,6 +139,21 @@ class Media:
     backend: str = ""  # name of the decoder that was used; "" for media from a cache on disk
     # Seconds from the file's beginning of each temporal patch, T of them: the mean of its two frames' numbers / fps.
     times: tuple[float, ...] = ()
+    decoded_bytes: int = 0  # memory that decoding was estimated to take; 0 where it is not known
+
+
+# The media of a prompt: none, one, or several in the order in which they stand in it.
+PromptMedia = Media | tuple[Media, ...] | None
+Order = tuple[int, ...]  # a permutation of a clip's frames or of its temporal patches
+# The shuffled orders of a prompt's media: of its one clip; of several media one each, None for an image.
+Orders = Order | tuple[Order | None, ...]
+
+
+def listed(media: PromptMedia) -> tuple[Media, ...]:
+    """Return the media of a prompt as a tuple, however many there are."""
+    if media is None:
+        return ()
+    return media if isinstance(media, tuple) else (media,)
 
 
 @dataclass(frozen=True)
@@ -98,8 +162,19 @@ class Prompt:
 
     sample: Sample
     input_ids: Tensor  # int64 [P]
-    media: Media | None
+    media: PromptMedia
     draw: int  # position in the endless stream of samples, from which permutation and sampling are seeded
+
+    @property
+    def all_media(self) -> tuple[Media, ...]:
+        """Its media in order, however many there are."""
+        return listed(self.media)
+
+    def orders(self, given: Orders | None) -> tuple[Order | None, ...]:
+        """Return the order of each of its media; None: as it is."""
+        if given is None:
+            return (None,) * len(self.all_media)
+        return given if isinstance(self.media, tuple) else (given,)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -119,7 +194,7 @@ class Group:
     prompt: Prompt
     ordered: tuple[Completion, ...]
     shuffled: tuple[Completion, ...] = ()  # only those that were sampled to their end
-    permutation: tuple[int, ...] | None = None  # of frames or of temporal patches, as temporal.shuffle_unit says
+    permutation: Orders | None = None  # of frames or of temporal patches, as temporal.shuffle_unit says
     # Number of shuffled completions requested. Where it exceeds len(shuffled), the rest was skipped because it could
     # not change the advantages.
     shuffled_asked: int = 0

@@ -120,6 +120,8 @@ def _describe_type(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
         return "a list of " + _describe_type(get_args(kind)[0]).removeprefix("one of ")
+    if get_origin(kind) is dict:
+        return 'an object, such as {"name": true}'
     if get_origin(kind) is tuple:
         return "[" + ", ".join(map(_describe_type, get_args(kind))) + "]"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]

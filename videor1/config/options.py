@@ -8,7 +8,7 @@ of the reference code (Video-R1) where it has the option.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from videor1.config.ranges import Range, above, at_least, check_values, expect, is_text
 
@@ -248,6 +248,11 @@ class CommonConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
+    system: str | None = None
+    """System prompt of every question that brings none of its own; default: the chat template's, if it has one."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's chat template, as a JSON object, such as {"enable_thinking": false}; those of a question
+    itself take precedence."""
     max_prompt_length: Annotated[int, at_least(1, most=MOST_TOKENS)] = 16384
     """Maximum number of prompt tokens; a longer prompt is skipped and counted, never cut."""
     per_device_train_batch_size: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 1
@@ -316,6 +321,8 @@ class CommonConfig:
         folder = self.output_dir or ""
         # Tokenizers, which every checkpoint holds, can only be written to such a folder.
         expect("output_dir", folder, "a folder whose name is UTF-8 text without null characters", is_text(folder))
+        system = self.system
+        expect("system", system, "a text", system is None or (is_text(system) and bool(system.strip())))
         pixels = {
             "video.": (self.video.min_pixels, self.video.max_pixels),
             "video.image_": (self.video.image_min_pixels, self.video.image_max_pixels),

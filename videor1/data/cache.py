@@ -287,6 +287,7 @@ def _pack(media: Media, identity: dict[str, Any]) -> bytes:
     patches = media.patches.contiguous()
     header = identity | {"kind": media.kind, "grid_thw": list(media.grid_thw), "second_per_grid": media.second_per_grid}
     header["times"] = list(media.times)
+    header["decoded_bytes"] = media.decoded_bytes
     header["crc32"] = _checksum(patches, header)
     return pack_tensors({"patches": patches}, {"videor1": json.dumps(header)})
 
@@ -318,8 +319,9 @@ def _unpack(data: bytes, identity: dict[str, Any], started: float) -> tuple[Any,
             raise ValueError(f"expected a video or an image and its seconds per grid, got {kind}, {second_per_grid}")
         if _checksum(patches, {name: value for name, value in stored.items() if name != "crc32"}) != stored["crc32"]:
             raise ValueError("its checksum is wrong")
-        media = Media(kind, patches, (T, h, w), second_per_grid, time.perf_counter() - started, times=times)
-        return stored["version"], media
+        decoded = int(stored.get("decoded_bytes", 0))  # which entries of earlier versions do not have
+        seconds = time.perf_counter() - started
+        return stored["version"], Media(kind, patches, (T, h, w), second_per_grid, seconds, "", times, decoded)
     except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a whole safetensors file of patches ({type(error).__name__}: {error})") from None
 

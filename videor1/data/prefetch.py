@@ -4,7 +4,8 @@ Results come in the order of the input. A sample that hangs, crashes its worker 
 ``SampleError`` in its place, and the other samples are not affected. A worker that is killed from outside costs one
 more try. A file that changes is decoded again. The process
 that decodes a file takes its key before and after the decode: only if both keys are equal does the result belong to one
-version of the file, and it is cached under that version.
+version of the file, and it is cached under that version. A sample of several media is one call in a worker, and each of
+its media is cached by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -104,13 +105,50 @@ def _load_version(
     raise SampleError("changed", "the file changed twice while it was decoded", getattr(item, "path", None))
 
 
+def _load_versions(
+    item: Any,
+    which: Sequence[int],
+    load: Callable[[Any], Any],
+    parts: Callable[[Any], Sequence[Any]],
+    key: Callable[[Any], Key],
+    disk: DiskCache | None,
+    write: bool,
+) -> list[_Loaded]:
+    """Load parts of an item, one after the other, as :func:`_load_version` does. This runs in a worker.
+
+    Args:
+        which: the numbers of the parts to load.
+        parts: the prefetcher's ``parts``.
+
+    Raises:
+        SampleError: that of the first part that fails.
+    """
+    every = parts(item) or (item,)
+    loaded = []
+    for number in which:
+        one = functools.partial(_load_version, load=load, key=key, disk=disk, write=write)
+        reply = call(one, every[number])
+        if reply.error is not None:
+            raise reply.error
+        loaded.append(reply.value)
+    return loaded
+
+
+def _undivided(item: Any) -> Sequence[Any]:
+    return ()
+
+
+def _as_tuple(item: Any, values: Sequence[Any]) -> Any:
+    return tuple(values)
+
+
 @dataclass
 class _SharedCall:
-    """A call of load() in a worker, shared by all items with the same key."""
+    """A call in a worker that loads parts of an item, shared by all items that miss the same parts."""
 
     task: Task
     users: int = 0  # items that wait for the call
-    outcome: Any = ABSENT  # a result or a SampleError, once the call has ended
+    outcome: Any = ABSENT  # the list of results, or a SampleError, once the call has ended
 
 
 @dataclass
@@ -118,10 +156,21 @@ class _Job(Generic[T]):
     """An item that was drawn and whose result has not been consumed."""
 
     item: T
-    key: Key | None
+    parts: Sequence[T]  # the item itself, or what it is divided into
+    keys: Sequence[Key]  # of the parts; empty for a cheap item
+    missing: dict[Key, int]  # the parts that were not in memory when it was drawn: their keys and numbers
+    found: dict[Key, Any]  # the results of the parts that are known
+    changed: list[int]  # the parts of which the cache in memory held another version
     shared: _SharedCall | None = None
-    outcome: Any = ABSENT  # the result from the cache in memory, if it was there
-    changed: bool = False  # whether the cache in memory held another version
+
+    @property
+    def name(self) -> tuple[Key, ...]:
+        """By which items that miss the same parts share a call."""
+        return tuple(self.missing)
+
+    def add(self, results: Sequence[Any]) -> None:
+        """Note the results of the missing parts."""
+        self.found |= dict(zip(self.missing, results, strict=True))
 
 
 class Prefetcher(Generic[T, R]):
@@ -146,6 +195,10 @@ class Prefetcher(Generic[T, R]):
             the call is running. None marks a cheap item, which is loaded in this process when its turn comes.
         disk: a disk cache, which the workers read before they load an item and write afterwards, so that the training
             step waits for neither. Results must be ``Media``.
+        parts: a picklable function that divides an item into items that have keys, are loaded and cached one by one,
+            and in one call of a worker, which ``timeout`` bounds; it returns none for an item that is not divided.
+        join: makes the result of a divided item from (item, the results of its parts); a SampleError that it raises is
+            the item's.
 
     Attributes:
         on_report: called with a message for each problem that did not stop the run: a changed file (once for each
@@ -163,6 +216,8 @@ class Prefetcher(Generic[T, R]):
         cache_bytes: int = 0,
         key: Callable[[T], Key | None],
         disk: DiskCache | None = None,
+        parts: Callable[[T], Sequence[T]] = _undivided,
+        join: Callable[[T, Sequence[Any]], R] = _as_tuple,
     ) -> None:
         if workers < 0 or depth < 1 or not timeout > 0 or cache_bytes < 0:
             raise ValueError(
@@ -170,6 +225,7 @@ class Prefetcher(Generic[T, R]):
                 f"{workers}, {depth}, {timeout} and {cache_bytes}"
             )
         self._load, self._key, self._depth = load, key, depth
+        self._parts, self._join = parts, join
         self._stats = PrefetchStats()
         self._memory, self._disk = MemoryCache(cache_bytes), disk
         self._reported: set[Hashable] = set()
@@ -235,15 +291,18 @@ class Prefetcher(Generic[T, R]):
             jobs.append(self._begin(item))
 
     def _begin(self, item: T) -> _Job[T]:
-        job = _Job(item, self._key(item))
-        if job.key is None:
-            return job
-        job.changed = self._drop_outdated(job.key)
-        job.outcome = self._memory.get(job.key)
-        if job.outcome is ABSENT and self._pool is not None:
-            job.shared = self._running_calls.get(job.key)
+        parts = self._parts(item) or (item,)
+        keys = [key for key in map(self._key, parts) if key is not None]
+        assert len(keys) == len(parts) or len(parts) == 1, "only an undivided item is cheap"
+        changed = [number for number, key in enumerate(keys) if self._drop_outdated(key)]
+        found = {key: value for key in keys if (value := self._memory.get(key)) is not ABSENT}
+        missing = {key: number for number, key in reversed(list(enumerate(keys))) if key not in found}
+        job = _Job(item, parts, keys, dict(reversed(missing.items())), found, changed)
+        if missing and self._pool is not None:
+            job.shared = self._running_calls.get(job.name)
             if job.shared is None:
-                job.shared = self._running_calls[job.key] = _SharedCall(self._pool.submit(self._load_function(), item))
+                task = self._pool.submit(self._load_function(job), item)
+                job.shared = self._running_calls[job.name] = _SharedCall(task)
             job.shared.users += 1
         return job
 
@@ -257,29 +316,54 @@ class Prefetcher(Generic[T, R]):
         self._memory.drop(key.name)
         return key.version is not None
 
-    def _load_function(self) -> Callable[[T], _Loaded]:
-        """Return the function that loads an item that has a key, in a worker or in this process."""
-        write = time.monotonic() >= self._no_write_until
-        return functools.partial(_load_version, load=self._load, key=self._key, disk=self._disk, write=write)  # type: ignore[arg-type]
+    def _load_function(self, job: _Job[T]) -> Callable[[T], Any]:
+        """Return the function that loads an item: the missing parts of one that has keys, in a worker or here."""
+        if not job.keys:
+            return self._load
+        return functools.partial(
+            _load_versions,
+            which=tuple(job.missing.values()),
+            load=self._load,
+            parts=self._parts,
+            key=self._key,  # type: ignore[arg-type]
+            disk=self._disk,
+            write=time.monotonic() >= self._no_write_until,
+        )
 
     def _finish(self, job: _Job[T]) -> R | SampleError:
         """Return the outcome of a job, and wait for it or load it here if needed."""
-        if job.changed and job.key is not None:
-            self._note_change(job.key, job.item)
-        if job.outcome is ABSENT and job.shared is not None:
-            job.outcome = job.shared.outcome
-        if job.outcome is ABSENT and job.key is not None:
-            job.outcome = self._memory.get(job.key)  # This process may have loaded it since the job began.
-        if job.outcome is not ABSENT:
+        for number in job.changed:
+            self._note_change(job.keys[number], job.parts[number])
+        if job.shared is not None and job.shared.outcome is not ABSENT:
             self._stats.cache_hits += 1
-            return job.outcome
+            return self._take(job, job.shared.outcome)
+        # This process may have loaded the missing parts since the job began.
+        since = [self._memory.get(key) for key in job.missing]
+        if job.keys and all(value is not ABSENT for value in since):
+            self._abandon(job)
+            self._stats.cache_hits += 1
+            return self._take(job, since)
         started = time.perf_counter()
         if job.shared is not None and self._pool is not None:
             reply = self._pool.result(job.shared.task)
         else:
-            reply = call(self._load if job.key is None else self._load_function(), job.item)
+            reply = call(self._load_function(job), job.item)
         self._stats.waited_seconds += time.perf_counter() - started
         return self._process_reply(job, reply)
+
+    def _take(self, job: _Job[T], outcome: list[Any] | SampleError) -> R | SampleError:
+        """Return the item's result from the results of its missing parts, or their error."""
+        if isinstance(outcome, SampleError):
+            return outcome
+        job.add(outcome)
+        values = [job.found[key] for key in job.keys]
+        if len(values) == 1:
+            return values[0]
+        try:
+            return self._join(job.item, values)
+        except SampleError as error:
+            self._stats.errors[error.kind] += 1
+            return error
 
     def _process_reply(self, job: _Job[T], reply: Reply) -> R | SampleError:
         """Count a reply, store its outcome for the other items of the same call, and return the outcome."""
@@ -287,16 +371,19 @@ class Prefetcher(Generic[T, R]):
         if reply.error is not None:
             outcome: Any = reply.error
             self._stats.errors[reply.error.kind] += 1
-        elif job.key is None:
-            outcome = reply.value
+        elif not job.keys:
+            return reply.value
         else:
-            outcome = self._unwrap(reply.value, job.item)
+            outcome = [
+                self._unwrap(loaded, job.parts[number])
+                for loaded, number in zip(reply.value, job.missing.values(), strict=True)
+            ]
         if job.shared is not None:
             job.shared.outcome = outcome
             self._remove_call(job)
-        return outcome
+        return self._take(job, outcome)
 
-    def _unwrap(self, loaded: _Loaded, item: T) -> R:
+    def _unwrap(self, loaded: _Loaded, item: T) -> Any:
         """Count a loaded result, report what happened to its files, cache it in memory, and return its value."""
         if loaded.from_disk:
             self._stats.disk_hits += 1
@@ -340,5 +427,5 @@ class Prefetcher(Generic[T, R]):
                 self._pool.cancel(job.shared.task)
 
     def _remove_call(self, job: _Job[T]) -> None:
-        if self._running_calls.get(job.key) is job.shared:
-            del self._running_calls[job.key]
+        if self._running_calls.get(job.name) is job.shared:
+            del self._running_calls[job.name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from typing import Any, get_args
 
 from videor1.answer import extract_answer
 from videor1.config import RewardConfig
+from videor1.data.entries import check_placeholders, read_media, read_messages, read_template_arguments
+from videor1.data.shown import json_type, names, shown
 from videor1.errors import DataError, did_you_mean
 from videor1.rewards.solutions import lenient_can_reward, why_unearnable
-from videor1.types import DataType, ProblemType, Sample, SampleError
+from videor1.types import DataType, MediaItem, Message, ProblemType, Sample, SampleError
 
 MAX_FOLDERS = 65536  # most folders whose resolved paths are cached
 DEFAULT_REWARD = RewardConfig()
@@ -71,10 +72,28 @@ def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
     for s in samples:
         count += 1
         path = None if s.path is None else str(s.path).removeprefix(base)
-        told = (s.index, s.problem_id, s.problem, s.data_type, s.problem_type, s.solution, path, s.options)
-        more = (s.data_source, s.process, s.start, s.end, s.frames_per_second)
-        digest.update(repr(told + more).encode("utf-8", "backslashreplace"))
+        told: tuple[Any, ...] = (
+            s.index,
+            s.problem_id,
+            s.problem,
+            s.data_type,
+            s.problem_type,
+            s.solution,
+            path,
+            s.options,
+        )
+        told += (s.data_source, s.process, s.start, s.end, s.frames_per_second)
+        if s.media or s.messages or s.system is not None or s.chat_template_kwargs:
+            told += (tuple(_told(item, base) for item in s.media), s.messages, s.system, s.chat_template_kwargs)
+        digest.update(repr(told).encode("utf-8", "backslashreplace"))
     return f"{digest.hexdigest()} of {count} samples"
+
+
+def _told(item: MediaItem, base: str) -> tuple[Any, ...]:
+    """Return what a data file says about a medium, its paths relative to the folder ``base``."""
+    paths = tuple(str(path).removeprefix(base) for path in (item.path, *item.frames) if path is not None)
+    shown_as = (item.timestamps, item.frames_per_second, item.start, item.end)
+    return (item.kind, paths, *shown_as, item.fps, item.max_frames, item.max_pixels)
 
 
 def load_samples(
@@ -100,13 +119,20 @@ def load_samples(
         process        str, "<think>...</think>"; needed with require_process
         problem_id     int or str, optional (default: the entry's position, from 0)
         data_source    str, optional
+        media          list of videos and images, in place of data_type and path (``entries.read_media``)
+        messages       list of turns, in place of problem (``entries.read_messages``)
+        system         str, optional: a system prompt in place of the run's
+        chat_template_kwargs   object, optional: arguments of the chat template, beside the run's
 
-    Other fields are ignored. Whether the media file exists is checked only when it is decoded.
+    With ``media``, the placeholders <video> and <image> in problem, options or messages say where each stands; without
+    any, all stand before the first text of the user. Other fields are ignored. Whether a media file exists is checked
+    only when it is decoded.
 
     An entry that cannot be used becomes a ``SampleError`` in ``Dataset.errors``; its kind is one of ``bad_json``,
     ``wrong_type``, ``missing_field``, ``empty_field``, ``bad_text`` (text that UTF-8 cannot hold, such as half of a
     surrogate pair), ``data_type``, ``problem_type``, ``options``, ``solution`` (no answer, or one for which no
-    completion can earn a reward), ``process``, ``bad_path``, ``outside_root``.
+    completion can earn a reward), ``process``, ``bad_path``, ``outside_root``, ``media``, ``messages``,
+    ``placeholders``.
 
     Args:
         path: the data file.
@@ -171,7 +197,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     if not lines_expected:
         if not isinstance(whole, Unparsed):
             raise DataError(
-                f"{path}: expected a JSON list of objects at the top level, got {_json_type(whole)}; "
+                f"{path}: expected a JSON list of objects at the top level, got {json_type(whole)}; "
                 "a file with one object a line is named .jsonl"
             )
         if not isinstance(parse_entry(data.lstrip().split(b"\n", 1)[0]), dict):
@@ -236,14 +262,14 @@ class EntryChecker:
         if isinstance(entry, Unparsed):
             raise fail("bad_json", f"does not parse as JSON: {entry.reason}")
         if not isinstance(entry, dict):
-            raise fail("wrong_type", f"expected a JSON object, got {_json_type(entry)}")
+            raise fail("wrong_type", f"expected a JSON object, got {json_type(entry)}")
 
         def text(field: str) -> str:
             if field not in entry:
-                raise fail("missing_field", f"missing field {field!r}; found {_names(entry)}")
+                raise fail("missing_field", f"missing field {field!r}; found {names(entry)}")
             value = optional_text(field, none=False)
             if not value.strip():
-                raise fail("empty_field", f"{field}: expected text, got {_short(value)}")
+                raise fail("empty_field", f"{field}: expected text, got {shown(value)}")
             return value
 
         def optional_text(field: str, *, none: bool = True) -> str:
@@ -251,7 +277,7 @@ class EntryChecker:
             if value is None and none:
                 return ""
             if not isinstance(value, str):
-                raise fail("wrong_type", f"{field}: expected a string, got {_json_type(value)}")
+                raise fail("wrong_type", f"{field}: expected a string, got {json_type(value)}")
             return encodable(field, value)
 
         def encodable(field: str, value: str) -> str:
@@ -260,34 +286,47 @@ class EntryChecker:
                     value.encode()
                 except UnicodeEncodeError as error:
                     problem = f"{error.reason} at character {error.start}"
-                    raise fail("bad_text", f"{field}: {problem}, got {_short(value)}") from None
+                    raise fail("bad_text", f"{field}: {problem}, got {shown(value)}") from None
             return value
 
         def choice(field: str, valid: tuple[str, ...]) -> Any:
             value = text(field)
             if value not in valid:
                 hint = did_you_mean(value, valid)
-                raise fail(field, f"{field}: expected one of {list(valid)}, got {_short(value)}{hint}")
+                raise fail(field, f"{field}: expected one of {list(valid)}, got {shown(value)}{hint}")
             return value
 
-        problem = text("problem")
-        data_type = choice("data_type", get_args(DataType))
+        system: str | None = text("system") if entry.get("system") is not None else None
+        messages: tuple[Message, ...] = ()
+        if entry.get("messages") is None:
+            problem = text("problem")
+        else:
+            if entry.get("problem") is not None:
+                raise fail("messages", "expected problem or messages, got both")
+            of_messages, messages = read_messages(entry["messages"], encodable, fail)
+            if system is not None and of_messages is not None:
+                raise fail("messages", "expected a system turn in messages or the field system, got both")
+            system, problem = of_messages or system, messages[-1].content
+        listed = entry.get("media") is not None and not (entry["media"] == [] and entry.get("data_type") == "text")
+        data_type: Any = None
+        if not listed or entry.get("data_type") is not None:
+            data_type = choice("data_type", get_args(DataType))
         problem_type = choice("problem_type", get_args(ProblemType))
 
         problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
-            raise fail("wrong_type", f"problem_id: expected an integer or a string, got {_json_type(problem_id)}")
+            raise fail("wrong_type", f"problem_id: expected an integer or a string, got {json_type(problem_id)}")
         problem_id = encodable("problem_id", str(problem_id))
 
         options: Any = ()
         if problem_type == "multiple choice":
             if "options" not in entry:
-                raise fail("missing_field", f"missing field 'options' of a multiple choice; found {_names(entry)}")
+                raise fail("missing_field", f"missing field 'options' of a multiple choice; found {names(entry)}")
             options = entry["options"]
             if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-                raise fail("wrong_type", f"options: expected a list of strings, got {_json_type(options)}")
+                raise fail("wrong_type", f"options: expected a list of strings, got {json_type(options)}")
             if not options or not all(option.strip() for option in options):
-                raise fail("options", f"options: expected at least one, none of them empty, got {_short(options)}")
+                raise fail("options", f"options: expected at least one, none of them empty, got {shown(options)}")
             for option in options:
                 encodable("options", option)
 
@@ -295,7 +334,7 @@ class EntryChecker:
         answer = extract_answer(solution)
         if not answer:
             # No completion could match such a solution, or (multiple choice) a completion without an answer would.
-            raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {_short(solution)}")
+            raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {shown(solution)}")
         if reason := why_unearnable(answer, problem_type, options, reward=self.reward):
             self.needs_lenient += self.reward is not None and lenient_can_reward(answer, problem_type, self.reward)
             raise fail("solution", f"solution: {reason}")
@@ -305,18 +344,34 @@ class EntryChecker:
             process = text("process")
             stripped = process.strip()
             if not (stripped.startswith("<think>") and stripped.endswith("</think>")):
-                raise fail("process", f"process: expected <think>...</think>, got {_short(process)}")
+                raise fail("process", f"process: expected <think>...</think>, got {shown(process)}")
 
-        media = None
-        if data_type != "text":
-            relative = text("path")
+        def locate(field: str, relative: str) -> Path:
             try:
-                media = self._resolve(relative)
+                found = self._resolve(relative)
             except (OSError, ValueError, RuntimeError) as error:
-                raise fail("bad_path", f"path: {_short(relative)} cannot be a file's path: {error}") from error
-            if not f"{media}{os.sep}".startswith(self._inside):
+                raise fail("bad_path", f"{field}: {shown(relative)} cannot be a file's path: {error}") from error
+            if not f"{found}{os.sep}".startswith(self._inside):
                 inside = f"outside data.root ({self.root})"
-                raise fail("outside_root", f"path: {_short(relative)} leads to {media}, {inside}")
+                raise fail("outside_root", f"{field}: {shown(relative)} leads to {found}, {inside}")
+            return found
+
+        path: Path | None = None
+        media: tuple[MediaItem, ...] = ()
+        if listed:
+            if entry.get("path") is not None:
+                raise fail("media", "expected path or media, got both")
+            media = read_media(entry["media"], self.root, locate, fail)
+            found_type = "video" if any(item.kind == "video" for item in media) else "image"
+            if data_type not in (None, found_type):
+                raise fail("data_type", f"data_type: the media make it {found_type!r}, got {data_type!r}")
+            data_type, path = found_type, media[0].named
+        elif data_type != "text":
+            path = locate("path", text("path"))
+        if messages or entry.get("media") is not None:  # In entries with neither these texts never had a meaning.
+            turns = [message.content for message in messages] or [problem]
+            kinds = [item.kind for item in media] if data_type == "text" or media else [data_type]
+            check_placeholders([system or "", *turns, *options], kinds, fail)
 
         return Sample(
             index=index,
@@ -325,11 +380,15 @@ class EntryChecker:
             data_type=data_type,
             problem_type=problem_type,
             solution=solution,
-            path=media,
-            root=None if media is None else self.root,
+            path=path,
+            root=None if path is None else self.root,
             options=tuple(options),
             data_source=optional_text("data_source"),
             process=process,
+            media=media,
+            messages=messages,
+            system=system,
+            chat_template_kwargs=read_template_arguments(entry.get("chat_template_kwargs") or {}, fail),
         )
 
     def _resolve(self, relative: str) -> Path:
@@ -348,28 +407,3 @@ class EntryChecker:
             self._folders[folder] = os.path.realpath(folder)
         full = os.path.join(self._folders[folder], name) if name else self._folders[folder]
         return Path(os.path.realpath(full) if os.path.islink(full) else full)
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return f"{names.get(type(value), 'a number')} ({_short(value)})"
-
-
-class _Brief(reprlib.Repr):
-    """The beginning of a value from the file, which may be long or nested deeply."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxlong = 3, 16, 16, 60, 60
-
-
-_BRIEF = _Brief()
-
-
-def _names(entry: dict[str, Any]) -> str:
-    return _BRIEF.repr(sorted(entry))
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value[: limit + 1]) if isinstance(value, str) else _BRIEF.repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -26,7 +26,10 @@ BLOCK_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
 # Only these columns are read, because others may be large.
-FIELDS = ("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process")
+FIELDS = (
+    *("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process"),
+    *("media", "messages", "system", "chat_template_kwargs"),
+)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -208,7 +211,14 @@ class Records:
             (record,) = self._table.slice(row, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # Arrow does not check that text is UTF-8, or that a date exists.
             return at, f"row {at}", SampleError("bad_text", f"row {at}: cannot be decoded: {error}", self._name)
-        return at, f"row {at}", {name: value for name, value in record.items() if value is not None}
+        return at, f"row {at}", _without_nulls(record)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects: in Arrow, all objects of a column have the same fields."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 class ParquetShard:

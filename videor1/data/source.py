@@ -5,9 +5,10 @@ Samples that cannot be used are skipped, and each skip is reported.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from videor1.config import CommonConfig, VideoConfig
@@ -17,8 +18,8 @@ from videor1.data.prefetch import Prefetcher, PrefetchStats
 from videor1.data.samples import Dataset
 from videor1.data.stream import RowStream, StreamOrder
 from videor1.errors import DataError
-from videor1.types import Media, Sample, SampleError
-from videor1.video.media import load_media, media_key
+from videor1.types import Media, PromptMedia, Sample, SampleError
+from videor1.video.media import join_media, load_media, media_key, media_parts
 from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.version import Key
 
@@ -45,7 +46,7 @@ class Source(Generic[R]):
         self,
         dataset: Dataset | RowStream,
         config: CommonConfig,
-        build: Callable[[Sample, Media | None, int], R],
+        build: Callable[[Sample, PromptMedia, int], R],
         *,
         on_skip: Callable[[int, SampleError], None],
         start: Any = 0,
@@ -58,13 +59,15 @@ class Source(Generic[R]):
         self._since = self._next  # position after the last record
         self.skipped: Counter[str] = Counter()
         self._build, self._on_skip = build, on_skip
-        self._prefetcher: Prefetcher[Draw, Media | None] = Prefetcher(
+        self._prefetcher: Prefetcher[Draw, PromptMedia] = Prefetcher(
             functools.partial(_load, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
             workers=config.data.workers,
             depth=max(config.data.prefetch, config.per_device_train_batch_size * config.gradient_accumulation_steps),
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=_key,
+            parts=_parts,
+            join=functools.partial(_join, max_decoded_mb=config.data.max_decoded_mb),
             disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video, rules),
         )
         self._results = self._prefetcher.iterate(self._order.iterate(self._next))
@@ -159,7 +162,7 @@ def _order(dataset: Dataset | RowStream, config: CommonConfig, shard: tuple[int,
     return ListOrder(dataset, config.seed, config.data.shuffle, shard)
 
 
-def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int, rules: FrameRules) -> Media | None:
+def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int, rules: FrameRules) -> PromptMedia:
     if isinstance(draw.sample, SampleError):
         raise draw.sample
     return load_media(draw.sample, video, max_decoded_mb, rules)
@@ -168,3 +171,15 @@ def _load(draw: Draw, video: VideoConfig, max_decoded_mb: int, rules: FrameRules
 def _key(draw: Draw) -> Key | None:
     """Return the cache key of a draw; None for the error of a row, which needs no worker."""
     return media_key(draw.sample) if isinstance(draw.sample, Sample) else None
+
+
+def _parts(draw: Draw) -> list[Draw]:
+    """Return a draw for each medium of a sample with several."""
+    if not isinstance(draw.sample, Sample):
+        return []
+    return [dataclasses.replace(draw, sample=part) for part in media_parts(draw.sample)]
+
+
+def _join(draw: Draw, loaded: Sequence[Media], max_decoded_mb: int) -> PromptMedia:
+    assert isinstance(draw.sample, Sample)
+    return join_media(draw.sample, loaded, max_decoded_mb)

@@ -18,8 +18,8 @@ from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
 from videor1.rewards import accuracy_of
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
-from videor1.types import Completion, Media, Prompt, Sample, SampleError
-from videor1.video.media import load_media, media_key
+from videor1.types import Completion, Prompt, PromptMedia, Sample, SampleError
+from videor1.video.media import join_media, load_media, media_key, media_parts
 from videor1.video.rules import QWEN2_RULES, FrameRules
 from videor1.video.shuffle import draw_permutation
 
@@ -112,13 +112,15 @@ class Evaluator:
         self._config, self._on_skip = config, on_skip
         self._score = score or functools.partial(accuracy_of, lenient=config.reward.lenient)
         self._top_p, self._count = top_p, count
-        self._prefetcher: Prefetcher[Sample, Media | None] = Prefetcher(
+        self._prefetcher: Prefetcher[Sample, PromptMedia] = Prefetcher(
             functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
             workers=config.data.workers,
             depth=config.data.prefetch,
             timeout=config.data.timeout,
             cache_bytes=config.data.cache_mb * 2**20,
             key=media_key,
+            parts=media_parts,
+            join=functools.partial(join_media, max_decoded_mb=config.data.max_decoded_mb),
             disk=disk_cache(config.data.cache_dir, config.data.cache_dir_mb, config.video, rules),
         )
 
@@ -159,7 +161,7 @@ class Evaluator:
             yield self._answer_block(model, engine, [outcome for _, outcome in block])
 
     def _answer_block(
-        self, model: VideoLM, engine: RolloutEngine, block: list[tuple[Sample, Media | SampleError | None]]
+        self, model: VideoLM, engine: RolloutEngine, block: list[tuple[Sample, PromptMedia | SampleError]]
     ) -> list[tuple[Sample, Answered | SampleError]]:
         limit = self._config.max_prompt_length
         prompts: list[Prompt] = []
@@ -168,8 +170,9 @@ class Evaluator:
             try:
                 if isinstance(media, SampleError):
                     raise media
-                ids = build_input_ids(model.tokenizer, sample, media, max_prompt_length=limit, family=model.family)
-                prompts.append(Prompt(sample, ids, media, sample.index))
+                asked = model.asked(sample)
+                ids = build_input_ids(model.tokenizer, asked, media, max_prompt_length=limit, family=model.family)
+                prompts.append(Prompt(asked, ids, media, sample.index))
             except SampleError as error:
                 outcomes[sample.index] = error
                 self._on_skip(error)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from videor1.config import LoraConfig
 from videor1.errors import ConfigError
 from videor1.model import vision
+from videor1.model.chat import PLAIN_CHAT, Chat
 from videor1.model.families import Family, family_of
 from videor1.model.lora import use_lean_lora
 from videor1.model.positions import PositionRule, prompt_positions
 from videor1.model.prompts import SpecialIds, special_ids
 from videor1.model.template import opened_text
 from videor1.seeding import derive_seed
-from videor1.types import Media, Prompt
+from videor1.types import Media, Prompt, Sample
 from videor1.video.patches import normalize_patches, num_media_tokens
 from videor1_kernels.checks import check_choice
 from videor1_kernels.frames_to_patches import patch_columns
@@ -43,6 +44,7 @@ class VideoLM:
         opened_text: what the chat template opens an answer with, at the end of every prompt; "" for most. An answer as
             a whole is this and what the model wrote (:func:`videor1.answer.whole_text`).
         linear_layers: how many layers of the language model are linear attention.
+        chat: the run's system prompt and arguments of the chat template.
         compute_dtype: bf16 under autocast, or the parameters' own dtype.
         position_rule: which positions text after media has, see :mod:`videor1.model.positions`.
     """
@@ -56,6 +58,7 @@ class VideoLM:
         bf16: bool = False,
         source: str = "",
         position_rule: PositionRule = "paper",
+        chat: Chat = PLAIN_CHAT,
     ) -> None:
         self.family: Family = family_of(hf.config.model_type, source)
         self.hf = hf.to(device)
@@ -63,7 +66,9 @@ class VideoLM:
         self.flash = False  # whether flash-attn computes the attention of a rollout's prompts
         self.tokenizer = tokenizer
         self.special: SpecialIds = special_ids(tokenizer, self.family)
-        self.opened_text = opened_text(tokenizer, source, self.family)
+        self.chat = chat
+        chat.check(tokenizer, source)
+        self.opened_text = opened_text(tokenizer, source, self.family, chat.template_kwargs)
         self.device = torch.device(device)
         self.bf16 = bf16
         self.source = source
@@ -105,12 +110,26 @@ class VideoLM:
             features = family.features(output)
         return list(features.split([num_media_tokens(m.grid_thw) for m in media]))
 
+    def asked(self, sample: Sample) -> Sample:
+        """Return a sample as this run asks it: with the run's system prompt and arguments of the chat template, where
+        it has none of its own.
+
+        Raises:
+            SampleError: ``chat_template_kwargs`` for arguments of its own that the template does not have, or with
+                which it opens an answer otherwise.
+        """
+        return self.chat.asked(sample, self.tokenizer, self.source, self.family, self.opened_text)
+
     def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
         """Return the M-RoPE positions [3, P] of a prompt, and the position of the first completion token."""
-        if (media := prompt.media) is None:
+        if not prompt.all_media:
             return prompt_positions(prompt, None, rule=self.position_rule)
-        runs = self.family.runs(media, self.hf.config.vision_config)
-        return prompt_positions(prompt, self.special.media_pad(media), runs, self.position_rule)
+        runs, tokens = [], []
+        for media in prompt.all_media:
+            own = self.family.runs(media, self.hf.config.vision_config)
+            runs += own
+            tokens += [self.special.media_pad(media)] * len(own)
+        return prompt_positions(prompt, tokens, runs, self.position_rule)
 
     def embeddings(self, ids: Tensor, features: Sequence[Tensor] = ()) -> tuple[Tensor, dict[str, Any]]:
         """Return the embeddings [T, H] of a packed row, its media tokens replaced by their features, and what the
@@ -180,7 +199,8 @@ class VideoLM:
         """Return a copy for the KL term, in the compute dtype, without gradients."""
         hf = copy.deepcopy(self.hf).to(self.compute_dtype).requires_grad_(False)
         set_checkpointing(hf, False)
-        return VideoLM(hf, self.tokenizer, device=self.device, source=self.source, position_rule=self.position_rule)
+        rule, chat = self.position_rule, self.chat
+        return VideoLM(hf, self.tokenizer, device=self.device, source=self.source, position_rule=rule, chat=chat)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         """Add LoRA adapters to the language model's linear layers; only they stay trainable.

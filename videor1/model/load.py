@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from videor1.config import CommonConfig, ModelConfig
 from videor1.errors import ConfigError, install
+from videor1.model.chat import Chat
 from videor1.model.cpu_layers import use_cpu_layers
 from videor1.model.cpu_linear import use_onednn
 from videor1.model.families import Family, family_of
@@ -61,7 +62,9 @@ def load_model(config: CommonConfig) -> VideoLM:
     hf, tokenizer = _from_pretrained(source, torch.bfloat16 if bf16 and (config.lora.rank or zero) else torch.float32)
     _use_libraries(hf, config.model, device)
     rule = config.model.positions or trained_rule(source, getattr(hf.config, POSITIONS_KEY, None)) or "paper"
-    model = VideoLM(hf, tokenizer, device=device, bf16=bf16 and not zero, source=source, position_rule=rule)
+    chat = Chat(config.system, config.chat_template_kwargs)
+    bf16 = bf16 and not zero
+    model = VideoLM(hf, tokenizer, device=device, bf16=bf16, source=source, position_rule=rule, chat=chat)
     check_linear_attention(model)
     model.flash = config.model.attention == "flash_attention_2"
     make_trainable(model, config)

@@ -77,13 +77,16 @@ def mrope_positions(segments: Sequence[int | MediaRun], rule: PositionRule = "pa
 
 
 def prompt_positions(
-    prompt: Prompt, media_token_id: int | None, runs: Sequence[MediaRun] = (), rule: PositionRule = "paper"
+    prompt: Prompt,
+    media_token_id: int | Sequence[int] | None,
+    runs: Sequence[MediaRun] = (),
+    rule: PositionRule = "paper",
 ) -> tuple[Tensor, int]:
     """Compute the positions of a prompt.
 
     Args:
         prompt: its input_ids [P] hold the media tokens as runs of ``media_token_id``.
-        media_token_id: id of the video or image pad token; None for a prompt without media.
+        media_token_id: id of the video or image pad token, of all runs or of each; None for a prompt without media.
         runs: the runs of media tokens that the prompt must hold, in order, with text between any two.
         rule: the rule for text after a run, see the module's description.
 
@@ -96,12 +99,16 @@ def prompt_positions(
     ids = prompt.input_ids
     if media_token_id is None:
         return mrope_positions([len(ids)], rule)
-    found = torch.eq(ids, media_token_id).nonzero().flatten()
+    tokens = [media_token_id] * len(runs) if isinstance(media_token_id, int) else list(media_token_id)
+    found = torch.isin(ids, torch.tensor(sorted({media_token_id} if isinstance(media_token_id, int) else set(tokens))))
+    found = found.nonzero().flatten()
     starts = found[torch.diff(found, prepend=found.new_full((1,), -2)) > 1].tolist()
     ends = [0, *(start + len(run) for start, run in zip(starts, runs, strict=False))]
-    if len(starts) != len(runs) or len(found) != sum(map(len, runs)) or any(map(int.__gt__, ends, [*starts, len(ids)])):
+    overlap = any(map(int.__gt__, ends, [*starts, len(ids)]))
+    if len(starts) != len(runs) or len(found) != sum(map(len, runs)) or overlap or ids[starts].tolist() != tokens:
         what = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-        grid = prompt.media.grid_thw if prompt.media else None
+        grids = [media.grid_thw for media in prompt.all_media]
+        grid = grids[0] if len(grids) == 1 else grids or None
         raise ValueError(
             f"expected {what} of {' + '.join(str(len(run)) for run in runs)} media tokens for grid {grid}, "
             f"got {len(found)} in {len(starts)}"

@@ -1,18 +1,22 @@
-"""Tokenised prompts: one user turn with the media first, in the chat template of the model's tokenizer."""
+"""Tokenised prompts, in the chat template of the model's tokenizer: a question with its media first or where its
+placeholders stand, or a conversation that ends with one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from videor1.answer import follows_format, left_to_write
 from videor1.errors import ConfigError
 from videor1.model.families import FAMILIES, QWEN2_5_VL, Family
-from videor1.types import Media, Sample, SampleError
+from videor1.placeholders import divided, placeholders
+from videor1.types import Media, PromptMedia, Sample, SampleError, listed
 from videor1.video.patches import num_media_tokens
 
 INSTRUCTION = "Reason between <think> and </think>, then answer between <answer> and </answer>."
@@ -59,6 +63,9 @@ _TOKENS = {
 EOS = _TOKENS["eos"]
 VIDEO = _TOKENS["vision_start"] + _TOKENS["video_pad"] + _TOKENS["vision_end"]  # a video in a chat template's text
 _VISION_PAD = "<|vision_pad|>"
+# What a template raises: Jinja's errors, and those of the operators and filters in it.
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+Part = tuple[Literal["text", "video", "image"], str]  # of a turn: a text, or the place of the next medium
 
 
 def special_ids(tokenizer: Any, family: Family | None = None) -> SpecialIds:
@@ -110,12 +117,40 @@ def question_text(sample: Sample) -> str:
     return "\n".join([*lines, f"{INSTRUCTION} {_BY_TYPE[sample.problem_type]}"])
 
 
+def conversation(sample: Sample) -> list[tuple[str, list[Part]]]:
+    """Return the turns of a prompt, each its role and its parts in order; the last one asks the question.
+
+    The media of a sample that lists them stand where the placeholders of its texts are. Without any, and for a sample
+    that names one file, all stand before the first text of the user.
+    """
+    turns = [(message.role, message.content) for message in sample.messages[:-1]]
+    told: list[tuple[str, str]] = [("system", sample.system)] if sample.system is not None else []
+    told += [*turns, ("user", question_text(sample))]
+    if (sample.media or sample.messages) and any(placeholders(text) for _, text in told):
+        return [(role, list(divided(text))) for role, text in told]
+    first = next(place for place, (role, _) in enumerate(told) if role == "user")
+    media: list[Part] = [(item.kind, "") for item in sample.items]
+    return [(role, [*(media if place == first else ()), ("text", text)]) for place, (role, text) in enumerate(told)]
+
+
+def template_messages(turns: Sequence[tuple[str, Sequence[Part]]]) -> list[dict[str, Any]]:
+    """Return turns as chat templates take them: the user's as a list of parts, others as text where they are."""
+    messages: list[dict[str, Any]] = []
+    for role, parts in turns:
+        if role != "user" and [kind for kind, _ in parts] == ["text"]:
+            messages.append({"role": role, "content": parts[0][1]})
+            continue
+        content = [{"type": kind, "text": text} if kind == "text" else {"type": kind} for kind, text in parts]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
 def build_input_ids(
-    tokenizer: Any, sample: Sample, media: Media | None, *, max_prompt_length: int, family: Family = QWEN2_5_VL
+    tokenizer: Any, sample: Sample, media: PromptMedia, *, max_prompt_length: int, family: Family = QWEN2_5_VL
 ) -> Tensor:
     """Return the token ids of a prompt, int64 [P], with its media expanded as by :func:`expand_media`.
 
-    They end where the completion begins.
+    They end where the completion begins. The sample is as the run asks it (``VideoLM.asked``).
 
     Args:
         media: the sample's media; None for data_type text.
@@ -124,51 +159,77 @@ def build_input_ids(
 
     Raises:
         SampleError: ``too_long`` for more tokens; ``special_token`` for a text that the tokenizer would read as a
-            special token; ``bad_text`` for one that it cannot encode.
+            special token; ``bad_text`` for one that it cannot encode; ``chat_template`` for a conversation that the
+            chat template cannot render, or loses media of.
         ConfigError: the chat template has no place for the media, or text of its own (such as a system prompt) that the
             tokenizer cannot encode.
     """
-    assert (media.kind if media else "text") == sample.data_type, (media and media.kind, sample.data_type)
-    text = question_text(sample)
-    _check_no_special_tokens(tokenizer, sample, text)
-    content: list[dict[str, str]] = [{"type": media.kind}] if media else []
-    content.append({"type": "text", "text": text})
+    kinds = [one.kind for one in listed(media)]
+    assert kinds == [item.kind for item in sample.items], (kinds, sample.data_type, sample.items)
+    turns = conversation(sample)
+    texts = [text for _, parts in turns for kind, text in parts if kind == "text"]
+    for text in texts:
+        check_no_special_tokens(tokenizer, sample, text)
     if tokenizer.chat_template is None:
         raise ConfigError(f"the tokenizer of {tokenizer.name_or_path or 'no path'} has no chat template")
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            template_messages(turns), add_generation_prompt=True, tokenize=False, **sample.chat_template_kwargs
+        )
+    except RENDER_ERRORS as error:
+        reason = f"the chat template cannot render it: {type(error).__name__}: {str(error)[:300]}"
+        raise SampleError("chat_template", f"problem {sample.problem_id}: {reason}", sample.path) from error
+    if sample.media or sample.messages:
+        _check_rendered(tokenizer, sample, rendered, kinds)
     try:
         ids = encode(tokenizer, place_media(rendered, media, family, tokenizer), sample)
     except SampleError as error:
-        encode(tokenizer, text, sample)  # This raises where the question is at fault.
+        for text in texts:
+            encode(tokenizer, text, sample)  # This raises where the sample's own text is at fault.
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} adds text of its own, such as a system "
             f"prompt, that cannot be used: {error.message}"
         ) from None
-    special, expected = special_ids(tokenizer), rendered_pads(media, family) if media else 0
-    if media and (count := ids.count(pad := special.media_pad(media))) != expected:
-        raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {count} tokens "
-            f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected {expected}; "
-            f"use the template of a {family.name} model"
-        )
-    return expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length)
+    special = special_ids(tokenizer)
+    if isinstance(media, Media):
+        expected = rendered_pads(media, family)
+        if (count := ids.count(pad := special.media_pad(media))) != expected:
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {count} tokens "
+                f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected {expected}; "
+                f"use the template of a {family.name} model"
+            )
+    return expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length, family=family)
+
+
+def _check_rendered(tokenizer: Any, sample: Sample, rendered: str, kinds: Sequence[str]) -> None:
+    """Check that a chat template has put every medium into its text, in order: it may have no place in some turns.
+
+    Raises:
+        SampleError: ``chat_template``.
+    """
+    pads = {_TOKENS[f"{kind}_pad"]: kind for kind in ("video", "image")}
+    found = [pads[token] for token in re.findall("|".join(map(re.escape, pads)), rendered)]
+    if found != list(kinds):
+        reason = f"the chat template gives places for the media {found}, expected {list(kinds)}"
+        raise SampleError("chat_template", f"problem {sample.problem_id}: {reason}", sample.path)
 
 
 def expand_media(
     special: SpecialIds,
     ids: Sequence[int],
     sample: Sample,
-    media: Media | None,
+    media: PromptMedia,
     *,
     max_prompt_length: int,
     options: str = "video.max_pixels, video.image_max_pixels or video.max_frames",
+    family: Family = QWEN2_5_VL,
 ) -> Tensor:
-    """Repeat each of the media's pad tokens, to T * h * w / 4 together: the tokens that the vision tower returns.
+    """Repeat the pad tokens of each medium, to T * h * w / 4 together: the tokens that the vision tower returns.
 
     Args:
         options: the caller's names of the options that make media smaller, for the error message.
+        family: the model's, which says how many pad tokens each of several media has in ``ids``.
 
     Returns:
         The prompt's token ids, int64 [P].
@@ -177,12 +238,17 @@ def expand_media(
         SampleError: ``too_long`` for more than ``max_prompt_length`` tokens; a prompt is never truncated.
     """
     expanded, media_tokens = list(ids), ""
-    if media is not None:
-        pad, count = special.media_pad(media), num_media_tokens(media.grid_thw)
-        each, left = divmod(count, expanded.count(pad))
-        assert not left, (media.grid_thw, expanded.count(pad))
-        expanded = [token for i in expanded for token in ([pad] * each if i == pad else [i])]
-        media_tokens = f" ({count} of them the {media.kind}'s)"
+    if every := listed(media):
+        pads = {special.media_pad(one) for one in every}
+        found = sum(token in pads for token in expanded)
+        runs = [found] if len(every) == 1 else [rendered_pads(one, family) for one in every]
+        counts = [num_media_tokens(one.grid_thw) for one in every]
+        assert sum(runs) == found, (runs, found)
+        assert not any(count % run for count, run in zip(counts, runs, strict=True)), (counts, runs)
+        lengths = iter([count // run for count, run in zip(counts, runs, strict=True) for _ in range(run)])
+        expanded = [token for i in expanded for token in ([i] * next(lengths) if i in pads else [i])]
+        whose = f"the {every[0].kind}'s" if len(every) == 1 else f"those of its {len(every)} media"
+        media_tokens = f" ({sum(counts)} of them {whose})"
     if len(expanded) > max_prompt_length:
         raise SampleError(
             "too_long",
@@ -193,20 +259,24 @@ def expand_media(
     return torch.tensor(expanded, dtype=torch.int64)
 
 
-def place_media(text: str, media: Media | None, family: Family, tokenizer: Any) -> str:
-    """Return a chat template's text with a video as its family has it: one pad token a run.
+def place_media(text: str, media: PromptMedia, family: Family, tokenizer: Any) -> str:
+    """Return a chat template's text with each video as its family has it: one pad token a run.
 
     Raises:
-        ConfigError: the text has no such place for a video.
+        ConfigError: the text has no such places for the videos.
     """
-    if media is None or media.kind != "video" or family.video_text is None:
+    videos = [one for one in listed(media) if one.kind == "video"]
+    if not videos or family.video_text is None:
         return text
-    if (count := text.count(VIDEO)) != 1:
+    first, *others = text.split(VIDEO)
+    if (count := len(others)) != len(videos):
+        what, expected = ("one video", "once") if len(videos) == 1 else (f"{len(videos)} videos", "once for each")
         raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {VIDEO} {count} times for one "
-            f"video, expected once, where the times of its frames can stand; use the template of a {family.name} model"
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} gives {VIDEO} {count} times for {what}, "
+            f"expected {expected}, where the times of its frames can stand; use the template of a {family.name} model"
         )
-    return text.replace(VIDEO, family.video_text(media, VIDEO))
+    placed = [family.video_text(video, VIDEO) + after for video, after in zip(videos, others, strict=True)]
+    return "".join([first, *placed])
 
 
 def rendered_pads(media: Media, family: Family) -> int:
@@ -219,7 +289,7 @@ def rendered_pads(media: Media, family: Family) -> int:
 def build_sft_ids(
     tokenizer: Any,
     sample: Sample,
-    media: Media | None,
+    media: PromptMedia,
     max_length: int,
     *,
     max_prompt_length: int | None = None,
@@ -261,7 +331,7 @@ def build_sft_ids(
             f"begin with it and open <think> but once, got {sample.process[:60]!r}",
             sample.path,
         )
-    _check_no_special_tokens(tokenizer, sample, answer)
+    check_no_special_tokens(tokenizer, sample, answer)
     limit = min(max_length, max_prompt_length or max_length)
     prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit, family=family)
     # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.
@@ -290,7 +360,7 @@ def encode(tokenizer: Any, text: str, sample: Sample) -> list[int]:
         raise SampleError("bad_text", f"problem {sample.problem_id}: {reason}", sample.path) from None
 
 
-def _check_no_special_tokens(tokenizer: Any, sample: Sample, text: str) -> None:
+def check_no_special_tokens(tokenizer: Any, sample: Sample, text: str) -> None:
     """Check that a data file's text holds no special token, which could end a turn or represent media.
 
     Raises:

@@ -3,13 +3,13 @@ template opens an answer with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
-
-from jinja2.exceptions import TemplateError
 
 from videor1.errors import ConfigError
 from videor1.model.families import QWEN2_5_VL, Family
-from videor1.model.prompts import EOS, VIDEO, special_ids
+from videor1.model.prompts import EOS, RENDER_ERRORS, VIDEO, special_ids
 
 # Several lines, as a question with options has, and characters that a template may escape or that are Jinja's own.
 _QUESTION = (
@@ -21,9 +21,7 @@ _QUESTION = (
 _ANSWER = "It is a red square."
 _THEN = "And what happens then?"
 _KINDS = ("text", "video", "image")
-
-# What a template raises: Jinja's errors, and those of the operators and filters in it.
-_RAISED = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> None:
@@ -68,20 +66,25 @@ def check_template(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> 
     opened_text(tokenizer, source, family)
 
 
-def opened_text(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> str:
+def opened_text(
+    tokenizer: Any, source: str, family: Family = QWEN2_5_VL, template_kwargs: Mapping[str, Any] = _NO_KWARGS
+) -> str:
     """Return what the chat template opens an answer with, behind the head of the assistant's turn; "" for most.
 
     The head is what stands before an earlier answer of a conversation, to which thinking models' templates add no
     reasoning. Blanks alone count as nothing.
 
+    Args:
+        template_kwargs: arguments of the chat template.
+
     Raises:
         ConfigError: the template opens an answer with a text that the family's record does not list, or with different
             texts for different kinds of prompts; or it begins a prompt's answer otherwise than an earlier one.
     """
-    head = _head(tokenizer, source, family)
+    head = _head(tokenizer, source, family, template_kwargs)
     found = {}
     for kind in _KINDS:
-        end = _opening(_render(tokenizer, source, kind, _advice(family)))
+        end = _opening(_render(tokenizer, source, kind, _advice(family), template_kwargs))
         if not (end.startswith(head) or end.strip() == head.strip()):
             raise ConfigError(
                 f"model_name_or_path: the chat template of {source} ends a prompt with {kind} by {_short(end)}, but "
@@ -105,7 +108,7 @@ def opened_text(tokenizer: Any, source: str, family: Family = QWEN2_5_VL) -> str
     return opened
 
 
-def _head(tokenizer: Any, source: str, family: Family) -> str:
+def _head(tokenizer: Any, source: str, family: Family, template_kwargs: Mapping[str, Any]) -> str:
     """Return the head of an assistant's turn, from the question's end to the answer.
 
     It is taken from a conversation that goes on after the answer: templates of thinking models put reasoning before the
@@ -113,7 +116,8 @@ def _head(tokenizer: Any, source: str, family: Family) -> str:
     """
     turns = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _THEN)]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    rendered = _apply(tokenizer, source, messages, "a conversation with an answer", _advice(family))
+    what = "a conversation with an answer"
+    rendered = _apply(tokenizer, source, messages, what, _advice(family), template_kwargs)
     before, answer, _ = rendered.partition(_ANSWER)
     if not answer:
         raise ConfigError(
@@ -132,15 +136,25 @@ def _advice(family: Family) -> str:
     return f"use the template of a {family.name} model (chat_template.jinja or tokenizer_config.json)"
 
 
-def _render(tokenizer: Any, source: str, kind: str, advice: str) -> str:
+def _render(
+    tokenizer: Any, source: str, kind: str, advice: str, template_kwargs: Mapping[str, Any] = _NO_KWARGS
+) -> str:
     content = [*([{"type": kind}] if kind != "text" else []), {"type": "text", "text": _QUESTION}]
-    return _apply(tokenizer, source, [{"role": "user", "content": content}], f"a prompt with {kind}", advice)
+    messages = [{"role": "user", "content": content}]
+    return _apply(tokenizer, source, messages, f"a prompt with {kind}", advice, template_kwargs)
 
 
-def _apply(tokenizer: Any, source: str, messages: list[dict[str, Any]], what: str, advice: str) -> str:
+def _apply(
+    tokenizer: Any,
+    source: str,
+    messages: list[dict[str, Any]],
+    what: str,
+    advice: str,
+    template_kwargs: Mapping[str, Any],
+) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except _RAISED as error:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    except RENDER_ERRORS as error:
         raise ConfigError(
             f"model_name_or_path: the chat template of {source} cannot render {what}: "
             f"{type(error).__name__}: {str(error)[:300]}; {advice}"
@@ -152,7 +166,7 @@ def _with_tool(tokenizer: Any) -> str:
     turns = [("user", _QUESTION), ("assistant", "It depends."), ("tool", "red")]
     try:
         return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
-    except _RAISED:
+    except RENDER_ERRORS:
         return ""
 
 

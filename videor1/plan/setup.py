@@ -173,8 +173,7 @@ class Work:
     @property
     def media_tokens(self) -> int:
         """The tokens of a prompt that stand for its video."""
-        media = self.prompts[0].media
-        return 0 if media is None else num_media_tokens(media.grid_thw)
+        return sum(num_media_tokens(media.grid_thw) for media in self.prompts[0].all_media)
 
 
 def make_work(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from videor1.types import Completion, Group, Prompt
+from videor1.types import Completion, Group, Orders, Prompt
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Branch:
     count: int  # number of completions
     names: tuple[str | int, ...]  # part of the seed
     features: Tensor | None = None  # [tokens, H] of the media in this order; None: no media, or not needed
-    permutation: tuple[int, ...] | None = None  # of the frames or temporal patches; None: in order
+    permutation: Orders | None = None  # of the frames or temporal patches; None: in order
 
 
 class Judge(Protocol):

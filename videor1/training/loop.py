@@ -54,7 +54,7 @@ from videor1.training.distributed.ranks import start_position
 from videor1.training.journal import Journal, mean_rows, sum_counts
 from videor1.training.optim import learning_rate, make_optimizer
 from videor1.training.passes import dummy_loss, dummy_tower_loss
-from videor1.types import Media, Sample, SampleError
+from videor1.types import PromptMedia, Sample, SampleError
 
 C = TypeVar("C", bound=EvalOptions)
 T = TypeVar("T")
@@ -170,12 +170,12 @@ class Loop(ABC, Generic[C]):
     def make_source(self, start: Any) -> Source[Any]:
         """Return the source of training records, beginning at ``start``: an earlier ``Source.state``, or 0."""
 
-    def source_of(self, build: Callable[[Sample, Media | None, int], T], start: Any) -> Source[T]:
-        """Return the source of what ``build`` makes of this rank's samples and their media."""
+    def source_of(self, build: Callable[[Sample, PromptMedia, int], T], start: Any) -> Source[T]:
+        """Return the source of what ``build`` makes of this rank's samples, as the run asks them, and their media."""
         return Source(
             self.dataset,
             self.config,
-            build,
+            lambda sample, media, draw: build(self.model.asked(sample), media, draw),
             on_skip=self._on_skip,
             start=start,
             shard=self.shard,

@@ -5,6 +5,7 @@ For the first few prompts of a step every token and its log-prob are written too
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from videor1.model import VideoLM
 from videor1.rewards.advantages import Scored
-from videor1.types import Group, Prompt
+from videor1.types import Group, MediaItem, Prompt
 
 
 def rollout_rows(
@@ -31,7 +32,7 @@ def rollout_rows(
     result = scored.result
     for i, group in enumerate(groups):
         sample = group.prompt.sample
-        row = {
+        row: dict[str, Any] = {
             "draw": group.prompt.draw,
             "problem_id": sample.problem_id,
             "path": sample.path,
@@ -57,10 +58,18 @@ def rollout_rows(
             "p": result.p[i],
             "p_shuffled": result.p_shuffled[i],
         }
+        if sample.media:
+            row["media"] = [_media_row(item) for item in sample.media]
         if i < log_tokens:
             row["tokens"] = [token_strings(model.tokenizer, c.token_ids.tolist()) for c in group.ordered]
             row["logps"] = [[round(logp, 4) for logp in c.logp.tolist()] for c in group.ordered]
         yield row
+
+
+def _media_row(item: MediaItem) -> dict[str, Any]:
+    """Return what the data say of a medium, without what they do not say."""
+    fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item) if field.name != "root"}
+    return {name: value for name, value in fields.items() if value not in (None, ())}
 
 
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -19,7 +19,7 @@ from videor1.model.packing import LEAST_TRAINED_TOKENS, even_batches
 from videor1.model.prompts import build_sft_ids
 from videor1.training.loop import Loop
 from videor1.training.passes import pack, sft_loss
-from videor1.types import Media, Prompt, Sample
+from videor1.types import Prompt, PromptMedia, Sample
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SFTTrainer(Loop[SFTConfig]):
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def make_source(self, start: int) -> Source[Example]:
-        def build(sample: Sample, media: Media | None, draw: int) -> Example:
+        def build(sample: Sample, media: PromptMedia, draw: int) -> Example:
             ids, mask = build_sft_ids(
                 self.model.tokenizer,
                 sample,

@@ -36,7 +36,7 @@ from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, batch_totals, counting, sum_totals, training_rows
 from videor1.training.step_metrics import make_step_report, step_metrics
-from videor1.types import Media, Prompt, Sample, SampleError
+from videor1.types import Prompt, PromptMedia, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
 from videor1_kernels.integrations.transformers import LINEAR_KERNELS, linear_backend
@@ -92,7 +92,7 @@ class Trainer(Loop[TrainConfig]):
         if self.config.max_tokens_per_row is not None:
             longest = min(longest, self.config.max_tokens_per_row - self.config.max_completion_length)
 
-        def build(sample: Sample, media: Media | None, draw: int) -> Prompt:
+        def build(sample: Sample, media: PromptMedia, draw: int) -> Prompt:
             ids = build_input_ids(
                 self.model.tokenizer, sample, media, max_prompt_length=longest, family=self.model.family
             )

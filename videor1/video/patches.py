@@ -52,6 +52,7 @@ def media_from_clip(
         seconds=seconds + time.perf_counter() - started,
         backend=clip.backend,
         times=_times(clip) if kind == "video" else (),
+        decoded_bytes=clip.decoded_bytes,
     )
 
 
@@ -59,9 +60,10 @@ def _times(clip: Clip) -> tuple[float, ...]:
     """Return the seconds of each temporal patch: the mean of its first and last frame's. An odd clip repeats its last.
 
     A frame's are its number divided by the file's frames per second, as the processors of transformers take them: what
-    a model has been told in training does not follow a variable frame rate.
+    a model has been told in training does not follow a variable frame rate. Times that the data give are taken as
+    they are.
     """
-    frames = [number / clip.source_fps for number in clip.numbers]
+    frames = list(clip.given_times) or [number / clip.source_fps for number in clip.numbers]
     frames += frames[-1:] if len(frames) % 2 else []
     return tuple((first + last) / 2 for first, last in zip(frames[::2], frames[1::2], strict=True))
 

@@ -27,7 +27,7 @@ from videor1.video.limits import MAX_DECODED_MB, check_video, most_pixels
 from videor1.video.opened import MediaFile
 from videor1.video.orientation import Orientation, upright
 from videor1.video.rules import QWEN2_RULES, FrameRules
-from videor1.video.still import read_rgb
+from videor1.video.still import read_still
 from videor1_kernels.frames_to_patches import YuvFrames
 
 IMAGE_MIN_PIXELS = 4 * 28 * 28
@@ -109,7 +109,7 @@ def read_frames(
         MediaFile(path, "not_video", root) as file,
         closing(open_decoder(file, backend=backend, device=device, threads=threads, max_pixels=limit)) as decoder,
     ):
-        decoded, info, indices, window = _decode(
+        decoded, info, indices, window, needed = _decode(
             decoder, path, rules, max_frames, fps, planes, start, end, max_decoded_mb
         )
     pixels, orientation = _to_device(decoded.pixels, device), Orientation(decoded.rotation, decoded.mirrored)
@@ -130,6 +130,7 @@ def read_frames(
         rotation=orientation.rotation,
         mirrored=orientation.mirrored,
         numbers=tuple(indices),
+        decoded_bytes=needed,
     )
 
 
@@ -152,7 +153,7 @@ def read_image(
             ``too_large``; ``outside_root``.
     """
     path = Path(path)
-    rgb = read_rgb(path, root=root, max_decoded_mb=max_decoded_mb)
+    rgb, needed = read_still(path, root=root, max_decoded_mb=max_decoded_mb)
     height, width = rgb.shape[:2]
     return Clip(
         frames=torch.from_numpy(rgb)[None],
@@ -163,23 +164,27 @@ def read_image(
         source_fps=0.0,
         path=str(path),
         backend="pillow",
+        decoded_bytes=needed,
     )
 
 
-def frames_between(path: Path, seconds: Sequence[float], start: float | None, end: float | None) -> range:
+def frames_between(
+    path: Path, seconds: Sequence[float], start: float | None, end: float | None, *, beginning: float | None = None
+) -> range:
     """Return the numbers of the frames that are shown from ``start`` to ``end``, both included.
 
     Args:
         path: the video, for the error.
         seconds: presentation time of each frame in seconds, ascending.
-        start, end: seconds from the first frame; None: no bound.
+        start, end: seconds from the beginning; None: no bound.
+        beginning: the time that these seconds count from; None: that of the first frame.
 
     Raises:
         SampleError: ``too_few_frames`` where fewer than two frames are shown, but the video has two or more.
     """
     if start is None and end is None:
         return range(len(seconds))
-    first = seconds[0] if seconds else 0.0
+    first = beginning if beginning is not None else seconds[0] if seconds else 0.0
     begin = bisect.bisect_left(seconds, first + (start or 0))
     stop = len(seconds) if end is None else bisect.bisect_right(seconds, first + end)
     if stop - begin < 2 <= len(seconds):
@@ -202,12 +207,12 @@ def _decode(
     start: float | None,
     end: float | None,
     max_decoded_mb: int,
-) -> tuple[Frames, VideoInfo, list[int], int]:
+) -> tuple[Frames, VideoInfo, list[int], int, int]:
     """Decode the sampled frames of the window from ``start`` to ``end``.
 
     Returns:
-        The frames, the file's description, their numbers in the file, and the number of frames in the window that they
-        were sampled from.
+        The frames, the file's description, their numbers in the file, the number of frames in the window that they
+        were sampled from, and the bytes that decoding takes, about.
     """
     # A packet is not always a frame (hidden frames, packed streams). If the count of frames proves wrong while
     # decoding, the decoder knows the right one afterwards, and the frames are sampled once more.
@@ -216,7 +221,9 @@ def _decode(
         window = frames_between(path, info.seconds, start, end)
         chosen = rules.sample(len(window), info.fps, max_frames=max_frames, fps=fps) if window else []
         indices = [window[i] for i in chosen]
-        check_video(path, len(indices), info.width, info.height, info.pix_fmt, planes=planes, limit_mb=max_decoded_mb)
+        needed = check_video(
+            path, len(indices), info.width, info.height, info.pix_fmt, planes=planes, limit_mb=max_decoded_mb
+        )
         try:
             frames = decoder.frames(indices or range(info.num_frames), planes=planes)
         except FramesChangedError as error:
@@ -228,7 +235,7 @@ def _decode(
         if not indices:
             message = f"a video needs at least 2 frames, this one has {info.num_frames}"
             raise SampleError("too_few_frames", message, path)
-        return frames, info, indices, len(window)
+        return frames, info, indices, len(window), needed
     raise AssertionError("unreachable")
 
 

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from videor1.seeding import generator
-from videor1.types import Media, Prompt
-from videor1.video.patches import permute_frames, permute_temporal_patches
+from videor1.types import Media, Order, Orders, Prompt
+from videor1.video.patches import num_media_tokens, permute_frames, permute_temporal_patches
 
 
-def draw_permutation(prompt: Prompt, unit: str, seed: int) -> tuple[int, ...] | None:
-    """Draw a uniformly random order of the prompt's frames or temporal patches; None where it is not a video.
+def draw_permutation(prompt: Prompt, unit: str, seed: int) -> Orders | None:
+    """Draw uniformly random orders of the frames or temporal patches inside each clip of the prompt.
 
-    The generator is used for this draw of the prompt alone: ``generator(seed, "permutation", draw)``.
+    The result is None where the prompt has no video, or has several media of which no clip has two frames (or temporal
+    patches) to exchange. Images have no order, and nothing moves from one clip to another.
+
+    The generator is used for this draw of the prompt alone, for one clip after the other:
+    ``generator(seed, "permutation", draw)``.
 
     Args:
         prompt: the prompt.
         unit: "frame" or "temporal_patch", as ``temporal.shuffle_unit``.
         seed: the run's seed.
     """
-    if prompt.media is None or prompt.media.kind != "video":
-        return None
-    temporal_patches = prompt.media.grid_thw[0]
-    count = 2 * temporal_patches if unit == "frame" else temporal_patches
-    order = torch.randperm(count, generator=generator(seed, "permutation", prompt.draw))
-    return tuple(order.tolist())
+    source = generator(seed, "permutation", prompt.draw)
+    factor = 2 if unit == "frame" else 1
+
+    def drawn(media: Media) -> Order | None:
+        if media.kind != "video":
+            return None
+        return tuple(torch.randperm(factor * media.grid_thw[0], generator=source).tolist())
+
+    orders = tuple(map(drawn, prompt.all_media))
+    if not isinstance(prompt.media, tuple):
+        return orders[0] if orders else None
+    return orders if any(order is not None and len(order) > 1 for order in orders) else None
 
 
 def shuffled_patches(media: Media, permutation: tuple[int, ...], unit: str) -> Tensor:
@@ -42,3 +54,8 @@ def permuted_features(features: Tensor, media: Media, permutation: tuple[int, ..
     """
     per_patch = features.unflatten(0, (media.grid_thw[0], -1))
     return per_patch[torch.tensor(permutation, device=features.device)].flatten(0, 1)
+
+
+def features_of_each(features: Tensor, media: Sequence[Media]) -> list[Tensor]:
+    """Divide the features [tokens, H] of a prompt's media into those of each."""
+    return list(features.split([num_media_tokens(one.grid_thw) for one in media]))

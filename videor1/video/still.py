@@ -29,12 +29,17 @@ def read_rgb(path: Path, *, root: Path | None = None, max_decoded_mb: int = MAX_
         SampleError: ``missing_file``; ``image`` if the file is no image, or is broken or cut; ``too_large``;
             ``outside_root``.
     """
+    return read_still(path, root=root, max_decoded_mb=max_decoded_mb)[0]
+
+
+def read_still(path: Path, *, root: Path | None, max_decoded_mb: int) -> tuple[np.ndarray, int]:
+    """Return a still image as ``read_rgb`` does, and the bytes that decoding it takes, about."""
     with MediaFile(path, "image", root) as file, file.reader() as reader:
         try:
             with Image.open(reader, formats=FORMATS) as image:
-                _check(image, path, max_decoded_mb)
+                needed = _check(image, path, max_decoded_mb)
                 ImageOps.exif_transpose(image, in_place=True)
-                return _rgb_pixels(image)
+                return _rgb_pixels(image), needed
         except SampleError:
             raise
         except Image.DecompressionBombError as error:  # above a limit of Pillow's own
@@ -63,12 +68,16 @@ def rgb_of(image: Image.Image, path: Path, *, max_decoded_mb: int = MAX_DECODED_
         raise SampleError("image", f"cannot read the image: {error}", path) from error
 
 
-def _check(image: Image.Image, path: Path, max_decoded_mb: int) -> None:
-    """Raise ``image`` for a file of another format than those that are read, or ``too_large``."""
+def _check(image: Image.Image, path: Path, max_decoded_mb: int) -> int:
+    """Raise ``image`` for a file of another format than those that are read, or ``too_large``.
+
+    Returns:
+        The bytes that decoding it takes, about.
+    """
     form = image.format or ""  # none: it was made, not opened
     if form and form not in (*FORMATS, "MPO"):  # MPO: a JPEG that holds further pictures
         raise SampleError("image", f"expected one of {', '.join(FORMATS)}, got {form}", path)
-    check_image(path, *image.size, form, limit_mb=max_decoded_mb)
+    return check_image(path, *image.size, form, limit_mb=max_decoded_mb)
 
 
 def _rgb_pixels(image: Image.Image) -> np.ndarray:

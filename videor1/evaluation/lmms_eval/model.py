@@ -33,7 +33,7 @@ from videor1.model import load_model
 from videor1.model.features import prompt_features
 from videor1.model.prompts import INSTRUCTION, encode, expand_media, place_media
 from videor1.rollout import Branch, LocalEngine, Request, SamplingOptions
-from videor1.types import Clip, Completion, DataType, Media, Prompt, Sample, SampleError
+from videor1.types import Clip, Completion, DataType, Media, Prompt, PromptMedia, Sample, SampleError
 from videor1.video.media import load_media, media_key
 from videor1.video.patches import media_from_clip
 from videor1.video.shuffle import draw_permutation
@@ -191,7 +191,7 @@ class VideoR1(_lmms):
 
     def _load_questions(
         self, members: Sequence[tuple[int, Any]], seen: Counter[tuple[str | int, ...]]
-    ) -> Iterator[tuple[_Question, Media | SampleError | None]]:
+    ) -> Iterator[tuple[_Question, PromptMedia | SampleError]]:
         """Yield each request, converted, with its media, which worker processes decode ahead."""
         pending: deque[_Question] = deque()
 
@@ -259,7 +259,7 @@ class VideoR1(_lmms):
         return question
 
     def _answer(
-        self, engine: LocalEngine, block: Sequence[tuple[_Question, Media | SampleError | None]]
+        self, engine: LocalEngine, block: Sequence[tuple[_Question, PromptMedia | SampleError]]
     ) -> Iterator[tuple[_Question, Completion | SampleError]]:
         """Yield the completion of each question of a block, or the error for which there is none."""
         prompted: list[tuple[_Question, Prompt]] = []
@@ -283,7 +283,7 @@ class VideoR1(_lmms):
             assert group is not None, "this engine never fails a single request"
             yield question, group.ordered[0]
 
-    def _ids(self, question: _Question, media: Media | None) -> torch.Tensor:
+    def _ids(self, question: _Question, media: PromptMedia) -> torch.Tensor:
         """Return the token ids of the conversation, with its media expanded.
 
         Raises:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from videor1.model.families import QWEN2_5_VL, Family
-from videor1.model.prompts import SpecialIds, question_text
+from videor1.model.prompts import SpecialIds, conversation, template_messages
 from videor1.rollout.protocol import (
     Branch,
     Request,
@@ -185,7 +185,7 @@ class ServerEngine(RolloutEngine):
         options, request, special = self._options, pending.group.request, self._special
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": pending.group.content(pending, self._unit)}],
+            "messages": pending.group.messages(pending, self._unit),
             "max_completion_tokens": options.max_new_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -202,6 +202,8 @@ class ServerEngine(RolloutEngine):
             "return_token_ids": True,
             **media_fields(request.prompt.media, self._family),
         }
+        if request.prompt.sample.chat_template_kwargs:
+            body["chat_template_kwargs"] = dict(request.prompt.sample.chat_template_kwargs)
         return self._reader.read(await client.post("/chat/completions", body), request.prompt)
 
     def _write_weights(self) -> Path:
@@ -282,7 +284,7 @@ class _PendingGroup:
     request: Request
     failed: str | None = None  # the reason
     pending: list[_PendingCompletion] = field(default_factory=list)
-    _content: dict[bool, list[dict[str, Any]]] = field(default_factory=dict)
+    _messages: dict[bool, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for branch in (self.request.ordered, self.request.shuffled):
@@ -294,15 +296,20 @@ class _PendingGroup:
     def needs_shuffled(self) -> bool | None:
         return self.request.judge.needed if self.request.judge else True
 
-    def content(self, pending: _PendingCompletion, unit: str) -> list[dict[str, Any]]:
-        """Return the user turn of a completion's branch: media, then text.
+    def messages(self, pending: _PendingCompletion, unit: str) -> list[dict[str, Any]]:
+        """Return the turns of a completion's branch, as the prompt has them, with their media.
 
-        It is encoded once per branch, and kept until the last completion of the branch is requested.
+        They are encoded once per branch, and kept until the last completion of the branch is requested.
         """
-        prompt, cache, shuffled = self.request.prompt, self._content, pending.shuffled
+        prompt, cache, shuffled = self.request.prompt, self._messages, pending.shuffled
         if shuffled not in cache:
-            media = [media_part(prompt.media, pending.branch.permutation, unit)] if prompt.media else []
-            cache[shuffled] = [*media, {"type": "text", "text": question_text(prompt.sample)}]
+            orders = prompt.orders(pending.branch.permutation)
+            media = iter([media_part(one, order, unit) for one, order in zip(prompt.all_media, orders, strict=True)])
+            filled = template_messages(conversation(prompt.sample))
+            for message in filled:
+                if isinstance(message["content"], list):
+                    message["content"] = [part if "text" in part else next(media) for part in message["content"]]
+            cache[shuffled] = filled
         return cache.pop(shuffled) if pending.number == pending.branch.count - 1 else cache[shuffled]
 
     def result(self) -> Group:

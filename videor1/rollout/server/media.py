@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from videor1.model.families import QWEN2_5_VL, Family
-from videor1.types import Media
+from videor1.rollout.server.client import RequestFailed
+from videor1.types import Media, PromptMedia, listed
 from videor1.video.shuffle import shuffled_patches
 
 
@@ -45,18 +46,28 @@ def media_part(media: Media, permutation: tuple[int, ...] | None = None, unit: s
     return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(pictures)}"}}
 
 
-def media_fields(media: Media | None, family: Family = QWEN2_5_VL) -> dict[str, Any]:
+def media_fields(media: PromptMedia, family: Family = QWEN2_5_VL) -> dict[str, Any]:
     """Return the request fields by which vLLM leaves the frames unchanged and puts them at the trainer's times.
 
     It then neither resamples nor resizes. What says the times of a video, its family knows.
+
+    Raises:
+        RequestFailed: the videos of a prompt are at different times: vLLM takes one set of fields for all of a request.
     """
     if media is None:
         return {}
     fields: dict[str, Any] = {"mm_processor_kwargs": {"do_resize": False}}
-    if media.kind == "video":
+    videos = [one for one in listed(media) if one.kind == "video"]
+    if videos:
         assert family.server_video is not None, family.name
+        told, *others = map(family.server_video, videos)
+        if any(other != told for other in others):
+            raise RequestFailed(
+                f"the {len(videos)} videos of this prompt have frames at different times, and a server is told the "
+                "times of one video, for all videos of a request: rollout.engine local takes such prompts"
+            )
         fields["mm_processor_kwargs"]["do_sample_frames"] = False
-        fields["media_io_kwargs"] = {"video": {"num_frames": -1, **family.server_video(media)}}
+        fields["media_io_kwargs"] = {"video": {"num_frames": -1, **told}}
     return fields
 
 
