@@ -316,8 +316,10 @@ def _advantages() -> Iterator[Launch]:
         dtype: torch.dtype = FP32,
         lengths: torch.dtype = torch.int64,
         rest: tuple = ("std", 1e-4, "reward"),
+        bars: bool = False,
     ) -> None:
-        options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, 0.1, 0.2, (320, 512), *rest)
+        above = torch.full((prompts,), 0.1) if bars else 0.1
+        options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, above, 0.2, (320, 512), *rest)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
         std = torch.ones(prompts) if options.normalize == "batch" else None
@@ -332,6 +334,9 @@ def _advantages() -> Iterator[Launch]:
     yield "gdpo, and the batch's deviation, leave-one-out", ONCE
     launch(333, 8, 4, "margin", rest=("gdpo", 1e-4, "reward"))
     launch(333, 8, 4, "margin", rest=("batch", 1e-4, "advantage", "leave_one_out"))
+    yield "a bar for each prompt", ONCE
+    launch(333, 8, 4, "margin", bars=True)
+    launch(333, 8, 4, "margin", dtype=BF16, bars=True)
     yield "sizes of 1, fp16", ONCE
     launch(1, 1, 1, "margin", dtype=FP16)
     launch(1, 1, 1, "margin", rest=("gdpo", 1e-4, "reward", "leave_one_out"))

@@ -16,7 +16,20 @@ from torch import Tensor
 from videor1_kernels.frames_to_patches import YuvFrames
 
 DataType = Literal["video", "image", "text"]
-ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
+ProblemType = Literal[
+    "multiple choice",
+    "numerical",
+    "OCR",
+    "free-form",
+    "regression",
+    "temporal grounding",
+    "spatial grounding",
+    "spatial-temporal grounding",
+    "tracking",
+    "boolean",
+    "math",
+    "open-ended",
+]
 
 
 class SampleError(Exception):

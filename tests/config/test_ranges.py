@@ -10,8 +10,10 @@ import pytest
 
 from videor1.config import EvaluateConfig, SFTConfig, TrainConfig
 from videor1.config.fields import COMMANDS, Option, collect_options
+from videor1.config.options import PROBLEM_TYPES
 from videor1.config.ranges import Range, above, at_least, check_values, field_ranges
 from videor1.errors import ConfigError
+from videor1.types import ProblemType
 
 # Numbers of which every finite value means something; length_range's two ends are held to each other.
 REWARD = {"reward.correct_above", "reward.format_weight", "reward.length_bonus", "reward.length_range"}
@@ -101,6 +103,10 @@ def test_what_two_options_ask_of_each_other(config_class: type, name: str, value
     with pytest.raises(ConfigError) as refused:
         with_value(config_class, name, value)
     assert str(refused.value) == f"{name}: expected {message}, got {value}"
+
+
+def test_the_problem_types_are_those_of_the_records() -> None:
+    assert get_args(ProblemType) == PROBLEM_TYPES
 
 
 COUNTS = "num_generations rollout_batch_size per_device_train_batch_size gradient_accumulation_steps num_iterations"

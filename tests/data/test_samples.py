@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from videor1.data import load_samples
 from videor1.errors import DataError
-from videor1.types import SampleError
+from videor1.types import ProblemType, SampleError
 
 GOOD = {
     "problem_id": 7,
@@ -96,10 +96,7 @@ def test_bad_lines_tell_their_number_and_spare_the_others(tmp_path: Path) -> Non
     assert dataset.error_counts() == {"bad_json": 4, "missing_field": 1}
 
 
-VALID = {
-    "problem_type": "['multiple choice', 'numerical', 'OCR', 'free-form', 'regression']",
-    "data_type": "['video', 'image', 'text']",
-}
+VALID = {"problem_type": str(list(get_args(ProblemType))), "data_type": "['video', 'image', 'text']"}
 
 
 @pytest.mark.parametrize(
@@ -255,3 +252,76 @@ def test_a_file_without_one_usable_sample_stops_with_one_message(tmp_path: Path)
         load_samples(write(tmp_path, content))
     assert "none of its 8 samples can be used (solution 5, outside_root 2, missing_field 1)" in str(error.value)
     assert str(error.value).count("entry ") == 3
+
+
+# Entries as OneThinker's and EasyVideoR1's published files have them (stvg.json of the latter, in pixels of 640 x 360).
+PUBLISHED = [
+    {
+        "data_type": "video",
+        "data_source": "stvg",
+        "problem_type": "spatial-temporal grounding",
+        "path": "10712559773.mp4",
+        "problem": "Who is watching the ball? Please find the corresponding time period in the video.",
+        "problem_id": 1,
+        "options": [],
+        "solution": '<answer>{"time": [17.017017017017018, 18.5185], "boxes": {"18": [440, 135, 493, 246]}}</answer>',
+    },
+    {
+        "data_type": "video",
+        "data_source": "got10k",
+        "problem_type": "tracking",
+        "path": "got/1.mp4",
+        "problem": "Track the target.",
+        "problem_id": "7",
+        "options": [],
+        "process": "",
+        "solution": '<answer>{"boxes":{"1":[1,2,3,4],"2":[2,3,4,5]}}</answer>',
+    },
+    {
+        "data_type": "video",
+        "problem_type": "temporal grounding",
+        "path": "a.mp4",
+        "problem": "When?",
+        "solution": '<answer>{"time": [24.296875, 30.40625], "boxes": {}}</answer>',
+    },
+    {
+        "data_type": "image",
+        "problem_type": "spatial grounding",
+        "path": "a.png",
+        "problem": "Where?",
+        "solution": '<answer>{"boxes": [35, 227, 437, 932]}</answer>',
+    },
+    {"data_type": "text", "problem_type": "boolean", "problem": "Is it?", "solution": "<answer>No</answer>"},
+    {"data_type": "text", "problem_type": "math", "problem": "?", "solution": "<answer>$$-\\dfrac{3}{2}$$</answer>"},
+    {"data_type": "text", "problem_type": "open-ended", "problem": "?", "solution": "<answer>It is Paris.</answer>"},
+    {"data_type": "text", "problem_type": "regression", "problem": "?", "solution": "<answer>42.7</answer>"},
+]
+
+
+def test_published_entries_of_other_trainers_are_read_without_change(tmp_path: Path) -> None:
+    write_data = (tmp_path / "data.json").write_text(json.dumps(PUBLISHED), encoding="utf-8")
+    assert write_data
+    dataset = load_samples(tmp_path / "data.json")
+    assert dataset.errors == []
+    assert [sample.problem_type for sample in dataset.samples] == [entry["problem_type"] for entry in PUBLISHED]
+    assert [sample.solution for sample in dataset.samples] == [entry["solution"] for entry in PUBLISHED]
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "answer"),
+    [
+        ("temporal grounding", "from 3 to 5"),
+        ("temporal grounding", '{"time": [5, 3]}'),
+        ("temporal grounding", '{"time": [3, NaN]}'),
+        ("temporal grounding", '{"time": [3, 3]}'),
+        ("spatial grounding", '{"boxes": [1, 2, 3]}'),
+        ("spatial grounding", '{"boxes": [-1, 2, 3, 4]}'),
+        ("tracking", '{"boxes": {}}'),
+        ("boolean", "perhaps"),
+    ],
+)
+def test_a_truth_that_no_answer_can_match_is_left_out(tmp_path: Path, problem_type: str, answer: str) -> None:
+    bad = {"problem": "?", "data_type": "text", "problem_type": problem_type, "solution": f"<answer>{answer}</answer>"}
+    error = only_error(tmp_path, bad)
+    assert error.kind == "solution"
+    assert f"as {problem_type} earns 0 for itself" in error.message

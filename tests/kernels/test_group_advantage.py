@@ -378,6 +378,31 @@ def test_every_rule_equals_the_reference(
         check(make(13, 5, 3, dtype, seed=1), **options, batch_std=torch.linspace(0.1, 2, 13, device=DEVICE))
 
 
+@pytest.mark.grid(dtype=[torch.float64, *DTYPES], normalize=NORMALIZE, apply=APPLY)
+def test_a_bar_for_each_prompt(dtype: torch.dtype, normalize: str, apply: str) -> None:
+    """Each group as if it were called alone with its own number, also where an accuracy is the bar itself."""
+    inputs = make(37, 8, 4, torch.float32 if dtype == torch.float64 else dtype, seed=3)
+    if dtype == torch.float64:
+        inputs = tuple(double(x) for x in inputs)
+    bars = torch.tensor([0.1, 0.25, 0.5, 0.7, 1.0, -1.0], dtype=torch.float64, device=DEVICE).repeat(7)[:37]
+    options: dict[str, Any] = {"normalize": normalize, "apply": apply}
+    for backend in ["reference"] if dtype == torch.float64 else BACKENDS:
+        ours = run(inputs, backend, **options, correct_above=bars)
+        for bar in bars.unique().tolist():
+            rows = bars == bar
+            alone = run(inputs, backend, **options, correct_above=bar)
+            for one, other in zip(ours, alone, strict=True):
+                if normalize != "batch" or one is not ours[0]:  # the deviation is one of all groups
+                    assert_equal([one[rows]], [other[rows]])
+        std = torch.linspace(0.1, 2, 37, dtype=dtype, device=DEVICE) if normalize == "batch" else None
+        assert_equal(
+            run(inputs, backend, **options, correct_above=torch.full_like(bars, 0.25), batch_std=std),
+            run(inputs, backend, **options, correct_above=0.25, batch_std=std),
+        )
+    if dtype != torch.float64:
+        check(inputs, **options, correct_above=bars.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("prompts", "size", "others"),
     [(1, 1, 1), (3, 1, 4), (5, 2, 1), (130, 4, 4), (65, 8, 0), (3, 33, 70), (2, 520, 3), (2, 3, 600), (0, 4, 4)],

@@ -284,6 +284,8 @@ VALUES: dict[str, Values] = {
             'batch_std: expected None unless normalize is "batch", got a tensor with normalize "std"',
         ),
         ({"batch_std": zeros(3), "normalize": "batch"}, "batch_std: expected shape [2], got [3]"),
+        ({"correct_above": zeros(3)}, "correct_above: expected shape [2], got [3]"),
+        ({"correct_above": zeros(2) / 0}, "correct_above: expected finite values, got others"),
         ({"batch_std": zeros(2) - 1, "normalize": "batch"}, "batch_std: expected finite values of 0 or more"),
     ],
     "prefix_attention": [

@@ -54,6 +54,9 @@ def copy_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
 
 
 WORD = {"multiple choice": "letter", "numerical": "number", "regression": "number", "OCR": "text", "free-form": "words"}
+WORD |= {"temporal grounding": '{"time": [12.3, 25.7]}', "spatial grounding": '{"boxes": [35, 227, 437, 932]}'}
+WORD |= {"spatial-temporal grounding": '"boxes": {"9": [', "tracking": '{"boxes": {"1": [', "boolean": "yes or no"}
+WORD |= {"math": "LaTeX", "open-ended": "words"}
 
 
 @pytest.mark.parametrize(("problem_type", "word"), WORD.items())

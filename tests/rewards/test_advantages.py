@@ -14,8 +14,14 @@ import torch
 from tiny import make_media, make_prompt
 
 from videor1.config import RewardConfig, TemporalConfig, TrainConfig
+from videor1.errors import ConfigError
 from videor1.rewards.advantages import divided, score_groups
 from videor1.rewards.deviation import deviation
+from videor1.rewards.judge import TemporalJudge
+from videor1.rewards.structured import MALFORMED
+from videor1.rollout import Rollout
+from videor1.training.batch import Batch
+from videor1.training.step_metrics import make_step_report, step_metrics
 from videor1.types import Completion, Group
 
 RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
@@ -187,3 +193,65 @@ def test_accuracies_that_are_known_and_functions_of_the_user(monkeypatch: pytest
     texts = [c.text for g in groups for c in g.ordered]
     samples = [g.prompt.sample for g in groups for _ in g.ordered]
     words.assert_called_once_with(texts, samples)  # a judge need not be paid for shuffled answers
+
+
+def test_bars_and_faults_by_problem_type() -> None:
+    """A group of each type has its own bar, in the advantages, in those that are divided later, and for the judge."""
+    box, time = '{"boxes": [0, 0, 10, 10]}', '{"time": [0, 10]}'
+    texts = {
+        "spatial grounding": ['{"boxes": [0, 0, 10, 4]}', '{"boxes": [0, 0, 10, 6]}', '{"boxes": [9, 9, 0, 0]}', "x"],
+        "temporal grounding": ['{"time": [0, 4]}', '{"time": [0, 6]}', '{"time": [0, NaN]}', time],
+    }
+    groups = []
+    for kind, truth in (("spatial grounding", box), ("temporal grounding", time)):
+        group = make_group(
+            answers(*(f"<answer>{text}</answer>" for text in texts[kind])), answers("<answer>x</answer>")
+        )
+        sample = replace(group.prompt.sample, problem_type=kind, solution=f"<answer>{truth}</answer>", options=())
+        groups.append(replace(group, prompt=replace(group.prompt, sample=sample)))
+    reward = RewardConfig(correct_above_for=["spatial grounding=0.5", "math=0.9"])
+    scored = score_groups(groups, config(reward=reward, alpha=0.5))
+    assert scored.accuracy.tolist() == [pytest.approx([0.4, 0.6, 0, 0]), pytest.approx([0.4, 0.6, 0, 1])]
+    assert scored.result.p.tolist() == pytest.approx([0.25, 0.5])  # means of IoU, not shares of right answers
+    assert scored.result.temporal.tolist() == pytest.approx([0.125, 0.25])
+    plain = score_groups(groups, config(reward=reward, alpha=0.0)).result.advantages
+    gained = (scored.result.advantages - plain).tolist()
+    assert gained == [pytest.approx([0, 0.125, 0, 0]), pytest.approx([0.25, 0.25, 0, 0.25])]
+    batch = config(reward=reward, rule="threshold", alpha=0.5, normalize="batch")
+    once = score_groups(groups, batch)
+    assert once.result.rewards.tolist() == [pytest.approx([0.4, 1.1, 0, 0]), pytest.approx([0.9, 1.1, 0, 1.5])]
+    done = divided(once, torch.ones(2, dtype=torch.float64), batch).result.advantages
+    centred = once.result.rewards - once.result.rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(done, centred / (1 + batch.advantage_eps))
+    assert scored.malformed is not None
+    named = [["", *MALFORMED][fault] for fault in scored.malformed.flatten().tolist()]
+    assert named == ["", "", "reversed", "not_json", "", "", "not_finite", ""]
+    report = make_step_report(Batch(groups, [None] * 2, scored, Rollout([])), [], [], 0)
+    metrics = step_metrics([report, report], {}, 1.0)
+    counted = {name: n for name, n in metrics.items() if "malformed" in name}
+    box_name, time_name = "rewards/malformed/spatial_grounding", "rewards/malformed/temporal_grounding"
+    expected = {"rewards/malformed": 6, box_name: 4, f"{box_name}/not_json": 2, f"{box_name}/reversed": 2}
+    assert counted == expected | {time_name: 2, f"{time_name}/not_finite": 2}
+    assert (RewardConfig().above("math"), reward.above("math"), reward.above("OCR")) == (0.1, 0.9, 0.1)
+
+
+def test_the_judge_knows_the_bar_of_its_type() -> None:
+    sample = replace(make_prompt(VIDEO).sample, problem_type="tracking")
+    for above, pairs, needed in (
+        (0.1, [], True),
+        (0.9, [], False),
+        (0.9, ["OCR=0.2"], False),
+        (0.9, ["tracking=0.2"], True),
+        (0.1, ["tracking=0.5"], False),
+        (0.1, ["tracking=0.2", "tracking=0.5"], False),
+    ):
+        reward = RewardConfig(correct_above=above, correct_above_for=pairs)
+        judge = TemporalJudge(sample, config(reward=reward), ordered=2, shuffled=2)
+        judge.ordered = [0.4, 0.3]
+        assert judge.needed is needed, pairs
+
+
+@pytest.mark.parametrize("pair", ["tracking", "tracking=", "trackin=0.5", "tracking=nan", "tracking=inf", "=1", "0.5"])
+def test_a_bar_that_means_nothing_is_refused(pair: str) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.correct_above_for: expected type=number with a type of"):
+        config(reward=RewardConfig(correct_above_for=["math=1", pair]))

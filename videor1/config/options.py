@@ -7,6 +7,7 @@ of the reference code (Video-R1) where it has the option.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,31 @@ MOST_MIB = 2**26  # 64 TiB
 MOST_PIXELS = 2**32  # of a frame or an image
 MOST_PROCESSES = 2**12
 
+# Those of types.ProblemType, whose module loads torch; a test holds the two equal.
+PROBLEM_TYPES = (
+    "multiple choice",
+    "numerical",
+    "OCR",
+    "free-form",
+    "regression",
+    "temporal grounding",
+    "spatial grounding",
+    "spatial-temporal grounding",
+    "tracking",
+    "boolean",
+    "math",
+    "open-ended",
+)
+
 UP_TO_ONE = Range("in (0, 1]", gt=0, le=1)
 BELOW_ONE = Range("in [0, 1)", ge=0, lt=1)
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -137,6 +161,14 @@ class RewardConfig:
     correct_above: float = 0.1
     """A completion counts as correct for the temporal and the length bonus when its accuracy reward exceeds this. An
     entry whose own solution would earn no more is left out and counted, unless reward.functions add rewards."""
+    correct_above_for: list[str] = field(default_factory=list)
+    """Other values of correct_above for some problem types, as type=value, such as "temporal grounding=0.5"."""
+    regression: Literal["error", "mra"] = "error"
+    """How regression is scored. error: 1 - the relative error, at least 0, as in the reference; mra: mean relative
+    accuracy, the share of ten bounds, from 0.5 to 0.05, that the relative error stays within."""
+    structure_bonus: Annotated[float, at_least(0)] = 0.0
+    """Factor on a reward for the right JSON structure in answers of grounding and tracking, whatever they say, added to
+    the format reward of completions that have the form; 0: off (0.5: OneThinker's)."""
     format_weight: float = 1.0
     """Factor on the format reward."""
     length_bonus: float = 0.2
@@ -148,6 +180,18 @@ class RewardConfig:
     """Further reward functions, as module:function; each is called with (completions, samples) and returns one float
     per completion, which is added to the format reward. A completion is the whole answer here, with what the chat
     template opened it with."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value of a type that no problem has, or that is not a number."""
+        for pair in self.correct_above_for:
+            name, _, value = pair.partition("=")
+            known = f"type=number with a type of {list(PROBLEM_TYPES)}"
+            expect("reward.correct_above_for", pair, known, name in PROBLEM_TYPES and _is_finite(value))
+
+    def above(self, problem_type: str) -> float:
+        """Return the accuracy that a correct completion of this type exceeds; the last of several values counts."""
+        values = dict(pair.split("=", 1) for pair in self.correct_above_for)
+        return float(values.get(problem_type, self.correct_above))
 
 
 @dataclass
@@ -346,6 +390,10 @@ class EvalOptions(CommonConfig):
     """Number of samples of data.eval_path to use, from the top; 0: all."""
     eval_temperature: Annotated[float, at_least(0)] = 0.0
     """Sampling temperature of the evaluation; 0: greedy decoding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reward.check()
 
 
 @dataclass

@@ -182,7 +182,9 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
         kernels.tgrpo_advantages(*inputs, normalize=normalize, backend=backend)
         for normalize in ("std", "batch", "gdpo")
     )
+    bars = kernels.tgrpo_advantages(*inputs, correct_above=cast(torch.tensor([0.1, 0.5, 0.1])), backend=backend)
     named = {"by the batch": others[0].advantages, "each reward by itself": others[1].advantages}
+    named["a bar for each prompt"] = bars.rewards
     return {"advantages": result.advantages, "rewards": result.rewards, "p": result.p} | named
 
 

@@ -16,7 +16,7 @@ from videor1.data.prefetch import Prefetcher
 from videor1.model import VideoLM
 from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
-from videor1.rewards import accuracy_of
+from videor1.rewards import accuracy_of, malformed_reason
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
 from videor1.types import Completion, Prompt, PromptMedia, Sample, SampleError
 from videor1.video.media import join_media, load_media, media_key, media_parts
@@ -42,6 +42,9 @@ class Answered:
     finished: float = 1.0  # share of answers that were not cut at max_completion_length
     shuffled_finished: float | None = None  # the same share for answers from shuffled frames
     opened: str = ""  # what the chat template opened each answer with, before what the model wrote
+    malformed: tuple[
+        str, ...
+    ] = ()  # the faults of the answers from frames in order, one of MALFORMED for each that has one
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Evaluation:
             "eval/gap": self.ordered - self.shuffled,
             "eval/samples": len(self.answers),
             "eval/skipped": sum(self.skipped.values()),
+            "eval/malformed": sum(len(a.malformed) for a in self.answers),
         }
         return metrics | ({"eval/image": _mean(others)} if others else {})
 
@@ -110,7 +114,9 @@ class Evaluator:
     ) -> None:
         self._samples = dataset.samples[: config.eval_samples or None][shard[0] :: shard[1]]
         self._config, self._on_skip = config, on_skip
-        self._score = score or functools.partial(accuracy_of, lenient=config.reward.lenient)
+        self._score = score or functools.partial(
+            accuracy_of, lenient=config.reward.lenient, regression=config.reward.regression
+        )
         self._top_p, self._count = top_p, count
         self._prefetcher: Prefetcher[Sample, PromptMedia] = Prefetcher(
             functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
@@ -208,6 +214,11 @@ def _answer_prompts(
         def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
             return sum(score(whole_text(model.opened_text, c.text), sample) for c in completions) / len(completions)
 
+        def faults(completions: Sequence[Completion], sample: Sample = sample) -> Iterator[str]:
+            for completion in completions:
+                text = whole_text(model.opened_text, completion.text)
+                yield malformed_reason(text, sample.solution, sample.problem_type, lenient=config.reward.lenient)
+
         def finished(completions: Sequence[Completion]) -> float:
             return sum(c.finished for c in completions) / len(completions)
 
@@ -223,6 +234,7 @@ def _answer_prompts(
                 finished(group.ordered),
                 finished(shuffled_completions) if shuffled_completions else None,
                 model.opened_text,
+                tuple(filter(None, faults(group.ordered))),
             )
         )
     return answers

@@ -32,6 +32,7 @@ _MODEL = "model (digest of its weights)"
 def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[str, Any]:
     """Return the line of answers.jsonl for a question that was answered."""
     row = _question_fields(benchmark, question) | {
+        "problem_type": question.sample.problem_type,
         "solution": question.sample.solution,
         "accuracy": answered.accuracy,
         "shuffled_accuracy": answered.shuffled,
@@ -43,6 +44,8 @@ def answer_row(benchmark: str, question: Question, answered: Answered) -> dict[s
         "text": answered.text,
         "shuffled_text": answered.shuffled_text,
     }
+    if answered.malformed:
+        row["malformed"] = list(answered.malformed)
     if len(answered.texts) > 1:
         row |= {"texts": list(answered.texts), "shuffled_texts": list(answered.shuffled_texts)}
     return row

@@ -82,6 +82,7 @@ def benchmark_results(
         "asked": asked,
         "unreadable": _unanswered([row for row in unanswered if row["kind"] not in _TEXT_ERRORS]),
         "unaskable": _unanswered([row for row in unanswered if row["kind"] in _TEXT_ERRORS]),
+        "malformed": _malformed(answers),
         "bad_rows": dict(Counter(error.kind for error in loaded.errors)),
         "left_out": dict(loaded.left_out),
         "overall_is": loaded.overall.text,
@@ -89,6 +90,15 @@ def benchmark_results(
         "accuracy_unanswered_as_wrong": _to_json(counted),
         "categories": {axis: _by_category(answers, axis, loaded.overall) for axis in axes},
     }
+
+
+def _malformed(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, int]]:
+    """Return the number of malformed answers from frames in order by problem type and fault."""
+    found: dict[str, Counter[str]] = {}
+    for row in answers:
+        if row.get("malformed"):
+            found.setdefault(row["problem_type"], Counter()).update(row["malformed"])
+    return {kind: dict(sorted(faults.items())) for kind, faults in sorted(found.items())}
 
 
 def _unanswered(rows: Sequence[AnswerRecord]) -> dict[str, Any]:

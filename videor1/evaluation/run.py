@@ -162,7 +162,7 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
     if config.dataset_name:
         # The solutions are checked by from_dataset, since an evaluation's scores are not all the reward's.
         dataset = load_samples(config.dataset_name, root=config.data.root, reward=None)
-        return [from_dataset(dataset, lenient=config.reward.lenient, correct_above=config.reward.correct_above)]
+        return [from_dataset(dataset, reward=config.reward)]
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
     if not config.data.root:
         raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")

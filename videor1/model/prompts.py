@@ -26,6 +26,19 @@ _BY_TYPE = {
     "OCR": "Answer with the text you read.",
     "free-form": "Answer in words.",
     "regression": "Answer with a number alone.",
+    "temporal grounding": 'Answer with the time span in seconds, as JSON alone: {"time": [12.3, 25.7]}',
+    "spatial grounding": "Answer with the box [x1, y1, x2, y2], as JSON alone: " + '{"boxes": [35, 227, 437, 932]}',
+    "spatial-temporal grounding": (
+        "Answer with the time span in seconds and the box [x1, y1, x2, y2] at each whole second in it, as JSON alone: "
+        '{"time": [8.1, 10.5], "boxes": {"9": [317, 422, 582, 997], "10": [332, 175, 442, 369]}}'
+    ),
+    "tracking": (
+        "Answer with the box [x1, y1, x2, y2] at each second, up to 32 of them, as JSON alone: "
+        '{"boxes": {"1": [405, 230, 654, 463], "2": [435, 223, 678, 446]}}'
+    ),
+    "boolean": "Answer with yes or no.",
+    "math": "Answer with the result alone, a number or LaTeX, as in $-\\frac{3}{2}$.",
+    "open-ended": "Answer in words.",
 }
 
 

@@ -56,7 +56,8 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
     """
     accuracy = [float(value) for value in row["accuracy"]]
     count = len(accuracy)
-    above = float(run.option("reward.correct_above") or 0.0)
+    bars = dict(pair.split("=", 1) for pair in run.option("reward.correct_above_for") or ())
+    above = float(bars.get(row.get("problem_type", ""), run.option("reward.correct_above") or 0.0))
     right = sum(value > above for value in accuracy)
     texts = _check_list(row["completions"], count)
     finished = _check_list(row.get("finished") or [None] * count, count)

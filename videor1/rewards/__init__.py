@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from videor1.rewards.scoring import accuracy_of, accuracy_reward, format_reward, load_reward, score
+from videor1.rewards.scoring import accuracy_of, accuracy_reward, format_reward, load_reward, malformed_reason, score
 
-__all__ = ["accuracy_of", "accuracy_reward", "format_reward", "load_reward", "score"]
+__all__ = ["accuracy_of", "accuracy_reward", "format_reward", "load_reward", "malformed_reason", "score"]

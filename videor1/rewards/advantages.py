@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from videor1.config import TrainConfig
+from videor1.answer import whole_text
+from videor1.config import RewardConfig, TrainConfig
 from videor1.rewards.judge import TemporalJudge
-from videor1.rewards.scoring import format_rewards, overlong_penalty
-from videor1.types import Group
+from videor1.rewards.scoring import format_rewards, malformed_reason, overlong_penalty
+from videor1.rewards.structured import MALFORMED
+from videor1.types import Group, Sample
 from videor1_kernels import Advantages, tgrpo_advantages
 
 
@@ -28,6 +30,10 @@ class Scored:
     # and so is temporal where the bonus would have changed nothing: the rewards of such a group may lack a constant,
     # but its advantages are exact.
     result: Advantages
+    above: Tensor | None = (
+        None  # fp64 [P]: the accuracy that a correct completion of each group exceeds; None: one for all
+    )
+    malformed: Tensor | None = None  # int64 [P, G]: 0, or 1 + the index in MALFORMED of the fault of a completion
 
 
 def score_groups(
@@ -65,11 +71,14 @@ def score_groups(
             decisive[i, finished : group.shuffled_asked] = 0.0  # Any value gives the same bonus.
         elif skipped[i] and judge.needed is False:
             decisive[i], unknown[i] = torch.nan, True
-    result = _advantages((accuracy, format_reward, lengths, decisive), config, device)
+    above = torch.tensor([config.reward.above(g.prompt.sample.problem_type) for g in groups], dtype=torch.float64)
+    result = _advantages((accuracy, format_reward, lengths, decisive), config, device, above)
     p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
     values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
-    return Scored(accuracy, format_reward, lengths, shuffled, decisive, values)
+    faults = [fault_number(whole_text(opened, text), s, config.reward) for text, s in completions]
+    malformed = torch.tensor(faults).reshape(len(groups), -1)
+    return Scored(accuracy, format_reward, lengths, shuffled, decisive, values, above, malformed)
 
 
 def divided(scored: Scored, std: Tensor, config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
@@ -77,12 +86,16 @@ def divided(scored: Scored, std: Tensor, config: TrainConfig, device: torch.devi
     if not len(std):
         return scored
     inputs = (scored.accuracy, scored.format, scored.lengths, scored.decisive)
-    advantages = _advantages(inputs, config, device, std).advantages.cpu()
+    advantages = _advantages(inputs, config, device, scored.above, std).advantages.cpu()
     return replace(scored, result=replace(scored.result, advantages=advantages))
 
 
 def _advantages(
-    inputs: Sequence[Tensor], config: TrainConfig, device: torch.device | str, std: Tensor | None = None
+    inputs: Sequence[Tensor],
+    config: TrainConfig,
+    device: torch.device | str,
+    above: Tensor | None,
+    std: Tensor | None = None,
 ) -> Advantages:
     """Call the kernel with accuracies, formats, lengths and shuffled accuracies, and the options' values."""
     reward, temporal = config.reward, config.temporal
@@ -99,7 +112,7 @@ def _advantages(
         alpha=temporal.alpha,
         mu=temporal.mu,
         apply=config.temporal_apply,
-        correct_above=reward.correct_above,
+        correct_above=above.to(device) if above is not None and reward.correct_above_for else reward.correct_above,
         length_bonus=reward.length_bonus if config.len_control else 0.0,
         length_range=reward.length_range,
         normalize=normalize,
@@ -108,6 +121,12 @@ def _advantages(
         batch_std=None if std is None else std.to(device),
         backend=config.kernels,
     )
+
+
+def fault_number(answer: str, sample: Sample, reward: RewardConfig) -> int:
+    """Return 0, or 1 + the index in MALFORMED of what is wrong with a whole answer."""
+    reason = malformed_reason(answer, sample.solution, sample.problem_type, lenient=reward.lenient)
+    return 1 + MALFORMED.index(reason) if reason else 0
 
 
 def _judge(group: Group, config: TrainConfig, opened: str) -> TemporalJudge:
@@ -131,4 +150,4 @@ def _empty_scored(config: TrainConfig) -> Scored:
     matrix, vector = torch.empty(0, config.num_generations), torch.empty(0)
     advantages = Advantages(matrix, matrix, vector, vector, vector)
     shuffled = torch.empty(0, config.num_shuffled)
-    return Scored(matrix, matrix, matrix.long(), shuffled, shuffled, advantages)
+    return Scored(matrix, matrix, matrix.long(), shuffled, shuffled, advantages, vector.double(), matrix.long())

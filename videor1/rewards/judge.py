@@ -89,7 +89,7 @@ class TemporalJudge:
     def _verdict(self) -> bool | None:
         done = len(self.ordered)
         cancels = self._config.temporal_apply == "reward" and not self._config.scales_by_batch
-        above = _fp32(self._config.reward.correct_above)
+        above = _fp32(self._config.reward.above(self._sample.problem_type))
         correct = sum(_fp32(accuracy) > above for accuracy in self.ordered)
         if done == self._counts[0] and (not correct or (cancels and correct == done)):
             return False
@@ -101,7 +101,10 @@ class TemporalJudge:
         text = completion.text
         if text not in self.accuracies:
             answer = whole_text(self._opened, text)
-            self.accuracies[text] = accuracy_of(answer, self._sample, lenient=self._config.reward.lenient)
+            reward = self._config.reward
+            self.accuracies[text] = accuracy_of(
+                answer, self._sample, lenient=reward.lenient, regression=reward.regression
+            )
         return self.accuracies[text]
 
 

@@ -13,21 +13,40 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
 
 from videor1.answer import extract_answer, follows_format, whole_text
 from videor1.config import RewardConfig
 from videor1.errors import ConfigError, did_you_mean
+from videor1.rewards import (
+    boolean,
+    mathematics,
+    open_ended,
+    spatial_grounding,
+    spatial_temporal_grounding,
+    temporal_grounding,
+    tracking,
+)
+from videor1.rewards.open_ended import lenient_rouge, strict_rouge
 from videor1.rewards.quantity import read_quantity
-from videor1.rewards.rouge import any_script_rouge, self_rouge, word_rouge
+from videor1.rewards.regression import closeness, mean_relative_accuracy
+from videor1.rewards.rouge import self_rouge
+from videor1.rewards.structured import Score
 from videor1.types import Sample
 
 RewardFunction = Callable[[list[str], list[Sample]], Any]
 
 
-def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> float:
+def accuracy_reward(
+    completion: str,
+    solution: str,
+    problem_type: str,
+    *,
+    lenient: bool = False,
+    regression: Literal["error", "mra"] = "error",
+) -> float:
     """Score how right the answer in ``completion`` is, in [0, 1].
 
     Both texts are reduced to what stands in their first ``<answer>...</answer>``, stripped ("" without the tags): the
@@ -43,8 +62,20 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
       the first 16,384 words of each text (a longer one is warned about). A text of one word has no bigrams, so it earns
       2/3 at most; one without ASCII letters and digits earns nothing.
     - ``regression``: 1 - min(1, (|o - g| + 1e-9) / (|g| + 1e-9)), read as above. Not a number: 0. The reference's clip
-      turns an answer of "nan" into the full reward; here a NaN difference earns 0. That is the one departure.
+      turns an answer of "nan" into the full reward; here a NaN difference earns 0. That is the one departure. With
+      ``regression="mra"`` it is mean relative accuracy: the share of t = 0.5, 0.55, ..., 0.95 with |o - g| / |g| <=
+      1 - t (a g of 0 needs an o of 0).
+    - ``temporal grounding``: o and g are JSON, ``{"time": [start, end]}`` in seconds: intersection / union (tIoU).
+    - ``spatial grounding``: ``{"boxes": [x1, y1, x2, y2]}``: intersection / union (IoU).
+    - ``spatial-temporal grounding``: ``{"time": [start, end], "boxes": {"9": [x1, y1, x2, y2], ...}}``: 0.5 tIoU + 0.5
+      mean IoU of the frames that both name.
+    - ``tracking``: ``{"boxes": {"1": [x1, y1, x2, y2], ...}}``: mean IoU of the truth's frames, a missing one 0.
+    - ``boolean``: 1 if both are of yes, true, 1 or both of no, false, 0, in any case.
+    - ``math``: 1 if math-verify finds them equal, or they are the same text up to blanks.
+    - ``open-ended``: as ``free-form``.
     - anything else: 0.
+
+    Of a structured answer, what cannot be used scores 0: see :func:`malformed_reason`.
 
     With ``lenient`` the reward is the larger of the strict one and this:
 
@@ -58,13 +89,17 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
       a percentage: "50%" is "50 percent", and neither 50 nor 0.5. Infinite numbers equal nothing.
     - ``regression``: numbers are read in that way, and a right answer to a ground truth of 0 earns 1.
     - ``OCR``: words are compared without case and without punctuation at their ends.
-    - ``free-form``: in scripts other than Latin, ROUGE compares single characters; Latin words keep their accents.
+    - ``free-form``, ``open-ended``: in scripts other than Latin, ROUGE compares single characters; Latin words keep
+      their accents.
+    - grounding, ``tracking``: the JSON may stand in a Markdown code block, or in text.
+    - ``boolean``: punctuation around the word does not count.
 
     Args:
         completion: the whole answer, tags included: what the chat template opened it with, and what the model wrote.
         solution: the right answer, in ``<answer>`` tags.
-        problem_type: "multiple choice", "numerical", "OCR", "free-form" or "regression".
+        problem_type: one of the types above.
         lenient: forgive what is listed above.
+        regression: how ``regression`` is scored, as above.
 
     Returns:
         A reward in [0, 1], without unit.
@@ -74,9 +109,16 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
 
     Source:
         The reward functions of Video-R1 (arXiv 2503.21776; https://github.com/tulerfeng/Video-R1); ``lenient`` is this
-        library's. ROUGE is the rouge-score package's.
+        library's. ROUGE is the rouge-score package's. The types from ``temporal grounding`` on are OneThinker's
+        (arXiv 2512.03043; https://github.com/tulerfeng/OneThinker, ``onethinker_reward.py``), ``boolean`` is
+        EasyVideoR1's (arXiv 2604.16893; https://github.com/cyuQ1n/EasyVideoR1). Mean relative accuracy: VSI-Bench
+        (arXiv 2412.14171).
     """
     output, truth = extract_answer(completion), extract_answer(solution)
+    if problem_type in _KINDS:
+        return _KINDS[problem_type](output, truth, lenient=lenient).accuracy
+    if problem_type == "regression" and regression == "mra":
+        return mean_relative_accuracy(*(_read_number(text, lenient) for text in (output, truth)))
     compare = _STRICT.get(problem_type)
     if compare is None:
         return 0.0
@@ -86,12 +128,49 @@ def accuracy_reward(completion: str, solution: str, problem_type: str, *, lenien
     return reward
 
 
-def accuracy_of(completion: str, sample: Sample, *, lenient: bool = False) -> float:
+def accuracy_of(
+    completion: str, sample: Sample, *, lenient: bool = False, regression: Literal["error", "mra"] = "error"
+) -> float:
     """Return the :func:`accuracy_reward` of a whole answer to ``sample``'s prompt."""
-    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient)
+    return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient, regression=regression)
 
 
-def solution_reward(answer: str, problem_type: str, *, lenient: bool = False) -> float:
+def malformed_reason(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> str:
+    """Return what is wrong with the form of an answer: one of ``structured.MALFORMED``, or "" for nothing.
+
+    Asked of the types whose answers are JSON, numbers, yes or no, or mathematics; of any other it is "". Of several
+    faults it is the first. Arguments as of :func:`accuracy_reward`; it raises nothing.
+    """
+    output, truth = extract_answer(completion), extract_answer(solution)
+    if problem_type in _KINDS:
+        return _KINDS[problem_type](output, truth, lenient=lenient).malformed
+    if problem_type not in ("numerical", "regression"):
+        return ""
+    if not output:
+        return "no_answer"
+    number = _read_number(output, lenient)
+    return "not_a_number" if number is None else "" if math.isfinite(number) else "not_finite"
+
+
+def structure_reward(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> float:
+    """Score how far an answer has the structure that was asked for, in [0, 1], whatever it says.
+
+    1 for a well-formed ``temporal grounding`` or ``spatial grounding``. For ``spatial-temporal grounding`` and
+    ``tracking`` half for a well-formed answer, and half of the share of the truth's frames that it names. 0 for the
+    other types. Arguments as of :func:`accuracy_reward`; it raises nothing.
+
+    Source:
+        OneThinker's structure reward, which is half of this, and 0.5 for every answer of the other types.
+    """
+    if problem_type not in _STRUCTURED:
+        return 0.0
+    output, truth = extract_answer(completion), extract_answer(solution)
+    return _KINDS[problem_type](output, truth, lenient=lenient).structure
+
+
+def solution_reward(
+    answer: str, problem_type: str, *, lenient: bool = False, regression: Literal["error", "mra"] = "error"
+) -> float:
     """Return what :func:`accuracy_reward` gives for a solution and itself: the most that a completion can earn.
 
     It takes microseconds, so that a data file can be checked by it.
@@ -99,13 +178,18 @@ def solution_reward(answer: str, problem_type: str, *, lenient: bool = False) ->
     Args:
         answer: what stands in the solution's ``<answer>`` tags, stripped; not empty.
         problem_type: as in :func:`accuracy_reward`.
-        lenient: as in :func:`accuracy_reward`.
+        lenient, regression: as in :func:`accuracy_reward`.
     """
     if problem_type in ("multiple choice", "OCR"):
         return 1.0
-    if problem_type == "free-form":
+    if problem_type in ("free-form", "open-ended"):
         strict = self_rouge(answer, any_script=False)
         return strict if not lenient or answer.isascii() else max(strict, self_rouge(answer, any_script=True))
+    if problem_type in _KINDS:
+        return _KINDS[problem_type](answer, answer, lenient=lenient).accuracy
+    if problem_type == "regression" and regression == "mra":
+        number = _read_number(answer, lenient)
+        return mean_relative_accuracy(number, number)
     strict = _STRICT[problem_type](answer, answer)
     return max(strict, _LENIENT[problem_type](answer, answer)) if lenient else strict
 
@@ -171,7 +255,7 @@ def score(
         ConfigError: as :func:`format_rewards`.
     """
     accuracy = [
-        accuracy_of(whole_text(opened, completion), sample, lenient=config.lenient)
+        accuracy_of(whole_text(opened, completion), sample, lenient=config.lenient, regression=config.regression)
         for completion, sample in zip(completions, samples, strict=True)
     ]
     return accuracy, format_rewards(completions, samples, config, opened=opened)
@@ -182,14 +266,22 @@ def format_rewards(
 ) -> list[float]:
     """Compute ``config.format_weight`` * format_reward + the sum of ``config.functions`` for each completion.
 
+    A completion that has the form also gets ``config.structure_bonus`` * :func:`structure_reward`.
+
     Arguments as of :func:`score`; the functions are given whole answers. An exception inside one is not caught.
 
     Raises:
         ConfigError: a function cannot be loaded, or does not return one finite number per completion.
     """
     assert len(completions) == len(samples), (len(completions), len(samples))
-    rewards = [config.format_weight * format_reward(completion, opened=opened) for completion in completions]
+    forms = [format_reward(completion, opened=opened) for completion in completions]
+    rewards = [config.format_weight * form for form in forms]
     answers = [whole_text(opened, completion) for completion in completions]
+    if bonus := config.structure_bonus:
+        rewards = [
+            reward + bonus * form * structure_reward(a, s.solution, s.problem_type, lenient=config.lenient)
+            for reward, form, a, s in zip(rewards, forms, answers, samples, strict=True)
+        ]
     for name in config.functions:
         extra = _call(name, load_reward(name), answers, samples)
         rewards = [a + b for a, b in zip(rewards, extra, strict=True)]
@@ -277,24 +369,11 @@ def _numerical(output: str, truth: str) -> float:
 
 
 def _regression(output: str, truth: str) -> float:
-    return _closeness(_number(output), _number(truth))
+    return closeness(_number(output), _number(truth))
 
 
 def _ocr(output: str, truth: str) -> float:
     return _word_accuracy(output.split(), truth.split())
-
-
-def _free_form(output: str, truth: str) -> float:
-    return _rouge(word_rouge, output, truth)
-
-
-def _rouge(compare: Callable[[str, str], float], output: str, truth: str) -> float:
-    try:
-        return compare(output, truth)
-    except ConfigError:
-        raise
-    except Exception:  # NLTK's stemmer fails on some strings that are not words. Video-R1's code gives 0 here too.
-        return 0.0
 
 
 def _number(text: str) -> float | None:
@@ -304,11 +383,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _closeness(output: float | None, truth: float | None) -> float:
-    if output is None or truth is None:
-        return 0.0
-    error = (abs(output - truth) + 1e-9) / (abs(truth) + 1e-9)
-    return 0.0 if math.isnan(error) else 1.0 - min(1.0, error)
+def _read_number(text: str, lenient: bool) -> float | None:
+    number = _number(text)
+    if number is None and lenient and (quantity := read_quantity(text)) is not None:
+        return quantity.value
+    return number
 
 
 def _word_accuracy(output: list[str], truth: list[str]) -> float:
@@ -350,11 +429,7 @@ def _lenient_regression(output: str, truth: str) -> float:
     o, g = read_quantity(output), read_quantity(truth)
     if o is None or g is None or not o.agrees(g):
         return 0.0
-    return _closeness(o.value, g.value) if g.value else float(round(o.value, 2) == 0)
-
-
-def _lenient_free_form(output: str, truth: str) -> float:
-    return 0.0 if output.isascii() and truth.isascii() else _rouge(any_script_rouge, output, truth)
+    return closeness(o.value, g.value) if g.value else float(round(o.value, 2) == 0)
 
 
 def _lenient_ocr(output: str, truth: str) -> float:
@@ -366,13 +441,24 @@ _STRICT: dict[str, Callable[[str, str], float]] = {
     "multiple choice": _multiple_choice,
     "numerical": _numerical,
     "OCR": _ocr,
-    "free-form": _free_form,
+    "free-form": strict_rouge,
     "regression": _regression,
 }
 _LENIENT: dict[str, Callable[[str, str], float]] = {
     "multiple choice": _lenient_choice,
     "numerical": _lenient_numerical,
     "OCR": _lenient_ocr,
-    "free-form": _lenient_free_form,
+    "free-form": lenient_rouge,
     "regression": _lenient_regression,
 }
+# Those that are in none of the two tables above; their scores tell what is wrong with an answer, too.
+_KINDS: dict[str, Callable[..., Score]] = {
+    "temporal grounding": temporal_grounding.score,
+    "spatial grounding": spatial_grounding.score,
+    "spatial-temporal grounding": spatial_temporal_grounding.score,
+    "tracking": tracking.score,
+    "boolean": boolean.score,
+    "math": mathematics.score,
+    "open-ended": open_ended.score,
+}
+_STRUCTURED = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")

@@ -33,20 +33,22 @@ def why_unearnable(
         return f"expected the letter of an option ({', '.join(option_labels(options))}), got {_short(answer)}"
     if reward is None or reward.functions:
         return None
-    earned = solution_reward(answer, problem_type, lenient=reward.lenient)
-    if earned > reward.correct_above:
+    earned = solution_reward(answer, problem_type, lenient=reward.lenient, regression=reward.regression)
+    above = reward.above(problem_type)
+    if earned > above:
         return None
     hint = "; reward.lenient true can reward it" if lenient_can_reward(answer, problem_type, reward) else ""
     return (
-        f"expected an answer that a completion can earn more than {reward.correct_above:g} for "
+        f"expected an answer that a completion can earn more than {above:g} for "
         f"(reward.correct_above), got {_short(answer)}, which as {problem_type} earns {earned:.2g} for itself{hint}"
     )
 
 
 def lenient_can_reward(answer: str, problem_type: str, reward: RewardConfig) -> bool:
     """Return whether ``reward.lenient`` could reward a solution that the strict ``reward`` cannot."""
-    strict, lenient = (solution_reward(answer, problem_type, lenient=lenient) for lenient in (False, True))
-    return not reward.lenient and strict <= reward.correct_above < lenient
+    how = reward.regression
+    strict, lenient = (solution_reward(answer, problem_type, lenient=x, regression=how) for x in (False, True))
+    return not reward.lenient and strict <= reward.above(problem_type) < lenient
 
 
 def _names_an_option(answer: str, options: Sequence[str], lenient: bool) -> bool:

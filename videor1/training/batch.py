@@ -105,10 +105,11 @@ def _replace_groups(batch: Batch, new: Batch, size: int) -> Batch:
 
 
 def _map_tensors(function: Callable[..., Tensor], *scored: Scored) -> Scored:
-    """Apply ``function`` field by field; its arguments are the same tensor field of each of ``scored``."""
+    """Apply ``function`` field by field; its arguments are the same field of each of ``scored``, where all have it."""
 
-    def apply(name: str, owners: Sequence[Any]) -> Tensor:
-        return function(*(getattr(owner, name) for owner in owners))
+    def apply(name: str, owners: Sequence[Any]) -> Any:
+        values = [getattr(owner, name) for owner in owners]
+        return None if any(value is None for value in values) else function(*values)
 
     result = {f.name: apply(f.name, [s.result for s in scored]) for f in fields(Advantages)}
     own = {f.name: apply(f.name, scored) for f in fields(Scored) if f.name != "result"}

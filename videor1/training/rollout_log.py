@@ -14,6 +14,7 @@ from torch import Tensor
 
 from videor1.model import VideoLM
 from videor1.rewards.advantages import Scored
+from videor1.rewards.structured import MALFORMED
 from videor1.types import Group, MediaItem, Prompt
 
 
@@ -37,6 +38,7 @@ def rollout_rows(
             "problem_id": sample.problem_id,
             "path": sample.path,
             "data_type": sample.data_type,
+            "problem_type": sample.problem_type,
             "frames": model.family.frames.name,
             "problem": sample.problem,
             "options": list(sample.options),
@@ -60,6 +62,8 @@ def rollout_rows(
         }
         if sample.media:
             row["media"] = [_media_row(item) for item in sample.media]
+        if scored.malformed is not None:
+            row["malformed"] = [("", *MALFORMED)[fault] for fault in scored.malformed[i].tolist()]
         if i < log_tokens:
             row["tokens"] = [token_strings(model.tokenizer, c.token_ids.tolist()) for c in group.ordered]
             row["logps"] = [[round(logp, 4) for logp in c.logp.tolist()] for c in group.ordered]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videor1.rewards.advantages import Scored
+from videor1.rewards.structured import MALFORMED
 from videor1.rollout import Rollout
 from videor1.training.batch import Batch, concatenate
 from videor1.training.mismatch import WeightBounds, mismatch
 from videor1.training.rows import TrainingRow
+from videor1.types import Group
 from videor1_kernels import GrpoLoss
 
 
@@ -90,6 +94,7 @@ def step_metrics(
         "rewards/accuracy/std": float(scored.accuracy.std()),
         "rewards/format/mean": float(scored.format.mean()),
         "rewards/format/std": float(scored.format.std()),
+        **_malformed(groups, scored),
         "kl": token_mean("kl"),
         "entropy": token_mean("entropy"),
         "clip_ratio/region_mean": token_mean("clip_fraction"),
@@ -121,6 +126,18 @@ def step_metrics(
         **phases,
         "time/tokens_per_second": stats.tokens / seconds,
     }
+
+
+def _malformed(groups: Sequence[Group], scored: Scored) -> dict[str, int]:
+    """Return how many completions from ordered frames have a malformed answer: all, by problem type, and by fault."""
+    if scored.malformed is None:
+        return {}
+    counts: Counter[str] = Counter()
+    for group, row in zip(groups, scored.malformed.tolist(), strict=True):
+        kind = group.prompt.sample.problem_type.replace(" ", "_")
+        for fault in filter(None, row):
+            counts.update((f"rewards/malformed/{kind}", f"rewards/malformed/{kind}/{MALFORMED[fault - 1]}"))
+    return {"rewards/malformed": int((scored.malformed > 0).sum()), **dict(sorted(counts.items()))}
 
 
 def _row_mean(values: Tensor | None) -> float:

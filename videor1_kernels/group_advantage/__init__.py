@@ -38,7 +38,7 @@ def tgrpo_advantages(
     rule: str = "margin",
     alpha: float = 0.3,
     mu: float = 0.8,
-    correct_above: float = 0.1,
+    correct_above: float | Tensor = 0.1,
     length_bonus: float = 0.2,
     length_range: tuple[float, float] = (320, 512),
     normalize: str = "std",
@@ -88,7 +88,8 @@ def tgrpo_advantages(
         rule: "margin", "threshold" or "reference", as above.
         alpha: size of the temporal bonus, 0 or more.
         mu: factor on p~ in the rules ``threshold`` and ``reference``, 0 or more.
-        correct_above: a completion is correct whose accuracy exceeds this.
+        correct_above: a completion is correct whose accuracy exceeds this, or that of its prompt: a number, or [P] of a
+            float dtype. Both are compared in the accuracy's dtype.
         length_bonus: size of the length bonus.
         length_range: (low, high), tokens, both included.
         normalize: "std", "none", "batch" or "gdpo", as above.
@@ -104,7 +105,8 @@ def tgrpo_advantages(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option; an accuracy or format that is NaN or infinite; a
-            ``batch_std`` that is negative, NaN or infinite, or comes with another ``normalize``.
+            ``batch_std`` that is negative, NaN or infinite, or comes with another ``normalize``; a ``correct_above``
+            that is NaN or infinite.
         TypeError: an argument that is no tensor.
 
     Source:
@@ -130,6 +132,10 @@ def tgrpo_advantages(
     check_choice(op, "baseline", baseline, BASELINES)
     check_number(op, "alpha", alpha, at_least=0)
     check_number(op, "mu", mu, at_least=0)
+    bars = None
+    if isinstance(correct_above, Tensor):
+        check_tensor(op, "correct_above", correct_above, (len(accuracy),), device=device)
+        bars, correct_above = correct_above.detach(), 0.0
     check_number(op, "correct_above", correct_above)
     check_number(op, "length_bonus", length_bonus)
     check_number(op, "eps", eps, at_least=0)
@@ -140,6 +146,7 @@ def tgrpo_advantages(
             raise fail(op, "batch_std", 'None unless normalize is "batch"', f'a tensor with normalize "{normalize}"')
         check_tensor(op, "batch_std", batch_std, (len(accuracy),), device=device)
         batch_std = batch_std.detach()
-    options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply, baseline, batch_std)
-    made = tgrpo_advantages_op(accuracy.detach(), format.detach(), lengths, shuffled_accuracy, *options, backend)
+    options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply, baseline)
+    inputs = (accuracy.detach(), format.detach(), lengths, shuffled_accuracy)
+    made = tgrpo_advantages_op(*inputs, *options, batch_std, backend, bars)
     return Advantages(*made)

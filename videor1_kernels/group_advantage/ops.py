@@ -31,13 +31,13 @@ def tgrpo_advantages_op(
     baseline: str,
     batch_std: Tensor | None,
     backend: str,
+    correct_above_each: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
     run = dispatch.resolve("tgrpo_advantages", backend, accuracy.device, dtype)
-    options = AdvantageOptions(
-        rule, alpha, mu, correct_above, length_bonus, (low, high), normalize, eps, apply, baseline
-    )
+    bar = correct_above if correct_above_each is None else correct_above_each
+    options = AdvantageOptions(rule, alpha, mu, bar, length_bonus, (low, high), normalize, eps, apply, baseline)
     with dispatch.running_on(accuracy):
         return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options, batch_std)
 

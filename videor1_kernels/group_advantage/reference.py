@@ -22,7 +22,7 @@ class AdvantageOptions:
     rule: str
     alpha: float
     mu: float
-    correct_above: float
+    correct_above: float | Tensor  # a tensor: [P], each prompt's
     length_bonus: float
     length_range: tuple[float, float]
     normalize: str
@@ -32,15 +32,21 @@ class AdvantageOptions:
 
 
 def check_values(
-    accuracy: Tensor, format: Tensor, shuffled_accuracy: Tensor | None, batch_std: Tensor | None = None
+    accuracy: Tensor,
+    format: Tensor,
+    shuffled_accuracy: Tensor | None,
+    batch_std: Tensor | None = None,
+    correct_above: float | Tensor = 0.0,
 ) -> None:
-    """Check that accuracies and formats are finite; a shuffled accuracy may be NaN. Waits for the device."""
+    """Check that accuracies, formats and bars are finite; a shuffled accuracy may be NaN. Waits for the device."""
     op = "tgrpo_advantages"
     for name, values in (("accuracy", accuracy), ("format", format)):
         if not bool(values.isfinite().all()):
             raise fail(op, name, "finite values", f"{int((~values.isfinite()).sum())} that are NaN or infinite")
     if shuffled_accuracy is not None and bool(shuffled_accuracy.isinf().any()):
         raise fail(op, "shuffled_accuracy", "finite values, or NaN for a missing completion", "an infinite value")
+    if isinstance(correct_above, Tensor) and not bool(correct_above.isfinite().all()):
+        raise fail(op, "correct_above", "finite values", "others")
     if batch_std is not None and not bool(((batch_std >= 0) & batch_std.isfinite()).all()):
         raise fail(op, "batch_std", "finite values of 0 or more", "others")
 
@@ -54,9 +60,12 @@ def tgrpo_advantages(
     batch_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
-    check_values(accuracy, format, shuffled_accuracy, batch_std)
+    check_values(accuracy, format, shuffled_accuracy, batch_std, options.correct_above)
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
-    correct = accuracy > options.correct_above  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
+    bar = options.correct_above
+    if isinstance(bar, Tensor):
+        bar = bar.to(accuracy.dtype)[:, None]
+    correct = accuracy > bar  # [P, G]; in the accuracy's own dtype, so that 0.1 does not exceed 0.1
     # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
     # of a group get does not change their advantages.
     accuracy, format = accuracy.double(), format.double()

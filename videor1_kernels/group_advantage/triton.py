@@ -47,6 +47,7 @@ def advantage_kernel(
     lengths,
     shuffled,
     batch_std,
+    bars,
     advantages,
     rewards_out,
     temporal_out,
@@ -65,6 +66,7 @@ def advantage_kernel(
     eps,
     RULE: tl.constexpr,
     MODE: tl.constexpr,
+    BARS: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
     IN_REWARD: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -73,8 +75,9 @@ def advantage_kernel(
 ):
     """Write advantages and rewards [P, G] and the other results [P], from [P, G] inputs and shuffled [P, Gs].
 
-    RULE and MODE are the indices in RULES and NORMALIZE; batch_std [P] is read in the mode BATCH alone. unusable [P]
-    becomes 1 where an input is NaN or infinite and must not be.
+    RULE and MODE are the indices in RULES and NORMALIZE; batch_std [P] is read in the mode BATCH alone. With BARS, bars
+    [P], in the accuracy's dtype, stand for correct_above. unusable [P] becomes 1 where an input is NaN or infinite and
+    must not be.
     """
     prompts = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     here = prompts < P
@@ -84,9 +87,14 @@ def advantage_kernel(
     acc = tl.load(accuracy + at, mask=inside, other=0.0).to(tl.float32)
     form = tl.load(format + at, mask=inside, other=0.0).to(tl.float32)
     length = tl.load(lengths + at, mask=inside, other=0).to(tl.float32)
-    correct = inside & (acc > correct_above)
     infinite = float("inf")
     bad = tl.max((~((tl.abs(acc) < infinite) & (tl.abs(form) < infinite))).to(tl.int32), 1)
+    if BARS:
+        bar = tl.load(bars + prompts, mask=here, other=0.0).to(tl.float32)  # [BLOCK_P]
+        correct = inside & (acc > bar[:, None])
+        bad = tl.maximum(bad, (~(tl.abs(bar) < infinite)).to(tl.int32))
+    else:
+        correct = inside & (acc > correct_above)
     # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
     # of a group get does not change their advantages.
     acc, form = acc.to(tl.float64), form.to(tl.float64)
@@ -174,11 +182,17 @@ def tgrpo_advantages(
     low, high = (_rounded(bound, lengths.dtype) for bound in options.length_range)
     inputs = [accuracy.contiguous(), format.contiguous(), lengths.contiguous()]
     inputs.append(accuracy if shuffled_accuracy is None else shuffled_accuracy.contiguous())
+    bars, bar = None, 0.0
+    if isinstance(options.correct_above, Tensor):
+        bars = options.correct_above.to(accuracy.dtype).contiguous()
+    else:
+        bar = _rounded(options.correct_above, accuracy.dtype)
 
     def launch(normalize: str, std: Tensor | None, rewards: Tensor) -> None:
         advantage_kernel[(triton.cdiv(prompts, block_p),)](
             *inputs,
             inputs[0] if std is None else std.contiguous(),
+            inputs[0] if bars is None else bars,
             advantages,
             rewards,
             temporal,
@@ -190,13 +204,14 @@ def tgrpo_advantages(
             others,
             options.alpha,
             options.mu,
-            _rounded(options.correct_above, accuracy.dtype),
+            bar,
             options.length_bonus,
             low,
             high,
             options.eps,
             RULE=RULES.index(options.rule),
             MODE=NORMALIZE.index(normalize),
+            BARS=bars is not None,
             LEAVE_ONE_OUT=options.baseline == "leave_one_out",
             IN_REWARD=options.apply == "reward",
             BLOCK_P=block_p,
@@ -212,7 +227,7 @@ def tgrpo_advantages(
             batch_std = deviation((exact - exact.mean()).view(1, -1)).view(1).expand(prompts)
         launch(options.normalize, batch_std, rewards)
         if not capturing(accuracy) and bool(unusable.any()):
-            check_values(accuracy, format, shuffled_accuracy, batch_std)
+            check_values(accuracy, format, shuffled_accuracy, batch_std, options.correct_above)
     return advantages, rewards, temporal, p, p_shuffled
 
 

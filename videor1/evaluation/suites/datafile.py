@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from videor1.answer import extract_answer
+from videor1.config import RewardConfig
 from videor1.data import Dataset
 from videor1.errors import DataError
 from videor1.evaluation.suites.base import Loaded, Overall, Question
@@ -15,7 +16,9 @@ from videor1.rewards.quantity import read_quantity
 from videor1.types import Sample, SampleError
 
 
-def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1) -> Loaded:
+def from_dataset(
+    dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1, reward: RewardConfig | None = None
+) -> Loaded:
     """Return a data set as a benchmark with the name of its file.
 
     Completions are scored by ``rewards.accuracy_reward``, except that ``regression`` is scored by mean relative
@@ -25,15 +28,18 @@ def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: floa
         dataset: the samples.
         lenient: whether ``accuracy_reward`` reads answers leniently.
         correct_above: a sample is left out, as an error ``solution``, if its own solution scores no more than this.
+        reward: says both of these, and the values of single problem types, in their place.
 
     Raises:
         DataError: no solution scores more.
     """
+    reward = reward or RewardConfig(lenient=lenient, correct_above=correct_above)
+    lenient = reward.lenient
     questions, errors = [], list(dataset.errors)
     for sample in dataset.samples:
         question = Question(sample, _categories(sample), _score(sample, lenient))
         scored = question.score(sample.solution)
-        if scored > correct_above:
+        if scored > reward.above(sample.problem_type):
             questions.append(question)
         else:
             answer = extract_answer(sample.solution)[:60]

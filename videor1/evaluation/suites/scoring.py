@@ -8,11 +8,10 @@ from __future__ import annotations
 import ast
 import re
 
-import numpy as np
-
 from videor1.answer import extract_answer
 from videor1.rewards import accuracy_reward
 from videor1.rewards.quantity import Quantity, read_quantity
+from videor1.rewards.regression import mean_relative_accuracy
 
 _MARKS = " \t\r\n.,;:!?\"'`*"
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?<=\d)", re.ASCII)
@@ -52,7 +51,7 @@ def score_mra(completion: str, *, truth: float) -> float:
     match = _NUMBER.fullmatch(words[0].rstrip(".,;:%")) if words else None
     if match is None:
         return 0.0
-    return _mean_relative_accuracy(float(match[0].replace(",", "")), truth)
+    return mean_relative_accuracy(float(match[0].replace(",", "")), truth)
 
 
 def score_quantity(completion: str, *, truth: Quantity) -> float:
@@ -63,14 +62,7 @@ def score_quantity(completion: str, *, truth: Quantity) -> float:
     answer = read_quantity(extract_answer(completion))
     if answer is None:
         return score_mra(completion, truth=truth.value)
-    return _mean_relative_accuracy(answer.value, truth.value) if answer.agrees(truth) else 0.0
-
-
-def _mean_relative_accuracy(value: float, truth: float) -> float:
-    if truth == 0:
-        return float(value == 0)
-    # The published code uses linspace, whose rounding decides at the thresholds themselves.
-    return float(np.mean(abs(value - truth) / abs(truth) <= 1 - np.linspace(0.5, 0.95, 10)))
+    return mean_relative_accuracy(answer.value, truth.value) if answer.agrees(truth) else 0.0
 
 
 def score_open(completion: str, *, truth: str) -> float:
