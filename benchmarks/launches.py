@@ -317,13 +317,14 @@ def _advantages() -> Iterator[Launch]:
         lengths: torch.dtype = torch.int64,
         rest: tuple = ("std", 1e-4, "reward"),
         bars: bool = False,
+        in_p: bool = False,
     ) -> None:
         above = torch.full((prompts,), 0.1) if bars else 0.1
         options = group_advantage.AdvantageOptions(rule, 0.3, 0.8, above, 0.2, (320, 512), *rest)
         zeros = torch.zeros(prompts, size, dtype=dtype)  # this launcher reads its tensors back: no stray NaN
         shuffled = None if others is None else torch.zeros(prompts, others, dtype=dtype)
         std = torch.ones(prompts) if options.normalize == "batch" else None
-        tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options, std)
+        tgrpo_advantages(zeros, zeros, zeros.to(lengths), shuffled, options, std, zeros == 0 if in_p else None)
 
     yield "4096 prompts of 8 and 4", TARGETS
     launch(4096, 8, 4, "margin")
@@ -337,6 +338,8 @@ def _advantages() -> Iterator[Launch]:
     yield "a bar for each prompt", ONCE
     launch(333, 8, 4, "margin", bars=True)
     launch(333, 8, 4, "margin", dtype=BF16, bars=True)
+    yield "p of some completions", ONCE
+    launch(333, 8, 4, "margin", in_p=True)
     yield "sizes of 1, fp16", ONCE
     launch(1, 1, 1, "margin", dtype=FP16)
     launch(1, 1, 1, "margin", rest=("gdpo", 1e-4, "reward", "leave_one_out"))

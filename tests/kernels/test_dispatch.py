@@ -131,7 +131,7 @@ def test_public_functions(name: str) -> None:
             "tgrpo_advantages",
             "accuracy, format, lengths, shuffled_accuracy=None, *, rule='margin', alpha=0.3, mu=0.8, "
             "correct_above=0.1, length_bonus=0.2, length_range=(320, 512), normalize='std', eps=0.0001, "
-            "apply='reward', baseline='mean', batch_std=None, backend='auto'",
+            "apply='reward', baseline='mean', batch_std=None, p_mask=None, backend='auto'",
         ),
         ("prefix_attention", "q, k, v, layout, *, scale=None, backend='auto'"),
     ],

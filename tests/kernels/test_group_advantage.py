@@ -378,6 +378,29 @@ def test_every_rule_equals_the_reference(
         check(make(13, 5, 3, dtype, seed=1), **options, batch_std=torch.linspace(0.1, 2, 13, device=DEVICE))
 
 
+@pytest.mark.grid(dtype=DTYPES, rule=RULES, apply=APPLY, backend=BACKENDS)
+def test_p_is_the_mean_of_those_that_count_in_it(dtype: torch.dtype, rule: str, apply: str, backend: str) -> None:
+    """p by hand, the bonus as of a group of these alone, and every correct completion has it, counted or not."""
+    inputs = make(37, 8, 4, dtype, seed=4)
+    counted = torch.rand(37, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.6
+    counted[5:7] = False
+    options: dict[str, Any] = {"rule": rule, "apply": apply, "normalize": "none", "correct_above": 0.25}
+    ours = run(inputs, backend, **options, p_mask=counted)
+    for i, row in enumerate(counted):
+        if not row.any():
+            assert ours[3][i].isnan()
+            assert ours[2][i] == 0
+            continue
+        alone = run([x[i : i + 1, row] for x in inputs[:3]] + [inputs[3][i : i + 1]], backend, **options)
+        assert_equal([ours[2][i], ours[3][i]], [alone[2][0], alone[3][0]])
+    without = run(inputs, backend, **options | {"alpha": 0.0})
+    where = 0 if apply == "advantage" else 1
+    bonus = torch.where(inputs[0] > 0.25, ours[2][:, None], 0.0)
+    torch.testing.assert_close(ours[where] - without[where], bonus, rtol=0, atol=1e-5)
+    assert_equal(run(inputs, backend, **options, p_mask=counted | True), run(inputs, backend, **options))
+    check(inputs, **options, p_mask=counted)
+
+
 @pytest.mark.grid(dtype=[torch.float64, *DTYPES], normalize=NORMALIZE, apply=APPLY)
 def test_a_bar_for_each_prompt(dtype: torch.dtype, normalize: str, apply: str) -> None:
     """Each group as if it were called alone with its own number, also where an accuracy is the bar itself."""

@@ -242,7 +242,7 @@ def test_opcheck(backend: str) -> None:
         for op, arguments in checks:
             assert set(opcheck(op, (*arguments, backend)).values()) == {"SUCCESS"}
         bars = (rewards, rewards, (9 * rewards).long(), shuffled, *numbers, backend, rewards[:, 0])
-        assert set(opcheck(tgrpo_advantages_op, bars).values()) == {"SUCCESS"}
+        assert set(opcheck(tgrpo_advantages_op, (*bars, rewards > 0)).values()) == {"SUCCESS"}
 
 
 def delta_inputs() -> list[Tensor]:

@@ -185,6 +185,7 @@ def _tgrpo_advantages(cast: Cast, backend: str) -> dict[str, Tensor]:
     bars = kernels.tgrpo_advantages(*inputs, correct_above=cast(torch.tensor([0.1, 0.5, 0.1])), backend=backend)
     named = {"by the batch": others[0].advantages, "each reward by itself": others[1].advantages}
     named["a bar for each prompt"] = bars.rewards
+    named["p of some completions"] = kernels.tgrpo_advantages(*inputs, p_mask=inputs[0] > 0, backend=backend).temporal
     return {"advantages": result.advantages, "rewards": result.rewards, "p": result.p} | named
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from videor1_kernels import dispatch
@@ -25,7 +26,7 @@ class Advantages:
     advantages: Tensor  # [P, G]
     rewards: Tensor  # [P, G]: accuracy + format + length bonus, + the temporal bonus where it is applied to the reward
     temporal: Tensor  # [P]: the temporal bonus of the prompt; 0 where its rule fails or it has no shuffled branch
-    p: Tensor  # [P]: mean accuracy over the ordered completions
+    p: Tensor  # [P]: mean accuracy over the ordered completions that count in it; NaN where none does
     p_shuffled: Tensor  # [P]: mean accuracy over the shuffled completions; NaN without a shuffled branch
 
 
@@ -46,6 +47,7 @@ def tgrpo_advantages(
     apply: str = "reward",
     baseline: str = "mean",
     batch_std: Tensor | None = None,
+    p_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Advantages:
     """Rewards and group-relative advantages of T-GRPO.
@@ -98,6 +100,8 @@ def tgrpo_advantages(
         baseline: "mean" or "leave_one_out" (RLOO's; with ``normalize="none"`` it is RLOO).
         batch_std: [P] of a float dtype, 0 or more, with ``normalize="batch"`` only: what to divide the rewards of each
             prompt by, where that is known from elsewhere (from all processes, or as a moving average).
+        p_mask: bool [P, G], the ordered completions that p is the mean of: those that the policy wrote itself, where
+            others are in the group too. The others are rewarded alike. A prompt without any has no bonus. None: all.
         backend: ``auto``, ``triton``, ``reference``.
 
     Returns:
@@ -146,7 +150,9 @@ def tgrpo_advantages(
             raise fail(op, "batch_std", 'None unless normalize is "batch"', f'a tensor with normalize "{normalize}"')
         check_tensor(op, "batch_std", batch_std, (len(accuracy),), device=device)
         batch_std = batch_std.detach()
+    if p_mask is not None:
+        check_tensor(op, "p_mask", p_mask, accuracy.shape, (torch.bool,), device)
     options = (rule, alpha, mu, correct_above, length_bonus, *length_range, normalize, eps, apply, baseline)
     inputs = (accuracy.detach(), format.detach(), lengths, shuffled_accuracy)
-    made = tgrpo_advantages_op(*inputs, *options, batch_std, backend, bars)
+    made = tgrpo_advantages_op(*inputs, *options, batch_std, backend, bars, p_mask)
     return Advantages(*made)

@@ -32,6 +32,7 @@ def tgrpo_advantages_op(
     batch_std: Tensor | None,
     backend: str,
     correct_above_each: Tensor | None = None,
+    p_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     dtype = compute_dtype(accuracy, format, shuffled_accuracy)
@@ -39,7 +40,7 @@ def tgrpo_advantages_op(
     bar = correct_above if correct_above_each is None else correct_above_each
     options = AdvantageOptions(rule, alpha, mu, bar, length_bonus, (low, high), normalize, eps, apply, baseline)
     with dispatch.running_on(accuracy):
-        return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options, batch_std)
+        return run.tgrpo_advantages(accuracy, format, lengths, shuffled_accuracy, options, batch_std, p_mask)
 
 
 @tgrpo_advantages_op.register_fake

@@ -58,6 +58,7 @@ def tgrpo_advantages(
     shuffled_accuracy: Tensor | None,
     options: AdvantageOptions,
     batch_std: Tensor | None = None,
+    p_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each [P, G], and temporal, p and p_shuffled, each [P]."""
     check_values(accuracy, format, shuffled_accuracy, batch_std, options.correct_above)
@@ -69,7 +70,7 @@ def tgrpo_advantages(
     # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
     # of a group get does not change their advantages.
     accuracy, format = accuracy.double(), format.double()
-    p = accuracy.mean(1).to(dtype)
+    p = (accuracy if p_mask is None else accuracy.masked_fill(~p_mask, torch.nan)).nanmean(1).to(dtype)
     if shuffled_accuracy is None:
         p_shuffled = torch.full_like(p, torch.nan)
     else:

@@ -48,6 +48,7 @@ def advantage_kernel(
     shuffled,
     batch_std,
     bars,
+    p_mask,
     advantages,
     rewards_out,
     temporal_out,
@@ -67,6 +68,7 @@ def advantage_kernel(
     RULE: tl.constexpr,
     MODE: tl.constexpr,
     BARS: tl.constexpr,
+    P_MASK: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
     IN_REWARD: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -76,8 +78,8 @@ def advantage_kernel(
     """Write advantages and rewards [P, G] and the other results [P], from [P, G] inputs and shuffled [P, Gs].
 
     RULE and MODE are the indices in RULES and NORMALIZE; batch_std [P] is read in the mode BATCH alone. With BARS, bars
-    [P], in the accuracy's dtype, stand for correct_above. unusable [P] becomes 1 where an input is NaN or infinite and
-    must not be.
+    [P], in the accuracy's dtype, stand for correct_above; with P_MASK, p is the mean where p_mask [P, G] is true.
+    unusable [P] becomes 1 where an input is NaN or infinite and must not be.
     """
     prompts = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     here = prompts < P
@@ -98,7 +100,13 @@ def advantage_kernel(
     # In fp64 equal accuracies have equal means whatever the sizes of the two groups, and a bonus that all completions
     # of a group get does not change their advantages.
     acc, form = acc.to(tl.float64), form.to(tl.float64)
-    p = (tl.sum(acc, 1) / G).to(tl.float32)  # [BLOCK_P]
+    if P_MASK:
+        in_p = inside & (tl.load(p_mask + at, mask=inside, other=0) != 0)
+        members_in_p = tl.sum(in_p.to(tl.float64), 1)
+        mean_p = tl.sum(tl.where(in_p, acc, 0.0), 1) / tl.maximum(members_in_p, 1.0)
+        p = tl.where(members_in_p > 0, mean_p, float("nan")).to(tl.float32)
+    else:
+        p = (tl.sum(acc, 1) / G).to(tl.float32)  # [BLOCK_P]
 
     others = tl.arange(0, BLOCK_S)
     present = here[:, None] & (others < Gs)[None, :]
@@ -166,6 +174,7 @@ def tgrpo_advantages(
     shuffled_accuracy: Tensor | None,
     options: AdvantageOptions,
     batch_std: Tensor | None = None,
+    p_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return advantages and rewards, each fp32 [P, G], and temporal, p and p_shuffled, each fp32 [P].
 
@@ -193,6 +202,7 @@ def tgrpo_advantages(
             *inputs,
             inputs[0] if std is None else std.contiguous(),
             inputs[0] if bars is None else bars,
+            inputs[0] if p_mask is None else p_mask.contiguous().view(torch.int8),
             advantages,
             rewards,
             temporal,
@@ -212,6 +222,7 @@ def tgrpo_advantages(
             RULE=RULES.index(options.rule),
             MODE=NORMALIZE.index(normalize),
             BARS=bars is not None,
+            P_MASK=p_mask is not None,
             LEAVE_ONE_OUT=options.baseline == "leave_one_out",
             IN_REWARD=options.apply == "reward",
             BLOCK_P=block_p,
