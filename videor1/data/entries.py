@@ -61,10 +61,10 @@ def _item(name: str, value: Any, root: Path, locate: Locate, fail: Fail) -> Medi
     frames = _frames(f"{name}.frames", given["frames"], locate, fail) if "frames" in given else ()
     path = locate(f"{name}.path", _text(f"{name}.path", given["path"], fail)) if "path" in given else None
     times = _timestamps(f"{name}.timestamps", given["timestamps"], fail) if "timestamps" in given else ()
-    if frames and bool(times) == ("frames_per_second" in given):
-        raise fail("media", f"{name}: frames need timestamps (seconds of each) or frames_per_second")
     if times and "frames_per_second" in given:
         raise fail("media", f"{name}: expected timestamps or frames_per_second, got both")
+    if frames and not times and "frames_per_second" not in given:
+        raise fail("media", f"{name}: frames need timestamps (seconds of each) or frames_per_second")
     if frames and times and len(times) != len(frames):
         raise fail("media", f"{name}.timestamps: expected one for each of {len(frames)} frames, got {len(times)}")
     start, end = (
