@@ -172,6 +172,7 @@ USER = {"role": "user", "content": "Which?"}
         ("placeholders", {"messages": [USER], "system": "<video>", "media": [IMAGE]}),
         ("wrong_type", {"messages": [USER], "system": 5}),
         ("wrong_type", {"messages": [USER], "chat_template_kwargs": "x"}),
+        ("wrong_type", {"messages": [USER], "chat_template_kwargs": []}),
     ],
 )
 def test_bad_conversations(kind: str, entry: dict[str, Any], tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def _content(name: str, value: Any, fail: Fail) -> str:
 
 def read_template_arguments(value: Any, fail: Fail) -> Mapping[str, Any]:
     """Return an entry's ``chat_template_kwargs``. Raises SampleError ``wrong_type`` for what is no object."""
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise fail("wrong_type", f"chat_template_kwargs: expected an object, got {json_type(value)}")
     return value
