@@ -56,16 +56,23 @@ def received_media(body: Body) -> tuple[str, torch.Tensor, float] | None:
 
 def prompt_ids(body: Body) -> list[int]:
     """What the chat template makes of a request, media expanded."""
-    content = [{**part, "type": part["type"].removesuffix("_url")} for part in body["messages"][0]["content"]]
-    turn = [{"role": "user", "content": content}]
-    text = TOKENIZER.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    ids = list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
-    if media := received_media(body):
-        kind, frames, _ = media
-        pad = SPECIAL.video_pad if kind == "video" else SPECIAL.image_pad
-        count = -(-len(frames) // 2) * (frames.shape[1] // 28) * (frames.shape[2] // 28)
-        at = ids.index(pad)
-        ids[at : at + 1] = [pad] * count
+    turns, media = [], []
+    for message in body["messages"]:
+        content = message["content"]
+        if isinstance(content, list):
+            media += [part for part in content if part["type"] != "text"]
+            content = [{**part, "type": part["type"].removesuffix("_url")} for part in content]
+        turns.append({"role": message["role"], "content": content})
+    text = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = []
+    given = iter(media)
+    for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]:
+        count = 1
+        if token in (SPECIAL.video_pad, SPECIAL.image_pad):
+            one: Body = {"messages": [{"content": [next(given)]}]}
+            _, frames, _ = received_media(body | one) or ("", torch.empty(0), 0.0)
+            count = -(-len(frames) // 2) * (frames.shape[1] // 28) * (frames.shape[2] // 28)
+        ids += [token] * count
     return ids
 
 

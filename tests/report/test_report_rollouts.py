@@ -7,6 +7,7 @@ import io
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from media import coded_numbers, real_video
 from PIL import Image
 from report_runs import HOSTILE, LOGPS, TOKENS, Page, lines, make_run, report, rollout_row, small_video
 
-from videor1.config import VideoConfig
+from videor1.config import DataConfig, VideoConfig
 from videor1.report import choose, page
 from videor1.report.cards import visible
 from videor1.report.choose import choose_lines
@@ -197,3 +198,37 @@ def test_lines_too_long_or_broken_are_counted(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n\nno json\n[]\n{"step": 2}\n{"step": "' + "x" * 200 + '"}\n')
     chosen = choose_lines(tmp_path / "a.jsonl", 9)
     assert ([row["step"] for row in chosen.rows], chosen.unreadable, chosen.too_long) == ([1, 2], 2, 1)
+
+
+def test_several_media_have_their_own_frames_and_orders(tmp_path: Path) -> None:
+    """Each medium of a row is shown as the data name it, a part of a clip and a list of images included."""
+    first, second = small_video(tmp_path / "one.mp4"), small_video(tmp_path / "two.mp4")
+    stills = [tmp_path / f"{i}.png" for i in range(3)]
+    for still in stills:
+        Image.new("RGB", (30, 20), "red").save(still)
+    media: list[dict[str, Any]] = [
+        {"kind": "video", "path": str(first), "start": 0.5, "max_frames": 2},
+        {"kind": "image", "path": str(stills[0])},
+        {"kind": "video", "frames": [str(still) for still in stills], "timestamps": [0.0, 2.0, 3.0]},
+        {"kind": "video", "path": str(tmp_path / "gone.mp4")},
+    ]
+    orders = [[1, 0], None, [1, 0], [3, 2, 1, 0]]
+    rows = [rollout_row(1, first, media=media, permutation=orders), rollout_row(2, second)]
+    rows.append(rollout_row(3, first, media=media[:1], permutation=[1, 0]))
+    rows += [rollout_row(4, first, media=bad) for bad in (3, [{}], [{"kind": "video"}], [{"path": "a", "what": 1}])]
+    rows.append(rollout_row(5, first, media=media, permutation=[1, 0]))  # not one for each
+    made = report(make_run(tmp_path / "run", rollouts=rows))
+    whole, plain, alone = made.rollouts["cards"]
+    assert whole["permutation"] == orders
+    assert whole["kinds"] == ["video", "image", "video", "video"]
+    shown = [made.rollouts["media"][index] for index in whole["media"]]
+    assert [len(one["frames"]) for one in shown] == [2, 1, 2, 0]
+    assert shown[0]["times"][0] == 0.5
+    assert shown[2]["times"] == [0.0, 3.0]
+    assert "missing_file" in shown[3]["note"]
+    assert plain["media"] not in whole["media"]
+    assert (alone["media"], alone["permutation"]) == (whole["media"][0], [1, 0])
+    assert "5 of the lines chosen cannot be read" in made.text
+    # Each path must lie in the run's root.
+    run = make_run(tmp_path / "rooted", rollouts=rows[:1], data=DataConfig(root=str(tmp_path / "run")))
+    assert all("outside of data.root" in one["note"] for one in report(run).rollouts["media"])

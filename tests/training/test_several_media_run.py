@@ -44,7 +44,11 @@ def data(assets: Assets, folder: Path) -> Path:
 
 def test_a_run(lab: Lab, assets: Assets, tmp_path: Path) -> None:
     options = {"dataset_name": data(assets, tmp_path), "data__root": assets.folder, "max_steps": 6, "save_steps": 3}
-    lab.make("whole", **options, max_completion_length=4).train()
+    held_out = {"data__eval_path": options["dataset_name"]}
+    lab.make("whole", **options, **held_out, max_completion_length=4).train()
+    (evaluated,) = [row for row in runs.metrics(lab.folder / "whole") if "eval/samples" in row]
+    assert (evaluated["eval/samples"], evaluated["eval/skipped"]) == (4, 1)  # a bad entry is no sample
+    assert evaluated["eval/image"] is not None
     rows = {row["problem"]: row for row in run_lines(lab.folder / "whole", "rollouts.jsonl")}
     mixed = rows["<video> and <image> and <video>?"]
     first, still, last = mixed["permutation"]

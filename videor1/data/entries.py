@@ -61,10 +61,10 @@ def _item(name: str, value: Any, root: Path, locate: Locate, fail: Fail) -> Medi
     frames = _frames(f"{name}.frames", given["frames"], locate, fail) if "frames" in given else ()
     path = locate(f"{name}.path", _text(f"{name}.path", given["path"], fail)) if "path" in given else None
     times = _timestamps(f"{name}.timestamps", given["timestamps"], fail) if "timestamps" in given else ()
-    if frames and bool(times) == ("frames_per_second" in given):
-        raise fail("media", f"{name}: frames need timestamps (seconds of each) or frames_per_second")
     if times and "frames_per_second" in given:
         raise fail("media", f"{name}: expected timestamps or frames_per_second, got both")
+    if frames and not times and "frames_per_second" not in given:
+        raise fail("media", f"{name}: frames need timestamps (seconds of each) or frames_per_second")
     if frames and times and len(times) != len(frames):
         raise fail("media", f"{name}.timestamps: expected one for each of {len(frames)} frames, got {len(times)}")
     start, end = (
@@ -184,6 +184,8 @@ def _content(name: str, value: Any, fail: Fail) -> str:
 
 def read_template_arguments(value: Any, fail: Fail) -> Mapping[str, Any]:
     """Return an entry's ``chat_template_kwargs``. Raises SampleError ``wrong_type`` for what is no object."""
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise fail("wrong_type", f"chat_template_kwargs: expected an object, got {json_type(value)}")
     return value

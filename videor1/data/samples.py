@@ -388,7 +388,7 @@ class EntryChecker:
             media=media,
             messages=messages,
             system=system,
-            chat_template_kwargs=read_template_arguments(entry.get("chat_template_kwargs") or {}, fail),
+            chat_template_kwargs=read_template_arguments(entry.get("chat_template_kwargs"), fail),
         )
 
     def _resolve(self, relative: str) -> Path:

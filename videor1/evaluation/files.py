@@ -58,7 +58,8 @@ def skipped_row(benchmark: str, question: Question, error: SampleError) -> dict[
 
 def _question_fields(benchmark: str, question: Question) -> dict[str, Any]:
     sample = question.sample
-    return {
+    several = {"media": [str(item.named) for item in sample.media]} if sample.media else {}
+    return several | {
         "benchmark": benchmark,
         "index": sample.index,
         "problem_id": sample.problem_id,

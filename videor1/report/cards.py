@@ -10,6 +10,7 @@ from typing import Any
 from videor1.answer import extract_answer
 from videor1.report.choose import choose_lines
 from videor1.report.run import Run
+from videor1.types import MediaItem
 
 # Characters that hide or reorder the text beside them: control characters, direction marks and lone surrogates.
 _HIDDEN = re.compile(
@@ -80,7 +81,9 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
             completion["tokens"] = [visible(token) for token in tokens[i]]
             completion["logps"] = _numbers(logps[i] or [None] * len(tokens[i]), len(tokens[i]))
         completions.append(completion)
-    order = row["permutation"]
+    items = row.get("media")
+    for item in items or []:
+        _item(item)  # This raises for one that is none.
     return {
         "step": int(row["step"]),
         "draw": int(row["draw"]),
@@ -92,13 +95,33 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
         "options": [visible(option) for option in row.get("options") or []],
         "solution": visible(extract_answer(row["solution"]) or row["solution"]),
         "opened": visible(row.get("opened", "")),  # which older files do not have
-        "permutation": None if order is None else [int(i) for i in order],
+        "items": items,
+        "permutation": _permutation(row["permutation"], 1 if items is None else len(items)),
         "completions": completions,
         "right": "all" if right == count else "some" if right else "none",
         "count": [right, count],
         "above": above,
         "tokens": any(one is not None for one in tokens),
     } | _shuffled(row, accuracy, above)
+
+
+def _item(value: Any) -> MediaItem:
+    """Return a medium of a row. Raises a ValueError or TypeError for what is none."""
+    given = dict(value)
+    if given.get("kind") not in ("video", "image") or not (given.get("path") or given.get("frames")):
+        raise ValueError(f"expected a video or an image, got {value!r:.60}")
+    given |= {"path": Path(given["path"]) if given.get("path") else None}
+    given |= {"frames": tuple(Path(one) for one in given.get("frames") or ())}
+    return MediaItem(**given | {"timestamps": tuple(float(one) for one in given.get("timestamps") or ())})
+
+
+def _permutation(order: Any, media: int) -> list[Any] | None:
+    """Return the shuffled order of a row: of its clip, or of each of several media, None for an image."""
+    if order is None:
+        return None
+    if media == 1:
+        return [int(i) for i in order]
+    return [None if one is None else [int(i) for i in one] for one in _check_list(order, media)]
 
 
 def _shuffled(row: dict[str, Any], accuracy: Sequence[float], above: float) -> dict[str, Any]:
@@ -139,18 +162,19 @@ def _question(prompt: str) -> str:
     return _TURN.sub("", _VISION.sub("", prompt)).strip().removeprefix("user").removesuffix("assistant").strip()
 
 
-def media_path(card: dict[str, Any], run: Run) -> Path | None:
-    """Return the path of a rollout's media file, or None for a question without media.
+def media_items(card: dict[str, Any]) -> list[MediaItem]:
+    """Return the media of a rollout, in order; none for a question without media."""
+    if card["items"] is not None:
+        return [_item(item) for item in card["items"]]
+    return [] if card["path"] is None else [MediaItem(card["kind"], Path(card["path"]))]
 
-    Raises:
-        ValueError: the path lies outside of the run's ``data.root``.
-    """
-    if card["path"] is None:
-        return None
-    path, root = Path(card["path"]), media_root(run)
-    if root is not None and not path.resolve().is_relative_to(root):
-        raise ValueError(f"outside of data.root ({root})")
-    return path
+
+def check_inside(item: MediaItem, run: Run) -> None:
+    """Raise a ValueError where a path of a medium lies outside of the run's ``data.root``."""
+    root = media_root(run)
+    for path in (item.path, *item.frames):
+        if root is not None and path is not None and not path.resolve().is_relative_to(root):
+            raise ValueError(f"outside of data.root ({root})")
 
 
 def media_root(run: Run) -> Path | None:

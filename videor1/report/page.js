@@ -113,7 +113,11 @@
     if (!card.options.some((option) => isSolution(option, card))) {
       node.append(el("p", {}, "Solution: ", el("b", {}, el("bdi", {}, card.solution))));
     }
-    if (card.media !== null) node.append(branches(card, media[card.media]));
+    if (Array.isArray(card.media)) {
+      card.media.forEach((index, i) => node.append(
+        el("h4", {}, `${card.kinds[i] === "image" ? "Image" : "Video"} ${i + 1} of ${card.media.length}: `, el("bdi", {}, media[index].name)),
+        branches({ kind: card.kinds[i], unit: card.unit, permutation: card.permutation && card.permutation[i] }, media[index])));
+    } else if (card.media !== null) node.append(branches(card, media[card.media]));
     node.append(means(card));
     node.append(el("h4", {}, `Completions from ${card.permutation ? "frames in order" : card.kind === "text" ? "the text" : `the ${card.kind}`}: ${right} of ${card.completions.length} correct${above}`));
     if (card.tokens) node.append(legend(node));

@@ -12,12 +12,13 @@ import jinja2
 import plotly.offline
 
 from videor1.config import VideoConfig
-from videor1.report.cards import cards_of, media_path, media_root, visible
+from videor1.report.cards import cards_of, check_inside, media_items, media_root, visible
 from videor1.report.charts import charts, points
 from videor1.report.overview import compared_options, overview
 from videor1.report.run import Run
 from videor1.report.thumbnails import Thumbnails
-from videor1.video import FRAME_RULES, QWEN2_RULES
+from videor1.types import MediaItem
+from videor1.video import FRAME_RULES, QWEN2_RULES, FrameRules
 
 TEXT_BYTES = 4 * 2**20  # most bytes of the rollouts' text
 PICTURE_BYTES = 4 * 2**20  # No further frames are added to the page once it holds so many bytes of them.
@@ -75,16 +76,23 @@ def _rollouts(
     thumbnails = Thumbnails(PICTURE_BYTES, DECODE_SECONDS)
     for card in cards:
         run = runs[card["run"]]
-        card["media"] = None
         rules = FRAME_RULES.get(card.pop("frames"), QWEN2_RULES)  # Older rows name none.
-        try:
-            if path := media_path(card, run):
-                card["media"] = thumbnails.add(path, card["kind"], _video_options(run), media_root(run), rules)
-        except (ValueError, TypeError) as error:
-            card["media"] = thumbnails.note(str(card["path"]), str(error))
+        shown = [_picture(thumbnails, item, run, rules) for item in media_items(card)]
+        # Of several media each has an entry, and an order of its own.
+        card["media"] = shown if len(shown) > 1 else shown[0] if shown else None
+        card["kinds"] = [item.kind for item in media_items(card)]
         card["unit"] = run.option("temporal.shuffle_unit")
-        del card["path"]
+        del card["path"], card["items"]
     return cards, [clip | {"name": visible(clip["name"]), "note": visible(clip["note"])} for clip in thumbnails.media]
+
+
+def _picture(thumbnails: Thumbnails, item: MediaItem, run: Run, rules: FrameRules) -> int:
+    """Return the index of a medium's frames, or of a note that says why there are none."""
+    try:
+        check_inside(item, run)
+        return thumbnails.add(item, _video_options(run), media_root(run), rules)
+    except (ValueError, TypeError) as error:
+        return thumbnails.note(str(item.named), str(error))
 
 
 def _video_options(run: Run) -> VideoConfig:

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from videor1.config import VideoConfig
-from videor1.types import Clip, SampleError
+from videor1.types import Clip, MediaItem, SampleError
 from videor1.video import QWEN2_RULES, FrameRules, read_frames, read_image
+from videor1.video.frame_folder import read_frame_files, read_frame_folder
 
 SIDE = 144  # pixels of the longer side of a frame, for media of up to MANY frames; with more frames they are smaller
 MANY = 16
@@ -42,17 +43,18 @@ class Thumbnails:
         self._bytes, self._spent = 0, 0.0
 
     def add(
-        self, path: Path, kind: str, video: VideoConfig, root: Path | None = None, rules: FrameRules = QWEN2_RULES
+        self, item: MediaItem, video: VideoConfig, root: Path | None = None, rules: FrameRules = QWEN2_RULES
     ) -> int:
-        """Decode a file's frames, sampled by the options in ``video`` and the model's rules, and return their index in
-        ``media``.
+        """Decode a medium's frames, sampled by the options in ``video``, its own and the model's rules, and return
+        their index in ``media``.
 
-        The file that is opened must lie in ``root``, a folder with its symlinks resolved; None: anywhere.
+        The files that are opened must lie in ``root``, a folder with its symlinks resolved; None: anywhere.
         """
-        key = (str(path), kind, video.max_frames, video.fps, root, rules.name)
+        key = (item, video.max_frames, video.fps, root, rules.name)
         if key not in self._made:
             full = self._full()
-            self._made[key] = self.note(path, full) if full else self._decode(path, kind, video, root, rules)
+            named = item.named or Path()
+            self._made[key] = self.note(named, full) if full else self._decode(item, named, video, root, rules)
         return self._made[key]
 
     def note(self, path: Path | str, reason: str) -> int:
@@ -67,16 +69,10 @@ class Thumbnails:
             return f"left out: the frames before it took {self._spent:.0f} seconds to decode; ask for fewer rollouts"
         return ""
 
-    def _decode(self, path: Path, kind: str, video: VideoConfig, root: Path | None, rules: FrameRules) -> int:
-        started = time.perf_counter()
+    def _decode(self, item: MediaItem, path: Path, video: VideoConfig, root: Path | None, rules: FrameRules) -> int:
+        started, kind = time.perf_counter(), item.kind
         try:
-            # Every backend returns the same frames, so the one that is always installed is used here.
-            clip = (
-                read_image(path, root=root)
-                if kind == "image"
-                else read_frames(path, max_frames=video.max_frames, fps=video.fps, threads=1, root=root, rules=rules)
-            )
-            frames = small_jpegs(clip)
+            frames = small_jpegs(clip := _read(item, path, video, root, rules))
         except SampleError as error:
             return self.note(path, f"{error.message} [{error.kind}]")
         except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
@@ -89,6 +85,21 @@ class Thumbnails:
             frames, times = [*frames, frames[-1]], [*times, times[-1]]
         self.media.append({"name": path.name, "frames": frames, "times": times, "note": ""})
         return len(self.media) - 1
+
+
+def _read(item: MediaItem, path: Path, video: VideoConfig, root: Path | None, rules: FrameRules) -> Clip:
+    """Read the frames of a medium that the model has seen, in the size of the file."""
+    if item.kind == "image":
+        return read_image(path, root=root)
+    given: dict[str, Any] = {"max_frames": item.max_frames or video.max_frames, "fps": item.fps or video.fps}
+    given |= {"start": item.start, "end": item.end, "root": root, "rules": rules}
+    shown: dict[str, Any] = {"frames_per_second": item.frames_per_second, "timestamps": item.timestamps}
+    if item.frames:
+        return read_frame_files(item.frames, name=path, **shown, **given)
+    if item.timestamps or item.frames_per_second is not None:
+        return read_frame_folder(path, **shown, **given)
+    # Every backend returns the same frames, so the one that is always installed is used here.
+    return read_frames(path, threads=1, **given)
 
 
 def small_jpegs(clip: Clip) -> list[str]:
