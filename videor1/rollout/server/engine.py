@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 from videor1.model.families import QWEN2_5_VL, Family
 from videor1.model.prompts import SpecialIds, question_text
+from videor1.remote.client import MAX_BYTES, RequestFailed, ServerClient, quoted
 from videor1.rollout.protocol import (
     Branch,
     Request,
@@ -45,7 +46,6 @@ from videor1.rollout.protocol import (
     SamplingOptions,
 )
 from videor1.rollout.server.answer import AnswerReader
-from videor1.rollout.server.client import MAX_BYTES, RequestFailed, ServerClient, quoted
 from videor1.rollout.server.media import media_fields, media_part
 from videor1.seeding import derive_seed
 from videor1.types import Completion, Group
@@ -138,12 +138,12 @@ class ServerEngine(RolloutEngine):
             try:
                 self._model = self._model or _only_model(await client.models())
             except RequestFailed as failure:
-                raise client.fatal_error("no model to ask", failure) from None
+                raise _fatal(client, "no model to ask", failure) from None
             await self._sample_all(client, groups)
             stats.retries = client.retried
             failed = {i: group.failed for i, group in enumerate(groups) if group.failed}
             if len(failed) == len(groups):
-                raise client.fatal_error(f"none of {len(groups)} prompts was answered. The first", failed[0])
+                raise _fatal(client, f"none of {len(groups)} prompts was answered. The first", failed[0])
         for pending in (pending for group in groups for pending in group.pending):
             stats.tokens += len(pending.completion.token_ids) if pending.completion else 0
             if pending.shuffled:
@@ -239,7 +239,7 @@ class ServerEngine(RolloutEngine):
                 except RequestFailed as failure:
                     problem = f"the weights in {folder} were not handed over: POST {path}"
                     reason = f"{failure} (it takes vLLM with VLLM_SERVER_DEV_MODE=1)"
-                    raise client.fatal_error(problem, reason) from None
+                    raise _fatal(client, problem, reason) from None
 
 
 @dataclass(eq=False)
@@ -314,6 +314,11 @@ class _PendingGroup:
         if branch is None:
             return Group(self.request.prompt, ordered)
         return Group(self.request.prompt, ordered, shuffled, branch.permutation, branch.count)
+
+
+def _fatal(client: ServerClient, problem: str, reason: object) -> RolloutError:
+    """Return the error to raise where the engine cannot go on."""
+    return RolloutError(f"{client.url}: {problem}: {reason}\n{client.advice()}")
 
 
 def _only_model(models: list[str]) -> str:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from videor1.rollout.server.client import RequestFailed, ServerClient
+from videor1.remote.client import RequestFailed, ServerClient
 
 Send = Callable[[socket.socket], None]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
