@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 
 from videor1.answer import extract_answer
@@ -15,7 +15,9 @@ from videor1.rewards.quantity import read_quantity
 from videor1.types import Sample, SampleError
 
 
-def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1) -> Loaded:
+def from_dataset(
+    dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1, judged: Container[str] = ()
+) -> Loaded:
     """Return a data set as a benchmark with the name of its file.
 
     Completions are scored by ``rewards.accuracy_reward``, except that ``regression`` is scored by mean relative
@@ -25,6 +27,7 @@ def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: floa
         dataset: the samples.
         lenient: whether ``accuracy_reward`` reads answers leniently.
         correct_above: a sample is left out, as an error ``solution``, if its own solution scores no more than this.
+        judged: problem types that a judge scores instead, whose samples are all kept.
 
     Raises:
         DataError: no solution scores more.
@@ -33,7 +36,7 @@ def from_dataset(dataset: Dataset, *, lenient: bool = False, correct_above: floa
     for sample in dataset.samples:
         question = Question(sample, _categories(sample), _score(sample, lenient))
         scored = question.score(sample.solution)
-        if scored > correct_above:
+        if scored > correct_above or sample.problem_type in judged:
             questions.append(question)
         else:
             answer = extract_answer(sample.solution)[:60]

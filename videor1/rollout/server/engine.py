@@ -27,8 +27,9 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,11 +154,16 @@ class ServerEngine(RolloutEngine):
         return Rollout([None if group.failed else group.result() for group in groups], stats, failed)
 
     async def _sample_all(self, client: ServerClient, groups: Sequence[_PendingGroup]) -> None:
-        """Keep ``concurrency`` requests in flight, in the order of their priority, until no completion is needed."""
+        """Keep ``concurrency`` requests in flight, in the order of their priority, until no completion is needed.
+
+        Completions that may be needed do not wait for late scores: those that arrive meanwhile may stop them.
+        """
         waiting = sorted((p for group in groups for p in group.pending), key=lambda pending: pending.shuffled)
         running: dict[asyncio.Task[Completion], _PendingCompletion] = {}
+        arrivals = _Arrivals()
         try:
             while True:
+                arrivals.settle(groups)
                 unneeded = [task for task, pending in running.items() if not pending.needed]
                 await _cancel(unneeded)
                 for task in unneeded:
@@ -170,7 +176,7 @@ class ServerEngine(RolloutEngine):
                     running[asyncio.create_task(self._sample(client, pending))] = pending
                 if not running:
                     return
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                await arrivals.wait(running)
                 for task in [task for task in running if task.done()]:
                     pending = running.pop(task)
                     try:
@@ -314,6 +320,39 @@ class _PendingGroup:
         if branch is None:
             return Group(self.request.prompt, ordered)
         return Group(self.request.prompt, ordered, shuffled, branch.permutation, branch.count)
+
+
+class _Arrivals:
+    """Wakes the engine when a late score arrives that some running completion may not be needed for."""
+
+    def __init__(self) -> None:
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._watched: set[Future[Any]] = set()
+
+    def settle(self, groups: Sequence[_PendingGroup]) -> None:
+        """Take the scores into account that have arrived, and watch the others."""
+        self._arrived.clear()
+        for late in (group.request.late for group in groups):
+            if late is None:
+                continue
+            late.settle(wait=False)
+            for score in late.unsettled:
+                if score not in self._watched:
+                    self._watched.add(score)
+                    score.add_done_callback(self._wake)
+
+    async def wait(self, running: Collection[asyncio.Task[Completion]]) -> None:
+        """Wait for the end of a request, or for a score."""
+        arrival = asyncio.create_task(self._arrived.wait())
+        try:
+            await asyncio.wait([*running, arrival], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel([arrival])
+
+    def _wake(self, _: object) -> None:
+        """Called in the thread of the scores, or at once where one has just arrived."""
+        with suppress(RuntimeError):  # The rollout has ended, and its loop with it.
+            self._loop.call_soon_threadsafe(self._arrived.set)
 
 
 def _fatal(client: ServerClient, problem: str, reason: object) -> RolloutError:
