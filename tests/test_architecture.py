@@ -23,6 +23,7 @@ LAYERS = (
     ("videor1_kernels",),
     ("types", "errors", "seeding", "answer", "placeholders", "atomic", "side_by_side"),
     ("config", "logs"),
+    ("remote",),
     ("video", "rewards"),
     ("data", "model", "doctor", "report"),
     ("rollout",),

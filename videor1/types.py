@@ -213,3 +213,5 @@ class Group:
     shuffled_asked: int = 0
     # The accuracies that the rollout's judge worked out, by the completion's text: it is not scored again.
     accuracies: Mapping[str, float] = field(default_factory=dict)
+    # What async reward functions gave, by the function's name: one number for each ordered completion.
+    rewards: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

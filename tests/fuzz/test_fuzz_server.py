@@ -14,10 +14,10 @@ from fuzzing import TEXTS, changed, check_message, damaged, fuzz
 from hypothesis import strategies as st
 from tiny import make_prompt
 
+from videor1.remote.client import RequestFailed, ServerClient
 from videor1.rollout import SamplingOptions
 from videor1.rollout.protocol import RolloutError
 from videor1.rollout.server.answer import AnswerReader
-from videor1.rollout.server.client import RequestFailed, ServerClient
 from videor1.types import Completion
 
 PROMPT = make_prompt(None, "Two and two?")

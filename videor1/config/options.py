@@ -151,6 +151,36 @@ class TemporalConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """The judge: a language model on a server that scores answers which no rule can."""
+
+    url: str | None = None
+    """Base URL of a server of OpenAI's API whose model gives the accuracy of answers, from 0 to 1; default: no
+    judge."""
+    model: str | None = None
+    """Name of the model on the server; needed, as the scores that are kept are this model's."""
+    problem_types: list[str] = field(default_factory=lambda: ["open-ended", "free-form"])
+    """Problem types whose accuracy the judge gives, in training and in evaluations of data files."""
+    prompt_file: str | None = None
+    """Text file of what the judge is asked, with {question}, {answer} (what stands in the answer's tags) and {solution}
+    in it; default: a comparison of the answer with the solution."""
+    max_tokens: Annotated[int, at_least(1, most=MOST_TOKENS)] = 1024
+    """Maximum number of tokens of the judge's reply, its reasoning included."""
+    concurrency: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 64
+    """Maximum number of requests at a time, of each rank."""
+    timeout: Annotated[float, above(0, most=1e7)] = 60.0
+    """Seconds that one request may take, to the end of its reply."""
+    retries: Annotated[int, at_least(0, most=1000)] = 3
+    """How often a request is repeated that fails, or whose reply holds no score, with growing pauses; then the prompt
+    is dropped, and counted in rewards/failed."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the API key."""
+    cache_dir: str | None = None
+    """Folder of the scores that the judge has given, which are not asked for again; runs and ranks may share it;
+    default: judge_cache in the run's folder."""
+
+
+@dataclass
 class RewardConfig:
     """The reward of a completion."""
 
@@ -179,7 +209,16 @@ class RewardConfig:
     functions: list[str] = field(default_factory=list)
     """Further reward functions, as module:function; each is called with (completions, samples) and returns one float
     per completion, which is added to the format reward. A completion is the whole answer here, with what the chat
-    template opened it with."""
+    template opened it with. One that is async def is called with (completion, sample), as soon as that completion has
+    ended, and returns one float."""
+    concurrency: Annotated[int, at_least(1, most=MOST_COMPLETIONS)] = 64
+    """Maximum number of calls at a time of each async function, of each rank."""
+    timeout: Annotated[float, above(0, most=1e7)] = 60.0
+    """Seconds that one call of an async function may take."""
+    retries: Annotated[int, at_least(0, most=1000)] = 3
+    """How often a call of an async function is repeated that raises, takes too long or gives no finite number, with
+    growing pauses; then the prompt is dropped, and counted in rewards/failed."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def check(self) -> None:
         """Raise a ConfigError for a value of a type that no problem has, or that is not a number."""

@@ -16,7 +16,10 @@ from typing import Any
 from videor1.config.ranges import is_text
 
 # Options that hold the path of a file or folder. The first two may be something else: a hub id, a URL, several paths.
-PATHS = ("model_name_or_path", "dataset_name", "data.root", "data.eval_path", "data.cache_dir")
+PATHS = (
+    *("model_name_or_path", "dataset_name", "data.root", "data.eval_path", "data.cache_dir"),
+    *("reward.judge.prompt_file", "reward.judge.cache_dir"),
+)
 
 
 def absolute(name: str, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from videor1.answer import whole_text
@@ -17,6 +17,8 @@ from videor1.model import VideoLM
 from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
 from videor1.rewards import accuracy_of, malformed_reason
+from videor1.rewards.judge import Starter
+from videor1.rewards.slow import RewardFailed, SlowRewards
 from videor1.rollout import Branch, LocalEngine, Request, RolloutEngine, SamplingOptions
 from videor1.types import Completion, Prompt, PromptMedia, Sample, SampleError
 from videor1.video.media import join_media, load_media, media_key, media_parts
@@ -96,6 +98,8 @@ class Evaluator:
         on_skip: called with the error of each skipped sample.
         shard: (rank, number of ranks): each rank evaluates its part; ``merge_evaluations`` merges them.
         score: scores an answer; None: the accuracy reward, as ``config.reward.lenient`` says.
+        slow: what the judge scores instead, as soon as it is sampled; None: nothing. A sample whose score fails is
+            skipped and counted.
         top_p: nucleus sampling; 1: off.
         count: number of answers to each sample (and as many from shuffled frames).
     """
@@ -108,6 +112,7 @@ class Evaluator:
         on_skip: Callable[[SampleError], None] = lambda _: None,
         shard: tuple[int, int] = (0, 1),
         score: Score | None = None,
+        slow: SlowRewards | None = None,
         top_p: float = 1.0,
         count: int = 1,
         rules: FrameRules = QWEN2_RULES,
@@ -117,7 +122,7 @@ class Evaluator:
         self._score = score or functools.partial(
             accuracy_of, lenient=config.reward.lenient, regression=config.reward.regression
         )
-        self._top_p, self._count = top_p, count
+        self._slow, self._top_p, self._count = slow, top_p, count
         self._prefetcher: Prefetcher[Sample, PromptMedia] = Prefetcher(
             functools.partial(load_media, video=config.video, max_decoded_mb=config.data.max_decoded_mb, rules=rules),
             workers=config.data.workers,
@@ -183,36 +188,61 @@ class Evaluator:
                 outcomes[sample.index] = error
                 self._on_skip(error)
         if prompts:
-            answers = _answer_prompts(model, engine, prompts, self._config, self._score, self._count)
-            outcomes |= {answer.sample.index: answer for answer in answers}
+            answers = _answer_prompts(model, engine, prompts, self._config, self._score, self._count, self._slow)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                outcomes[prompt.sample.index] = answer
+                if isinstance(answer, SampleError):
+                    self._on_skip(answer)
         return [(sample, outcomes[sample.index]) for sample, _ in block]
 
 
 def _answer_prompts(
-    model: VideoLM, engine: RolloutEngine, prompts: Sequence[Prompt], config: EvalOptions, score: Score, count: int
-) -> list[Answered]:
+    model: VideoLM,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    config: EvalOptions,
+    score: Score,
+    count: int,
+    slow: SlowRewards | None,
+) -> list[Answered | SampleError]:
     """Sample ``count`` answers to each prompt from frames in order, and of videos from shuffled frames; score them."""
     unit = config.temporal.shuffle_unit
     orders = [draw_permutation(p, unit, config.seed) for p in prompts]
     with model.inference():
         ordered = prompt_features(model, prompts)
         shuffled = shuffled_features(model, prompts, orders, unit=unit)
+    opened = model.opened_text
+    judged = [None if slow is None else slow.group(p.sample, opened=opened, functions=False) for p in prompts]
     requests = [
         Request(
             p,
             config.seed,
             Branch(count, ("eval", p.draw), features),
             None if order is None else Branch(count, ("eval-shuffled", p.draw), from_shuffled, order),
+            None if scores is None else Starter(scores),
         )
-        for p, features, from_shuffled, order in zip(prompts, ordered, shuffled, orders, strict=True)
+        for p, features, from_shuffled, order, scores in zip(prompts, ordered, shuffled, orders, judged, strict=True)
     ]
-    answers = []
-    for group in engine.generate(requests).groups:
+    answers: list[Answered | SampleError] = []
+    for group, scores in zip(engine.generate(requests).groups, judged, strict=True):
         assert group is not None, "this engine never fails a single request"
-        sample, shuffled_completions = group.prompt.sample, group.shuffled
+        sample = group.prompt.sample
+        if scores is not None:
+            try:
+                group = scores.collect(group)
+            except RewardFailed as failure:
+                answers.append(SampleError("reward", str(failure), sample.path))
+                continue
+        shuffled_completions, known = group.shuffled, group.accuracies
 
-        def accuracy(completions: Sequence[Completion], sample: Sample = sample) -> float:
-            return sum(score(whole_text(model.opened_text, c.text), sample) for c in completions) / len(completions)
+        def accuracy(
+            completions: Sequence[Completion], sample: Sample = sample, known: Mapping[str, float] = known
+        ) -> float:
+            scored = [
+                known[c.text] if c.text in known else score(whole_text(model.opened_text, c.text), sample)
+                for c in completions
+            ]
+            return sum(scored) / len(completions)
 
         def faults(completions: Sequence[Completion], sample: Sample = sample) -> Iterator[str]:
             for completion in completions:
@@ -233,7 +263,7 @@ def _answer_prompts(
                 tuple(c.text for c in shuffled_completions),
                 finished(group.ordered),
                 finished(shuffled_completions) if shuffled_completions else None,
-                model.opened_text,
+                opened,
                 tuple(filter(None, faults(group.ordered))),
             )
         )

@@ -25,6 +25,8 @@ from videor1.types import Sample, SampleError
 FREE = (
     *("data.workers", "data.prefetch", "data.timeout", "data.cache_mb", "data.cache_dir", "data.cache_dir_mb"),
     *("model_name_or_path", "dataset_name", "data.root", "data.changed_ok"),
+    *("reward.judge.url", "reward.judge.concurrency", "reward.judge.timeout", "reward.judge.retries"),
+    *("reward.judge.api_key_env", "reward.judge.cache_dir"),
 )
 _MODEL = "model (digest of its weights)"
 

@@ -16,6 +16,7 @@ from videor1.logs.progress import summary_table
 AnswerRecord = Mapping[str, Any]  # a line of answers.jsonl
 
 _TEXT_ERRORS = ("too_long", "special_token")  # kinds of SampleError that the text causes and not the video
+_SCORE_ERRORS = ("reward",)  # those of a score that the judge did not give
 
 
 def figures(answers: Sequence[AnswerRecord], overall: Overall | None = None) -> dict[str, Any]:
@@ -80,9 +81,10 @@ def benchmark_results(
     )
     return {
         "asked": asked,
-        "unreadable": _unanswered([row for row in unanswered if row["kind"] not in _TEXT_ERRORS]),
+        "unreadable": _unanswered([row for row in unanswered if row["kind"] not in (*_TEXT_ERRORS, *_SCORE_ERRORS)]),
         "unaskable": _unanswered([row for row in unanswered if row["kind"] in _TEXT_ERRORS]),
         "malformed": _malformed(answers),
+        "unscored": _unanswered([row for row in unanswered if row["kind"] in _SCORE_ERRORS]),
         "bad_rows": dict(Counter(error.kind for error in loaded.errors)),
         "left_out": dict(loaded.left_out),
         "overall_is": loaded.overall.text,

@@ -28,6 +28,7 @@ from videor1.logs.progress import Progress
 from videor1.model import VideoLM, load_model
 from videor1.model.positions import PositionRule
 from videor1.model.save import base_digest, sampled_digest
+from videor1.rewards.slow import SlowRewards
 from videor1.types import SampleError
 
 # Options whose values in training a checkpoint should also be evaluated with.
@@ -54,15 +55,16 @@ def run(config: EvaluateConfig) -> int:
         DataError: a benchmark cannot be read, the output folder cannot be written, or no question could be answered.
     """
     run_dir = _run_dir(config)
+    slow = SlowRewards(config.reward, run_dir / "judge_cache", functions=False)
     benchmarks = _load(config)
-    with FolderLock(run_dir, "videor1.evaluate"):
+    with FolderLock(run_dir, "videor1.evaluate"), slow:
         _check_folder(run_dir, config)  # Another process may have begun there before this one had the lock.
         for loaded in benchmarks:
             _report_left_out(loaded)
         config = _restore_positions(config, run_dir)
         model = load_model(config)
         config = _with_positions(config, model.position_rule)
-        results = _answer_all(config, run_dir, benchmarks, model)
+        results = _answer_all(config, run_dir, benchmarks, model, slow)
     print(results_table(results))
     for name, result in results.items():
         _report_unanswered(name, result)
@@ -72,7 +74,7 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _answer_all(
-    config: EvaluateConfig, run_dir: Path, benchmarks: Sequence[Loaded], model: VideoLM
+    config: EvaluateConfig, run_dir: Path, benchmarks: Sequence[Loaded], model: VideoLM, slow: SlowRewards
 ) -> dict[str, dict[str, Any]]:
     """Answer the questions, write the files of the evaluation, and return the results by benchmark."""
     total = sum(len(_selected_questions(loaded, config)) for loaded in benchmarks)
@@ -88,7 +90,8 @@ def _answer_all(
             total, initial=answers.count, description="evaluate", unit="question", disabled=config.disable_tqdm
         ) as shown:
             for loaded in benchmarks:
-                _answer(config, loaded, model, answers, skipped, shown)
+                # A benchmark has rules of its own: the judge scores data files alone.
+                _answer(config, loaded, model, answers, skipped, shown, slow if config.dataset_name else None)
                 count = answers.count
         answers.close()
         skipped.close()
@@ -162,7 +165,9 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
     if config.dataset_name:
         # The solutions are checked by from_dataset, since an evaluation's scores are not all the reward's.
         dataset = load_samples(config.dataset_name, root=config.data.root, reward=None)
-        return [from_dataset(dataset, reward=config.reward)]
+        reward = config.reward
+        judged = reward.judge.problem_types if reward.judge.url is not None else ()
+        return [from_dataset(dataset, reward=reward, judged=judged)]
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
     if not config.data.root:
         raise ConfigError(f"data.root: expected the folder that holds {', '.join(suites)}, got nothing")
@@ -224,6 +229,7 @@ def _answer(
     answers: JsonlWriter,
     skipped: JsonlWriter,
     progress: Progress,
+    slow: SlowRewards | None,
 ) -> None:
     """Answer the questions of a benchmark that have no answer yet, and append the answers to their file."""
 
@@ -241,6 +247,7 @@ def _answer(
         count=config.eval_num_samples,
         rules=model.family.frames,
         score=lambda text, sample: questions[sample.index].score(text),
+        slow=slow,
         on_skip=lambda error: progress.write(f"not answered: {error}"),
     ) as evaluator:
         for block in evaluator.answer(model, done):
@@ -279,7 +286,7 @@ def _report_left_out(loaded: Loaded) -> None:
 def _report_unanswered(name: str, result: Mapping[str, Any]) -> None:
     """Tell the user how a benchmark's accuracy is defined, and how many questions have no answer and why."""
     print(f"{name}: accuracy is the {result['overall_is']}")
-    unreadable, unaskable = result["unreadable"], result["unaskable"]
+    unreadable, unaskable, unscored = result["unreadable"], result["unaskable"], result["unscored"]
     parts = []
     if unreadable["questions"]:
         parts.append(
@@ -288,6 +295,8 @@ def _report_unanswered(name: str, result: Mapping[str, Any]) -> None:
     if unaskable["questions"]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in unaskable["by_kind"].items())
         parts.append(f"{_count(unaskable['questions'], 'question')} could not be asked ({kinds})")
+    if unscored["questions"]:
+        parts.append(f"{_count(unscored['questions'], 'question')} got no score of the judge (resume asks again)")
     if parts:
         answered, counted = result["overall"]["questions"], result["accuracy_unanswered_as_wrong"]["value"]
         print(

@@ -41,7 +41,8 @@ def score_groups(
 ) -> Scored:
     """Compute the rewards of every completion, then T-GRPO's advantages of the ordered ones.
 
-    Accuracies that a group holds already (``Group.accuracies``) are not computed again. Where rewards are divided by
+    Accuracies and rewards that a group holds already (``Group.accuracies``, ``Group.rewards``) are not computed again,
+    and those that take time must be among them. Where rewards are divided by
     the standard deviation of a batch, they are only centred here: :func:`divided` divides them once all are known.
 
     Args:
@@ -54,7 +55,8 @@ def score_groups(
     accuracy = torch.tensor([judge.ordered for judge in judges])
     completions = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
     texts, samples = [text for text, _ in completions], [sample for _, sample in completions]
-    format_reward = torch.tensor(format_rewards(texts, samples, config.reward, opened=opened))
+    known = {name: [reward for g in groups for reward in g.rewards[name]] for name in groups[0].rewards}
+    format_reward = torch.tensor(format_rewards(texts, samples, config.reward, opened=opened, known=known))
     format_reward = format_reward.reshape(len(groups), -1)
     lengths = torch.tensor([[len(c.token_ids) for c in g.ordered] for g in groups])
     if cache := config.mask_overlong:

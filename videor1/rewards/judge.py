@@ -5,16 +5,22 @@ no ordered completion is correct. Applied to the rewards, it also changes nothin
 constant cancels in the group's normalisation; but not where rewards are divided by the standard deviation of a batch,
 which all rewards are part of. In every other group the bonus itself must be known. It may be decided before all
 completions are finished: the accuracy of each is between 0 and 1, which bounds their mean.
+
+An accuracy that takes time (:mod:`videor1.rewards.slow`) counts as one that is not known until
+:meth:`TemporalJudge.settle` takes it into account. Only that can change a verdict, and not the moment at which a score
+arrives: so an engine that settles at the same places of every run skips the same completions in each.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 from videor1.answer import whole_text
 from videor1.config import TrainConfig
-from videor1.rewards.scoring import accuracy_of
+from videor1.rewards.scoring import accuracy_of, judged
+from videor1.rewards.slow import GroupScores
 from videor1.types import Completion, Sample
 
 
@@ -28,10 +34,12 @@ class TemporalJudge:
         ordered, shuffled: number of completions that the group will have.
         known: accuracies that another judge of the group has computed, by the completion's text.
         opened: what the chat template opened the answers with.
+        scores: the group's rewards that take time, which start as completions are reported; None: there are none.
 
     Attributes:
-        ordered, shuffled: accuracies of the reported completions, in the order of the reports.
-        accuracies: accuracy of every reported or known text.
+        ordered, shuffled: accuracies of the reported completions, in the order of the reports; those that take time are
+            added by :meth:`settle`.
+        accuracies: accuracy of every reported or known text that does not take time.
     """
 
     def __init__(
@@ -43,8 +51,9 @@ class TemporalJudge:
         shuffled: int,
         known: Mapping[str, float] | None = None,
         opened: str = "",
+        scores: GroupScores | None = None,
     ) -> None:
-        self._sample, self._config, self._opened = sample, config, opened
+        self._sample, self._config, self._opened, self._scores = sample, config, opened, scores
         self._counts = (ordered, shuffled)
         self.ordered: list[float] = []
         self.shuffled: list[float] = []
@@ -52,15 +61,45 @@ class TemporalJudge:
         # The numbers of reported completions, and the verdict at that time.
         self._last_verdict: tuple[tuple[int, int], bool | None] | None = None
 
+        self._unsettled: list[tuple[list[float], Future[float]]] = []
+        self._failed = False  # whether a score that was settled has failed: the group will be dropped
+
     def ordered_done(self, completion: Completion) -> None:
-        self.ordered.append(self._accuracy(completion))
+        self._done(completion, self.ordered)
 
     def shuffled_done(self, completion: Completion) -> None:
-        self.shuffled.append(self._accuracy(completion))
+        self._done(completion, self.shuffled)
+
+    @property
+    def unsettled(self) -> Sequence[Future[float]]:
+        """The accuracies of reported completions that are not taken into account yet."""
+        return [future for _, future in self._unsettled]
+
+    def settle(self, *, wait: bool) -> None:
+        """Take accuracies into account that take time, in the order of the reports.
+
+        Args:
+            wait: wait for those of all reported completions; False: take those that have arrived.
+        """
+        if wait and self._scores is not None:
+            self._scores.wait(self.unsettled)
+        reported, self._unsettled = self._unsettled, []
+        for values, future in reported:
+            if not future.done():
+                self._unsettled.append((values, future))
+            elif future.cancelled() or future.exception() is not None:
+                self._failed = True
+            else:
+                values.append(future.result())
 
     @property
     def needed(self) -> bool | None:
-        """True: the bonus matters and is not decided; False: it is decided or does not matter; None: it may matter."""
+        """True: the bonus matters and is not decided; False: it is decided or does not matter; None: it may matter.
+
+        It does not matter to a group that will be dropped, since a score has failed.
+        """
+        if self._failed:
+            return False
         reported = (len(self.ordered), len(self.shuffled))
         if self._last_verdict is None or self._last_verdict[0] != reported:
             self._last_verdict = reported, self._verdict()
@@ -97,15 +136,40 @@ class TemporalJudge:
             return False
         return True if correct and (not cancels or correct < done) else None
 
+    def _done(self, completion: Completion, accuracies: list[float]) -> None:
+        ordered = accuracies is self.ordered
+        score = None if self._scores is None else self._scores.start(completion, ordered=ordered)
+        if score is None:
+            accuracies.append(self._accuracy(completion))
+        else:
+            self._unsettled.append((accuracies, score))
+
     def _accuracy(self, completion: Completion) -> float:
         text = completion.text
         if text not in self.accuracies:
+            if judged(self._sample.problem_type, self._config.reward):
+                raise AssertionError("the judge has not been asked for this accuracy")
             answer = whole_text(self._opened, text)
             reward = self._config.reward
             self.accuracies[text] = accuracy_of(
                 answer, self._sample, lenient=reward.lenient, regression=reward.regression
             )
         return self.accuracies[text]
+
+
+class Starter:
+    """Starts the rewards that take time of a group, all of whose completions are needed."""
+
+    needed = True
+
+    def __init__(self, scores: GroupScores) -> None:
+        self._scores = scores
+
+    def ordered_done(self, completion: Completion) -> None:
+        self._scores.start(completion, ordered=True)
+
+    def shuffled_done(self, completion: Completion) -> None:
+        self._scores.start(completion, ordered=False)
 
 
 def _mean_bounds(known: Sequence[float], count: int) -> tuple[float, float]:

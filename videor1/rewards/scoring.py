@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
@@ -36,7 +38,7 @@ from videor1.rewards.rouge import self_rouge
 from videor1.rewards.structured import Score
 from videor1.types import Sample
 
-RewardFunction = Callable[[list[str], list[Sample]], Any]
+RewardFunction = Callable[..., Any]  # (completions, samples) -> floats; if async, (completion, sample) -> float
 
 
 def accuracy_reward(
@@ -133,6 +135,11 @@ def accuracy_of(
 ) -> float:
     """Return the :func:`accuracy_reward` of a whole answer to ``sample``'s prompt."""
     return accuracy_reward(completion, sample.solution, sample.problem_type, lenient=lenient, regression=regression)
+
+
+def judged(problem_type: str, config: RewardConfig) -> bool:
+    """Return whether the judge gives the accuracy of answers to questions of a type."""
+    return config.judge.url is not None and problem_type in config.judge.problem_types
 
 
 def malformed_reason(completion: str, solution: str, problem_type: str, *, lenient: bool = False) -> str:
@@ -252,8 +259,11 @@ def score(
         (accuracy rewards, format rewards as of :func:`format_rewards`), one of each per completion.
 
     Raises:
-        ConfigError: as :func:`format_rewards`.
+        ConfigError: as :func:`format_rewards`; or the judge gives the accuracy of one of them.
     """
+    for sample in samples:
+        if judged(sample.problem_type, config):
+            raise ConfigError(f"reward.judge: it scores {sample.problem_type} answers; ask SlowRewards for its scores")
     accuracy = [
         accuracy_of(whole_text(opened, completion), sample, lenient=config.lenient, regression=config.regression)
         for completion, sample in zip(completions, samples, strict=True)
@@ -262,13 +272,22 @@ def score(
 
 
 def format_rewards(
-    completions: list[str], samples: list[Sample], config: RewardConfig, *, opened: str = ""
+    completions: list[str],
+    samples: list[Sample],
+    config: RewardConfig,
+    *,
+    opened: str = "",
+    known: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> list[float]:
     """Compute ``config.format_weight`` * format_reward + the sum of ``config.functions`` for each completion.
 
     A completion that has the form also gets ``config.structure_bonus`` * :func:`structure_reward`.
 
     Arguments as of :func:`score`; the functions are given whole answers. An exception inside one is not caught.
+
+    Args:
+        known: what functions have given already, one number per completion by the function's name; those of async
+            functions must be here.
 
     Raises:
         ConfigError: a function cannot be loaded, or does not return one finite number per completion.
@@ -283,7 +302,7 @@ def format_rewards(
             for reward, form, a, s in zip(rewards, forms, answers, samples, strict=True)
         ]
     for name in config.functions:
-        extra = _call(name, load_reward(name), answers, samples)
+        extra = known[name] if name in known else _call(name, load_reward(name), answers, samples)
         rewards = [a + b for a, b in zip(rewards, extra, strict=True)]
     return rewards
 
@@ -318,6 +337,22 @@ def load_reward(name: str) -> RewardFunction:
     return target
 
 
+def is_async(function: RewardFunction) -> bool:
+    """Return whether a reward function is async: it is called with one completion and its sample."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def finite_number(value: Any) -> float | None:
+    """Return what a reward function gave for a completion as a float; None where it is no finite number."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        reward = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return reward if math.isfinite(reward) else None
+
+
 def _siblings(module_name: str) -> list[str]:
     """Return the full names of the modules in the package that ``module_name`` would be in."""
     parent = module_name.rpartition(".")[0]
@@ -328,6 +363,8 @@ def _siblings(module_name: str) -> list[str]:
 
 
 def _call(name: str, function: RewardFunction, completions: list[str], samples: list[Sample]) -> list[float]:
+    if is_async(function):
+        raise ConfigError(f"reward function {name}: it is async, and its rewards are not known; ask SlowRewards")
     try:
         returned = function(list(completions), list(samples))
     except Exception as error:
@@ -345,13 +382,8 @@ def _call(name: str, function: RewardFunction, completions: list[str], samples: 
         )
     rewards = []
     for index, value in enumerate(values):
-        try:
-            if isinstance(value, str):
-                raise TypeError
-            reward = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            reward = math.nan
-        if not math.isfinite(reward):
+        reward = finite_number(value)
+        if reward is None:
             raise ConfigError(f"reward function {name}: expected a finite number for completion {index}, got {value!r}")
         rewards.append(reward)
     return rewards

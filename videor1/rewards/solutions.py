@@ -7,7 +7,7 @@ import string
 from collections.abc import Sequence
 
 from videor1.config import RewardConfig
-from videor1.rewards.scoring import accuracy_reward, solution_reward
+from videor1.rewards.scoring import accuracy_reward, judged, solution_reward
 
 _LABEL = re.compile(r"\W*?([^\W\d_]|\d{1,2})(?:\s*([.):\],>}、．：）】］])(?!\d)|[\s*_]*$)")
 _SHOWN = 60  # characters of an answer that a message shows
@@ -20,7 +20,7 @@ def why_unearnable(
 
     A multiple choice needs the label of one of its options: its letter, or its number where the options are numbered;
     options without labels have the letters A, B, ... in their order. Every other solution must earn more than
-    ``correct_above`` for itself.
+    ``correct_above`` for itself, unless a judge scores its type.
 
     Args:
         answer: the right answer, without ``<answer>`` tags; not empty.
@@ -31,7 +31,7 @@ def why_unearnable(
     """
     if problem_type == "multiple choice" and not _names_an_option(answer, options, reward is None or reward.lenient):
         return f"expected the letter of an option ({', '.join(option_labels(options))}), got {_short(answer)}"
-    if reward is None or reward.functions:
+    if reward is None or reward.functions or judged(problem_type, reward):
         return None
     earned = solution_reward(answer, problem_type, lenient=reward.lenient, regression=reward.regression)
     above = reward.above(problem_type)

@@ -15,6 +15,7 @@ from videor1.rollout.local.weights import Gathered
 from videor1.rollout.protocol import (
     Branch,
     Judge,
+    LateScores,
     Request,
     Rollout,
     RolloutEngine,
@@ -26,6 +27,7 @@ from videor1.rollout.protocol import (
 __all__ = [
     "Branch",
     "Judge",
+    "LateScores",
     "LocalEngine",
     "Request",
     "Rollout",

@@ -6,11 +6,13 @@ The trainer works with any engine that follows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from videor1.rewards.slow import SlowCounts
 from videor1.types import Completion, Group, Orders, Prompt
 
 
@@ -63,6 +65,21 @@ class Judge(Protocol):
         ...
 
 
+class LateScores(Protocol):
+    """The scores of completions that a judge was told of, and that are still worked out.
+
+    They do not change what the judge needs before the engine settles them.
+    """
+
+    @property
+    def unsettled(self) -> Sequence[Future[Any]]:
+        """Those that the judge does not take into account yet."""
+        ...
+
+    def settle(self, *, wait: bool) -> None:
+        """Have the judge take them into account: all of them, once they have arrived (``wait``), or those that have."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and the completions to sample of it."""
@@ -72,6 +89,7 @@ class Request:
     ordered: Branch
     shuffled: Branch | None = None
     judge: Judge | None = None  # None: every completion is sampled to its end
+    late: LateScores | None = None  # None: the judge knows each score at once
 
 
 @dataclass
@@ -95,6 +113,7 @@ class Rollout:
     groups: list[Group | None]  # None: this request failed
     stats: RolloutStats = field(default_factory=RolloutStats)
     failed: dict[int, str] = field(default_factory=dict)  # index of a failed request -> the reason
+    slow: SlowCounts = field(default_factory=SlowCounts)  # of the rewards that take time
 
 
 class RolloutEngine(Protocol):

@@ -130,4 +130,4 @@ def _join_rollouts(one: Rollout, other: Rollout) -> Rollout:
     )
     stats.kv_bytes = max(one.stats.kv_bytes, other.stats.kv_bytes)
     failed = one.failed | {len(one.groups) + i: reason for i, reason in other.failed.items()}
-    return Rollout(one.groups + other.groups, stats, failed)
+    return Rollout(one.groups + other.groups, stats, failed, one.slow + other.slow)

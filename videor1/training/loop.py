@@ -38,6 +38,7 @@ from videor1.model.lm import set_checkpointing
 from videor1.model.load import pick_device
 from videor1.model.positions import PositionRule
 from videor1.model.save import base_digest, sampled_digest
+from videor1.rewards.slow import SlowCounts, SlowRewards
 from videor1.seeding import derive_seed
 from videor1.training.checkpoint import (
     CheckpointError,
@@ -87,6 +88,7 @@ class Loop(ABC, Generic[C]):
     """
 
     name: str  # the command's name
+    calls_functions = False  # whether it calls the functions of ``reward.functions``
     total_steps: int
     source: Source[Any]
     metrics: MetricsWriter
@@ -108,6 +110,8 @@ class Loop(ABC, Generic[C]):
         self.run_dir = Path(self.ranks.broadcast(config.output_dir or default))
         # The main process writes the run's files; every other rank writes into a folder of its own.
         self.folder = self.run_dir if self.ranks.is_main else self.run_dir / f"rank-{self.ranks.rank}"
+        # Opened before anything large is loaded, so that a wrong option of the judge fails at once.
+        self.slow = SlowRewards(config.reward, self.run_dir / "judge_cache", functions=self.calls_functions)
         self.dataset = self._load_dataset(config.dataset_name)
         self.samples_per_epoch = self.dataset.count() if config.max_steps < 0 else None
         if config.max_steps < 0 and self.samples_per_epoch is None:
@@ -350,8 +354,16 @@ class Loop(ABC, Generic[C]):
             own = self._evaluator.run(self.model)
         result = merge_evaluations(self.ranks.gather(own))
         self.journal.accuracy, self.journal.evaluated_at = result.ordered, self.step
-        self.metrics.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
+        times = {"time/eval": time.perf_counter() - started} | self._evaluation_calls()
+        self.metrics.log(self.step, result.metrics() | times)
         self._saved_at = -1
+
+    def _evaluation_calls(self) -> dict[str, int]:
+        """Return how often the evaluation asked the judge, so that the next step does not count it; {} without one."""
+        if not self.slow.some:
+            return {}
+        counts = sum(self.ranks.gather(self.slow.take_counts()), SlowCounts())
+        return {"time/reward_calls": counts.calls, "time/reward_cache_hits": counts.cache_hits}
 
     def _on_skip(self, draw: int, error: SampleError) -> None:
         self.journal.skip(self.step + 1, error, draw)
@@ -446,6 +458,7 @@ class Loop(ABC, Generic[C]):
             if self._lock is not None:
                 self._lock.acquire()  # It is held already, unless an earlier call has given it back.
                 stack.callback(self._lock.release)
+            stack.callback(self.slow.close)
             state = self._restore()
             stack.push(lambda kind, *_: self.ranks.close(failed=kind is not None))
             config_file = self.folder / "config.yaml"
@@ -493,6 +506,7 @@ class Loop(ABC, Generic[C]):
                     on_skip=self._on_eval_skip,
                     shard=self.shard,
                     rules=self.model.family.frames,
+                    slow=self.slow,
                 )
                 self._evaluator = stack.enter_context(evaluator)
             self.source = self.make_source(start_position(state.get("position", 0), self.shard))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from videor1.rewards.advantages import Scored
+from videor1.rewards.slow import SlowCounts
 from videor1.rewards.structured import MALFORMED
 from videor1.rollout import Rollout
 from videor1.training.batch import Batch, concatenate
@@ -45,7 +46,7 @@ def make_step_report(
         log_ratios += [ours - theirs for ours, theirs in zip(trained, sampled, strict=True)]
     names = ("kl", "entropy", "clip_fraction")
     groups = [replace(g, prompt=replace(g.prompt, media=None)) for g in batch.groups]
-    stats = Rollout([], batch.rollout.stats, batch.rollout.failed)
+    stats = Rollout([], batch.rollout.stats, batch.rollout.failed, batch.rollout.slow)
     return StepReport(
         replace(batch, groups=groups, features=[None] * len(groups), rollout=stats),
         [float(len(row.packed.labels)) for row in rows],
@@ -54,6 +55,17 @@ def make_step_report(
         sum(row.packed.layout.total_tokens for row in rows),
         left_out,
     )
+
+
+SLOW = ("rewards/failed", "time/reward_calls", "time/reward_cache_hits", "time/reward_retries")  # names of the metrics
+
+
+def slow_metrics(counts: SlowCounts) -> dict[str, int]:
+    """Return the metrics of the rewards that take time.
+
+    Which calls are made depends on what a cache holds, so that these are time/*.
+    """
+    return dict(zip(SLOW, (counts.failed, counts.calls, counts.cache_hits, counts.retries), strict=True))
 
 
 def step_metrics(
@@ -72,7 +84,7 @@ def step_metrics(
     groups, scored = batch.groups, batch.scored
     failed = sum(len(report.batch.rollout.failed) for report in reports)
     if not groups:
-        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **phases}
+        return {"num_tokens": 0, "rollout/failed": failed, "pass/rows": 0, **slow_metrics(batch.rollout.slow), **phases}
     result, lengths = scored.result, scored.lengths
     log_ratios = [ratio for report in reports for ratio in report.log_ratios]
     gap = torch.cat([torch.empty(0), *log_ratios]).abs()
@@ -123,6 +135,7 @@ def step_metrics(
         "pass/tokens": sum(report.packed_tokens for report in reports),
         "pass/groups_left_out": sum(report.left_out for report in reports),
         **batch.counts(),
+        **slow_metrics(batch.rollout.slow),
         **phases,
         "time/tokens_per_second": stats.tokens / seconds,
     }

@@ -22,10 +22,10 @@ from videor1.errors import ConfigError, TrainingStopped
 from videor1.logs.jsonl import JsonlWriter
 from videor1.model.features import prompt_features, shuffled_features
 from videor1.model.prompts import build_input_ids
-from videor1.rewards import load_reward
 from videor1.rewards.advantages import Scored, divided, score_groups
 from videor1.rewards.deviation import TaskDeviations, deviation
-from videor1.rewards.judge import TemporalJudge
+from videor1.rewards.judge import Starter, TemporalJudge
+from videor1.rewards.slow import GroupScores, RewardFailed
 from videor1.rollout import Branch, LocalEngine, Request, Rollout, RolloutEngine, RolloutError, make_engine
 from videor1.rollout.local.operations import Operations
 from videor1.side_by_side import side_by_side
@@ -35,7 +35,7 @@ from videor1.training.mismatch import WeightBounds
 from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, batch_totals, counting, sum_totals, training_rows
-from videor1.training.step_metrics import make_step_report, step_metrics
+from videor1.training.step_metrics import SLOW, make_step_report, step_metrics
 from videor1.types import Prompt, PromptMedia, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
@@ -55,6 +55,8 @@ KERNELS = (
 
 # Steps in a row without any nonzero advantage after which the user is told.
 NO_SIGNAL_STEPS = 5
+# Batches in a row in which all rewards that take time failed, after which the run ends.
+FAILED_BATCHES = 3
 
 
 class Trainer(Loop[TrainConfig]):
@@ -64,10 +66,9 @@ class Trainer(Loop[TrainConfig]):
     """
 
     name = "train"
+    calls_functions = True
 
     def __init__(self, config: TrainConfig, choose_layers: ChooseLayers[TrainConfig] | None = None) -> None:
-        for function in config.reward.functions:
-            load_reward(function)  # A misspelt name must fail now, not after the first rollout.
         if config.rollout.engine == "server" and config.distributed.engine != "none":
             raise ConfigError("rollout.engine: server: not with distributed.engine deepspeed (ranks answer themselves)")
         super().__init__(config, choose_layers)
@@ -82,6 +83,8 @@ class Trainer(Loop[TrainConfig]):
         self.weights_are_new = True  # whether the engine has yet to be told of the current weights
         self._said = ""  # about the engine's weights
         self.steps_without_signal = 0  # steps in a row in which every advantage was 0
+        self.batches_without_rewards = 0  # batches in a row in which all rewards that take time failed
+        self._failure: RewardFailed | None = None  # the last such reward that failed
 
     def samples_per_step(self) -> float:
         config = self.config
@@ -124,6 +127,7 @@ class Trainer(Loop[TrainConfig]):
             if config.dynamic_sampling:
                 more = functools.partial(self._sample_batch, timer=timer)
                 batch = refill(batch, size, config.dynamic_sampling, more)
+        self._check_rewards(batch)
         batch = self._divided(batch)
         groups, features, scored = batch.groups, batch.features, batch.scored
         assert self.rollouts is not None, "the run is open"
@@ -155,10 +159,12 @@ class Trainer(Loop[TrainConfig]):
         """Sample and score completions of the next ``count`` prompts; there are fewer groups where prompts failed."""
         prompts = self.source.take(count)
         timer.mark("time/data")
+        waited = self.slow.seconds
         rollout, features = self.rollout(prompts)
         succeeded = [i for i, group in enumerate(rollout.groups) if group is not None]
         groups, features = [g for g in rollout.groups if g is not None], [features[i] for i in succeeded]
         timer.mark("time/rollout")
+        timer.move("time/rollout", "time/reward", self.slow.seconds - waited)
         scored = score_groups(groups, self.config, self.model.device, opened=self.model.opened_text)
         timer.mark("time/reward")
         return Batch(groups, features, scored, rollout)
@@ -196,9 +202,9 @@ class Trainer(Loop[TrainConfig]):
             self.weights_are_new = False
 
     def rollout(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
-        """Sample completions of each prompt from ordered and from shuffled frames.
+        """Sample completions of each prompt from ordered and from shuffled frames, and wait for what scores them.
 
-        Failed prompts are counted and recorded as skipped samples.
+        Failed prompts are counted and recorded as skipped samples, and so are those whose rewards failed.
 
         Returns:
             The rollout, and the vision features of each prompt's ordered frames (None without media, or where the
@@ -208,8 +214,9 @@ class Trainer(Loop[TrainConfig]):
             TrainingStopped: the engine cannot go on.
         """
         features: list[Tensor | None] = [None] * len(prompts)
+        scores = [self.slow.group(p.sample, opened=self.model.opened_text) for p in prompts]
         try:
-            rollout, features = self._generate(prompts)
+            rollout, features = self._generate(prompts, scores)
         except RolloutError as error:
             raise TrainingStopped(f"{error}; {self.describe_last_checkpoint()}") from error
         except torch.OutOfMemoryError as error:
@@ -220,12 +227,62 @@ class Trainer(Loop[TrainConfig]):
             rollout = Rollout([None] * len(prompts), failed=dict.fromkeys(range(len(prompts)), reason))
             torch.cuda.empty_cache()
         for i, reason in rollout.failed.items():
-            failure = SampleError("rollout", reason, prompts[i].sample.path)
-            self.source.skipped[failure.kind] += 1
-            self._on_skip(prompts[i].draw, failure)
-        return rollout, features
+            self._skip(prompts[i], SampleError("rollout", reason, prompts[i].sample.path))
+        return self._rewarded(rollout, prompts, scores), features
 
-    def _generate(self, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Tensor | None]]:
+    def _rewarded(self, rollout: Rollout, prompts: Sequence[Prompt], scores: Sequence[GroupScores | None]) -> Rollout:
+        """Wait for the rewards that take time, and leave out the groups of which one has failed."""
+        if not self.slow.some:
+            return rollout
+        groups = list(rollout.groups)
+        for i, (group, score) in enumerate(zip(groups, scores, strict=True)):
+            if score is None:
+                continue
+            try:
+                groups[i] = group and score.collect(group)
+            except RewardFailed as failure:
+                self._failure, groups[i] = failure, None
+                self._skip(prompts[i], SampleError("reward", str(failure), prompts[i].sample.path))
+            if groups[i] is None:
+                score.abandon()
+        if (problem := self.slow.take_cache_failure()) is not None:
+            self.progress.write(f"{problem}; a resumed run will ask for them again")
+        return dataclasses.replace(rollout, groups=groups, slow=self.slow.take_counts())
+
+    def _skip(self, prompt: Prompt, failure: SampleError) -> None:
+        self.source.skipped[failure.kind] += 1
+        self._on_skip(prompt.draw, failure)
+
+    def _check_rewards(self, batch: Batch) -> None:
+        """End the run where no group gets the rewards that take time any more.
+
+        That is at once where what has failed has never given a reward, and after ``FAILED_BATCHES`` batches otherwise:
+        a single prompt may be one that a judge cannot take.
+
+        Raises:
+            TrainingStopped: on every rank.
+        """
+        if not self.slow.some:
+            return
+        failure = self._failure
+        unknown = failure is not None and not self.slow.answered[failure.name]
+        reports = self.ranks.gather((batch.rollout.slow.groups, batch.rollout.slow.failed, unknown, str(failure)))
+        groups, failed = sum(report[0] for report in reports), sum(report[1] for report in reports)
+        if not groups:
+            return
+        self.batches_without_rewards = self.batches_without_rewards + 1 if failed == groups else 0
+        never = any(unknown for _, failed, unknown, _ in reports if failed)
+        if failed == groups and (never or self.batches_without_rewards >= FAILED_BATCHES):
+            reason = next(reason for _, failed, _, reason in reports if failed)
+            often = "" if never else f" in {self.batches_without_rewards} batches in a row"
+            raise TrainingStopped(
+                f"none of {groups} prompts got its rewards{often}. The last: {reason}; "
+                f"{self.describe_last_checkpoint()}"
+            )
+
+    def _generate(
+        self, prompts: Sequence[Prompt], scores: Sequence[GroupScores | None]
+    ) -> tuple[Rollout, list[Tensor | None]]:
         config, model = self.config, self.model
         unit = config.temporal.shuffle_unit
         orders = [draw_permutation(p, unit, config.seed) if config.num_shuffled else None for p in prompts]
@@ -236,7 +293,10 @@ class Trainer(Loop[TrainConfig]):
                 ordered = prompt_features(model, prompts)
                 shuffled = shuffled_features(model, prompts, orders, unit=unit, ordered=ordered)
         skip = config.temporal.skip_shuffled
-        judges = [self._judge(p) if skip and order else None for p, order in zip(prompts, orders, strict=True)]
+        judges = [
+            self._judge(p, score) if skip and order else None if score is None else Starter(score)
+            for p, order, score in zip(prompts, orders, scores, strict=True)
+        ]
         requests = [
             Request(
                 p,
@@ -244,13 +304,16 @@ class Trainer(Loop[TrainConfig]):
                 Branch(config.num_generations, ("ordered", p.draw), features),
                 None if order is None else Branch(config.num_shuffled, ("shuffled", p.draw), moved, order),
                 judge,
+                judge if isinstance(judge, TemporalJudge) else None,
             )
             for p, features, moved, order, judge in zip(prompts, ordered, shuffled, orders, judges, strict=True)
         ]
         self._hand_over_weights()
         rollout = self.engine.generate(requests)
         groups = [
-            dataclasses.replace(group, accuracies=judge.accuracies) if group and judge else group
+            dataclasses.replace(group, accuracies=judge.accuracies)
+            if group and isinstance(judge, TemporalJudge)
+            else group
             for group, judge in zip(rollout.groups, judges, strict=True)
         ]
         return dataclasses.replace(rollout, groups=groups), ordered
@@ -262,7 +325,7 @@ class Trainer(Loop[TrainConfig]):
             self.progress.write(said)
         self._said = said
 
-    def _judge(self, prompt: Prompt) -> TemporalJudge:
+    def _judge(self, prompt: Prompt, scores: GroupScores | None = None) -> TemporalJudge:
         config = self.config
         return TemporalJudge(
             prompt.sample,
@@ -270,6 +333,7 @@ class Trainer(Loop[TrainConfig]):
             ordered=config.num_generations,
             shuffled=config.num_shuffled,
             opened=self.model.opened_text,
+            scores=scores,
         )
 
     def _kernels(self) -> str:
@@ -352,7 +416,8 @@ class Trainer(Loop[TrainConfig]):
         reports = self.ranks.gather(make_step_report(batch, rows, [results[i] for i in range(len(rows))], left_out))
         metrics = step_metrics(reports, timer.seconds, timer.total(), self._bounds())
         self._warn_without_signal(any(bool(r.batch.scored.result.advantages.any()) for r in reports), metrics)
-        return metrics if self.config.dynamic_sampling else {k: v for k, v in metrics.items() if k not in REFILLS}
+        left_out_names = REFILLS * (not self.config.dynamic_sampling) + SLOW * (not self.slow.some)
+        return {name: value for name, value in metrics.items() if name not in left_out_names}
 
     def _bounds(self) -> WeightBounds | None:
         """Return the bounds of the correction's weights; None without one."""
@@ -404,6 +469,11 @@ class _PhaseTimer:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
+
+    def move(self, name: str, other: str, seconds: float) -> None:
+        """Count seconds of a phase as another's."""
+        self.seconds[name] = self.seconds.get(name, 0.0) - seconds
+        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
 
     def total(self) -> float:
         """Return the seconds since the timer was created."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 
 from videor1.answer import extract_answer
@@ -17,7 +17,12 @@ from videor1.types import Sample, SampleError
 
 
 def from_dataset(
-    dataset: Dataset, *, lenient: bool = False, correct_above: float = 0.1, reward: RewardConfig | None = None
+    dataset: Dataset,
+    *,
+    lenient: bool = False,
+    correct_above: float = 0.1,
+    reward: RewardConfig | None = None,
+    judged: Container[str] = (),
 ) -> Loaded:
     """Return a data set as a benchmark with the name of its file.
 
@@ -29,6 +34,7 @@ def from_dataset(
         lenient: whether ``accuracy_reward`` reads answers leniently.
         correct_above: a sample is left out, as an error ``solution``, if its own solution scores no more than this.
         reward: says both of these, and the values of single problem types, in their place.
+        judged: problem types that a judge scores instead, whose samples are all kept.
 
     Raises:
         DataError: no solution scores more.
@@ -39,7 +45,7 @@ def from_dataset(
     for sample in dataset.samples:
         question = Question(sample, _categories(sample), _score(sample, lenient))
         scored = question.score(sample.solution)
-        if scored > reward.above(sample.problem_type):
+        if scored > reward.above(sample.problem_type) or sample.problem_type in judged:
             questions.append(question)
         else:
             answer = extract_answer(sample.solution)[:60]

@@ -257,6 +257,8 @@ class Run:
         device = self.model.device
         while True:
             self._drop_unneeded()
+            if self.scheduler.settle():
+                self._drop_unneeded()
             if admitted := self.scheduler.admit():
                 batches = even_batches(admitted, lambda job: job.length, PREFILL_TOKENS, device, least=LEAST_TOKENS)
                 ends = side_by_side([functools.partial(self._prefill, jobs) for jobs in batches], device)

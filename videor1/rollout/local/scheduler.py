@@ -80,6 +80,23 @@ class Scheduler:
                 self.leave(sequence)
         return skipped, stopped
 
+    def settle(self) -> bool:
+        """Wait for the late scores that decide about waiting branches, once nothing else is left to do.
+
+        It happens at a place that does not depend on when scores arrive, and so which branches run does not either. An
+        eager scheduler never waits: it has admitted these branches already, or will once there is room.
+
+        Returns:
+            Whether there were any, after which other branches may be needed or not.
+        """
+        if self._eager or self.running or self.waiting_for(True):
+            return False
+        late = [job.request.late for job in self.waiting_for(None) if job.request.late is not None]
+        late = [scores for scores in late if scores.unsettled]
+        for scores in late:
+            scores.settle(wait=True)
+        return bool(late)
+
     def admit(self) -> list[Job]:
         """Admit waiting branches in the order of their priority until one does not fit, and return them."""
         admitted: list[Job] = []

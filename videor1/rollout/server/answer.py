@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from videor1.model.prompts import SpecialIds
+from videor1.remote.client import RequestFailed, quoted
 from videor1.rollout.protocol import RolloutError, SamplingOptions
-from videor1.rollout.server.client import RequestFailed, quoted
 from videor1.types import Completion, Prompt
 
 _ROUNDING = 1e-3  # by which a server's kernels may put the log-prob of a certain token above 0

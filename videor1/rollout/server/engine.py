@@ -27,14 +27,16 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from videor1.model.families import QWEN2_5_VL, Family
 from videor1.model.prompts import SpecialIds, conversation, template_messages
+from videor1.remote.client import MAX_BYTES, RequestFailed, ServerClient, quoted
 from videor1.rollout.protocol import (
     Branch,
     Request,
@@ -45,7 +47,6 @@ from videor1.rollout.protocol import (
     SamplingOptions,
 )
 from videor1.rollout.server.answer import AnswerReader
-from videor1.rollout.server.client import MAX_BYTES, RequestFailed, ServerClient, quoted
 from videor1.rollout.server.media import media_fields, media_part
 from videor1.seeding import derive_seed
 from videor1.types import Completion, Group
@@ -138,12 +139,12 @@ class ServerEngine(RolloutEngine):
             try:
                 self._model = self._model or _only_model(await client.models())
             except RequestFailed as failure:
-                raise client.fatal_error("no model to ask", failure) from None
+                raise _fatal(client, "no model to ask", failure) from None
             await self._sample_all(client, groups)
             stats.retries = client.retried
             failed = {i: group.failed for i, group in enumerate(groups) if group.failed}
             if len(failed) == len(groups):
-                raise client.fatal_error(f"none of {len(groups)} prompts was answered. The first", failed[0])
+                raise _fatal(client, f"none of {len(groups)} prompts was answered. The first", failed[0])
         for pending in (pending for group in groups for pending in group.pending):
             stats.tokens += len(pending.completion.token_ids) if pending.completion else 0
             if pending.shuffled:
@@ -153,11 +154,16 @@ class ServerEngine(RolloutEngine):
         return Rollout([None if group.failed else group.result() for group in groups], stats, failed)
 
     async def _sample_all(self, client: ServerClient, groups: Sequence[_PendingGroup]) -> None:
-        """Keep ``concurrency`` requests in flight, in the order of their priority, until no completion is needed."""
+        """Keep ``concurrency`` requests in flight, in the order of their priority, until no completion is needed.
+
+        Completions that may be needed do not wait for late scores: those that arrive meanwhile may stop them.
+        """
         waiting = sorted((p for group in groups for p in group.pending), key=lambda pending: pending.shuffled)
         running: dict[asyncio.Task[Completion], _PendingCompletion] = {}
+        arrivals = _Arrivals()
         try:
             while True:
+                arrivals.settle(groups)
                 unneeded = [task for task, pending in running.items() if not pending.needed]
                 await _cancel(unneeded)
                 for task in unneeded:
@@ -170,7 +176,7 @@ class ServerEngine(RolloutEngine):
                     running[asyncio.create_task(self._sample(client, pending))] = pending
                 if not running:
                     return
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                await arrivals.wait(running)
                 for task in [task for task in running if task.done()]:
                     pending = running.pop(task)
                     try:
@@ -241,7 +247,7 @@ class ServerEngine(RolloutEngine):
                 except RequestFailed as failure:
                     problem = f"the weights in {folder} were not handed over: POST {path}"
                     reason = f"{failure} (it takes vLLM with VLLM_SERVER_DEV_MODE=1)"
-                    raise client.fatal_error(problem, reason) from None
+                    raise _fatal(client, problem, reason) from None
 
 
 @dataclass(eq=False)
@@ -321,6 +327,44 @@ class _PendingGroup:
         if branch is None:
             return Group(self.request.prompt, ordered)
         return Group(self.request.prompt, ordered, shuffled, branch.permutation, branch.count)
+
+
+class _Arrivals:
+    """Wakes the engine when a late score arrives that some running completion may not be needed for."""
+
+    def __init__(self) -> None:
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._watched: set[Future[Any]] = set()
+
+    def settle(self, groups: Sequence[_PendingGroup]) -> None:
+        """Take the scores into account that have arrived, and watch the others."""
+        self._arrived.clear()
+        for late in (group.request.late for group in groups):
+            if late is None:
+                continue
+            late.settle(wait=False)
+            for score in late.unsettled:
+                if score not in self._watched:
+                    self._watched.add(score)
+                    score.add_done_callback(self._wake)
+
+    async def wait(self, running: Collection[asyncio.Task[Completion]]) -> None:
+        """Wait for the end of a request, or for a score."""
+        arrival = asyncio.create_task(self._arrived.wait())
+        try:
+            await asyncio.wait([*running, arrival], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel([arrival])
+
+    def _wake(self, _: object) -> None:
+        """Called in the thread of the scores, or at once where one has just arrived."""
+        with suppress(RuntimeError):  # The rollout has ended, and its loop with it.
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+
+def _fatal(client: ServerClient, problem: str, reason: object) -> RolloutError:
+    """Return the error to raise where the engine cannot go on."""
+    return RolloutError(f"{client.url}: {problem}: {reason}\n{client.advice()}")
 
 
 def _only_model(models: list[str]) -> str:

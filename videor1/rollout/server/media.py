@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from videor1.model.families import QWEN2_5_VL, Family
-from videor1.rollout.server.client import RequestFailed
+from videor1.remote.client import RequestFailed
 from videor1.types import Media, PromptMedia, listed
 from videor1.video.shuffle import shuffled_patches
 

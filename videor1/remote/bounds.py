@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 
-def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int, event_hooks: dict[str, Any]) -> Any:
+def bounded_http_client(
+    openai: Any, url: str, *, timeout: float, max_bytes: int, event_hooks: dict[str, Any], option: str = "rollout.url"
+) -> Any:
     """Return the HTTP client of the ``openai`` package, with bounds on each attempt at a request.
 
     An attempt that takes longer than ``timeout`` seconds from its beginning to the end of the reply is a timeout of the
@@ -22,6 +24,7 @@ def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int
         timeout: seconds.
         max_bytes: most bytes of a reply. A compressed one is refused, since it may unpack to any size.
         event_hooks: further hooks, in the form of httpx.
+        option: the option that the address is from, which messages name.
     """
     # httpx or httpx2, whichever the installed openai is built on.
     httpx = importlib.import_module(openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0])
@@ -52,9 +55,7 @@ def bounded_http_client(openai: Any, url: str, *, timeout: float, max_bytes: int
 
     async def stay(request: Any) -> None:
         if _origin(request.url) != origin:
-            raise openai.OpenAIError(
-                f"it redirects to another host, {str(request.url)[:200]}: name that in rollout.url"
-            )
+            raise openai.OpenAIError(f"it redirects to another host, {str(request.url)[:200]}: name that in {option}")
 
     async def bound(response: Any) -> None:
         if (encoding := response.headers.get("content-encoding", "identity")) != "identity":

@@ -1,51 +1,13 @@
 """What a hostile or broken server sends, byte by byte: each request fails in bounded time, with a reason."""
 
 import asyncio
-import contextlib
 import re
 import resource
-import socket
-import socketserver
 import threading
-import time
-from collections.abc import Callable
 
-from videor1.rollout.server.client import RequestFailed, ServerClient
+from raw_server import CHUNKS, OK, Cases, RawServer, forever, once
 
-Send = Callable[[socket.socket], None]
-OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-Cases = dict[str, tuple[Send, str]]
-
-
-class RawServer(socketserver.ThreadingTCPServer):
-    """Reads a request's beginning, and then sends as the case says whose number stands in its path."""
-
-    daemon_threads = True
-
-    def __init__(self, cases: Cases) -> None:
-        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        self.sends = [send for send, _ in cases.values()]
-
-    def finish_request(self, request: socket.socket, client_address: object) -> None:
-        with contextlib.suppress(OSError):
-            self.sends[int(request.recv(65536).split(b"/")[1])](request)
-
-
-def once(data: bytes) -> Send:
-    return lambda connection: connection.sendall(data)
-
-
-def forever(first: bytes, part: bytes, pause: float = 0.0) -> Send:
-    def send(connection: socket.socket) -> None:
-        connection.sendall(first)
-        while True:
-            connection.sendall(part)
-            time.sleep(pause)
-
-    return send
+from videor1.remote.client import RequestFailed, ServerClient
 
 
 async def failure(url: str, timeout: float) -> str:

@@ -1,0 +1,1 @@
+"""Requests to a server with OpenAI's API, nothing of whose replies is trusted."""
