@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, get_args
@@ -34,7 +35,10 @@ def ends(option: Option) -> tuple[list[float], list[float]]:
 def with_value(config_class: type, name: str, value: object) -> Any:
     section, _, field = name.rpartition(".")
     changed = {field: value}
-    return config_class(**{section: replace(getattr(config_class(), section), **changed)} if section else changed)
+    for part in reversed(section.split(".") if section else []):
+        outer = functools.reduce(getattr, section.split(".")[: section.split(".").index(part)], config_class())
+        changed = {part: replace(getattr(outer, part), **changed)}
+    return config_class(**changed)
 
 
 @commands
