@@ -61,7 +61,7 @@ def test_known_answers_give_known_accuracy(model: VideoLM, dataset: Dataset, ora
         oracle.say = staticmethod(lambda solution, index, shuffled, i: solution if shuffled else wrong)
         swapped = evaluator.run(model)
     assert (result.ordered, result.shuffled, swapped.ordered, swapped.shuffled) == (1.0, 0.0, 0.0, 1.0)
-    expected = {"ordered": 1.0, "shuffled": 0.0, "gap": 1.0, "samples": 5, "skipped": 3, "image": 1.0}
+    expected = {"ordered": 1.0, "shuffled": 0.0, "gap": 1.0, "samples": 5, "skipped": 3, "image": 1.0, "malformed": 0}
     assert result.metrics() == {f"eval/{name}": value for name, value in expected.items()}
     assert swapped.metrics()["eval/image"] == 0.0
     good = dataset.samples[1:6]

@@ -64,7 +64,7 @@ class LLMJudge:
         assert config.url is not None, "there is no judge without a url"
         if not config.model:
             raise ConfigError("reward.judge.model: expected the model's name at the server, got nothing")
-        known = dict.fromkeys((*get_args(ProblemType), "open-ended"))
+        known = get_args(ProblemType)
         for name in config.problem_types:
             if name not in known:
                 raise ConfigError(
