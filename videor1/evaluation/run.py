@@ -161,7 +161,12 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
         raise ConfigError(f"expected benchmark (names) or dataset_name (a data file in the Video-R1 format), got {got}")
     if config.dataset_name:
         # The solutions are checked by from_dataset, since an evaluation's scores are not all the reward's.
-        dataset = load_samples(config.dataset_name, root=config.data.root, reward=None)
+        data = config.data
+        dataset = load_samples(
+            config.dataset_name, root=data.root, reward=None, format=data.format, problem_type=data.problem_type
+        )
+        if dataset.format_note:
+            print(f"{dataset.path}: {dataset.format_note}", file=sys.stderr)
         return [from_dataset(dataset, lenient=config.reward.lenient, correct_above=config.reward.correct_above)]
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}
     if not config.data.root:
