@@ -15,7 +15,7 @@ from streams import drawn, ids, json_lines, lines, order_of, parquet, row, sampl
 import videor1.data.shards
 from videor1.data import load_samples
 from videor1.data.files import LocalFile
-from videor1.data.samples import Unparsed
+from videor1.data.parsing import Unparsed
 from videor1.data.shards import JsonlShard, open_shards
 from videor1.data.stream import Position
 from videor1.errors import DataError

@@ -62,8 +62,14 @@ class DataConfig:
     MiB or more and for everything that is not a single .json or .jsonl file."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
+    format: Literal["auto", "video-r1", "easyr1", "verl", "swift", "trl", "onethinker"] = "auto"
+    """Format of the rows, of dataset_name and data.eval_path alike: this trainer's own (video-r1) or another trainer's;
+    auto takes each row for the one that it fits, prints which, and counts a row that two formats read differently as
+    ambiguous."""
+    problem_type: str | None = None
+    """Kind of question of the rows that do not say it, in another trainer's format; default: such a row is an error."""
     eval_path: str | None = None
-    """Held-out data file (same format) for the periodic evaluation."""
+    """Held-out data file for the periodic evaluation, read by the same data.format."""
     changed_ok: bool = False
     """Resume a run whose data are no longer what its checkpoint was trained on: a list goes on at its position in the
     new order, a stream with its next epoch."""

@@ -6,7 +6,6 @@ Data that is too large to be held in memory is read by ``stream.py``, with the s
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,10 @@ from typing import Any, get_args
 from videor1.answer import extract_answer
 from videor1.config import RewardConfig
 from videor1.data.entries import check_placeholders, read_media, read_messages, read_template_arguments
+from videor1.data.files import LocalFile
+from videor1.data.formats import RowReader
+from videor1.data.parsing import Unparsed, parse_entry
+from videor1.data.shards import ParquetShard
 from videor1.data.shown import json_type, names, shown
 from videor1.errors import DataError, did_you_mean
 from videor1.rewards.solutions import lenient_can_reward, why_unearnable
@@ -35,6 +38,7 @@ class Dataset:
     path: Path  # the data file
     root: Path  # the folder that media paths are relative to
     needs_lenient: int = 0  # number of errors for a solution that only ``reward.lenient`` can reward
+    format_note: str = ""  # what ``data.format auto`` took the entries for, in words
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -102,13 +106,15 @@ def load_samples(
     root: str | Path | None = None,
     require_process: bool = False,
     reward: RewardConfig | None = DEFAULT_REWARD,
+    format: str = "auto",
+    problem_type: str | None = None,
 ) -> Dataset:
-    """Read a data file in the Video-R1 JSON format: a JSON list, or JSONL (one object a line; blank lines are ignored).
+    """Read a data file: a JSON list, or JSONL (one object a line; blank lines are ignored), or Parquet.
 
     The extension decides (``.jsonl`` and ``.ndjson`` are JSONL), unless the content is clearly of the other format. The
     encoding is UTF-8, with or without a byte order mark.
 
-    Fields of an entry::
+    Fields of an entry in the Video-R1 format (``format``: in another trainer's, see ``videor1/data/formats``)::
 
         problem        str, the question
         data_type      "video", "image", or "text" (an extension of the format: no path)
@@ -132,7 +138,7 @@ def load_samples(
     ``wrong_type``, ``missing_field``, ``empty_field``, ``bad_text`` (text that UTF-8 cannot hold, such as half of a
     surrogate pair), ``data_type``, ``problem_type``, ``options``, ``solution`` (no answer, or one for which no
     completion can earn a reward), ``process``, ``bad_path``, ``outside_root``, ``media``, ``messages``,
-    ``placeholders``.
+    ``placeholders``; the readers of other formats have ``ambiguous`` and ``embedded`` too.
 
     Args:
         path: the data file.
@@ -140,8 +146,11 @@ def load_samples(
         require_process: whether every entry needs a ``process``.
         reward: how completions will be scored, by which every solution is checked; None: a multiple choice needs the
             letter of an option, and any other answer passes.
+        format: the option ``data.format``.
+        problem_type: the option ``data.problem_type``.
 
     Raises:
+        ConfigError: there is no such format or problem type.
         DataError: no entry can be used, because there is no such file, it cannot be read, it is empty, not JSON or not
             a list, or all of its entries are bad.
     """
@@ -149,15 +158,17 @@ def load_samples(
     base = Path(os.path.realpath(path.parent if root is None else root))
     if not base.is_dir():
         raise DataError(f"data.root: expected a folder, got {str(root or path.parent)!r}")
-    check = EntryChecker(path, base, require_process, reward)
+    check, read = EntryChecker(path, base, require_process, reward), RowReader(format, problem_type)
     samples: list[Sample] = []
     errors: list[SampleError] = []
-    for index, (where, entry) in enumerate(_entries(path)):
+    for index, (where, entry) in enumerate(_entries(path, read)):
         try:
-            samples.append(check(index, where, entry))
+            if isinstance(entry, SampleError):
+                raise entry
+            samples.append(check(index, where, read(where, entry, path)))
         except SampleError as error:
             errors.append(error)
-    dataset = Dataset(samples, errors, path, base, check.needs_lenient)
+    dataset = Dataset(samples, errors, path, base, check.needs_lenient, read.note())
     if not samples and not errors:
         raise DataError(f"{path}: holds no samples; expected a JSON list of objects, or one JSON object a line")
     if not samples:
@@ -167,16 +178,12 @@ def load_samples(
     return dataset
 
 
-@dataclass(frozen=True)
-class Unparsed:
-    """An entry that is not valid JSON, with the reason."""
-
-    reason: str
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (``"line 3"`` or ``"entry 2"``, the parsed value or Unparsed) for each entry of a data file."""
+def _entries(path: Path, read: RowReader) -> Iterator[tuple[str, Any]]:
+    """Yield (``"line 3"``, ``"entry 2"`` or ``"row 2"``, the parsed value, Unparsed or SampleError) for each entry."""
     try:
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_rows(path, read)
+            return
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
@@ -207,16 +214,13 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", parse_entry(line)
 
 
-def parse_entry(data: bytes) -> Any:
-    """Parse JSON from UTF-8 bytes, and return its value, or Unparsed if it is not valid."""
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Unparsed(f"not UTF-8 text at byte {error.start}")
-    except RecursionError:
-        return Unparsed("nested too deeply")
-    except ValueError as error:  # a JSONDecodeError, or an integer with too many digits
-        return Unparsed(str(error))
+def _parquet_rows(path: Path, read: RowReader) -> Iterator[tuple[str, Any]]:
+    shard = ParquetShard(LocalFile(str(path), path.stat().st_size), read.columns)
+    for block in range(shard.blocks):
+        rows = shard.read(block)
+        for row in range(len(rows)):
+            if (found := rows.entry(row)) is not None:
+                yield found[1:]
 
 
 class EntryChecker:

@@ -8,28 +8,28 @@ its bytes.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from videor1.data.files import GZIP, PARQUET, File, Saved, require
-from videor1.data.samples import Unparsed, parse_entry
+from videor1.data.formats import field_names
+from videor1.data.parsing import Unparsed, parse_entry, without_nulls
 from videor1.errors import DataError
 from videor1.types import SampleError
 
 BLOCK_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
-# Only these columns are read, because others may be large.
-FIELDS = (
-    *("problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source", "process"),
-    *("media", "messages", "system", "chat_template_kwargs"),
-)
+HEAD_BYTES = 64 * 2**10  # of a file of lines, in which its first rows are looked for
+# Chooses which of a table's columns are read.
+Columns = Callable[[Iterable[str]], list[str]]
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -67,6 +67,10 @@ class Shard(Protocol):
 
     def read(self, block: int) -> Rows:
         """Read the rows of a block."""
+        ...
+
+    def head(self) -> list[set[str]]:
+        """Return the names of the fields of a few of the first rows, as far as little has to be read for them."""
         ...
 
 
@@ -144,6 +148,9 @@ class JsonlShard:
         rest, cut = self._rest_of_line(stop)
         return Lines(data + rest, start, cut=cut)
 
+    def head(self) -> list[set[str]]:
+        return _names_in_lines(self._file.read(0, min(self.size, HEAD_BYTES)), whole=self.size <= HEAD_BYTES)
+
     def _rest_of_line(self, start: int) -> tuple[bytes, bool]:
         """Read the part of a line that lies beyond its block, and return (the bytes, whether the line is too long)."""
         parts: list[bytes] = []
@@ -186,6 +193,14 @@ class GzipShard:
         skip = len(_BOM) if data.startswith(_BOM) else 0
         return Lines(data[skip:], skip)
 
+    def head(self) -> list[set[str]]:
+        packed = self._file.read(0, min(self._file.size, HEAD_BYTES))
+        try:
+            data = zlib.decompressobj(wbits=31).decompress(packed, HEAD_BYTES)
+        except zlib.error:
+            return []
+        return _names_in_lines(data, whole=False)
+
 
 class Records:
     """Rows of an Arrow table. A null value is treated as a missing field.
@@ -211,62 +226,59 @@ class Records:
             (record,) = self._table.slice(row, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # Arrow does not check that text is UTF-8, or that a date exists.
             return at, f"row {at}", SampleError("bad_text", f"row {at}: cannot be decoded: {error}", self._name)
-        return at, f"row {at}", _without_nulls(record)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without the null fields of its objects: in Arrow, all objects of a column have the same fields."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return at, f"row {at}", without_nulls(record)
 
 
 class ParquetShard:
-    """A Parquet file. A block is a row group, of which only the columns in ``FIELDS`` are read."""
+    """A Parquet file. A block is a row group, of which only some columns are read."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, columns: Columns) -> None:
         self.name, self.size, self._file = file.name, file.size, file
         self._parquet = require("pyarrow.parquet")
         with file.open() as handle:
             try:
-                footer = self._parquet.ParquetFile(handle).metadata
+                opened = self._parquet.ParquetFile(handle)
+                footer, self._columns = opened.metadata, columns(opened.schema_arrow.names)
             except Exception as error:  # pyarrow raises its own kinds, and OSError for a file that is not Parquet.
                 raise DataError(f"{file.name}: not a Parquet file: {error}") from error
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         self.blocks, self.rows = len(groups), footer.num_rows
         self._firsts = np.cumsum([0, *(group.num_rows for group in groups)])
-        self.block_bytes = max((_memory_bytes(group) for group in groups), default=0)
+        self.block_bytes = max((_memory_bytes(group, self._columns) for group in groups), default=0)
 
     def read(self, block: int) -> Rows:
         with self._file.open() as handle:
             try:
                 parquet = self._parquet.ParquetFile(handle, pre_buffer=True)
-                names = [name for name in FIELDS if name in parquet.schema_arrow.names]
-                table = parquet.read_row_group(block, columns=names, use_threads=False)
+                table = parquet.read_row_group(block, columns=self._columns, use_threads=False)
             except DataError:
                 raise
             except Exception as error:  # For a damaged page pyarrow raises OSError, ValueError and other kinds.
                 return BadBlock(self.name, f"row group {block}", error)
         return Records(table, int(self._firsts[block]), self.name)
 
+    def head(self) -> list[set[str]]:
+        return [set(self._columns)]
 
-def _memory_bytes(group: Any) -> int:
+
+def _memory_bytes(group: Any, names: Sequence[str]) -> int:
     """Return an estimate of the bytes that a row group takes in memory."""
     columns = [group.column(i) for i in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in FIELDS)
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
     return max(size, 128 * group.num_rows)  # The file stores repeated values only once, memory does not.
 
 
 class SavedShard:
     """A dataset that ``datasets`` saved and maps into memory. A block is a range of its rows."""
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: Saved, columns: Columns) -> None:
         datasets = require("datasets")
         try:
             data = datasets.load_from_disk(saved.name)
         except Exception as error:  # A damaged folder can make pyarrow raise many kinds of errors.
             raise DataError(f"{saved.name}: cannot be opened by datasets.load_from_disk: {error}") from error
-        self._data = data.select_columns([n for n in FIELDS if n in data.column_names]).with_format("arrow")
+        self._columns = columns(data.column_names)
+        self._data = data.select_columns(self._columns).with_format("arrow")
         self.name, self.rows, self.size = saved.name, len(data), 0
         row_bytes = max(1, self._data.data.nbytes // max(1, self.rows))
         self._block_rows = min(max(64, BLOCK_BYTES // row_bytes), 65536)
@@ -277,19 +289,33 @@ class SavedShard:
         start = block * self._block_rows
         return Records(self._data[start : start + self._block_rows], start, self.name)
 
+    def head(self) -> list[set[str]]:
+        return [set(self._columns)]
 
-def open_shards(found: Sequence[File | Saved]) -> list[Shard]:
+
+def _names_in_lines(data: bytes, *, whole: bool) -> list[set[str]]:
+    """Return the names of the fields of the objects in the first lines; ``whole``: the last line is not cut off."""
+    lines = data.removeprefix(_BOM).split(b"\n")
+    rows = (parse_entry(line) for line in (lines if whole else lines[:-1])[:64] if line.strip())
+    return [field_names(row) for row in rows if isinstance(row, dict)]
+
+
+def open_shards(found: Sequence[File | Saved], columns: Columns = list) -> list[Shard]:
     """Open shards and return those that are not empty, in order.
 
     Several threads open them, because reading a footer may take a network request.
+
+    Args:
+        found: the files and folders.
+        columns: chooses which columns of a table are read, of the names of all of them.
     """
     with ThreadPoolExecutor(16) as pool:
-        return [shard for shard in pool.map(_open, found) if shard.blocks]
+        return [shard for shard in pool.map(functools.partial(_open, columns=columns), found) if shard.blocks]
 
 
-def _open(found: File | Saved) -> Shard:
+def _open(found: File | Saved, columns: Columns) -> Shard:
     if isinstance(found, Saved):
-        return SavedShard(found)
+        return SavedShard(found, columns)
     if found.name.endswith(PARQUET):
-        return ParquetShard(found)
+        return ParquetShard(found, columns)
     return GzipShard(found) if found.name.endswith(GZIP) else JsonlShard(found)

@@ -21,6 +21,7 @@ import torch
 
 from videor1.config import DataConfig, RewardConfig
 from videor1.data.files import JSONL, find
+from videor1.data.formats import RowReader
 from videor1.data.order import Draw, check_shard
 from videor1.data.samples import DEFAULT_REWARD, Dataset, EntryChecker, load_samples
 from videor1.data.shards import Rows, Shard, open_shards
@@ -51,7 +52,14 @@ def open_dataset(
         DataError: as in ``load_samples`` and ``files.find``.
     """
     if _is_held_in_memory(name, data.stream):
-        return load_samples(name, root=data.root, require_process=require_process, reward=reward)
+        return load_samples(
+            name,
+            root=data.root,
+            require_process=require_process,
+            reward=reward,
+            format=data.format,
+            problem_type=data.problem_type,
+        )
     if data.stream is False:
         raise ConfigError(f"data.stream: false holds one .json or .jsonl file in memory, got {name!r}")
     return RowStream(name, data, require_process=require_process, reward=reward)
@@ -133,7 +141,8 @@ class RowStream:
         root = Path(os.path.realpath(data.root or roots[0]))
         if not root.is_dir():
             raise DataError(f"data.root: expected a folder, got {str(data.root)!r}")
-        self.shards: list[Shard] = open_shards(found)
+        self._read = RowReader(data.format, data.problem_type)
+        self.shards: list[Shard] = open_shards(found, self._read.columns)
         if not self.shards:
             raise DataError(f"{name}: holds no samples; its {len(found)} shards are empty")
         self._ends = list(itertools.accumulate(shard.blocks for shard in self.shards))
@@ -149,6 +158,7 @@ class RowStream:
                 " or shards for less memory and a better shuffle"
             )
         )
+        self._head = self.shards[0].head()
         self.errors: list[SampleError] = []  # always empty: the error of a row is drawn in the row's place
         self._check = EntryChecker(name, root, require_process, reward)
 
@@ -159,6 +169,11 @@ class RowStream:
     def reward_note(self) -> str:
         """Return nothing, for the same reason."""
         return ""
+
+    @property
+    def format_note(self) -> str:
+        """What ``data.format auto`` takes the first rows for, in words; "" where the format was named."""
+        return self._read.first_note(self._head)
 
     def count(self) -> int | None:
         """Return the number of rows in an epoch, including unusable ones; None if counting them would take long."""
@@ -183,13 +198,18 @@ class RowStream:
         if isinstance(entry, SampleError):
             return entry
         try:
+            entry = self._read(where, entry, name)
             return self._check(shard << 40 | at, where, entry, problem_id=f"{os.path.basename(name)}:{at}")
         except SampleError as error:
             return error
 
     def digest(self) -> str:
-        """Return a hash of the shards' names, sizes, blocks and rows, by which a resumed run detects changed data."""
-        facts = [(os.path.basename(s.name), s.size, s.blocks, s.rows) for s in self.shards]
+        """Return a hash of the shards' names, sizes, blocks and rows, by which a resumed run detects changed data.
+
+        The format of the rows counts too, unless it is the trainer's own.
+        """
+        facts: list[Any] = [(os.path.basename(s.name), s.size, s.blocks, s.rows) for s in self.shards]
+        facts += self._read.identity(self._head)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -164,8 +164,12 @@ def _load(config: EvaluateConfig) -> list[Loaded]:
         raise ConfigError(f"expected benchmark (names) or dataset_name (a data file in the Video-R1 format), got {got}")
     if config.dataset_name:
         # The solutions are checked by from_dataset, since an evaluation's scores are not all the reward's.
-        dataset = load_samples(config.dataset_name, root=config.data.root, reward=None)
-        reward = config.reward
+        data, reward = config.data, config.reward
+        dataset = load_samples(
+            config.dataset_name, root=data.root, reward=None, format=data.format, problem_type=data.problem_type
+        )
+        if dataset.format_note:
+            print(f"{dataset.path}: {dataset.format_note}", file=sys.stderr)
         judged = reward.judge.problem_types if reward.judge.url is not None else ()
         return [from_dataset(dataset, reward=reward, judged=judged)]
     suites = {suite.name: suite for suite in map(find_suite, config.benchmark)}

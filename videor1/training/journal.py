@@ -136,6 +136,8 @@ class Journal:
         """Record the entries that the check of the data files left out: all in skipped.jsonl, the first few printed."""
         for split, dataset in (("train", train), ("eval", held_out)):
             errors = dataset.errors if dataset else []
+            if dataset and dataset.format_note:
+                self._progress.write(f"{dataset.path}: {dataset.format_note}")
             for error in errors:
                 self._write_skip(0, split, error)
             for error in errors[:5]:

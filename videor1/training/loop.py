@@ -119,8 +119,7 @@ class Loop(ABC, Generic[C]):
                 f"max_steps: needed, since num_train_epochs counts rows, and those of {config.dataset_name} are not "
                 "known without reading all of it"
             )
-        held_out, root = config.data.eval_path, config.data.root
-        self.eval_set = load_samples(held_out, root=root, reward=config.reward) if held_out else None
+        self.eval_set = self._load_held_out()
         self._notes: list[str] = []  # what is printed once the run is open
         self._lock: FolderLock | None = None  # the main process's, for all ranks
         self.resume_from = self.ranks.on_main(self._resume_point)
@@ -222,6 +221,18 @@ class Loop(ABC, Generic[C]):
         if not path:
             raise ConfigError("dataset_name: expected a data file in the Video-R1 JSON format, got nothing")
         return open_dataset(path, self.config.data, reward=self.config.reward)
+
+    def _load_held_out(self) -> Dataset | None:
+        data = self.config.data
+        if not data.eval_path:
+            return None
+        return load_samples(
+            data.eval_path,
+            root=data.root,
+            reward=self.config.reward,
+            format=data.format,
+            problem_type=data.problem_type,
+        )
 
     def train(self) -> Path:
         """Train to the last step.

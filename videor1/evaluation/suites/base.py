@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from videor1.data.samples import EntryChecker, Unparsed, parse_entry
+from videor1.data.parsing import Unparsed, parse_entry
+from videor1.data.samples import EntryChecker
 from videor1.errors import ConfigError, DataError, install
 from videor1.types import ProblemType, Sample, SampleError
 
