@@ -83,6 +83,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class OfflineAnswer:
+    """An answer that the data bring for a slot of the group: a stronger model's, or a person's."""
+
+    text: str  # the whole answer, tags included
+    source: str = ""  # who wrote it
+
+
+@dataclass(frozen=True)
 class Sample:
     """One checked entry of a data file in the Video-R1 JSON format."""
 
@@ -109,6 +117,7 @@ class Sample:
     messages: tuple[Message, ...] = field(default=(), repr=False)  # the conversation, in place of problem alone
     system: str | None = field(default=None, repr=False)  # system prompt; None: the run's, or the chat template's own
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)  # beside the run's
+    completions: tuple[OfflineAnswer, ...] = field(default=(), repr=False)
 
     @property
     def items(self) -> tuple[MediaItem, ...]:
@@ -177,6 +186,8 @@ class Prompt:
     input_ids: Tensor  # int64 [P]
     media: PromptMedia
     draw: int  # position in the endless stream of samples, from which permutation and sampling are seeded
+    offline: tuple[Completion, ...] = ()  # answers that the data bring, which take slots of the group
+    offline_left_out: int = 0  # answers of the data for which there is no slot, or that are too long
 
     @property
     def all_media(self) -> tuple[Media, ...]:
@@ -192,12 +203,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion of a prompt."""
+    """One completion of a prompt, sampled or from the data."""
 
     token_ids: Tensor  # int64 [C], EOS included if it was reached
-    logp: Tensor  # fp32 [C], nats: log-prob of each sampled token under the untruncated distribution at rollout
+    # fp32 [C], nats: log-prob of each sampled token under the untruncated distribution at rollout; NaN: not known
+    logp: Tensor
     finished: bool  # whether it ended with EOS; False: it was cut at max_completion_length
     text: str  # the tokens decoded without special tokens
+    source: str | None = None  # None: the policy sampled it; else who wrote it, as the data say ("" if they do not)
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,7 @@ class Group:
     """A prompt with its completions from frames in order and, where it is a video, from shuffled frames."""
 
     prompt: Prompt
-    ordered: tuple[Completion, ...]
+    ordered: tuple[Completion, ...]  # the sampled ones, then those of the data
     shuffled: tuple[Completion, ...] = ()  # only those that were sampled to their end
     permutation: Orders | None = None  # of frames or of temporal patches, as temporal.shuffle_unit says
     # Number of shuffled completions requested. Where it exceeds len(shuffled), the rest was skipped because it could

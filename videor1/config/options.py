@@ -449,6 +449,10 @@ class TrainConfig(EvalOptions):
         int, at_least(2, "at least 2 (the group is its own baseline)", most=MOST_COMPLETIONS)
     ] = 8
     """Completions from ordered frames per prompt."""
+    num_offline: Annotated[int | None, at_least(0, "at least 0, and less than num_generations")] = None
+    """Slots of a group that answers in the data (completions) may take, in the place of sampled ones; default: all but
+    one. Their log-probs at sampling are not known: their ratio is that of the policy to itself, 1 at a rollout's first
+    update."""
     temperature: Annotated[float, above(0)] = 1.0
     """Sampling temperature; log-probs use it too."""
     top_p: Annotated[float, UP_TO_ONE] = 0.95
@@ -558,6 +562,9 @@ class TrainConfig(EvalOptions):
         expect("max_tokens_per_row", row, expected, row is None or row > completion)
         tokens = f"at most {MOST_ROW:,} / num_generations ({self.num_generations})"
         expect("max_completion_length", completion, tokens, completion * self.num_generations <= MOST_ROW)
+        offline = self.num_offline or 0
+        slots = f"at least 0, and less than num_generations ({self.num_generations})"
+        expect("num_offline", self.num_offline, slots, offline < self.num_generations)
         cache = self.mask_overlong
         expect("mask_overlong", cache, f"at most max_completion_length ({completion})", cache <= completion)
         low, high = self.correction_min or 0.0, self.correction_max

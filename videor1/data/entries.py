@@ -15,7 +15,7 @@ from typing import Any, get_args
 from videor1.data.shown import json_type, shown
 from videor1.errors import did_you_mean
 from videor1.placeholders import MediaKind, placeholders
-from videor1.types import MediaItem, Message, SampleError
+from videor1.types import MediaItem, Message, OfflineAnswer, SampleError
 
 Fail = Callable[[str, str], SampleError]
 Locate = Callable[[str, str], Path]
@@ -180,6 +180,33 @@ def _content(name: str, value: Any, fail: Fail) -> str:
             raise fail("wrong_type", f"{where}.text: expected a string, got {json_type(part.get('text'))}")
         texts.append(part["text"] if kind == "text" else f"<{kind}>")
     return _text(name, "".join(texts), fail)
+
+
+def read_completions(value: Any, encodable: Callable[[str, str], str], fail: Fail) -> tuple[OfflineAnswer, ...]:
+    """Return an entry's ``completions``: objects with ``text`` and, if the data say it, ``source``.
+
+    Raises:
+        SampleError: ``wrong_type``, or ``completions`` for an empty text or an unknown field.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise fail("wrong_type", f"completions: expected a list of objects, got {json_type(value)}")
+    found = []
+    for number, one in enumerate(value):
+        name = f"completions[{number}]"
+        if not isinstance(one, dict):
+            raise fail("wrong_type", f"{name}: expected an object with text and source, got {json_type(one)}")
+        if unknown := next((field for field in one if field not in ("text", "source")), None):
+            raise fail("completions", f"{name}: unknown field {shown(unknown)}; known are ['text', 'source']")
+        text, source = one.get("text"), one.get("source")
+        if not isinstance(text, str) or not isinstance(source, str | None):
+            wrong = ("source", source) if isinstance(text, str) else ("text", text)
+            raise fail("wrong_type", f"{name}.{wrong[0]}: expected a string, got {json_type(wrong[1])}")
+        if not text.strip():
+            raise fail("completions", f"{name}.text: expected an answer, got {shown(text)}")
+        found.append(OfflineAnswer(encodable(f"{name}.text", text), encodable(f"{name}.source", source or "")))
+    return tuple(found)
 
 
 def read_template_arguments(value: Any, fail: Fail) -> Mapping[str, Any]:

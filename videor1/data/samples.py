@@ -15,7 +15,13 @@ from typing import Any, get_args
 
 from videor1.answer import extract_answer
 from videor1.config import RewardConfig
-from videor1.data.entries import check_placeholders, read_media, read_messages, read_template_arguments
+from videor1.data.entries import (
+    check_placeholders,
+    read_completions,
+    read_media,
+    read_messages,
+    read_template_arguments,
+)
 from videor1.data.files import LocalFile
 from videor1.data.formats import RowReader
 from videor1.data.parsing import Unparsed, parse_entry
@@ -89,6 +95,8 @@ def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
         told += (s.data_source, s.process, s.start, s.end, s.frames_per_second)
         if s.media or s.messages or s.system is not None or s.chat_template_kwargs:
             told += (tuple(_told(item, base) for item in s.media), s.messages, s.system, s.chat_template_kwargs)
+        if s.completions:
+            told += s.completions
         digest.update(repr(told).encode("utf-8", "backslashreplace"))
     return f"{digest.hexdigest()} of {count} samples"
 
@@ -129,6 +137,7 @@ def load_samples(
         messages       list of turns, in place of problem (``entries.read_messages``)
         system         str, optional: a system prompt in place of the run's
         chat_template_kwargs   object, optional: arguments of the chat template, beside the run's
+        completions    list of {text, source}, optional: answers that take slots of the group (T-GRPO)
 
     With ``media``, the placeholders <video> and <image> in problem, options or messages say where each stands; without
     any, all stand before the first text of the user. Other fields are ignored. Whether a media file exists is checked
@@ -393,6 +402,7 @@ class EntryChecker:
             messages=messages,
             system=system,
             chat_template_kwargs=read_template_arguments(entry.get("chat_template_kwargs"), fail),
+            completions=read_completions(entry.get("completions"), encodable, fail),
         )
 
     def _resolve(self, relative: str) -> Path:

@@ -34,6 +34,7 @@ class Scored:
         None  # fp64 [P]: the accuracy that a correct completion of each group exceeds; None: one for all
     )
     malformed: Tensor | None = None  # int64 [P, G]: 0, or 1 + the index in MALFORMED of the fault of a completion
+    sampled: Tensor | None = None  # bool [P, G]: the completions that the policy sampled; None: all
 
 
 def score_groups(
@@ -52,7 +53,7 @@ def score_groups(
     if not groups:
         return _empty_scored(config)
     judges = [_judge(group, config, opened) for group in groups]
-    accuracy = torch.tensor([judge.ordered for judge in judges])
+    accuracy = torch.tensor([judge.ordered + judge.offline for judge in judges])
     completions = [(completion.text, g.prompt.sample) for g in groups for completion in g.ordered]
     texts, samples = [text for text, _ in completions], [sample for _, sample in completions]
     known = {name: [reward for g in groups for reward in g.rewards[name]] for name in groups[0].rewards}
@@ -74,13 +75,14 @@ def score_groups(
         elif skipped[i] and judge.needed is False:
             decisive[i], unknown[i] = torch.nan, True
     above = torch.tensor([config.reward.above(g.prompt.sample.problem_type) for g in groups], dtype=torch.float64)
-    result = _advantages((accuracy, format_reward, lengths, decisive), config, device, above)
+    sampled = torch.tensor([[c.source is None for c in g.ordered] for g in groups])
+    result = _advantages((accuracy, format_reward, lengths, decisive), config, device, above, sampled)
     p_shuffled = result.p_shuffled.cpu().masked_fill(skipped, torch.nan)
     bonus = result.temporal.cpu().masked_fill(unknown, torch.nan)
     values = Advantages(result.advantages.cpu(), result.rewards.cpu(), bonus, result.p.cpu(), p_shuffled)
     faults = [fault_number(whole_text(opened, text), s, config.reward) for text, s in completions]
     malformed = torch.tensor(faults).reshape(len(groups), -1)
-    return Scored(accuracy, format_reward, lengths, shuffled, decisive, values, above, malformed)
+    return Scored(accuracy, format_reward, lengths, shuffled, decisive, values, above, malformed, sampled)
 
 
 def divided(scored: Scored, std: Tensor, config: TrainConfig, device: torch.device | str = "cpu") -> Scored:
@@ -88,7 +90,7 @@ def divided(scored: Scored, std: Tensor, config: TrainConfig, device: torch.devi
     if not len(std):
         return scored
     inputs = (scored.accuracy, scored.format, scored.lengths, scored.decisive)
-    advantages = _advantages(inputs, config, device, scored.above, std).advantages.cpu()
+    advantages = _advantages(inputs, config, device, scored.above, scored.sampled, std).advantages.cpu()
     return replace(scored, result=replace(scored.result, advantages=advantages))
 
 
@@ -97,6 +99,7 @@ def _advantages(
     config: TrainConfig,
     device: torch.device | str,
     above: Tensor | None,
+    sampled: Tensor | None,
     std: Tensor | None = None,
 ) -> Advantages:
     """Call the kernel with accuracies, formats, lengths and shuffled accuracies, and the options' values."""
@@ -121,6 +124,7 @@ def _advantages(
         eps=config.advantage_eps,
         baseline=config.advantage_baseline,
         batch_std=None if std is None else std.to(device),
+        p_mask=None if sampled is None or bool(sampled.all()) else sampled.to(device),
         backend=config.kernels,
     )
 
@@ -136,11 +140,17 @@ def _judge(group: Group, config: TrainConfig, opened: str) -> TemporalJudge:
 
     It computes accuracies only, which is all that counts of the shuffled completions.
     """
-    count, requested = len(group.ordered), group.shuffled_asked
+    sampled, offline = ([c for c in group.ordered if (c.source is None) is own] for own in (True, False))
     judge = TemporalJudge(
-        group.prompt.sample, config, ordered=count, shuffled=requested, known=group.accuracies, opened=opened
+        group.prompt.sample,
+        config,
+        ordered=len(sampled),
+        shuffled=group.shuffled_asked,
+        known=group.accuracies,
+        opened=opened,
+        offline=offline,
     )
-    for completion in group.ordered:
+    for completion in sampled:
         judge.ordered_done(completion)
     for completion in group.shuffled:
         judge.shuffled_done(completion)
@@ -152,4 +162,6 @@ def _empty_scored(config: TrainConfig) -> Scored:
     matrix, vector = torch.empty(0, config.num_generations), torch.empty(0)
     advantages = Advantages(matrix, matrix, vector, vector, vector)
     shuffled = torch.empty(0, config.num_shuffled)
-    return Scored(matrix, matrix, matrix.long(), shuffled, shuffled, advantages, vector.double(), matrix.long())
+    return Scored(
+        matrix, matrix, matrix.long(), shuffled, shuffled, advantages, vector.double(), matrix.long(), matrix.bool()
+    )

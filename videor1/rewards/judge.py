@@ -34,11 +34,13 @@ class TemporalJudge:
         ordered, shuffled: number of completions that the group will have.
         known: accuracies that another judge of the group has computed, by the completion's text.
         opened: what the chat template opened the answers with.
+        offline: completions of the group that the policy did not sample. They are none of p, and get the bonus alike.
         scores: the group's rewards that take time, which start as completions are reported; None: there are none.
 
     Attributes:
         ordered, shuffled: accuracies of the reported completions, in the order of the reports; those that take time are
             added by :meth:`settle`.
+        offline: those of the completions that were not sampled, in the same way.
         accuracies: accuracy of every reported or known text that does not take time.
     """
 
@@ -51,18 +53,23 @@ class TemporalJudge:
         shuffled: int,
         known: Mapping[str, float] | None = None,
         opened: str = "",
+        offline: Sequence[Completion] = (),
         scores: GroupScores | None = None,
     ) -> None:
         self._sample, self._config, self._opened, self._scores = sample, config, opened, scores
         self._counts = (ordered, shuffled)
         self.ordered: list[float] = []
         self.shuffled: list[float] = []
+        self.offline: list[float] = []
         self.accuracies = dict(known or {})
         # The numbers of reported completions, and the verdict at that time.
-        self._last_verdict: tuple[tuple[int, int], bool | None] | None = None
+        self._last_verdict: tuple[tuple[int, ...], bool | None] | None = None
 
         self._unsettled: list[tuple[list[float], Future[float]]] = []
         self._failed = False  # whether a score that was settled has failed: the group will be dropped
+        self._rewarded = ordered + len(offline)  # completions that the bonus is for
+        for completion in offline:
+            self._done(completion, self.offline)
 
     def ordered_done(self, completion: Completion) -> None:
         self._done(completion, self.ordered)
@@ -100,7 +107,7 @@ class TemporalJudge:
         """
         if self._failed:
             return False
-        reported = (len(self.ordered), len(self.shuffled))
+        reported = (len(self.ordered), len(self.shuffled), len(self.offline))
         if self._last_verdict is None or self._last_verdict[0] != reported:
             self._last_verdict = reported, self._verdict()
         return self._last_verdict[1]
@@ -126,18 +133,19 @@ class TemporalJudge:
         return p_low >= threshold_high or p_high < threshold_low
 
     def _verdict(self) -> bool | None:
-        done = len(self.ordered)
+        rewarded = self.ordered + self.offline
+        done = len(rewarded)
         cancels = self._config.temporal_apply == "reward" and not self._config.scales_by_batch
         above = _fp32(self._config.reward.above(self._sample.problem_type))
-        correct = sum(_fp32(accuracy) > above for accuracy in self.ordered)
-        if done == self._counts[0] and (not correct or (cancels and correct == done)):
+        correct = sum(_fp32(accuracy) > above for accuracy in rewarded)
+        if done == self._rewarded and (not correct or (cancels and correct == done)):
             return False
         if not self._config.temporal.alpha or self.decided:
             return False
         return True if correct and (not cancels or correct < done) else None
 
     def _done(self, completion: Completion, accuracies: list[float]) -> None:
-        ordered = accuracies is self.ordered
+        ordered = accuracies is not self.shuffled
         score = None if self._scores is None else self._scores.start(completion, ordered=ordered)
         if score is None:
             accuracies.append(self._accuracy(completion))

@@ -60,6 +60,8 @@ def rollout_rows(
             "p": result.p[i],
             "p_shuffled": result.p_shuffled[i],
         }
+        if group.prompt.offline:
+            row["sources"] = [c.source for c in group.ordered]  # None: sampled
         if sample.media:
             row["media"] = [_media_row(item) for item in sample.media]
         if scored.malformed is not None:

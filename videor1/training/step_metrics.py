@@ -115,6 +115,9 @@ def step_metrics(
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
         "completions/clipped_ratio": 1 - _mean([c.finished for g in groups for c in g.ordered]),
+        "offline/share": _mean([c.source is not None for g in groups for c in g.ordered]),
+        "offline/accuracy": _offline_accuracy(scored),
+        "offline/left_out": sum(g.prompt.offline_left_out for g in groups),
         "temporal/p": _mean(result.p[video].tolist()),
         "temporal/p_shuffled": _mean(result.p_shuffled[known].tolist()),
         "temporal/p_shuffled_unknown": int((video & ~known).sum()),
@@ -151,6 +154,11 @@ def _malformed(groups: Sequence[Group], scored: Scored) -> dict[str, int]:
         for fault in filter(None, row):
             counts.update((f"rewards/malformed/{kind}", f"rewards/malformed/{kind}/{MALFORMED[fault - 1]}"))
     return {"rewards/malformed": int((scored.malformed > 0).sum()), **dict(sorted(counts.items()))}
+
+
+def _offline_accuracy(scored: Scored) -> float:
+    """Return the mean accuracy of the answers that the data bring; NaN without any."""
+    return math.nan if scored.sampled is None else float(scored.accuracy[~scored.sampled].mean())
 
 
 def _row_mean(values: Tensor | None) -> float:

@@ -32,11 +32,12 @@ from videor1.side_by_side import side_by_side
 from videor1.training.batch import REFILLS, Batch, refill
 from videor1.training.loop import ChooseLayers, Loop
 from videor1.training.mismatch import WeightBounds
+from videor1.training.offline import offline_completions
 from videor1.training.passes import completion_logp, tgrpo_loss
 from videor1.training.rollout_log import rollout_rows
 from videor1.training.rows import TrainingRow, batch_totals, counting, sum_totals, training_rows
 from videor1.training.step_metrics import SLOW, make_step_report, step_metrics
-from videor1.types import Prompt, PromptMedia, Sample, SampleError
+from videor1.types import Group, Prompt, PromptMedia, Sample, SampleError
 from videor1.video.shuffle import draw_permutation
 from videor1_kernels import GrpoLoss, chosen_backend
 from videor1_kernels.integrations.transformers import LINEAR_KERNELS, linear_backend
@@ -99,7 +100,7 @@ class Trainer(Loop[TrainConfig]):
             ids = build_input_ids(
                 self.model.tokenizer, sample, media, max_prompt_length=longest, family=self.model.family
             )
-            return Prompt(sample, ids, media, draw)
+            return Prompt(sample, ids, media, draw, *offline_completions(self.model, sample, self.config))
 
         return self.source_of(build, start)
 
@@ -138,7 +139,7 @@ class Trainer(Loop[TrainConfig]):
 
         totals = sum_totals(self.ranks.gather(batch_totals(scored.lengths, config, counting(groups, config))))
         rows, left_out = training_rows(self.model, groups, scored, config, totals)
-        self._check_sampled(rows)
+        self._check_sampled(groups)
         row_features = [self._frozen_features([features[i] for i in row.groups]) for row in rows]
         ref_logps = self._reference_logps(rows, row_features)
         timer.mark("time/reference")
@@ -301,7 +302,7 @@ class Trainer(Loop[TrainConfig]):
             Request(
                 p,
                 config.seed,
-                Branch(config.num_generations, ("ordered", p.draw), features),
+                Branch(config.num_generations - len(p.offline), ("ordered", p.draw), features),
                 None if order is None else Branch(config.num_shuffled, ("shuffled", p.draw), moved, order),
                 judge,
                 judge if isinstance(judge, TemporalJudge) else None,
@@ -311,9 +312,12 @@ class Trainer(Loop[TrainConfig]):
         self._hand_over_weights()
         rollout = self.engine.generate(requests)
         groups = [
-            dataclasses.replace(group, accuracies=judge.accuracies)
-            if group and isinstance(judge, TemporalJudge)
-            else group
+            group
+            and dataclasses.replace(
+                group,
+                ordered=(*group.ordered, *group.prompt.offline),
+                accuracies=judge.accuracies if isinstance(judge, TemporalJudge) else group.accuracies,
+            )
             for group, judge in zip(rollout.groups, judges, strict=True)
         ]
         return dataclasses.replace(rollout, groups=groups), ordered
@@ -330,9 +334,10 @@ class Trainer(Loop[TrainConfig]):
         return TemporalJudge(
             prompt.sample,
             config,
-            ordered=config.num_generations,
+            ordered=config.num_generations - len(prompt.offline),
             shuffled=config.num_shuffled,
             opened=self.model.opened_text,
+            offline=prompt.offline,
             scores=scores,
         )
 
@@ -388,9 +393,10 @@ class Trainer(Loop[TrainConfig]):
 
         return [functools.partial(loss_of, i) for i in range(len(rows))]
 
-    def _check_sampled(self, rows: Sequence[TrainingRow]) -> None:
+    def _check_sampled(self, groups: Sequence[Group]) -> None:
         """Check that there are the log-probs that a correction needs. Raises TrainingStopped."""
-        if self.config.importance_correction != "none" and any(bool(row.rollout_logp.isnan().any()) for row in rows):
+        sampled = [c for group in groups for c in group.ordered if c.source is None]
+        if self.config.importance_correction != "none" and any(bool(c.logp.isnan().any()) for c in sampled):
             raise TrainingStopped(
                 f"importance_correction {self.config.importance_correction}: the server gives no log-probs of what it "
                 "sampled; start one that does, or take importance_correction none"

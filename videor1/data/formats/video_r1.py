@@ -24,7 +24,7 @@ FIELDS: tuple[str, ...] = (
     "data_source",
     "process",
 )
-FIELDS += ("media", "messages", *OF_THE_PROMPT, *OF_THE_MEDIA)
+FIELDS += ("media", "messages", "completions", *OF_THE_PROMPT, *OF_THE_MEDIA)
 
 _MENTION = re.compile(r"<image \d+>")
 
