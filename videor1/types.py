@@ -118,6 +118,9 @@ class Sample:
     system: str | None = field(default=None, repr=False)  # system prompt; None: the run's, or the chat template's own
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)  # beside the run's
     completions: tuple[OfflineAnswer, ...] = field(default=(), repr=False)
+    # Whether the question ends with options and the instruction to think and answer in tags. False: a conversation that
+    # SFT learns as it stands; it ends with the assistant, and its problem_type means nothing.
+    instructed: bool = field(default=True, repr=False)
 
     @property
     def items(self) -> tuple[MediaItem, ...]:

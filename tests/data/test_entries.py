@@ -256,3 +256,59 @@ def test_a_file_of_bad_entries_alone_says_why(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([BASE | {"problem": "x", "media": []}] * 3))
     with pytest.raises(DataError, match=r"none of its 3 samples can be used \(media 3\)"):
         load_samples(tmp_path / "data.json")
+
+
+def learned(folder: Path, **entry: Any) -> Sample:
+    check = EntryChecker(folder / "data.json", folder.resolve(), True)
+    return check(0, "entry 0", {"problem_id": 1, "data_type": "text"} | entry)
+
+
+ANSWER = {"role": "assistant", "content": "A cup."}
+
+
+def test_a_conversation_that_ends_with_its_answer(tmp_path: Path) -> None:
+    """SFT takes it in place of process and solution; it stands as it is, unless it is said to be a kind of question."""
+    sample = learned(tmp_path, messages=[USER, ANSWER, ANSWER])
+    assert sample.messages == (Message("user", "Which?"), *2 * [Message("assistant", "A cup.")])
+    assert (sample.problem, sample.solution, sample.process, sample.instructed) == ("Which?", "", "", False)
+    typed = learned(tmp_path, messages=[USER, ANSWER], problem_type="tracking")
+    assert (typed.problem_type, typed.instructed) == ("tracking", True)
+    assert learned(tmp_path, messages=[ANSWER, USER, ANSWER], solution=BASE["solution"]).solution == BASE["solution"]
+    assert learned(tmp_path, messages=[ANSWER, USER], process="<think>x</think>", **BASE).instructed
+    same = {"messages": [USER, ANSWER]}
+    told = {
+        samples_digest([learned(tmp_path, **same, **more)], tmp_path)
+        for more in ({}, {"problem_type": "free-form"}, {"problem_type": "math"})
+    }
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "entry"),
+    [
+        ("messages", "last turn of messages or as process and solution, got both", {"process": "<think></think>"}),
+        ("messages", "expected a turn of the user", {"messages": [ANSWER]}),
+        ("messages", "expected a turn of the user", {"messages": [ANSWER | {"role": "system"}, ANSWER]}),
+        ("empty_field", r"messages\[1\].content", {"messages": [USER, ANSWER | {"content": " "}]}),
+        ("problem_type", "expected one of", {"problem_type": "x"}),
+        ("solution", "holds <answer>", {"solution": "red"}),
+        ("missing_field", "'process'", {"messages": [ANSWER, USER]} | BASE),
+        ("missing_field", "'problem_type'", {"messages": [ANSWER, USER]}),
+        ("placeholders", "the user's turns only, got <video> in the assistant's",
+         {"messages": [USER, ANSWER | {"content": "<video>"}], "media": [VIDEO], "data_type": "video"}),
+        ("placeholders", "the user's turns only, got <video> in the system's",
+         {"messages": [USER, ANSWER], "system": "<video>", "media": [VIDEO], "data_type": "video"}),
+        ("placeholders", "expected .* 0, .*got 1", {"messages": [USER | {"content": "<video>"}, ANSWER]}),
+    ],
+)  # fmt: skip
+def test_bad_conversations_of_sft(kind: str, told: str, entry: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match=told) as raised:
+        learned(tmp_path, **{"messages": [USER, ANSWER]} | entry)
+    assert raised.value.kind == kind
+
+
+def test_answers_are_for_sft_alone(tmp_path: Path) -> None:
+    """A row that T-GRPO or an evaluation cannot ask is an error in its place, with what to do."""
+    error = refused(tmp_path, messages=[USER, ANSWER], data_type="text")
+    assert error.kind == "messages"
+    assert "only SFT learns such an answer; leave it out here, and put the true answer in solution" in error.message

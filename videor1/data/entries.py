@@ -125,12 +125,15 @@ def _text(name: str, value: Any, fail: Fail) -> str:
 
 
 def read_messages(
-    value: Any, encodable: Callable[[str, str], str], fail: Fail
+    value: Any, encodable: Callable[[str, str], str], fail: Fail, *, answered: bool = False
 ) -> tuple[str | None, tuple[Message, ...]]:
     """Return the system prompt and the further turns of an entry's field ``messages``.
 
     A turn's content is a text with placeholders, or a list of parts ``{"type": "text", "text": ...}``,
     ``{"type": "video"}`` and ``{"type": "image"}``, which becomes such a text.
+
+    Args:
+        answered: whether the assistant's turn may end it, as the answer that SFT learns; else the user's does.
 
     Raises:
         SampleError: ``wrong_type``, ``missing_field``, ``empty_field``; ``messages`` for a role that is none, a system
@@ -158,9 +161,11 @@ def read_messages(
             raise fail("messages", f"{name}: a system turn is the first, got it behind {number} others")
         else:
             system = text
-    if not turns or turns[-1].role != "user":
-        got = f"the {turns[-1].role}'s" if turns else "none"
-        raise fail("messages", f"messages: expected the user's turn at the end, got {got}")
+    if not any(turn.role == "user" for turn in turns):
+        raise fail("messages", f"messages: expected a turn of the user, got {len(turns)} turns and none of the user's")
+    if turns[-1].role != "user" and not answered:
+        only = "only SFT learns such an answer; leave it out here, and put the true answer in solution"
+        raise fail("messages", f"messages: expected the user's turn at the end, got the assistant's: {only}")
     return system, tuple(turns)
 
 
@@ -230,6 +235,19 @@ def check_placeholders(texts: Sequence[str], kinds: Sequence[MediaKind], fail: F
             f"placeholders: expected one for each of the media, {_listed(kinds)}, or none at all, got {_listed(found)}"
         )
         raise fail("placeholders", told)
+
+
+def check_media_of_users(system: str | None, turns: Sequence[Message], fail: Fail) -> None:
+    """Check that only the user's turns have placeholders: SFT learns what the assistant writes, which is text.
+
+    Raises:
+        SampleError: ``placeholders``.
+    """
+    others = [("system", system or ""), *((turn.role, turn.content) for turn in turns if turn.role != "user")]
+    for role, text in others:
+        if found := placeholders(text):
+            told = f"expected placeholders in the user's turns only, got <{found[0]}> in the {role}'s"
+            raise fail("placeholders", f"placeholders: {told}")
 
 
 def _listed(kinds: Sequence[str]) -> str:

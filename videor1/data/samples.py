@@ -16,6 +16,7 @@ from typing import Any, get_args
 from videor1.answer import extract_answer
 from videor1.config import RewardConfig
 from videor1.data.entries import (
+    check_media_of_users,
     check_placeholders,
     read_completions,
     read_media,
@@ -97,6 +98,7 @@ def samples_digest(samples: Iterable[Sample], root: str | Path) -> str:
             told += (tuple(_told(item, base) for item in s.media), s.messages, s.system, s.chat_template_kwargs)
         if s.completions:
             told += s.completions
+        told += () if s.instructed else (s.instructed,)
         digest.update(repr(told).encode("utf-8", "backslashreplace"))
     return f"{digest.hexdigest()} of {count} samples"
 
@@ -130,7 +132,7 @@ def load_samples(
         options        list of str, for multiple choice
         solution       str that holds <answer>...</answer>
         path           str, relative to root (default: the data file's folder); must stay under it, symlinks resolved
-        process        str, "<think>...</think>"; needed with require_process
+        process        str, "<think>...</think>"; needed with require_process, unless messages end with the assistant
         problem_id     int or str, optional (default: the entry's position, from 0)
         data_source    str, optional
         media          list of videos and images, in place of data_type and path (``entries.read_media``)
@@ -152,7 +154,8 @@ def load_samples(
     Args:
         path: the data file.
         root: the folder that media paths are relative to; default: the data file's folder.
-        require_process: whether every entry needs a ``process``.
+        require_process: whether every entry needs a ``process``, or ``messages`` that end with the assistant's turn,
+            which is the answer in place of process and solution (then problem_type is optional too).
         reward: how completions will be scored, by which every solution is checked; None: a multiple choice needs the
             letter of an option, and any other answer passes.
         format: the option ``data.format``.
@@ -238,7 +241,7 @@ class EntryChecker:
     Args:
         data_file: the data file that errors name.
         root: the folder that media paths are relative to and may not leave, with its symlinks resolved.
-        require_process: whether every entry needs a ``process``.
+        require_process: as ``load_samples``.
         reward: how completions will be scored; None: as ``load_samples``.
 
     Attributes:
@@ -316,15 +319,23 @@ class EntryChecker:
         else:
             if entry.get("problem") is not None:
                 raise fail("messages", "expected problem or messages, got both")
-            of_messages, messages = read_messages(entry["messages"], encodable, fail)
+            of_messages, messages = read_messages(entry["messages"], encodable, fail, answered=self.require_process)
             if system is not None and of_messages is not None:
                 raise fail("messages", "expected a system turn in messages or the field system, got both")
-            system, problem = of_messages or system, messages[-1].content
+            system = of_messages or system
+            problem = next(message.content for message in reversed(messages) if message.role == "user")
+        answered = bool(messages) and messages[-1].role == "assistant"
+        if answered and optional_text("process").strip():
+            raise fail(
+                "messages", "expected the answer as the last turn of messages or as process and solution, got both"
+            )
+        # A conversation with its answer is learned as it stands, unless the entry says what kind of question it is.
+        instructed = not answered or entry.get("problem_type") is not None
         listed = entry.get("media") is not None and not (entry["media"] == [] and entry.get("data_type") == "text")
         data_type: Any = None
         if not listed or entry.get("data_type") is not None:
             data_type = choice("data_type", get_args(DataType))
-        problem_type = choice("problem_type", get_args(ProblemType))
+        problem_type: Any = choice("problem_type", get_args(ProblemType)) if instructed else "free-form"
 
         problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
@@ -343,17 +354,18 @@ class EntryChecker:
             for option in options:
                 encodable("options", option)
 
-        solution = text("solution")
+        solution = optional_text("solution") if answered else text("solution")
         answer = extract_answer(solution)
-        if not answer:
+        if not answer and solution.strip():
             # No completion could match such a solution, or (multiple choice) a completion without an answer would.
             raise fail("solution", f"solution: expected text that holds <answer>...</answer>, got {shown(solution)}")
-        if reason := why_unearnable(answer, problem_type, options, reward=self.reward):
+        reason = why_unearnable(answer, problem_type, options, reward=self.reward) if answer else ""
+        if reason:
             self.needs_lenient += self.reward is not None and lenient_can_reward(answer, problem_type, self.reward)
             raise fail("solution", f"solution: {reason}")
 
         process = optional_text("process")
-        if self.require_process:
+        if self.require_process and not answered:
             process = text("process")
             stripped = process.strip()
             if not (stripped.startswith("<think>") and stripped.endswith("</think>")):
@@ -385,6 +397,8 @@ class EntryChecker:
             turns = [message.content for message in messages] or [problem]
             kinds = [item.kind for item in media] if data_type == "text" or media else [data_type]
             check_placeholders([system or "", *turns, *options], kinds, fail)
+            if self.require_process:
+                check_media_of_users(system, messages, fail)
 
         return Sample(
             index=index,
@@ -403,6 +417,7 @@ class EntryChecker:
             system=system,
             chat_template_kwargs=read_template_arguments(entry.get("chat_template_kwargs"), fail),
             completions=read_completions(entry.get("completions"), encodable, fail),
+            instructed=instructed,
         )
 
     def _resolve(self, relative: str) -> Path:

@@ -3,9 +3,10 @@ placeholders stand, or a conversation that ends with one."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from videor1.answer import follows_format, left_to_write
 from videor1.errors import ConfigError
 from videor1.model.families import FAMILIES, QWEN2_5_VL, Family
+from videor1.model.turns import STAND_IN, assistant_spans, written
 from videor1.placeholders import divided, placeholders
 from videor1.types import Media, PromptMedia, Sample, SampleError, listed
 from videor1.video.patches import num_media_tokens
@@ -131,14 +133,18 @@ def question_text(sample: Sample) -> str:
 
 
 def conversation(sample: Sample) -> list[tuple[str, list[Part]]]:
-    """Return the turns of a prompt, each its role and its parts in order; the last one asks the question.
+    """Return the turns of a prompt, each its role and its parts in order; the last one of the user asks the question.
+
+    The turns of a sample that is not ``instructed`` are as the data have them.
 
     The media of a sample that lists them stand where the placeholders of its texts are. Without any, and for a sample
     that names one file, all stand before the first text of the user.
     """
-    turns = [(message.role, message.content) for message in sample.messages[:-1]]
     told: list[tuple[str, str]] = [("system", sample.system)] if sample.system is not None else []
-    told += [*turns, ("user", question_text(sample))]
+    told += [(message.role, message.content) for message in sample.messages] or [("user", sample.problem)]
+    if sample.instructed:
+        asks = max(place for place, (role, _) in enumerate(told) if role == "user")
+        told[asks] = ("user", question_text(sample))
     if (sample.media or sample.messages) and any(placeholders(text) for _, text in told):
         return [(role, list(divided(text))) for role, text in told]
     first = next(place for place, (role, _) in enumerate(told) if role == "user")
@@ -177,25 +183,40 @@ def build_input_ids(
         ConfigError: the chat template has no place for the media, or text of its own (such as a system prompt) that the
             tokenizer cannot encode.
     """
+    return _input_ids(tokenizer, sample, media, max_prompt_length=max_prompt_length, family=family)[0]
+
+
+def _input_ids(
+    tokenizer: Any,
+    sample: Sample,
+    media: PromptMedia,
+    *,
+    max_prompt_length: int,
+    family: Family,
+    learn: bool = False,
+    opened: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return the token ids of a prompt and which of them SFT learns, bool [P]; see :func:`build_input_ids`.
+
+    Args:
+        learn: whether the assistant's earlier turns are learned. Each is then encoded by itself, as it is written: no
+            token spans its beginning.
+        opened: what the chat template opens an answer with.
+    """
     kinds = [one.kind for one in listed(media)]
     assert kinds == [item.kind for item in sample.items], (kinds, sample.data_type, sample.items)
     turns = conversation(sample)
     texts = [text for _, parts in turns for kind, text in parts if kind == "text"]
     for text in texts:
         check_no_special_tokens(tokenizer, sample, text)
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path or 'no path'} has no chat template")
-    try:
-        rendered = tokenizer.apply_chat_template(
-            template_messages(turns), add_generation_prompt=True, tokenize=False, **sample.chat_template_kwargs
-        )
-    except RENDER_ERRORS as error:
-        reason = f"the chat template cannot render it: {type(error).__name__}: {str(error)[:300]}"
-        raise SampleError("chat_template", f"problem {sample.problem_id}: {reason}", sample.path) from error
+    rendered = _render(tokenizer, sample, turns)
     if sample.media or sample.messages:
         _check_rendered(tokenizer, sample, rendered, kinds)
+    placed = place_media(rendered, media, family, tokenizer)
+    spans = _learned_spans(tokenizer, sample, turns, placed, opened) if learn else []
+    cuts = [0, *(cut for span in spans for cut in span), len(placed)]
     try:
-        ids = encode(tokenizer, place_media(rendered, media, family, tokenizer), sample)
+        pieces = [encode(tokenizer, placed[first:last], sample) for first, last in itertools.pairwise(cuts)]
     except SampleError as error:
         for text in texts:
             encode(tokenizer, text, sample)  # This raises where the sample's own text is at fault.
@@ -203,6 +224,8 @@ def build_input_ids(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} adds text of its own, such as a system "
             f"prompt, that cannot be used: {error.message}"
         ) from None
+    ids = [token for piece in pieces for token in piece]
+    learned = torch.tensor([bool(number % 2) for number, piece in enumerate(pieces) for _ in piece])
     special = special_ids(tokenizer)
     if isinstance(media, Media):
         expected = rendered_pads(media, family)
@@ -212,7 +235,55 @@ def build_input_ids(
                 f"{tokenizer.convert_ids_to_tokens(pad)} for one {media.kind}, expected {expected}; "
                 f"use the template of a {family.name} model"
             )
-    return expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length, family=family)
+    expanded = expand_media(special, ids, sample, media, max_prompt_length=max_prompt_length, family=family)
+    # Only pad tokens are repeated, and none of them is learned: the other tokens keep their order.
+    pads = torch.tensor([special.video_pad, special.image_pad])
+    mask = torch.zeros(len(expanded), dtype=torch.bool)
+    mask[~torch.isin(expanded, pads)] = learned[~torch.isin(torch.tensor(ids), pads)]
+    return expanded, mask
+
+
+def _render(tokenizer: Any, sample: Sample, turns: Sequence[tuple[str, Sequence[Part]]], *, ask: bool = True) -> str:
+    """Return turns in the chat template; with ``ask``, up to where the next answer begins.
+
+    Raises:
+        SampleError: ``chat_template``.
+        ConfigError: there is no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path or 'no path'} has no chat template")
+    try:
+        return tokenizer.apply_chat_template(
+            template_messages(turns), add_generation_prompt=ask, tokenize=False, **sample.chat_template_kwargs
+        )
+    except RENDER_ERRORS as error:
+        reason = f"the chat template cannot render it: {type(error).__name__}: {str(error)[:300]}"
+        raise SampleError("chat_template", f"problem {sample.problem_id}: {reason}", sample.path) from error
+
+
+def _learned_spans(
+    tokenizer: Any, sample: Sample, turns: Sequence[tuple[str, Sequence[Part]]], text: str, opened: str
+) -> list[tuple[int, int]]:
+    """Return where the assistant's turns stand in the text of a prompt, see :func:`assistant_spans`.
+
+    Raises:
+        SampleError: ``chat_template`` where they are not found; ``placeholders`` for media in such a turn.
+    """
+    contents: list[str | None] = []
+    for role, parts in turns:
+        if role != "user" and any(kind != "text" for kind, _ in parts):
+            reason = f"expected placeholders in the user's turns only, got one in the {role}'s"
+            raise SampleError("placeholders", f"problem {sample.problem_id}: {reason}", sample.path)
+        contents.append(parts[0][1] if role == "assistant" else None)
+    if not any(contents):
+        return []
+    stand_in: Sequence[Part] = [("text", STAND_IN)]
+    bare = [(role, stand_in if role == "assistant" else parts) for role, parts in turns]
+    try:
+        return assistant_spans(text, _render(tokenizer, sample, bare), contents, eos=EOS, opened=opened)
+    except ValueError as error:
+        reason = f"the chat template cannot be learned from: {error}"
+        raise SampleError("chat_template", f"problem {sample.problem_id}: {reason}", sample.path) from None
 
 
 def _check_rendered(tokenizer: Any, sample: Sample, rendered: str, kinds: Sequence[str]) -> None:
@@ -311,42 +382,61 @@ def build_sft_ids(
 ) -> tuple[Tensor, Tensor]:
     """Return the token ids and the loss mask of a sample for SFT.
 
-    The prompt's ids are exactly those of :func:`build_input_ids`. The whole answer is ``process``, a newline and
-    ``solution``, without white space around both, so that it earns the format reward. The target is what the model has
-    to write of it: all of it, or what follows the text that the chat template opens it with; then EOS.
+    The whole answer is ``process``, a newline and ``solution``, without white space around both, so that it earns the
+    format reward; or it is the assistant's turn that ends ``messages``. The target is what the model has to write of
+    it: all of it, or what follows the text that the chat template opens it with; then EOS. The assistant's earlier
+    turns are learned too, each as the chat template gives it there, with its EOS.
+
+    The prompt's ids are exactly those of :func:`build_input_ids`, but that no token spans the beginning of an earlier
+    turn of the assistant.
 
     Args:
         opened: what the chat template opens an answer with (``VideoLM.opened_text``). The answer must begin with its
-            tags: after an opened and closed ``<think>`` the process must hold no reasoning.
+            tags: after an opened and closed ``<think>`` the process must hold no reasoning. The last turn of a sample
+            that is not ``instructed`` may lack them, where the template writes an empty pair of tags itself.
 
     Returns:
-        (token ids int64 [L], loss mask bool [L], which is True on the target, EOS included).
+        (token ids int64 [L], loss mask bool [L], which is True on what the assistant writes, EOS included).
 
     Raises:
-        SampleError: ``process`` if the answer cannot earn the format reward, or does not begin as the template does;
-            ``too_long`` for more than ``max_length`` tokens together or ``max_prompt_length`` in the prompt;
-            ``special_token`` and ``bad_text`` as :func:`build_input_ids`.
+        SampleError: ``process`` if the answer cannot earn the format reward (of a sample that is ``instructed``), or
+            does not begin as the template does; ``too_long`` for more than ``max_length`` tokens together or
+            ``max_prompt_length`` before the last answer; ``placeholders`` for media outside of the user's turns;
+            ``special_token``, ``bad_text`` and ``chat_template`` as :func:`build_input_ids`, the last also where the
+            template changes what the assistant wrote.
     """
-    answer = f"{sample.process.strip()}\n{sample.solution.strip()}"
-    if not follows_format(answer):
+    ends = bool(sample.messages) and sample.messages[-1].role == "assistant"
+    asked = replace(sample, messages=sample.messages[:-1]) if ends else sample
+    answer = sample.messages[-1].content.strip() if ends else f"{sample.process.strip()}\n{sample.solution.strip()}"
+    if sample.instructed and not follows_format(answer):
+        got = f"process {sample.process[:60]!r} and solution {sample.solution[:60]!r}"
+        if ends:
+            got = f"{answer[:60]!r} as the last turn; without problem_type a conversation is learned as it stands"
         raise SampleError(
             "process",
             f"problem {sample.problem_id}: expected a process of <think>...</think> and a solution of "
-            "<answer>...</answer> with nothing outside the tags, "
-            f"got process {sample.process[:60]!r} and solution {sample.solution[:60]!r}",
+            f"<answer>...</answer> with nothing outside the tags, got {got}",
             sample.path,
         )
-    target = left_to_write(opened, answer)
-    if target is None or not follows_format(target, opened):
+    own, target = "", left_to_write(opened, answer)
+    if not sample.instructed:
+        own, target = _last_turn(tokenizer, sample, asked, opened) or (own, target)
+    if target is None or (sample.instructed and not follows_format(target, opened)):
         raise SampleError(
             "process",
-            f"problem {sample.problem_id}: the chat template opens an answer with {opened!r}, so that the process must "
-            f"begin with it and open <think> but once, got {sample.process[:60]!r}",
+            f"problem {sample.problem_id}: the chat template opens an answer with {opened!r}, so that the "
+            f"{'last turn' if ends else 'process'} must begin with it and open <think> but once, got "
+            f"{(answer if ends else sample.process)[:60]!r}",
             sample.path,
         )
     check_no_special_tokens(tokenizer, sample, answer)
     limit = min(max_length, max_prompt_length or max_length)
-    prompt = build_input_ids(tokenizer, sample, media, max_prompt_length=limit, family=family)
+    prompt, learned = _input_ids(
+        tokenizer, asked, media, max_prompt_length=limit, family=family, learn=True, opened=opened
+    )
+    if own:
+        added = torch.tensor(encode(tokenizer, own, sample), dtype=torch.int64)
+        prompt, learned = torch.cat([prompt, added]), torch.cat([learned, torch.zeros(len(added), dtype=torch.bool)])
     # Encoded separately from the prompt, since in a rollout no token spans the boundary between them.
     completion = torch.tensor([*encode(tokenizer, target, sample), special_ids(tokenizer).eos], dtype=torch.int64)
     length = len(prompt) + len(completion)
@@ -357,7 +447,26 @@ def build_sft_ids(
             f"limit is {max_length}",
             sample.path,
         )
-    return torch.cat([prompt, completion]), torch.arange(length) >= len(prompt)
+    mask = torch.arange(length) >= len(prompt)
+    mask[: len(prompt)] |= learned
+    return torch.cat([prompt, completion]), mask
+
+
+def _last_turn(tokenizer: Any, sample: Sample, asked: Sample, opened: str) -> tuple[str, str] | None:
+    """Return what the chat template writes of its own before the last turn's content, and what is left to write of it.
+
+    None where the template gives a finished turn otherwise than it begins one.
+    """
+    before = _render(tokenizer, sample, conversation(asked))
+    whole = _render(tokenizer, sample, conversation(sample), ask=False)
+    body, ended, _ = whole.removeprefix(before).partition(EOS)
+    if not whole.startswith(before) or not ended:
+        return None
+    try:
+        start, end = written(opened + body, sample.messages[-1].content, opened)
+    except ValueError:
+        return None
+    return (opened + body)[len(opened) : start], (opened + body)[start:end]
 
 
 def encode(tokenizer: Any, text: str, sample: Sample) -> list[int]:

@@ -19,37 +19,57 @@ from videor1_kernels.integrations.transformers import PackedRow
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed row: prompts with their completions, each prompt once. T tokens, N of them in completions."""
+    """A packed row: prompts with their completions, each prompt once. T tokens, N of them learned.
+
+    These are the tokens of the completions, and in SFT the assistant's earlier turns in the prompts.
+    """
 
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [3, 1, T]
     layout: PrefixLayout
     prompts: tuple[Prompt, ...]
+    earlier: Tensor | None = None  # int64: row positions of the prompts' tokens that are learned; None: none
 
     @property
     def labels(self) -> Tensor:
-        """The tokens of all completions end to end, int64 [N]."""
-        return self.ids[self.layout.completion_index]
+        """The tokens of all completions end to end, then those of the prompts that are learned, int64 [N]."""
+        index = self.layout.completion_index
+        return self.ids[index if self.earlier is None else torch.cat([index, self.earlier])]
+
+    @property
+    def predict_index(self) -> Tensor:
+        """Row position whose hidden state predicts each of ``labels``, int64 [N]."""
+        index = self.layout.predict_index
+        return index if self.earlier is None else torch.cat([index, self.earlier - 1])
 
 
-def pack(model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Packed:
-    """Pack prompts and completions into one row; ``completions[i]`` are the token ids of those of ``prompts[i]``."""
+def pack(
+    model: VideoLM, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]], earlier: Sequence[Tensor] = ()
+) -> Packed:
+    """Pack prompts and completions into one row; ``completions[i]`` are the token ids of those of ``prompts[i]``.
+
+    ``earlier[i]``, int64, are the positions in ``prompts[i]`` of its tokens that are learned, none of them the first.
+    """
     layout = PrefixLayout(
         [len(p.input_ids) for p in prompts], [[len(ids) for ids in group] for group in completions], model.device
     )
     ids = [part for p, group in zip(prompts, completions, strict=True) for part in (p.input_ids, *group)]
     positions, firsts = zip(*map(model.positions, prompts), strict=True)
-    return Packed(torch.cat(ids).to(model.device), layout.text_positions(positions, firsts), layout, tuple(prompts))
+    starts = layout.prompt_starts
+    learned = [start + places for start, places in zip(starts, earlier, strict=True)] if earlier else []
+    more = torch.cat(learned).to(model.device) if any(map(len, learned)) else None
+    row = torch.cat(ids).to(model.device)
+    return Packed(row, layout.text_positions(positions, firsts), layout, tuple(prompts), more)
 
 
 def predicting_states(
     model: VideoLM, packed: Packed, features: Sequence[Tensor] | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Return the hidden states [N, H] that predict the completions' tokens; no others need to pass the head."""
+    """Return the hidden states [N, H] that predict the tokens that are learned; no others need to pass the head."""
     if features is None:
         features = [f for f in prompt_features(model, packed.prompts) if f is not None]
     hidden = model.hidden_states(packed.ids, packed.positions, PackedRow(packed.layout, backend), features)
-    return hidden[packed.layout.predict_index]
+    return hidden[packed.predict_index]
 
 
 def completion_logp(
@@ -60,7 +80,7 @@ def completion_logp(
     features: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the log-probs [N] of the completions' tokens, fp32, in nats."""
+    """Return the log-probs [N] of ``packed.labels``, fp32, in nats."""
     hidden = predicting_states(model, packed, features, backend)
     head = model.hf.lm_head.weight
     with model.autocast():  # fp32 weights are multiplied in bf16, and their gradient stays in fp32

@@ -28,6 +28,12 @@ class Example:
 
     prompt: Prompt
     answer: Tensor  # int64 [C], EOS included
+    earlier: Tensor  # int64: positions in the prompt of what the assistant wrote before, which is learned too
+
+    @property
+    def targets(self) -> int:
+        """The number of tokens to learn."""
+        return len(self.answer) + len(self.earlier)
 
     def __len__(self) -> int:
         return len(self.prompt.input_ids) + len(self.answer)
@@ -36,8 +42,8 @@ class Example:
 class SFTTrainer(Loop[SFTConfig]):
     """The SFT trainer; ``SFTTrainer(config).train()`` runs it.
 
-    The loss is the cross-entropy on the assistant's tokens. Several samples are packed into one row, in which none
-    attends to another.
+    The loss is the cross-entropy on the assistant's tokens, those of all its turns. Several samples are packed into one
+    row, in which none attends to another.
     """
 
     name = "sft"
@@ -67,8 +73,8 @@ class SFTTrainer(Loop[SFTConfig]):
                 family=self.model.family,
                 opened=self.model.opened_text,
             )
-            length = len(ids) - int(mask.sum())
-            return Example(Prompt(sample, ids[:length], media, draw), ids[length:])
+            length = int((~mask).nonzero()[-1]) + 1  # The answer is what follows the last token that is not learned.
+            return Example(Prompt(sample, ids[:length], media, draw), ids[length:], mask[:length].nonzero()[:, 0])
 
         return self.source_of(build, start)
 
@@ -85,13 +91,13 @@ class SFTTrainer(Loop[SFTConfig]):
             for row in even_batches(examples, len, config.max_length, device, least=LEAST_TRAINED_TOKENS)
         ]
         waited = time.perf_counter() - started
-        own_target_tokens = sum(len(example.answer) for row in rows for example in row)
+        own_target_tokens = sum(example.targets for row in rows for example in row)
         own_tokens = sum(len(example) for row in rows for example in row)
         gathered = self.ranks.gather((own_target_tokens, own_tokens))
         target_tokens, num_tokens = map(sum, zip(*gathered, strict=True))
 
         def loss_of(row: Sequence[Example]) -> Tensor:
-            packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row])
+            packed = pack(self.model, [e.prompt for e in row], [[e.answer] for e in row], [e.earlier for e in row])
             loss = sft_loss(self.model, packed, target_tokens, self.config.kernels)
             return loss if any(e.prompt.media for e in row) else loss + self.dummy_tower_loss()
 
