@@ -12,6 +12,7 @@ from typing import Any
 from fake_server import Body, FakeServer, Reply
 
 from videor1.config import JudgeConfig
+from videor1.training.tgrpo import Trainer
 
 
 def reply(text: str, **changes: Any) -> Body:
@@ -61,3 +62,12 @@ def judge_flags(server: FakeServer, **changes: Any) -> dict[str, Any]:
     """The same as options of a run in a test."""
     given = {"url": server.url, "model": "judge", "problem_types": "multiple choice,OCR,numerical", "retries": 0}
     return {f"reward__judge__{name}": value for name, value in (given | changes).items()}
+
+
+def tagged(run: Trainer) -> Trainer:
+    """A run whose model writes its answers in tags."""
+    decode = run.model.tokenizer.decode
+    run.model.tokenizer.decode = lambda ids, **options: (
+        f"<answer>{decode(ids, **options)}</answer>" if options.get("skip_special_tokens") else decode(ids, **options)
+    )
+    return run

@@ -85,6 +85,29 @@ def test_a_multiple_choice_needs_the_letter_of_an_option() -> None:
     assert "earns 0.67 for itself" in str(why_unearnable("dog", "free-form", reward=RewardConfig(correct_above=0.7)))
 
 
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        ("[4, 3.5]", "wrong_form"),
+        ('{"time": [4, 3.5]}', "reversed"),
+        ("at noon", "not_json"),
+        ('{"time": [-1, 3]}', "out_of_frame"),
+    ],
+)
+def test_a_malformed_solution_is_told_its_fault_and_its_bar(answer: str, fault: str) -> None:
+    reward = RewardConfig(correct_above_for=["temporal grounding=0.5"])
+    assert f"more than 0.5 for (reward.correct_above_for), got {answer!r} ({fault}), which" in str(
+        why_unearnable(answer, "temporal grounding", reward=reward)
+    )
+    assert "more than 0.1 for (reward.correct_above), got" in str(
+        why_unearnable(answer, "temporal grounding", reward=RewardConfig())
+    )
+    # A well-formed one without length has no fault to name.
+    assert "got '{\"time\": [3, 3]}', which" in str(
+        why_unearnable('{"time": [3, 3]}', "temporal grounding", reward=STRICT)
+    )
+
+
 BAD = [row(9, problem_type=kind, solution=f"<answer>{text}</answer>") for kind, text, mode in CASES if mode != ALWAYS]
 BAD.append(row(8, problem_type="multiple choice", options=["A. red", "B. blue"], solution="<answer>C</answer>"))
 

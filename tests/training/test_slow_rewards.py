@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_server import Reply
-from judging import answer_of, judge_flags, judge_server, reply
+from judging import answer_of, judge_flags, judge_server, reply, tagged
 from runs import Lab, assert_same_run, kill, last_metrics, metrics, run_lines, weights
 from spies import wrap
 
@@ -43,15 +43,6 @@ async def broken_for_some(completion: str, sample: Sample) -> float:
     if sample.index % 2:
         raise RuntimeError("no service")
     return zlib.crc32(completion.encode()) % 97 / 97
-
-
-def tagged(run: Trainer) -> Trainer:
-    """A run whose model writes its answers in tags."""
-    decode = run.model.tokenizer.decode
-    run.model.tokenizer.decode = lambda ids, **options: (
-        f"<answer>{decode(ids, **options)}</answer>" if options.get("skip_special_tokens") else decode(ids, **options)
-    )
-    return run
 
 
 def binary(body: dict[str, Any]) -> float:

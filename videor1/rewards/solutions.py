@@ -7,7 +7,7 @@ import string
 from collections.abc import Sequence
 
 from videor1.config import RewardConfig
-from videor1.rewards.scoring import accuracy_reward, judged, solution_reward
+from videor1.rewards.scoring import accuracy_reward, judged, malformed_reason, solution_reward
 
 _LABEL = re.compile(r"\W*?([^\W\d_]|\d{1,2})(?:\s*([.):\],>}、．：）】］])(?!\d)|[\s*_]*$)")
 _SHOWN = 60  # characters of an answer that a message shows
@@ -38,9 +38,12 @@ def why_unearnable(
     if earned > above:
         return None
     hint = "; reward.lenient true can reward it" if lenient_can_reward(answer, problem_type, reward) else ""
+    bar = "reward.correct_above_for" if above != reward.correct_above else "reward.correct_above"
+    tagged = f"<answer>{answer}</answer>"
+    fault = malformed_reason(tagged, tagged, problem_type, lenient=reward.lenient)
     return (
-        f"expected an answer that a completion can earn more than {above:g} for "
-        f"(reward.correct_above), got {_short(answer)}, which as {problem_type} earns {earned:.2g} for itself{hint}"
+        f"expected an answer that a completion can earn more than {above:g} for ({bar}), got {_short(answer)}"
+        f"{f' ({fault})' if fault else ''}, which as {problem_type} earns {earned:.2g} for itself{hint}"
     )
 
 
