@@ -356,6 +356,22 @@ def test_a_cold_start_takes_the_process_of_a_trace(tmp_path: Path) -> None:
     assert dataset.error_counts() == {"missing_field": 1}
 
 
+@pytest.mark.parametrize("format", ["auto", "swift"])
+def test_a_conversation_without_a_kind_of_question_is_learned_as_it_stands(format: str, tmp_path: Path) -> None:
+    """By a cold start, as the same conversation in the Video-R1 format; T-GRPO cannot ask it."""
+    chat = [*user("<image>Hi."), {"role": "assistant", "content": "Hello."}, *user("<video>What?")]
+    answered = [*chat, {"role": "assistant", "content": "Milk."}]
+    rows = [{"messages": answered, "videos": ["v.mp4"], "images": ["i.png"]}]
+    dataset = in_memory(tmp_path, rows, require_process=True, format=format)
+    media = [{"path": "i.png", "kind": "image"}, {"path": "v.mp4", "kind": "video"}]
+    own = in_memory(tmp_path, [{"messages": answered, "media": media}], require_process=True, format="video-r1")
+    assert dataset.samples == own.samples
+    assert dataset.digest() == own.digest()
+    assert not dataset.samples[0].instructed
+    (asked,) = in_memory(tmp_path, [*rows, OWN[0]], format="auto").errors
+    assert (asked.kind, "only SFT learns such an answer" in asked.message) == ("messages", True)
+
+
 # Options of a multiple choice
 
 

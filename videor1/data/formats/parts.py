@@ -209,11 +209,14 @@ def _content(name: str, value: Any) -> tuple[str, Inline]:
     return text_of(name, "".join(texts)), inline
 
 
-def make_entry(row: Row, turns: Turns, inline: Inline, answer: Entry, problem_type: str, options: Any = None) -> Entry:
+def make_entry(
+    row: Row, turns: Turns, inline: Inline, answer: Entry, problem_type: str | None, options: Any = None
+) -> Entry:
     """Return the entry of a row from its parts.
 
     One medium without settings that stands before the text becomes ``data_type`` and ``path``; other media become
     ``media``. A system turn becomes ``system``, one turn of the user ``problem``, a longer conversation ``messages``.
+    Without a kind of question it is one that SFT learns as it stands, with the assistant's turn at its end.
 
     Raises:
         SampleError: ``options`` for a multiple choice without options; ``data_type`` where the field of that name says
@@ -244,7 +247,7 @@ def make_entry(row: Row, turns: Turns, inline: Inline, answer: Entry, problem_ty
     elif media:
         entry["media"] = media
     entry |= {"messages": turns} if len(turns) > 1 else {"problem": turns[0]["content"]}
-    entry |= {"problem_type": problem_type} | answer
+    entry |= answer if problem_type is None else {"problem_type": problem_type} | answer
     further = {"problem_id": row.get("problem_id", row.get("id")), "data_source": row.get("data_source")}
     return entry | {field: value for field, value in further.items() if value is not None}
 
