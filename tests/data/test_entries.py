@@ -283,6 +283,16 @@ def test_a_conversation_that_ends_with_its_answer(tmp_path: Path) -> None:
     assert len(told) == 3
 
 
+def test_a_conversation_of_text_alone_is_of_our_own_format(tmp_path: Path) -> None:
+    """Found by ``data.format`` auto too, though ms-swift's rows have ``messages``."""
+    rows = [{"messages": [USER, ANSWER], "data_type": "text"}, {"messages": [USER, ANSWER], "media": [VIDEO]}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    dataset = load_samples(tmp_path / "data.json", require_process=True, reward=None)
+    assert [(len(sample.messages), sample.instructed) for sample in dataset.samples] == [(2, False)] * 2
+    with pytest.raises(DataError, match="only SFT learns such an answer"):
+        load_samples(tmp_path / "data.json")
+
+
 @pytest.mark.parametrize(
     ("kind", "told", "entry"),
     [

@@ -183,6 +183,17 @@ def test_thinking_switched_off() -> None:
     assert told(make_tokenizer(), ids, mask) == ["Two and two.</think>Four.<|im_end|>"]
 
 
+def test_turns_in_a_row_of_a_template_that_thinks() -> None:
+    tokenizer, user = thinking_tokenizer(), Message("user", "2 and 2?")
+    for turns, expected in (
+        ([Message("assistant", "Hi"), user, Message("assistant", "4")], ["Hi", "4"]),
+        ([user, Message("assistant", "4"), Message("assistant", "Yes.")], ["4", "Yes."]),
+        ([user, *2 * [Message("assistant", REASONED)]], 2 * ["Two and two.\n</think>\n\nFour."]),
+    ):
+        ids, mask = learned(tokenizer, of(tuple(turns)), THINK)
+        assert told(tokenizer, ids, mask) == [f"{text}<|im_end|>" for text in expected]
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def model(request: pytest.FixtureRequest) -> VideoLM:
     return make_family_lm(request.param)

@@ -35,7 +35,11 @@ FORMATS = {
             "video-r1",
             video_r1.read,
             video_r1.FIELDS,
-            lambda names: {"solution", *_PUBLISHED} <= set(names) and not {"problem", "messages"}.isdisjoint(names),
+            lambda names: (
+                ({"solution", *_PUBLISHED} <= set(names) and not {"problem", "messages"}.isdisjoint(names))
+                # A conversation that SFT learns as it stands needs neither.
+                or ({"messages", "data_type"} <= set(names) and {"solution", "problem_type"}.isdisjoint(names))
+            ),
         ),
         Format(
             "easyr1",
