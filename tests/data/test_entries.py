@@ -105,6 +105,7 @@ def test_a_conversation_is_read(tmp_path: Path) -> None:
         ("media", "0 <= start < end", {"media": [VIDEO | {"start": 1, "end": 1}]}),
         ("media", "0 <= start < end", {"media": [VIDEO | {"start": -1}]}),
         ("media", "start: expected a finite number", {"media": [VIDEO | {"start": float("nan")}]}),
+        ("media", "start: expected a finite number", {"media": [VIDEO | {"start": 10**400}]}),
         ("media", "end: expected a finite number", {"media": [VIDEO | {"end": float("inf")}]}),
         ("wrong_type", "start: expected a number, got a string", {"media": [VIDEO | {"start": "1"}]}),
         ("wrong_type", "fps: expected a number, got a boolean", {"media": [VIDEO | {"fps": True}]}),

@@ -18,7 +18,7 @@ from videor1.config import JudgeConfig
 from videor1.errors import ConfigError
 from videor1.rewards.background import AttemptFailed
 from videor1.rewards.llm_judge import LLMJudge, read_score, request_key
-from videor1.types import Sample
+from videor1.types import Message, Sample
 
 SAMPLE = Sample(0, "0", "What happens?", "text", "free-form", "<answer> a {answer} dog </answer>")
 
@@ -112,6 +112,11 @@ def test_the_key_is_of_all_that_the_score_depends_on(tmp_path: Path) -> None:
     keys += [request_key(judges[0].request(SAMPLE, "a cap"))]
     keys += [request_key(judges[0].request(Sample(**{**vars(SAMPLE), "problem": "Why?"}), "a cat"))]
     keys += [request_key(judges[0].request(Sample(**{**vars(SAMPLE), "solution": "<answer>x</answer>"}), "a cat"))]
+    for earlier in ("Milk.", "Oil."):
+        turns = ("user", "What is poured?"), ("assistant", earlier), ("user", SAMPLE.problem)
+        sample = Sample(**{**vars(SAMPLE), "messages": tuple(Message(*turn) for turn in turns)})
+        assert f"assistant: {earlier}\nuser: {SAMPLE.problem}" in asked(judges[0].request(sample, "a cat"))
+        keys += [request_key(judges[0].request(sample, "a cat"))]
     assert len(set(keys)) == len(keys)
     free = [make(url="http://127.0.0.1:10/v1"), make(timeout=5.0), make(retries=1), make(concurrency=1)]
     assert {request_key(judge.request(SAMPLE, "a cat")) for judge in free} == {keys[0]}

@@ -45,6 +45,8 @@ def test_what_is_equal() -> None:
     for truth, output in UNEQUAL:
         assert earn(output, truth) == 0, (truth, output)
     assert (fault("", "3"), fault("€€", "3"), fault("4", "3")) == ("no_answer", "not_math", "")
+    for text in ("nan", "NaN", "$-NaN$"):
+        assert (earn(text, text), fault(text, text)) == (0, "not_finite")
 
 
 def test_a_comparison_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

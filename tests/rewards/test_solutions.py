@@ -108,6 +108,12 @@ def test_a_malformed_solution_is_told_its_fault_and_its_bar(answer: str, fault: 
     )
 
 
+@pytest.mark.parametrize(("answer", "problem_type"), [("inf", "numerical"), ("1e400", "numerical"), ("NaN", "math")])
+def test_a_number_that_is_not_finite_is_no_solution(answer: str, problem_type: str) -> None:
+    """Though it equals itself."""
+    assert why_unearnable(answer, problem_type, reward=STRICT)
+
+
 BAD = [row(9, problem_type=kind, solution=f"<answer>{text}</answer>") for kind, text, mode in CASES if mode != ALWAYS]
 BAD.append(row(8, problem_type="multiple choice", options=["A. red", "B. blue"], solution="<answer>C</answer>"))
 

@@ -191,6 +191,7 @@ def test_a_number_that_cannot_be_used(kind: str, text: str, reason: str) -> None
         (BOX, {"boxes": [[10, 10, 90, 90]]}, "wrong_form"),
         (BOX, {"boxes": {"1": [10, 10, 90, 90]}}, "wrong_form"),
         (TRACK, {"boxes": [10, 10, 90, 90]}, "wrong_form"),
+        (TRACK, {"boxes": {}}, "wrong_form"),
         (BOTH, {"time": [20, 10], "boxes": []}, "reversed"),
         ("boolean", "maybe", "not_boolean"),
         ("boolean", "yes and no", "not_boolean"),

@@ -15,7 +15,7 @@ from videor1.config import VideoConfig
 from videor1.data.prefetch import Prefetcher
 from videor1.data.samples import load_samples
 from videor1.report.thumbnails import Thumbnails
-from videor1.types import Media, SampleError
+from videor1.types import Media, MediaItem, SampleError
 from videor1.video import opened, read_frames, read_image
 from videor1.video.frame_folder import read_frame_folder
 from videor1.video.media import load_media, media_key
@@ -140,7 +140,7 @@ def test_who_else_reads_files_stays_in_the_root(system: None, root: Path) -> Non
     assert isinstance(refused, SampleError)
     assert refused.kind == "outside_root"
     thumbnails = Thumbnails(10**6, 60.0)
-    thumbnails.add(path, "video", VIDEO, root)
+    thumbnails.add(MediaItem("video", path), VIDEO, root)
     assert thumbnails.media[0]["frames"] == []
     assert "outside data.root" in thumbnails.media[0]["note"]
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from videor1.config import VideoConfig
 from videor1.report.thumbnails import Thumbnails
+from videor1.types import MediaItem
 from videor1.video import read_frames, read_image
 from videor1.video.decoders import open_decoder
 from videor1.video.media import load_media, media_key
@@ -145,7 +146,7 @@ def test_a_mirrored_video_has_patches_and_thumbnails_of_its_own(stored: Stored) 
     assert (straight.int() - flipped.int()).abs().float().mean() > 20
     assert media_key(samples[0]).format > 1, "patches of before are not taken from a cache"
     for sample in samples:
-        thumbnails.add(sample.path, "video", VideoConfig())
+        thumbnails.add(MediaItem("video", sample.path), VideoConfig())
     first, second = (entry["frames"][0] for entry in thumbnails.media)
     assert first != second
 

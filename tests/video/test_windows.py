@@ -58,6 +58,11 @@ def test_only_the_window_is_seen(video: Path, tmp_path: Path, backend: str) -> N
     assert frames_between(path, uneven, 0.1, 2.0) == range(1, 4)
     assert frames_between(path, uneven, None, None) == range(6)
     assert frames_between(path, [], 1.0, 2.0) == range(0)
+    # A frame at a bound is in, however its time, and the bound's, were rounded.
+    for first in (0.0, 0.08, 0.1, 1.4, 1 / 30):
+        shown = [first + i / 10 for i in range(100)]
+        for i in range(98):
+            assert frames_between(path, shown, i / 10, (i + 1) / 10) == range(i, i + 2)
 
 
 def test_windows_and_folders_that_are_none(video: Path, tmp_path: Path) -> None:

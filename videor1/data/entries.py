@@ -111,7 +111,7 @@ def _bounded(name: str, value: Any, field: str, fail: Fail) -> float:
 def _number(name: str, value: Any, fail: Fail) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise fail("wrong_type", f"{name}: expected a number, got {json_type(value)}")
-    if not math.isfinite(value) or abs(value) > 2**53:
+    if abs(value) > 2**53 or not math.isfinite(value):  # in this order: no float holds a whole number of 400 digits
         raise fail("media", f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 

@@ -337,7 +337,10 @@ class EntryChecker:
             data_type = choice("data_type", get_args(DataType))
         problem_type: Any = choice("problem_type", get_args(ProblemType)) if instructed else "free-form"
 
-        problem_id = entry.get("problem_id", index if problem_id is None else problem_id)
+        if entry.get("problem_id") is not None:
+            problem_id = entry["problem_id"]
+        elif problem_id is None:
+            problem_id = index
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
             raise fail("wrong_type", f"problem_id: expected an integer or a string, got {json_type(problem_id)}")
         problem_id = encodable("problem_id", str(problem_id))

@@ -170,8 +170,10 @@ class Starter:
 
     needed = True
 
-    def __init__(self, scores: GroupScores) -> None:
+    def __init__(self, scores: GroupScores, offline: Sequence[Completion] = ()) -> None:
         self._scores = scores
+        for completion in offline:
+            self.ordered_done(completion)
 
     def ordered_done(self, completion: Completion) -> None:
         self._scores.start(completion, ordered=True)

@@ -90,7 +90,8 @@ class LLMJudge:
 
     def request(self, sample: Sample, answer: str) -> dict[str, Any]:
         """Return the request for the score of an answer to a sample's question."""
-        question = "\n".join([sample.problem, *sample.options])
+        turns = [f"{turn.role}: {turn.content}" for turn in sample.messages] if len(sample.messages) > 1 else []
+        question = "\n".join([*(turns or [sample.problem]), *sample.options])
         values = {"question": question, "answer": answer, "solution": extract_answer(sample.solution)}
         # One pass over the template: what a value says of placeholders stays text.
         text = _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), self._template)

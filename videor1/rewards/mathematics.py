@@ -39,6 +39,8 @@ def score(output: str, truth: str, *, lenient: bool = False) -> Score:
     """
     if not output:
         return Score(0.0, "no_answer")
+    if output.strip(" $").lower().lstrip("+-") == "nan":
+        return Score(0.0, "not_finite")
     if output.split() == truth.split():
         return Score(1.0)
     if max(len(output), len(truth)) > MAX_LENGTH:

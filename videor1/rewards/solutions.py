@@ -33,14 +33,14 @@ def why_unearnable(
         return f"expected the letter of an option ({', '.join(option_labels(options))}), got {_short(answer)}"
     if reward is None or reward.functions or judged(problem_type, reward):
         return None
+    tagged = f"<answer>{answer}</answer>"
+    fault = malformed_reason(tagged, tagged, problem_type, lenient=reward.lenient)
     earned = solution_reward(answer, problem_type, lenient=reward.lenient, regression=reward.regression)
     above = reward.above(problem_type)
     if earned > above:
-        return None
+        return f"expected a finite number, got {_short(answer)}" if fault == "not_finite" else None
     hint = "; reward.lenient true can reward it" if lenient_can_reward(answer, problem_type, reward) else ""
     bar = "reward.correct_above_for" if above != reward.correct_above else "reward.correct_above"
-    tagged = f"<answer>{answer}</answer>"
-    fault = malformed_reason(tagged, tagged, problem_type, lenient=reward.lenient)
     return (
         f"expected an answer that a completion can earn more than {above:g} for ({bar}), got {_short(answer)}"
         f"{f' ({fault})' if fault else ''}, which as {problem_type} earns {earned:.2g} for itself{hint}"

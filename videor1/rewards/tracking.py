@@ -13,6 +13,5 @@ def score(output: str, truth: str, *, lenient: bool = False) -> Score:
     answer, right = Reading(output, lenient=lenient), Reading(truth, lenient=lenient)
     limit = right.frame_limit()
     found, boxes = answer.boxes(limit), right.boxes(limit)
-    return Score(
-        mean_iou(found, boxes, list(boxes)), answer.malformed, frames_structure(answer.malformed, found, boxes)
-    )
+    malformed = answer.malformed or ("" if found else "wrong_form")  # an object without a frame says nothing
+    return Score(mean_iou(found, boxes, list(boxes)), malformed, frames_structure(malformed, found, boxes))

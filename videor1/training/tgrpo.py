@@ -295,7 +295,7 @@ class Trainer(Loop[TrainConfig]):
                 shuffled = shuffled_features(model, prompts, orders, unit=unit, ordered=ordered)
         skip = config.temporal.skip_shuffled
         judges = [
-            self._judge(p, score) if skip and order else None if score is None else Starter(score)
+            self._judge(p, score) if skip and order else None if score is None else Starter(score, p.offline)
             for p, order, score in zip(prompts, orders, scores, strict=True)
         ]
         requests = [

@@ -31,6 +31,7 @@ from videor1.video.still import read_still
 from videor1_kernels.frames_to_patches import YuvFrames
 
 IMAGE_MIN_PIXELS = 4 * 28 * 28
+ROUNDING = 1e-6  # seconds, of sums of times
 
 
 def read_frames(
@@ -185,8 +186,9 @@ def frames_between(
     if start is None and end is None:
         return range(len(seconds))
     first = beginning if beginning is not None else seconds[0] if seconds else 0.0
-    begin = bisect.bisect_left(seconds, first + (start or 0))
-    stop = len(seconds) if end is None else bisect.bisect_right(seconds, first + end)
+    # A sum may round past the time of the frame that stands at a bound, which is included.
+    begin = bisect.bisect_left(seconds, first + (start or 0) - ROUNDING)
+    stop = len(seconds) if end is None else bisect.bisect_right(seconds, first + end + ROUNDING)
     if stop - begin < 2 <= len(seconds):
         until = "the end" if end is None else f"{end:g}"
         message = (

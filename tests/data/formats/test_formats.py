@@ -329,7 +329,7 @@ def test_answers() -> None:
     }
 
 
-@pytest.mark.parametrize("answer", [True, ["4"], " ", b"4"])
+@pytest.mark.parametrize("answer", [["4"], " ", b"4"])
 def test_answers_that_are_none(answer: Any) -> None:
     assert error(QUESTION | {"answer": answer}).kind in ("wrong_type", "empty_field")
 
@@ -354,6 +354,41 @@ def test_a_cold_start_takes_the_process_of_a_trace(tmp_path: Path) -> None:
     dataset = in_memory(tmp_path, rows, require_process=True, problem_type="numerical")
     assert [(one.process, one.solution) for one in dataset.samples] == [("<think>so</think>", "<answer>4</answer>")]
     assert dataset.error_counts() == {"missing_field": 1}
+
+
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_a_table_has_what_lines_have(medium: str, tmp_path: Path) -> None:
+    """The one medium of a row, its name where problem_id is null, and the answers that it brings."""
+    fields = {medium: "a.png", "problem_id": None, "id": "k7", "completions": [{"text": "x", "source": "t"}]}
+    rows: list[dict[str, Any]] = [
+        {"problem": "Red?", "answer": "yes", "problem_type": "boolean"},
+        {"messages": user("Red?"), "solution": "yes", "problem_type": "boolean"},
+        {"prompt": user("Red?"), "answer": "yes", "problem_type": "boolean"},
+        {"prompt": user("Red?"), "reward_model": {"ground_truth": "yes"}, "extra_info": {"problem_type": "boolean"}},
+    ]
+    for row in rows:
+        lines = in_memory(tmp_path, [row | fields]).samples
+        parquet(tmp_path / "table.parquet", [row | fields])
+        assert load_samples(tmp_path / "table.parquet").samples == lines
+        (sample,) = lines
+        assert (sample.data_type, sample.problem_id) == (medium, "k7")
+        assert [(answer.text, answer.source) for answer in sample.completions] == [("x", "t")]
+
+
+def test_a_thought_before_an_answer_without_tags_is_the_process() -> None:
+    """The answer alone is compared; a thought without an end, or without an answer, is an error in its place."""
+    for answer in ("<think>It rains.</think>It is wet.", "<think>It rains.</think>\n It is wet. "):
+        entry = only(QUESTION | {"answer": answer})
+        assert (entry["process"], entry["solution"]) == ("<think>It rains.</think>", "<answer>It is wet.</answer>")
+    for answer in ("<think>It rains.", "It rains.</think>wet", "<think>a</think>", "<think>a</think>b</think>c"):
+        assert error(QUESTION | {"answer": answer}).kind == "solution"
+    assert only(QUESTION | {"answer": True, "problem_type": "boolean"})["solution"] == "<answer>true</answer>"
+
+
+def test_an_empty_system_turn_is_none() -> None:
+    turns = [{"role": "system", "content": ""}, *user("2 + 2?")]
+    entry = only({"messages": turns, "solution": "4"}, problem_type="numerical")
+    assert entry == only({"messages": turns[1:], "solution": "4"}, problem_type="numerical")
 
 
 @pytest.mark.parametrize("format", ["auto", "swift"])

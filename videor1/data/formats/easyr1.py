@@ -11,7 +11,7 @@ from __future__ import annotations
 from videor1.answer import extract_answer
 from videor1.data.formats import video_r1
 from videor1.data.formats.parts import (
-    OF_THE_PROMPT,
+    OF_A_ROW,
     Entry,
     Row,
     kind_of_question,
@@ -35,7 +35,7 @@ FIELDS: tuple[str, ...] = (
     "problem_id",
     "id",
 )
-FIELDS += ("data_source", "solution", "process", *OF_THE_PROMPT, *video_r1.OF_THE_MEDIA)
+FIELDS += ("solution", "process", *OF_A_ROW, *video_r1.OF_THE_MEDIA)
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

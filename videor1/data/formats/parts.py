@@ -19,7 +19,20 @@ Entry = dict[str, Any]
 Turns = list[dict[str, str]]  # {"role": ..., "content": a text with placeholders}
 Inline = list[tuple[str, Item | None]]  # as formats.media.placed takes it
 
-OF_THE_PROMPT = ("system", "chat_template_kwargs")  # fields that a row may have in any format
+# Fields that a row may have in any format: those that become an entry's as they are, and what make_entry reads.
+OF_AN_ENTRY = ("system", "chat_template_kwargs", "completions")
+OF_A_ROW = (
+    "image",
+    "images",
+    "video",
+    "videos",
+    "data_type",
+    "options",
+    "problem_id",
+    "id",
+    "data_source",
+    *OF_AN_ENTRY,
+)
 
 # Names of kinds in EasyVideoR1 (examples/unified_rl/reward_function/unified.py), as _plain has them.
 _OTHER_NAMES = {
@@ -65,13 +78,14 @@ def object_of(name: str, value: Any) -> Row:
 def read_answer(name: str, value: Any) -> Entry:
     """Return an answer as the field ``solution``, and what stands before it as ``process``.
 
-    A bare answer is put between ``<answer>`` and ``</answer>``; a number or an object (a box, an interval) is written
-    as JSON first. ``<think>...</think> <answer>...</answer>`` is divided: the first part is the process.
+    A bare answer is put between ``<answer>`` and ``</answer>``; a number, true, false or an object (a box, an interval)
+    is written as JSON first. ``<think>...</think> <answer>...</answer>`` is divided: the first part is the process; and
+    so is one without the latter tags.
 
     Raises:
-        SampleError: ``wrong_type``, ``empty_field``.
+        SampleError: ``wrong_type``, ``empty_field``, ``solution`` for a thought that does not end before an answer.
     """
-    if isinstance(value, dict) or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if isinstance(value, dict | int | float):
         try:
             value = json.dumps(without_nulls(value), ensure_ascii=False)
         except (ValueError, TypeError, RecursionError) as error:
@@ -80,6 +94,12 @@ def read_answer(name: str, value: Any) -> Entry:
     if follows_format(answer) and (cut := _TRACE.search(answer)):
         return {"solution": answer[cut.end() :].strip(), "process": answer[: cut.end()]}
     tagged = "<answer>" in answer or "</answer>" in answer
+    if not tagged and ("<think>" in answer or "</think>" in answer):
+        thought, end, given = answer.partition("</think>")
+        if not (thought.startswith("<think>") and end and given.strip()) or "think>" in given:
+            told = "expected an answer, or <think>...</think> and an answer"
+            raise SampleError("solution", f"{name}: {told}, got {shown(answer)}")
+        return {"solution": f"<answer>{given.strip()}</answer>", "process": thought + end}
     return {"solution": answer if tagged else f"<answer>{answer}</answer>"}
 
 
@@ -173,6 +193,8 @@ def read_messages(name: str, value: Any) -> tuple[Turns, Inline, str | None]:
             raise SampleError("messages", f"{where}.role: {told}, got {shown(role)}")
         if more := sorted(str(field) for field in message if field not in ("role", "content")):
             raise SampleError("messages", f"{where}: cannot take account of {', '.join(more)}")
+        if role == "system" and message.get("content") == "":
+            continue  # as no system prompt
         text, found = _content(f"{where}.content", needed(message, "content"))
         if number == len(value) - 1 and role == "assistant" and turns:
             if found:
@@ -223,7 +245,7 @@ def make_entry(
             another kind than the media; ``ambiguous`` where the conversation and the field ``system`` give different
             system prompts; as ``formats.media``.
     """
-    entry = _of_the_prompt(row)
+    entry = _of_an_entry(row)
     if turns[0]["role"] == "system":
         if entry.setdefault("system", turns[0]["content"]) != turns[0]["content"]:
             told = f"{shown(row['system'])} and in a turn {shown(turns[0]['content'])}"
@@ -248,13 +270,14 @@ def make_entry(
         entry["media"] = media
     entry |= {"messages": turns} if len(turns) > 1 else {"problem": turns[0]["content"]}
     entry |= answer if problem_type is None else {"problem_type": problem_type} | answer
-    further = {"problem_id": row.get("problem_id", row.get("id")), "data_source": row.get("data_source")}
+    number = row.get("id") if row.get("problem_id") is None else row["problem_id"]
+    further = {"problem_id": number, "data_source": row.get("data_source")}
     return entry | {field: value for field, value in further.items() if value is not None}
 
 
-def _of_the_prompt(row: Row) -> Entry:
+def _of_an_entry(row: Row) -> Entry:
     """Return the fields that a row may have in any format; an empty system prompt is none."""
-    return {field: row[field] for field in OF_THE_PROMPT if row.get(field) not in (None, "")}
+    return {field: row[field] for field in OF_AN_ENTRY if row.get(field) not in (None, "")}
 
 
 def _places(*texts: Any) -> Inline:

@@ -8,7 +8,7 @@ which nothing says the kind of question is learned as it stands.
 from __future__ import annotations
 
 from videor1.data.formats.parts import (
-    OF_THE_PROMPT,
+    OF_A_ROW,
     Entry,
     Row,
     answer_of,
@@ -30,7 +30,7 @@ FIELDS: tuple[str, ...] = (
     "problem_type",
     "options",
 )
-FIELDS += ("problem_id", "id", "data_source", "data_type", *OF_THE_PROMPT)
+FIELDS += OF_A_ROW
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

@@ -7,7 +7,7 @@ So verl's examples/data_preprocess write it, mostly as Parquet, and verl/utils/d
 from __future__ import annotations
 
 from videor1.data.formats.parts import (
-    OF_THE_PROMPT,
+    OF_A_ROW,
     Entry,
     Row,
     kind_of_question,
@@ -29,7 +29,7 @@ FIELDS: tuple[str, ...] = (
     "ability",
     "problem_type",
 )
-FIELDS += ("problem_id", "options", *OF_THE_PROMPT)
+FIELDS += OF_A_ROW
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

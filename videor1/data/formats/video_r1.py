@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from videor1.data.formats.parts import OF_THE_PROMPT, Entry, Row, needed
+from videor1.data.formats.parts import OF_AN_ENTRY, Entry, Row, needed
 
 OF_THE_MEDIA = ("path", "additional_path", "image_path")
 # Only these columns of Parquet are read, because others may be large.
@@ -24,7 +24,7 @@ FIELDS: tuple[str, ...] = (
     "data_source",
     "process",
 )
-FIELDS += ("media", "messages", "completions", *OF_THE_PROMPT, *OF_THE_MEDIA)
+FIELDS += ("media", "messages", *OF_AN_ENTRY, *OF_THE_MEDIA)
 
 _MENTION = re.compile(r"<image \d+>")
 
