@@ -46,6 +46,10 @@ def test_a_rollout_says_everything(tmp_path: Path) -> None:
     assert (card["p"], card["p_shuffled"], card["asked"]) == (0.5, None, 2)  # one of two was skipped
     assert [completion["text"] for completion in card["shuffled"]] == ["<answer>A</answer>"]
     assert card["permutation"] == [3, 0, 2, 1]
+    assert "source" not in first
+    brought = rollout_row(7, None, sources=[None, "teacher\u202e"])
+    (card,) = report(make_run(tmp_path / "brought", rollouts=[brought])).rollouts["cards"]
+    assert [completion.get("source") for completion in card["completions"]] == [None, "teacher[U+202E]"]
     (card,) = report(make_run(tmp_path / "opened", rollouts=[rollout_row(7, None, opened="<think>\u202e")])).rollouts[
         "cards"
     ]

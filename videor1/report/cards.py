@@ -61,7 +61,7 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
     above = float(bars.get(row.get("problem_type", ""), run.option("reward.correct_above") or 0.0))
     right = sum(value > above for value in accuracy)
     texts = _check_list(row["completions"], count)
-    finished = _check_list(row.get("finished") or [None] * count, count)
+    finished, sources = (_check_list(row.get(name) or [None] * count, count) for name in ("finished", "sources"))
     tokens, logps = (_check_list(row.get(name) or [None] * count, count) for name in ("tokens", "logps"))
     columns = (_numbers(row[name], count) for name in ("format", "lengths", "rewards", "advantages"))
     completions = []
@@ -75,6 +75,8 @@ def card(row: dict[str, Any], run: Run) -> dict[str, Any]:
             "advantage": advantage,
             "cut": finished[i] is False,
         }
+        if sources[i] is not None:
+            completion["source"] = visible(sources[i])
         if tokens[i] is None:
             completion["text"] = visible(texts[i])
         else:

@@ -179,6 +179,7 @@
   function completionCard(completion, name) {
     const verdict = !completion.right ? "✗ wrong" : partly(completion) ? "◐ partly correct" : "✓ correct";
     const head = el("p", {}, el("span", { class: "verdict" }, verdict), `completion ${name}`);
+    if ("source" in completion) head.append(el("span", {}, "from the data ", el("b", {}, completion.source)));
     const figures = [["accuracy", plain(completion.accuracy)]];
     if ("reward" in completion) {
       figures.push(["format", plain(completion.format)], ["tokens", `${completion.length}${completion.cut ? " (cut at the limit)" : ""}`]);
