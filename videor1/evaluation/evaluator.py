@@ -44,9 +44,7 @@ class Answered:
     finished: float = 1.0  # share of answers that were not cut at max_completion_length
     shuffled_finished: float | None = None  # the same share for answers from shuffled frames
     opened: str = ""  # what the chat template opened each answer with, before what the model wrote
-    malformed: tuple[
-        str, ...
-    ] = ()  # the faults of the answers from frames in order, one of MALFORMED for each that has one
+    malformed: tuple[str, ...] = ()  # of each answer from frames in order that has a fault: one of MALFORMED
 
 
 @dataclass

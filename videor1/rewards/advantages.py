@@ -30,9 +30,7 @@ class Scored:
     # and so is temporal where the bonus would have changed nothing: the rewards of such a group may lack a constant,
     # but its advantages are exact.
     result: Advantages
-    above: Tensor | None = (
-        None  # fp64 [P]: the accuracy that a correct completion of each group exceeds; None: one for all
-    )
+    above: Tensor | None = None  # fp64 [P]: what a correct completion's accuracy exceeds; None: one for all
     malformed: Tensor | None = None  # int64 [P, G]: 0, or 1 + the index in MALFORMED of the fault of a completion
     sampled: Tensor | None = None  # bool [P, G]: the completions that the policy sampled; None: all
 

@@ -24,18 +24,7 @@ from videor1.data.formats.parts import (
 from videor1.data.shown import shown
 from videor1.types import SampleError
 
-FIELDS: tuple[str, ...] = (
-    "problem",
-    "answer",
-    "images",
-    "videos",
-    "problem_type",
-    "data_type",
-    "options",
-    "problem_id",
-    "id",
-)
-FIELDS += ("solution", "process", *OF_A_ROW, *video_r1.OF_THE_MEDIA)
+FIELDS = ("problem", "answer", "solution", "process", *OF_A_ROW, *video_r1.OF_THE_MEDIA)
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

@@ -21,18 +21,8 @@ Inline = list[tuple[str, Item | None]]  # as formats.media.placed takes it
 
 # Fields that a row may have in any format: those that become an entry's as they are, and what make_entry reads.
 OF_AN_ENTRY = ("system", "chat_template_kwargs", "completions")
-OF_A_ROW = (
-    "image",
-    "images",
-    "video",
-    "videos",
-    "data_type",
-    "options",
-    "problem_id",
-    "id",
-    "data_source",
-    *OF_AN_ENTRY,
-)
+OF_A_ROW: tuple[str, ...] = ("image", "images", "video", "videos", "data_type", "problem_type", "options")
+OF_A_ROW += ("problem_id", "id", "data_source", *OF_AN_ENTRY)
 
 # Names of kinds in EasyVideoR1 (examples/unified_rl/reward_function/unified.py), as _plain has them.
 _OTHER_NAMES = {

@@ -19,18 +19,7 @@ from videor1.data.formats.parts import (
 )
 from videor1.types import SampleError
 
-FIELDS: tuple[str, ...] = (
-    "messages",
-    "images",
-    "videos",
-    "solution",
-    "audios",
-    "objects",
-    "tools",
-    "problem_type",
-    "options",
-)
-FIELDS += OF_A_ROW
+FIELDS = ("messages", "solution", "audios", "objects", "tools", *OF_A_ROW)
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

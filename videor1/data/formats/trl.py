@@ -21,19 +21,7 @@ from videor1.data.shown import json_type
 from videor1.types import SampleError
 
 ANSWERS = ("solution", "answer", "ground_truth")
-FIELDS: tuple[str, ...] = (
-    "prompt",
-    *ANSWERS,
-    "completion",
-    "image",
-    "images",
-    "video",
-    "videos",
-    "tools",
-    "problem_type",
-    "options",
-)
-FIELDS += OF_A_ROW
+FIELDS = ("prompt", *ANSWERS, "completion", "tools", *OF_A_ROW)
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:

@@ -19,17 +19,7 @@ from videor1.data.formats.parts import (
 )
 from videor1.types import SampleError
 
-FIELDS: tuple[str, ...] = (
-    "prompt",
-    "reward_model",
-    "extra_info",
-    "images",
-    "videos",
-    "data_source",
-    "ability",
-    "problem_type",
-)
-FIELDS += OF_A_ROW
+FIELDS = ("prompt", "reward_model", "extra_info", "ability", *OF_A_ROW)
 
 
 def read(row: Row, problem_type: str | None = None) -> Entry:
